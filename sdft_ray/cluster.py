@@ -1,0 +1,89 @@
+"""The Ray cluster that stages run on: joined or started, quiet, and large enough before anything waits on it.
+
+In: the compute file. Out: an initialised Ray in this process. Ray's own waiting is endless and silent; here what can
+never be satisfied is an error at once, and what an autoscaler may still bring is waited for with a visible line.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sdft_ray.compute import Compute, cores
+from sdft_ray.errors import UserError, problem
+from sdft_ray.progress import say
+
+
+@contextmanager
+def ray_cluster(compute: Compute) -> Iterator[None]:
+    """Hold a connection to the cluster; a local one is started for this time and stopped after it."""
+    # Read by ray when it is imported or started. Progress is ours to show; usage reports are the user's to switch on.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    if compute.ray.address == "local":
+        # The dashboard stays on, on loopback: without it Ray Train asks its state API for ever (docs/footguns.md).
+        ray.init(address="local", num_cpus=cores(), include_dashboard=True, dashboard_host="127.0.0.1", **quiet)
+    else:
+        try:
+            ray.init(address=compute.ray.address, **quiet)
+        except ConnectionError as error:
+            where = f"compute.ray.address: {compute.ray.address}"
+            raise UserError(problem(where, f"no Ray answers there ({error})", "Start it or use local")) from None
+    for name in ("ray", "ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def require_room(compute: Compute, stage: str) -> None:
+    """Return once the cluster holds what a stage needs; raise UserError after wait_seconds, saying what is there."""
+    import ray
+
+    bundles, cpus, gpus = compute.needs()[stage]
+    waited_since, said = time.monotonic(), False
+    while True:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        fits = sum(_times(node, cpus, gpus) for node in nodes)
+        if fits >= bundles:
+            return
+        there = f"{sum(n.get('CPU', 0) for n in nodes):g} CPUs and {sum(n.get('GPU', 0) for n in nodes):g} GPUs"
+        needs = f"needs {bundles} x ({cpus} CPUs, {gpus:g} GPUs); the cluster has {there} on {len(nodes)} nodes"
+        if compute.ray.address == "local" or time.monotonic() - waited_since > compute.ray.wait_seconds:
+            raise UserError(problem(f"compute.{stage}", needs, "Ask for less, or add nodes"))
+        if not said:
+            say(f"{stage}: {needs}; waiting up to {compute.ray.wait_seconds} s for more")
+            said = True
+        time.sleep(2)
+
+
+def ticker() -> Any:
+    """Return a new actor that workers tell how far they are, and that the driver asks."""
+    import ray
+
+    return ray.remote(num_cpus=0)(_Ticker).remote()
+
+
+class _Ticker:
+    def __init__(self) -> None:
+        self._state: dict[str, Any] = {}
+
+    def tell(self, **state: Any) -> None:
+        self._state = state
+
+    def ask(self) -> dict[str, Any]:
+        return self._state
+
+
+def _times(node: dict[str, float], cpus: int, gpus: float) -> int:
+    by_cpu = int(node.get("CPU", 0) // cpus) if cpus else 1 << 30
+    return min(by_cpu, int(node.get("GPU", 0) // gpus)) if gpus else by_cpu

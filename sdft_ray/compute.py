@@ -1,0 +1,139 @@
+"""Where and how it is computed: the typed form of one compute file.
+
+In: a YAML file, or nothing (the defaults fit one machine). Out: a frozen `Compute` with every `auto` settled.
+No field here may change a number beyond rounding; whatever could is recipe. None of it is ever hashed.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from sdft_ray.errors import UserError, problem
+from sdft_ray.recipe import Section, load_section, validate
+
+Auto = Literal["auto"]
+
+
+class RayCluster(Section):
+    """Which Ray cluster does the work."""
+
+    address: str = "local"
+    """`local` starts one here for the time of the command; `auto` or an address joins a running one."""
+    wait_seconds: int = Field(600, ge=0)
+    """How long to wait for nodes that an autoscaler may still bring."""
+
+
+class Score(Section):
+    actors: int = Field(1, gt=0)
+    cpus: int | Auto = "auto"
+    """CPUs of one actor; `auto` shares this machine's cores among the actors."""
+    gpus: float = Field(0, ge=0)
+    batch_size: int = Field(8, gt=0)
+    """Texts of one forward pass."""
+
+
+class Engine(Section):
+    """vLLM options that change speed and memory only; names are vLLM's own unless said otherwise."""
+
+    enforce_eager: bool = True
+    """Without compilation: on a CPU compiled code starts minutes later and is hardly faster."""
+    max_num_seqs: int = Field(128, gt=0)
+    max_num_batched_tokens: int | None = Field(None, gt=0)
+    max_model_len: int | None = Field(None, gt=0)
+    kv_cache_gib: float = Field(2.0, gt=0)
+    """Memory of the KV cache on a CPU (VLLM_CPU_KVCACHE_SPACE); a GPU takes gpu_memory_utilization."""
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    enable_prefix_caching: bool = True
+
+
+class Distill(Section):
+    actors: int = Field(1, gt=0)
+    cpus: int | Auto = "auto"
+    gpus: float = Field(0, ge=0)
+    tensor_parallel_size: int = Field(1, gt=0)
+    batch_rows: int = Field(256, gt=0)
+    """Rows handed to an actor at once; its engine schedules them itself."""
+    piece_rows: int = Field(16, gt=0)
+    """Finished rows that are made durable together: the most that a kill can cost one actor."""
+    engine: Engine = Engine()
+
+
+class Train(Section):
+    workers: int = Field(2, gt=0)
+    cpus: int | Auto = "auto"
+    gpus: float = Field(0, ge=0)
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    micro_batch: int = Field(4, gt=0)
+    """Rows that one worker takes through forward and backward together, packed into one sequence."""
+    gradient_checkpointing: bool = False
+    checkpoint_every_steps: int = Field(10, gt=0)
+    max_failures: int = Field(3, ge=0)
+    """Dead workers that are replaced before the stage fails."""
+
+
+class Evaluate(Section):
+    cpus: int | Auto = 1
+    """CPUs of one (model, task); several run at once where there is room."""
+    gpus: float = Field(0, ge=0)
+    batch_size: int = Field(16, gt=0)
+    """Sequences of one forward pass."""
+
+
+class Compute(Section):
+    """One complete compute file."""
+
+    ray: RayCluster = RayCluster()
+    score: Score = Score()
+    distill: Distill = Distill()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+
+    def needs(self) -> dict[str, tuple[int, int, float]]:
+        """Return, for each stage, how many bundles of how many CPUs and GPUs it holds at once."""
+        return {
+            "score": (self.score.actors, _settled(self.score.cpus), self.score.gpus),
+            "distill": (self.distill.actors, _settled(self.distill.cpus), self.distill.gpus),
+            "train": (self.train.workers, _settled(self.train.cpus), self.train.gpus),
+            "evaluate": (1, _settled(self.evaluate.cpus), self.evaluate.gpus),
+        }
+
+
+def cores() -> int:
+    """Return how many cores this process may use (the affinity mask, not the machine's total)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def load_compute(path: Path | None = None) -> Compute:
+    """Return the compute file at `path`, or the defaults, with every `auto` settled for this machine.
+
+    Raises UserError where a local cluster could never hold a stage: a silent wait helps nobody.
+    """
+    compute = load_section(Compute, path) if path else Compute()
+    here = cores()
+    data = compute.model_dump(mode="json")
+    for name, count in (("score", "actors"), ("distill", "actors"), ("train", "workers"), ("evaluate", None)):
+        if data[name]["cpus"] == "auto":
+            data[name]["cpus"] = max(1, here // (data[name][count] if count else 1))
+    compute = validate(Compute, data)
+    if compute.ray.address == "local":
+        short = [
+            problem(
+                f"compute.{name}",
+                f"{bundles} x {cpus} CPUs = {bundles * cpus} is more than the {here} cores of this machine",
+                f"Lower the number or the cpus of {name}, or give ray.address of a cluster",
+            )
+            for name, (bundles, cpus, _) in compute.needs().items()
+            if bundles * cpus > here
+        ]
+        if short:
+            raise UserError(*short)
+    return compute
+
+
+def _settled(cpus: int | Auto) -> int:
+    assert cpus != "auto", "load_compute settles auto before anything is asked for"
+    return cpus

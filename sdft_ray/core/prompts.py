@@ -1,0 +1,79 @@
+"""From a row to token ids: the chat prompt, the rewriting prompt, and the training sequence with its mask.
+
+In: a tokenizer with a chat template, and strings. Out: lists of token ids. Text is templated and tokenised exactly
+once: a templated string tokenised again would get a second BOS.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+# Part of the ledger's identity: bump when a template or the rendering changes.
+TEMPLATES_VERSION = 1
+
+# For rows whose answer is checked: the model may find its own way, but must arrive.
+CHECKABLE = """{prompt}
+
+The correct answer is:
+{reference}
+
+Answer the question in your own words and end with that same answer."""
+
+# For open-ended rows: same content, own words; the words that would betray a rewrite are forbidden and filtered.
+OPEN = """{prompt}
+
+Here is a good answer to this:
+{reference}
+
+Write an answer in your own words that says the same. Write only the answer itself."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingRow:
+    """A row as the model sees it in training."""
+
+    ids: list[int]
+    """Prompt, response and end of turn."""
+    trained_from: int
+    """Index of the first token that carries loss."""
+
+
+def rewrite_instruction(prompt: str, reference: str, checkable: bool, template: str | None = None) -> str:
+    """Return the user message that asks the unpruned model to rewrite a reference.
+
+    >>> rewrite_instruction("2 + 2?", "4", checkable=True, template="Q: {prompt} A: {reference}")
+    'Q: 2 + 2? A: 4'
+    """
+    values = {"prompt": prompt, "reference": reference}
+    # Not str.format: prompts hold braces of their own.
+    return re.sub(r"\{(prompt|reference)\}", lambda m: values[m[1]], template or (CHECKABLE if checkable else OPEN))
+
+
+def render_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """Return the token ids of a user message up to where the assistant begins to speak."""
+    messages = [{"role": "user", "content": prompt}]
+    # return_dict: transformers 5 would otherwise hand back a BatchEncoding.
+    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+
+
+def end_of_turn(tokenizer: Any) -> int:
+    """Return the id of the token with which the chat template closes an assistant turn, else the EOS token."""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "RESPONSE"}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    after = tokenizer(text.rpartition("RESPONSE")[2], add_special_tokens=False)["input_ids"]
+    if after and after[0] in tokenizer.all_special_ids:
+        return int(after[0])
+    return int(tokenizer.eos_token_id)
+
+
+def encode_row(tokenizer: Any, prompt: str, response: str) -> TrainingRow:
+    """Return prompt + response + end of turn, where only response and end of turn carry loss.
+
+    A row before: prompt "2 + 2?", response "4". After, decoded: `<|im_start|>user\\n2 + 2?<|im_end|>\\n
+    <|im_start|>assistant\\n` without loss, then `4<|im_end|>` with loss.
+    """
+    before = render_prompt(tokenizer, prompt)
+    after = tokenizer(response, add_special_tokens=False)["input_ids"]
+    return TrainingRow(before + list(after) + [end_of_turn(tokenizer)], len(before))

@@ -1,0 +1,79 @@
+"""Removing a span of blocks from a model's files: which tensors stay, under which names, with which config.
+
+In: tensor names and a parsed config.json. Out: their pruned forms. The model is never built: a checkpoint is a
+mapping from names to bytes, and block numbers are part of the names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from sdft_ray.errors import UserError, nearest, problem
+
+# Decoders whose blocks are `model.layers.N.` and independent of each other; each is proven by a test that compares
+# the pruned model with the base that skips those blocks. Everything else is refused by name, never guessed.
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+
+# Config lists with one entry a block; a list of that length under another name is refused.
+_PER_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers")
+_NOT_PER_BLOCK = ("architectures", "eos_token_id")
+_BLOCK = re.compile(r"^model\.layers\.(\d+)\.")
+
+
+def require_supported(architecture: str, where: str) -> None:
+    """Raise UserError for an architecture whose pruning is not proven."""
+    if architecture not in ARCHITECTURES:
+        what = f"cannot prune a {architecture} model"
+        raise UserError(problem(where, what, nearest(architecture, ARCHITECTURES)))
+
+
+def require_span(start: int, stop: int, blocks: int) -> None:
+    """Raise UserError unless [start, stop) lies inside the model and leaves a block."""
+    removed = stop - start
+    if removed >= blocks:
+        what = f"{removed} removes every block of a {blocks}-block model"
+        raise UserError(problem("prune.blocks", what, f"Give 1 to {blocks - 1}"))
+    if not 0 <= start < stop <= blocks:
+        raise UserError(problem("span", f"[{start}, {stop}) is not inside 0..{blocks}", "Give a span of the model"))
+
+
+def rename_tensor(name: str, start: int, stop: int) -> str | None:
+    """Return a tensor's name after blocks [start, stop) are gone, or None where it goes with them.
+
+    >>> [rename_tensor(f"model.layers.{i}.mlp.up_proj.weight", 1, 3) for i in (0, 2, 3)]
+    ['model.layers.0.mlp.up_proj.weight', None, 'model.layers.1.mlp.up_proj.weight']
+    """
+    match = _BLOCK.match(name)
+    if match is None:
+        return name
+    block = int(match[1])
+    if start <= block < stop:
+        return None
+    if block >= stop:
+        block -= stop - start
+    return f"model.layers.{block}.{name[match.end() :]}"
+
+
+def prune_config(config: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
+    """Return config.json for the model without blocks [start, stop).
+
+    Every per-block list loses the same entries; the RoPE base stands in both spellings, because transformers 4 reads
+    only the top-level one and silently falls back to 10000.
+    """
+    blocks = config["num_hidden_layers"]
+    require_span(start, stop, blocks)
+    pruned = dict(config, num_hidden_layers=blocks - (stop - start))
+    for key, value in config.items():
+        if isinstance(value, list) and len(value) == blocks and key not in _NOT_PER_BLOCK:
+            if key not in _PER_BLOCK:
+                what = f"{key} has one entry a block, and its meaning is not known"
+                raise UserError(problem("config.json", what, "Ask for this architecture to be added"))
+            pruned[key] = value[:start] + value[stop:]
+    if isinstance(config.get("max_window_layers"), int):
+        pruned["max_window_layers"] = min(config["max_window_layers"], pruned["num_hidden_layers"])
+    rope = config.get("rope_parameters")
+    if isinstance(rope, Mapping) and "rope_theta" in rope:
+        pruned.setdefault("rope_theta", rope["rope_theta"])
+    return pruned

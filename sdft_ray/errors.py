@@ -1,0 +1,43 @@
+"""The two ways a command ends badly, and how each is said.
+
+In: what went wrong. Out: one line a person can act on, and the exit code of the process.
+A user's mistake never shows a stack trace; a failed stage names what was kept.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in a recipe, a file or the usage: exit code 2, one line a problem, no trace."""
+
+    exit_code = 2
+
+    def __init__(self, *problems: str) -> None:
+        assert problems, "a UserError says at least one problem"
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class StageFailed(Exception):
+    """A stage that could not finish: exit code 1. The message says what was kept and how to go on."""
+
+    exit_code = 1
+
+
+def problem(where: str, what: str, do: str) -> str:
+    """Return the one line `where: what. Do this.` that every user-facing error consists of."""
+    return f"{where}: {what.rstrip('.')}. {do if do.endswith(('.', '?')) else do + '.'}"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Return the advice for an unknown key: the closest known spelling, else all of them.
+
+    >>> nearest("tempreature", ["temperature", "top_p"])
+    'Did you mean temperature?'
+    """
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    return f"Did you mean {close[0]}?" if close else f"Known: {', '.join(names)}."

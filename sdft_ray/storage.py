@@ -1,0 +1,140 @@
+"""Where artifacts lie: the only module that knows the root.
+
+In: stages and the files that they wrote. Out: finished artifacts under `{root}/{stage}/{slug}-{id}/`.
+A stage works in a scratch directory with a stable name; `commit` writes the manifest there and moves the whole
+directory to its place in one rename. So whatever stands in its place is whole, and what a kill leaves in scratch
+is gone on with by the next run. Pieces that outlive a stage's scratch (ledger, training checkpoints) have
+directories of their own.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from sdft_ray import artifacts
+from sdft_ray.artifacts import Stage
+from sdft_ray.errors import UserError, problem
+from sdft_ray.progress import say
+
+Status = Literal["done", "partial", "missing"]
+
+
+class Storage:
+    """Artifacts under one root: a local directory, or one that every node shares."""
+
+    def __init__(self, root: str) -> None:
+        if "://" in root:
+            raise UserError(problem("--root", f"{root} is not a path", "Give a directory that every node can see"))
+        self.root = Path(root).expanduser().resolve()
+        self._verified: set[str] = set()
+
+    def place(self, stage: Stage) -> Path:
+        """Return where the finished artifact lies or will lie."""
+        return stage.location or self.root / stage.name / stage.directory_name
+
+    def status(self, stage: Stage) -> Status:
+        """Return how far a stage is, from manifests and file sizes only.
+
+        Raises UserError where a finished artifact lost or shortened a file: it is never rebuilt silently.
+        """
+        if stage.location:
+            return "done"
+        if manifest := artifacts.read_manifest(self.place(stage)):
+            artifacts.check_files(self.place(stage), manifest, hashes=False)
+            return "done"
+        begun = (self._scratch(stage), self._resumable(stage))
+        return "partial" if any(path.exists() for path in begun) else "missing"
+
+    def fetch(self, stage: Stage) -> Path:
+        """Return the directory of a finished artifact after checking its hashes, once a process."""
+        place = self.place(stage)
+        if stage.location or stage.id in self._verified:
+            return place
+        artifacts.check_files(place, self.manifest(stage), hashes=True)
+        self._verified.add(stage.id)
+        return place
+
+    def manifest(self, stage: Stage) -> dict[str, Any]:
+        """Return the manifest of a finished artifact."""
+        manifest = artifacts.read_manifest(self.place(stage))
+        assert manifest is not None, f"{stage.directory_name} is not finished"
+        return manifest
+
+    @contextmanager
+    def lock(self, stage: Stage) -> Iterator[None]:
+        """Hold the one right to build a stage; a second driver waits, visibly. The lock dies with its owner."""
+        path = self.root / "locks" / f"{stage.name}-{stage.id}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0.5)
+        except Timeout:
+            say(f"{stage.name}: another command is building {stage.directory_name}; waiting for it")
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def scratch(self, stage: Stage) -> Path:
+        """Return the stage's scratch directory, made or found as a killed run left it."""
+        path = self._scratch(stage)
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def resumable(self, stage: Stage) -> Path:
+        """Return the directory of pieces that let the stage go on after a kill; it goes when the stage commits."""
+        path = self._resumable(stage)
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def ledger(self, name: str) -> Path:
+        """Return a directory of rows that are generated once and for all; artifacts are views of it."""
+        path = self.root / "ledger" / name
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def commit(self, stage: Stage, summary: Mapping[str, Any], wall_seconds: float) -> Path:
+        """Make the scratch directory the finished artifact, in one rename, and drop what only resuming needed."""
+        scratch, place = self._scratch(stage), self.place(stage)
+        artifacts.write_manifest(scratch, stage, summary, wall_seconds)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        scratch.rename(place)
+        shutil.rmtree(self._resumable(stage), ignore_errors=True)
+        self._verified.add(stage.id)
+        return place
+
+    def find(self, name: str) -> Path:
+        """Return the artifact directory that a path, an id or the start of an id means.
+
+        Raises UserError where nothing or more than one artifact fits.
+        """
+        if (Path(name) / artifacts.MANIFEST).is_file():
+            return Path(name)
+        found = sorted(
+            manifest.parent
+            for manifest in self.root.glob(f"*/*/{artifacts.MANIFEST}")
+            if len(name) >= 4 and manifest.parent.name.rpartition("-")[2].startswith(name)
+        )
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise UserError(problem(name, f"means {len(found)} artifacts", f"Give more digits: {_names(found)}"))
+        raise UserError(problem(name, f"is no artifact under {self.root}", "See `sdft check RECIPE` for what there is"))
+
+    def _scratch(self, stage: Stage) -> Path:
+        return self.root / "scratch" / stage.name / stage.directory_name
+
+    def _resumable(self, stage: Stage) -> Path:
+        return self.root / "resumable" / stage.name / stage.directory_name
+
+
+def _names(paths: list[Path]) -> str:
+    return ", ".join(path.name for path in paths)
+
