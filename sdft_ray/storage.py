@@ -103,6 +103,8 @@ class Storage:
     def commit(self, stage: Stage, summary: Mapping[str, Any], wall_seconds: float) -> Path:
         """Make the scratch directory the finished artifact, in one rename, and drop what only resuming needed."""
         scratch, place = self._scratch(stage), self.place(stage)
+        for torn in scratch.rglob(".*.tmp"):  # of a write that a kill cut short
+            torn.unlink()
         artifacts.write_manifest(scratch, stage, summary, wall_seconds)
         place.parent.mkdir(parents=True, exist_ok=True)
         scratch.rename(place)

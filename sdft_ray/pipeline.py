@@ -1,0 +1,228 @@
+"""The chain, whole and in order: from a recipe to its stages, and from stages to artifacts.
+
+In: a recipe. Out: the plan (a tuple of `Stage`), and after `run` an artifact for each. Plain code: which stage feeds
+which is what `stages` says, and nothing is built that is there already.
+
+    base model ──┬─ score ── cut ──┬─ train (sft, distilled)
+                 └─ distill ───────┘
+    evaluate: base, pruned and tuned models on every task
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import itertools
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from sdft_ray import sources
+from sdft_ray.artifacts import Stage, hash_source, slugify
+from sdft_ray.cluster import ray_cluster, require_room
+from sdft_ray.compute import Compute
+from sdft_ray.core import surgery
+from sdft_ray.errors import StageFailed, UserError
+from sdft_ray.progress import Progress, duration, say
+from sdft_ray.recipe import FileRows, GymRows, Recipe
+from sdft_ray.stages import Work, cut, distill, evaluate, model, rows, score, train
+from sdft_ray.storage import Storage
+
+STAGE_NAMES = ("model", "rows", "score", "cut", "distill", "train", "evaluate")
+_UNITS = {"score": "texts", "distill": "rows", "train": "steps"}
+_ON_RAY = ("score", "distill", "train", "evaluate")
+
+
+def stages(recipe: Recipe, download: bool = False) -> tuple[Stage, ...]:
+    """Return every stage of a recipe in the order it is built, each with its inputs."""
+    base = sources.model_stage(recipe.model, model.VERSION, download)
+    all_rows = _rows_stage(recipe)
+    texts = sources.calibration_file(recipe.prune.calibration)
+    scored = Stage(
+        "score",
+        slugify(f"{base.slug}-{texts.stem if recipe.prune.calibration.text != 'boolq' else 'boolq'}"),
+        score.VERSION,
+        {
+            "metric": recipe.prune.metric,
+            "dtype": recipe.prune.dtype,
+            "calibration": {
+                **recipe.prune.calibration.model_dump(mode="json", exclude={"text"}),
+                "sha256": hash_source(texts),
+            },
+        },
+        {"model": base},
+        where={"texts": str(texts)},
+    )
+    pruned = Stage(
+        "cut",
+        f"{base.slug}-{recipe.prune.blocks}",
+        cut.VERSION,
+        {"blocks": recipe.prune.blocks},
+        {"model": base, "score": scored},
+    )
+    plan = [base, all_rows, scored, pruned]
+    tuned: dict[str, Stage] = {}
+    for arm in recipe.arms.names:
+        inputs = {"model": pruned, "rows": all_rows}
+        if arm == "distilled":
+            inputs["distilled"] = _distill_stage(recipe, base, all_rows)
+            plan.append(inputs["distilled"])
+        settings = {"arm": arm, "train": recipe.train_settings(arm).model_dump(mode="json")}
+        tuned[arm] = Stage("train", f"{pruned.slug}-{arm}", train.VERSION, settings, inputs)
+    # Generation before training: what fails early should fail early.
+    plan += tuned.values()
+    for who, examined in {"base": base, "pruned": pruned, **tuned}.items():
+        plan += [_evaluate_stage(recipe, task, who, examined, all_rows) for task in recipe.evaluate.tasks]
+    return tuple(plan)
+
+
+def _rows_stage(recipe: Recipe) -> Stage:
+    source = recipe.rows
+    split = source.model_dump(mode="json", include={"limit", "held_out", "validation", "seed", "answer"})
+    where = {"path": source.path} if isinstance(source, FileRows) else {}
+    name = source.gym if isinstance(source, GymRows) else (where.get("path") or getattr(source, "repo", "rows"))
+    settings = {"source": sources.rows_identity(source), "split": split}
+    return Stage("rows", slugify(name.removesuffix(".jsonl")), rows.VERSION, settings, where=where)
+
+
+def _distill_stage(recipe: Recipe, base: Stage, all_rows: Stage) -> Stage:
+    settings = {
+        **recipe.distill.model_dump(mode="json"),
+        "answer": recipe.rows.answer,
+        "rows": recipe.train.rows,
+    }
+    return Stage("distill", all_rows.slug, distill.VERSION, settings, {"model": base, "rows": all_rows})
+
+
+def _evaluate_stage(recipe: Recipe, task: str, who: str, examined: Stage, all_rows: Stage) -> Stage:
+    wanted = recipe.evaluate
+    settings: dict[str, Any] = {"task": task, "dtype": wanted.dtype, "preset": wanted.preset}
+    inputs, where = {"model": examined}, {}
+    if task == evaluate.HELD_OUT:
+        settings |= {"max_new_tokens": wanted.max_new_tokens}
+        inputs["rows"] = all_rows
+    else:
+        exam = evaluate.exam(wanted.preset, task)
+        settings |= {"metric": exam.metric, "shots": exam.shots}
+        settings |= {"limit": wanted.limit, "chat_template": wanted.chat_template}
+        if wanted.preset == "offline":
+            where["file"] = str(sources.offline_task_file(task))
+            settings["sha256"] = hash_source(sources.offline_task_file(task))
+    return Stage("evaluate", slugify(f"{task}-{who}"), evaluate.VERSION, settings, inputs, where)
+
+
+def models(plan: Sequence[Stage]) -> dict[str, Stage]:
+    """Return the stages of a plan that are models, by the names of the report: base, pruned, and each arm."""
+    found = {"base": plan[0]}
+    for stage in plan:
+        if stage.name == "cut":
+            found["pruned"] = stage
+        elif stage.name == "train":
+            found[str(stage.settings["arm"])] = stage
+    return found
+
+
+def check(recipe: Recipe, compute: Compute) -> None:
+    """Raise UserError for what can be known to be wrong before anything is built."""
+    facts = sources.describe_model(recipe.model)
+    if facts:
+        surgery.require_supported(facts.architecture, "model")
+        surgery.require_span(0, recipe.prune.blocks, facts.blocks)
+    if isinstance(recipe.rows, FileRows):
+        sources.read_rows(recipe.rows)
+    for arm in recipe.arms.names:
+        train.require_divisible(recipe.train_settings(arm).global_batch_size, compute.train)
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """What a run did."""
+
+    new: tuple[Stage, ...]
+    reused: tuple[Stage, ...]
+
+
+def run(recipe: Recipe, compute: Compute, storage: Storage, until: str | None = None) -> Built:
+    """Build every stage of a recipe that is not there yet, up to and including the stages named `until`."""
+    check(recipe, compute)
+    plan = stages(recipe, download=True)
+    if until:
+        plan = plan[: 1 + max(i for i, stage in enumerate(plan) if stage.name == until)]
+    todo = [stage for stage in plan if storage.status(stage) != "done"]
+    with contextlib.ExitStack() as stack:
+        cluster = _once(lambda: stack.enter_context(ray_cluster(compute)))
+        for group in _together(todo):
+            if group[0].name in _ON_RAY:
+                cluster()
+                require_room(compute, group[0].name)
+            _build_group(group, storage, compute)
+    return Built(tuple(todo), tuple(stage for stage in plan if stage not in todo))
+
+
+def _together(todo: Sequence[Stage]) -> Iterator[list[Stage]]:
+    """Yield the stages that are built at once: all evaluations (each is small), everything else alone."""
+    for name, group in itertools.groupby(todo, key=lambda stage: stage.name):
+        yield from ([list(group)] if name == "evaluate" else ([stage] for stage in group))
+
+
+def _build_group(group: Sequence[Stage], storage: Storage, compute: Compute) -> None:
+    if len(group) == 1:
+        with Progress(group[0].name, _UNITS.get(group[0].name, "parts")) as progress:
+            _build(group[0], storage, compute, progress)
+        return
+    with Progress(group[0].name, "tasks") as progress, ThreadPoolExecutor(max_workers=len(group)) as threads:
+        progress.begin(len(group))
+        done = itertools.count(1)
+        waiting = [
+            threads.submit(_build, stage, storage, compute, Progress(stage.name, "parts")) for stage in group
+        ]
+        for future in waiting:
+            future.add_done_callback(lambda _: progress.update(next(done)))
+        for future in waiting:
+            future.result()
+
+
+def _build(stage: Stage, storage: Storage, compute: Compute, progress: Progress) -> None:
+    """Build one stage under its lock, and say what came of it."""
+    with storage.lock(stage):
+        if storage.status(stage) == "done":  # built by another command while this one waited
+            return
+        begun = time.monotonic()
+        module = importlib.import_module(f"sdft_ray.stages.{stage.name}")
+        try:
+            summary = module.build(Work(stage, storage, compute, progress))
+            place = storage.commit(stage, summary, time.monotonic() - begun)
+        except (UserError, StageFailed, KeyboardInterrupt):
+            raise
+        except Exception as error:  # noqa: BLE001 - the edge: whatever broke, say what is kept and where the trace is
+            scratch = storage.scratch(stage)
+            raise StageFailed(_say_failure(stage, error, str(scratch))) from error
+    say(f"{stage.name}: {duration(time.monotonic() - begun)}, {place}")
+
+
+def _say_failure(stage: Stage, error: Exception, scratch: str) -> str:
+    cause = error.__cause__ or error
+    last = (str(cause).strip().splitlines() or [type(cause).__name__])[-1]
+    trace = "".join(traceback.format_exception(error))
+    return f"{trace}{stage.name}: failed: {type(cause).__name__}: {last}. Kept: {scratch}; run again to go on."
+
+
+def _once(action: Callable[[], Any]) -> Callable[[], None]:
+    done: list[Any] = []
+
+    def act() -> None:
+        if not done:
+            done.append(action())
+
+    return act
+
+
+def describe(plan: Sequence[Stage], storage: Storage) -> list[Mapping[str, Any]]:
+    """Return, for each stage of a plan, what `sdft check` shows."""
+    return [
+        {"stage": stage.name, "status": storage.status(stage), "directory": str(storage.place(stage))}
+        for stage in plan
+    ]

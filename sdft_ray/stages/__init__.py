@@ -1,0 +1,47 @@
+"""The Ray shell: one module a stage, all of one shape.
+
+Each has a VERSION (bump it when the meaning of its output changes) and a `build(work)` that reads its inputs'
+artifacts, writes files into `work.directory` and returns the manifest's summary, plain JSON. Heavy imports stand
+inside functions: planning reads every VERSION and must not load torch or ray.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sdft_ray.artifacts import Stage
+from sdft_ray.compute import Compute
+from sdft_ray.progress import Progress
+from sdft_ray.storage import Storage
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a stage gets to do its work with."""
+
+    stage: Stage
+    storage: Storage
+    compute: Compute
+    progress: Progress
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """The part of the recipe that this stage computes."""
+        return self.stage.settings
+
+    @property
+    def directory(self) -> Path:
+        """The scratch directory that becomes the artifact."""
+        return self.storage.scratch(self.stage)
+
+    @property
+    def resumable(self) -> Path:
+        """A directory for pieces that let this stage go on after a kill."""
+        return self.storage.resumable(self.stage)
+
+    def input(self, name: str) -> Path:
+        """Return the verified directory of an input's artifact."""
+        return self.storage.fetch(self.stage.inputs[name])

@@ -1,0 +1,349 @@
+"""Stage `evaluate`: one model's score on one task.
+
+In: a model directory, and a benchmark task of lm-eval or the recipe's held-out rows. Out: score.json and one line an
+item in items.jsonl, for paired comparisons. The same stage serves base, pruned and tuned models; one artifact per
+(model, task), so one more task costs only itself. Each runs in a Ray task of its own: lm-eval cannot disturb the
+driver, and a cluster works on many at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sdft_ray.artifacts import write_atomically
+from sdft_ray.core.prompts import encode_row, render_prompt
+from sdft_ray.core.selection import final_number
+from sdft_ray.errors import UserError, nearest, problem
+from sdft_ray.stages import Work
+from sdft_ray.stages.rows import read_split
+
+VERSION = 1
+HELD_OUT = "held_out"
+
+
+@dataclasses.dataclass(frozen=True)
+class Exam:
+    """How a benchmark task is taken."""
+
+    metric: str
+    shots: int = 0
+
+
+# OpenLLM Leaderboard v1: shots and metrics of its published set-up. truthfulqa_mc2 alone: the bare tag also generates.
+OPENLLM_V1 = {
+    "arc_challenge": Exam("acc_norm,none", 25),
+    "hellaswag": Exam("acc_norm,none", 10),
+    "truthfulqa_mc2": Exam("acc,none", 0),
+    "mmlu": Exam("acc,none", 5),
+    "winogrande": Exam("acc,none", 5),
+    "gsm8k": Exam("exact_match,strict-match", 5),
+}
+# Zero-shot: the embedded files have no training split to take examples from.
+OFFLINE = {
+    "arc_easy": Exam("acc,none"),
+    "arc_challenge": Exam("acc_norm,none"),
+    "sciq": Exam("acc,none"),
+    "piqa": Exam("acc,none"),
+    "hellaswag": Exam("acc_norm,none"),
+}
+
+
+def exam(preset: str, task: str) -> Exam:
+    """Return how a task is taken under a preset; raises UserError for a task that the preset does not have."""
+    known = {"offline": OFFLINE, "openllm_v1": OPENLLM_V1}.get(preset)
+    if known is None:
+        return Exam("")  # any task of the harness, by its own first metric
+    if task not in known:
+        do = nearest(task, [*known, HELD_OUT])
+        raise UserError(problem("evaluate.tasks", f"{task} is not in the {preset} preset", do))
+    return known[task]
+
+
+def build(work: Work) -> dict[str, Any]:
+    """Write score.json and items.jsonl."""
+    import ray
+
+    plan = work.compute.evaluate
+    held_out = read_split(work.input("rows"), HELD_OUT) if work.settings["task"] == HELD_OUT else []
+    score, items = ray.get(
+        ray.remote(examine)
+        .options(num_cpus=plan.cpus, num_gpus=plan.gpus, name=f"evaluate {work.settings['task']}")
+        .remote(
+            str(work.input("model")),
+            dict(work.settings),
+            dict(work.stage.where),
+            held_out,
+            plan.batch_size,
+            "cuda" if plan.gpus else "cpu",
+        )
+    )
+    write_atomically(work.directory / "items.jsonl", "".join(json.dumps(item) + "\n" for item in items))
+    write_atomically(work.directory / "score.json", json.dumps(score, indent=1) + "\n")
+    return dict(score)
+
+
+def examine(
+    model: str,
+    settings: dict[str, Any],
+    where: dict[str, str],
+    held_out: list[dict[str, Any]],
+    batch_size: int,
+    device: str,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the score and the items of one task; runs in a Ray worker."""
+    if settings["preset"] == "offline":
+        os.environ["HF_HUB_OFFLINE"] = "1"  # nothing may try, and time out on, a network
+    from sdft_ray.stages.quiet import quiet_transformers
+
+    quiet_transformers()
+    lm = _load(model, settings["dtype"], batch_size, device)
+    if settings["task"] == HELD_OUT:
+        return examine_held_out(lm, held_out, settings["max_new_tokens"], batch_size)
+    return _run_harness(lm, settings, where)
+
+
+def _load(model: str, dtype: str, batch_size: int, device: str) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
+        """The harness's model, reading each item's context once for all of its choices."""
+
+        def _loglikelihood_tokens(
+            self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
+        ) -> list[tuple[float, bool]]:
+            return score_requests(self.model, [(r[1], r[2]) for r in requests], self.max_length, batch_size)
+
+    # On a CPU the context is the cost. A GPU is fed better by the harness's own large batches.
+    kind = SharedContextLM if device == "cpu" else HFLM
+    return kind(pretrained=model, dtype=dtype, device=device, batch_size=batch_size)
+
+
+def score_requests(
+    model: Any, requests: Sequence[tuple[list[int], list[int]]], max_length: int, batch_size: int
+) -> list[tuple[float, bool]]:
+    """Return (log-likelihood, is greedy) of each (context, continuation), both lists of token ids.
+
+    The choices of an item share its context, and about `batch_size` requests go through the model as one sequence
+    without padding. Too long ones lose context from the left, as in lm-eval.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, (context, continuation) in enumerate(requests):
+        room = max_length + 1 - len(continuation)
+        groups.setdefault(tuple(context[-room:]), []).append(i)
+    found: dict[int, tuple[float, bool]] = {}
+    batch: list[tuple[tuple[int, ...], list[int]]] = []
+    waiting = list(groups.items())
+    while waiting or batch:
+        if waiting and sum(len(members) for _, members in batch) < batch_size:
+            batch.append(waiting.pop())
+            continue
+        trees = [(list(context), [requests[i][1] for i in members]) for context, members in batch]
+        scores = iter(_score_trees(model, trees))
+        found.update((i, next(scores)) for _, members in batch for i in members)
+        batch = []
+    return [found[i] for i in range(len(requests))]
+
+
+def _score_trees(model: Any, trees: Sequence[tuple[list[int], list[list[int]]]]) -> list[tuple[float, bool]]:
+    """Return (log-likelihood, is greedy) of every continuation of every (context, continuations), in order.
+
+    All of them are one sequence of S tokens: contexts, each followed by its continuations, which see their context
+    and themselves but not each other. Only the K predicted positions go through the head.
+    """
+    import torch
+
+    ids: list[int] = []
+    positions: list[int] = []
+    tree_of: list[int] = []
+    branch_of: list[int] = []  # 0 is the context
+    keep: list[int] = []
+    targets: list[int] = []
+    for tree, (context, continuations) in enumerate(trees):
+        last_of_context = len(ids) + len(context) - 1
+        for branch, tokens in enumerate([context, *(c[:-1] for c in continuations)]):
+            if branch:  # the first token of a continuation is predicted from the context, the rest from itself
+                keep += [last_of_context, *range(len(ids), len(ids) + len(tokens))]
+                targets += continuations[branch - 1]
+            begin = len(context) if branch else 0
+            positions += range(begin, begin + len(tokens))
+            tree_of += [tree] * len(tokens)
+            branch_of += [branch] * len(tokens)
+            ids += tokens
+    where, branches = torch.tensor(tree_of), torch.tensor(branch_of)
+    sees = (where[:, None] == where[None]) & ((branches[None] == 0) | (branches[:, None] == branches[None])).tril()
+    mask = torch.zeros(len(ids), len(ids), dtype=model.dtype).masked_fill(~sees, torch.finfo(model.dtype).min)  # (S, S)
+    with torch.inference_mode():
+        logits = model(
+            input_ids=torch.tensor([ids], device=model.device),
+            position_ids=torch.tensor([positions], device=model.device),
+            attention_mask=mask[None, None].to(model.device),
+            logits_to_keep=torch.tensor(keep, device=model.device),
+            use_cache=False,
+        ).logits[0].float()  # (K, V)
+        target = torch.tensor(targets, device=model.device)
+        at = logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(dim=1)  # (K,)
+        greedy = logits.argmax(dim=1) == target
+    sizes = [len(continuation) for _, continuations in trees for continuation in continuations]
+    return [
+        (float(a.sum()), bool(g.all())) for a, g in zip(at.split(sizes), greedy.split(sizes), strict=True)
+    ]
+
+
+def examine_held_out(
+    lm: Any, rows: list[dict[str, Any]], max_new_tokens: int, batch_size: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return exact match of greedily generated answers, and bits per byte of the references, on the held-out rows.
+
+    Bits per byte tell models apart where exact match is on the floor: they need no answer to be right.
+    """
+    model, tokenizer = lm.model, lm.tokenizer
+    prompts = [render_prompt(tokenizer, row["prompt"]) for row in rows]
+    texts = generate_greedily(model, tokenizer, prompts, max_new_tokens, batch_size)
+    encoded = [encode_row(tokenizer, row["prompt"], row["reference"]) for row in rows]
+    # The end of turn is the format's, not the reference's: it is left out of the reference's bits.
+    requests = [(row.ids[: row.trained_from], row.ids[row.trained_from : -1]) for row in encoded]
+    likelihoods = score_requests(model, requests, lm.max_length, batch_size)
+    items = []
+    for row, text, (likelihood, _) in zip(rows, texts, likelihoods, strict=True):
+        found = final_number(text)
+        correct = found is not None and found == final_number(row["answer"])
+        items.append(
+            {
+                "id": row["id"],
+                "value": float(correct),
+                "generated": text,
+                "bits": -likelihood / math.log(2),
+                "bytes": len(row["reference"].encode()),
+            }
+        )
+    values = [item["value"] for item in items]
+    score = _score("exact_match", values, chance=0.0, limited=False)
+    score["bits_per_byte"] = sum(item["bits"] for item in items) / sum(item["bytes"] for item in items)
+    return score, items
+
+
+def generate_greedily(
+    model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int
+) -> list[str]:
+    """Return the greedy continuation of each prompt (token ids) as text; longest prompts first, padded left."""
+    import torch
+
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    texts: dict[int, str] = {}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    for begin in range(0, len(order), batch_size):
+        batch = order[begin : begin + batch_size]
+        width = max(len(prompts[i]) for i in batch)
+        ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in batch], device=model.device)
+        mask = torch.tensor(
+            [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch], device=model.device
+        )
+        with torch.inference_mode():
+            made = model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad
+            )
+        for i, tokens in zip(batch, made[:, width:], strict=True):
+            texts[i] = tokenizer.decode(tokens, skip_special_tokens=True)
+    return [texts[i] for i in range(len(prompts))]
+
+
+def _run_harness(
+    lm: Any, settings: Mapping[str, Any], where: Mapping[str, str]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    import lm_eval
+
+    manager = _task_manager()
+    with tempfile.TemporaryDirectory() as folder:
+        task = settings["task"]
+        if "file" in where:
+            task = _localised(manager, task, where["file"], Path(folder))
+        found = lm_eval.simple_evaluate(
+            model=lm,
+            tasks=[task],
+            num_fewshot=settings["shots"],
+            limit=settings["limit"],
+            apply_chat_template=settings["chat_template"],
+            task_manager=manager,
+            log_samples=True,
+            bootstrap_iters=0,
+            use_cache=None,
+            verbosity="ERROR",
+        )
+    results = found["results"][settings["task"]]
+    metric = settings["metric"] or next(key for key in results if "," in key and "_stderr" not in key)
+    name = metric.partition(",")[0]
+    samples = [sample for each in found["samples"].values() for sample in each if _of_filter(sample, metric)]
+    sizes = [found["n-samples"][each] for each in found["samples"]]
+    items = [
+        {"id": sample["doc_hash"], "task": each, "value": float(sample[name])}
+        for each, group in found["samples"].items()
+        for sample in group
+        if _of_filter(sample, metric) and name in sample
+    ]
+    choices = [len(sample["arguments"]) for sample in samples]
+    score = _score(
+        name,
+        [item["value"] for item in items],
+        chance=sum(1 / n for n in choices) / len(choices) if min(choices) > 1 else 0.0,
+        limited=any(size["effective"] < size["original"] for size in sizes),
+    )
+    # The harness's own aggregate is the value: a group may weigh its tasks, a metric need not be a mean of items.
+    return {**score, "value": float(results[metric])}, items
+
+
+@functools.cache
+def _task_manager() -> Any:
+    """Return the harness's index of tasks: 4 seconds of reading, once a worker process."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _localised(manager: Any, task: str, file: str, folder: Path) -> str:
+    """Return the path of a task file that is the harness's own task on a local copy of its documents."""
+    import yaml
+
+    override = {
+        "include": str(manager.task_index[task].yaml_path),
+        "dataset_path": "arrow",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {"validation": file}},
+        "training_split": None,
+        "validation_split": "validation",
+        "test_split": None,
+    }
+    path = folder / f"{task}.yaml"
+    path.write_text(yaml.safe_dump(override))
+    return str(path)
+
+
+def _of_filter(sample: Mapping[str, Any], metric: str) -> bool:
+    return str(sample.get("filter", "none")) == metric.partition(",")[2]
+
+
+def _score(metric: str, values: Iterable[float], chance: float, limited: bool) -> dict[str, Any]:
+    """Return a score with the standard error of its mean over items."""
+    values = list(values)
+    n, mean = len(values), sum(values) / len(values)
+    variance = sum((value - mean) ** 2 for value in values) / (n - 1) if n > 1 else None
+    return {
+        "metric": metric,
+        "value": mean,
+        "stderr": None if variance is None else math.sqrt(variance / n),
+        "n": n,
+        "chance": chance,
+        "limited": limited,
+    }
+
+
+def read_items(directory: Path) -> list[dict[str, Any]]:
+    """Return the items of an evaluation."""
+    return [json.loads(line) for line in (directory / "items.jsonl").read_text().splitlines()]
