@@ -23,11 +23,28 @@ def ray_cluster(compute: Compute) -> Iterator[None]:
     """Hold a connection to the cluster; a local one is started for this time and stopped after it."""
     # Read by ray when it is imported or started. Progress is ours to show; usage reports are the user's to switch on.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_DEDUP_LOGS", "1")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else the core writes to our stderr
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    import ray
+    import ray.data
+    import ray.train
+
+    for name in ("ray", "ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    with _native_stderr_closed():
+        _connect(compute, quiet)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _connect(compute: Compute, quiet: dict[str, Any]) -> None:
     import ray
 
-    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if compute.ray.address == "local":
         # The dashboard stays on, on loopback: without it Ray Train asks its state API for ever (docs/footguns.md).
         ray.init(address="local", num_cpus=cores(), include_dashboard=True, dashboard_host="127.0.0.1", **quiet)
@@ -37,12 +54,19 @@ def ray_cluster(compute: Compute) -> Iterator[None]:
         except ConnectionError as error:
             where = f"compute.ray.address: {compute.ray.address}"
             raise UserError(problem(where, f"no Ray answers there ({error})", "Start it or use local")) from None
-    for name in ("ray", "ray.data", "ray.train", "ray.tune"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@contextmanager
+def _native_stderr_closed() -> Iterator[None]:
+    """Keep what Ray's C++ core prints while it starts off the terminal; its errors still come as exceptions."""
+    kept = os.dup(2)
     try:
-        yield
+        with open(os.devnull, "w") as nowhere:  # noqa: PTH123 - a device, not a path of ours
+            os.dup2(nowhere.fileno(), 2)
+            yield
     finally:
-        ray.shutdown()
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def require_room(compute: Compute, stage: str) -> None:

@@ -204,7 +204,10 @@ def _build(stage: Stage, storage: Storage, compute: Compute, progress: Progress)
 
 
 def _say_failure(stage: Stage, error: Exception, scratch: str) -> str:
-    cause = error.__cause__ or error
+    cause: BaseException = error
+    while type(cause).__name__ in ("SystemException", "UserCodeException") and (cause.__cause__ or cause.__context__):
+        cause = cause.__cause__ or cause.__context__ or cause
+    cause = getattr(cause, "cause", None) or cause  # what a RayTaskError wraps
     last = (str(cause).strip().splitlines() or [type(cause).__name__])[-1]
     trace = "".join(traceback.format_exception(error))
     return f"{trace}{stage.name}: failed: {type(cause).__name__}: {last}. Kept: {scratch}; run again to go on."

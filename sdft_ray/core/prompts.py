@@ -13,7 +13,8 @@ from typing import Any
 # Part of the ledger's identity: bump when a template or the rendering changes.
 TEMPLATES_VERSION = 1
 
-# For rows whose answer is checked: the model may find its own way, but must arrive.
+# For rows whose answer is checked: the model may find its own way, but must arrive. Both templates are the ones of
+# six that a 135M model followed best (docs/results.md).
 CHECKABLE = """{prompt}
 
 The correct answer is:
@@ -21,13 +22,12 @@ The correct answer is:
 
 Answer the question in your own words and end with that same answer."""
 
-# For open-ended rows: same content, own words; the words that would betray a rewrite are forbidden and filtered.
-OPEN = """{prompt}
+# For open-ended rows: same content, own words.
+OPEN = """Rewrite the answer to this question in your own words. Keep what it says.
 
-Here is a good answer to this:
-{reference}
+Question: {prompt}
 
-Write an answer in your own words that says the same. Write only the answer itself."""
+Answer: {reference}"""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,7 +47,7 @@ class Selected:
 
 # Phrases with which a rewrite speaks of the task of rewriting instead of answering (after arXiv 2402.13669).
 _LEAKS = re.compile(
-    r"\b(?:reference|provided|given|correct|your|above) (?:answer|response|solution)\b|\bin (?:my|your) own words\b|\brewrit",
+    r"\b(?:reference|provided|given|your|above) (?:answer|response|solution)\b|\bin (?:my|your) own words\b|\brewrit",
     re.IGNORECASE,
 )
 _INTEGER = r"(?:\d{1,3}(?:,\d{3})+|\d+)"

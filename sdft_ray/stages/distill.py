@@ -156,8 +156,6 @@ def _generate(work: Work, rows: Sequence[Mapping[str, Any]], ledger: Path) -> No
         compute=ray.data.ActorPoolStrategy(size=plan.actors, max_tasks_in_flight_per_actor=2),
         num_cpus=plan.cpus,
         num_gpus=plan.gpus or None,
-        max_restarts=-1,
-        max_task_retries=-1,
     )
     before = work.progress.done
     tokens = count = 0
@@ -242,6 +240,9 @@ class VllmEngine:
         if current_platform.is_cpu():
             named.pop("gpu_memory_utilization")
             named["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
+            # A prompt split over two steps would rewind its seeded generator, which only CUDA's can
+            # (docs/footguns.md).
+            named["enable_chunked_prefill"] = False
         self.engine = LLMEngine.from_engine_args(
             EngineArgs(model=model, dtype=settings["dtype"], disable_log_stats=True, generation_config="vllm", **named)
         )
