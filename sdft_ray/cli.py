@@ -1,0 +1,199 @@
+"""The command `sdft`: check, run, show, diff, report.
+
+In: arguments. Out: results on stdout, progress on stderr, exit code 0 (done), 1 (a stage failed) or 2 (bad recipe or
+usage). Nothing heavy is imported at the top: `sdft --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sdft_ray.errors import StageFailed, UserError, nearest, problem
+
+STAGES = ("model", "rows", "score", "cut", "distill", "train", "evaluate")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code of the process."""
+    # Before any library is loaded: their bars, hints and accelerator guesses are not our interface.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # of the driver; workers set their own
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+        return 0
+    except (UserError, StageFailed) as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("Stopped. What was finished is kept; the same command goes on from there.", file=sys.stderr)
+        return 130
+
+
+def _check(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from sdft_ray import pipeline
+
+    recipe, compute, storage = _load(options)
+    pipeline.check(recipe, compute)
+    plan = pipeline.describe(pipeline.stages(recipe), storage)
+    if options.json:
+        print(json.dumps(plan, indent=1))
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("stage", "status", "directory"):
+        table.add_column(column, overflow="fold")
+    for line in plan:
+        colour = {"done": "green", "partial": "yellow", "missing": ""}[line["status"]]
+        table.add_row(line["stage"], f"[{colour}]{line['status']}[/]" if colour else line["status"], line["directory"])
+    Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def _run(options: argparse.Namespace) -> None:
+    from sdft_ray import pipeline
+    from sdft_ray.progress import say
+
+    recipe, compute, storage = _load(options)
+    built = pipeline.run(recipe, compute, storage, options.until)
+    if not built.new:
+        say(f"Nothing to do: all {len(built.reused)} artifacts are there already under {storage.root}.")
+    if not options.until or options.until == STAGES[-1]:
+        _show_report(options, recipe, storage)
+
+
+def _report(options: argparse.Namespace) -> None:
+    recipe, _, storage = _load(options)
+    _show_report(options, recipe, storage)
+
+
+def _show_report(options: argparse.Namespace, recipe: Any, storage: Any) -> None:
+    from rich.console import Console
+
+    from sdft_ray.progress import say
+    from sdft_ray.report import collect, page, table
+
+    report = collect.collect(recipe, str(options.recipe), storage)
+    if options.json:
+        print(json.dumps(collect.summary(report), indent=1))
+    else:
+        table.show(report, Console(width=None if sys.stdout.isatty() else 160))
+    if options.html:
+        options.html.write_text(page.render(report), encoding="utf-8")
+        say(f"Report: {options.html}")
+
+
+def _show(options: argparse.Namespace) -> None:
+    from sdft_ray.artifacts import read_manifest
+    from sdft_ray.report import describe
+    from sdft_ray.storage import Storage
+
+    directory = Storage(options.root).find(options.artifact)
+    manifest = read_manifest(directory)
+    if options.json:
+        print(json.dumps(manifest, indent=1))
+    else:
+        describe.show(directory, manifest or {})
+
+
+def _diff(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from sdft_ray.recipe import leaves
+
+    first, second = (dict(leaves(_values(name, options.root))) for name in (options.a, options.b))
+    differing = [key for key in {**first, **second} if first.get(key, _ABSENT) != second.get(key, _ABSENT)]
+    if options.json:
+        print(json.dumps({key: [first.get(key), second.get(key)] for key in differing}, indent=1))
+        return
+    if not differing:
+        print("No value differs.")
+        return
+    table = Table("value", options.a, options.b, box=None, pad_edge=False)
+    for key in differing:
+        table.add_row(key, str(first.get(key, "-")), str(second.get(key, "-")))
+    Console().print(table)
+
+
+_ABSENT = object()
+
+
+def _values(name: str, root: str) -> Any:
+    """Return what identifies a recipe file or an artifact, as nested values."""
+    from sdft_ray.artifacts import read_manifest
+    from sdft_ray.recipe import load_recipe
+    from sdft_ray.storage import Storage
+
+    if Path(name).suffix in (".yaml", ".yml"):
+        return load_recipe(Path(name))
+    manifest = read_manifest(Storage(root).find(name))
+    return (manifest or {})["lineage"]
+
+
+def _load(options: argparse.Namespace) -> tuple[Any, Any, Any]:
+    from sdft_ray.compute import load_compute
+    from sdft_ray.recipe import load_recipe
+    from sdft_ray.storage import Storage
+
+    return load_recipe(options.recipe, options.set), load_compute(options.compute), Storage(options.root)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        """Say a usage mistake in one line, with the nearest command."""
+        wrong = message.partition("invalid choice: '")[2].partition("'")[0]
+        do = nearest(wrong, _COMMANDS) if wrong and "command" in message else f"See {self.prog} --help"
+        print(problem(self.prog, message.partition(" (choose")[0], do), file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="sdft", description="Prune an LLM in depth and win its quality back by self-data distillation.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+
+    def add(name: str, action: Callable[[argparse.Namespace], None], help_text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help_text, description=help_text)
+        command.set_defaults(command=action)
+        command.add_argument(
+            "--root", default="./artifacts", metavar="D", help="directory of the artifacts (default: %(default)s)"
+        )
+        command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+        return command
+
+    def add_recipe(command: argparse.ArgumentParser) -> None:
+        command.add_argument("recipe", type=Path, metavar="RECIPE", help="a recipe file, see configs/recipes")
+        command.add_argument("--compute", type=Path, metavar="F", help="a compute file, see configs/compute")
+        command.add_argument(
+            "--set", action="append", default=[], metavar="K=V", help="override a recipe value, e.g. train.lr=2e-4"
+        )
+
+    add_recipe(add("check", _check, "validate a recipe and show each stage: done, partial or missing"))
+    run = add("run", _run, "build what a recipe lacks, then report")
+    add_recipe(run)
+    run.add_argument("--until", choices=STAGES, metavar="STAGE", help=f"stop after this stage: {', '.join(STAGES)}")
+    report = add("report", _report, "show the recovery table of a finished recipe")
+    add_recipe(report)
+    for command in (run, report):
+        command.add_argument("--html", type=Path, metavar="F", help="also write one self-contained HTML page")
+    show = add("show", _show, "show one artifact")
+    show.add_argument("artifact", metavar="ID_OR_DIR")
+    diff = add("diff", _diff, "show which recipe values differ between two recipes or artifacts")
+    diff.add_argument("a", metavar="A")
+    diff.add_argument("b", metavar="B")
+    return parser
+
+
+_COMMANDS = ("check", "run", "report", "show", "diff")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

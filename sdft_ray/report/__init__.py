@@ -1,0 +1,1 @@
+"""What a run came to: the recovery table, the plots, and one self-contained HTML page."""

@@ -1,0 +1,137 @@
+"""Gathers what a report shows from finished artifacts.
+
+In: a recipe's plan and the storage. Out: one plain structure that the terminal table, `--json` and the HTML page are
+all views of, so that they cannot disagree. Nothing is measured here but FLOPs, which are counted, not timed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sdft_ray import pipeline
+from sdft_ray.artifacts import Stage
+from sdft_ray.core.recovery import Score, mean_score, recovery, recovery_over_chance
+from sdft_ray.errors import UserError, problem
+from sdft_ray.recipe import Recipe
+from sdft_ray.stages.distill import REASONS
+from sdft_ray.stages.rows import read_split
+from sdft_ray.storage import Storage
+
+FLOPS_TOKENS = 256  # the stated length at which forward FLOPs are counted
+
+
+def collect(recipe: Recipe, name: str, storage: Storage) -> dict[str, Any]:
+    """Return everything a report of a finished recipe shows; raises UserError where a stage is not there yet."""
+    plan = pipeline.stages(recipe)
+    missing = [stage for stage in plan if storage.status(stage) != "done"]
+    if missing:
+        names = ", ".join(dict.fromkeys(stage.name for stage in missing))
+        raise UserError(problem(name, f"is not finished (missing: {names})", f"Do: sdft run {name}"))
+    models = _models(plan, storage)
+    return {
+        "recipe": name,
+        "models": models,
+        "flops_tokens": FLOPS_TOKENS,
+        "settings": recipe.model_dump(mode="json"),
+        "artifacts": [
+            {"stage": stage.name, "id": stage.id, "directory": str(storage.place(stage))} for stage in plan
+        ],
+        **_details(plan, storage),
+    }
+
+
+def summary(report: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a report that `sdft report --json` prints."""
+    return {key: report[key] for key in ("recipe", "flops_tokens", "models")}
+
+
+def _models(plan: Sequence[Stage], storage: Storage) -> list[dict[str, Any]]:
+    """Return one entry a model: its scores, mean, recovery, parameters and counted FLOPs."""
+    scores: dict[str, dict[str, dict[str, Any]]] = {}
+    named = pipeline.models(plan)
+    for stage in plan:
+        if stage.name == "evaluate":
+            who = next(name for name, examined in named.items() if examined is stage.inputs["model"])
+            scores.setdefault(who, {})[stage.settings["task"]] = storage.manifest(stage)["summary"]
+    base = [_score(task, found) for task, found in scores["base"].items()]
+    entries = []
+    for who, stage in named.items():
+        mine = [_score(task, found) for task, found in scores[who].items()]
+        parameters, flops = count_cost(storage.place(stage))
+        entries.append(
+            {
+                "model": who,
+                "id": stage.id,
+                "tasks": {
+                    task: {key: found[key] for key in ("metric", "value", "stderr", "n", "chance", "limited")}
+                    | ({"bits_per_byte": found["bits_per_byte"]} if "bits_per_byte" in found else {})
+                    for task, found in scores[who].items()
+                },
+                "mean": mean_score(mine),
+                "recovery": recovery(mine, base),
+                "recovery_over_chance": recovery_over_chance(mine, base),
+                "parameters": parameters,
+                "flops_per_token": flops,
+                "limited": any(score.limited for score in mine),
+            }
+        )
+    return entries
+
+
+def _score(task: str, found: dict[str, Any]) -> Score:
+    fields = ("metric", "value", "stderr", "n", "chance", "limited")
+    return Score(task, *(found[field] for field in fields))
+
+
+def count_cost(directory: Path, tokens: int = FLOPS_TOKENS) -> tuple[int, float]:
+    """Return a model's parameters and the forward FLOPs of one token at a length of `tokens`.
+
+    Counted by torch on the meta device, where nothing is computed, with eager attention: the counter has no formula
+    for the CPU's flash attention.
+    """
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(directory)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+        ids = torch.zeros(1, tokens, dtype=torch.long)
+        # A ready-made mask: without one transformers looks at position values, which a meta tensor does not have.
+        mask = torch.zeros(1, 1, tokens, tokens)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
+    return int(model.num_parameters()), counter.get_total_flops() / tokens
+
+
+def _details(plan: Sequence[Stage], storage: Storage) -> dict[str, Any]:
+    """Return what the page shows beside the table: distances, spans, losses, selection, examples, wall times."""
+    found: dict[str, Any] = {"losses": {}, "selection": None, "examples": [], "seconds": {}}
+    for stage in plan:
+        if stage.location is None:
+            manifest = storage.manifest(stage)
+            seconds = found["seconds"]
+            seconds[stage.name] = seconds.get(stage.name, 0.0) + manifest["provenance"]["wall_seconds"]
+            found["provenance"] = manifest["provenance"]
+        place = storage.place(stage)
+        match stage.name:
+            case "score":
+                found["distances"] = json.loads((place / "distances.json").read_text())
+            case "cut":
+                found["cut"] = manifest["summary"]
+            case "distill":
+                found["selection"] = manifest["summary"]
+                found["examples"] = _examples(place)
+            case "train":
+                losses = json.loads((place / "losses.json").read_text())
+                found["losses"][stage.settings["arm"]] = {"curve": losses, **manifest["summary"]}
+    return found
+
+
+def _examples(place: Path, each: int = 3) -> list[dict[str, Any]]:
+    """Return a few rows for every reason, reference and rewrite side by side."""
+    rows = read_split(place, "train")
+    return [row for reason in REASONS for row in [r for r in rows if r["reason"] == reason][:each]]

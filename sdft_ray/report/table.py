@@ -1,0 +1,87 @@
+"""The recovery table on the terminal.
+
+In: the collected report. Out: a rich table; scores in percent, because that is how leaderboards print them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+
+def recovery_table(report: dict[str, Any]) -> Table:
+    """Return models down, tasks across, then mean, recovery, parameters and FLOPs."""
+    tasks = list(report["models"][0]["tasks"])
+    limited = any(model["limited"] for model in report["models"])
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        title=f"{report['recipe']}: quality kept, in %",
+        caption=caption(report, limited),
+        caption_justify="left",
+        title_justify="left",
+    )
+    table.add_column("model")
+    for task in tasks:
+        table.add_column(task, justify="right")
+    for column in ("mean", "recovery", "over chance", "parameters", "FLOPs/token"):
+        table.add_column(column, justify="right")
+    base = report["models"][0]
+    for model in report["models"]:
+        table.add_row(
+            model["model"],
+            *(percent(model["tasks"][task]) for task in tasks),
+            f"{100 * model['mean']:.1f}",
+            _or_dash(model["recovery"]),
+            _or_dash(model["recovery_over_chance"]),
+            f"{model['parameters'] / 1e6:.1f}M{saved(model, base, 'parameters')}",
+            f"{model['flops_per_token'] / 1e6:.0f}M{saved(model, base, 'flops_per_token')}",
+        )
+    return table
+
+
+def caption(report: dict[str, Any], limited: bool) -> str:
+    """Return what a reader must know to read the table."""
+    first = report["models"][0]["tasks"]
+    sizes = ", ".join(f"{task} {score['n']}" for task, score in first.items())
+    text = f"± one standard error. Items: {sizes}. FLOPs: forward, counted at {report['flops_tokens']} tokens."
+    if limited:
+        text = f"LIMITED: scores are of a part of each task, not comparable with published ones. {text}"
+    bits = {m["model"]: m["tasks"]["held_out"]["bits_per_byte"] for m in report["models"] if "held_out" in m["tasks"]}
+    if bits:
+        text += " Bits per byte of the held-out references (lower is better): "
+        text += ", ".join(f"{name} {value:.2f}" for name, value in bits.items()) + "."
+    return text
+
+
+def percent(score: dict[str, Any]) -> str:
+    """Return a score in percent with its standard error."""
+    error = f" ±{100 * score['stderr']:.1f}" if score["stderr"] is not None else ""
+    return f"{100 * score['value']:.1f}{error}"
+
+
+def saved(model: dict[str, Any], base: dict[str, Any], key: str) -> str:
+    """Return how much less than the base a model has of something, or nothing for the base."""
+    return f" (-{100 * (1 - model[key] / base[key]):.1f} %)" if model[key] < base[key] else ""
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    """Print the table and the two lines that explain it."""
+    console.print(recovery_table(report))
+    cut = report["cut"]
+    console.print(
+        f"Cut: blocks [{cut['span'][0]}, {cut['span'][1]}), distance {cut['distance']:.3f}; "
+        f"{cut['agreement']:.0%} of bootstrap samples choose this span."
+    )
+    if selection := report["selection"]:
+        others = ", ".join(f"{n} {reason}" for reason, n in selection["reasons"].items() if n and reason != "kept")
+        console.print(
+            f"Rewrites: {selection['kept']} of {selection['rows']} rows kept"
+            + (f"; the reference stays for {others}." if others else ".")
+        )
+
+
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
