@@ -151,13 +151,15 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         """Say a usage mistake in one line, with the nearest command."""
         wrong = message.partition("invalid choice: '")[2].partition("'")[0]
-        do = nearest(wrong, _COMMANDS) if wrong and "command" in message else f"See {self.prog} --help"
+        do = nearest(wrong, _COMMANDS) if wrong and "COMMAND" in message else f"See {self.prog} --help"
         print(problem(self.prog, message.partition(" (choose")[0], do), file=sys.stderr)
         raise SystemExit(2)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="sdft", description="Prune an LLM in depth and win its quality back by self-data distillation.")
+    parser = _Parser(
+        prog="sdft", description="Prune an LLM in depth and win its quality back by self-data distillation."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
     def add(name: str, action: Callable[[argparse.Namespace], None], help_text: str) -> argparse.ArgumentParser:

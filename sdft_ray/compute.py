@@ -67,7 +67,7 @@ class Train(Section):
     cpus: int | Auto = "auto"
     gpus: float = Field(0, ge=0)
     zero_stage: Literal[0, 1, 2, 3] = 2
-    micro_batch: int = Field(4, gt=0)
+    micro_batch: int = Field(8, gt=0)
     """Rows that one worker takes through forward and backward together, packed into one sequence."""
     gradient_checkpointing: bool = False
     checkpoint_every_steps: int = Field(10, gt=0)

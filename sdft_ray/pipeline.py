@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from sdft_ray import sources
@@ -27,7 +28,7 @@ from sdft_ray.compute import Compute
 from sdft_ray.core import surgery
 from sdft_ray.errors import StageFailed, UserError
 from sdft_ray.progress import Progress, duration, say
-from sdft_ray.recipe import FileRows, GymRows, Recipe
+from sdft_ray.recipe import FileRows, GymRows, HubRows, Recipe
 from sdft_ray.stages import Work, cut, distill, evaluate, model, rows, score, train
 from sdft_ray.storage import Storage
 
@@ -82,10 +83,16 @@ def stages(recipe: Recipe, download: bool = False) -> tuple[Stage, ...]:
 def _rows_stage(recipe: Recipe) -> Stage:
     source = recipe.rows
     split = source.model_dump(mode="json", include={"limit", "held_out", "validation", "seed", "answer"})
-    where = {"path": source.path} if isinstance(source, FileRows) else {}
-    name = source.gym if isinstance(source, GymRows) else (where.get("path") or getattr(source, "repo", "rows"))
+    where: dict[str, str] = {}
+    match source:
+        case GymRows():
+            name = source.gym
+        case FileRows():
+            name, where = Path(source.path).stem, {"path": source.path}
+        case HubRows():
+            name = source.repo
     settings = {"source": sources.rows_identity(source), "split": split}
-    return Stage("rows", slugify(name.removesuffix(".jsonl")), rows.VERSION, settings, where=where)
+    return Stage("rows", slugify(name), rows.VERSION, settings, where=where)
 
 
 def _distill_stage(recipe: Recipe, base: Stage, all_rows: Stage) -> Stage:
@@ -165,7 +172,8 @@ def run(recipe: Recipe, compute: Compute, storage: Storage, until: str | None = 
 def _together(todo: Sequence[Stage]) -> Iterator[list[Stage]]:
     """Yield the stages that are built at once: all evaluations (each is small), everything else alone."""
     for name, group in itertools.groupby(todo, key=lambda stage: stage.name):
-        yield from ([list(group)] if name == "evaluate" else ([stage] for stage in group))
+        each = list(group)
+        yield from [each] if name == "evaluate" else ([stage] for stage in each)
 
 
 def _build_group(group: Sequence[Stage], storage: Storage, compute: Compute) -> None:
@@ -176,9 +184,7 @@ def _build_group(group: Sequence[Stage], storage: Storage, compute: Compute) -> 
     with Progress(group[0].name, "tasks") as progress, ThreadPoolExecutor(max_workers=len(group)) as threads:
         progress.begin(len(group))
         done = itertools.count(1)
-        waiting = [
-            threads.submit(_build, stage, storage, compute, Progress(stage.name, "parts")) for stage in group
-        ]
+        waiting = [threads.submit(_build, stage, storage, compute, Progress(stage.name, "parts")) for stage in group]
         for future in waiting:
             future.add_done_callback(lambda _: progress.update(next(done)))
         for future in waiting:
@@ -197,20 +203,20 @@ def _build(stage: Stage, storage: Storage, compute: Compute, progress: Progress)
             place = storage.commit(stage, summary, time.monotonic() - begun)
         except (UserError, StageFailed, KeyboardInterrupt):
             raise
-        except Exception as error:  # noqa: BLE001 - the edge: whatever broke, say what is kept and where the trace is
-            scratch = storage.scratch(stage)
-            raise StageFailed(_say_failure(stage, error, str(scratch))) from error
+        except Exception as error:  # the edge: whatever broke, say what is kept and where the trace is
+            log = storage.keep_trace(stage, "".join(traceback.format_exception(error)))
+            kept = f"What it had finished is kept under {storage.root}; run the same command again to go on"
+            raise StageFailed(f"{stage.name}: failed: {_root_cause(error)}. {kept}.{log}") from error
     say(f"{stage.name}: {duration(time.monotonic() - begun)}, {place}")
 
 
-def _say_failure(stage: Stage, error: Exception, scratch: str) -> str:
-    cause: BaseException = error
-    while type(cause).__name__ in ("SystemException", "UserCodeException") and (cause.__cause__ or cause.__context__):
-        cause = cause.__cause__ or cause.__context__ or cause
-    cause = getattr(cause, "cause", None) or cause  # what a RayTaskError wraps
-    last = (str(cause).strip().splitlines() or [type(cause).__name__])[-1]
-    trace = "".join(traceback.format_exception(error))
-    return f"{trace}{stage.name}: failed: {type(cause).__name__}: {last}. Kept: {scratch}; run again to go on."
+def _root_cause(error: BaseException) -> str:
+    """Return the one line that says what went wrong, below the wrappers that Ray puts around a worker's exception."""
+    while type(error).__name__ in ("SystemException", "UserCodeException") and (error.__cause__ or error.__context__):
+        error = error.__cause__ or error.__context__ or error
+    error = getattr(error, "cause", None) or error
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
 
 
 def _once(action: Callable[[], Any]) -> Callable[[], None]:
@@ -226,6 +232,5 @@ def _once(action: Callable[[], Any]) -> Callable[[], None]:
 def describe(plan: Sequence[Stage], storage: Storage) -> list[Mapping[str, Any]]:
     """Return, for each stage of a plan, what `sdft check` shows."""
     return [
-        {"stage": stage.name, "status": storage.status(stage), "directory": str(storage.place(stage))}
-        for stage in plan
+        {"stage": stage.name, "status": storage.status(stage), "directory": str(storage.place(stage))} for stage in plan
     ]

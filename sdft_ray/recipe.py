@@ -391,7 +391,7 @@ def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"{where}:{mark.line + 1}" if mark else where
@@ -456,7 +456,7 @@ def _keys_at(kind: type[BaseModel], location: Sequence[str]) -> list[str]:
         if part in _TAGS and found is kind:
             continue
         if part in found.model_fields:
-            models = [m for m in _models_in(found.model_fields[part].annotation)]
+            models = list(_models_in(found.model_fields[part].annotation))
             tagged = [m for m in models if any(tag in m.model_fields for tag in location if tag in _TAGS)]
             found = (tagged or models or [found])[0]
     return list(found.model_fields)

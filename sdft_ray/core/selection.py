@@ -52,16 +52,14 @@ _LEAKS = re.compile(
 )
 _INTEGER = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
 _NUMBER = re.compile(
-    rf"(?P<sign>(?<![\w)\].])[-−]\s?)?[$€£]?\s?(?P<sign2>(?<=[$€£])[-−])?"
+    rf"(?P<sign>(?<![\w)\].])[-\u2212]\s?)?[$€£]?\s?(?P<sign2>(?<=[$€£])[-\u2212])?"
     rf"(?P<whole>{_INTEGER}(?:\.\d+)?|\.\d+)(?P<denominator>\s?/\s?\d+)?"
 )
 _BOXED = re.compile(r"\\boxed\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}")
 
 
-def select_response(
-    reference: str, answer: str | None, generation: Generation, may_say: str = ""
-) -> Selected:
+def select_response(reference: str, answer: str | None, generation: Generation, may_say: str = "") -> Selected:
     """Return the rewrite if it passes every check, else the reference verbatim with the first failed check.
 
     answer: the final answer to be reached, or None for open-ended rows. may_say: the row's own prompt; a phrase that

@@ -36,9 +36,7 @@ def collect(recipe: Recipe, name: str, storage: Storage) -> dict[str, Any]:
         "models": models,
         "flops_tokens": FLOPS_TOKENS,
         "settings": recipe.model_dump(mode="json"),
-        "artifacts": [
-            {"stage": stage.name, "id": stage.id, "directory": str(storage.place(stage))} for stage in plan
-        ],
+        "artifacts": [{"stage": stage.name, "id": stage.id, "directory": str(storage.place(stage))} for stage in plan],
         **_details(plan, storage),
     }
 

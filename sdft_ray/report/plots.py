@@ -27,7 +27,9 @@ def distance_map(distances: Sequence[Sequence[float]], span: Sequence[int]) -> s
         for size in range(1, sizes + 1)
     ]
     figure, axes = _figure(7.2, 3.6)
-    image = axes.imshow(grid, origin="lower", aspect="auto", cmap="viridis", extent=(-0.5, blocks - 0.5, 0.5, sizes + 0.5))
+    image = axes.imshow(
+        grid, origin="lower", aspect="auto", cmap="viridis", extent=(-0.5, blocks - 0.5, 0.5, sizes + 0.5)
+    )
     start, size = span[0], span[1] - span[0]
     if size <= sizes:
         axes.plot(start, size, "s", markersize=9, markerfacecolor="none", markeredgecolor="#ff2d55", markeredgewidth=2)

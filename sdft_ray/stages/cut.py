@@ -75,7 +75,7 @@ def require_loadable(directory: Path) -> int:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {}
+    found: dict[str, tuple[int, ...]] = {}
     for shard in directory.glob("*.safetensors"):
         with safe_open(shard, framework="pt") as tensors:
             found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118

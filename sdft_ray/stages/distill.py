@@ -200,9 +200,7 @@ class Rewriter:
         ]
         piece: list[dict[str, Any]] = []
         for request, generation in self.engine.generate(requests):
-            piece.append(
-                {"id": request.id, "sampling_seed": request.sampling_seed, **dataclasses.asdict(generation)}
-            )
+            piece.append({"id": request.id, "sampling_seed": request.sampling_seed, **dataclasses.asdict(generation)})
             if len(piece) == self.piece_rows:
                 _write_piece(self.ledger, name, piece)
                 yield {"tokens": np.array([row["tokens"] for row in piece])}
@@ -214,9 +212,7 @@ class Rewriter:
     def _request(self, row_id: str, prompt: str, reference: str) -> Request:
         checkable = self.settings["answer"] != "none"
         instruction = rewrite_instruction(prompt, reference, checkable, self.settings["template"])
-        return Request(
-            row_id, render_prompt(self.tokenizer, instruction), sampling_seed(row_id, self.settings["seed"])
-        )
+        return Request(row_id, render_prompt(self.tokenizer, instruction), sampling_seed(row_id, self.settings["seed"]))
 
 
 class VllmEngine:

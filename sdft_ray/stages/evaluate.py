@@ -113,7 +113,7 @@ def examine(
 def _load(model: str, dtype: str, batch_size: int, device: str) -> Any:
     from lm_eval.models.huggingface import HFLM
 
-    class SharedContextLM(HFLM):  # type: ignore[misc]  # lm-eval is not typed
+    class SharedContextLM(HFLM):
         """The harness's model, reading each item's context once for all of its choices."""
 
         def _loglikelihood_tokens(
@@ -181,20 +181,22 @@ def _score_trees(model: Any, trees: Sequence[tuple[list[int], list[list[int]]]])
     sees = (where[:, None] == where[None]) & ((branches[None] == 0) | (branches[:, None] == branches[None])).tril()
     mask = torch.zeros(len(ids), len(ids), dtype=model.dtype).masked_fill(~sees, torch.finfo(model.dtype).min)  # (S, S)
     with torch.inference_mode():
-        logits = model(
-            input_ids=torch.tensor([ids], device=model.device),
-            position_ids=torch.tensor([positions], device=model.device),
-            attention_mask=mask[None, None].to(model.device),
-            logits_to_keep=torch.tensor(keep, device=model.device),
-            use_cache=False,
-        ).logits[0].float()  # (K, V)
+        logits = (
+            model(
+                input_ids=torch.tensor([ids], device=model.device),
+                position_ids=torch.tensor([positions], device=model.device),
+                attention_mask=mask[None, None].to(model.device),
+                logits_to_keep=torch.tensor(keep, device=model.device),
+                use_cache=False,
+            )
+            .logits[0]
+            .float()
+        )  # (K, V)
         target = torch.tensor(targets, device=model.device)
         at = logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(dim=1)  # (K,)
         greedy = logits.argmax(dim=1) == target
     sizes = [len(continuation) for _, continuations in trees for continuation in continuations]
-    return [
-        (float(a.sum()), bool(g.all())) for a, g in zip(at.split(sizes), greedy.split(sizes), strict=True)
-    ]
+    return [(float(a.sum()), bool(g.all())) for a, g in zip(at.split(sizes), greedy.split(sizes), strict=True)]
 
 
 def examine_held_out(

@@ -23,17 +23,20 @@ SPLITS = ("held_out", "validation", "train")
 
 def build(work: Work) -> dict[str, Any]:
     """Write the three splits."""
+    source = _source(work)
+    splits, counts = split_rows(read_rows(source), source.answer, source.seed, source.held_out, source.validation)
+    write_splits(work.directory, splits)
+    return {"rows": {name: len(splits[name]) for name in SPLITS}, **counts}
+
+
+def write_splits(directory: Path, splits: dict[str, list[dict[str, Any]]]) -> None:
+    """Write one Parquet file a split: id, prompt, reference, answer."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    source = _source(work)
-    splits, counts = split_rows(
-        read_rows(source), source.answer, source.seed, source.held_out, source.validation
-    )
     schema = pa.schema([(name, pa.string()) for name in ("id", "prompt", "reference", "answer")])
     for name in SPLITS:
-        pq.write_table(pa.Table.from_pylist(splits[name], schema), work.directory / f"{name}.parquet")
-    return {"rows": {name: len(splits[name]) for name in SPLITS}, **counts}
+        pq.write_table(pa.Table.from_pylist(splits[name], schema), directory / f"{name}.parquet")
 
 
 def split_rows(

@@ -134,7 +134,7 @@ def _fit(work: Work, base: Path) -> dict[str, Any]:
         ),
     )
     if result_file.is_file():  # killed between the last step and the commit
-        return json.loads(result_file.read_text())  # type: ignore[no-any-return]
+        return json.loads(result_file.read_text())
     finished = threading.Event()
 
     def watch() -> None:
@@ -152,7 +152,7 @@ def _fit(work: Work, base: Path) -> dict[str, Any]:
     finally:
         finished.set()
         watcher.join()
-    return json.loads(result_file.read_text())  # type: ignore[no-any-return]
+    return json.loads(result_file.read_text())
 
 
 # --- in the workers -------------------------------------------------------------------------------------------

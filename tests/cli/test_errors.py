@@ -1,0 +1,151 @@
+"""Every mistake a user is likely to make, through the command: one clear line, exit code 2, nothing touched."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+
+def sdft(*arguments, cwd: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "sdft_ray.cli", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, check=False
+    )
+
+
+@pytest.fixture
+def folder(tiny_model, tmp_path):
+    """A directory with a good recipe; a test spoils one thing."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"q": f"{i}?", "a": f"{i}"}) + "\n" for i in range(9)))
+    (tmp_path / "texts.txt").write_text("One text.")
+    recipe = {
+        "model": {"path": str(tiny_model)},
+        "rows": {"path": "rows.jsonl", "fields": {"prompt": "q", "response": "a"}, "held_out": 2, "validation": 2},
+        "prune": {"blocks": 2, "calibration": {"text": "texts.txt"}},
+        "evaluate": {"tasks": ["held_out"]},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return tmp_path
+
+
+def test_check_of_a_good_recipe_touches_nothing(folder):
+    before = sorted(folder.rglob("*"))
+    done = sdft("check", "recipe.yaml", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "missing" in done.stdout and str(folder / "artifacts" / "cut") in done.stdout
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (["distill.tempreature=1.0"], "distill.tempreature: unknown key. Did you mean temperature?"),
+        (["train.lr=fast"], 'train.lr: got "fast"; expected a valid number. Change this value.'),
+        (["prune.blocks=6"], "prune.blocks: 6 removes every block of a 6-block model. Give 1 to 5."),
+        (["rows.path=nowhere.jsonl"], "rows.path: nowhere.jsonl does not exist. Give a .json, .jsonl or .parquet file."),
+        (["rows.fields.prompt=question"], "rows.fields.prompt: rows.jsonl:1 has no question. Known: a, q."),
+        (["model.path=nowhere"], "model.path: nowhere does not exist. Give a model directory or a .gguf file."),
+        (["train.global_batch_size=6"], "train.global_batch_size: 6 is not a multiple of micro_batch 8 x 2 workers = 16."),
+        (["evaluate.tasks=[arc_esy]"], "evaluate.tasks: arc_esy is not in the offline preset. Did you mean arc_easy?"),
+        (["train.lr"], "--set train.lr: is not KEY=VALUE. Write for example --set train.lr=2e-4."),
+    ],
+)
+def test_check_of_a_wrong_value_says_where_what_and_how_to_mend_it(folder, settings, line):
+    done = sdft("check", "recipe.yaml", *(x for s in settings for x in ("--set", s)), cwd=folder)
+    assert done.returncode == 2
+    assert done.stderr.startswith(line)
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def test_check_of_several_mistakes_says_all_of_them(folder):
+    wrong = ["--set", "prune.blcks=2", "--set", "train.epochs=0", "--set", "distill.top_p=2"]
+    done = sdft("check", "recipe.yaml", *wrong, cwd=folder)
+    assert done.returncode == 2
+    assert {line.partition(":")[0] for line in done.stderr.splitlines()} == {
+        "prune.blcks",
+        "train.epochs",
+        "distill.top_p",
+    }
+
+
+def test_check_of_a_torn_line_names_file_and_line(folder):
+    with (folder / "rows.jsonl").open("a") as file:
+        file.write('{"q": "torn\n')
+    done = sdft("check", "recipe.yaml", cwd=folder)
+    assert done.returncode == 2
+    assert done.stderr.startswith("rows.jsonl:10: is not JSON")
+
+
+def test_run_of_empty_rows_is_refused_before_anything_starts(folder):
+    (folder / "rows.jsonl").write_text("")
+    done = sdft("run", "recipe.yaml", cwd=folder)
+    assert done.returncode == 2
+    assert done.stderr.startswith("rows: 0 usable rows (of 0) leave none to train on after 2 held-out and 2 validation")
+
+
+@pytest.mark.parametrize(
+    ("file", "line"),
+    [
+        ("tokenizer.json", "has no tokenizer. Put the model's tokenizer files beside it."),
+        ("chat_template.jinja", "has no chat template. Give an instruction-tuned model."),
+        ("model.safetensors", "has no weights (expected *.safetensors). Save it with safe_serialization=True."),
+        ("config.json", "is no Hugging Face model directory. Check the path."),
+    ],
+)
+def test_check_of_a_model_directory_that_lacks_a_part_names_it(folder, tiny_model, tmp_path, file, line):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for path in tiny_model.iterdir():
+        if path.name != file:
+            (broken / path.name).symlink_to(path)
+    done = sdft("check", "recipe.yaml", "--set", f"model.path={broken}", cwd=folder)
+    assert done.returncode == 2
+    assert done.stderr.strip().endswith(line)
+
+
+def test_check_of_an_unknown_architecture_names_it(folder, tiny_model, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in tiny_model.iterdir():
+        if path.name != "config.json":
+            (other / path.name).symlink_to(path)
+    config = json.loads((tiny_model / "config.json").read_text()) | {"model_type": "mamba"}
+    (other / "config.json").write_text(json.dumps(config))
+    done = sdft("check", "recipe.yaml", "--set", f"model.path={other}", cwd=folder)
+    assert done.returncode == 2
+    assert done.stderr.startswith("model: cannot prune a mamba model. Known: llama")
+
+
+def test_run_with_too_few_cpus_is_an_error_and_never_waits(folder):
+    (folder / "compute.yaml").write_text("train: {workers: 999, cpus: 1}")
+    done = sdft("run", "recipe.yaml", "--compute", "compute.yaml", cwd=folder)
+    assert done.returncode == 2
+    assert done.stderr.startswith("compute.train: 999 x 1 CPUs = 999 is more than the ")
+
+
+def test_report_of_an_unfinished_recipe_says_what_is_missing(folder):
+    done = sdft("report", "recipe.yaml", cwd=folder)
+    assert done.returncode == 2
+    assert "is not finished (missing: rows, score, cut, distill, train, evaluate). Do: sdft run recipe.yaml." in done.stderr
+
+
+def test_unknown_command_suggests_the_nearest(folder):
+    done = sdft("chekc", cwd=folder)
+    assert done.returncode == 2
+    assert "Did you mean check?" in done.stderr
+
+
+def test_show_of_an_unknown_id_says_where_it_looked(folder):
+    done = sdft("show", "abcdef123456", cwd=folder)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"abcdef123456: is no artifact under {folder / 'artifacts'}.")
+
+
+def test_diff_of_two_recipes_names_the_values_that_differ(folder):
+    text = (folder / "recipe.yaml").read_text()
+    (folder / "other.yaml").write_text(text.replace("blocks: 2", "blocks: 3"))
+    done = sdft("diff", "recipe.yaml", "other.yaml", "--json", cwd=folder)
+    assert json.loads(done.stdout) == {"prune.blocks": [2, 3]}

@@ -1,0 +1,128 @@
+"""SIGKILL of the whole command, twice, at points that matter; the end is the same as of a run left alone."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+# The command with a fake at the engine boundary: it is slow enough to be caught at work.
+SCRIPT = textwrap.dedent(
+    """
+    import sys, time
+    from sdft_ray import cli
+    from sdft_ray.core.selection import Generation
+    from sdft_ray.stages import distill
+
+    class FakeEngine:
+        def __init__(self, model, settings, options, alone):
+            pass
+
+        def generate(self, requests):
+            for request in requests:
+                time.sleep(0.1)
+                yield request, Generation(f"seed {request.sampling_seed}", "stop", len(request.prompt_ids), 2)
+
+    distill.VllmEngine = FakeEngine
+    sys.exit(cli.main(["run", "recipe.yaml", "--compute", "compute.yaml", "--until", "train"]))
+    """
+)
+
+
+@pytest.fixture
+def folder(tiny_model, tmp_path):
+    rows = [{"q": f"What is {i} + {i}?", "a": f"{i} + {i} = {2 * i}"} for i in range(56)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "texts.txt").write_text("One text.\n\nAnother text.")
+    recipe = {
+        "model": {"path": str(tiny_model)},
+        "rows": {
+            "path": "sums.jsonl",
+            "fields": {"prompt": "q", "response": "a"},
+            "held_out": 4,
+            "validation": 4,
+            "answer": "none",
+        },
+        "prune": {"blocks": 2, "calibration": {"text": "texts.txt", "limit": 2}},
+        "train": {"global_batch_size": 4, "epochs": 3, "lr": 1e-3, "validate_every_steps": 5},
+        "arms": {"distilled": {}},
+        "evaluate": {"tasks": ["arc_easy"], "limit": 2},
+    }
+    compute = {
+        "distill": {"cpus": 1, "batch_rows": 16, "piece_rows": 4},
+        "train": {"workers": 1, "cpus": 1, "micro_batch": 2, "checkpoint_every_steps": 4},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "compute.yaml").write_text(yaml.safe_dump(compute))
+    (tmp_path / "script.py").write_text(SCRIPT)
+    return tmp_path
+
+
+def start(folder: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "script.py"],
+        cwd=folder,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )
+
+
+def kill_when(process: subprocess.Popen, folder: Path, pattern: str) -> None:
+    while not list((folder / "artifacts").glob(pattern)):
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def outcome(folder: Path) -> dict:
+    """Return what must not depend on kills: rows with seeds and text, losses, and the tuned weights' size."""
+    (distilled,) = (folder / "artifacts" / "distill").iterdir()
+    (tuned,) = (folder / "artifacts" / "train").iterdir()
+    return {
+        "ids": (distilled.name, tuned.name),
+        "rows": pq.read_table(distilled / "train.parquet").to_pylist(),
+        "losses": json.loads((tuned / "losses.json").read_text()),
+    }
+
+
+def finish(folder: Path) -> str:
+    process = start(folder)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return errors
+
+
+def test_killed_while_generating_and_while_training_ends_as_if_left_alone(folder):
+    finish(folder)
+    alone = outcome(folder)
+    (folder / "artifacts").rename(folder / "alone")
+
+    kill_when(start(folder), folder, "ledger/*/part-*.parquet")
+    assert not list((folder / "artifacts" / "distill").glob("*")), "nothing half-done stands in an artifact's place"
+    kept = sum(pq.read_metadata(path).num_rows for path in (folder / "artifacts").glob("ledger/*/part-*.parquet"))
+    assert kept > 0
+
+    second = start(folder)
+    kill_when(second, folder, "resumable/train/*/ray_train/checkpoint_*/step/*")
+    ledger = [
+        row["id"]
+        for path in (folder / "artifacts").glob("ledger/*/part-*.parquet")
+        for row in pq.read_table(path).to_pylist()
+    ]
+    assert len(ledger) == len(set(ledger)) == 48, "no row lost, none twice"
+    assert not list((folder / "artifacts" / "train").glob("*"))
+
+    finish(folder)
+    again = outcome(folder)
+    assert again["ids"] == alone["ids"]
+    assert again["rows"] == alone["rows"]
+    assert [step["step"] for step in again["losses"]] == [step["step"] for step in alone["losses"]]
+    for got, expected in zip(again["losses"], alone["losses"], strict=True):
+        assert got == pytest.approx(expected, abs=1e-6)

@@ -1,0 +1,135 @@
+"""Identity: what moves an id and what must not. Nothing is built here."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sdft_ray import pipeline
+from sdft_ray.compute import Compute, load_compute
+from sdft_ray.recipe import Recipe, leaves, load_recipe, validate
+from sdft_ray.storage import Storage
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.fixture
+def recipe(tiny_model, tmp_path) -> dict:
+    """A complete recipe as plain data, every default written out."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"q": f"{i}?", "a": f"{i}"}) + "\n" for i in range(9)))
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(json.dumps({"text": "Some text.", "other": "Other text."}) + "\n")
+    short = {
+        "model": {"path": str(tiny_model)},
+        "rows": {"path": str(rows), "fields": {"prompt": "q", "response": "a"}, "limit": 8, "held_out": 2, "validation": 2},
+        "prune": {"blocks": 2, "calibration": {"text": str(texts)}},
+        "evaluate": {"tasks": ["arc_easy", "held_out"], "limit": 3},
+    }
+    return validate(Recipe, short).model_dump(mode="json")
+
+
+# A second value for leaves where adding one or flipping would not be valid.
+OTHER = {
+    "rows.answer": "none",
+    "rows.fields.prompt": "a",
+    "rows.fields.response": "q",
+    "rows.fields.context": "q",
+    "rows.fields.answer": "a",
+    "prune.dtype": "bfloat16",
+    "prune.calibration.field": "other",
+    "distill.dtype": "float32",
+    "distill.template": "{prompt} {reference}",
+    "train.method": "full",
+    "train.lora.targets": ["q_proj"],
+    "train.schedule": "linear",
+    "train.dtype": "bfloat16",
+    "evaluate.tasks": ["arc_easy"],
+    "evaluate.dtype": "float32",
+    "train.rows": 4,
+}
+# Only one value exists, or the other needs another source.
+FIXED = {"prune.metric", "evaluate.preset", "model.path", "rows.path", "prune.calibration.text"}
+
+
+def final_ids(data: dict) -> list[str]:
+    return [stage.id for stage in pipeline.stages(validate(Recipe, data)) if stage.name == "evaluate"]
+
+
+def with_leaf(data: dict, path: str, value) -> dict:
+    changed = json.loads(json.dumps(data))
+    *parents, last = path.split(".")
+    at = changed
+    for parent in parents:
+        at = at[parent]
+    at[last] = value
+    return changed
+
+
+def test_every_recipe_leaf_moves_a_final_id(recipe):
+    original, moved = final_ids(recipe), 0
+    for path, value in leaves(recipe):
+        if path in FIXED or path.startswith("arms."):
+            continue
+        if path == "rows.answer":  # held_out needs checkable rows
+            changed = with_leaf(with_leaf(recipe, path, "none"), "evaluate.tasks", ["arc_easy"])
+            assert final_ids(changed)[-1] not in original, path
+            continue
+        if path in OTHER:
+            other = OTHER[path]
+        elif isinstance(value, bool):
+            other = not value
+        else:
+            other = value * 0.5 if isinstance(value, float) and value else (value or 0) + 1
+        if isinstance(value, float) and not value:
+            other = 0.5
+        assert final_ids(with_leaf(recipe, path, other)) != original, path
+        moved += 1
+    assert moved > 35
+
+
+def test_an_arm_override_moves_only_that_arm(recipe):
+    before = {stage.slug: stage.id for stage in pipeline.stages(validate(Recipe, recipe)) if stage.name == "train"}
+    changed = with_leaf(recipe, "arms.distilled.lr", 1e-5)
+    after = {stage.slug: stage.id for stage in pipeline.stages(validate(Recipe, changed)) if stage.name == "train"}
+    assert [name for name in before if before[name] != after[name]] == [name for name in before if "distilled" in name]
+
+
+def test_no_compute_leaf_is_part_of_any_identity(recipe):
+    names = {path.rpartition(".")[2] for path, _ in leaves(Compute())} - {"tensor_parallel_size"}
+    for stage in pipeline.stages(validate(Recipe, recipe)):
+        keys = {path.rpartition(".")[2] for path, _ in leaves(stage.identity)}
+        assert not keys & (names - {"max_tokens"}), stage.name
+
+
+def test_depth_moves_neither_scoring_nor_generation(recipe):
+    two, three = (
+        {stage.name: stage.id for stage in pipeline.stages(validate(Recipe, with_leaf(recipe, "prune.blocks", n)))}
+        for n in (2, 3)
+    )
+    assert {name for name in two if two[name] != three[name]} == {"cut", "train", "evaluate"}
+
+
+def test_a_moved_file_keeps_its_identity(recipe, tmp_path):
+    original = final_ids(recipe)
+    moved = tmp_path / "elsewhere.jsonl"
+    Path(recipe["rows"]["path"]).rename(moved)
+    assert final_ids(with_leaf(recipe, "rows.path", str(moved))) == original
+
+
+def test_storage_root_and_cwd_are_in_no_identity(recipe, tmp_path):
+    text = json.dumps([stage.lineage for stage in pipeline.stages(validate(Recipe, recipe))])
+    assert str(tmp_path) not in text
+
+
+def test_every_shipped_config_loads_and_plans(tmp_path):
+    recipes = sorted((CONFIGS / "recipes").glob("*.yaml"))
+    computes = sorted((CONFIGS / "compute").glob("*.yaml"))
+    assert len(recipes) >= 3 and len(computes) >= 2
+    for path in computes:
+        load_compute(path)
+    for path in recipes:
+        plan = pipeline.stages(load_recipe(path))
+        assert [stage.name for stage in plan[:4]] == ["model", "rows", "score", "cut"]
+        assert {line["status"] for line in pipeline.describe(plan, Storage(str(tmp_path)))} <= {"missing", "done"}
+        assert not list(tmp_path.iterdir()), "planning writes nothing under the root"

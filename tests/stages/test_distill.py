@@ -1,0 +1,168 @@
+"""The distill stage on real Ray Data, with a fake engine at the one boundary where a fake may stand."""
+
+import json
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from sdft_ray import compute
+from sdft_ray.artifacts import Stage
+from sdft_ray.core.selection import Generation
+from sdft_ray.errors import StageFailed
+from sdft_ray.progress import Progress
+from sdft_ray.stages import Work, distill, rows
+from sdft_ray.storage import Storage
+
+SETTINGS = {
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "max_new_tokens": 16,
+    "dtype": "float32",
+    "seed": 0,
+    "template": None,
+    "max_failed_fraction": 0.5,
+    "answer": "number",
+    "rows": None,
+}
+PLAN = compute.Compute(distill=compute.Distill(actors=1, cpus=1, batch_rows=8, piece_rows=2))
+
+
+def fake_engine(log: Path, kill_after: int | None = None, error_on: str = "no such prompt"):
+    """Return an engine class: answers `<reference number> is it`, logs each row, and can kill its process once."""
+
+    class FakeEngine:
+        def __init__(self, model, settings, options, alone):
+            from transformers import AutoTokenizer
+
+            self.tokenizer = AutoTokenizer.from_pretrained(model)
+
+        def generate(self, requests):
+            for request in requests:
+                with log.open("a") as lines:
+                    lines.write(json.dumps([request.id, request.prompt_ids, request.sampling_seed]) + "\n")
+                seen = log.read_text().count("\n")
+                if kill_after is not None and seen == kill_after:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                text = self.tokenizer.decode(request.prompt_ids)
+                if error_on in text:
+                    yield request, Generation("prompt refused", "error")
+                    continue
+                answer = text.partition("#### ")[2].split("\n")[0]
+                yield request, Generation(f"{answer} is it", "stop", len(request.prompt_ids), 3)
+
+    return FakeEngine
+
+
+def make_work(root: Path, model: Path, count: int, **settings) -> Work:
+    """Return the distill stage's work on `count` training rows, its inputs being there already."""
+    raw = [
+        {"prompt": f"What is {i} + {i}?", "reference": f"It is {2 * i}.\n#### {2 * i}", "answer": None}
+        for i in range(40)
+    ]
+    splits, _ = rows.split_rows(raw, "number", 0, 2, 2)
+    storage = Storage(str(root))
+    base = Stage("model", "tiny", 1, {}, location=model)
+    rows_stage = Stage("rows", "sums", 1, {})
+    if storage.status(rows_stage) != "done":
+        directory = storage.scratch(rows_stage)
+        rows.write_splits(directory, splits)
+        storage.commit(rows_stage, {}, 0.0)
+    stage = Stage(
+        "distill", "sums", 1, SETTINGS | {"rows": count} | settings, {"model": base, "rows": rows_stage}
+    )
+    return Work(stage, storage, PLAN, Progress("distill", "rows"))
+
+
+def logged(log: Path) -> list[list]:
+    return [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def written(work: Work) -> list[dict]:
+    return pq.read_table(work.directory / "train.parquet").to_pylist()
+
+
+def test_distill_every_row_kept_has_the_rewrite(ray_cluster, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(distill, "VllmEngine", fake_engine(tmp_path / "log"))
+    work = make_work(tmp_path, tiny_model, 20)
+    summary = distill.build(work)
+    assert summary["rows"] == summary["kept"] == 20
+    for row in written(work):
+        assert row["response"] == f"{row['answer']} is it"
+        assert row["source"] == "distilled"
+
+
+def test_distill_growing_the_rows_generates_only_the_missing(ray_cluster, tiny_model, tmp_path, monkeypatch):
+    log = tmp_path / "log"
+    monkeypatch.setattr(distill, "VllmEngine", fake_engine(log))
+    distill.build(make_work(tmp_path, tiny_model, 10))
+    first = [row for row, _, _ in logged(log)]
+    grown = make_work(tmp_path, tiny_model, 30)
+    distill.build(grown)
+    everything = [row for row, _, _ in logged(log)]
+    assert len(first) == 10
+    assert len(everything) == len(set(everything)) == 30
+    assert [row["id"] for row in written(grown)][:10] == [
+        row["id"] for row in rows.read_split(grown.input("rows"), "train")[:10]
+    ]
+
+
+def test_distill_a_killed_actor_loses_no_row_and_doubles_none(ray_cluster, tiny_model, tmp_path, monkeypatch):
+    calm_log, log = tmp_path / "calm.log", tmp_path / "killed.log"
+    monkeypatch.setattr(distill, "VllmEngine", fake_engine(calm_log))
+    calm = make_work(tmp_path / "calm", tiny_model, 20)
+    distill.build(calm)
+    monkeypatch.setattr(distill, "VllmEngine", fake_engine(log, kill_after=6))
+    killed = make_work(tmp_path / "killed", tiny_model, 20)
+    distill.build(killed)
+    # The same rows, prompts, seeds and counts as without the kill.
+    assert written(killed) == written(calm)
+    assert {json.dumps(line) for line in logged(log)} == {json.dumps(line) for line in logged(calm_log)}
+    # 5 rows were finished, 4 of them in durable pieces of 2: only the fifth and the killed one come again.
+    again = Counter(row for row, _, _ in logged(log))
+    assert sum(count - 1 for count in again.values()) == 2
+    ledger = killed.storage.ledger(distill.ledger_name(killed))
+    pieces = [row["id"] for path in ledger.glob("*.parquet") for row in pq.read_table(path).to_pylist()]
+    assert len(pieces) == len(set(pieces)) == 20
+
+
+def test_distill_rows_that_error_keep_their_reference_and_are_tried_again(
+    ray_cluster, tiny_model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(distill, "VllmEngine", fake_engine(tmp_path / "log", error_on="What is 1"))
+    work = make_work(tmp_path, tiny_model, 36)
+    summary = distill.build(work)
+    failed = [row for row in written(work) if row["prompt"].startswith("What is 1")]
+    assert summary["reasons"]["error"] == len(failed) > 0
+    assert summary["rows"] == 36 == summary["kept"] + len(failed)
+    assert all(row["response"] == row["reference"] for row in failed)
+    monkeypatch.setattr(distill, "VllmEngine", fake_engine(tmp_path / "log2"))
+    assert distill.build(work)["kept"] == 36
+    assert len(logged(tmp_path / "log2")) == len(failed)
+
+
+def test_distill_too_many_errors_stop_the_stage_and_keep_the_rows(ray_cluster, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(distill, "VllmEngine", fake_engine(tmp_path / "log", error_on="What is 1"))
+    work = make_work(tmp_path, tiny_model, 36, max_failed_fraction=0.01)
+    with pytest.raises(StageFailed, match=r"rows failed in the engine .* prompt refused\. \d+ generated rows are kept"):
+        distill.build(work)
+    monkeypatch.setattr(distill, "VllmEngine", fake_engine(tmp_path / "log2"))
+    distill.build(work)
+    finished = len(logged(tmp_path / "log")) - len(logged(tmp_path / "log2"))
+    assert finished > 0
+
+
+def test_ledger_name_moves_with_sampling_but_not_with_rows_or_checks(tmp_path, tiny_model):
+    name = distill.ledger_name(make_work(tmp_path, tiny_model, 10))
+    assert distill.ledger_name(make_work(tmp_path, tiny_model, 20)) == name
+    assert distill.ledger_name(make_work(tmp_path, tiny_model, 10, max_failed_fraction=0.2)) == name
+    for change in ({"temperature": 0.5}, {"seed": 1}, {"dtype": "bfloat16"}, {"template": "{prompt}{reference}"}):
+        assert distill.ledger_name(make_work(tmp_path, tiny_model, 10, **change)) != name
+
+
+def test_sampling_seed_depends_on_row_and_recipe_seed_only():
+    assert distill.sampling_seed("a", 0) == distill.sampling_seed("a", 0)
+    assert len({distill.sampling_seed(row, seed) for row in "abc" for seed in (0, 1)}) == 6
