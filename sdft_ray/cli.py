@@ -7,6 +7,7 @@ usage). Nothing heavy is imported at the top: `sdft --help` answers at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -63,7 +64,8 @@ def _run(options: argparse.Namespace) -> None:
     from sdft_ray.progress import say
 
     recipe, compute, storage = _load(options)
-    built = pipeline.run(recipe, compute, storage, options.until)
+    with contextlib.redirect_stdout(sys.stderr):  # Ray prints notices of dead workers to stdout, which is for results
+        built = pipeline.run(recipe, compute, storage, options.until)
     if not built.new:
         say(f"Nothing to do: all {len(built.reused)} artifacts are there already under {storage.root}.")
     if not options.until or options.until == STAGES[-1]:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from sdft_ray.errors import UserError, nearest, problem
+from sdft_ray.errors import UserError, problem
 
 # Decoders whose blocks are `model.layers.N.` and independent of each other; each is proven by a test that compares
 # the pruned model with the base that skips those blocks. Everything else is refused by name, never guessed.
@@ -25,8 +25,8 @@ _BLOCK = re.compile(r"^model\.layers\.(\d+)\.")
 def require_supported(architecture: str, where: str) -> None:
     """Raise UserError for an architecture whose pruning is not proven."""
     if architecture not in ARCHITECTURES:
-        what = f"cannot prune a {architecture} model"
-        raise UserError(problem(where, what, nearest(architecture, ARCHITECTURES)))
+        what = f"cannot prune a {architecture} model: not proven to be right"
+        raise UserError(problem(where, what, f"Give one of these: {', '.join(ARCHITECTURES)}"))
 
 
 def require_span(start: int, stop: int, blocks: int) -> None:

@@ -87,6 +87,6 @@ def _svg(figure: Any) -> str:
         axes.yaxis.label.set_color(_INK)
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sdft_ray"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = buffer.getvalue()
     return text[text.index("<svg") :].replace(_INK, "currentColor")
