@@ -11,7 +11,11 @@ import yaml
 
 def sdft(*arguments, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "sdft_ray.cli", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, check=False
+        [sys.executable, "-m", "sdft_ray.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        check=False,
     )
 
 
@@ -44,10 +48,16 @@ def test_check_of_a_good_recipe_touches_nothing(folder):
         (["distill.tempreature=1.0"], "distill.tempreature: unknown key. Did you mean temperature?"),
         (["train.lr=fast"], 'train.lr: got "fast"; expected a valid number. Change this value.'),
         (["prune.blocks=6"], "prune.blocks: 6 removes every block of a 6-block model. Give 1 to 5."),
-        (["rows.path=nowhere.jsonl"], "rows.path: nowhere.jsonl does not exist. Give a .json, .jsonl or .parquet file."),
+        (
+            ["rows.path=nowhere.jsonl"],
+            "rows.path: nowhere.jsonl does not exist. Give a .json, .jsonl or .parquet file.",
+        ),
         (["rows.fields.prompt=question"], "rows.fields.prompt: rows.jsonl:1 has no question. Known: a, q."),
         (["model.path=nowhere"], "model.path: nowhere does not exist. Give a model directory or a .gguf file."),
-        (["train.global_batch_size=6"], "train.global_batch_size: 6 is not a multiple of micro_batch 8 x 2 workers = 16."),
+        (
+            ["train.global_batch_size=6"],
+            "train.global_batch_size: 6 is not a multiple of micro_batch 8 x 2 workers = 16.",
+        ),
         (["evaluate.tasks=[arc_esy]"], "evaluate.tasks: arc_esy is not in the offline preset. Did you mean arc_easy?"),
         (["train.lr"], "--set train.lr: is not KEY=VALUE. Write for example --set train.lr=2e-4."),
     ],
@@ -116,7 +126,9 @@ def test_check_of_an_unknown_architecture_names_it(folder, tiny_model, tmp_path)
     (other / "config.json").write_text(json.dumps(config))
     done = sdft("check", "recipe.yaml", "--set", f"model.path={other}", cwd=folder)
     assert done.returncode == 2
-    assert done.stderr.startswith("model: cannot prune a mamba model: not proven to be right. Give one of these: llama, ")
+    assert done.stderr.startswith(
+        "model: cannot prune a mamba model: not proven to be right. Give one of these: llama, "
+    )
 
 
 def test_run_with_too_few_cpus_is_an_error_and_never_waits(folder):
@@ -129,7 +141,10 @@ def test_run_with_too_few_cpus_is_an_error_and_never_waits(folder):
 def test_report_of_an_unfinished_recipe_says_what_is_missing(folder):
     done = sdft("report", "recipe.yaml", cwd=folder)
     assert done.returncode == 2
-    assert "is not finished (missing: rows, score, cut, distill, train, evaluate). Do: sdft run recipe.yaml." in done.stderr
+    assert (
+        "is not finished (missing: rows, score, cut, distill, train, evaluate). Do: sdft run recipe.yaml."
+        in done.stderr
+    )
 
 
 def test_unknown_command_suggests_the_nearest(folder):

@@ -17,7 +17,11 @@ REASONS = {"kept", "error", "truncated", "empty", "leak", "repeated", "no_answer
 
 def sdft(*arguments, cwd: Path) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "sdft_ray.cli", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, check=False
+        [sys.executable, "-m", "sdft_ray.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        check=False,
     )
 
 

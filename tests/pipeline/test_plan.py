@@ -22,7 +22,13 @@ def recipe(tiny_model, tmp_path) -> dict:
     texts.write_text(json.dumps({"text": "Some text.", "other": "Other text."}) + "\n")
     short = {
         "model": {"path": str(tiny_model)},
-        "rows": {"path": str(rows), "fields": {"prompt": "q", "response": "a"}, "limit": 8, "held_out": 2, "validation": 2},
+        "rows": {
+            "path": str(rows),
+            "fields": {"prompt": "q", "response": "a"},
+            "limit": 8,
+            "held_out": 2,
+            "validation": 2,
+        },
         "prune": {"blocks": 2, "calibration": {"text": str(texts)}},
         "evaluate": {"tasks": ["arc_easy", "held_out"], "limit": 3},
     }

@@ -71,9 +71,7 @@ def make_work(root: Path, model: Path, count: int, **settings) -> Work:
         directory = storage.scratch(rows_stage)
         rows.write_splits(directory, splits)
         storage.commit(rows_stage, {}, 0.0)
-    stage = Stage(
-        "distill", "sums", 1, SETTINGS | {"rows": count} | settings, {"model": base, "rows": rows_stage}
-    )
+    stage = Stage("distill", "sums", 1, SETTINGS | {"rows": count} | settings, {"model": base, "rows": rows_stage})
     return Work(stage, storage, PLAN, Progress("distill", "rows"))
 
 
