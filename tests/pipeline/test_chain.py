@@ -1,4 +1,4 @@
-"""The whole chain through the command, on a tiny model: real Ray, one real vLLM engine, real DeepSpeed, real lm-eval."""
+"""The whole chain through the command on a tiny model: real Ray, vLLM, DeepSpeed and lm-eval."""
 
 import json
 import re

@@ -1,0 +1,108 @@
+"""Which rows exist, in which order, and what each is for."""
+
+import random
+
+import pytest
+
+from sdft_ray.errors import UserError
+from sdft_ray.stages.rows import SPLITS, read_split, split_rows, write_splits
+
+
+def raw_rows(count: int) -> list[dict]:
+    return [{"prompt": f"{i} + {i}?", "reference": f"So {2 * i}.", "answer": None} for i in range(count)]
+
+
+def split(raw, held_out=3, validation=2, seed=0, checker="number"):
+    return split_rows(raw, checker, seed, held_out, validation)
+
+
+def in_order(splits) -> list[str]:
+    return [row["prompt"] for name in SPLITS for row in splits[name]]
+
+
+def test_split_rows_gives_each_row_to_one_split():
+    splits, counts = split(raw_rows(20))
+    assert {name: len(splits[name]) for name in SPLITS} == {"held_out": 3, "validation": 2, "train": 15}
+    assert sorted(in_order(splits)) == sorted(row["prompt"] for row in raw_rows(20))
+    assert counts == {"read": 20, "duplicate_prompts": 0, "without_answer": 0}
+
+
+def test_split_rows_reads_the_answer_and_keeps_the_reference():
+    raw = [*raw_rows(6), {"prompt": "with a column", "reference": "a long story", "answer": "1,234.5"}]
+    splits, _ = split(raw)
+    rows = {row["prompt"]: row for name in SPLITS for row in splits[name]}
+    assert (rows["3 + 3?"]["reference"], rows["3 + 3?"]["answer"]) == ("So 6.", "6")
+    assert rows["with a column"]["answer"] == "2469/2"
+
+
+def test_split_rows_with_one_prompt_twice_keeps_the_first_and_counts_the_other():
+    raw = [*raw_rows(10), {"prompt": " 3 +\n 3?", "reference": "So 7.", "answer": None}, raw_rows(10)[4]]
+    splits, counts = split(raw)
+    assert counts["duplicate_prompts"] == 2
+    assert sorted(in_order(splits)) == sorted(row["prompt"] for row in raw_rows(10))
+    assert "So 7." not in [row["reference"] for name in SPLITS for row in splits[name]]
+
+
+def test_split_rows_without_a_checkable_answer_leaves_the_row_out_and_counts_it():
+    raw = [*raw_rows(10), {"prompt": "why?", "reference": "because", "answer": None}]
+    splits, counts = split(raw)
+    assert counts["without_answer"] == 1
+    assert "why?" not in in_order(splits)
+
+
+def test_split_rows_of_open_ended_rows_keeps_all_with_no_answer():
+    raw = [*raw_rows(10), {"prompt": "why?", "reference": "because", "answer": None}]
+    splits, counts = split(raw, checker="none")
+    assert counts["without_answer"] == 0
+    assert len(in_order(splits)) == 11
+    assert {row["answer"] for name in SPLITS for row in splits[name]} == {None}
+
+
+def test_split_rows_does_not_depend_on_the_order_of_the_source():
+    raw = raw_rows(30)
+    shuffled = random.Random(1).sample(raw, len(raw))
+    assert split(shuffled)[0] == split(raw)[0]
+
+
+def test_split_rows_order_is_the_same_whatever_the_sizes_of_the_splits():
+    orders = [in_order(split(raw_rows(30), held_out, validation)[0]) for held_out, validation in [(3, 2), (0, 0), (9, 1)]]
+    assert orders[0] == orders[1] == orders[2]
+
+
+def test_split_rows_of_a_longer_source_keeps_the_order_of_the_rows_it_had():
+    short, grown = (in_order(split(raw_rows(count))[0]) for count in (20, 50))
+    assert [prompt for prompt in grown if prompt in set(short)] == short
+
+
+def test_split_rows_order_moves_with_the_seed_and_is_not_the_source_order():
+    orders = [in_order(split(raw_rows(30), seed=seed)[0]) for seed in (0, 1)]
+    assert orders[0] != orders[1]
+    assert orders[0] != [row["prompt"] for row in raw_rows(30)]
+    assert orders[0] == in_order(split(raw_rows(30), seed=0)[0])
+
+
+def test_split_rows_ids_stand_for_prompt_and_reference():
+    ids = {row["prompt"]: row["id"] for name in SPLITS for row in split(raw_rows(20))[0][name]}
+    assert len(set(ids.values())) == 20
+    changed = [{**row, "reference": "Now 0." if row["prompt"] == "4 + 4?" else row["reference"]} for row in raw_rows(20)]
+    moved = {row["prompt"]: row["id"] for name in SPLITS for row in split(changed)[0][name]}
+    assert {prompt for prompt in ids if ids[prompt] != moved[prompt]} == {"4 + 4?"}
+
+
+@pytest.mark.parametrize(
+    ("raw", "usable"), [(raw_rows(5), 5), (raw_rows(3), 3), ([*raw_rows(5), *raw_rows(5)], 5), ([], 0)]
+)
+def test_split_rows_that_leave_none_to_train_on_is_one_clear_line(raw, usable):
+    with pytest.raises(UserError) as error:
+        split(raw)
+    assert str(error.value) == (
+        f"rows: {usable} usable rows (of {len(raw)}) leave none to train on after 3 held-out and 2 validation rows. "
+        "Give more rows or hold out fewer."
+    )
+
+
+def test_write_splits_reads_back_as_it_was_also_where_a_split_is_empty(tmp_path):
+    splits, _ = split(raw_rows(12), validation=0, checker="none")
+    write_splits(tmp_path, splits)
+    assert {name: read_split(tmp_path, name) for name in SPLITS} == splits
+    assert splits["validation"] == []
