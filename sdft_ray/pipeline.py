@@ -16,7 +16,7 @@ import importlib
 import itertools
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from sdft_ray.artifacts import Stage, hash_source, slugify
 from sdft_ray.cluster import ray_cluster, require_room
 from sdft_ray.compute import Compute
 from sdft_ray.core import surgery
-from sdft_ray.errors import StageFailed, UserError
+from sdft_ray.errors import StageFailed, UserError, nearest, problem
 from sdft_ray.progress import Progress, duration, say
 from sdft_ray.recipe import FileRows, GymRows, HubRows, Recipe
 from sdft_ray.stages import Work, cut, distill, evaluate, model, rows, score, train
@@ -157,13 +157,17 @@ def run(recipe: Recipe, compute: Compute, storage: Storage, until: str | None = 
     check(recipe, compute)
     plan = stages(recipe, download=True)
     if until:
-        plan = plan[: 1 + max(i for i, stage in enumerate(plan) if stage.name == until)]
+        if until not in STAGE_NAMES:
+            raise UserError(problem("--until", f"{until} is no stage", nearest(until, STAGE_NAMES)))
+        plan = plan[: 1 + max((i for i, stage in enumerate(plan) if stage.name == until), default=len(plan))]
     todo = [stage for stage in plan if storage.status(stage) != "done"]
     with contextlib.ExitStack() as stack:
-        cluster = _once(lambda: stack.enter_context(ray_cluster(compute)))
+        connected = False
         for group in _together(todo):
             if group[0].name in _ON_RAY:
-                cluster()
+                if not connected:  # as late as can be: mistakes in the rows show before a cluster starts
+                    stack.enter_context(ray_cluster(compute))
+                    connected = True
                 require_room(compute, group[0].name)
             _build_group(group, storage, compute)
     return Built(tuple(todo), tuple(stage for stage in plan if stage not in todo))
@@ -217,16 +221,6 @@ def _root_cause(error: BaseException) -> str:
     error = getattr(error, "cause", None) or error
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
-
-
-def _once(action: Callable[[], Any]) -> Callable[[], None]:
-    done: list[Any] = []
-
-    def act() -> None:
-        if not done:
-            done.append(action())
-
-    return act
 
 
 def describe(plan: Sequence[Stage], storage: Storage) -> list[Mapping[str, Any]]:

@@ -105,6 +105,9 @@ class Storage:
         scratch, place = self._scratch(stage), self.place(stage)
         for torn in scratch.rglob(".*.tmp"):  # of a write that a kill cut short
             torn.unlink()
+        readable = scratch.stat().st_mode & 0o044  # as the user's umask has it
+        for path in scratch.rglob("*"):  # safetensors writes files that only their owner may read
+            path.chmod(path.stat().st_mode | readable)
         artifacts.write_manifest(scratch, stage, summary, wall_seconds)
         place.parent.mkdir(parents=True, exist_ok=True)
         scratch.rename(place)

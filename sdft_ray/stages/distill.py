@@ -23,7 +23,7 @@ from sdft_ray.core.prompts import TEMPLATES_VERSION, render_prompt, rewrite_inst
 from sdft_ray.core.selection import REASONS, Generation, select_response
 from sdft_ray.errors import StageFailed
 from sdft_ray.stages import Work
-from sdft_ray.stages.rows import read_split
+from sdft_ray.stages.rows import read_training_rows
 
 VERSION = 1
 _SAMPLING = ("temperature", "top_p", "max_new_tokens", "dtype", "seed", "template", "answer")
@@ -55,7 +55,7 @@ def build(work: Work) -> dict[str, Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows = read_split(work.input("rows"), "train")[: work.settings["rows"]]
+    rows = read_training_rows(work.input("rows"), work.settings["rows"])
     ledger = work.storage.ledger(ledger_name(work))
     finished = _finished(ledger)
     missing = [row for row in rows if row["id"] not in finished]

@@ -101,7 +101,7 @@ def examine(
     """Return the score and the items of one task; runs in a Ray worker."""
     if settings["preset"] == "offline":
         os.environ["HF_HUB_OFFLINE"] = "1"  # nothing may try, and time out on, a network
-    from sdft_ray.stages.quiet import quiet_transformers
+    from sdft_ray.progress import quiet_transformers
 
     quiet_transformers()
     lm = _load(model, settings["dtype"], batch_size, device)
@@ -132,13 +132,19 @@ def score_requests(
     """Return (log-likelihood, is greedy) of each (context, continuation), both lists of token ids.
 
     The choices of an item share its context, and about `batch_size` requests go through the model as one sequence
-    without padding. Too long ones lose context from the left, as in lm-eval.
+    without padding. Too long ones lose context from the left, as in lm-eval. Those longer than a model's sliding window
+    go alone: only the model itself knows how each of its layers masks.
     """
+    window = getattr(model.config, "sliding_window", None) or max_length + 1
     groups: dict[tuple[int, ...], list[int]] = {}
-    for i, (context, continuation) in enumerate(requests):
-        room = max_length + 1 - len(continuation)
-        groups.setdefault(tuple(context[-room:]), []).append(i)
     found: dict[int, tuple[float, bool]] = {}
+    for i, (context, continuation) in enumerate(requests):
+        assert context and len(continuation) <= max_length, f"request {i} fits no model of {max_length} tokens"
+        context = context[-(max_length + 1 - len(continuation)) :]
+        if len(context) + len(continuation) > window + 1:
+            (found[i],) = _score_trees(model, [(context, [continuation])])
+        else:
+            groups.setdefault(tuple(context), []).append(i)
     batch: list[tuple[tuple[int, ...], list[int]]] = []
     waiting = list(groups.items())
     while waiting or batch:
@@ -177,15 +183,18 @@ def _score_trees(model: Any, trees: Sequence[tuple[list[int], list[list[int]]]])
             tree_of += [tree] * len(tokens)
             branch_of += [branch] * len(tokens)
             ids += tokens
-    where, branches = torch.tensor(tree_of), torch.tensor(branch_of)
-    sees = (where[:, None] == where[None]) & ((branches[None] == 0) | (branches[:, None] == branches[None])).tril()
-    mask = torch.zeros(len(ids), len(ids), dtype=model.dtype).masked_fill(~sees, torch.finfo(model.dtype).min)  # (S, S)
+    mask = None  # one continuation is a plain sequence
+    if len(trees) > 1 or len(trees[0][1]) > 1:
+        where, branches = torch.tensor(tree_of), torch.tensor(branch_of)
+        sees = (where[:, None] == where[None]) & ((branches[None] == 0) | (branches[:, None] == branches[None])).tril()
+        hidden = torch.zeros(len(ids), len(ids), dtype=model.dtype)  # (S, S)
+        mask = hidden.masked_fill(~sees, torch.finfo(model.dtype).min)[None, None].to(model.device)
     with torch.inference_mode():
         logits = (
             model(
                 input_ids=torch.tensor([ids], device=model.device),
                 position_ids=torch.tensor([positions], device=model.device),
-                attention_mask=mask[None, None].to(model.device),
+                attention_mask=mask,
                 logits_to_keep=torch.tensor(keep, device=model.device),
                 use_cache=False,
             )
@@ -344,8 +353,3 @@ def _score(metric: str, values: Iterable[float], chance: float, limited: bool) -
         "chance": chance,
         "limited": limited,
     }
-
-
-def read_items(directory: Path) -> list[dict[str, Any]]:
-    """Return the items of an evaluation."""
-    return [json.loads(line) for line in (directory / "items.jsonl").read_text().splitlines()]

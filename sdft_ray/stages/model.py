@@ -19,7 +19,7 @@ def build(work: Work) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    from sdft_ray.stages.quiet import quiet_transformers
+    from sdft_ray.progress import quiet_transformers
 
     quiet_transformers()
     gguf = Path(work.stage.where["gguf"])

@@ -89,6 +89,15 @@ def read_split(directory: Path, split: str) -> list[dict[str, Any]]:
     return rows
 
 
+def read_training_rows(directory: Path, count: int | None) -> list[dict[str, Any]]:
+    """Return the first `count` training rows, all where it is None; raises UserError where there are fewer."""
+    rows = read_split(directory, "train")
+    if count is not None and count > len(rows):
+        what = f"{count} is more than the {len(rows)} training rows there are"
+        raise UserError(problem("train.rows", what, "Lower it, or give more rows"))
+    return rows[:count]
+
+
 def _source(work: Work) -> RowSource:
     from pydantic import TypeAdapter
 

@@ -23,7 +23,7 @@ from sdft_ray.artifacts import write_atomically
 from sdft_ray.core.prompts import TrainingRow, encode_row
 from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.stages import Work
-from sdft_ray.stages.rows import read_split
+from sdft_ray.stages.rows import read_split, read_training_rows
 
 VERSION = 1
 
@@ -58,6 +58,7 @@ def build(work: Work) -> dict[str, Any]:
         "arm": work.settings["arm"],
         "rows": len(rows),
         "rows_too_long": left_out,
+        "validation_rows": len(validation),
         "steps": steps,
         "tokens_per_epoch": tokens,
         "trained_tokens_per_epoch": sum(len(row.ids) - row.trained_from for row in rows),
@@ -86,7 +87,7 @@ def _encode(work: Work, tokenizer: Any) -> tuple[list[TrainingRow], int]:
     """Return the arm's rows as token ids, and how many were too long and left out."""
     settings, arm = work.settings["train"], work.settings["arm"]
     source, column = ("distilled", "response") if arm == "distilled" else ("rows", "reference")
-    raw = read_split(work.input(source), "train")[: settings["rows"]]
+    raw = read_training_rows(work.input(source), settings["rows"])
     encoded = [encode_row(tokenizer, row["prompt"], row[column]) for row in raw]
     rows = [row for row in encoded if len(row.ids) <= settings["max_tokens"]]
     left_out = len(encoded) - len(rows)
@@ -168,7 +169,7 @@ def train_worker(config: dict[str, Any]) -> None:
     import torch.distributed as dist
 
     from sdft_ray.core.packing import schedule
-    from sdft_ray.stages.quiet import quiet_transformers
+    from sdft_ray.progress import quiet_transformers
 
     quiet_transformers()
     settings, plan = config["settings"], config["plan"]
@@ -390,7 +391,7 @@ def _write_model(work: Work, base: Path) -> int:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from sdft_ray.stages.quiet import quiet_transformers
+    from sdft_ray.progress import quiet_transformers
 
     quiet_transformers()
     settings = work.settings["train"]

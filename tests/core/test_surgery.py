@@ -7,7 +7,12 @@ CONFIG = {"num_hidden_layers": 4, "eos_token_id": [1, 2, 3, 4], "tie_word_embedd
 
 
 def test_rename_tensor_renumbers_what_follows_and_leaves_the_rest():
-    names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight", "model.layers.0.self_attn.q_proj.weight"]
+    names = [
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        "lm_head.weight",
+        "model.layers.0.self_attn.q_proj.weight",
+    ]
     assert [rename_tensor(name, 1, 3) for name in names] == names
     assert rename_tensor("model.layers.12.mlp.up_proj.weight", 1, 3) == "model.layers.10.mlp.up_proj.weight"
     assert rename_tensor("model.layers.1.mlp.up_proj.weight", 1, 3) is None

@@ -66,9 +66,7 @@ def skipping(model, start, stop):
     def give_back_input(_module, args, kwargs, _output):
         return args[0] if args else kwargs["hidden_states"]
 
-    hooks = [
-        block.register_forward_hook(give_back_input, with_kwargs=True) for block in model.model.layers[start:stop]
-    ]
+    hooks = [block.register_forward_hook(give_back_input, with_kwargs=True) for block in model.model.layers[start:stop]]
     try:
         yield
     finally:

@@ -65,7 +65,9 @@ def test_split_rows_does_not_depend_on_the_order_of_the_source():
 
 
 def test_split_rows_order_is_the_same_whatever_the_sizes_of_the_splits():
-    orders = [in_order(split(raw_rows(30), held_out, validation)[0]) for held_out, validation in [(3, 2), (0, 0), (9, 1)]]
+    orders = [
+        in_order(split(raw_rows(30), held_out, validation)[0]) for held_out, validation in [(3, 2), (0, 0), (9, 1)]
+    ]
     assert orders[0] == orders[1] == orders[2]
 
 
@@ -84,7 +86,9 @@ def test_split_rows_order_moves_with_the_seed_and_is_not_the_source_order():
 def test_split_rows_ids_stand_for_prompt_and_reference():
     ids = {row["prompt"]: row["id"] for name in SPLITS for row in split(raw_rows(20))[0][name]}
     assert len(set(ids.values())) == 20
-    changed = [{**row, "reference": "Now 0." if row["prompt"] == "4 + 4?" else row["reference"]} for row in raw_rows(20)]
+    changed = [
+        {**row, "reference": "Now 0." if row["prompt"] == "4 + 4?" else row["reference"]} for row in raw_rows(20)
+    ]
     moved = {row["prompt"]: row["id"] for name in SPLITS for row in split(changed)[0][name]}
     assert {prompt for prompt in ids if ids[prompt] != moved[prompt]} == {"4 + 4?"}
 

@@ -104,9 +104,7 @@ def test_score_requests_equals_lm_eval(models, batch_size):
 def test_score_requests_of_a_model_with_a_sliding_window_respects_it(models, architecture, overrides):
     model = models(architecture, **overrides)
     requests = some_requests(model)
-    assert_same(
-        score_requests(model, requests, MAX_LENGTH, 4), [score_alone(model, *request) for request in requests]
-    )
+    assert_same(score_requests(model, requests, MAX_LENGTH, 4), [score_alone(model, *request) for request in requests])
 
 
 def test_score_requests_does_not_depend_on_the_order_of_requests(models):
