@@ -106,8 +106,8 @@ def hash_source(path: Path) -> str:
     """
     memory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdft_ray" / "hashes.json"
     try:
-        known = json.loads(memory.read_text())
-    except (OSError, ValueError):
+        known = dict(json.loads(memory.read_text()))
+    except (OSError, ValueError, TypeError):
         known = {}
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p, path))
     found, fresh = {}, False

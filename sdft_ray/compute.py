@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -16,6 +16,7 @@ from sdft_ray.errors import UserError, problem
 from sdft_ray.recipe import Section, load_section, validate
 
 Auto = Literal["auto"]
+Count = Annotated[int, Field(gt=0)]
 
 
 class RayCluster(Section):
@@ -29,7 +30,7 @@ class RayCluster(Section):
 
 class Score(Section):
     actors: int = Field(1, gt=0)
-    cpus: int | Auto = "auto"
+    cpus: Count | Auto = "auto"
     """CPUs of one actor; `auto` shares this machine's cores among the actors."""
     gpus: float = Field(0, ge=0)
     batch_size: int = Field(8, gt=0)
@@ -52,7 +53,7 @@ class Engine(Section):
 
 class Distill(Section):
     actors: int = Field(1, gt=0)
-    cpus: int | Auto = "auto"
+    cpus: Count | Auto = "auto"
     gpus: float = Field(0, ge=0)
     tensor_parallel_size: int = Field(1, gt=0)
     batch_rows: int = Field(256, gt=0)
@@ -64,7 +65,7 @@ class Distill(Section):
 
 class Train(Section):
     workers: int = Field(2, gt=0)
-    cpus: int | Auto = "auto"
+    cpus: Count | Auto = "auto"
     gpus: float = Field(0, ge=0)
     zero_stage: Literal[0, 1, 2, 3] = 2
     micro_batch: int = Field(8, gt=0)
@@ -76,7 +77,7 @@ class Train(Section):
 
 
 class Evaluate(Section):
-    cpus: int | Auto = 1
+    cpus: Count | Auto = 1
     """CPUs of one (model, task); several run at once where there is room."""
     gpus: float = Field(0, ge=0)
     batch_size: int = Field(16, gt=0)

@@ -138,8 +138,11 @@ def check(recipe: Recipe, compute: Compute) -> None:
     if facts:
         surgery.require_supported(facts.architecture, "model")
         surgery.require_span(0, recipe.prune.blocks, facts.blocks)
-    if isinstance(recipe.rows, FileRows):
-        sources.read_rows(recipe.rows)
+    match recipe.rows:
+        case FileRows():
+            sources.read_rows(recipe.rows)
+        case GymRows():
+            sources.read_rows(recipe.rows.model_copy(update={"limit": 1}))
     for arm in recipe.arms.names:
         train.require_divisible(recipe.train_settings(arm).global_batch_size, compute.train)
 

@@ -20,6 +20,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    JsonValue,
     Tag,
     ValidationError,
     field_validator,
@@ -32,7 +33,9 @@ from sdft_ray.errors import UserError, nearest, problem
 class Section(BaseModel):
     """A frozen part of a recipe or compute file; unknown keys are refused, a field's docstring is its help."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, strict=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, strict=True, allow_inf_nan=False
+    )
 
 
 # --- model and rows: where they come from -----------------------------------------------------------------------
@@ -96,7 +99,7 @@ class GymRows(Rows):
 
     gym: str
     """Name of the reasoning-gym task."""
-    options: dict[str, bool | int | float | str] = {}
+    options: dict[str, JsonValue] = {}
     """Options of the task, for example {max_terms: 2}."""
 
     @model_validator(mode="after")
@@ -328,6 +331,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be text", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key.value} is there twice", key.start_mark)
             seen.add(key.value)
@@ -371,7 +376,7 @@ def validate(kind: type[S], data: Mapping[str, Any]) -> S:
         # Strict JSON mode: "8" is not a number and true is not 1, yet lists may become tuples.
         return kind.model_validate_json(json.dumps(data, default=str))
     except ValidationError as error:
-        raise UserError(*(_say(kind, item) for item in error.errors(include_url=False))) from None
+        raise UserError(*_say_all(kind, error.errors(include_url=False))) from None
 
 
 def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -418,6 +423,22 @@ def _require_commit(revision: str) -> str:
     if not re.fullmatch(r"[0-9a-f]{40}", revision):
         raise ValueError(f"'{revision}' moves. Pin a commit: git ls-remote https://huggingface.co/REPO")
     return revision
+
+
+def _say_all(kind: type[BaseModel], items: Sequence[Any]) -> Iterator[str]:
+    """Yield one line a wrong field; what pydantic says once for each type that a field may have becomes one line."""
+    alternatives: dict[tuple[Any, ...], list[Any]] = {}
+    for item in items:
+        *parents, last = item["loc"] or ("",)
+        # Where a field may be of several types, the location ends with the name of the type that was tried.
+        tried = isinstance(last, str) and item["type"] not in ("extra_forbidden", "missing")
+        if tried and parents and last not in _keys_at(kind, [str(part) for part in parents]):
+            alternatives.setdefault(tuple(parents), []).append(item)
+        else:
+            yield _say(kind, item)
+    for location, tries in alternatives.items():
+        expected = " or ".join(dict.fromkeys(item["msg"].removeprefix("Input should be ") for item in tries))
+        yield _say(kind, {**tries[0], "loc": location, "type": "union", "msg": expected})
 
 
 def _say(kind: type[BaseModel], item: Any) -> str:

@@ -174,7 +174,7 @@ def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line or row number, record) of a .json, .jsonl or .parquet file; raises UserError with the place."""
     match path.suffix:
         case ".jsonl":
-            with path.open(encoding="utf-8") as lines:
+            with path.open("rb") as lines:
                 for number, line in enumerate(lines, 1):
                     if line.strip():
                         yield number, _parse_record(line, f"{path}:{number}")
@@ -249,9 +249,11 @@ def _map_fields(record: Mapping[str, Any], fields: Fields, where: str) -> dict[s
     }
 
 
-def _parse_record(line: str, where: str) -> dict[str, Any]:
+def _parse_record(line: bytes, where: str) -> dict[str, Any]:
     try:
-        record = json.loads(line)
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise UserError(problem(where, "is not UTF-8 text", "Save the file as UTF-8")) from None
     except json.JSONDecodeError as error:
         raise UserError(
             problem(where, f"is not JSON ({error.msg} at column {error.colno})", "Mend this line")
@@ -274,6 +276,8 @@ def read_json(path: Path, missing: str = "does not exist") -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(problem(str(path), missing, "Check the path")) from None
+    except UnicodeDecodeError:
+        raise UserError(problem(str(path), "is not UTF-8 text", "Save the file as UTF-8")) from None
     except json.JSONDecodeError as error:
         raise UserError(problem(f"{path}:{error.lineno}", f"is not JSON ({error.msg})", "Mend this line")) from None
 
@@ -324,7 +328,10 @@ def offline_task_file(task: str) -> Path:
 
 def package_file(package: str, file: str, where: str) -> Path:
     """Return a file inside an installed package, found without importing the package."""
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except ModuleNotFoundError:  # of the package that a dotted name lies in
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         do = f"Install it: pip install {package.replace('_', '-')}"
         raise UserError(problem(f"{where}.package", f"{package} is not installed", do))

@@ -299,15 +299,23 @@ def _run_harness(
         for sample in group
         if _of_filter(sample, metric) and name in sample
     ]
-    choices = [len(sample["arguments"]) for sample in samples]
     score = _score(
         name,
         [item["value"] for item in items],
-        chance=sum(1 / n for n in choices) / len(choices) if min(choices) > 1 else 0.0,
+        chance=sum(map(_chance, samples)) / len(samples),
         limited=any(size["effective"] < size["original"] for size in sizes),
     )
     # The harness's own aggregate is the value: a group may weigh its tasks, a metric need not be a mean of items.
     return {**score, "value": float(results[metric])}, items
+
+
+def _chance(sample: Mapping[str, Any]) -> float:
+    """Return what guessing scores on an item: by its number of choices, 0 where the answer is generated."""
+    if "mc2_targets" in sample["doc"]:  # TruthfulQA scores the probability of all true choices together
+        labels = sample["doc"]["mc2_targets"]["labels"]
+        return sum(labels) / len(labels)
+    choices = len(sample["arguments"])
+    return 1 / choices if choices > 1 else 0.0
 
 
 @functools.cache

@@ -59,6 +59,11 @@ def test_check_of_a_good_recipe_touches_nothing(folder):
             "train.global_batch_size: 6 is not a multiple of micro_batch 8 x 2 workers = 16.",
         ),
         (["evaluate.tasks=[arc_esy]"], "evaluate.tasks: arc_esy is not in the offline preset. Did you mean arc_easy?"),
+        (
+            ["rows={gym: products, options: {max_trems: 2}, limit: 9, held_out: 2, validation: 2}"],
+            "rows.options: products refuses them (",
+        ),
+        (["rows={gym: prodcts, limit: 9}"], "rows.gym: prodcts is no task of reasoning-gym. Did you mean products?"),
         (["train.lr"], "--set train.lr: is not KEY=VALUE. Write for example --set train.lr=2e-4."),
     ],
 )

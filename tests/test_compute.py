@@ -1,0 +1,91 @@
+"""Where and how: every `auto` becomes a number, and what can never fit is said at once."""
+
+import os
+
+import pytest
+import yaml
+
+from sdft_ray.compute import load_compute
+from sdft_ray.errors import UserError
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    """Load a compute file on a machine with that many cores."""
+
+    def load(cores: int, data: dict | None = None):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: set(range(cores)), raising=False)
+        if data is None:
+            return load_compute()
+        path = tmp_path / "compute.yaml"
+        path.write_text(yaml.safe_dump(data))
+        return load_compute(path)
+
+    return load
+
+
+@pytest.mark.parametrize(("cores", "score", "train"), [(2, 2, 1), (8, 8, 4), (9, 9, 4)])
+def test_load_compute_without_a_file_settles_every_auto_for_this_machine(load, cores, score, train):
+    assert load(cores).needs() == {
+        "score": (1, score, 0),
+        "distill": (1, score, 0),
+        "train": (2, train, 0),
+        "evaluate": (1, 1, 0),
+    }
+
+
+def test_load_compute_shares_the_cores_among_actors_and_workers(load):
+    data = {"score": {"actors": 2}, "distill": {"actors": 3}, "train": {"workers": 4}, "evaluate": {"cpus": "auto"}}
+    assert {name: need[:2] for name, need in load(8, data).needs().items()} == {
+        "score": (2, 4),
+        "distill": (3, 2),
+        "train": (4, 2),
+        "evaluate": (1, 8),
+    }
+
+
+def test_load_compute_keeps_given_cpus(load):
+    assert load(8, {"train": {"workers": 2, "cpus": 3}}).needs()["train"] == (2, 3, 0)
+
+
+def test_load_compute_with_too_many_cpus_for_this_machine_names_the_numbers(load):
+    with pytest.raises(UserError) as error:
+        load(4, {"train": {"workers": 2, "cpus": 3}, "distill": {"actors": 6}})
+    assert sorted(error.value.problems) == [
+        "compute.distill: 6 x 1 CPUs = 6 is more than the 4 cores of this machine. "
+        "Lower the number or the cpus of distill, or give ray.address of a cluster.",
+        "compute.train: 2 x 3 CPUs = 6 is more than the 4 cores of this machine. "
+        "Lower the number or the cpus of train, or give ray.address of a cluster.",
+    ]
+
+
+def test_load_compute_for_a_running_cluster_is_not_bound_by_this_machine(load):
+    compute = load(2, {"ray": {"address": "auto"}, "train": {"workers": 8, "cpus": 4}})
+    assert compute.needs()["train"] == (8, 4, 0)
+
+
+@pytest.mark.parametrize(
+    ("data", "line"),
+    [
+        ({"train": {"wrokers": 2}}, "train.wrokers: unknown key. Did you mean workers?"),
+        (
+            {"train": {"zero_stage": 4}},
+            "train.zero_stage: got 4; expected 0, 1, 2 or 3. Change this value.",
+        ),
+        ({"distill": {"engine": {"dtyp": 1}}}, "distill.engine.dtyp: unknown key."),
+        ({"score": {"actors": 0}}, "score.actors: got 0; expected greater than 0. Change this value."),
+    ],
+)
+def test_load_compute_with_a_mistake_is_one_clear_line(load, data, line):
+    with pytest.raises(UserError) as error:
+        load(2, data)
+    assert len(error.value.problems) == 1
+    assert str(error.value).startswith(line)
+
+
+@pytest.mark.parametrize("cpus", [-1, "all"])
+def test_load_compute_with_impossible_cpus_is_one_clear_line(load, cpus):
+    with pytest.raises(UserError) as error:
+        load(2, {"train": {"cpus": cpus}})
+    assert len(error.value.problems) == 1
+    assert error.value.problems[0].startswith("train.cpus: ")

@@ -1,0 +1,261 @@
+"""What is wrong with a recipe is said in one clear line a problem, all at once; what is right is frozen."""
+
+from pathlib import Path
+
+import pydantic
+import pytest
+import yaml
+
+from sdft_ray.errors import UserError
+from sdft_ray.recipe import Recipe, load_recipe
+
+GOOD = {
+    "model": {"path": "MODEL"},
+    "rows": {"gym": "chain_sum", "limit": 10},
+    "prune": {"blocks": 2},
+    "evaluate": {"tasks": ["arc_easy"]},
+}
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+HUB_ROWS = {"repo": "a/b", "revision": COMMIT, "fields": {"prompt": "q", "response": "a"}}
+
+
+def load(folder: Path, changes: dict | None = None, overrides: tuple[str, ...] = (), without: str = "") -> Recipe:
+    data = {key: value for key, value in {**GOOD, **(changes or {})}.items() if key != without}
+    return load_text(folder, yaml.safe_dump(data, sort_keys=False), overrides)
+
+
+def load_text(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> Recipe:
+    path = folder / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_recipe(path, overrides)
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"distill": {"tempreature": 1}}, "distill.tempreature: unknown key. Did you mean temperature?"),
+        ({"distil": {}}, "distil: unknown key. Did you mean distill?"),
+        ({"train": {"lora": {"rnk": 4}}}, "train.lora.rnk: unknown key. Did you mean rank?"),
+        (
+            {"prune": {"blocks": 2, "calibration": {"max_token": 5}}},
+            "prune.calibration.max_token: unknown key. Did you mean max_tokens?",
+        ),
+        (
+            {"rows": {"gym": "chain_sum", "limit": 10, "helt_out": 3}},
+            "rows.helt_out: unknown key. Did you mean held_out?",
+        ),
+        (
+            {"train": {"lora": {"zzz": 4}}},
+            "train.lora.zzz: unknown key. Known: alpha, dropout, rank, targets.",
+        ),
+        ({"arms": {"sft": {"lrr": 1}}}, "arms.sft.lrr: unknown key. Did you mean lr?"),
+        ({"train": {"epochs": "3"}}, 'train.epochs: got "3"; expected a valid integer. Change this value.'),
+        ({"train": {"epochs": 1.5}}, "train.epochs: got 1.5; expected a valid integer. Change this value."),
+        ({"train": {"epochs": True}}, "train.epochs: got true; expected a valid integer. Change this value."),
+        ({"train": {"epochs": 0}}, "train.epochs: got 0; expected greater than 0. Change this value."),
+        ({"train": None}, "train: got null; expected an object. Change this value."),
+        ({"distill": {"top_p": 2}}, "distill.top_p: got 2; expected less than or equal to 1. Change this value."),
+        ({"train": {"method": "lroa"}}, "train.method: got \"lroa\"; expected 'lora' or 'full'. Change this value."),
+        ({"model": {"path": 3}}, "model.path: got 3; expected a valid string. Change this value."),
+        ({"prune": {}}, "prune.blocks: is missing. Add it."),
+        ({"model": {"repo": "a/b"}}, "model.revision: is missing. Add it."),
+        (
+            {"model": {"repo": "a/b", "revision": "main"}},
+            "model.revision: 'main' moves. Pin a commit: git ls-remote https://huggingface.co/REPO.",
+        ),
+        (
+            {"rows": {**HUB_ROWS, "revision": "v1.0"}},
+            "rows.revision: 'v1.0' moves. Pin a commit: git ls-remote https://huggingface.co/REPO.",
+        ),
+        (
+            {"model": {"repo": "a/b", "path": "x"}},
+            "model: give exactly one of package, path, repo. See configs/recipes for one of each.",
+        ),
+        (
+            {"rows": {"limit": 3}},
+            "rows: give exactly one of gym, path, repo. See configs/recipes for one of each.",
+        ),
+        ({"rows": {"gym": "chain_sum"}}, "rows: a gym has no end: give rows.limit. Change this value."),
+        ({"arms": {}}, "arms: give at least one of sft, distilled. Change this value."),
+        ({"evaluate": {"tasks": ["piqa", "piqa"]}}, "evaluate.tasks: names a task twice. Change this value."),
+        (
+            {"evaluate": {"tasks": ["held_out"]}, "rows": {"gym": "chain_sum", "limit": 10, "held_out": 0}},
+            "evaluate.tasks: names held_out, but rows.held_out is 0. Change this value.",
+        ),
+        (
+            {"evaluate": {"tasks": ["held_out"]}, "rows": {"gym": "chain_sum", "limit": 10, "answer": "none"}},
+            "evaluate.tasks: held_out needs checkable rows, but rows.answer is none. Change this value.",
+        ),
+        (
+            {"distill": {"template": "Say {prompt}"}},
+            "distill.template: needs both {prompt} and {reference}. Change this value.",
+        ),
+    ],
+)
+def test_recipe_with_one_mistake_is_one_clear_line(tmp_path, changes, line):
+    with pytest.raises(UserError) as error:
+        load(tmp_path, changes)
+    assert str(error.value) == line
+
+
+@pytest.mark.parametrize("section", ["model", "rows", "prune", "evaluate"])
+def test_recipe_without_a_section_names_it(tmp_path, section):
+    with pytest.raises(UserError) as error:
+        load(tmp_path, without=section)
+    assert str(error.value) == f"{section}: is missing. Add it."
+
+
+def test_recipe_with_several_mistakes_reports_all_at_once(tmp_path):
+    changes = {
+        "model": {"repo": "a/b", "revision": "main"},
+        "rows": {"path": "x.jsonl", "fields": {"prompt": "q", "respons": "a"}},
+        "distill": {"top_p": 2},
+        "train": {"epochs": "3", "lora": {"rnk": 4}},
+        "foo": 1,
+    }
+    with pytest.raises(UserError) as error:
+        load(tmp_path, changes, without="prune")
+    assert sorted(error.value.problems) == [
+        "distill.top_p: got 2; expected less than or equal to 1. Change this value.",
+        "foo: unknown key. Known: arms, distill, evaluate, model, prune, rows, train.",
+        "model.revision: 'main' moves. Pin a commit: git ls-remote https://huggingface.co/REPO.",
+        "prune: is missing. Add it.",
+        "rows.fields.respons: unknown key. Did you mean response?",
+        "rows.fields.response: is missing. Add it.",
+        'train.epochs: got "3"; expected a valid integer. Change this value.',
+        "train.lora.rnk: unknown key. Did you mean rank?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "what"),
+    [
+        ("train:\n  lr: 0.1\n  epochs: 1\n  lr: 0.2\n", 4, "key lr is there twice"),
+        ("prune: {blocks: 2, blocks: 3}\n", 1, "key blocks is there twice"),
+        ("prune:\n  blocks: 2\nprune:\n  blocks: 3\n", 3, "key prune is there twice"),
+        ("prune:\n\tblocks: 2\n", 2, "cannot start any token"),
+    ],
+)
+def test_recipe_that_is_not_valid_yaml_names_the_line(tmp_path, text, line, what):
+    with pytest.raises(UserError) as error:
+        load_text(tmp_path, text)
+    assert str(error.value).startswith(f"{tmp_path / 'recipe.yaml'}:{line}: not valid YAML (")
+    assert what in str(error.value)
+    assert len(error.value.problems) == 1
+
+
+def test_recipe_with_a_list_for_a_key_is_a_user_error(tmp_path):
+    with pytest.raises(UserError):
+        load_text(tmp_path, "? [a, b]\n: 3\n")
+
+
+@pytest.mark.parametrize("text", ["", "- 1\n", "just words\n"])
+def test_recipe_that_is_no_mapping_is_one_clear_line(tmp_path, text):
+    with pytest.raises(UserError) as error:
+        load_text(tmp_path, text)
+    path = tmp_path / "recipe.yaml"
+    assert str(error.value) == f"{path}: is not a mapping of keys to values. See configs/ for examples."
+
+
+def test_recipe_file_that_cannot_be_read_is_one_clear_line(tmp_path):
+    with pytest.raises(UserError) as error:
+        load_recipe(tmp_path / "none.yaml")
+    assert str(error.value) == f"{tmp_path / 'none.yaml'}: cannot be read (No such file or directory). Check the path."
+    (tmp_path / "latin.yaml").write_bytes("model: {path: Modèle}".encode("latin-1"))
+    with pytest.raises(UserError) as error:
+        load_recipe(tmp_path / "latin.yaml")
+    assert str(error.value) == f"{tmp_path / 'latin.yaml'}: is not UTF-8 text. Give a YAML file."
+
+
+@pytest.mark.parametrize(
+    ("written", "number"),
+    [("1e-4", 1e-4), ("2E-4", 2e-4), ("1.0e-4", 1e-4), ("5e+0", 5.0), ("+.5e-1", 0.05), ("0.1", 0.1), ("1", 1.0)],
+)
+def test_recipe_number_is_read_however_it_is_written(tmp_path, written, number):
+    lr = load_text(tmp_path, yaml.safe_dump(GOOD) + f"train: {{lr: {written}}}\n").train.lr
+    assert (lr, type(lr)) == (number, float)
+
+
+@pytest.mark.parametrize("written", [".nan", ".inf", "-.inf"])
+def test_recipe_number_that_is_not_finite_is_refused(tmp_path, written):
+    with pytest.raises(UserError) as error:
+        load_text(tmp_path, yaml.safe_dump(GOOD) + f"train: {{lr: {written}}}\n")
+    assert error.value.problems[0].startswith("train.lr: ")
+
+
+def test_set_overrides_are_typed_and_the_last_one_wins(tmp_path):
+    overrides = (
+        "train.lr=2e-4",
+        "train.epochs=2",
+        "train.epochs=3",
+        "evaluate.tasks=[piqa, sciq]",
+        "evaluate.chat_template=true",
+        "train.lora.targets=[q_proj]",
+        "train.rows=null",
+    )
+    recipe = load(tmp_path, {"train": {"lr": 1e-5, "rows": 4}}, overrides)
+    assert (recipe.train.lr, recipe.train.epochs, recipe.train.rows) == (2e-4, 3, None)
+    assert recipe.evaluate.tasks == ("piqa", "sciq")
+    assert recipe.evaluate.chat_template is True
+    assert recipe.train.lora.targets == ("q_proj",)
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("train.lrr=3", "train.lrr: unknown key. Did you mean lr?"),
+        ("trian.lr=3", "trian: unknown key. Did you mean train?"),
+        ("train.lr=abc", 'train.lr: got "abc"; expected a valid number. Change this value.'),
+        ("train.epochs='3'", 'train.epochs: got "3"; expected a valid integer. Change this value.'),
+        ("train.lr", "--set train.lr: is not KEY=VALUE. Write for example --set train.lr=2e-4."),
+        ("=3", "--set =3: is not KEY=VALUE. Write for example --set train.lr=2e-4."),
+        ("model.path.x=3", "--set model.path.x: path has no keys below it. Check the dotted path."),
+    ],
+)
+def test_set_override_that_is_wrong_is_one_clear_line(tmp_path, override, line):
+    with pytest.raises(UserError) as error:
+        load(tmp_path, overrides=(override,))
+    assert str(error.value) == line
+
+
+def test_recipe_is_frozen(tmp_path):
+    recipe = load(tmp_path)
+    with pytest.raises(pydantic.ValidationError):
+        recipe.train.lr = 1.0
+    with pytest.raises(pydantic.ValidationError):
+        recipe.prune = None
+
+
+def test_recipe_round_trips_through_its_own_plain_form(tmp_path):
+    recipe = load(tmp_path, {"rows": HUB_ROWS, "arms": {"sft": {"lr": 0.1}}})
+    assert load_text(tmp_path, yaml.safe_dump(recipe.model_dump(mode="json"))) == recipe
+
+
+def test_train_settings_of_an_arm_are_the_common_ones_with_its_overrides(tmp_path):
+    changes = {
+        "train": {"lr": 1e-3, "epochs": 2, "lora": {"rank": 4, "alpha": 8}},
+        "arms": {"sft": {}, "distilled": {"lr": 5e-5, "lora": {"rank": 16}}},
+    }
+    recipe = load(tmp_path, changes)
+    assert recipe.train_settings("sft") == recipe.train
+    distilled = recipe.train_settings("distilled")
+    assert (distilled.lr, distilled.epochs, distilled.lora.rank) == (5e-5, 2, 16)
+    assert recipe.train.lr == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("arms", "names"),
+    [
+        ({"sft": {}}, ("sft",)),
+        ({"distilled": {}}, ("distilled",)),
+        ({"distilled": {}, "sft": {}}, ("sft", "distilled")),
+    ],
+)
+def test_arms_are_the_named_ones_the_baseline_first(tmp_path, arms, names):
+    assert load(tmp_path, {"arms": arms}).arms.names == names
+
+
+def test_arms_may_not_change_the_rows(tmp_path):
+    with pytest.raises(UserError) as error:
+        load(tmp_path, {"arms": {"sft": {"rows": 3}}})
+    assert str(error.value).startswith("arms.sft.rows: unknown key. ")

@@ -1,0 +1,234 @@
+"""How far a stage is, what a kill leaves, and who may build."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from sdft_ray.artifacts import MANIFEST, Stage, read_manifest
+from sdft_ray.errors import UserError
+from sdft_ray.storage import Storage
+
+STAGE = Stage("score", "tiny", 1, {"n": 1})
+
+# Says when it holds the lock and what the holder before it had made by then; then waits for its end of input.
+HOLDER = """
+import sys
+from pathlib import Path
+from sdft_ray.artifacts import Stage
+from sdft_ray.storage import Storage
+with Storage(sys.argv[1]).lock(Stage("score", "tiny", 1, {"n": 1})):
+    print("held", (Path(sys.argv[1]) / "made").exists(), flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def storage(tmp_path):
+    return Storage(str(tmp_path / "root"))
+
+
+def build(storage: Storage, stage: Stage = STAGE, text: str = "four"):
+    (storage.scratch(stage) / "data.txt").write_text(text)
+    return storage.commit(stage, {"rows": 1}, 0.1)
+
+
+def complaint(call, *arguments) -> str:
+    with pytest.raises(UserError) as error:
+        call(*arguments)
+    return str(error.value)
+
+
+def test_status_goes_from_missing_over_partial_to_done(storage):
+    assert storage.status(STAGE) == "missing"
+    (storage.scratch(STAGE) / "data.txt").write_text("four")
+    assert storage.status(STAGE) == "partial"
+    storage.commit(STAGE, {}, 0.1)
+    assert storage.status(STAGE) == "done"
+
+
+def test_status_with_pieces_to_go_on_from_is_partial(storage):
+    storage.resumable(STAGE)
+    assert storage.status(STAGE) == "partial"
+
+
+def test_status_of_another_identity_is_missing(storage):
+    build(storage)
+    assert storage.status(Stage("score", "tiny", 1, {"n": 2})) == "missing"
+
+
+def test_status_of_a_users_own_directory_is_done_and_it_lies_where_it_is(storage, tmp_path):
+    own = Stage("model", "own", 1, {"sha256": "ab"}, location=tmp_path)
+    assert storage.status(own) == "done"
+    assert storage.place(own) == storage.fetch(own) == tmp_path
+
+
+def test_scratch_is_found_again_as_it_was_left(storage):
+    (storage.scratch(STAGE) / "half.txt").write_text("half")
+    assert (Storage(str(storage.root)).scratch(STAGE) / "half.txt").read_text() == "half"
+
+
+def test_commit_moves_the_files_into_place_and_leaves_nothing_of_the_work(storage):
+    (storage.resumable(STAGE) / "checkpoint").write_text("1")
+    place = build(storage)
+    assert place == storage.root / "score" / f"tiny-{STAGE.id}"
+    assert (place / "data.txt").read_text() == "four"
+    assert read_manifest(place)["summary"] == {"rows": 1}
+    left = [path for name in ("scratch", "resumable") for path in (storage.root / name).rglob("*") if path.is_file()]
+    assert left == []
+
+
+def test_commit_drops_what_a_torn_write_left(storage):
+    scratch = storage.scratch(STAGE)
+    (scratch / "inner").mkdir()
+    for torn in (scratch / ".data.txt.123.tmp", scratch / "inner" / ".x.9.tmp"):
+        torn.write_text("ha")
+    place = build(storage)
+    assert [entry["path"] for entry in read_manifest(place)["files"]] == ["data.txt"]
+    assert sorted(path.name for path in place.rglob("*") if path.is_file()) == ["data.txt", MANIFEST]
+
+
+def test_fetch_returns_the_directory_of_a_whole_artifact(storage):
+    place = build(storage)
+    assert Storage(str(storage.root)).fetch(STAGE) == place
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (lambda path: path.unlink(), "is missing"),
+        (lambda path: path.write_text("fou"), "is damaged (got 3 bytes; expected 4)"),
+        (lambda path: path.write_text(""), "is damaged (got 0 bytes; expected 4)"),
+    ],
+    ids=["missing", "short", "empty"],
+)
+def test_status_of_a_damaged_artifact_is_an_error_that_names_file_and_remedy(storage, damage, what):
+    place = build(storage)
+    damage(place / "data.txt")
+    line = f"{place / 'data.txt'}: {what}. Restore it, or delete {place} to build it again."
+    assert complaint(storage.status, STAGE) == line
+    assert complaint(Storage(str(storage.root)).fetch, STAGE) == line
+
+
+def test_fetch_of_an_altered_artifact_is_an_error_that_names_file_and_remedy(storage):
+    place = build(storage)
+    (place / "data.txt").write_text("five")
+    assert complaint(Storage(str(storage.root)).fetch, STAGE) == (
+        f"{place / 'data.txt'}: is altered (its sha256 is not the manifest's). "
+        f"Restore it, or delete {place} to build it again."
+    )
+
+
+def test_status_of_a_deleted_damaged_artifact_is_missing_again(storage):
+    place = build(storage)
+    for path in place.iterdir():
+        path.unlink()
+    place.rmdir()
+    assert storage.status(STAGE) == "missing"
+    assert build(storage) == place
+
+
+def test_find_takes_an_id_the_start_of_one_or_a_path(storage):
+    place = build(storage)
+    build(storage, Stage("score", "tiny", 1, {"n": 2}))
+    for name in (STAGE.id, STAGE.id[:6], str(place)):
+        assert storage.find(name) == place
+
+
+def test_find_of_nothing_is_one_clear_line(storage):
+    build(storage)
+    for name in ("0" * 12, STAGE.id[:3], "score"):
+        assert complaint(storage.find, name) == (
+            f"{name}: is no artifact under {storage.root}. See `sdft check RECIPE` for what there is."
+        )
+
+
+def test_find_of_an_unfinished_artifact_is_nothing(storage):
+    storage.scratch(STAGE)
+    assert "is no artifact" in complaint(storage.find, STAGE.id)
+
+
+def test_find_of_several_names_them(storage):
+    shared: dict[str, Stage] = {}
+    stage = None
+    for n in range(5000):  # until two ids begin alike
+        stage = Stage("score", "tiny", 1, {"n": n})
+        if stage.id[:4] in shared:
+            break
+        shared[stage.id[:4]] = stage
+    other = shared[stage.id[:4]]
+    for each in (stage, other):
+        build(storage, each)
+    line = complaint(storage.find, stage.id[:4])
+    assert line.startswith(f"{stage.id[:4]}: means 2 artifacts. Give more digits: ")
+    assert stage.directory_name in line
+    assert other.directory_name in line
+
+
+@pytest.fixture
+def start_holder(storage):
+    """Start processes that want the lock; none outlives the test."""
+    started = []
+
+    def start() -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLDER, str(storage.root)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_lock_that_is_held_makes_the_second_wait_visibly_until_the_first_is_done(storage, start_holder):
+    with storage.lock(STAGE):
+        second = start_holder()
+        line = second.stderr.readline()
+        assert line == f"score: another command is building {STAGE.directory_name}; waiting for it\n"
+        (storage.root / "made").write_text("by the first")
+    assert second.stdout.readline() == "held True\n"
+
+
+def test_lock_of_a_killed_owner_is_free(storage, start_holder):
+    owner = start_holder()
+    assert owner.stdout.readline() == "held False\n"
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    with storage.lock(STAGE):
+        assert True
+
+
+def test_lock_of_another_stage_is_free(storage, start_holder):
+    assert start_holder().stdout.readline() == "held False\n"
+    with storage.lock(Stage("score", "tiny", 1, {"n": 2})):
+        assert True
+
+
+@pytest.mark.parametrize("root", ["s3://bucket/artifacts", "gs://x", "file:///tmp/x"])
+def test_storage_at_a_uri_is_refused(root):
+    assert complaint(Storage, root) == (f"--root: {root} is not a path. Give a directory that every node can see.")
+
+
+def test_storage_root_may_be_relative_or_of_the_home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert Storage("./artifacts").root == tmp_path / "artifacts"
+    assert Storage("~/artifacts").root == tmp_path / "home" / "artifacts"
+
+
+def test_commit_files_are_readable_by_whoever_may_read_the_directory(storage):
+    scratch = storage.scratch(STAGE)
+    scratch.chmod(0o755)
+    (scratch / "private.bin").write_text("x")
+    (scratch / "private.bin").chmod(0o600)
+    place = build(storage)
+    assert os.stat(place / "private.bin").st_mode & 0o044 == 0o044
