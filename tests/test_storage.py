@@ -1,6 +1,5 @@
 """How far a stage is, what a kill leaves, and who may build."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -231,4 +230,4 @@ def test_commit_files_are_readable_by_whoever_may_read_the_directory(storage):
     (scratch / "private.bin").write_text("x")
     (scratch / "private.bin").chmod(0o600)
     place = build(storage)
-    assert os.stat(place / "private.bin").st_mode & 0o044 == 0o044
+    assert (place / "private.bin").stat().st_mode & 0o044 == 0o044
