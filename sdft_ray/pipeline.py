@@ -37,9 +37,9 @@ _UNITS = {"score": "texts", "distill": "rows", "train": "steps"}
 _ON_RAY = ("score", "distill", "train", "evaluate")
 
 
-def stages(recipe: Recipe, download: bool = False) -> tuple[Stage, ...]:
+def stages(recipe: Recipe) -> tuple[Stage, ...]:
     """Return every stage of a recipe in the order it is built, each with its inputs."""
-    base = sources.model_stage(recipe.model, model.VERSION, download)
+    base = sources.model_stage(recipe.model, model.VERSION)
     all_rows = _rows_stage(recipe)
     texts = sources.calibration_file(recipe.prune.calibration)
     scored = Stage(
@@ -158,7 +158,7 @@ class Built:
 def run(recipe: Recipe, compute: Compute, storage: Storage, until: str | None = None) -> Built:
     """Build every stage of a recipe that is not there yet, up to and including the stages named `until`."""
     check(recipe, compute)
-    plan = stages(recipe, download=True)
+    plan = stages(recipe)
     if until:
         if until not in STAGE_NAMES:
             raise UserError(problem("--until", f"{until} is no stage", nearest(until, STAGE_NAMES)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -54,15 +55,11 @@ class ModelFacts:
     blocks: int
 
 
-def model_stage(source: ModelSource, version: int, download: bool = False) -> Stage:
-    """Return the stage that stands for the base model: a conversion (GGUF), or a directory as it is.
-
-    A hub model is located in the local hub cache, or downloaded first with `download`.
-    """
+def model_stage(source: ModelSource, version: int) -> Stage:
+    """Return the stage that stands for the base model: a conversion (GGUF), a download, or a directory as it is."""
     if isinstance(source, HubModel):
-        location = _hub_directory(source.repo, source.revision, "model", download)
         settings = {"repo": source.repo, "revision": source.revision}
-        return Stage("model", slugify(source.repo), version, settings, location=location)
+        return Stage("model", slugify(source.repo), version, settings)
     path = _model_path(source)
     settings = {"sha256": hash_source(path)}
     if path.is_file():
@@ -71,13 +68,12 @@ def model_stage(source: ModelSource, version: int, download: bool = False) -> St
 
 
 def describe_model(source: ModelSource) -> ModelFacts | None:
-    """Return a model's facts from its headers; None for a hub model that is not downloaded yet.
+    """Return a model's facts from its headers; None for a hub model, whose headers come with the download.
 
     Raises UserError for a directory that is not a chat model in safetensors.
     """
     if isinstance(source, HubModel):
-        location = _hub_directory(source.repo, source.revision, "model", download=False)
-        return describe_directory(location) if location else None
+        return None
     path = _model_path(source)
     if path.is_dir():
         return describe_directory(path)
@@ -119,18 +115,20 @@ def _model_path(source: PackagedModel | LocalModel) -> Path:
     return path
 
 
-def _hub_directory(repo: str, revision: str, kind: str, download: bool) -> Path | None:
+def download_model(repo: str, revision: str, directory: Path) -> None:
+    """Write a hub model's safetensors, config and tokenizer into `directory`; raises UserError where it cannot."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt", "LICENSE*"]
     try:
-        return Path(snapshot_download(repo, revision=revision, repo_type=kind, local_files_only=not download))
+        snapshot_download(repo, revision=revision, local_dir=directory, allow_patterns=wanted, ignore_patterns=["*/*"])
     except LocalEntryNotFoundError:
-        if not download:
-            return None
         raise UserError(problem(repo, "cannot be downloaded: no hub in reach", "Give a local path instead")) from None
     except HfHubHTTPError as error:
-        raise UserError(problem(repo, f"the hub refuses it ({error})", "Check name, revision and HF_TOKEN")) from None
+        what = f"the hub refuses it ({str(error).splitlines()[0]})"
+        raise UserError(problem(repo, what, "Check name, revision and HF_TOKEN")) from None
+    shutil.rmtree(directory / ".cache", ignore_errors=True)  # the hub client's own notes
 
 
 # --- rows -----------------------------------------------------------------------------------------------------

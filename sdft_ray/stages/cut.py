@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sdft_ray.artifacts import write_atomically
-from sdft_ray.core.surgery import prune_config, rename_tensor
+from sdft_ray.core.surgery import prune_config, rename_tensor, require_span
 from sdft_ray.sources import read_json
 from sdft_ray.stages import Work
 
@@ -27,7 +27,9 @@ _COMPANIONS_OLD = ("vocab.json", "vocab.txt", "merges.txt", "LICENSE*")
 def build(work: Work) -> dict[str, Any]:
     """Write the pruned model."""
     base, directory = work.input("model"), work.directory
-    choice = read_json(work.input("score") / "distances.json")["choices"][str(work.settings["blocks"])]
+    measured = read_json(work.input("score") / "distances.json")
+    require_span(0, work.settings["blocks"], measured["blocks"])
+    choice = measured["choices"][str(work.settings["blocks"])]
     start, stop = choice["start"], choice["stop"]
     remove_span(base, directory, start, stop)
     parameters = require_loadable(directory)

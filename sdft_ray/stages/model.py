@@ -1,7 +1,7 @@
-"""Stage `model`: a GGUF file becomes a plain Hugging Face directory, once.
+"""Stage `model`: the base model as a plain Hugging Face directory that every node can read.
 
-In: one .gguf file. Out: safetensors in bfloat16, config, tokenizer, chat template, generation config. A model that
-is such a directory already is used where it lies and never comes here.
+In: one .gguf file, or a pinned hub model. Out: safetensors, config, tokenizer, chat template, generation config; of a
+GGUF dequantised to bfloat16. A model that is such a directory already is used where it lies and never comes here.
 """
 
 from __future__ import annotations
@@ -9,13 +9,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sdft_ray.core.surgery import require_supported
+from sdft_ray.sources import describe_directory, download_model
 from sdft_ray.stages import Work
 
 VERSION = 1
 
 
 def build(work: Work) -> dict[str, Any]:
-    """Write the dequantised model."""
+    """Download the model, or write the dequantised one."""
+    if "repo" in work.settings:
+        download_model(work.settings["repo"], work.settings["revision"], work.directory)
+        facts = describe_directory(work.directory)
+        require_supported(facts.architecture, "model")
+        return {"from": work.settings["repo"], "architecture": facts.architecture, "blocks": facts.blocks}
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
