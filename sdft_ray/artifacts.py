@@ -208,8 +208,8 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": versions,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        # Values of --set may be anything a user types; the command's name and its recipe are enough.
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:3]],
+        # No further arguments: they may be anything that a user types.
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:2]],
     }
 
 

@@ -50,9 +50,11 @@ _LEAKS = re.compile(
     r"\b(?:reference|provided|given|your|above) (?:answer|response|solution)\b|\bin (?:my|your) own words\b|\brewrit",
     re.IGNORECASE,
 )
-_INTEGER = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
+_INTEGER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
 _NUMBER = re.compile(
-    rf"(?P<sign>(?<![\w)\].])[-\u2212]\s?)?[$€£]?\s?(?P<sign2>(?<=[$€£])[-\u2212])?"
+    # A hyphen is a sign unless it stands behind a number, a word or a bracket: then it subtracts or joins.
+    r"(?P<sign>(?<![\w)\].])(?<![\d)\]]\s)[-\u2212]\s?|(?<=[\d)\]]\s)[-\u2212](?=[\d.$€£]))?"
+    r"[$€£]?\s?(?P<sign2>(?<=[$€£])[-\u2212])?"
     rf"(?P<whole>{_INTEGER}(?:\.\d+)?|\.\d+)(?P<denominator>\s?/\s?\d+)?"
 )
 _BOXED = re.compile(r"\\boxed\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")

@@ -19,7 +19,7 @@ class SpanChoice:
     start: int
     stop: int
     distance: float
-    runner_up: int | None
+    runner_up: int
     """Start of the next best span of that size."""
     agreement: float
     """Fraction of bootstrap samples of the rows that choose the same start."""
@@ -52,7 +52,7 @@ def choose_span(distances: torch.Tensor, size: int, samples: int = 200, seed: in
     assert 0 < size < states - 1, f"a span of {size} blocks does not leave any of {states - 1}"
     each = span_distances(distances, size)  # (B, L+1-size)
     mean = each.mean(dim=0)
-    order = mean.argsort()
+    order = mean.argsort(stable=True)
     start = int(order[0])
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randint(rows, (samples, rows), generator=generator)  # (samples, B)
@@ -64,6 +64,6 @@ def choose_span(distances: torch.Tensor, size: int, samples: int = 200, seed: in
         start=start,
         stop=start + size,
         distance=float(mean[start]),
-        runner_up=int(order[1]) if len(order) > 1 else None,
+        runner_up=int(order[1]),
         agreement=float((winners == start).double().mean()),
     )

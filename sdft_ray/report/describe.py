@@ -43,12 +43,11 @@ def span_table(choices: Mapping[str, Mapping[str, Any]]) -> Table:
     """Return, for each number of blocks, the span chosen, its distance, the runner-up, and how sure that is."""
     table = Table("blocks", "span", "distance", "runner-up", "bootstrap agrees", box=None, pad_edge=False)
     for size, choice in choices.items():
-        runner_up = "-" if choice["runner_up"] is None else f"from {choice['runner_up']}"
         table.add_row(
             size,
             f"[{choice['start']}, {choice['stop']})",
             f"{choice['distance']:.4f}",
-            runner_up,
+            f"from {choice['runner_up']}",
             f"{choice['agreement']:.0%}",
         )
     return table
