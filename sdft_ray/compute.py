@@ -1,6 +1,7 @@
 """Where and how it is computed: the typed form of one compute file.
 
-In: a YAML file, or nothing (the defaults fit one machine of two cores or more). Out: a frozen `Compute` with every `auto` settled.
+In: a YAML file, or nothing (the defaults fit one machine of two cores or more). Out: a frozen `Compute` with every
+`auto` settled.
 No field here may change a number beyond rounding; whatever could is recipe. None of it is ever hashed.
 """
 

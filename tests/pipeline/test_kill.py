@@ -1,5 +1,6 @@
 """SIGKILL of the whole command, twice, at points that matter; the end is the same as of a run left alone."""
 
+import contextlib
 import json
 import os
 import signal
@@ -76,7 +77,9 @@ def start(folder: Path) -> subprocess.Popen:
 
 def kill_when(process: subprocess.Popen, folder: Path, pattern: str) -> None:
     while not list((folder / "artifacts").glob(pattern)):
-        assert process.poll() is None, process.stderr.read()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.2)
+            raise AssertionError(f"it ended before there was a {pattern}: {process.stderr.read()}")
     process.send_signal(signal.SIGKILL)
     process.communicate()
 

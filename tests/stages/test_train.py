@@ -129,9 +129,10 @@ def test_train_full_fine_tuning_moves_all_weights_and_reloads(ray_cluster, tiny_
 def test_train_a_killed_worker_continues_from_its_checkpoint(reference, tiny_model, tmp_path):
     work = make_work(tmp_path, tiny_model, plan())
     victim: list[int] = []
+    over = threading.Event()
 
     def kill_once_a_checkpoint_is_there() -> None:
-        while not victim:
+        while not over.wait(0.1):
             if list(work.resumable.glob("ray_train/checkpoint_*/step")):
                 for process in psutil.Process().children(recursive=True):  # of this test's own Ray
                     if "RayTrainWorker" in " ".join(process.cmdline()):
@@ -142,6 +143,7 @@ def test_train_a_killed_worker_continues_from_its_checkpoint(reference, tiny_mod
     killer = threading.Thread(target=kill_once_a_checkpoint_is_there, daemon=True)
     killer.start()
     train.build(work)
+    over.set()
     assert victim, "the worker was killed"
     for got, expected in zip(losses(work), losses(reference[0]), strict=True):
         assert got == pytest.approx(expected, abs=1e-6)
