@@ -31,6 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, StageFailed) as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # a disk that is full or not there, a file where a directory should be
+        where = error.filename or "the disk"
+        print(problem(str(where), str(error.strerror), "Mend this; what was finished is kept"), file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("Stopped. What was finished is kept; the same command goes on from there.", file=sys.stderr)
         return 130
@@ -87,6 +91,7 @@ def _show_report(options: argparse.Namespace, recipe: Any, storage: Any) -> None
     else:
         table.show(report, Console(width=None if sys.stdout.isatty() else 160))
     if options.html:
+        options.html.parent.mkdir(exist_ok=True)
         options.html.write_text(page.render(report), encoding="utf-8")
         say(f"Report: {options.html}")
 
@@ -144,6 +149,9 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     from sdft_ray.recipe import load_recipe
     from sdft_ray.storage import Storage
 
+    page = getattr(options, "html", None)
+    if page and not page.absolute().parent.is_dir() and page.parent != Path(options.root):
+        raise UserError(problem("--html", f"{page.parent} is no directory", "Make it, or give another path"))
     return load_recipe(options.recipe, options.set), load_compute(options.compute), Storage(options.root)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -70,24 +69,26 @@ def _native_stderr_closed() -> Iterator[None]:
 
 
 def require_room(compute: Compute, stage: str) -> None:
-    """Return once the cluster holds what a stage needs; raise UserError after wait_seconds, saying what is there."""
+    """Return once what a stage needs is free; raise UserError after wait_seconds, saying what is there.
+
+    A placement group asks: it counts what is free, and it is demand that an autoscaler answers with nodes.
+    """
     import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
 
     bundles, cpus, gpus = compute.needs()[stage]
-    waited_since, said = time.monotonic(), False
-    while True:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        fits = sum(_times(node, cpus, gpus) for node in nodes)
-        if fits >= bundles:
+    group = placement_group([{"CPU": cpus, **({"GPU": gpus} if gpus else {})}] * bundles)
+    try:
+        if group.wait(5):
             return
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         there = f"{sum(n.get('CPU', 0) for n in nodes):g} CPUs and {sum(n.get('GPU', 0) for n in nodes):g} GPUs"
         needs = f"needs {bundles} x ({cpus} CPUs, {gpus:g} GPUs); the cluster has {there} on {len(nodes)} nodes"
-        if compute.ray.address == "local" or time.monotonic() - waited_since > compute.ray.wait_seconds:
+        say(f"{stage}: {needs}; waiting up to {compute.ray.wait_seconds} s for that much to be free")
+        if not group.wait(compute.ray.wait_seconds):
             raise UserError(problem(f"compute.{stage}", needs, "Ask for less, or add nodes"))
-        if not said:
-            say(f"{stage}: {needs}; waiting up to {compute.ray.wait_seconds} s for more")
-            said = True
-        time.sleep(2)
+    finally:
+        remove_placement_group(group)
 
 
 def ticker() -> Any:
@@ -106,8 +107,3 @@ class _Ticker:
 
     def ask(self) -> dict[str, Any]:
         return self._state
-
-
-def _times(node: dict[str, float], cpus: int, gpus: float) -> int:
-    by_cpu = int(node.get("CPU", 0) // cpus) if cpus else 1 << 30
-    return min(by_cpu, int(node.get("GPU", 0) // gpus)) if gpus else by_cpu

@@ -30,6 +30,8 @@ class RayCluster(Section):
 
 
 class Score(Section):
+    """Actors that each hold the base model."""
+
     actors: int = Field(1, gt=0)
     cpus: Count | Auto = "auto"
     """CPUs of one actor; `auto` shares this machine's cores among the actors."""
@@ -47,12 +49,14 @@ class Engine(Section):
     max_num_batched_tokens: int | None = Field(None, gt=0)
     max_model_len: int | None = Field(None, gt=0)
     kv_cache_gib: float = Field(2.0, gt=0)
-    """Memory of the KV cache on a CPU (VLLM_CPU_KVCACHE_SPACE); a GPU takes gpu_memory_utilization."""
+    """Memory of the KV cache on a CPU; a GPU takes gpu_memory_utilization instead."""
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     enable_prefix_caching: bool = True
 
 
 class Distill(Section):
+    """Actors that each hold a vLLM engine."""
+
     actors: int = Field(1, gt=0)
     cpus: Count | Auto = "auto"
     gpus: float = Field(0, ge=0)
@@ -65,6 +69,8 @@ class Distill(Section):
 
 
 class Train(Section):
+    """Workers of Ray Train, and how DeepSpeed shares memory among them."""
+
     workers: int = Field(2, gt=0)
     cpus: Count | Auto = "auto"
     gpus: float = Field(0, ge=0)
@@ -78,6 +84,8 @@ class Train(Section):
 
 
 class Evaluate(Section):
+    """Ray tasks that each take one model through one exam."""
+
     cpus: Count | Auto = 1
     """CPUs of one (model, task); several run at once where there is room."""
     gpus: float = Field(0, ge=0)
@@ -105,8 +113,13 @@ class Compute(Section):
 
 
 def cores() -> int:
-    """Return how many cores this process may use (the affinity mask, not the machine's total)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return how many cores this process may use: the affinity mask, and in a container its CPU quota."""
+    mask = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(mask, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup v2, or no limit ("max")
+        return mask
 
 
 def load_compute(path: Path | None = None) -> Compute:

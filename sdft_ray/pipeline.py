@@ -17,7 +17,7 @@ import itertools
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def _distill_stage(recipe: Recipe, base: Stage, all_rows: Stage) -> Stage:
 
 def _evaluate_stage(recipe: Recipe, task: str, who: str, examined: Stage, all_rows: Stage) -> Stage:
     wanted = recipe.evaluate
-    settings: dict[str, Any] = {"task": task, "dtype": wanted.dtype, "preset": wanted.preset}
+    settings: dict[str, Any] = {"task": task, "dtype": wanted.dtype}
     inputs, where = {"model": examined}, {}
     if task == evaluate.HELD_OUT:
         settings |= {"max_new_tokens": wanted.max_new_tokens}
@@ -143,6 +143,8 @@ def check(recipe: Recipe, compute: Compute) -> None:
             sources.read_rows(recipe.rows)
         case GymRows():
             sources.read_rows(recipe.rows.model_copy(update={"limit": 1}))
+    if recipe.evaluate.preset == "harness":
+        evaluate.require_known(recipe.evaluate.tasks)
     for arm in recipe.arms.names:
         train.require_divisible(recipe.train_settings(arm).global_batch_size, compute.train)
 
@@ -188,19 +190,21 @@ def _build_group(group: Sequence[Stage], storage: Storage, compute: Compute) -> 
         with Progress(group[0].name, _UNITS.get(group[0].name, "parts")) as progress:
             _build(group[0], storage, compute, progress)
         return
-    with Progress(group[0].name, "tasks") as progress, ThreadPoolExecutor(max_workers=len(group)) as threads:
+    threads = ThreadPoolExecutor(max_workers=len(group))
+    with Progress(group[0].name, "tasks") as progress:
         progress.begin(len(group))
-        done = itertools.count(1)
         waiting = [threads.submit(_build, stage, storage, compute, Progress(stage.name, "parts")) for stage in group]
-        for future in waiting:
-            future.add_done_callback(lambda _: progress.update(next(done)))
-        for future in waiting:
-            future.result()
+        try:
+            for done, future in enumerate(as_completed(waiting), 1):
+                future.result()
+                progress.update(done)
+        finally:  # at the first failure or Ctrl-C: what runs ends with the cluster, what waits never starts
+            threads.shutdown(wait=False, cancel_futures=True)
 
 
 def _build(stage: Stage, storage: Storage, compute: Compute, progress: Progress) -> None:
     """Build one stage under its lock, and say what came of it."""
-    with storage.lock(stage):
+    with storage.lock(f"{stage.name}-{stage.id}"):
         if storage.status(stage) == "done":  # built by another command while this one waited
             return
         begun = time.monotonic()

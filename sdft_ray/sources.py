@@ -11,6 +11,7 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ _OFFLINE_TASKS = {
     "piqa": "piqa/plain_text/validation",
     "hellaswag": "hellaswag/none/validation",
 }
+WEIGHTS_INDEX = "model.safetensors.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -89,7 +91,7 @@ def describe_model(source: ModelSource) -> ModelFacts | None:
 def describe_directory(directory: Path) -> ModelFacts:
     """Return the facts of a Hugging Face model directory, refusing one that lacks a part the chain needs."""
     config = read_json(directory / "config.json", missing="is no Hugging Face model directory")
-    if not any(directory.glob("*.safetensors")):
+    if not weight_files(directory):
         what = "has pickled weights only" if any(directory.glob("*.bin")) else "has no weights"
         raise UserError(
             problem(str(directory), f"{what} (expected *.safetensors)", "Save it with safe_serialization=True")
@@ -102,6 +104,18 @@ def describe_directory(directory: Path) -> ModelFacts:
     if not inline and not any(path.is_file() for path in templates):
         raise UserError(problem(str(directory), "has no chat template", "Give an instruction-tuned model"))
     return ModelFacts(str(config.get("model_type")), int(config.get("num_hidden_layers") or 0))
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """Return the safetensors files of a model: those its index names, else its one file, else none.
+
+    Some models ship the same weights once more in another layout (consolidated.safetensors): not those.
+    """
+    index = directory / WEIGHTS_INDEX
+    if index.is_file():
+        return [directory / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    one = directory / "model.safetensors"
+    return [one] if one.is_file() else []
 
 
 def _model_path(source: PackagedModel | LocalModel) -> Path:
@@ -122,7 +136,13 @@ def download_model(repo: str, revision: str, directory: Path) -> None:
 
     wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt", "LICENSE*"]
     try:
-        snapshot_download(repo, revision=revision, local_dir=directory, allow_patterns=wanted, ignore_patterns=["*/*"])
+        snapshot_download(
+            repo,
+            revision=revision,
+            local_dir=directory,
+            allow_patterns=wanted,
+            ignore_patterns=["*/*", "consolidated*"],
+        )
     except LocalEntryNotFoundError:
         raise UserError(problem(repo, "cannot be downloaded: no hub in reach", "Give a local path instead")) from None
     except HfHubHTTPError as error:
@@ -137,7 +157,8 @@ def download_model(repo: str, revision: str, directory: Path) -> None:
 def rows_identity(source: RowSource) -> dict[str, Any]:
     """Return what stands for the rows' content in ids: never a local path, always a hash, commit or generator."""
     if isinstance(source, GymRows):
-        return {"gym": source.gym, "options": dict(source.options)}
+        # The generator is the data: another version may make other rows.
+        return {"gym": source.gym, "options": dict(source.options), "version": metadata.version("reasoning-gym")}
     fields = source.fields.model_dump(mode="json")
     if isinstance(source, FileRows):
         return {"sha256": hash_source(_row_file(source.path)), "fields": fields}

@@ -10,6 +10,7 @@ directories of their own.
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,7 @@ class Storage:
             raise UserError(problem("--root", f"{root} is not a path", "Give a directory that every node can see"))
         self.root = Path(root).expanduser().resolve()
         self._verified: set[str] = set()
+        self._fetching = threading.Lock()
 
     def place(self, stage: Stage) -> Path:
         """Return where the finished artifact lies or will lie."""
@@ -54,10 +56,10 @@ class Storage:
     def fetch(self, stage: Stage) -> Path:
         """Return the directory of a finished artifact after checking its hashes, once a process."""
         place = self.place(stage)
-        if stage.location or stage.id in self._verified:
-            return place
-        artifacts.check_files(place, self.manifest(stage), hashes=True)
-        self._verified.add(stage.id)
+        with self._fetching:  # evaluations of one model ask for it at the same time
+            if not stage.location and stage.id not in self._verified:
+                artifacts.check_files(place, self.manifest(stage), hashes=True)
+                self._verified.add(stage.id)
         return place
 
     def manifest(self, stage: Stage) -> dict[str, Any]:
@@ -67,15 +69,15 @@ class Storage:
         return manifest
 
     @contextmanager
-    def lock(self, stage: Stage) -> Iterator[None]:
-        """Hold the one right to build a stage; a second driver waits, visibly. The lock dies with its owner."""
-        path = self.root / "locks" / f"{stage.name}-{stage.id}.lock"
+    def lock(self, name: str) -> Iterator[None]:
+        """Hold the one right to work on something; a second driver waits, visibly. The lock dies with its owner."""
+        path = self.root / "locks" / f"{name}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path)
         try:
             lock.acquire(timeout=0.5)
         except Timeout:
-            say(f"{stage.name}: another command is building {stage.directory_name}; waiting for it")
+            say(f"{name}: another command is at work on it; waiting")
             lock.acquire()
         try:
             yield

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from sdft_ray.artifacts import Stage
 from sdft_ray.storage import Storage
-with Storage(sys.argv[1]).lock(Stage("score", "tiny", 1, {"n": 1})):
+with Storage(sys.argv[1]).lock("score-1"):
     print("held", (Path(sys.argv[1]) / "made").exists(), flush=True)
     sys.stdin.read()
 """
@@ -189,10 +189,10 @@ def start_holder(storage):
 
 
 def test_lock_that_is_held_makes_the_second_wait_visibly_until_the_first_is_done(storage, start_holder):
-    with storage.lock(STAGE):
+    with storage.lock("score-1"):
         second = start_holder()
         line = second.stderr.readline()
-        assert line == f"score: another command is building {STAGE.directory_name}; waiting for it\n"
+        assert line == "score-1: another command is at work on it; waiting\n"
         (storage.root / "made").write_text("by the first")
     assert second.stdout.readline() == "held True\n"
 
@@ -202,13 +202,13 @@ def test_lock_of_a_killed_owner_is_free(storage, start_holder):
     assert owner.stdout.readline() == "held False\n"
     owner.send_signal(signal.SIGKILL)
     owner.wait()
-    with storage.lock(STAGE):
+    with storage.lock("score-1"):
         assert True
 
 
 def test_lock_of_another_stage_is_free(storage, start_holder):
     assert start_holder().stdout.readline() == "held False\n"
-    with storage.lock(Stage("score", "tiny", 1, {"n": 2})):
+    with storage.lock("score-2"):
         assert True
 
 

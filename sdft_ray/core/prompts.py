@@ -7,11 +7,12 @@ once: a templated string tokenised again would get a second BOS.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from typing import Any
 
-# Part of the ledger's identity: bump when a template or the rendering changes.
-TEMPLATES_VERSION = 1
+# Part of the ledger's identity, beside the template's text: bump when prompts are rendered otherwise.
+RENDERING_VERSION = 1
 
 # For rows whose answer is checked: the model may find its own way, but must arrive. Both templates are the ones of
 # six that a 135M model followed best (docs/results.md).
@@ -40,32 +41,39 @@ class TrainingRow:
     """Index of the first token that carries loss."""
 
 
-def rewrite_instruction(prompt: str, reference: str, checkable: bool, template: str | None = None) -> str:
+def rewrite_instruction(prompt: str, reference: str, template: str) -> str:
     """Return the user message that asks the unpruned model to rewrite a reference.
 
-    >>> rewrite_instruction("2 + 2?", "4", checkable=True, template="Q: {prompt} A: {reference}")
+    >>> rewrite_instruction("2 + 2?", "4", "Q: {prompt} A: {reference}")
     'Q: 2 + 2? A: 4'
     """
     values = {"prompt": prompt, "reference": reference}
     # Not str.format: prompts hold braces of their own.
-    return re.sub(r"\{(prompt|reference)\}", lambda m: values[m[1]], template or (CHECKABLE if checkable else OPEN))
+    return re.sub(r"\{(prompt|reference)\}", lambda m: values[m[1]], template)
 
 
 def render_prompt(tokenizer: Any, prompt: str) -> list[int]:
     """Return the token ids of a user message up to where the assistant begins to speak."""
     messages = [{"role": "user", "content": prompt}]
-    # return_dict: transformers 5 would otherwise hand back a BatchEncoding.
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+    return list(_apply(tokenizer, messages, add_generation_prompt=True))
 
 
+@functools.lru_cache
 def end_of_turn(tokenizer: Any) -> int:
     """Return the id of the token with which the chat template closes an assistant turn, else the EOS token."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "RESPONSE"}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    after = tokenizer(text.rpartition("RESPONSE")[2], add_special_tokens=False)["input_ids"]
-    if after and after[0] in tokenizer.all_special_ids:
+    text = _apply(tokenizer, messages, tokenize=False)
+    after = tokenizer(text.rpartition("RESPONSE")[2].lstrip(), add_special_tokens=False)["input_ids"]
+    marks = tokenizer.added_tokens_decoder
+    if after and after[0] in marks and marks[after[0]].special:
         return int(after[0])
     return int(tokenizer.eos_token_id)
+
+
+def _apply(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> Any:
+    # return_dict: transformers 5 would otherwise hand back a BatchEncoding. enable_thinking: a template that thinks by
+    # default would put its thoughts into the rewrites; templates that know no such thing ignore it.
+    return tokenizer.apply_chat_template(messages, return_dict=False, enable_thinking=False, **options)
 
 
 def encode_row(tokenizer: Any, prompt: str, response: str) -> TrainingRow:

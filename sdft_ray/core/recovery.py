@@ -1,4 +1,4 @@
-"""How much quality a model kept: means, recovery, and what the removed blocks save.
+"""How much quality a model kept: means and recovery.
 
 In: scores of tasks. Out: the figures of the recovery table. Recovery is mean(model) / mean(base), unweighted over
 tasks, as the paper has it; because a model that guesses also scores, the chance-corrected figure stands beside it.

@@ -55,9 +55,11 @@ _NUMBER = re.compile(
     # A hyphen is a sign unless it stands behind a number, a word or a bracket: then it subtracts or joins.
     r"(?P<sign>(?<![\w)\].])(?<![\d)\]]\s)[-\u2212]\s?|(?<=[\d)\]]\s)[-\u2212](?=[\d.$€£]))?"
     r"[$€£]?\s?(?P<sign2>(?<=[$€£])[-\u2212])?"
-    rf"(?P<whole>{_INTEGER}(?:\.\d+)?|\.\d+)(?P<denominator>\s?/\s?\d+)?"
+    rf"(?P<whole>{_INTEGER}(?:\.\d+)?(?:[eE][-+]?\d{{1,3}}\b)?|(?<!\d)\.\d+)(?P<denominator>\s?/\s?\d+)?"
 )
 _BOXED = re.compile(r"\\boxed\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
+# The 2 of `12 m^2` or of `\text{cm}^2` belongs to the unit.
+_UNITS = re.compile(r"\\text\s*\{[^{}]*\}(?:\^\{?\d+\}?)?|(?<=[A-Za-z])\^\{?\d+\}?")
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}")
 
 
@@ -78,10 +80,10 @@ def select_response(reference: str, answer: str | None, generation: Generation, 
 
 
 def _first_failure(text: str, known: str, answer: str | None, generation: Generation) -> Reason:
-    if generation.finish_reason == "error":
-        return "error"
     if generation.finish_reason == "length":
         return "truncated"
+    if generation.finish_reason != "stop":
+        return "error"
     if not text:
         return "empty"
     if any(match[0].lower() not in known.lower() for match in _LEAKS.finditer(text)):
@@ -121,9 +123,10 @@ def final_number(text: str) -> Fraction | None:
     ['2469/2', '-3', '1/2', '50', '5', '34', 'None']
     """
     if boxed := _BOXED.findall(text):
-        text = _LATEX_FRACTION.sub(r"\1/\2", boxed[-1])
+        text = boxed[-1]
     elif "####" in text:
         text = text.rpartition("####")[2]
+    text = _LATEX_FRACTION.sub(r"\1/\2", _UNITS.sub(" ", text))
     matches = list(_NUMBER.finditer(text))
     return _value(matches[-1]) if matches else None
 

@@ -46,6 +46,8 @@ def rename_tensor(name: str, start: int, stop: int) -> str | None:
     ['model.layers.0.mlp.up_proj.weight', None, 'model.layers.1.mlp.up_proj.weight']
     """
     match = _BLOCK.match(name)
+    if name.endswith("rotary_emb.inv_freq"):  # a buffer that old checkpoints stored and the config determines
+        return None
     if match is None:
         return name
     block = int(match[1])
@@ -72,7 +74,9 @@ def prune_config(config: Mapping[str, Any], start: int, stop: int) -> dict[str, 
                 raise UserError(problem("config.json", what, "Ask for this architecture to be added"))
             pruned[key] = value[:start] + value[stop:]
     if isinstance(config.get("max_window_layers"), int):
-        pruned["max_window_layers"] = min(config["max_window_layers"], pruned["num_hidden_layers"])
+        full = config["max_window_layers"]  # so many blocks from the start attend fully: fewer where they were removed
+        full -= max(0, min(stop, full) - min(start, full))
+        pruned["max_window_layers"] = min(full, pruned["num_hidden_layers"])
     rope = config.get("rope_parameters")
     if isinstance(rope, Mapping) and "rope_theta" in rope:
         pruned.setdefault("rope_theta", rope["rope_theta"])

@@ -14,14 +14,21 @@ from typing import Any
 
 from sdft_ray.artifacts import write_atomically
 from sdft_ray.core.surgery import prune_config, rename_tensor, require_span
-from sdft_ray.sources import read_json
+from sdft_ray.sources import WEIGHTS_INDEX, read_json, weight_files
 from sdft_ray.stages import Work
 
 VERSION = 1
-_INDEX = "model.safetensors.index.json"
 # Everything else that belongs to a model; weights and config are rewritten, other formats and caches stay behind.
-_COMPANIONS = ("generation_config.json", "tokenizer*", "chat_template*", "special_tokens_map.json", "added_tokens.json")
-_COMPANIONS_OLD = ("vocab.json", "vocab.txt", "merges.txt", "LICENSE*")
+_COMPANIONS = (
+    "generation_config.json",
+    "tokenizer*",
+    "chat_template*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "LICENSE*",
+)
 
 
 def build(work: Work) -> dict[str, Any]:
@@ -51,7 +58,7 @@ def remove_span(base: Path, directory: Path, start: int, stop: int) -> None:
     config = prune_config(read_json(base / "config.json"), start, stop)
     weight_map: dict[str, str] = {}
     total = 0
-    for shard in sorted(base.glob("*.safetensors")):
+    for shard in weight_files(base):
         with safe_open(shard, framework="pt") as tensors:
             named = {name: rename_tensor(name, start, stop) for name in tensors.keys()}  # noqa: SIM118 - not a dict
             kept = {new: tensors.get_tensor(old) for old, new in named.items() if new}
@@ -59,11 +66,11 @@ def remove_span(base: Path, directory: Path, start: int, stop: int) -> None:
             save_file(kept, directory / shard.name, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(kept, shard.name)
             total += sum(tensor.nbytes for tensor in kept.values())
-    if (base / _INDEX).is_file():
+    if (base / WEIGHTS_INDEX).is_file():
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_atomically(directory / _INDEX, json.dumps(index, indent=2))
+        write_atomically(directory / WEIGHTS_INDEX, json.dumps(index, indent=2))
     write_atomically(directory / "config.json", json.dumps(config, indent=2) + "\n")
-    for pattern in (*_COMPANIONS, *_COMPANIONS_OLD):
+    for pattern in _COMPANIONS:
         for path in base.glob(pattern):
             shutil.copy2(path, directory / path.name)
 
@@ -78,7 +85,7 @@ def require_loadable(directory: Path) -> int:
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found: dict[str, tuple[int, ...]] = {}
-    for shard in directory.glob("*.safetensors"):
+    for shard in weight_files(directory):
         with safe_open(shard, framework="pt") as tensors:
             found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     if model.config.tie_word_embeddings:

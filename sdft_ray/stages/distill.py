@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sdft_ray.artifacts import short_id
-from sdft_ray.core.prompts import TEMPLATES_VERSION, render_prompt, rewrite_instruction
+from sdft_ray.core.prompts import CHECKABLE, OPEN, RENDERING_VERSION, render_prompt, rewrite_instruction
 from sdft_ray.core.selection import REASONS, Generation, select_response
 from sdft_ray.errors import StageFailed
 from sdft_ray.stages import Work
 from sdft_ray.stages.rows import read_training_rows
 
 VERSION = 1
-_SAMPLING = ("temperature", "top_p", "max_new_tokens", "dtype", "seed", "template", "answer")
+_SAMPLING = ("temperature", "top_p", "max_new_tokens", "dtype", "seed")
 _LEDGER_FIELDS = ("id", "text", "finish_reason", "prompt_tokens", "tokens", "sampling_seed")
 
 
@@ -57,13 +57,13 @@ def build(work: Work) -> dict[str, Any]:
 
     rows = read_training_rows(work.input("rows"), work.settings["rows"])
     ledger = work.storage.ledger(ledger_name(work))
-    finished = _finished(ledger)
-    missing = [row for row in rows if row["id"] not in finished]
-    work.progress.begin(len(rows), done=len(rows) - len(missing))
-    if missing:
-        _generate(work, missing, ledger)
-        finished = _finished(ledger)
-    generations = _read_ledger(ledger)
+    with work.storage.lock(f"ledger-{ledger.name}"):  # recipes that ask for other rows share it
+        finished = _finished(_read_ledger(ledger))
+        missing = [row for row in rows if row["id"] not in finished]
+        work.progress.begin(len(rows), done=len(rows) - len(missing))
+        if missing:
+            _generate(work, missing, ledger)
+        generations = _read_ledger(ledger)
     selected, counts = select_rows(rows, generations)
     failed = counts["error"] / len(rows)
     if failed > work.settings["max_failed_fraction"]:
@@ -71,7 +71,7 @@ def build(work: Work) -> dict[str, Any]:
         raise StageFailed(
             f"distill: {counts['error']} of {len(rows)} rows failed in the engine (allowed: "
             f"{work.settings['max_failed_fraction']:.0%}), mostly: {messages.most_common(1)[0][0]}. "
-            f"{len(finished)} generated rows are kept in {ledger}"
+            f"{len(_finished(generations))} generated rows are kept in {ledger}"
         )
     text = ("id", "prompt", "reference", "answer", "response", "source", "reason", "generated", "finish_reason")
     schema = pa.schema(
@@ -95,10 +95,16 @@ def ledger_name(work: Work) -> str:
     """Return the name of the ledger that these rows' generations go into."""
     identity = {
         "model": work.stage.inputs["model"].id,
-        "templates": TEMPLATES_VERSION,
+        "rendering": RENDERING_VERSION,
+        "template": _template(work.settings),
         **{key: work.settings[key] for key in _SAMPLING},
     }
     return f"{work.stage.inputs['model'].slug}-{short_id(identity)}"
+
+
+def _template(settings: Mapping[str, Any]) -> str:
+    """Return the rewriting instruction: the recipe's own, else the one that suits how rows are checked."""
+    return settings["template"] or (OPEN if settings["answer"] == "none" else CHECKABLE)
 
 
 def sampling_seed(row_id: str, seed: int) -> int:
@@ -210,8 +216,7 @@ class Rewriter:
             yield {"tokens": np.array([row["tokens"] for row in piece])}
 
     def _request(self, row_id: str, prompt: str, reference: str) -> Request:
-        checkable = self.settings["answer"] != "none"
-        instruction = rewrite_instruction(prompt, reference, checkable, self.settings["template"])
+        instruction = rewrite_instruction(prompt, reference, _template(self.settings))
         return Request(row_id, render_prompt(self.tokenizer, instruction), sampling_seed(row_id, self.settings["seed"]))
 
 
@@ -267,13 +272,15 @@ class VllmEngine:
         while waiting:
             for output in self.engine.step():
                 if output.finished:
-                    answer = output.outputs[0]
-                    yield (
-                        waiting.pop(output.request_id),
-                        Generation(
-                            answer.text, answer.finish_reason, len(output.prompt_token_ids), len(answer.token_ids)
-                        ),
-                    )
+                    yield waiting.pop(output.request_id), self._generation(output)
+
+    def _generation(self, output: Any) -> Generation:
+        made, prompt_tokens = output.outputs[0], len(output.prompt_token_ids)
+        if made.finish_reason == "length" and len(made.token_ids) < self.settings["max_new_tokens"]:
+            # Cut off by the engine, not by the recipe: no setting of the compute file may decide what a row becomes.
+            what = f"prompt of {prompt_tokens} tokens leaves too little of compute.distill.engine.max_model_len"
+            return Generation(what, "error", prompt_tokens)
+        return Generation(made.text, made.finish_reason, prompt_tokens, len(made.token_ids))
 
 
 def _write_piece(ledger: Path, batch: str, rows: list[dict[str, Any]]) -> None:
@@ -304,6 +311,6 @@ def _read_ledger(ledger: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _finished(ledger: Path) -> set[str]:
+def _finished(generations: Mapping[str, Mapping[str, Any]]) -> set[str]:
     """Return the ids that need no engine any more; rows that ended in an error are tried again."""
-    return {row_id for row_id, row in _read_ledger(ledger).items() if row["finish_reason"] != "error"}
+    return {row_id for row_id, row in generations.items() if row["finish_reason"] != "error"}

@@ -67,6 +67,14 @@ def exam(preset: str, task: str) -> Exam:
     return known[task]
 
 
+def require_known(tasks: Iterable[str]) -> None:
+    """Raise UserError for a task that the harness does not have; reads its index of tasks."""
+    names = _task_manager().all_tasks
+    unknown = [task for task in tasks if task != HELD_OUT and task not in names]
+    if unknown:
+        raise UserError(*(problem("evaluate.tasks", f"lm-eval has no task {t}", nearest(t, names)) for t in unknown))
+
+
 def build(work: Work) -> dict[str, Any]:
     """Write score.json and items.jsonl."""
     import ray
@@ -99,7 +107,7 @@ def examine(
     device: str,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the score and the items of one task; runs in a Ray worker."""
-    if settings["preset"] == "offline":
+    if "file" in where or settings["task"] == HELD_OUT:
         os.environ["HF_HUB_OFFLINE"] = "1"  # nothing may try, and time out on, a network
     from sdft_ray.progress import quiet_transformers
 

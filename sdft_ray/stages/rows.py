@@ -1,8 +1,8 @@
 """Stage `rows`: decides once which rows exist, in which order, and what each is for.
 
 In: a row source. Out: held_out.parquet, validation.parquet and train.parquet, disjoint by prompt. The order comes
-from a hash of seed and content, so it depends on neither the source's order nor its length, and every smaller data
-size is a prefix of train.parquet.
+from a hash of seed and content, not from the source's order, and every smaller data size is a prefix of
+train.parquet.
 """
 
 from __future__ import annotations
@@ -45,12 +45,15 @@ def split_rows(
     """Return the rows of each split, with id and final answer, and how many rows were left out and why.
 
     A row before: {"prompt": "2 + 2?", "reference": "4", "answer": None}. After: the same with `id` (a content hash)
-    and answer "4". Left out: rows whose prompt came before (a prompt must not stand in two splits), and, where
-    answers are checked, rows whose reference has none.
+    and answer "4". Left out: rows with a blank prompt or reference, rows whose prompt came before (none may
+    stand in two splits), and, where answers are checked, rows whose reference has none.
     """
     seen: dict[str, dict[str, Any]] = {}
-    duplicates = unanswered = 0
+    duplicates = unanswered = blank = 0
     for row in raw:
+        if not row["prompt"].strip() or not row["reference"].strip():
+            blank += 1
+            continue
         answer = None
         if checker == "number":
             number = final_number(row["answer"] if row["answer"] is not None else row["reference"])
@@ -73,7 +76,7 @@ def split_rows(
         "validation": rows[held_out:first_train],
         "train": rows[first_train:],
     }
-    return splits, {"read": len(raw), "duplicate_prompts": duplicates, "without_answer": unanswered}
+    return splits, {"read": len(raw), "blank": blank, "duplicate_prompts": duplicates, "without_answer": unanswered}
 
 
 def row_id(prompt: str, reference: str) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import tempfile
 import threading
 import time
@@ -23,6 +24,7 @@ from sdft_ray.artifacts import write_atomically
 from sdft_ray.core.prompts import TrainingRow, encode_row
 from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.stages import Work
+from sdft_ray.stages.cut import require_loadable
 from sdft_ray.stages.rows import read_split, read_training_rows
 
 VERSION = 1
@@ -51,7 +53,8 @@ def build(work: Work) -> dict[str, Any]:
         (work.resumable / "result.json").unlink()  # a rerun tries again from the last checkpoint
         raise StageFailed(f"train: {result['failed']}. The last training checkpoint is kept in {work.resumable}")
     wall_seconds = time.monotonic() - begun
-    parameters = _write_model(work, base)
+    _write_model(work, base)
+    parameters = require_loadable(work.directory)
     write_atomically(work.directory / "losses.json", json.dumps(result["history"]))
     tokens = sum(len(row.ids) for row in rows)
     return {
@@ -126,9 +129,10 @@ def _fit(work: Work, base: Path) -> dict[str, Any]:
             use_gpu=bool(plan.gpus),
             resources_per_worker={"CPU": plan.cpus, **({"GPU": plan.gpus} if plan.gpus else {})},
         ),
-        # The same name and place: a rerun goes on from the last checkpoint by itself.
+        # The same name and place: a rerun goes on from the last checkpoint by itself. DeepSpeed's optimizer shards fit
+        # only the layout that wrote them, so another layout starts anew instead of failing.
         run_config=RunConfig(
-            name="ray_train",
+            name=f"ray_train-{plan.workers}-workers-zero-{plan.zero_stage}",
             storage_path=str(work.resumable),
             failure_config=FailureConfig(max_failures=plan.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
@@ -145,12 +149,16 @@ def _fit(work: Work, base: Path) -> dict[str, Any]:
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
+    on_interrupt = signal.getsignal(signal.SIGINT)
     try:
         trainer.fit()
+    except SystemExit:  # Ray Train's own handler of Ctrl-C ends the process as if all were well
+        raise KeyboardInterrupt from None
     except TrainingFailedError as error:
         cause = str(error).strip().splitlines()[-1]
         raise StageFailed(f"train: {cause}. The last training checkpoint is kept in {work.resumable}") from error
     finally:
+        signal.signal(signal.SIGINT, on_interrupt)
         finished.set()
         watcher.join()
     return json.loads(result_file.read_text())
@@ -161,7 +169,7 @@ def _fit(work: Work, base: Path) -> dict[str, Any]:
 
 def train_worker(config: dict[str, Any]) -> None:
     """Train on one worker; runs under Ray Train, all workers in step."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if config["plan"]["gpus"] else "cpu")
+    os.environ["DS_ACCELERATOR"] = "cuda" if config["plan"]["gpus"] else "cpu"  # not the driver's
     import deepspeed
     import ray
     import ray.train
@@ -188,9 +196,9 @@ def train_worker(config: dict[str, Any]) -> None:
     rows, validation = _read_rows(Path(config["rows"])), _read_rows(Path(config["validation"]))
     steps = schedule(len(rows), settings["epochs"], settings["global_batch_size"], settings["seed"])
     history = _resume(engine)
-    begun, first = time.monotonic(), len(history)
+    begun, tokens = time.monotonic(), 0
 
-    for step in range(first, len(steps)):
+    for step in range(len(history), len(steps)):
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate(step, len(steps), settings)
         loss = _take_step(engine, [rows[i] for i in steps[step]], rank, workers, plan["micro_batch"], rounds)
@@ -206,11 +214,11 @@ def train_worker(config: dict[str, Any]) -> None:
             record["validation_loss"] = _validation_loss(engine, validation, rank, workers, plan["micro_batch"])
         history.append(record)
         if rank == 0:
-            tokens = sum(len(rows[i].ids) for taken in steps[first : step + 1] for i in taken)
+            tokens += sum(len(rows[i].ids) for i in steps[step])
             note = f"loss {loss:.3f}, {tokens / (time.monotonic() - begun):.0f} tokens/s"
             config["ticker"].tell.remote(step=step + 1, note=note)
         if last or (step + 1) % plan["checkpoint_every_steps"] == 0:
-            _save_checkpoint(engine, history, rank)
+            _save_checkpoint(engine, history)
 
     _save_tuned(engine, config, plan["zero_stage"], rank)
     dist.barrier()
@@ -337,7 +345,7 @@ def _forward(engine: Any, packed: Any) -> Any:
     )
 
 
-def _save_checkpoint(engine: Any, history: list[dict[str, Any]], rank: int) -> None:
+def _save_checkpoint(engine: Any, history: list[dict[str, Any]]) -> None:
     import ray.train
 
     with tempfile.TemporaryDirectory() as folder:
@@ -386,8 +394,8 @@ def _full_size(parameter: Any) -> int:
 # --- on the driver again --------------------------------------------------------------------------------------
 
 
-def _write_model(work: Work, base: Path) -> int:
-    """Write the tuned model as a plain Hugging Face directory and return its parameter count."""
+def _write_model(work: Work, base: Path) -> None:
+    """Write the tuned model as a plain Hugging Face directory."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -395,7 +403,7 @@ def _write_model(work: Work, base: Path) -> int:
 
     quiet_transformers()
     settings = work.settings["train"]
-    # In the precision of training: merging a small update into bfloat16 weights would round most of it away.
+    # Merged in the precision of training: float32 keeps the whole update, bfloat16 rounds it with the weights.
     model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, settings["dtype"]))
     if settings["method"] == "lora":
         from peft import PeftModel
@@ -409,7 +417,6 @@ def _write_model(work: Work, base: Path) -> int:
         assert set(missing) <= tied and not surplus, f"tuned weights do not fit: {missing}, {surplus}"
     model.save_pretrained(work.directory)
     AutoTokenizer.from_pretrained(base).save_pretrained(work.directory)
-    return int(model.num_parameters())
 
 
 def _write_rows(path: Path, rows: Sequence[TrainingRow]) -> None:

@@ -1,7 +1,7 @@
 import pytest
 from tiny import make_tokenizer
 
-from sdft_ray.core.prompts import encode_row, end_of_turn, render_prompt, rewrite_instruction
+from sdft_ray.core.prompts import CHECKABLE, OPEN, encode_row, end_of_turn, render_prompt, rewrite_instruction
 
 
 @pytest.fixture(scope="module")
@@ -29,12 +29,12 @@ def test_end_of_turn_falls_back_to_eos_without_a_closing_mark(tokenizer):
     assert end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
-@pytest.mark.parametrize("checkable", [True, False])
-def test_rewrite_instruction_holds_prompt_and_reference_verbatim(checkable):
-    text = rewrite_instruction("Is {this} a {prompt}?", "Yes: {reference} \\1", checkable)
+@pytest.mark.parametrize("template", [CHECKABLE, OPEN], ids=["checkable", "open"])
+def test_rewrite_instruction_holds_prompt_and_reference_verbatim(template):
+    text = rewrite_instruction("Is {this} a {prompt}?", "Yes: {reference} \\1", template)
     assert "Is {this} a {prompt}?" in text
     assert "Yes: {reference} \\1" in text
 
 
 def test_rewrite_instruction_own_template_may_name_the_reference_first():
-    assert rewrite_instruction("Q", "R", True, "{reference} <- {prompt}") == "R <- Q"
+    assert rewrite_instruction("Q", "R", "{reference} <- {prompt}") == "R <- Q"

@@ -113,7 +113,7 @@ def test_killed_while_generating_and_while_training_ends_as_if_left_alone(folder
     assert kept > 0
 
     second = start(folder)
-    kill_when(second, folder, "resumable/train/*/ray_train/checkpoint_*/step/*")
+    kill_when(second, folder, "resumable/train/*/ray_train*/checkpoint_*/step/*")
     ledger = [
         row["id"]
         for path in (folder / "artifacts").glob("ledger/*/part-*.parquet")

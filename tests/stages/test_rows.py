@@ -24,7 +24,7 @@ def test_split_rows_gives_each_row_to_one_split():
     splits, counts = split(raw_rows(20))
     assert {name: len(splits[name]) for name in SPLITS} == {"held_out": 3, "validation": 2, "train": 15}
     assert sorted(in_order(splits)) == sorted(row["prompt"] for row in raw_rows(20))
-    assert counts == {"read": 20, "duplicate_prompts": 0, "without_answer": 0}
+    assert counts == {"read": 20, "blank": 0, "duplicate_prompts": 0, "without_answer": 0}
 
 
 def test_split_rows_reads_the_answer_and_keeps_the_reference():

@@ -133,7 +133,7 @@ def test_train_a_killed_worker_continues_from_its_checkpoint(reference, tiny_mod
 
     def kill_once_a_checkpoint_is_there() -> None:
         while not over.wait(0.1):
-            if list(work.resumable.glob("ray_train/checkpoint_*/step")):
+            if list(work.resumable.glob("ray_train*/checkpoint_*/step")):
                 for process in psutil.Process().children(recursive=True):  # of this test's own Ray
                     if "RayTrainWorker" in " ".join(process.cmdline()):
                         victim.append(process.pid)
