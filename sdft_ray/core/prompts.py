@@ -31,6 +31,10 @@ Question: {prompt}
 Answer: {reference}"""
 
 
+# What Llama 3.1's template says by itself.
+_DATE = "26 Jul 2024"
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainingRow:
     """A row as the model sees it in training."""
@@ -72,8 +76,16 @@ def end_of_turn(tokenizer: Any) -> int:
 
 def _apply(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> Any:
     # return_dict: transformers 5 would otherwise hand back a BatchEncoding. enable_thinking: a template that thinks by
-    # default would put its thoughts into the rewrites; templates that know no such thing ignore it.
-    return tokenizer.apply_chat_template(messages, return_dict=False, enable_thinking=False, **options)
+    # default would put its thoughts into the rewrites. The date: some templates print today's, and the same recipe
+    # would be another one tomorrow. Templates that know no such things ignore them.
+    return tokenizer.apply_chat_template(
+        messages,
+        return_dict=False,
+        enable_thinking=False,
+        date_string=_DATE,
+        strftime_now=lambda _format: _DATE,
+        **options,
+    )
 
 
 def encode_row(tokenizer: Any, prompt: str, response: str) -> TrainingRow:

@@ -22,7 +22,8 @@ from typing import Any
 from sdft_ray import compute
 from sdft_ray.artifacts import write_atomically
 from sdft_ray.core.prompts import TrainingRow, encode_row
-from sdft_ray.errors import StageFailed, UserError, problem
+from sdft_ray.errors import StageFailed, UserError, nearest, problem
+from sdft_ray.sources import weight_files
 from sdft_ray.stages import Work
 from sdft_ray.stages.cut import require_loadable
 from sdft_ray.stages.rows import read_split, read_training_rows
@@ -37,6 +38,8 @@ def build(work: Work) -> dict[str, Any]:
     settings, plan = work.settings["train"], work.compute.train
     require_divisible(settings["global_batch_size"], plan)
     base = work.input("model")
+    if settings["method"] == "lora" and settings["lora"]["targets"] != "all-linear":
+        _require_targets(base, settings["lora"]["targets"])
     tokenizer = AutoTokenizer.from_pretrained(base)
     rows, left_out = _encode(work, tokenizer)
     validation = [
@@ -84,6 +87,18 @@ def require_divisible(global_batch_size: int, plan: compute.Train) -> None:
         sizes = f"{below} or {below + per_round}" if below else f"{per_round}"
         do = f"Use {sizes}, or lower compute.train.micro_batch"
         raise UserError(problem("train.global_batch_size", f"{what}{per_round}", do))
+
+
+def _require_targets(base: Path, targets: Sequence[str]) -> None:
+    """Raise UserError for LoRA targets that no weight of the model belongs to."""
+    from safetensors import safe_open
+
+    names: set[str] = set()
+    for shard in weight_files(base):
+        with safe_open(shard, framework="pt") as tensors:
+            names |= {name.split(".")[-2] for name in tensors.keys()}  # noqa: SIM118 - not a dict
+    if wrong := [target for target in targets if target.split(".")[-1] not in names]:
+        raise UserError(problem("train.lora.targets", f"the model has no {wrong[0]}", nearest(wrong[0], names)))
 
 
 def _encode(work: Work, tokenizer: Any) -> tuple[list[TrainingRow], int]:
@@ -158,7 +173,8 @@ def _fit(work: Work, base: Path) -> dict[str, Any]:
         cause = str(error).strip().splitlines()[-1]
         raise StageFailed(f"train: {cause}. The last training checkpoint is kept in {work.resumable}") from error
     finally:
-        signal.signal(signal.SIGINT, on_interrupt)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, on_interrupt)
         finished.set()
         watcher.join()
     return json.loads(result_file.read_text())
@@ -248,19 +264,16 @@ def _load_trainable(base: str, settings: dict[str, Any], plan: dict[str, Any]) -
 
         lora = settings["lora"]
         targets = lora["targets"] if lora["targets"] == "all-linear" else list(lora["targets"])
-        try:
-            model = get_peft_model(
-                model,
-                LoraConfig(
-                    r=lora["rank"],
-                    lora_alpha=lora["alpha"],
-                    lora_dropout=lora["dropout"],
-                    target_modules=targets,
-                    task_type="CAUSAL_LM",
-                ),
-            )
-        except ValueError as error:
-            raise UserError(problem("train.lora.targets", str(error), "Name modules of this model")) from None
+        model = get_peft_model(
+            model,
+            LoraConfig(
+                r=lora["rank"],
+                lora_alpha=lora["alpha"],
+                lora_dropout=lora["dropout"],
+                target_modules=targets,
+                task_type="CAUSAL_LM",
+            ),
+        )
     if plan["gradient_checkpointing"]:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()

@@ -29,6 +29,12 @@ def test_end_of_turn_falls_back_to_eos_without_a_closing_mark(tokenizer):
     assert end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
+def test_render_prompt_neither_thinks_nor_knows_the_date():
+    odd = make_tokenizer()
+    odd.chat_template = "{{ strftime_now('%d') }} {{ date_string }} {% if enable_thinking %}<think>{% endif %}"
+    assert odd.decode(render_prompt(odd, "2 + 2?")) == "26 Jul 2024 26 Jul 2024 "
+
+
 @pytest.mark.parametrize("template", [CHECKABLE, OPEN], ids=["checkable", "open"])
 def test_rewrite_instruction_holds_prompt_and_reference_verbatim(template):
     text = rewrite_instruction("Is {this} a {prompt}?", "Yes: {reference} \\1", template)

@@ -161,6 +161,12 @@ def test_train_a_loss_that_is_no_number_stops_with_step_and_rows(ray_cluster, ti
         train.build(make_work(tmp_path, broken, plan()))
 
 
+def test_train_lora_targets_that_match_nothing_are_refused(tiny_model, tmp_path):
+    work = make_work(tmp_path, tiny_model, plan(), lora={"targets": ("q_prj",)})
+    with pytest.raises(UserError, match=r"train.lora.targets: the model has no q_prj. Did you mean q_proj\?"):
+        train.build(work)
+
+
 def test_train_rows_over_max_tokens_are_refused_with_their_number(tiny_model, tmp_path):
     work = make_work(tmp_path, tiny_model, plan(), max_tokens=10)
     with pytest.raises(UserError, match=r"train.max_tokens: 28 of 28 rows are longer than 10 tokens"):
