@@ -40,7 +40,7 @@ class Stage:
     """The part of the recipe that can change a number of this stage; plain JSON."""
     inputs: Mapping[str, Stage] = dataclasses.field(default_factory=dict)
     where: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """Paths that the build needs and that bear no identity (their content does, in settings)."""
+    """What the build needs and bears no identity: paths and sources, whose content stands in settings by its hash."""
     location: Path | None = None
     """Set where the result exists outside the root, such as a user's own model directory: never built."""
 

@@ -83,16 +83,15 @@ def stages(recipe: Recipe) -> tuple[Stage, ...]:
 def _rows_stage(recipe: Recipe) -> Stage:
     source = recipe.rows
     split = source.model_dump(mode="json", include={"limit", "held_out", "validation", "seed", "answer"})
-    where: dict[str, str] = {}
     match source:
         case GymRows():
             name = source.gym
         case FileRows():
-            name, where = Path(source.path).stem, {"path": source.path}
+            name = Path(source.path).stem
         case HubRows():
             name = source.repo
     settings = {"source": sources.rows_identity(source), "split": split}
-    return Stage("rows", slugify(name), rows.VERSION, settings, where=where)
+    return Stage("rows", slugify(name), rows.VERSION, settings, where={"source": source.model_dump_json()})
 
 
 def _distill_stage(recipe: Recipe, base: Stage, all_rows: Stage) -> Stage:

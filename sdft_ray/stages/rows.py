@@ -11,6 +11,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from sdft_ray.core.selection import final_number
 from sdft_ray.errors import UserError, problem
 from sdft_ray.recipe import RowSource
@@ -23,7 +25,7 @@ SPLITS = ("held_out", "validation", "train")
 
 def build(work: Work) -> dict[str, Any]:
     """Write the three splits."""
-    source = _source(work)
+    source: RowSource = TypeAdapter(RowSource).validate_json(work.stage.where["source"])
     splits, counts = split_rows(read_rows(source), source.answer, source.seed, source.held_out, source.validation)
     write_splits(work.directory, splits)
     return {"rows": {name: len(splits[name]) for name in SPLITS}, **counts}
@@ -99,11 +101,3 @@ def read_training_rows(directory: Path, count: int | None) -> list[dict[str, Any
         what = f"{count} is more than the {len(rows)} training rows there are"
         raise UserError(problem("train.rows", what, "Lower it, or give more rows"))
     return rows[:count]
-
-
-def _source(work: Work) -> RowSource:
-    from pydantic import TypeAdapter
-
-    data = {**work.settings["split"], **work.settings["source"], **work.stage.where}
-    data.pop("sha256", None)
-    return TypeAdapter(RowSource).validate_python(data, strict=False)

@@ -1,22 +1,10 @@
 """Every mistake a user is likely to make, through the command: one clear line, exit code 2, nothing touched."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import yaml
-
-
-def sdft(*arguments, cwd: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "sdft_ray.cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        check=False,
-    )
+from command import sdft
 
 
 @pytest.fixture

@@ -2,27 +2,16 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from command import sdft
 
 from sdft_ray.artifacts import check_files, read_manifest
 
 REASONS = {"kept", "error", "truncated", "empty", "leak", "repeated", "no_answer", "wrong_answer"}
-
-
-def sdft(*arguments, cwd: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "sdft_ray.cli", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        check=False,
-    )
 
 
 @pytest.fixture(scope="module")

@@ -139,3 +139,21 @@ def test_every_shipped_config_loads_and_plans(tmp_path):
         assert [stage.name for stage in plan[:4]] == ["model", "rows", "score", "cut"]
         assert {line["status"] for line in pipeline.describe(plan, Storage(str(tmp_path)))} <= {"missing", "done"}
         assert not list(tmp_path.iterdir()), "planning writes nothing under the root"
+
+
+def test_rows_of_a_gym_are_built_from_the_plan(tiny_model, tmp_path):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("Some text.")
+    recipe = validate(
+        Recipe,
+        {
+            "model": {"path": str(tiny_model)},
+            "rows": {"gym": "products", "options": {"max_terms": 2}, "limit": 30, "held_out": 3, "validation": 3},
+            "prune": {"blocks": 2, "calibration": {"text": str(texts)}},
+            "evaluate": {"tasks": ["held_out"]},
+        },
+    )
+    storage = Storage(str(tmp_path / "root"))
+    pipeline.run(recipe, load_compute(), storage, until="rows")
+    counts = storage.manifest(pipeline.stages(recipe)[1])["summary"]
+    assert counts["read"] == 30 == sum(counts["rows"].values()) + counts["duplicate_prompts"]
