@@ -127,7 +127,7 @@ def test_train_full_fine_tuning_moves_all_weights_and_reloads(ray_cluster, tiny_
 
 
 def test_train_a_killed_worker_continues_from_its_checkpoint(reference, tiny_model, tmp_path):
-    work = make_work(tmp_path, tiny_model, plan())
+    work = make_work(tmp_path, tiny_model, plan(checkpoint_every_steps=1))
     victim: list[int] = []
     over = threading.Event()
 
