@@ -25,13 +25,17 @@ REASONS: tuple[Reason, ...] = (
 )
 
 
+# Finish reasons of an engine that has done what it was asked: at its own end, or at max_new_tokens.
+COMPLETE = ("stop", "length")
+
+
 @dataclasses.dataclass(frozen=True)
 class Generation:
     """What the engine returned for one row."""
 
     text: str
     finish_reason: str
-    """`stop`, `length`, or `error` (then `text` is the message)."""
+    """One of COMPLETE, or why there is none, such as `error` (then `text` is the message)."""
     prompt_tokens: int = 0
     tokens: int = 0
 
@@ -80,10 +84,10 @@ def select_response(reference: str, answer: str | None, generation: Generation, 
 
 
 def _first_failure(text: str, known: str, answer: str | None, generation: Generation) -> Reason:
+    if generation.finish_reason not in COMPLETE:
+        return "error"
     if generation.finish_reason == "length":
         return "truncated"
-    if generation.finish_reason != "stop":
-        return "error"
     if not text:
         return "empty"
     if any(match[0].lower() not in known.lower() for match in _LEAKS.finditer(text)):

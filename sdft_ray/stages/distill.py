@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from sdft_ray.artifacts import short_id
 from sdft_ray.core.prompts import CHECKABLE, OPEN, RENDERING_VERSION, render_prompt, rewrite_instruction
-from sdft_ray.core.selection import REASONS, Generation, select_response
+from sdft_ray.core.selection import COMPLETE, REASONS, Generation, select_response
 from sdft_ray.errors import StageFailed
 from sdft_ray.stages import Work
 from sdft_ray.stages.rows import read_training_rows
@@ -67,7 +67,7 @@ def build(work: Work) -> dict[str, Any]:
     selected, counts = select_rows(rows, generations)
     failed = counts["error"] / len(rows)
     if failed > work.settings["max_failed_fraction"]:
-        messages = Counter(g["text"] for row in rows if (g := generations[row["id"]])["finish_reason"] == "error")
+        messages = Counter(row["generated"] for row in selected if row["reason"] == "error")
         raise StageFailed(
             f"distill: {counts['error']} of {len(rows)} rows failed in the engine (allowed: "
             f"{work.settings['max_failed_fraction']:.0%}), mostly: {messages.most_common(1)[0][0]}. "
@@ -306,11 +306,11 @@ def _read_ledger(ledger: Path) -> dict[str, dict[str, Any]]:
     """Return what the ledger holds for each row; a later success takes the place of an error."""
     found: dict[str, dict[str, Any]] = {}
     for row in _read_pieces(ledger, "part-*.parquet"):
-        if row["id"] not in found or found[row["id"]]["finish_reason"] == "error":
+        if row["id"] not in found or found[row["id"]]["finish_reason"] not in COMPLETE:
             found[row["id"]] = row
     return found
 
 
 def _finished(generations: Mapping[str, Mapping[str, Any]]) -> set[str]:
     """Return the ids that need no engine any more; rows that ended in an error are tried again."""
-    return {row_id for row_id, row in generations.items() if row["finish_reason"] != "error"}
+    return {row_id for row_id, row in generations.items() if row["finish_reason"] in COMPLETE}
