@@ -210,14 +210,16 @@ def _build(stage: Stage, storage: Storage, compute: Compute, progress: Progress)
         module = importlib.import_module(f"sdft_ray.stages.{stage.name}")
         try:
             summary = module.build(Work(stage, storage, compute, progress))
-            place = storage.commit(stage, summary, time.monotonic() - begun)
+            # An evaluation says itself how long it took: this thread also waited for its turn on the cluster.
+            seconds = summary.get("seconds", time.monotonic() - begun)
+            place = storage.commit(stage, summary, seconds)
         except (UserError, StageFailed, KeyboardInterrupt):
             raise
         except Exception as error:  # the edge: whatever broke, say what is kept and where the trace is
             log = storage.keep_trace(stage, "".join(traceback.format_exception(error)))
             kept = f"What it had finished is kept under {storage.root}; run the same command again to go on"
             raise StageFailed(f"{stage.name}: failed: {_root_cause(error)}. {kept}.{log}") from error
-    say(f"{stage.name}: {duration(time.monotonic() - begun)}, {place}")
+    say(f"{stage.name}: {duration(seconds)}, {place}")
 
 
 def _root_cause(error: BaseException) -> str:

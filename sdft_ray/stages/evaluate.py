@@ -14,6 +14,7 @@ import json
 import math
 import os
 import tempfile
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,8 @@ def examine(
     batch_size: int,
     device: str,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return the score and the items of one task; runs in a Ray worker."""
+    """Return the score, with the seconds that it took, and the items of one task; runs in a Ray worker."""
+    begun = time.monotonic()
     if "file" in where or settings["task"] == HELD_OUT:
         os.environ["HF_HUB_OFFLINE"] = "1"  # nothing may try, and time out on, a network
     from sdft_ray.progress import quiet_transformers
@@ -114,8 +116,10 @@ def examine(
     quiet_transformers()
     lm = _load(model, settings["dtype"], batch_size, device)
     if settings["task"] == HELD_OUT:
-        return examine_held_out(lm, held_out, settings["max_new_tokens"], batch_size)
-    return _run_harness(lm, settings, where)
+        score, items = examine_held_out(lm, held_out, settings["max_new_tokens"], batch_size)
+    else:
+        score, items = _run_harness(lm, settings, where)
+    return {**score, "seconds": round(time.monotonic() - begun, 2)}, items
 
 
 def _load(model: str, dtype: str, batch_size: int, device: str) -> Any:
