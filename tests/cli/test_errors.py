@@ -157,3 +157,13 @@ def test_diff_of_two_recipes_names_the_values_that_differ(folder):
     (folder / "other.yaml").write_text(text.replace("blocks: 2", "blocks: 3"))
     done = sdft("diff", "recipe.yaml", "other.yaml", "--json", cwd=folder)
     assert json.loads(done.stdout) == {"prune.blocks": [2, 3]}
+
+
+def test_run_on_a_cluster_that_is_too_small_waits_visibly_and_says_what_is_there(folder, ray_cluster):
+    compute = {"ray": {"address": ray_cluster, "wait_seconds": 1}, "score": {"cpus": 4096}}
+    (folder / "compute.yaml").write_text(yaml.safe_dump(compute))
+    done = sdft("run", "recipe.yaml", "--compute", "compute.yaml", "--until", "score", cwd=folder)
+    assert done.returncode == 2
+    needs = "needs 1 x (4096 CPUs, 0 GPUs); the cluster has "
+    assert f"score: {needs}" in done.stderr and "waiting up to 1 s" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"compute.score: {needs}")
