@@ -218,8 +218,13 @@ def train_worker(config: dict[str, Any]) -> None:
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate(step, len(steps), settings)
         loss = _take_step(engine, [rows[i] for i in steps[step]], rank, workers, plan["micro_batch"], rounds)
-        record = {"step": step + 1, "loss": loss, "lr": learning_rate(step, len(steps), settings)}
-        record["grad_norm"] = float(engine.get_global_grad_norm() or 0.0)
+        record: dict[str, float | None] = {
+            "step": step + 1,
+            "loss": loss,
+            "lr": learning_rate(step, len(steps), settings),
+        }
+        norm = engine.get_global_grad_norm()  # DeepSpeed clips under ZeRO 0 in float32 too, but does not tell the norm
+        record["grad_norm"] = None if norm is None else float(norm)
         last = step + 1 == len(steps)
         if not math.isfinite(loss):
             if rank == 0:
