@@ -196,7 +196,8 @@ class Rewriter:
 
         # Pieces are named after their batch, so a batch that Ray hands out again after a kill finds what it wrote.
         name = hashlib.sha256("".join(batch["id"]).encode()).hexdigest()[:12]
-        there = {row["id"]: row for row in _read_pieces(self.ledger, f"part-{name}-*.parquet")}
+        written = _read_pieces(self.ledger, f"part-{name}-*.parquet")
+        there = {row["id"]: row for row in written if row["finish_reason"] in COMPLETE}
         if there:
             yield {"tokens": np.array([row["tokens"] for row in there.values()])}
         requests = [

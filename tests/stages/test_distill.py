@@ -142,6 +142,14 @@ def test_distill_rows_that_error_keep_their_reference_and_are_tried_again(
     assert len(logged(tmp_path / "log2")) == len(failed)
 
 
+def test_distill_a_batch_of_nothing_but_errors_is_tried_again(ray_cluster, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(distill, "VllmEngine", fake_engine(tmp_path / "log", error_on="What is"))
+    work = make_work(tmp_path, tiny_model, 8, max_failed_fraction=1.0)
+    assert distill.build(work)["reasons"]["error"] == 8
+    monkeypatch.setattr(distill, "VllmEngine", fake_engine(tmp_path / "log2"))
+    assert distill.build(work)["kept"] == 8
+
+
 def test_distill_too_many_errors_stop_the_stage_and_keep_the_rows(ray_cluster, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(distill, "VllmEngine", fake_engine(tmp_path / "log", error_on="What is 1"))
     work = make_work(tmp_path, tiny_model, 36, max_failed_fraction=0.01)
