@@ -20,6 +20,7 @@ from sdft_ray.stages.distill import REASONS
 from sdft_ray.stages.rows import read_split
 from sdft_ray.storage import Storage
 
+_SCORE_FIELDS = ("metric", "value", "stderr", "n", "chance", "limited")
 FLOPS_TOKENS = 256  # the stated length at which forward FLOPs are counted
 
 
@@ -64,7 +65,7 @@ def _models(plan: Sequence[Stage], storage: Storage) -> list[dict[str, Any]]:
                 "model": who,
                 "id": stage.id,
                 "tasks": {
-                    task: {key: found[key] for key in ("metric", "value", "stderr", "n", "chance", "limited")}
+                    task: {field: found[field] for field in _SCORE_FIELDS}
                     | ({"bits_per_byte": found["bits_per_byte"]} if "bits_per_byte" in found else {})
                     for task, found in scores[who].items()
                 },
@@ -80,8 +81,7 @@ def _models(plan: Sequence[Stage], storage: Storage) -> list[dict[str, Any]]:
 
 
 def _score(task: str, found: dict[str, Any]) -> Score:
-    fields = ("metric", "value", "stderr", "n", "chance", "limited")
-    return Score(task, *(found[field] for field in fields))
+    return Score(task, **{field: found[field] for field in _SCORE_FIELDS})
 
 
 def count_cost(directory: Path, tokens: int = FLOPS_TOKENS) -> tuple[int, float]:
