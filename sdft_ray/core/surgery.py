@@ -1,4 +1,4 @@
-"""Removing a span of blocks from a model's files: which tensors stay, under which names, with which config.
+"""Removing blocks from a model's files: which tensors stay, under which names, with which config.
 
 In: tensor names and a parsed config.json. Out: their pruned forms. The model is never built: a checkpoint is a
 mapping from names to bytes, and block numbers are part of the names.
@@ -7,7 +7,7 @@ mapping from names to bytes, and block numbers are part of the names.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdft_ray.errors import UserError, problem
@@ -39,10 +39,20 @@ def require_span(start: int, stop: int, blocks: int) -> None:
         raise UserError(problem("span", f"[{start}, {stop}) is not inside 0..{blocks}", "Give a span of the model"))
 
 
-def rename_tensor(name: str, start: int, stop: int) -> str | None:
-    """Return a tensor's name after blocks [start, stop) are gone, or None where it goes with them.
+def require_removable(removed: Sequence[int], blocks: int) -> None:
+    """Raise UserError unless `removed` is some blocks of the model, sorted and distinct, and not all of them."""
+    if not removed or list(removed) != sorted({*removed} & {*range(blocks)}):
+        what = f"{list(removed)} is no sorted list of distinct blocks of a {blocks}-block model"
+        raise UserError(problem("removed blocks", what, f"Give some of 0 to {blocks - 1}"))
+    if len(removed) == blocks:
+        what = f"{blocks} removes every block of a {blocks}-block model"
+        raise UserError(problem("prune.blocks", what, f"Give 1 to {blocks - 1}"))
 
-    >>> [rename_tensor(f"model.layers.{i}.mlp.up_proj.weight", 1, 3) for i in (0, 2, 3)]
+
+def rename_tensor(name: str, removed: Sequence[int]) -> str | None:
+    """Return a tensor's name after the `removed` blocks are gone, or None where it goes with them.
+
+    >>> [rename_tensor(f"model.layers.{i}.mlp.up_proj.weight", [1, 2]) for i in (0, 2, 3)]
     ['model.layers.0.mlp.up_proj.weight', None, 'model.layers.1.mlp.up_proj.weight']
     """
     match = _BLOCK.match(name)
@@ -51,31 +61,29 @@ def rename_tensor(name: str, start: int, stop: int) -> str | None:
     if match is None:
         return name
     block = int(match[1])
-    if start <= block < stop:
+    if block in removed:
         return None
-    if block >= stop:
-        block -= stop - start
-    return f"model.layers.{block}.{name[match.end() :]}"
+    return f"model.layers.{block - sum(gone < block for gone in removed)}.{name[match.end() :]}"
 
 
-def prune_config(config: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
-    """Return config.json for the model without blocks [start, stop).
+def prune_config(config: Mapping[str, Any], removed: Sequence[int]) -> dict[str, Any]:
+    """Return config.json for the model without the `removed` blocks.
 
     Every per-block list loses the same entries; the RoPE base stands in both spellings, because transformers 4 reads
     only the top-level one and silently falls back to 10000.
     """
     blocks = config["num_hidden_layers"]
-    require_span(start, stop, blocks)
-    pruned = dict(config, num_hidden_layers=blocks - (stop - start))
+    require_removable(removed, blocks)
+    pruned = dict(config, num_hidden_layers=blocks - len(removed))
     for key, value in config.items():
         if isinstance(value, list) and len(value) == blocks and key not in _NOT_PER_BLOCK:
             if key not in _PER_BLOCK:
                 what = f"{key} has one entry a block, and its meaning is not known"
                 raise UserError(problem("config.json", what, "Ask for this architecture to be added"))
-            pruned[key] = value[:start] + value[stop:]
+            pruned[key] = [entry for block, entry in enumerate(value) if block not in removed]
     if isinstance(config.get("max_window_layers"), int):
         full = config["max_window_layers"]  # so many blocks from the start attend fully: fewer where they were removed
-        full -= max(0, min(stop, full) - min(start, full))
+        full -= sum(block < full for block in removed)
         pruned["max_window_layers"] = min(full, pruned["num_hidden_layers"])
     rope = config.get("rope_parameters")
     if isinstance(rope, Mapping) and "rope_theta" in rope:

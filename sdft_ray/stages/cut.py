@@ -1,4 +1,4 @@
-"""Stage `cut`: the base model's files without the chosen span.
+"""Stage `cut`: the base model's files without the chosen blocks.
 
 In: the base model and the distances. Out: a plain Hugging Face directory that any tool loads. The model is not
 built: tensors are copied shard by shard under their new names; then the result is loaded strictly on the meta
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def build(work: Work) -> dict[str, Any]:
     require_span(0, work.settings["blocks"], measured["blocks"])
     choice = measured["choices"][str(work.settings["blocks"])]
     start, stop = choice["start"], choice["stop"]
-    remove_span(base, directory, start, stop)
+    remove_blocks(base, directory, range(start, stop))
     parameters = require_loadable(directory)
     return {
         "span": [start, stop],
@@ -50,17 +51,17 @@ def build(work: Work) -> dict[str, Any]:
     }
 
 
-def remove_span(base: Path, directory: Path, start: int, stop: int) -> None:
-    """Write the model at `base` without blocks [start, stop) into `directory`; holds one shard in memory."""
+def remove_blocks(base: Path, directory: Path, removed: Sequence[int]) -> None:
+    """Write the model at `base` without the `removed` blocks into `directory`; holds one shard in memory."""
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    config = prune_config(read_json(base / "config.json"), start, stop)
+    config = prune_config(read_json(base / "config.json"), removed)
     weight_map: dict[str, str] = {}
     total = 0
     for shard in weight_files(base):
         with safe_open(shard, framework="pt") as tensors:
-            named = {name: rename_tensor(name, start, stop) for name in tensors.keys()}  # noqa: SIM118 - not a dict
+            named = {name: rename_tensor(name, removed) for name in tensors.keys()}  # noqa: SIM118 - not a dict
             kept = {new: tensors.get_tensor(old) for old, new in named.items() if new}
         if kept:
             save_file(kept, directory / shard.name, metadata={"format": "pt"})

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny import make_tiny_model
 
 from sdft_ray.core.surgery import ARCHITECTURES
-from sdft_ray.stages.cut import remove_span, require_loadable
+from sdft_ray.stages.cut import remove_blocks, require_loadable
 
 torch.set_num_threads(1)
 
@@ -46,7 +46,7 @@ def load(directory):
 
 def prune(base, directory, start, stop):
     directory.mkdir()
-    remove_span(base, directory, start, stop)
+    remove_blocks(base, directory, range(start, stop))
     return directory
 
 
@@ -75,7 +75,7 @@ def skipping(model, start, stop):
 
 
 @pytest.mark.parametrize(("start", "stop"), SPANS)
-def test_remove_span_computes_what_the_base_does_that_skips_the_blocks(base, tmp_path, start, stop):
+def test_remove_blocks_computes_what_the_base_does_that_skips_the_blocks(base, tmp_path, start, stop):
     model, ids = load(base), some_ids()
     whole = logits_of(model, ids)
     with skipping(model, start, stop):
@@ -85,7 +85,7 @@ def test_remove_span_computes_what_the_base_does_that_skips_the_blocks(base, tmp
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_remove_span_generates_the_same_with_and_without_cache(base, tmp_path):
+def test_remove_blocks_generates_the_same_with_and_without_cache(base, tmp_path):
     model, ids = load(prune(base, tmp_path / "cut", 1, 4)), some_ids()
     with torch.inference_mode():
         made = [
@@ -99,7 +99,7 @@ def test_remove_span_generates_the_same_with_and_without_cache(base, tmp_path):
     assert made[0].tolist() == made[1].tolist()
 
 
-def test_remove_span_leaves_a_directory_that_loads_strictly_and_renumbers_blocks(base, tmp_path):
+def test_remove_blocks_leaves_a_directory_that_loads_strictly_and_renumbers_blocks(base, tmp_path):
     from transformers import AutoModelForCausalLM
 
     directory = prune(base, tmp_path / "cut", 1, 3)
@@ -111,7 +111,7 @@ def test_remove_span_leaves_a_directory_that_loads_strictly_and_renumbers_blocks
 
 @pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
 @pytest.mark.parametrize(("start", "stop"), SPANS)
-def test_remove_span_keeps_the_kind_of_each_block_that_stays(architecture, start, stop, tmp_path):
+def test_remove_blocks_keeps_the_kind_of_each_block_that_stays(architecture, start, stop, tmp_path):
     base = make_tiny_model(tmp_path / "base", architecture, **WINDOWED)
     kinds = json.loads((base / "config.json").read_text())["layer_types"]
     assert len(set(kinds)) == 2, "the base has blocks of two kinds"
@@ -121,7 +121,7 @@ def test_remove_span_keeps_the_kind_of_each_block_that_stays(architecture, start
     assert config["max_window_layers"] <= config["num_hidden_layers"]
 
 
-def test_remove_span_keeps_tokenizer_template_and_generation_config(llama, tmp_path):
+def test_remove_blocks_keeps_tokenizer_template_and_generation_config(llama, tmp_path):
     from transformers import AutoTokenizer
 
     directory = prune(llama, tmp_path / "cut", 0, 1)
@@ -134,14 +134,14 @@ def test_remove_span_keeps_tokenizer_template_and_generation_config(llama, tmp_p
     assert before == after
 
 
-def test_remove_span_does_not_touch_the_base(llama, tmp_path):
+def test_remove_blocks_does_not_touch_the_base(llama, tmp_path):
     before = {path.name: path.read_bytes() for path in llama.iterdir()}
     prune(llama, tmp_path / "cut", 2, 5)
     assert {path.name: path.read_bytes() for path in llama.iterdir()} == before
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 2), (3, 6)])
-def test_remove_span_of_a_sharded_base_is_that_of_a_whole_one(llama, tmp_path, start, stop):
+def test_remove_blocks_of_a_sharded_base_is_that_of_a_whole_one(llama, tmp_path, start, stop):
     sharded = tmp_path / "sharded"
     shutil.copytree(llama, sharded)
     (sharded / "model.safetensors").unlink()
@@ -158,7 +158,7 @@ def test_remove_span_of_a_sharded_base_is_that_of_a_whole_one(llama, tmp_path, s
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_remove_span_copies_weights_bit_by_bit(llama, tmp_path, dtype):
+def test_remove_blocks_copies_weights_bit_by_bit(llama, tmp_path, dtype):
     base = tmp_path / "base"
     shutil.copytree(llama, base)
     weights = {name: tensor.to(dtype) for name, tensor in load_file(base / "model.safetensors").items()}
