@@ -17,7 +17,7 @@ from sdft_ray.errors import UserError, problem
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 
 # Config lists with one entry a block; a list of that length under another name is refused.
-_PER_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers")
+PER_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers")
 _NOT_PER_BLOCK = ("architectures", "eos_token_id")
 _BLOCK = re.compile(r"^model\.layers\.(\d+)\.")
 
@@ -29,14 +29,14 @@ def require_supported(architecture: str, where: str) -> None:
         raise UserError(problem(where, what, f"Give one of these: {', '.join(ARCHITECTURES)}"))
 
 
-def require_span(start: int, stop: int, blocks: int) -> None:
-    """Raise UserError unless [start, stop) lies inside the model and leaves a block."""
-    removed = stop - start
-    if removed >= blocks:
-        what = f"{removed} removes every block of a {blocks}-block model"
+def require_choosable(size: int, first: int, last: int, blocks: int) -> None:
+    """Raise UserError unless `size` blocks can go from a model of which the first and last ones stay."""
+    if size >= blocks:
+        what = f"{size} removes every block of a {blocks}-block model"
         raise UserError(problem("prune.blocks", what, f"Give 1 to {blocks - 1}"))
-    if not 0 <= start < stop <= blocks:
-        raise UserError(problem("span", f"[{start}, {stop}) is not inside 0..{blocks}", "Give a span of the model"))
+    if size > blocks - first - last:
+        what = f"leaves {max(0, blocks - first - last)} of {blocks} blocks to remove {size} from"
+        raise UserError(problem("prune.protect", what, "Protect fewer, or remove fewer"))
 
 
 def require_removable(removed: Sequence[int], blocks: int) -> None:
@@ -77,7 +77,7 @@ def prune_config(config: Mapping[str, Any], removed: Sequence[int]) -> dict[str,
     pruned = dict(config, num_hidden_layers=blocks - len(removed))
     for key, value in config.items():
         if isinstance(value, list) and len(value) == blocks and key not in _NOT_PER_BLOCK:
-            if key not in _PER_BLOCK:
+            if key not in PER_BLOCK:
                 what = f"{key} has one entry a block, and its meaning is not known"
                 raise UserError(problem("config.json", what, "Ask for this architecture to be added"))
             pruned[key] = [entry for block, entry in enumerate(value) if block not in removed]
