@@ -8,6 +8,23 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+# What makes blocks of a tiny model differ in kind where the architecture can, and its experts few.
+_WINDOWS = {"sliding_window": 4}
+_EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+FIELDS: dict[str, dict[str, Any]] = {
+    "cohere2": _WINDOWS | {"sliding_window_pattern": 3},
+    "exaone4": _WINDOWS | {"sliding_window_pattern": 3},
+    "gemma2": _WINDOWS | {"query_pre_attn_scalar": 32},
+    "gemma3_text": _WINDOWS | {"query_pre_attn_scalar": 32, "sliding_window_pattern": 3},
+    "gpt_oss": _WINDOWS | _EXPERTS,
+    "mixtral": _EXPERTS,
+    "olmo3": _WINDOWS,
+    "olmoe": _EXPERTS,
+    "qwen2_moe": _EXPERTS | {"shared_expert_intermediate_size": 32, "mlp_only_layers": [1], "decoder_sparse_step": 2},
+    "qwen3_moe": _EXPERTS | {"mlp_only_layers": [1], "decoder_sparse_step": 2},
+    "smollm3": {"no_rope_layer_interval": 2},
+}
+
 
 def make_tiny_model(directory: Path, architecture: str = "llama", **overrides: Any) -> Path:
     """Write a model of 6 blocks, width 64, head size 32 (where vLLM's CPU backend starts), with a byte tokenizer."""
@@ -28,6 +45,7 @@ def make_tiny_model(directory: Path, architecture: str = "llama", **overrides: A
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
         "tie_word_embeddings": True,
+        **FIELDS.get(architecture, {}),
         **overrides,
     }
     torch.manual_seed(0)

@@ -14,18 +14,45 @@ from sdft_ray.errors import UserError, problem
 
 # Decoders whose blocks are `model.layers.N.` and independent of each other; each is proven by a test that compares
 # the pruned model with the base that skips those blocks. Everything else is refused by name, never guessed.
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+ARCHITECTURES = (
+    *("cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt_oss"),
+    *("granite", "llama", "mistral", "mixtral", "nemotron", "olmo2", "olmo3", "olmoe", "phi3", "qwen2"),
+    *("qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2"),
+)
+# Why some well-known ones are refused.
+_REASONS = {
+    "its blocks share keys and values": ("gemma3n", "gemma3n_text", "gemma4", "gemma4_text"),
+    "it mixes attention with other kinds of block in a pattern that depends on position": (
+        *("bamba", "falcon_h1", "granitemoehybrid", "jamba", "kimi_linear", "lfm2", "lfm2_moe", "minimax"),
+        *("nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_next", "recurrent_gemma"),
+        "zamba2",
+    ),
+    "its blocks are state-space blocks without attention": ("falcon_mamba", "mamba", "mamba2"),
+    "which blocks have experts depends on position": (
+        *("deepseek_v2", "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe", "llama4_text"),
+    ),
+    "its language model is a part of a larger one": (
+        *("gemma3", "glm4v", "llama4", "llava", "mistral3", "mllama", "qwen2_5_vl", "qwen2_vl", "qwen3_vl"),
+    ),
+}
 
 # Config lists with one entry a block; a list of that length under another name is refused.
 PER_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers")
-_NOT_PER_BLOCK = ("architectures", "eos_token_id")
+_NOT_PER_BLOCK = ("architectures", "eos_token_id", "mlp_only_layers")
+# What a per-block list was computed from: beside the list it would describe another model.
+_PATTERNS = {
+    "sliding_window_pattern": "layer_types",
+    "_sliding_window_pattern": "layer_types",
+    "no_rope_layer_interval": "no_rope_layers",
+}
 _BLOCK = re.compile(r"^model\.layers\.(\d+)\.")
 
 
 def require_supported(architecture: str, where: str) -> None:
     """Raise UserError for an architecture whose pruning is not proven."""
     if architecture not in ARCHITECTURES:
-        what = f"cannot prune a {architecture} model: not proven to be right"
+        reasons = [reason for reason, names in _REASONS.items() if architecture in names]
+        what = f"cannot prune a {architecture} model: {' and '.join(reasons) or 'not proven to be right'}"
         raise UserError(problem(where, what, f"Give one of these: {', '.join(ARCHITECTURES)}"))
 
 
@@ -69,23 +96,42 @@ def rename_tensor(name: str, removed: Sequence[int]) -> str | None:
 def prune_config(config: Mapping[str, Any], removed: Sequence[int]) -> dict[str, Any]:
     """Return config.json for the model without the `removed` blocks.
 
-    Every per-block list loses the same entries; the RoPE base stands in both spellings, because transformers 4 reads
-    only the top-level one and silently falls back to 10000.
+    `config` has every per-block list spelled out: a pattern that is computed from a block's number would be computed
+    from its new number. Every such list loses the same entries.
     """
     blocks = config["num_hidden_layers"]
     require_removable(removed, blocks)
-    pruned = dict(config, num_hidden_layers=blocks - len(removed))
+    kept = [block for block in range(blocks) if block not in removed]
+    pruned = dict(config, num_hidden_layers=len(kept))
     for key, value in config.items():
         if isinstance(value, list) and len(value) == blocks and key not in _NOT_PER_BLOCK:
             if key not in PER_BLOCK:
                 what = f"{key} has one entry a block, and its meaning is not known"
                 raise UserError(problem("config.json", what, "Ask for this architecture to be added"))
-            pruned[key] = [entry for block, entry in enumerate(value) if block not in removed]
-    if isinstance(config.get("max_window_layers"), int):
-        full = config["max_window_layers"]  # so many blocks from the start attend fully: fewer where they were removed
-        full -= sum(block < full for block in removed)
-        pruned["max_window_layers"] = min(full, pruned["num_hidden_layers"])
-    rope = config.get("rope_parameters")
-    if isinstance(rope, Mapping) and "rope_theta" in rope:
-        pruned.setdefault("rope_theta", rope["rope_theta"])
-    return pruned
+            pruned[key] = [value[block] for block in kept]
+    for key, computed in _PATTERNS.items():
+        if pruned.pop(key, None) is not None and computed not in pruned:
+            what = f"{key} depends on a block's number, and {computed} is not there"
+            raise UserError(problem("config.json", what, f"Write {computed} into it, one entry a block"))
+    if isinstance(config.get("max_window_layers"), int):  # so many blocks from the start
+        pruned["max_window_layers"] = sum(block < config["max_window_layers"] for block in kept)
+    if "mlp_only_layers" in config or "decoder_sparse_step" in config:
+        dense, step = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step") or 1
+        pruned["mlp_only_layers"] = [i for i, block in enumerate(kept) if block in dense or (block + 1) % step]
+        pruned["decoder_sparse_step"] = 1
+    return pruned | _older_rope(config)
+
+
+def _older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the RoPE settings as transformers 4 spells them: it reads only these, and silently uses its defaults."""
+    rope = config.get("rope_parameters") or {}
+    if "full_attention" in rope:  # one set for each kind of block
+        local = (rope.get("sliding_attention") or {}).get("rope_theta")
+        older = {} if local is None else {"rope_local_base_freq": local}
+        rope = rope["full_attention"] or {}
+    else:
+        older = {}
+    older |= {key: rope[key] for key in ("rope_theta", "partial_rotary_factor") if key in rope}
+    if rope.get("rope_type", "default") != "default":
+        older["rope_scaling"] = {key: value for key, value in rope.items() if key not in older}
+    return {key: value for key, value in older.items() if config.get(key) is None}

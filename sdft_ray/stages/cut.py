@@ -11,12 +11,16 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdft_ray.artifacts import write_atomically
-from sdft_ray.core.surgery import prune_config, rename_tensor, require_span
+from sdft_ray.core.surgery import prune_config, rename_tensor, require_choosable
 from sdft_ray.sources import WEIGHTS_INDEX, read_json, weight_files
 from sdft_ray.stages import Work
+from sdft_ray.stages.score import read_measured
+
+if TYPE_CHECKING:
+    from sdft_ray.core.similarity import Choice
 
 VERSION = 1
 # Everything else that belongs to a model; weights and config are rewritten, other formats and caches stay behind.
@@ -35,20 +39,38 @@ _COMPANIONS = (
 def build(work: Work) -> dict[str, Any]:
     """Write the pruned model."""
     base, directory = work.input("model"), work.directory
-    measured = read_json(work.input("score") / "distances.json")
-    require_span(0, work.settings["blocks"], measured["blocks"])
-    choice = measured["choices"][str(work.settings["blocks"])]
-    start, stop = choice["start"], choice["stop"]
-    remove_blocks(base, directory, range(start, stop))
+    choice = choose_removed(work)
+    remove_blocks(base, directory, choice.blocks)
     parameters = require_loadable(directory)
     return {
-        "span": [start, stop],
-        "distance": choice["distance"],
-        "agreement": choice["agreement"],
-        "runner_up": choice["runner_up"],
+        "removed": list(choice.blocks),
+        "metric": work.settings["metric"],
+        "cost": choice.value,
+        "agreement": choice.agreement,
+        "runner_up": None if choice.runner_up is None else list(choice.runner_up),
         "blocks": read_json(directory / "config.json")["num_hidden_layers"],
         "parameters": parameters,
     }
+
+
+def choose_removed(work: Work) -> Choice:
+    """Return the blocks that the recipe's metric gives up, and how sure that is."""
+    from sdft_ray.core.similarity import Choice, choose_blocks, choose_span, span_distances, span_influences
+
+    settings = work.settings
+    size, first, last = settings["blocks"], settings["protect"]["first"], settings["protect"]["last"]
+    distances, influences = read_measured(work.input("score"))
+    require_choosable(size, first, last, influences[0].shape[1])
+    match settings["metric"]:
+        case "loss":
+            found = read_json(work.input("loss") / "losses.json")["choice"]
+            return Choice(**{**found, "blocks": tuple(found["blocks"])})
+        case "influence" if not settings["contiguous"]:
+            return choose_blocks(influences, size, first, last)
+        case "influence":
+            return choose_span([span_influences(each, size) for each in influences], size, first, last)
+        case _:
+            return choose_span([span_distances(each, size) for each in distances], size, first, last)
 
 
 def remove_blocks(base: Path, directory: Path, removed: Sequence[int]) -> None:
@@ -56,7 +78,7 @@ def remove_blocks(base: Path, directory: Path, removed: Sequence[int]) -> None:
     from safetensors import safe_open
     from safetensors.torch import save_file
 
-    config = prune_config(read_json(base / "config.json"), removed)
+    config = prune_config(explicit_config(base), removed)
     weight_map: dict[str, str] = {}
     total = 0
     for shard in weight_files(base):
@@ -76,24 +98,48 @@ def remove_blocks(base: Path, directory: Path, removed: Sequence[int]) -> None:
             shutil.copy2(path, directory / path.name)
 
 
+def explicit_config(base: Path) -> dict[str, Any]:
+    """Return a model's config.json with the per-block lists that it leaves to its config class to compute."""
+    from transformers import AutoConfig
+
+    config: dict[str, Any] = read_json(base / "config.json")
+    computed = AutoConfig.from_pretrained(base).to_dict()
+    blocks = config["num_hidden_layers"]
+    return config | {
+        key: value
+        for key, value in computed.items()
+        if isinstance(value, list) and len(value) == blocks and config.get(key) is None
+    }
+
+
 def require_loadable(directory: Path) -> int:
     """Return the parameter count after proving that the files are exactly the tensors that the config asks for."""
     import torch
     from safetensors import safe_open
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found: dict[str, tuple[int, ...]] = {}
+    from sdft_ray.progress import quiet_transformers
+
+    quiet_transformers()
+    found: dict[str, torch.Tensor] = {}
     for shard in weight_files(directory):
         with safe_open(shard, framework="pt") as tensors:
-            found |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    if model.config.tie_word_embeddings:
-        expected.pop("lm_head.weight", None)
-        found.pop("lm_head.weight", None)
-    differing = sorted({name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)})
-    if differing:
-        name = differing[0]
-        raise RuntimeError(f"{directory}: {name} is {found.get(name)} in the files, {expected.get(name)} in the model")
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                found[name] = torch.empty(tensors.get_slice(name).get_shape(), device="meta")
+    config = AutoConfig.from_pretrained(directory)
+    # The loader itself, which also knows the names that files have and the model has not (each expert by itself).
+    model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+        None,
+        config=config,
+        state_dict=found,
+        device_map="meta",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # to be named below instead
+    )
+    wrong = [f"{name} is missing" for name in info["missing_keys"]]
+    wrong += [f"{name} is not in the model" for name in info["unexpected_keys"]]
+    wrong += [f"{name} is {tuple(a)} in the files, {tuple(b)} in the model" for name, a, b in info["mismatched_keys"]]
+    wrong += info["error_msgs"]
+    if wrong:
+        raise RuntimeError(f"{directory}: {min(wrong)}")
     return int(model.num_parameters())

@@ -4,8 +4,8 @@ from sdft_ray.core.surgery import (
     ARCHITECTURES,
     prune_config,
     rename_tensor,
+    require_choosable,
     require_removable,
-    require_span,
     require_supported,
 )
 from sdft_ray.errors import UserError
@@ -42,6 +42,44 @@ def test_prune_config_slices_every_per_block_list_and_nothing_else():
     assert config["layer_types"] == ["a", "b", "c", "d"], "the given config is left as it was"
 
 
+def test_prune_config_drops_the_pattern_that_a_list_was_computed_from():
+    pruned = prune_config(CONFIG | {"layer_types": ["a", "a", "b", "a"], "sliding_window_pattern": 3}, [0])
+    assert "sliding_window_pattern" not in pruned
+    assert pruned["layer_types"] == ["a", "b", "a"]
+
+
+def test_prune_config_refuses_a_pattern_by_position_alone():
+    with pytest.raises(UserError, match="no_rope_layer_interval depends on a block's number"):
+        prune_config(CONFIG | {"no_rope_layer_interval": 2}, [0])
+
+
+@pytest.mark.parametrize(
+    ("removed", "dense"),
+    [([0], [0, 1]), ([1], [0, 1]), ([3], [0, 1, 2]), ([0, 3], [0, 1])],
+)
+def test_prune_config_keeps_each_block_dense_or_with_experts(removed, dense):
+    pruned = prune_config(CONFIG | {"mlp_only_layers": [1], "decoder_sparse_step": 4}, removed)
+    assert (pruned["mlp_only_layers"], pruned["decoder_sparse_step"]) == (dense, 1)
+
+
+def test_prune_config_counts_the_blocks_before_the_first_window():
+    assert prune_config(CONFIG | {"max_window_layers": 2}, [0, 3])["max_window_layers"] == 1
+    assert prune_config(CONFIG | {"max_window_layers": 28}, [0, 3])["max_window_layers"] == 2
+
+
+def test_prune_config_spells_scaled_rope_as_older_readers_do():
+    rope = {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0}
+    pruned = prune_config(CONFIG | {"rope_parameters": rope, "rope_scaling": None}, [0])
+    assert pruned["rope_scaling"] == {"rope_type": "llama3", "factor": 8.0}
+    assert pruned["rope_parameters"] == rope
+
+
+def test_prune_config_spells_rope_by_kind_of_block_as_older_readers_do():
+    rope = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
+    pruned = prune_config(CONFIG | {"rope_parameters": rope}, [0])
+    assert (pruned["rope_theta"], pruned["rope_local_base_freq"]) == (1e6, 1e4)
+
+
 def test_prune_config_writes_both_rope_spellings():
     pruned = prune_config(CONFIG | {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, [0])
     assert pruned["rope_theta"] == pruned["rope_parameters"]["rope_theta"] == 5e5
@@ -52,10 +90,17 @@ def test_prune_config_refuses_a_per_block_list_it_does_not_know():
         prune_config(CONFIG | {"heads_per_layer": [1, 2, 3, 4]}, [0])
 
 
-@pytest.mark.parametrize(("start", "stop"), [(0, 4), (-1, 1), (2, 2), (3, 5)])
-def test_require_span_outside_the_model_is_refused(start, stop):
-    with pytest.raises(UserError):
-        require_span(start, stop, 4)
+@pytest.mark.parametrize(
+    ("size", "first", "last", "line"),
+    [
+        (4, 0, 0, "prune.blocks: 4 removes every block of a 4-block model. Give 1 to 3."),
+        (3, 1, 1, "prune.protect: leaves 2 of 4 blocks to remove 3 from. Protect fewer, or remove fewer."),
+    ],
+)
+def test_require_choosable_of_more_than_there_is_says_so(size, first, last, line):
+    with pytest.raises(UserError) as caught:
+        require_choosable(size, first, last, 4)
+    assert str(caught.value) == line
 
 
 @pytest.mark.parametrize("removed", [[], [0, 1, 2, 3], [-1], [4], [2, 1], [1, 1]])
@@ -72,5 +117,20 @@ def test_require_removable_takes_any_set_that_leaves_a_block(removed):
 def test_require_supported_refuses_the_unproven_by_name():
     for architecture in ARCHITECTURES:
         require_supported(architecture, "model")
-    with pytest.raises(UserError, match="model: cannot prune a gpt_neox model"):
+    with pytest.raises(UserError, match="model: cannot prune a gpt_neox model: not proven to be right"):
         require_supported("gpt_neox", "model")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "reason"),
+    [
+        ("gemma3n", "its blocks share keys and values"),
+        ("jamba", "in a pattern that depends on position"),
+        ("mamba", "without attention"),
+        ("deepseek_v3", "which blocks have experts depends on position"),
+        ("qwen2_5_vl", "its language model is a part of a larger one"),
+    ],
+)
+def test_require_supported_says_why_a_known_one_is_refused(architecture, reason):
+    with pytest.raises(UserError, match=f"cannot prune a {architecture} model: .*{reason}"):
+        require_supported(architecture, "model")

@@ -2,35 +2,38 @@
 
 import json
 import shutil
-from contextlib import contextmanager
 
 import pytest
 import torch
+from architectures import BLOCKS, REMOVED, VARIANTS, generated_by, logits_of, some_ids
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny_model
 
-from sdft_ray.core.surgery import ARCHITECTURES
+from sdft_ray.core.surgery import PER_BLOCK
 from sdft_ray.stages.cut import remove_blocks, require_loadable
 
 torch.set_num_threads(1)
-
-BLOCKS = 6
-SPANS = [(0, 2), (2, 4), (4, 6), (1, 2), (0, 5)]
-# Blocks that differ in kind, so that a wrong order of layer_types changes the result.
-WINDOWED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3}
-VARIANTS = [
-    *((architecture, {}) for architecture in ARCHITECTURES),
-    ("mistral", {"sliding_window": 4}),
-    ("qwen2", WINDOWED),
-    ("qwen3", WINDOWED),
-    ("llama", {"tie_word_embeddings": False, "rope_theta": 5e5}),
-]
 
 
 @pytest.fixture(scope="module", params=VARIANTS, ids=lambda v: "-".join([v[0], *v[1]]))
 def base(request, tmp_path_factory):
     architecture, overrides = request.param
     return make_tiny_model(tmp_path_factory.mktemp("base") / "model", architecture, **overrides)
+
+
+@pytest.fixture(scope="module")
+def base_model(base):
+    return load(base)
+
+
+@pytest.fixture(scope="module", params=REMOVED.values(), ids=REMOVED)
+def removed(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def cut(base, removed, tmp_path_factory):
+    return prune(base, tmp_path_factory.mktemp("cut") / "model", removed)
 
 
 @pytest.fixture(scope="module")
@@ -44,87 +47,90 @@ def load(directory):
     return AutoModelForCausalLM.from_pretrained(directory).eval()
 
 
-def prune(base, directory, start, stop):
+def prune(base, directory, removed):
     directory.mkdir()
-    remove_blocks(base, directory, range(start, stop))
+    remove_blocks(base, directory, removed)
     return directory
 
 
-def some_ids(rows: int = 2, tokens: int = 24) -> torch.Tensor:
-    return torch.randint(3, 250, (rows, tokens), generator=torch.Generator().manual_seed(1))
+def config_of(directory):
+    return json.loads((directory / "config.json").read_text())
 
 
-def logits_of(model, ids):
-    with torch.inference_mode():
-        return model(input_ids=ids, use_cache=False).logits
+def test_remove_blocks_computes_what_the_base_does_that_skips_the_blocks(base_model, cut, removed):
+    ids = some_ids()
+    expected = logits_of(base_model, ids, skipped=removed)
+    assert (expected - logits_of(base_model, ids)).abs().max() > 1e-2, "the skipped blocks matter"
+    torch.testing.assert_close(logits_of(load(cut), ids), expected, atol=1e-5, rtol=1e-5)
 
 
-@contextmanager
-def skipping(model, start, stop):
-    """Make blocks [start, stop) return their input."""
+def test_remove_blocks_leaves_a_directory_that_loads_strictly_and_renumbers_blocks(cut, removed):
+    from transformers import AutoModelForCausalLM
 
-    def give_back_input(_module, args, kwargs, _output):
-        return args[0] if args else kwargs["hidden_states"]
-
-    hooks = [block.register_forward_hook(give_back_input, with_kwargs=True) for block in model.model.layers[start:stop]]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    model, info = AutoModelForCausalLM.from_pretrained(cut, output_loading_info=True)
+    assert not any(info.get(key) for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+    assert [block.self_attn.layer_idx for block in model.model.layers] == list(range(BLOCKS - len(removed)))
+    assert require_loadable(cut) == model.num_parameters()
+    tied = model.config.tie_word_embeddings
+    assert tied == (model.lm_head.weight is model.model.embed_tokens.weight)
 
 
-@pytest.mark.parametrize(("start", "stop"), SPANS)
-def test_remove_blocks_computes_what_the_base_does_that_skips_the_blocks(base, tmp_path, start, stop):
-    model, ids = load(base), some_ids()
-    whole = logits_of(model, ids)
-    with skipping(model, start, stop):
-        expected = logits_of(model, ids)
-    assert (expected - whole).abs().max() > 1e-2, "the skipped blocks matter"
-    found = logits_of(load(prune(base, tmp_path / "cut", start, stop)), ids)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+def test_remove_blocks_keeps_the_kind_of_each_block_that_stays(base_model, cut, removed):
+    before, after = base_model.config.to_dict(), config_of(cut)
+    assert after["num_hidden_layers"] == BLOCKS - len(removed)
+    for key in set(PER_BLOCK) & before.keys():
+        if before[key] is not None:
+            assert after[key] == [entry for block, entry in enumerate(before[key]) if block not in removed]
+    assert not [key for key in after if key.endswith(("_pattern", "_interval"))], "no pattern by position stays"
 
 
 def test_remove_blocks_generates_the_same_with_and_without_cache(base, tmp_path):
-    model, ids = load(prune(base, tmp_path / "cut", 1, 4)), some_ids()
-    with torch.inference_mode():
-        made = [
-            model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, min_new_tokens=16,
-                do_sample=False, use_cache=use_cache
-            )
-            for use_cache in (True, False)
-        ]  # fmt: skip
-    assert made[0].shape == (2, 40)
-    assert made[0].tolist() == made[1].tolist()
+    model, ids = load(prune(base, tmp_path / "cut", (0, 2, 5))), some_ids()
+    assert generated_by(model, ids, use_cache=True) == generated_by(model, ids, use_cache=False)
 
 
-def test_remove_blocks_leaves_a_directory_that_loads_strictly_and_renumbers_blocks(base, tmp_path):
-    from transformers import AutoModelForCausalLM
-
-    directory = prune(base, tmp_path / "cut", 1, 3)
-    model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
-    assert not any(info.get(key) for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
-    assert [block.self_attn.layer_idx for block in model.model.layers] == list(range(BLOCKS - 2))
-    assert require_loadable(directory) == model.num_parameters()
+@pytest.mark.parametrize("removed", [[1], [0, 1, 2, 3, 4], [1, 2, 3, 4, 5]], ids=["one", "but-last", "but-first"])
+def test_remove_blocks_of_one_or_of_all_but_one_is_right(llama, tmp_path, removed):
+    expected = logits_of(load(llama), some_ids(), skipped=removed)
+    found = logits_of(load(prune(llama, tmp_path / "cut", removed)), some_ids())
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
-@pytest.mark.parametrize(("start", "stop"), SPANS)
-def test_remove_blocks_keeps_the_kind_of_each_block_that_stays(architecture, start, stop, tmp_path):
-    base = make_tiny_model(tmp_path / "base", architecture, **WINDOWED)
-    kinds = json.loads((base / "config.json").read_text())["layer_types"]
-    assert len(set(kinds)) == 2, "the base has blocks of two kinds"
-    config = json.loads((prune(base, tmp_path / "cut", start, stop) / "config.json").read_text())
-    assert config["layer_types"] == kinds[:start] + kinds[stop:]
-    assert config["num_hidden_layers"] == len(config["layer_types"])
-    assert config["max_window_layers"] <= config["num_hidden_layers"]
+# What config.json of a model that is older than `layer_types` says in its place.
+OLDER = {
+    "cohere2": {"sliding_window_pattern": 3},
+    "exaone4": {"sliding_window_pattern": 3},
+    "gemma2": {},
+    "gemma3_text": {"sliding_window_pattern": 3},
+    "gpt_oss": {},
+    "olmo3": {},
+    "qwen2": {},
+    "qwen3": {},
+    "smollm3": {"no_rope_layer_interval": 2},
+}
+
+
+@pytest.mark.parametrize("architecture", OLDER)
+def test_remove_blocks_of_a_config_without_per_block_lists_writes_them_out(architecture, tmp_path):
+    windowed = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3}
+    overrides = windowed if architecture in ("qwen2", "qwen3") else {}
+    base = make_tiny_model(tmp_path / "base", architecture, **overrides)
+    whole = config_of(prune(base, tmp_path / "whole", (0, 2)))
+    config = {
+        key: value for key, value in config_of(base).items() if key not in (*PER_BLOCK, "_sliding_window_pattern")
+    }
+    (base / "config.json").write_text(json.dumps(config | OLDER[architecture]))
+    older = prune(base, tmp_path / "older", (0, 2))
+    assert config_of(older) == whole
+    assert any(len(set(whole[key])) == 2 for key in PER_BLOCK if key in whole), "blocks of two kinds stay"
+    expected = logits_of(load(base), some_ids(), skipped=(0, 2))
+    torch.testing.assert_close(logits_of(load(older), some_ids()), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_remove_blocks_keeps_tokenizer_template_and_generation_config(llama, tmp_path):
     from transformers import AutoTokenizer
 
-    directory = prune(llama, tmp_path / "cut", 0, 1)
+    directory = prune(llama, tmp_path / "cut", [0])
     assert (directory / "generation_config.json").read_bytes() == (llama / "generation_config.json").read_bytes()
     messages = [{"role": "user", "content": "2 + 2?"}]
     before, after = (
@@ -136,24 +142,24 @@ def test_remove_blocks_keeps_tokenizer_template_and_generation_config(llama, tmp
 
 def test_remove_blocks_does_not_touch_the_base(llama, tmp_path):
     before = {path.name: path.read_bytes() for path in llama.iterdir()}
-    prune(llama, tmp_path / "cut", 2, 5)
+    prune(llama, tmp_path / "cut", range(2, 5))
     assert {path.name: path.read_bytes() for path in llama.iterdir()} == before
 
 
-@pytest.mark.parametrize(("start", "stop"), [(0, 2), (3, 6)])
-def test_remove_blocks_of_a_sharded_base_is_that_of_a_whole_one(llama, tmp_path, start, stop):
+@pytest.mark.parametrize("removed", [range(0, 2), range(3, 6), (1, 4)])
+def test_remove_blocks_of_a_sharded_base_is_that_of_a_whole_one(llama, tmp_path, removed):
     sharded = tmp_path / "sharded"
     shutil.copytree(llama, sharded)
     (sharded / "model.safetensors").unlink()
     load(llama).save_pretrained(sharded, max_shard_size="100KB")
     assert len(list(sharded.glob("*.safetensors"))) > 2
-    directory = prune(sharded, tmp_path / "cut", start, stop)
+    directory = prune(sharded, tmp_path / "cut", removed)
     index = json.loads((directory / "model.safetensors.index.json").read_text())
     held = {path.name: load_file(path) for path in directory.glob("*.safetensors")}
     assert index["weight_map"] == {name: shard for shard, tensors in held.items() for name in tensors}
     assert index["metadata"]["total_size"] == sum(t.nbytes for tensors in held.values() for t in tensors.values())
     assert require_loadable(directory) > 0
-    whole = prune(llama, tmp_path / "whole", start, stop)
+    whole = prune(llama, tmp_path / "whole", removed)
     assert torch.equal(logits_of(load(directory), some_ids()), logits_of(load(whole), some_ids()))
 
 
@@ -163,7 +169,7 @@ def test_remove_blocks_copies_weights_bit_by_bit(llama, tmp_path, dtype):
     shutil.copytree(llama, base)
     weights = {name: tensor.to(dtype) for name, tensor in load_file(base / "model.safetensors").items()}
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    kept = load_file(prune(base, tmp_path / "cut", 0, 2) / "model.safetensors")
+    kept = load_file(prune(base, tmp_path / "cut", range(2)) / "model.safetensors")
     name = "model.layers.{}.mlp.up_proj.weight"
     for block in range(BLOCKS - 2):
         assert torch.equal(kept[name.format(block)], weights[name.format(block + 2)])
@@ -188,7 +194,7 @@ def _reshape(weights):
     ids=["missing", "surplus", "misshapen"],
 )
 def test_require_loadable_with_other_tensors_than_the_config_asks_for_names_one(llama, tmp_path, spoil, name):
-    directory = prune(llama, tmp_path / "cut", 1, 2)
+    directory = prune(llama, tmp_path / "cut", [1])
     weights = load_file(directory / "model.safetensors")
     spoil(weights)
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
