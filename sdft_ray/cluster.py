@@ -71,17 +71,26 @@ def _native_stderr_closed() -> Iterator[None]:
 def require_room(compute: Compute, stage: str) -> None:
     """Return once what a stage needs is free; raise UserError after wait_seconds, saying what is there.
 
-    A placement group asks: it counts what is free, and it is demand that an autoscaler answers with nodes.
+    What no node can ever hold is an error at once. Otherwise a placement group asks: it counts what is free, and it is
+    demand that an autoscaler answers with nodes.
     """
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 
     bundles, cpus, gpus = compute.needs()[stage]
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    sizes = [(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes]
+    if coming := compute.ray.largest_node:
+        sizes.append((coming.cpus, coming.gpus))
+    if not any(cpus <= size[0] and gpus <= size[1] for size in sizes):
+        largest = max(sizes, key=lambda size: (size[1], size[0]) if gpus else size)
+        what = f"needs {cpus} CPUs and {gpus:g} GPUs on one node; the largest has {largest[0]:g} and {largest[1]:g}"
+        do = "Ask for less, or say in compute.ray.largest_node what an autoscaler can bring"
+        raise UserError(problem(f"compute.{stage}", what, do))
     group = placement_group([{"CPU": cpus, **({"GPU": gpus} if gpus else {})}] * bundles)
     try:
         if group.wait(5):
             return
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         there = f"{sum(n.get('CPU', 0) for n in nodes):g} CPUs and {sum(n.get('GPU', 0) for n in nodes):g} GPUs"
         needs = f"needs {bundles} x ({cpus} CPUs, {gpus:g} GPUs); the cluster has {there} on {len(nodes)} nodes"
         say(f"{stage}: {needs}; waiting up to {compute.ray.wait_seconds} s for that much to be free")

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from sdft_ray.errors import UserError, problem
 from sdft_ray.recipe import Section, load_section, validate
@@ -20,17 +20,27 @@ Auto = Literal["auto"]
 Count = Annotated[int, Field(gt=0)]
 
 
+class Node(Section):
+    """What one node holds."""
+
+    cpus: int = Field(gt=0)
+    gpus: float = Field(0, ge=0)
+
+
 class RayCluster(Section):
     """Which Ray cluster does the work."""
 
     address: str = "local"
     """`local` starts one here for the time of the command; `auto` or an address joins a running one."""
     wait_seconds: int = Field(600, ge=0)
-    """How long to wait for nodes that an autoscaler may still bring."""
+    """How long to wait for nodes that an autoscaler may still bring, or for others to finish."""
+    largest_node: Node | None = None
+    """The largest node that an autoscaler can bring, which Ray does not tell. Absent: the nodes there are count, and
+    what none of them can hold is an error at once."""
 
 
 class Score(Section):
-    """Actors that each hold the base model."""
+    """Actors that each hold the base model, for the stages score and loss."""
 
     actors: int = Field(1, gt=0)
     cpus: Count | Auto = "auto"
@@ -52,20 +62,50 @@ class Engine(Section):
     """Memory of the KV cache on a CPU; a GPU takes gpu_memory_utilization instead."""
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     enable_prefix_caching: bool = True
+    block_size: int | None = Field(None, gt=0)
+    async_scheduling: bool | None = None
+    cpu_offload_gb: float | None = Field(None, ge=0)
+    """Weights held in a GPU machine's main memory, for models that a GPU is too small for."""
+    kv_offloading_size: float | None = Field(None, gt=0)
+    """GiB of main memory that the KV cache of a GPU may spill into."""
+    enable_expert_parallel: bool | None = None
+    safetensors_load_strategy: Literal["lazy", "eager", "prefetch"] | None = None
+
+
+class Pool(Section):
+    """A number of actors that follows the work and the room there is; a plain number stands for both ends."""
+
+    min: int = Field(1, gt=0)
+    max: int = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is more than max {self.max}. Lower min")
+        return self
 
 
 class Distill(Section):
     """Actors that each hold a vLLM engine."""
 
-    actors: int = Field(1, gt=0)
+    actors: Annotated[Pool, BeforeValidator(lambda n: {"min": n, "max": n} if type(n) is int else n)] = Pool(max=1)
+    """How many; {min: 1, max: 16} grows with the room that a cluster has and shrinks when rows run out."""
     cpus: Count | Auto = "auto"
     gpus: float = Field(0, ge=0)
     tensor_parallel_size: int = Field(1, gt=0)
-    batch_rows: int = Field(256, gt=0)
-    """Rows handed to an actor at once; its engine schedules them itself."""
+    batch_rows: int = Field(2048, gt=0)
+    """Rows handed to an actor at once, fewer where there are too few for all actors. Its engine schedules them itself
+    and runs empty only at their end."""
     piece_rows: int = Field(16, gt=0)
     """Finished rows that are made durable together: the most that a kill can cost one actor."""
     engine: Engine = Engine()
+
+    @model_validator(mode="after")
+    def _has_gpus_for_its_engine(self) -> Self:
+        if self.tensor_parallel_size > max(1, self.gpus):
+            what = f"{self.tensor_parallel_size} is more than the {self.gpus:g} gpus of an actor"
+            raise ValueError(f"tensor_parallel_size {what}. Raise gpus to {self.tensor_parallel_size}")
+        return self
 
 
 class Train(Section):
@@ -106,7 +146,8 @@ class Compute(Section):
         """Return, for each stage, how many bundles of how many CPUs and GPUs it holds at once."""
         return {
             "score": (self.score.actors, _settled(self.score.cpus), self.score.gpus),
-            "distill": (self.distill.actors, _settled(self.distill.cpus), self.distill.gpus),
+            "loss": (self.score.actors, _settled(self.score.cpus), self.score.gpus),
+            "distill": (self.distill.actors.min, _settled(self.distill.cpus), self.distill.gpus),
             "train": (self.train.workers, _settled(self.train.cpus), self.train.gpus),
             "evaluate": (1, _settled(self.evaluate.cpus), self.evaluate.gpus),
         }
@@ -132,7 +173,8 @@ def load_compute(path: Path | None = None) -> Compute:
     data = compute.model_dump(mode="json")
     for name, count in (("score", "actors"), ("distill", "actors"), ("train", "workers"), ("evaluate", None)):
         if data[name]["cpus"] == "auto":
-            data[name]["cpus"] = max(1, here // (data[name][count] if count else 1))
+            sharing = compute.distill.actors.max if name == "distill" else data[name][count] if count else 1
+            data[name]["cpus"] = max(1, here // sharing)
     compute = validate(Compute, data)
     if compute.ray.address == "local":
         short = [

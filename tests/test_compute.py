@@ -1,11 +1,14 @@
 """Where and how: every `auto` becomes a number, and what can never fit is said at once."""
 
+import ast
 import os
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import yaml
 
-from sdft_ray.compute import load_compute
+from sdft_ray.compute import Engine, load_compute
 from sdft_ray.errors import UserError
 
 
@@ -59,6 +62,22 @@ def test_load_compute_with_too_many_cpus_for_this_machine_names_the_numbers(load
     ]
 
 
+def test_load_compute_asks_room_for_the_smallest_pool_of_actors(load):
+    data = {"ray": {"address": "auto"}, "distill": {"actors": {"min": 2, "max": 16}, "cpus": 4}}
+    assert load(2, data).needs()["distill"] == (2, 4, 0)
+
+
+def test_engine_options_are_vllms_own():
+    source = Path(str(find_spec("vllm").origin)).parent / "engine" / "arg_utils.py"  # importing it takes 10 s
+    (arguments,) = (
+        node
+        for node in ast.parse(source.read_text()).body
+        if isinstance(node, ast.ClassDef) and node.name == "EngineArgs"
+    )
+    known = {node.target.id for node in arguments.body if isinstance(node, ast.AnnAssign)}
+    assert set(Engine.model_fields) - known == {"kv_cache_gib"}
+
+
 def test_load_compute_for_a_running_cluster_is_not_bound_by_this_machine(load):
     compute = load(2, {"ray": {"address": "auto"}, "train": {"workers": 8, "cpus": 4}})
     assert compute.needs()["train"] == (8, 4, 0)
@@ -72,7 +91,14 @@ def test_load_compute_for_a_running_cluster_is_not_bound_by_this_machine(load):
             {"train": {"zero_stage": 4}},
             "train.zero_stage: got 4; expected 0, 1, 2 or 3. Change this value.",
         ),
-        ({"distill": {"engine": {"dtyp": 1}}}, "distill.engine.dtyp: unknown key."),
+        ({"distill": {"engine": {"blok_size": 1}}}, "distill.engine.blok_size: unknown key. Did you mean block_size?"),
+        ({"distill": {"engine": {"quantization": "fp8"}}}, "distill.engine.quantization: unknown key."),
+        ({"distill": {"actors": {"min": 3, "max": 2}}}, "distill.actors: min 3 is more than max 2. Lower min."),
+        ({"distill": {"actors": {"max": 2, "mni": 1}}}, "distill.actors.mni: unknown key. Did you mean min?"),
+        (
+            {"distill": {"tensor_parallel_size": 2, "gpus": 1}},
+            "distill: tensor_parallel_size 2 is more than the 1 gpus of an actor. Raise gpus to 2.",
+        ),
         ({"score": {"actors": 0}}, "score.actors: got 0; expected greater than 0. Change this value."),
     ],
 )

@@ -146,7 +146,7 @@ def _generate(work: Work, rows: Sequence[Mapping[str, Any]], ledger: Path) -> No
     plan = work.compute.distill
     dataset = ray.data.from_items(
         [{key: row[key] for key in ("id", "prompt", "reference")} for row in rows],
-        override_num_blocks=max(plan.actors, -(-len(rows) // plan.batch_rows)),
+        override_num_blocks=max(plan.actors.max, -(-len(rows) // plan.batch_rows)),
     ).map_batches(
         Rewriter,
         fn_constructor_kwargs={
@@ -154,12 +154,14 @@ def _generate(work: Work, rows: Sequence[Mapping[str, Any]], ledger: Path) -> No
             "model": str(work.input("model")),
             "settings": dict(work.settings),
             "options": plan.engine.model_dump() | {"tensor_parallel_size": plan.tensor_parallel_size},
-            "alone": plan.actors == 1,
+            "alone": plan.actors.max == 1,
             "ledger": str(ledger),
             "piece_rows": plan.piece_rows,
         },
         batch_size=plan.batch_rows,
-        compute=ray.data.ActorPoolStrategy(size=plan.actors, max_tasks_in_flight_per_actor=2),
+        compute=ray.data.ActorPoolStrategy(
+            min_size=plan.actors.min, max_size=plan.actors.max, max_tasks_in_flight_per_actor=2
+        ),
         num_cpus=plan.cpus,
         num_gpus=plan.gpus or None,
     )

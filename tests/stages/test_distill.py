@@ -28,7 +28,7 @@ SETTINGS = {
     "answer": "number",
     "rows": None,
 }
-PLAN = compute.Compute(distill=compute.Distill(actors=1, cpus=1, batch_rows=8, piece_rows=2))
+PLAN = compute.Compute(distill=compute.Distill(cpus=1, batch_rows=8, piece_rows=2))
 
 
 def fake_engine(log: Path, kill_after: int | None = None, error_on: str = "no such prompt"):
