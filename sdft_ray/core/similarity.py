@@ -1,28 +1,31 @@
-"""How far each span of blocks moves the residual stream: d(l, n) for every l and n at once.
+"""How much each block and each span of blocks does to the residual stream, and which of them can go.
 
-In: hidden states x(0)..x(L) at one token. Out: the matrix of angular distances, the best span for each size, and how
-sure that choice is. All spans come from the same L + 1 vectors, so one forward pass serves every pruning depth.
+In: hidden states x(0)..x(L). Out: the angular distance of every span and the Block Influence of every block, the best
+choice for each size, and how sure that choice is. All spans come from the same L + 1 vectors, so one forward pass
+serves every pruning depth.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 
 
 @dataclasses.dataclass(frozen=True)
-class SpanChoice:
-    """The span of one size that moves the residual stream least."""
+class Choice:
+    """The blocks of one size that matter least."""
 
-    start: int
-    stop: int
-    distance: float
-    runner_up: int
-    """Start of the next best span of that size."""
+    blocks: tuple[int, ...]
+    """0-based, ascending."""
+    value: float
+    """Their cost: mean distance, summed influence, or loss."""
+    runner_up: tuple[int, ...] | None
+    """The next best; None where there is no other."""
     agreement: float
-    """Fraction of bootstrap samples of the rows that choose the same start."""
+    """Fraction of bootstrap samples of the texts that choose the same blocks."""
 
 
 def angular_distances(states: torch.Tensor) -> torch.Tensor:
@@ -42,28 +45,74 @@ def span_distances(distances: torch.Tensor, size: int) -> torch.Tensor:
     return distances.diagonal(offset=size, dim1=-2, dim2=-1)
 
 
-def choose_span(distances: torch.Tensor, size: int, samples: int = 200, seed: int = 0) -> SpanChoice:
-    """Return the span of `size` blocks with the lowest mean distance over rows, and how sure that is.
+def span_influences(influences: torch.Tensor, size: int) -> torch.Tensor:
+    """Return the summed Block Influence of blocks l..l+size-1 for every l, shape (B, L+1-size), from (B, L)."""
+    return influences.unfold(-1, size, 1).sum(dim=-1)
 
-    distances: (B, L+1, L+1). The last block may be part of a span. Certainty is the share of `samples` bootstrap
-    resamplings of the B rows with the same winner.
+
+def choose(costs: Sequence[torch.Tensor], alternatives: Sequence[tuple[int, ...]]) -> Choice:
+    """Return the alternative (the blocks that would go) of least cost.
+
+    costs: for each corpus (B, C), what each of the C alternatives costs on each text. Texts of a corpus count the same,
+    and so do corpora.
     """
-    rows, states = distances.shape[:2]
-    assert 0 < size < states - 1, f"a span of {size} blocks does not leave any of {states - 1}"
-    each = span_distances(distances, size)  # (B, L+1-size)
-    mean = each.mean(dim=0)
+    mean = _mean(costs)
     order = mean.argsort(stable=True)
-    start = int(order[0])
+    return Choice(
+        alternatives[order[0]],
+        float(mean[order[0]]),
+        alternatives[order[1]] if len(order) > 1 else None,
+        float((_bootstrap(costs).argmin(dim=1) == order[0]).double().mean()),
+    )
+
+
+def choose_span(costs: Sequence[torch.Tensor], size: int, first: int = 0, last: int = 0) -> Choice:
+    """Return the span of `size` blocks of least cost; the first `first` and the last `last` blocks stay.
+
+    costs: for each corpus (B, L+1-size), the cost of the span from every start, for every text.
+    """
+    starts = range(first, costs[0].shape[1] - last)
+    assert starts, f"no span of {size} blocks is left beside {first} first and {last} last ones"
+    return choose([cost[:, first : starts.stop] for cost in costs], [tuple(range(s, s + size)) for s in starts])
+
+
+def choose_blocks(influences: Sequence[torch.Tensor], size: int, first: int = 0, last: int = 0) -> Choice:
+    """Return the `size` blocks of least Block Influence, side by side or not (arXiv 2403.03853).
+
+    influences: for each corpus (B, L). The runner-up has its most influential block replaced by the next one.
+    """
+    allowed = [influence[:, first : influence.shape[1] - last] for influence in influences]
+    mean, samples = _mean(allowed), _bootstrap(allowed)
+
+    def lowest(values: torch.Tensor) -> torch.Tensor:
+        return values.argsort(dim=-1, stable=True)[..., :size].sort(dim=-1).values
+
+    chosen = lowest(mean)
+    order = mean.argsort(stable=True)
+    other = None
+    if len(order) > size:
+        other = tuple(sorted(first + int(i) for i in (*order[: size - 1], order[size])))
+    return Choice(
+        tuple(first + int(i) for i in chosen),
+        float(mean[chosen].sum()),
+        other,
+        float((lowest(samples) == chosen).all(dim=1).double().mean()),
+    )
+
+
+def _mean(costs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the mean over corpora of the mean over texts: (B, S) each to (S)."""
+    return torch.stack([cost.double().mean(dim=0) for cost in costs]).mean(dim=0)
+
+
+def _bootstrap(costs: Sequence[torch.Tensor], samples: int = 200, seed: int = 0) -> torch.Tensor:
+    """Return what `_mean` gives for resampled texts, (samples, S); every corpus is resampled by itself."""
     generator = torch.Generator().manual_seed(seed)
-    picks = torch.randint(rows, (samples, rows), generator=generator)  # (samples, B)
-    weights = torch.zeros(samples, rows, dtype=each.dtype).scatter_add_(
-        1, picks, torch.ones_like(picks, dtype=each.dtype)
-    )
-    winners = (weights @ each).argmin(dim=1)
-    return SpanChoice(
-        start=start,
-        stop=start + size,
-        distance=float(mean[start]),
-        runner_up=int(order[1]),
-        agreement=float((winners == start).double().mean()),
-    )
+    found = []
+    for cost in costs:
+        rows = len(cost)
+        picks = torch.randint(rows, (samples, rows), generator=generator)
+        weights = torch.zeros(samples, rows, dtype=torch.float64)
+        weights.scatter_add_(1, picks, torch.ones_like(picks, dtype=torch.float64))
+        found.append(weights @ cost.double() / rows)
+    return torch.stack(found).mean(dim=0)

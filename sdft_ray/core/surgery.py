@@ -76,6 +76,17 @@ def require_removable(removed: Sequence[int], blocks: int) -> None:
         raise UserError(problem("prune.blocks", what, f"Give 1 to {blocks - 1}"))
 
 
+def name_blocks(blocks: Sequence[int]) -> str:
+    """Return how sorted blocks are written: a half-open span where they stand side by side, else a list.
+
+    >>> name_blocks([9, 10, 11]), name_blocks([9, 13])
+    ('[9, 12)', '9, 13')
+    """
+    if blocks[-1] - blocks[0] == len(blocks) - 1:
+        return f"[{blocks[0]}, {blocks[-1] + 1})"
+    return ", ".join(map(str, blocks))
+
+
 def rename_tensor(name: str, removed: Sequence[int]) -> str | None:
     """Return a tensor's name after the `removed` blocks are gone, or None where it goes with them.
 
@@ -119,10 +130,10 @@ def prune_config(config: Mapping[str, Any], removed: Sequence[int]) -> dict[str,
         dense, step = config.get("mlp_only_layers") or [], config.get("decoder_sparse_step") or 1
         pruned["mlp_only_layers"] = [i for i, block in enumerate(kept) if block in dense or (block + 1) % step]
         pruned["decoder_sparse_step"] = 1
-    return pruned | _older_rope(config)
+    return pruned | older_rope(config)
 
 
-def _older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
+def older_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the RoPE settings as transformers 4 spells them: it reads only these, and silently uses its defaults."""
     rope = config.get("rope_parameters") or {}
     if "full_attention" in rope:  # one set for each kind of block

@@ -107,7 +107,7 @@ def count_cost(directory: Path, tokens: int = FLOPS_TOKENS) -> tuple[int, float]
 
 def _details(plan: Sequence[Stage], storage: Storage) -> dict[str, Any]:
     """Return what the page shows beside the table: distances, spans, losses, selection, examples, wall times."""
-    found: dict[str, Any] = {"losses": {}, "selection": None, "examples": [], "seconds": {}}
+    found: dict[str, Any] = {"losses": {}, "losses_of_spans": None, "selection": None, "examples": [], "seconds": {}}
     for stage in plan:
         if stage.location is None:
             manifest = storage.manifest(stage)
@@ -118,6 +118,8 @@ def _details(plan: Sequence[Stage], storage: Storage) -> dict[str, Any]:
         match stage.name:
             case "score":
                 found["distances"] = json.loads((place / "distances.json").read_text())
+            case "loss":
+                found["losses_of_spans"] = manifest["summary"]
             case "cut":
                 found["cut"] = manifest["summary"]
             case "distill":

@@ -9,41 +9,77 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 _INK = "#010203"  # stands for the page's text colour until the SVG is written
+_METRIC_MARKS = {"angular": ("o", "#ffffff"), "influence": ("^", "#ff9f1c")}
 ARM_COLOURS = {"sft": "#e0832a", "distilled": "#2a8fe0"}
 
 
-def distance_map(distances: Sequence[Sequence[float]], span: Sequence[int]) -> str:
-    """Return the heat-map of d(l, n): start l across, size n up, the removed span outlined.
+def distance_maps(measured: Mapping[str, Any], removed: Sequence[int] = ()) -> Any:
+    """Return the heat-maps of d(l, n), one a corpus: start l across, size n up.
 
-    distances: (L+1, L+1), d[l][m] between x(l) and x(m).
+    measured: what distances.json holds. Marked are, for every n, the span that each metric would remove on that corpus,
+    and the span that was removed.
     """
-    blocks = len(distances) - 1
+    blocks, corpora = measured["blocks"], measured["corpora"]
     sizes = max(1, blocks // 2)
-    grid = [
-        [distances[start][start + size] if start + size <= blocks else math.nan for start in range(blocks)]
-        for size in range(1, sizes + 1)
+    figure, all_axes = _figure(7.2, 3.4 * len(corpora), rows=len(corpora))
+    grids = [
+        [
+            [
+                corpus["distances"][start][start + size] if start + size <= blocks else math.nan
+                for start in range(blocks)
+            ]
+            for size in range(1, sizes + 1)
+        ]
+        for corpus in corpora
     ]
-    figure, axes = _figure(7.2, 3.6)
-    image = axes.imshow(
-        grid, origin="lower", aspect="auto", cmap="viridis", extent=(-0.5, blocks - 0.5, 0.5, sizes + 0.5)
+    highest = max(value for grid in grids for line in grid for value in line if not math.isnan(value))
+    for corpus, grid, axes in zip(corpora, grids, all_axes, strict=True):
+        image = axes.imshow(
+            grid,
+            origin="lower",
+            aspect="auto",
+            cmap="viridis",
+            extent=(-0.5, blocks - 0.5, 0.5, sizes + 0.5),
+            vmin=0,
+            vmax=highest,
+        )
+        for metric, (marker, colour) in _METRIC_MARKS.items():
+            chosen = [(c["blocks"][0], len(c["blocks"])) for c in corpus["choices"][metric].values()]
+            inside = [(start, size) for start, size in chosen if size <= sizes]
+            axes.plot(*zip(*inside, strict=True), marker, color=colour, markersize=4, label=f"least by {metric}")
+        if removed and removed[-1] - removed[0] == len(removed) - 1 <= sizes - 1:
+            axes.plot(
+                removed[0], len(removed), "s", color="none", markersize=10, markeredgecolor="#ff2d55", markeredgewidth=2
+            )
+        axes.set_title(f"{corpus['name']}, {corpus['texts']} texts, {corpus['positions']}", color=_INK, fontsize=9)
+        axes.set_xlabel("first removed block l")
+        axes.set_ylabel("blocks removed n")
+        bar = figure.colorbar(image, ax=axes)
+        bar.set_label("angular distance d(l, n)")
+        bar.outline.set_edgecolor(_INK)
+    figure.legend(
+        *all_axes[0].get_legend_handles_labels(),
+        loc="outside lower left",
+        ncols=2,
+        frameon=False,
+        labelcolor=_INK,
+        fontsize=8,
     )
-    start, size = span[0], span[1] - span[0]
-    if size <= sizes:
-        axes.plot(start, size, "s", markersize=9, markerfacecolor="none", markeredgecolor="#ff2d55", markeredgewidth=2)
-    axes.set_xlabel("first removed block l")
-    axes.set_ylabel("blocks removed n")
-    bar = figure.colorbar(image, ax=axes)
-    bar.set_label("angular distance d(l, n)")
-    bar.outline.set_edgecolor(_INK)
-    return _svg(figure)
+    return figure
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure on white, as .svg or .png."""
+    figure.savefig(path, facecolor="white", dpi=150)
 
 
 def loss_curves(losses: Mapping[str, Mapping[str, Any]]) -> str:
     """Return training loss (line) and validation loss (dots) of each arm by step."""
-    figure, axes = _figure(7.2, 3.2)
+    figure, (axes,) = _figure(7.2, 3.2)
     for arm, found in losses.items():
         steps = found["curve"]
         colour = ARM_COLOURS[arm]
@@ -61,25 +97,28 @@ def loss_curves(losses: Mapping[str, Mapping[str, Any]]) -> str:
     axes.set_xlabel("step")
     axes.set_ylabel("loss a trained token, nats")
     axes.legend(frameon=False, labelcolor=_INK, fontsize=8)
-    return _svg(figure)
+    return as_svg(figure)
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+def _figure(width: float, height: float, rows: int = 1) -> tuple[Any, Any]:
+    """Return a figure in the page's ink and its axes, one under the other."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.patch.set_alpha(0)
-    axes = figure.add_subplot()
-    axes.patch.set_alpha(0)
-    axes.tick_params(colors=_INK, which="both")
-    for label in (axes.xaxis.label, axes.yaxis.label):
-        label.set_color(_INK)
-    for spine in axes.spines.values():
-        spine.set_edgecolor(_INK)
-    return figure, axes
+    all_axes = figure.subplots(rows, squeeze=False)[:, 0]
+    for axes in all_axes:
+        axes.patch.set_alpha(0)
+        axes.tick_params(colors=_INK, which="both")
+        for label in (axes.xaxis.label, axes.yaxis.label):
+            label.set_color(_INK)
+        for spine in axes.spines.values():
+            spine.set_edgecolor(_INK)
+    return figure, all_axes
 
 
-def _svg(figure: Any) -> str:
+def as_svg(figure: Any) -> str:
+    """Return a figure as SVG text in the page's text colour."""
     import matplotlib
 
     for axes in figure.axes:  # the colour bar brings axes of its own

@@ -11,6 +11,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from sdft_ray.core.surgery import name_blocks
+
 
 def recovery_table(report: dict[str, Any]) -> Table:
     """Return models down, tasks across, then mean, recovery, parameters and FLOPs."""
@@ -70,17 +72,23 @@ def saved(model: dict[str, Any], base: dict[str, Any], key: str) -> str:
 def show(report: dict[str, Any], console: Console) -> None:
     """Print the table and the two lines that explain it."""
     console.print(recovery_table(report))
-    cut = report["cut"]
-    console.print(
-        f"Cut: blocks [{cut['span'][0]}, {cut['span'][1]}), distance {cut['distance']:.3f}; "
-        f"{cut['agreement']:.0%} of bootstrap samples choose this span."
-    )
+    console.print(cut_line(report))
     if selection := report["selection"]:
         others = ", ".join(f"{n} {reason}" for reason, n in selection["reasons"].items() if n and reason != "kept")
         console.print(
             f"Rewrites: {selection['kept']} of {selection['rows']} rows kept"
             + (f"; the reference stays for {others}." if others else ".")
         )
+
+
+def cut_line(report: dict[str, Any]) -> str:
+    """Return which blocks went, by which metric, and how sure that is."""
+    cut = report["cut"]
+    cost = {"angular": "distance", "influence": "summed influence", "loss": "loss on held-back text"}[cut["metric"]]
+    text = f"Cut: blocks {name_blocks(cut['removed'])}, {cost} {cut['cost']:.3f}"
+    if cut["metric"] == "loss":
+        text += f" ({report['losses_of_spans']['base_loss']:.3f} with nothing removed)"
+    return f"{text}; {cut['agreement']:.0%} of bootstrap samples choose the same."
 
 
 def _or_dash(value: float | None) -> str:

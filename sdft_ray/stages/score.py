@@ -1,112 +1,287 @@
-"""Stage `score`: the angular distance of every span of blocks, measured in one pass.
+"""Stage `score`: what every block and every span of blocks does to the residual stream, measured in one pass.
 
-In: the base model and calibration texts. Out: distances.json, d(l, n) for all l and n, and the choice for every n.
-It knows nothing of how many blocks will go, so a depth sweep scores once. Hooks on the blocks take x(0)..x(L) at
-each text's last token as they pass by: `hidden_states[-1]` of transformers lies behind the final norm and is not x(L).
+In: the base model and calibration corpora. Out: distances.json (per corpus d(l, n) for all l and n, the Block
+Influence of every block, and the choice for every n) and texts.safetensors (the same of every text, for certainty). It
+knows nothing of how many blocks will go, nor of the metric that decides, so a sweep scores once. Hooks take x(0)..x(L)
+as they pass by: transformers' own `hidden_states` end behind the final norm, and keep every token of every state.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sdft_ray.artifacts import write_atomically
+from sdft_ray.core.prompts import encode_row
 from sdft_ray.errors import UserError, problem
-from sdft_ray.sources import read_calibration
+from sdft_ray.sources import read_calibration, read_json
 from sdft_ray.stages import Work
+from sdft_ray.stages.rows import read_split
 
-VERSION = 1
+VERSION = 2
+_TEXTS = "texts.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """One calibration text as the model sees it: content up to its last token, no end-of-turn mark."""
+
+    ids: list[int]
+    content_from: int = 0
+    """Index of the first token of the response of a chat row, else 0."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """One corpus: the texts that are measured, and others that the loss is taken on."""
+
+    name: str
+    positions: str
+    measured: list[Text]
+    held_back: list[Text]
+    shortened: int
+    """Texts that were longer than max_tokens."""
 
 
 def build(work: Work) -> dict[str, Any]:
-    """Write distances.json."""
+    """Write distances.json and texts.safetensors."""
     import numpy as np
-    import ray
     import torch
+    from safetensors.torch import save_file
 
-    from sdft_ray.core.similarity import choose_span
+    first = {"last": lambda text: len(text.ids) - 1, "all": lambda _: 0, "response": lambda text: text.content_from}
+    corpora = read_corpora(work)
+    found = measure(work, Scorer, [[(t.ids, first[c.positions](t)) for t in c.measured] for c in corpora])
+    for blame in (blame for each in found for blame in each["blame"] if blame):
+        raise UserError(problem("model", blame, "Mend the weights; if they are whole, try prune.dtype: float32"))
+    distances = [torch.from_numpy(np.stack(each["distances"])).float() for each in found]  # (B, L+1, L+1) each
+    influences = [torch.from_numpy(np.stack(each["influences"])).float() for each in found]  # (B, L) each
+    kept = {f"distances.{i}": each for i, each in enumerate(distances)}
+    save_file(kept | {f"influences.{i}": each for i, each in enumerate(influences)}, work.directory / _TEXTS)
+    summary: dict[str, Any] = {
+        "blocks": influences[0].shape[1],
+        "corpora": [
+            {
+                "name": corpus.name,
+                "positions": corpus.positions,
+                "texts": len(corpus.measured),
+                "tokens": sum(len(text.ids) for text in corpus.measured),
+                "shortened": corpus.shortened,
+                "choices": _choices([distances[i]], [influences[i]]),
+            }
+            for i, corpus in enumerate(corpora)
+        ],
+        "choices": _choices(distances, influences),
+    }
+    for metric, choices in summary["choices"].items():
+        for size, choice in choices.items():
+            spans = [set(corpus["choices"][metric][size]["blocks"]) for corpus in summary["corpora"]]
+            choice["shared"] = len(set.intersection(*spans)) / int(size)
+    means = [
+        {"distances": d.double().mean(dim=0).tolist(), "influences": i.double().mean(dim=0).tolist()}
+        for d, i in zip(distances, influences, strict=True)
+    ]
+    everything = {**summary, "corpora": [c | mean for c, mean in zip(summary["corpora"], means, strict=True)]}
+    write_atomically(work.directory / "distances.json", json.dumps(everything))
+    return summary
 
-    calibration, plan = work.settings["calibration"], work.compute.score
-    texts = read_calibration(Path(work.stage.where["texts"]), calibration["field"], calibration["limit"])
-    work.progress.begin(len(texts))
+
+def _choices(distances: Sequence[Any], influences: Sequence[Any]) -> dict[str, dict[str, Any]]:
+    """Return, for each metric and each number of blocks, the span chosen, its runner-up, and how sure that is."""
+    from sdft_ray.core.similarity import choose_span, span_distances, span_influences
+
+    sizes = range(1, influences[0].shape[1])
+    costs = {
+        "angular": lambda size: [span_distances(each, size) for each in distances],
+        "influence": lambda size: [span_influences(each, size) for each in influences],
+    }
+    return {
+        metric: {str(size): dataclasses.asdict(choose_span(cost(size), size)) for size in sizes}
+        for metric, cost in costs.items()
+    }
+
+
+def read_measured(directory: Path) -> tuple[list[Any], list[Any]]:
+    """Return what a score artifact holds of each corpus: distances (B, L+1, L+1) and influences (B, L)."""
+    from safetensors.torch import load_file
+
+    kept = load_file(directory / _TEXTS)
+    corpora = range(len(kept) // 2)
+    return [kept[f"distances.{i}"] for i in corpora], [kept[f"influences.{i}"] for i in corpora]
+
+
+def read_corpora(work: Work) -> list[Corpus]:
+    """Return the corpora that the stage's settings name, as token ids."""
+    from transformers import AutoTokenizer
+
+    base = work.input("model")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    context = read_json(base / "config.json").get("max_position_embeddings")
+    corpora = []
+    for i, wanted in enumerate(work.settings["calibration"]):
+        limit = wanted["max_tokens"]
+        if context and limit > context:
+            what = f"{limit} is more than the model's context of {context}"
+            raise UserError(problem("prune.calibration.max_tokens", what, f"Give at most {context}"))
+        count = wanted["limit"] + wanted["held_back"]
+        if rows := work.stage.inputs.get(f"rows_{i}"):
+            texts = [_chat(tokenizer, row) for row in read_split(work.storage.fetch(rows), "train")[:count]]
+        else:
+            path = Path(work.stage.where[f"texts_{i}"])
+            texts = [Text(tokenizer(text)["input_ids"]) for text in read_calibration(path, wanted["field"], count)]
+        held_back = min(wanted["held_back"], len(texts) // 3)
+        measured = texts[: min(wanted["limit"], len(texts) - held_back)]
+        corpora.append(
+            Corpus(
+                work.stage.where[f"name_{i}"],
+                wanted["positions"],
+                [_shorten(text, limit) for text in measured],
+                [_shorten(text, limit) for text in texts[len(texts) - held_back :]],
+                sum(len(text.ids) > limit for text in measured),
+            )
+        )
+    return corpora
+
+
+def _chat(tokenizer: Any, row: dict[str, Any]) -> Text:
+    encoded = encode_row(tokenizer, row["prompt"], row["reference"])
+    # Without the end of turn: a template's token is the same in every row and hardly a measure of anything.
+    return Text(encoded.ids[:-1], encoded.trained_from)
+
+
+def _shorten(text: Text, limit: int) -> Text:
+    """Return a text cut to `limit` tokens: plain text keeps its start, a chat row its end, where the response is."""
+    if text.content_from == 0:
+        return Text(text.ids[:limit])
+    cut = max(0, len(text.ids) - limit)
+    return Text(text.ids[cut:], max(0, text.content_from - cut))
+
+
+def measure(
+    work: Work, actor: Any, corpora: Sequence[Sequence[tuple[list[int], int]]], **arguments: Any
+) -> list[dict[str, list[Any]]]:
+    """Return what actors of a class find for the (ids, first) of each text: for each corpus, by name, in its order.
+
+    Batches are made here, of texts of like length: so they are the same whatever the number of actors.
+    """
+    import ray
+
+    plan = work.compute.score
+    texts = [text for corpus in corpora for text in corpus]
+    order = sorted(range(len(texts)), key=lambda i: -len(texts[i][0]))
+    batches = [order[i : i + plan.batch_size] for i in range(0, len(order), plan.batch_size)]
     dataset = ray.data.from_items(
-        [{"index": i, "text": text} for i, text in enumerate(texts)], override_num_blocks=plan.actors
-    ).map_batches(
-        Scorer,
+        [{"index": batch, "texts": json.dumps([texts[i] for i in batch])} for batch in batches],
+        override_num_blocks=len(batches),
+    ).map(
+        actor,
         fn_constructor_kwargs={
             "model": str(work.input("model")),
             "dtype": work.settings["dtype"],
-            "max_tokens": calibration["max_tokens"],
             "device": "cuda" if plan.gpus else "cpu",
+            **arguments,
         },
-        batch_size=plan.batch_size,
         compute=ray.data.ActorPoolStrategy(size=plan.actors),
         num_cpus=plan.cpus,
         num_gpus=plan.gpus or None,
     )
-    found: dict[int, Any] = {}
-    for batch in dataset.iter_batches(batch_size=None):
-        found.update(zip(batch["index"].tolist(), batch["distances"], strict=True))
+    found: dict[int, dict[str, Any]] = {}
+    work.progress.begin(len(texts))
+    for batch in dataset.iter_rows():
+        for place, i in enumerate(batch.pop("index")):
+            found[int(i)] = {name: values[place] for name, values in batch.items()}
         work.progress.update(len(found))
     assert sorted(found) == list(range(len(texts))), "every text is measured once"
-    # In the order of the texts, so that neither actors nor batches move the mean.
-    distances = torch.from_numpy(np.stack([found[i] for i in range(len(texts))]))  # (B, L+1, L+1)
-    if not torch.isfinite(distances).all():
-        raise UserError(problem("model", "gives NaN activations on the calibration texts", "Try prune.dtype: float32"))
-    blocks = distances.shape[1] - 1
-    choices = {str(n): dataclasses.asdict(choose_span(distances, n)) for n in range(1, blocks)}
-    result = {"blocks": blocks, "texts": len(texts), "distances": distances.mean(dim=0).tolist(), "choices": choices}
-    write_atomically(work.directory / "distances.json", json.dumps(result))
-    return {"blocks": blocks, "texts": len(texts), "choices": choices}
+    ordered = iter(found[i] for i in range(len(texts)))
+    each = [list(itertools.islice(ordered, len(corpus))) for corpus in corpora]
+    return [{name: [result[name] for result in results] for name in results[0]} for results in each]
 
 
 class Scorer:
     """An actor that measures texts: holds the base model without its head."""
 
-    def __init__(self, model: str, dtype: str, max_tokens: int, device: str) -> None:
+    def __init__(self, model: str, dtype: str, device: str) -> None:
         import torch
-        from transformers import AutoModel, AutoTokenizer
+        from transformers import AutoModel
 
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.model = AutoModel.from_pretrained(model, dtype=getattr(torch, dtype)).to(device).eval()
-        self.max_tokens = max_tokens
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Return the distances (b, L+1, L+1) of a batch of b texts."""
-        from sdft_ray.core.similarity import angular_distances
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return a batch's distances (b, L+1, L+1) and influences (b, L), and what is to blame where they are NaN."""
+        texts = json.loads(row["texts"])
+        distances, influences = pass_by(self.model, [ids for ids, _ in texts], [first for _, first in texts])
+        blame = [self._blame(each) for each in influences]
+        return {"index": row["index"], "distances": distances.numpy(), "influences": influences.numpy(), "blame": blame}
 
-        ids = [self.tokenizer(text)["input_ids"][: self.max_tokens] for text in batch["text"]]
-        states = last_token_states(self.model, ids)
-        return {"index": batch["index"], "distances": angular_distances(states).cpu().numpy()}
+    def _blame(self, influence: Any) -> str:
+        """Return where NaN first came up for one text, (L) -> text, or nothing."""
+        import torch
+
+        wrong = (~torch.isfinite(influence)).nonzero()
+        if not len(wrong):
+            return ""
+        block = int(wrong[0])
+        inside = f"layers.{block}."
+        for name, tensor in self.model.named_parameters():
+            if (inside in name or "layers." not in name) and not torch.isfinite(tensor).all():
+                return f"{name} of its weights holds NaN or infinity"
+        return f"block {block} gives NaN or infinity on calibration texts, though its weights are finite"
 
 
-def last_token_states(model: Any, ids: list[list[int]]) -> Any:
-    """Return x(0)..x(L) at the last token of each sequence, shape (B, L+1, D), float32."""
+def pass_by(model: Any, ids: Sequence[list[int]], first: Sequence[int]) -> tuple[Any, Any]:
+    """Return distances (B, L+1, L+1), averaged over the tokens from `first` of each sequence to its end, and the Block
+    Influence of every block over all tokens, (B, L): 1 - mean of cos_sim(x(i), x(i+1)) (arXiv 2403.03853).
+
+    Of each state only the tokens that are averaged over stay in memory, (L+1, D) each.
+    """
     import torch
 
-    lengths = torch.tensor([len(row) for row in ids], device=model.device)
+    from sdft_ray.core.similarity import angular_distances
+
+    device = model.device
+    lengths = torch.tensor([len(row) for row in ids], device=device)
     width = int(lengths.max())
-    input_ids = torch.tensor([row + [0] * (width - len(row)) for row in ids], device=model.device)  # (B, T)
-    mask = torch.arange(width, device=model.device)[None] < lengths[:, None]
+    input_ids = torch.tensor([row + [0] * (width - len(row)) for row in ids], device=device)  # (B, T)
+    position = torch.arange(width, device=device)[None]
+    real = position < lengths[:, None]
+    wanted = real & (position >= torch.tensor(first, device=device)[:, None])  # (B, T), P of them
     states: list[Any] = []
+    influences: list[Any] = []
+    before: list[Any] = [None, None]  # x(l - 1) and its norms
 
-    def take(hidden: Any) -> None:
-        states.append(hidden[torch.arange(len(ids)), lengths - 1].float())  # (B, D)
+    def see(hidden: Any) -> None:
+        hidden = hidden.float()
+        states.append(hidden[wanted])  # (P, D)
+        norm = torch.linalg.vector_norm(hidden, dim=-1)  # (B, T)
+        previous, previous_norm = before
+        if previous is not None:
+            cos = torch.linalg.vecdot(previous, hidden) / (norm * previous_norm).clamp_min(1e-12)
+            influences.append(1 - torch.where(real, cos, 0).sum(dim=1) / lengths)
+        before[:] = hidden, norm
 
-    def before(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        take(args[0] if args else kwargs["hidden_states"])
+    def enters(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        see(args[0] if args else kwargs["hidden_states"])
 
-    def after(_module: Any, _args: Any, output: Any) -> None:
-        take(output[0] if isinstance(output, tuple) else output)
+    def leaves(_module: Any, _args: Any, output: Any) -> None:
+        see(output[0] if isinstance(output, tuple) else output)
 
-    hooks = [block.register_forward_pre_hook(before, with_kwargs=True) for block in model.layers]
-    hooks.append(model.layers[-1].register_forward_hook(after))
+    hooks = [block.register_forward_pre_hook(enters, with_kwargs=True) for block in model.layers]
+    hooks.append(model.layers[-1].register_forward_hook(leaves))
     try:
         with torch.inference_mode():
-            model(input_ids=input_ids, attention_mask=mask.long(), use_cache=False)
+            model(input_ids=input_ids, attention_mask=real.long(), use_cache=False)
+            before.clear()
+            stacked = torch.stack(states, dim=1)  # (P, L+1, D)
+            text = wanted.nonzero()[:, 0]
+            total = torch.zeros(len(ids), *[stacked.shape[1]] * 2, dtype=torch.float64, device=device)
+            for some in torch.arange(len(stacked), device=device).split(64):  # in float64 all at once would be large
+                total.index_add_(0, text[some], angular_distances(stacked[some]))
+            distances = total / wanted.sum(dim=1)[:, None, None]
     finally:
         for hook in hooks:
             hook.remove()
-    return torch.stack(states, dim=1)
+    return distances.cpu(), torch.stack(influences, dim=1).cpu()

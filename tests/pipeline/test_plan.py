@@ -28,8 +28,9 @@ def recipe(tiny_model, tmp_path) -> dict:
             "limit": 8,
             "held_out": 2,
             "validation": 2,
+            "decontaminate": ["arc_easy"],
         },
-        "prune": {"blocks": 2, "calibration": {"text": str(texts)}},
+        "prune": {"blocks": 2, "metric": "loss", "calibration": {"text": str(texts)}},
         "evaluate": {"tasks": ["arc_easy", "held_out"], "limit": 3},
     }
     return validate(Recipe, short).model_dump(mode="json")
@@ -38,12 +39,15 @@ def recipe(tiny_model, tmp_path) -> dict:
 # A second value for leaves where adding one or flipping would not be valid.
 OTHER = {
     "rows.answer": "none",
+    "rows.decontaminate": ["sciq"],
     "rows.fields.prompt": "a",
     "rows.fields.response": "q",
     "rows.fields.context": "q",
     "rows.fields.answer": "a",
     "prune.dtype": "bfloat16",
-    "prune.calibration.field": "other",
+    "prune.metric": "angular",
+    "prune.calibration.0.field": "other",
+    "prune.calibration.0.positions": "all",
     "distill.dtype": "float32",
     "distill.template": "{prompt} {reference}",
     "train.method": "full",
@@ -55,7 +59,14 @@ OTHER = {
     "train.rows": 4,
 }
 # Only one value exists, or the other needs another source.
-FIXED = {"prune.metric", "evaluate.preset", "model.path", "rows.path", "prune.calibration.text"}
+FIXED = {
+    "evaluate.preset",
+    "model.path",
+    "rows.path",
+    "prune.contiguous",
+    "prune.calibration.0.text",
+    "prune.calibration.0.rows",
+}
 
 
 def final_ids(data: dict) -> list[str]:
@@ -67,7 +78,7 @@ def with_leaf(data: dict, path: str, value) -> dict:
     *parents, last = path.split(".")
     at = changed
     for parent in parents:
-        at = at[parent]
+        at = at[int(parent) if parent.isdigit() else parent]
     at[last] = value
     return changed
 
@@ -94,6 +105,43 @@ def test_every_recipe_leaf_moves_a_final_id(recipe):
     assert moved > 35
 
 
+def test_every_way_to_choose_blocks_has_its_own_ids(recipe):
+    ways = [
+        {"metric": metric, "contiguous": contiguous, "candidates": candidates}
+        for metric, contiguous, candidates in [
+            ("angular", True, 5), ("influence", True, 5), ("influence", False, 5), ("loss", True, 5), ("loss", True, 6)
+        ]
+    ]  # fmt: skip
+    plans = [pipeline.stages(validate(Recipe, recipe | {"prune": recipe["prune"] | way})) for way in ways]
+    ids = [{stage.name: stage.id for stage in plan} for plan in plans]
+    assert len({each["cut"] for each in ids}) == len(ways)
+    assert len({each["score"] for each in ids}) == 1, "one pass serves every way"
+
+
+def test_losses_of_candidates_are_measured_where_asked_for_and_bear_on_the_cut_only_where_they_choose(recipe):
+    def cut_of(**prune):
+        plan = pipeline.stages(validate(Recipe, recipe | {"prune": recipe["prune"] | prune}))
+        return [stage.name for stage in plan].count("loss"), next(s.id for s in plan if s.name == "cut")
+
+    assert cut_of(metric="angular", candidates=0)[0] == 0
+    assert cut_of(metric="angular", candidates=0)[1] == cut_of(metric="angular", candidates=5)[1]
+    assert cut_of(metric="angular", candidates=5)[0] == cut_of(metric="loss", candidates=5)[0] == 1
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_calibration_on_chat_rows_scores_after_their_rows_stage(recipe, tmp_path, several):
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"q": "1?", "a": "1"}\n')
+    chats = [{"rows": "own"}, {"rows": {"path": str(other), "fields": {"prompt": "q", "response": "a"}}}]
+    corpora = [*chats, {"text": recipe["prune"]["calibration"][0]["text"]}] if several else chats[0]
+    plan = pipeline.stages(validate(Recipe, recipe | {"prune": recipe["prune"] | {"calibration": corpora}}))
+    names = [stage.name for stage in plan]
+    assert names.count("rows") == (2 if several else 1)
+    scored = plan[names.index("score")]
+    assert all(stage in plan[: names.index("score")] for stage in scored.inputs.values())
+    assert len(scored.settings["calibration"]) == (3 if several else 1)
+
+
 def test_an_arm_override_moves_only_that_arm(recipe):
     before = {stage.slug: stage.id for stage in pipeline.stages(validate(Recipe, recipe)) if stage.name == "train"}
     changed = with_leaf(recipe, "arms.distilled.lr", 1e-5)
@@ -113,7 +161,7 @@ def test_depth_moves_neither_scoring_nor_generation(recipe):
         {stage.name: stage.id for stage in pipeline.stages(validate(Recipe, with_leaf(recipe, "prune.blocks", n)))}
         for n in (2, 3)
     )
-    assert {name for name in two if two[name] != three[name]} == {"cut", "train", "evaluate"}
+    assert {name for name in two if two[name] != three[name]} == {"loss", "cut", "train", "evaluate"}
 
 
 def test_a_moved_file_keeps_its_identity(recipe, tmp_path):
@@ -136,7 +184,7 @@ def test_every_shipped_config_loads_and_plans(tmp_path):
         load_compute(path)
     for path in recipes:
         plan = pipeline.stages(load_recipe(path))
-        assert [stage.name for stage in plan[:4]] == ["model", "rows", "score", "cut"]
+        assert [stage.name for stage in plan[:5]] == ["model", "rows", "score", "loss", "cut"]
         assert {line["status"] for line in pipeline.describe(plan, Storage(str(tmp_path)))} <= {"missing", "done"}
         assert not list(tmp_path.iterdir()), "planning writes nothing under the root"
 

@@ -1,0 +1,202 @@
+"""Stage `loss`: what really counts of the best candidates: the loss on held-back text with their blocks skipped.
+
+In: the base model, the distances and the calibration corpora. Out: losses.json, each candidate with its loss beside its
+ranks by distance and by influence. It costs a forward pass a candidate and so knows the number of blocks, which
+`score` does not. Nothing is copied: the base runs once, and each candidate goes on from the state before its first
+removed block, through the model's own code with stand-ins where blocks are out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from sdft_ray.artifacts import write_atomically
+from sdft_ray.errors import UserError, problem
+from sdft_ray.stages import Work
+from sdft_ray.stages.score import measure, read_corpora, read_measured
+
+VERSION = 1
+
+
+def build(work: Work) -> dict[str, Any]:
+    """Write losses.json."""
+    import numpy as np
+    import torch
+
+    from sdft_ray.core.similarity import choose
+
+    candidates = rank_candidates(work)
+    corpora = read_corpora(work)
+    for corpus in corpora:
+        if not corpus.held_back:
+            what = f"{corpus.name} has no text left to hold back for the loss"
+            raise UserError(problem("prune.calibration", what, "Give 3 texts or more, or set prune.candidates: 0"))
+    removed = [candidate["blocks"] for candidate in candidates]
+    texts = [[(text.ids, text.content_from) for text in corpus.held_back] for corpus in corpora]
+    found = measure(work, LossMeter, texts, candidates=[[], *removed])
+    losses = [torch.from_numpy(np.stack(each["loss"])).double() for each in found]  # (B, 1 + C) each, the base first
+    if not all(torch.isfinite(each).all() for each in losses):
+        raise UserError(problem("model", "gives a loss of NaN on held-back texts", "Try prune.dtype: float32"))
+    means = torch.stack([each.mean(dim=0) for each in losses])  # (corpora, 1 + C)
+    for i, candidate in enumerate(candidates, 1):
+        candidate["loss"] = float(means[:, i].mean())
+        candidate["losses"] = {corpus.name: float(mean) for corpus, mean in zip(corpora, means[:, i], strict=True)}
+    choice = choose([each[:, 1:] for each in losses], [tuple(blocks) for blocks in removed])
+    result = {
+        "texts": {corpus.name: len(corpus.held_back) for corpus in corpora},
+        "base_loss": float(means[:, 0].mean()),
+        "candidates": sorted(candidates, key=lambda candidate: candidate["loss"]),
+        "choice": dataclasses.asdict(choice),
+    }
+    write_atomically(work.directory / "losses.json", json.dumps(result))
+    return result
+
+
+def rank_candidates(work: Work) -> list[dict[str, Any]]:
+    """Return the sets of blocks that are worth a try: the best spans by distance, and what influence would choose.
+
+    Each with its distance and influence and its rank by them, from 1; a set that is no span has no rank.
+    """
+    from sdft_ray.core.similarity import choose_blocks, span_distances, span_influences
+
+    size, protect = work.settings["blocks"], work.settings["protect"]
+    distances, influences = read_measured(work.input("score"))
+    blocks = influences[0].shape[1]
+    starts = range(protect["first"], blocks - size - protect["last"] + 1)
+
+    def costs(each: Sequence[Any], cost: Any) -> list[float]:
+        return list(sum(cost(corpus, size).double().mean(dim=0) for corpus in each) / len(each))
+
+    by_distance, by_influence = costs(distances, span_distances), costs(influences, span_influences)
+    ranks = [
+        {start: rank for rank, start in enumerate(sorted(starts, key=lambda s: cost[s]), 1)}
+        for cost in (by_distance, by_influence)
+    ]
+    chosen = [start for start in starts if ranks[0][start] <= work.settings["candidates"] or ranks[1][start] == 1]
+    found = [
+        {
+            "blocks": list(range(start, start + size)),
+            "distance": float(by_distance[start]),
+            "distance_rank": ranks[0][start],
+            "influence": float(by_influence[start]),
+            "influence_rank": ranks[1][start],
+        }
+        for start in chosen
+    ]
+    if not work.settings["contiguous"]:
+        choice = choose_blocks(influences, size, protect["first"], protect["last"])
+        if all(list(choice.blocks) != candidate["blocks"] for candidate in found):
+            found.append({"blocks": list(choice.blocks), "influence": choice.value})
+    return found
+
+
+class LossMeter:
+    """An actor that takes the loss of texts under each candidate: holds the base model."""
+
+    def __init__(self, model: str, dtype: str, device: str, candidates: list[list[int]]) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).to(device).eval()
+        self.candidates = candidates
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return the losses (b, C) of a batch."""
+        texts = json.loads(row["texts"])
+        losses = skipped_losses(self.model, [ids for ids, _ in texts], [f for _, f in texts], self.candidates)
+        return {"index": row["index"], "loss": losses.numpy()}
+
+
+def skipped_losses(model: Any, ids: Sequence[list[int]], first: Sequence[int], candidates: Sequence[list[int]]) -> Any:
+    """Return the mean next-token loss in nats of each text with each candidate's blocks skipped, (B, C).
+
+    Counted are the tokens from `first` of each text on (never its very first, which nothing predicts). An empty
+    candidate is the whole model.
+    """
+    import torch
+
+    device = model.device
+    lengths = [len(row) for row in ids]
+    width = max(lengths)
+    input_ids = torch.tensor([row + [0] * (width - len(row)) for row in ids], device=device)  # (B, T)
+    position = torch.arange(width, device=device)[None]
+    real = position < torch.tensor(lengths, device=device)[:, None]
+    counted = (real & (position >= torch.tensor(first, device=device)[:, None]))[:, 1:]  # (B, T-1)
+    inputs = {"input_ids": input_ids, "attention_mask": real.long(), "use_cache": False}
+    blocks = list(model.model.layers)
+    states: dict[int, Any] = {}  # x(l) for every l at which some candidate begins
+
+    def keep(block: int) -> Any:
+        def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            states[block] = args[0] if args else kwargs["hidden_states"]
+
+        return hook
+
+    hooks = [
+        blocks[block].register_forward_pre_hook(keep(block), with_kwargs=True)
+        for block in {min(removed) for removed in candidates if removed}
+    ]
+    try:
+        with torch.inference_mode():
+            whole = _losses(model(**inputs).logits, input_ids, counted)
+            for hook in hooks:
+                hook.remove()
+            found = []
+            for removed in candidates:
+                if not removed:
+                    found.append(whole)
+                    continue
+                with standing_in(model, removed, states[min(removed)]):
+                    found.append(_losses(model(**inputs).logits, input_ids, counted))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(found, dim=1).cpu()
+
+
+@contextmanager
+def standing_in(model: Any, removed: Sequence[int], state: Any) -> Iterator[None]:
+    """Make the model begin at `state`, x(l) of the first removed block l, and skip the removed blocks.
+
+    Blocks keep their places, so that masks and kinds that the model's code picks by place stay theirs.
+    """
+    import torch
+
+    class StandIn(torch.nn.Module):
+        """Gives back what it gets, or a state; passes for the block in whose place it stands."""
+
+        def __init__(self, block: Any, given: Any = None) -> None:
+            super().__init__()
+            self.given = given
+            for name in ("attention_type", "layer_type"):  # by which model code picks a block's mask
+                if hasattr(block, name):
+                    setattr(self, name, getattr(block, name))
+
+        def forward(self, hidden_states: Any, *_args: Any, **_kwargs: Any) -> Any:
+            return hidden_states if self.given is None else self.given
+
+    blocks, start = model.model.layers, min(removed)
+    model.model.layers = torch.nn.ModuleList(
+        StandIn(block, state if i == start else None) if i <= start or i in removed else block
+        for i, block in enumerate(blocks)
+    )
+    try:
+        yield
+    finally:
+        model.model.layers = blocks
+
+
+def _losses(logits: Any, input_ids: Any, counted: Any) -> Any:
+    """Return each text's mean loss, (B), of logits (B, T, V); a text at a time, to hold no second (B, T, V)."""
+    import torch
+
+    return torch.stack(
+        [
+            torch.nn.functional.cross_entropy(row[:-1][some].float(), ids[1:][some])
+            for row, ids, some in zip(logits, input_ids, counted, strict=True)
+        ]
+    )
