@@ -133,7 +133,7 @@ def read_corpora(work: Work) -> list[Corpus]:
         else:
             path = Path(work.stage.where[f"texts_{i}"])
             texts = [Text(tokenizer(text)["input_ids"]) for text in read_calibration(path, wanted["field"], count)]
-        held_back = min(wanted["held_back"], len(texts) // 3)
+        held_back = wanted["held_back"] if len(texts) == count else min(wanted["held_back"], len(texts) // 3)
         measured = texts[: min(wanted["limit"], len(texts) - held_back)]
         corpora.append(
             Corpus(

@@ -1,0 +1,250 @@
+"""What one pass over a model measures, against transformers' own hidden states and definitions taken by hand."""
+
+import itertools
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import make_tiny_model, make_tiny_rows
+
+from sdft_ray import compute
+from sdft_ray.artifacts import Stage
+from sdft_ray.core.surgery import ARCHITECTURES
+from sdft_ray.errors import UserError
+from sdft_ray.progress import Progress
+from sdft_ray.stages import Work, score
+from sdft_ray.stages.score import pass_by, read_corpora, read_measured
+from sdft_ray.storage import Storage
+
+torch.set_num_threads(1)
+
+TEXTS = [
+    list(range(10, 40)),
+    [7, 7, 200],
+    [100, 3, 50, 60, 61, 62, 63, 9],
+    [42],
+    list(range(250, 200, -2)),
+]
+LAST = [len(ids) - 1 for ids in TEXTS]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    from transformers import AutoModel
+
+    made = {}
+
+    def model(architecture: str):
+        if architecture not in made:
+            directory = make_tiny_model(tmp_path_factory.mktemp(architecture) / "model", architecture)
+            made[architecture] = AutoModel.from_pretrained(directory).eval()
+        return made[architecture]
+
+    return model
+
+
+def states_alone(model, ids: list[int]) -> torch.Tensor:
+    """x(0)..x(L) of one text, (L+1, T, D): transformers' own hidden states, and the last block's output by a hook."""
+    last = []
+    hook = model.layers[-1].register_forward_hook(
+        lambda _module, _args, output: last.append(output[0] if isinstance(output, tuple) else output)
+    )
+    with torch.inference_mode():
+        hidden = model(torch.tensor([ids]), output_hidden_states=True).hidden_states
+    hook.remove()
+    return torch.stack([*(x[0] for x in hidden[:-1]), last[0][0]])
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(a @ b) / math.sqrt(float(a @ a) * float(b @ b))
+
+
+def by_definition(states: torch.Tensor, first: int) -> tuple[list[list[float]], list[float]]:
+    """d(l, m) over the tokens from `first` and the influence of each block, one pair of vectors at a time."""
+    states = states.double()
+    tokens = range(states.shape[1])
+    distances = [
+        [
+            sum(math.acos(max(-1.0, min(1.0, cosine(a[t], b[t])))) / math.pi for t in tokens[first:])
+            / len(tokens[first:])
+            for b in states
+        ]
+        for a in states
+    ]
+    influences = [1 - sum(cosine(a[t], b[t]) for t in tokens) / len(tokens) for a, b in itertools.pairwise(states)]
+    return distances, influences
+
+
+@pytest.mark.parametrize(
+    ("architecture", "positions"),
+    [*((architecture, "last") for architecture in ARCHITECTURES), ("llama", "all"), ("gemma3_text", "second half")],
+)
+def test_pass_by_a_padded_batch_gives_what_the_definitions_give_for_each_text_alone(models, architecture, positions):
+    first = {"last": LAST, "all": [0] * 5, "second half": [len(ids) // 2 for ids in TEXTS]}[positions]
+    model = models(architecture)
+    distances, influences = pass_by(model, TEXTS, first)
+    assert distances.shape == (5, 7, 7) and influences.shape == (5, 6)
+    for i, ids in enumerate(TEXTS):
+        expected = by_definition(states_alone(model, ids), first[i])
+        torch.testing.assert_close(distances[i], torch.tensor(expected[0], dtype=torch.float64), atol=1e-5, rtol=0)
+        torch.testing.assert_close(influences[i], torch.tensor(expected[1]), atol=1e-5, rtol=0)
+    assert distances[:, 0, -1].min() > 0.01, "a random model moves its stream"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_pass_by_does_not_depend_on_how_texts_are_batched(models, size):
+    model, whole = models("llama"), pass_by(models("llama"), TEXTS, LAST)
+    parts = [pass_by(model, TEXTS[i : i + size], LAST[i : i + size]) for i in range(0, len(TEXTS), size)]
+    for found, expected in zip(zip(*parts, strict=True), whole, strict=True):
+        torch.testing.assert_close(torch.cat(found), expected, atol=1e-6, rtol=0)
+
+
+def test_pass_by_ends_before_the_final_norm(models, tmp_path):
+    model, before = models("llama"), pass_by(models("llama"), TEXTS, LAST)
+    with torch.no_grad():
+        # A trained norm has weights that turn the vector; a fresh one would only rescale it.
+        model.norm.weight.copy_(torch.linspace(-2, 2, 64))
+    for found, expected in zip(pass_by(model, TEXTS, LAST), before, strict=True):
+        assert torch.equal(found, expected)
+
+
+# --- the stage, on real Ray Data -------------------------------------------------------------------------------------
+
+CORPUS = {"field": "text", "limit": 20, "held_back": 6, "max_tokens": 48, "positions": "last"}
+
+
+def make_work(root: Path, model: Path, *corpora: dict, actors: int = 1, batch_size: int = 4) -> Work:
+    """Return the score stage's work; a corpus with `rows: True` is a rows artifact, else a text file."""
+    storage = Storage(str(root))
+    inputs, where = {"model": Stage("model", "tiny", 1, {}, location=model)}, {}
+    for i, corpus in enumerate(corpora):
+        where[f"name_{i}"] = f"corpus {i}"
+        if corpus.get("rows"):
+            inputs[f"rows_{i}"] = make_tiny_rows(storage)
+        else:
+            path = root / f"texts_{i}.jsonl"
+            texts = [f"Text {j} of corpus {i}, " + "and so on " * (j % 7) for j in range(corpus.get("count", 26))]
+            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+            where[f"texts_{i}"] = str(path)
+    settings = [CORPUS | {k: v for k, v in corpus.items() if k in CORPUS} for corpus in corpora]
+    stage = Stage("score", "tiny", 1, {"dtype": "float32", "calibration": settings}, inputs, where)
+    plan = compute.Compute(score=compute.Score(actors=actors, cpus=1, batch_size=batch_size))
+    return Work(stage, storage, plan, Progress("score", "texts"))
+
+
+@pytest.fixture
+def scored(ray_cluster, tiny_model, tmp_path):
+    def run(name: str, *corpora: dict, model: Path = tiny_model, **options):
+        root = tmp_path / name
+        root.mkdir()
+        work = make_work(root, model, *corpora, **options)
+        return work, score.build(work)
+
+    return run
+
+
+def test_score_is_the_same_whatever_the_number_of_actors_and_in_one_process(scored, models, tiny_model):
+    one, two = (scored(name, {}, {"positions": "all"}, actors=n)[0] for name, n in (("one", 1), ("two", 2)))
+    first, second = read_measured(one.directory), read_measured(two.directory)
+    for a, b in zip([*first[0], *first[1]], [*second[0], *second[1]], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+    texts = read_corpora(one)[0].measured
+    distances, influences = pass_by(models("llama"), [t.ids for t in texts], [len(t.ids) - 1 for t in texts])
+    torch.testing.assert_close(first[0][0], distances.float(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(first[1][0], influences.float(), atol=1e-6, rtol=0)
+
+
+def test_score_of_a_killed_actor_is_that_of_a_calm_one(scored, tmp_path, monkeypatch):
+    calm = read_measured(scored("calm", {})[0].directory)
+    fuse = tmp_path / "fuse"
+
+    class Killed(score.Scorer):
+        def __call__(self, row):
+            if not fuse.exists():
+                fuse.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__call__(row)
+
+    monkeypatch.setattr(score, "Scorer", Killed)
+    killed = read_measured(scored("killed", {})[0].directory)
+    assert fuse.exists()
+    assert torch.equal(killed[0][0], calm[0][0]) and torch.equal(killed[1][0], calm[1][0])
+
+
+def test_score_summary_says_for_every_size_what_each_metric_and_each_corpus_would_remove(scored):
+    work, summary = scored("two", {}, {"rows": True, "positions": "response"})
+    assert [(c["name"], c["positions"], c["texts"]) for c in summary["corpora"]] == [
+        ("corpus 0", "last", 20),
+        ("corpus 1", "response", 20),
+    ]
+    for choices in (summary["choices"], *(corpus["choices"] for corpus in summary["corpora"])):
+        assert set(choices) == {"angular", "influence"}
+        for metric in choices.values():
+            assert list(metric) == ["1", "2", "3", "4", "5"]
+            for size, choice in metric.items():
+                assert len(choice["blocks"]) == int(size) and 0 < choice["agreement"] <= 1
+    assert all(0 <= c["shared"] <= 1 for metric in summary["choices"].values() for c in metric.values())
+    mean = torch.tensor(json.loads((work.directory / "distances.json").read_text())["corpora"][0]["distances"])
+    torch.testing.assert_close(mean, read_measured(work.directory)[0][0].mean(dim=0), atol=1e-6, rtol=0)
+
+
+def test_score_holds_back_texts_that_it_never_measures(tiny_model, tmp_path):
+    corpus = read_corpora(make_work(tmp_path, tiny_model, {"limit": 8, "held_back": 5}))[0]
+    assert (len(corpus.measured), len(corpus.held_back)) == (8, 5)
+    assert not {tuple(t.ids) for t in corpus.measured} & {tuple(t.ids) for t in corpus.held_back}
+    (tmp_path / "short").mkdir()
+    short = read_corpora(make_work(tmp_path / "short", tiny_model, {"count": 10}))[0]
+    assert (len(short.measured), len(short.held_back)) == (7, 3)
+
+
+def test_score_of_chat_rows_ends_at_the_response_and_cuts_their_start(tiny_model, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    whole = read_corpora(make_work(tmp_path, tiny_model, {"rows": True, "max_tokens": 400}))[0]
+    for text in whole.measured:
+        response = tokenizer.decode(text.ids[text.content_from :])
+        assert response.startswith("It is ") and response.endswith(".")
+    assert whole.shortened == 0
+    short = read_corpora(make_work(tmp_path, tiny_model, {"rows": True, "max_tokens": 20}))[0]
+    assert short.shortened == 20
+    assert [t.ids for t in short.measured] == [t.ids[-20:] for t in whole.measured]
+    assert {t.content_from for t in short.measured} == {0}
+
+
+def test_score_of_plain_texts_keeps_their_start(tiny_model, tmp_path):
+    whole = read_corpora(make_work(tmp_path, tiny_model, {"max_tokens": 400}))[0]
+    short = read_corpora(make_work(tmp_path, tiny_model, {"max_tokens": 5}))[0]
+    assert [t.ids for t in short.measured] == [t.ids[:5] for t in whole.measured]
+    assert (whole.shortened, short.shortened) == (0, 20)
+
+
+def test_score_of_more_tokens_than_the_context_is_refused(tiny_model, tmp_path):
+    with pytest.raises(UserError, match=r"^prune\.calibration\.max_tokens: 600 is more than .* context of 512\. Give"):
+        read_corpora(make_work(tmp_path, tiny_model, {"max_tokens": 600}))
+
+
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.4.self_attn.q_proj.weight"]
+)
+def test_score_of_nan_weights_names_the_tensor(scored, tmp_path, name):
+    model = make_tiny_model(tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    weights[name].view(-1)[:64] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"{name.removeprefix('model.')} of its weights holds NaN or infinity"):
+        scored("nan", {}, model=model)
+
+
+def test_score_of_activations_that_overflow_names_the_block(scored, tmp_path):
+    model = make_tiny_model(tmp_path / "model")
+    weights = load_file(model / "model.safetensors")
+    weights["model.layers.3.mlp.down_proj.weight"] *= 1e38
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="block 3 gives NaN or infinity on calibration texts, though its weights are"):
+        scored("overflow", {}, model=model)
