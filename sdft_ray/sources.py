@@ -29,6 +29,7 @@ from sdft_ray.recipe import (
     PackagedModel,
     RowSource,
 )
+from sdft_ray.shards import StoredTensor, read_header, same_bytes
 
 # reasoning-gym makes row i of seed s from s + i: neighbouring seeds would share nearly all rows.
 GYM_SEED_SPACING = 1_000_000
@@ -93,11 +94,7 @@ def describe_model(source: ModelSource) -> ModelFacts | None:
 def describe_directory(directory: Path) -> ModelFacts:
     """Return the facts of a Hugging Face model directory, refusing one that lacks a part the chain needs."""
     config = read_json(directory / "config.json", missing="is no Hugging Face model directory")
-    if not weight_files(directory):
-        what = "has pickled weights only" if any(directory.glob("*.bin")) else "has no weights"
-        raise UserError(
-            problem(str(directory), f"{what} (expected *.safetensors)", "Save it with safe_serialization=True")
-        )
+    _require_weights(directory, config)
     if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         raise UserError(problem(str(directory), "has no tokenizer", "Put the model's tokenizer files beside it"))
     tokenizer_config = directory / "tokenizer_config.json"
@@ -112,12 +109,71 @@ def weight_files(directory: Path) -> list[Path]:
     """Return the safetensors files of a model: those its index names, else its one file, else none.
 
     Some models ship the same weights once more in another layout (consolidated.safetensors): not those.
+    Raises UserError for an index that names a file which is not there.
     """
-    index = directory / WEIGHTS_INDEX
-    if index.is_file():
-        return [directory / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-    one = directory / "model.safetensors"
-    return [one] if one.is_file() else []
+    if index := _weight_map(directory):
+        files = [directory / name for name in sorted(set(index.values()))]
+    else:
+        files = [path for path in [directory / "model.safetensors"] if path.is_file()]
+    for path in files:
+        if not path.is_file():
+            what = f"names {path.name}, which is not beside it"
+            raise UserError(problem(str(directory / WEIGHTS_INDEX), what, "Copy or download that file, too"))
+    return files
+
+
+def stored_tensors(directory: Path) -> dict[Path, dict[str, StoredTensor]]:
+    """Return what each weight file of a model holds, from the headers alone.
+
+    Raises UserError for a damaged file, and for an index that names a tensor which its file does not hold.
+    """
+    held = {path: read_header(path) for path in weight_files(directory)}
+    for name, file in _weight_map(directory).items():
+        if name not in held[directory / file]:
+            what = f"says that {file} holds {name}, which it does not"
+            raise UserError(problem(str(directory / WEIGHTS_INDEX), what, "Copy or download the model again"))
+    return held
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    """Return which file holds which tensor by the index; nothing for a model in one file, which has no index."""
+    path = directory / WEIGHTS_INDEX
+    if not path.is_file():
+        return {}
+    index = read_json(path)
+    if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+        raise UserError(problem(str(path), "has no weight_map", "Copy or download it again"))
+    return dict(index["weight_map"])
+
+
+def _require_weights(directory: Path, config: Mapping[str, Any]) -> None:
+    if not weight_files(directory):
+        if any(directory.glob("*.bin")):
+            what = "has pickled weights only, and a pickle can run code (expected *.safetensors)"
+            code = f"M.from_pretrained({str(directory)!r}, dtype='auto').save_pretrained({str(directory)!r})"
+            do = f'Convert it: python -c "from transformers import AutoModelForCausalLM as M; {code}"'
+        else:
+            what, do = "has no weights (expected *.safetensors)", "Copy or download them, too"
+        raise UserError(problem(str(directory), what, do))
+    held = stored_tensors(directory)
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method", "somehow")
+        do = "Give the model as it was before, in bfloat16"
+        raise UserError(problem(str(directory / "config.json"), f"its weights are quantised ({method})", do))
+    places = {name: (path, tensor) for path, tensors in held.items() for name, tensor in tensors.items()}
+    embeddings, head = (places.get(f"{name}.weight") for name in ("model.embed_tokens", "lm_head"))
+    if embeddings and head and _is_tied(directory, config) and not same_bytes(*embeddings, *head):
+        what = "tie_word_embeddings is true, but lm_head.weight is not the embeddings"
+        do = "Set it to false, or take lm_head.weight out of the weights"
+        raise UserError(problem(str(directory / "config.json"), what, do))
+
+
+def _is_tied(directory: Path, config: Mapping[str, Any]) -> bool:
+    if "tie_word_embeddings" in config:
+        return bool(config["tie_word_embeddings"])
+    from transformers import AutoConfig
+
+    return bool(AutoConfig.from_pretrained(directory).tie_word_embeddings)  # each architecture has its own default
 
 
 def _model_path(source: PackagedModel | LocalModel) -> Path:
@@ -358,11 +414,12 @@ def read_task_texts(task: str, file: str | None) -> list[str]:
 
     From an offline file, or, where there is none, from what the harness's own task reads from the hub.
     """
-    documents = _read_documents(Path(file)) if file else _hub_documents(task)
+    documents = read_documents(Path(file)) if file else _hub_documents(task)
     return [text for document in documents for text in _strings(document)]
 
 
-def _read_documents(file: Path) -> Iterator[dict[str, Any]]:
+def read_documents(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield the documents of an offline task file."""
     if file.suffix == ".arrow":
         yield from _read_arrow(file)
     else:
@@ -372,23 +429,19 @@ def _read_documents(file: Path) -> Iterator[dict[str, Any]]:
 
 def _hub_documents(task: str) -> Iterator[dict[str, Any]]:
     from huggingface_hub.errors import HfHubHTTPError
-    from lm_eval.tasks import TaskManager, get_task_dict
+    from lm_eval.tasks import TaskManager
 
     manager = TaskManager()
     if task not in manager.all_tasks:
         what = f"lm-eval has no task {task}"
         raise UserError(problem("rows.decontaminate", what, nearest(task, manager.all_tasks)))
     try:
-        waiting = [get_task_dict([task], manager)]
+        tasks = manager.load(task)["tasks"].values()  # of a group, all of them
     except (ConnectionError, HfHubHTTPError) as error:
         do = "Check the hub, or take the task off the list"
         raise UserError(problem("rows.decontaminate", f"{task} cannot be downloaded ({error})", do)) from None
-    while waiting:  # a group holds its tasks, and groups
-        for inner in waiting.pop().values():
-            if isinstance(inner, dict):
-                waiting.append(inner)
-            else:
-                yield from inner.eval_docs
+    for each in tasks:
+        yield from each.eval_docs
 
 
 def _strings(value: Any) -> Iterator[str]:

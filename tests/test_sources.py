@@ -1,9 +1,14 @@
 """Where rows, models and texts come from, and how bad input is refused: with file, line and what to do."""
 
 import json
+import shlex
 import shutil
+import subprocess
+import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from sdft_ray import sources
 from sdft_ray.errors import UserError
@@ -199,7 +204,7 @@ def test_describe_directory_reads_architecture_and_blocks(model):
         ("config.json", "{path}/config.json: is no Hugging Face model directory. Check the path."),
         (
             "model.safetensors",
-            "{path}: has no weights (expected *.safetensors). Save it with safe_serialization=True.",
+            "{path}: has no weights (expected *.safetensors). Copy or download them, too.",
         ),
         ("tokenizer.json", "{path}: has no tokenizer. Put the model's tokenizer files beside it."),
         ("chat_template.jinja", "{path}: has no chat template. Give an instruction-tuned model."),
@@ -210,11 +215,94 @@ def test_describe_directory_that_lacks_a_part_names_it(model, lost, line):
     assert complaint(sources.describe_directory, model) == line.format(path=model)
 
 
-def test_describe_directory_with_pickled_weights_says_so(model):
-    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+def test_describe_directory_with_pickled_weights_gives_a_command_that_converts_them(model):
+    state = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    torch.save(state, model / "pytorch_model.bin")
+    line = complaint(sources.describe_directory, model)
+    assert line.startswith(f"{model}: has pickled weights only, and a pickle can run code (expected *.safetensors). ")
+    command = line.partition("Convert it: python -c ")[2].removesuffix(".")
+    subprocess.run([sys.executable, "-c", *shlex.split(command)], check=True, capture_output=True)
+    assert sources.describe_directory(model).blocks == 6
+    assert all(torch.equal(state[name], tensor) for name, tensor in load_file(model / "model.safetensors").items())
+
+
+def test_describe_directory_with_quantised_weights_says_so(model):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
     assert complaint(sources.describe_directory, model) == (
-        f"{model}: has pickled weights only (expected *.safetensors). Save it with safe_serialization=True."
+        f"{model / 'config.json'}: its weights are quantised (mxfp4). Give the model as it was before, in bfloat16."
     )
+
+
+def test_describe_directory_with_a_damaged_shard_names_it(model):
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert complaint(sources.describe_directory, model).startswith(f"{path}: is damaged: its header tells of ")
+
+
+@pytest.fixture
+def sharded(model):
+    from transformers import AutoModelForCausalLM
+
+    whole = AutoModelForCausalLM.from_pretrained(model)
+    (model / "model.safetensors").unlink()
+    whole.save_pretrained(model, max_shard_size="200KB")
+    return model
+
+
+def test_describe_directory_with_an_index_that_names_a_missing_tensor_says_which(sharded):
+    path = sharded / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    file = sorted(set(index["weight_map"].values()))[1]
+    path.write_text(json.dumps({"weight_map": index["weight_map"] | {"model.layers.9.up.weight": file}}))
+    assert complaint(sources.describe_directory, sharded) == (
+        f"{path}: says that {file} holds model.layers.9.up.weight, which it does not. Copy or download the model again."
+    )
+
+
+def test_describe_directory_with_an_index_that_names_a_missing_file_says_which(sharded):
+    path = sharded / "model.safetensors.index.json"
+    file = sorted(set(json.loads(path.read_text())["weight_map"].values()))[1]
+    (sharded / file).unlink()
+    assert complaint(sources.describe_directory, sharded) == (
+        f"{path}: names {file}, which is not beside it. Copy or download that file, too."
+    )
+
+
+def test_describe_directory_with_an_index_that_is_none_says_so(sharded):
+    path = sharded / "model.safetensors.index.json"
+    path.write_text("[]")
+    assert complaint(sources.describe_directory, sharded) == f"{path}: has no weight_map. Copy or download it again."
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["tied-by-config", "tied-by-default"])
+def test_describe_directory_of_a_tied_model_takes_an_equal_head_and_refuses_another(model, told):
+    path = model / "model.safetensors"
+    config = json.loads((model / "config.json").read_text())
+    if not told:
+        del config["tie_word_embeddings"]
+        config |= {"model_type": "gemma", "architectures": ["GemmaForCausalLM"]}
+        (model / "config.json").write_text(json.dumps(config))
+    weights = load_file(path)
+    head = weights["model.embed_tokens.weight"].clone()
+    save_file(weights | {"lm_head.weight": head}, path)
+    assert sources.describe_directory(model).blocks == 6
+    head[-1, -1] += 1
+    save_file(weights | {"lm_head.weight": head}, path)
+    assert complaint(sources.describe_directory, model) == (
+        f"{model / 'config.json'}: tie_word_embeddings is true, but lm_head.weight is not the embeddings. "
+        "Set it to false, or take lm_head.weight out of the weights."
+    )
+
+
+def test_describe_directory_of_an_untied_model_takes_any_head(model):
+    path = model / "model.safetensors"
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    weights = load_file(path)
+    save_file(weights | {"lm_head.weight": torch.zeros_like(weights["model.embed_tokens.weight"])}, path)
+    assert sources.describe_directory(model).blocks == 6
 
 
 def test_describe_directory_takes_a_chat_template_inside_the_tokenizer_config(model):

@@ -93,15 +93,20 @@ def rename_tensor(name: str, removed: Sequence[int]) -> str | None:
     >>> [rename_tensor(f"model.layers.{i}.mlp.up_proj.weight", [1, 2]) for i in (0, 2, 3)]
     ['model.layers.0.mlp.up_proj.weight', None, 'model.layers.1.mlp.up_proj.weight']
     """
-    match = _BLOCK.match(name)
     if name.endswith("rotary_emb.inv_freq"):  # a buffer that old checkpoints stored and the config determines
         return None
-    if match is None:
+    block = block_of(name)
+    if block is None:
         return name
-    block = int(match[1])
     if block in removed:
         return None
-    return f"model.layers.{block - sum(gone < block for gone in removed)}.{name[match.end() :]}"
+    return _BLOCK.sub(f"model.layers.{block - sum(gone < block for gone in removed)}.", name)
+
+
+def block_of(name: str) -> int | None:
+    """Return the number of the block that a tensor belongs to, or None where it belongs to none."""
+    match = _BLOCK.match(name)
+    return int(match[1]) if match else None
 
 
 def prune_config(config: Mapping[str, Any], removed: Sequence[int]) -> dict[str, Any]:

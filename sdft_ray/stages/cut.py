@@ -1,28 +1,31 @@
 """Stage `cut`: the base model's files without the chosen blocks.
 
 In: the base model and the distances. Out: a plain Hugging Face directory that any tool loads. The model is not
-built: tensors are copied shard by shard under their new names; then the result is loaded strictly on the meta
-device, which reads no weights and catches every missing, surplus or misshapen tensor.
+built: its tensors are copied as bytes under their new names. What was written is then read again and proven: every
+kept tensor is the base's bit by bit, and the loader, run without weights, misses none and is left with none.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdft_ray.artifacts import write_atomically
-from sdft_ray.core.surgery import prune_config, rename_tensor, require_choosable
-from sdft_ray.sources import WEIGHTS_INDEX, read_json, weight_files
+from sdft_ray.core.surgery import PER_BLOCK, block_of, prune_config, rename_tensor, require_choosable
+from sdft_ray.errors import UserError, problem
+from sdft_ray.shards import StoredTensor, copy_tensors, same_bytes
+from sdft_ray.sources import WEIGHTS_INDEX, read_json, stored_tensors
 from sdft_ray.stages import Work
 from sdft_ray.stages.score import read_measured
 
 if TYPE_CHECKING:
     from sdft_ray.core.similarity import Choice
 
-VERSION = 1
+VERSION = 2
 # Everything else that belongs to a model; weights and config are rewritten, other formats and caches stay behind.
 _COMPANIONS = (
     "generation_config.json",
@@ -32,8 +35,11 @@ _COMPANIONS = (
     "added_tokens.json",
     "vocab.*",
     "merges.txt",
+    "additional_chat_templates/*",
     "LICENSE*",
+    "NOTICE*",
 )
+_THREADS = 4  # more do not make a disk faster
 
 
 def build(work: Work) -> dict[str, Any]:
@@ -73,29 +79,81 @@ def choose_removed(work: Work) -> Choice:
             return choose_span([span_distances(each, size) for each in distances], size, first, last)
 
 
-def remove_blocks(base: Path, directory: Path, removed: Sequence[int]) -> None:
-    """Write the model at `base` without the `removed` blocks into `directory`; holds one shard in memory."""
-    from safetensors import safe_open
-    from safetensors.torch import save_file
+class Parameters(NamedTuple):
+    """How many parameters the base and the pruned model have."""
 
-    config = prune_config(explicit_config(base), removed)
-    weight_map: dict[str, str] = {}
-    total = 0
-    for shard in weight_files(base):
-        with safe_open(shard, framework="pt") as tensors:
-            named = {name: rename_tensor(name, removed) for name in tensors.keys()}  # noqa: SIM118 - not a dict
-            kept = {new: tensors.get_tensor(old) for old, new in named.items() if new}
-        if kept:
-            save_file(kept, directory / shard.name, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(kept, shard.name)
-            total += sum(tensor.nbytes for tensor in kept.values())
+    before: int
+    after: int
+
+
+def remove_blocks(base: Path, directory: Path, removed: Sequence[int]) -> Parameters:
+    """Write the model at `base` without the `removed` blocks into `directory`, and prove that it is that model.
+
+    Raises UserError for a base that cannot be cut, and RuntimeError that names the tensor or field which is wrong in
+    what was written.
+    """
+    held = stored_tensors(base)
+    config = explicit_config(base)
+    _require_blocks(base, held, config["num_hidden_layers"])
+    pruned = prune_config(config, removed)
+    before = require_loadable(base)
+    renamed = {
+        shard: names
+        for shard, tensors in held.items()
+        if (names := {name: new for name in tensors if (new := rename_tensor(name, removed))})
+    }
+    with ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(lambda shard: copy_tensors(shard, directory / shard.name, renamed[shard]), renamed))
     if (base / WEIGHTS_INDEX).is_file():
+        weight_map = {new: shard.name for shard, names in renamed.items() for new in names.values()}
+        total = sum(held[shard][name].bytes for shard, names in renamed.items() for name in names)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_atomically(directory / WEIGHTS_INDEX, json.dumps(index, indent=2))
-    write_atomically(directory / "config.json", json.dumps(config, indent=2) + "\n")
+    write_atomically(directory / "config.json", json.dumps(pruned, indent=2) + "\n")
     for pattern in _COMPANIONS:
-        for path in base.glob(pattern):
-            shutil.copy2(path, directory / path.name)
+        for path in filter(Path.is_file, base.glob(pattern)):
+            copy = directory / path.relative_to(base)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copy2(path, copy)
+    require_same_tensors(base, directory, removed)
+    _require_per_block_lists(directory)
+    after = require_loadable(directory)
+    gone = sum(held[shard][name].elements for shard in held for name in held[shard] if block_of(name) in removed)
+    if after != before - gone:
+        raise RuntimeError(f"{directory}: has {after} parameters (expected {before} of the base less {gone})")
+    return Parameters(before, after)
+
+
+def _require_blocks(base: Path, held: Mapping[Path, Mapping[str, StoredTensor]], blocks: int) -> None:
+    """Raise UserError where the weights have other blocks than the config: which ones to remove is then a guess."""
+    found = {block_of(name) for tensors in held.values() for name in tensors} - {None}
+    if found != set(range(blocks)):
+        what = f"its weights have {len(found)} blocks named model.layers.N, its config.json says {blocks}"
+        raise UserError(problem(str(base), what, "Give a model whose weights and config.json agree"))
+
+
+def require_same_tensors(base: Path, directory: Path, removed: Sequence[int]) -> None:
+    """Raise RuntimeError unless the written files hold the kept tensors of `base`, bit by bit, and nothing else."""
+    written = _places(directory)
+    kept = {new: place for name, place in _places(base).items() if (new := rename_tensor(name, removed))}
+    if differing := sorted(written.keys() ^ kept.keys()):
+        raise RuntimeError(f"{directory}: {differing[0]} is {'missing' if differing[0] in kept else 'surplus'}")
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for name, same in zip(kept, pool.map(lambda name: same_bytes(*kept[name], *written[name]), kept), strict=True):
+            if not same:
+                raise RuntimeError(f"{directory}: {name} differs from the base's")
+
+
+def _places(directory: Path) -> dict[str, tuple[Path, StoredTensor]]:
+    return {name: (path, tensor) for path, held in stored_tensors(directory).items() for name, tensor in held.items()}
+
+
+def _require_per_block_lists(directory: Path) -> None:
+    config = read_json(directory / "config.json")
+    for key in PER_BLOCK:
+        if config.get(key) is not None and len(config[key]) != config["num_hidden_layers"]:
+            what = f"{key} has {len(config[key])} entries for {config['num_hidden_layers']} blocks"
+            raise RuntimeError(f"{directory}/config.json: {what}")
 
 
 def explicit_config(base: Path) -> dict[str, Any]:
@@ -115,17 +173,16 @@ def explicit_config(base: Path) -> dict[str, Any]:
 def require_loadable(directory: Path) -> int:
     """Return the parameter count after proving that the files are exactly the tensors that the config asks for."""
     import torch
-    from safetensors import safe_open
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     from sdft_ray.progress import quiet_transformers
 
     quiet_transformers()
-    found: dict[str, torch.Tensor] = {}
-    for shard in weight_files(directory):
-        with safe_open(shard, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dict
-                found[name] = torch.empty(tensors.get_slice(name).get_shape(), device="meta")
+    found = {
+        name: torch.empty(tensor.shape, device="meta")
+        for name, (_, tensor) in _places(directory).items()
+        if rename_tensor(name, ())
+    }
     config = AutoConfig.from_pretrained(directory)
     # The loader itself, which also knows the names that files have and the model has not (each expert by itself).
     model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(

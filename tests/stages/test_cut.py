@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from tiny import make_tiny_model
 
 from sdft_ray.core.surgery import PER_BLOCK
-from sdft_ray.stages.cut import remove_blocks, require_loadable
+from sdft_ray.errors import UserError
+from sdft_ray.stages.cut import remove_blocks, require_loadable, require_same_tensors
 
 torch.set_num_threads(1)
 
@@ -200,3 +201,78 @@ def test_require_loadable_with_other_tensors_than_the_config_asks_for_names_one(
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RuntimeError, match=name):
         require_loadable(directory)
+
+
+def test_remove_blocks_of_a_damaged_base_names_the_file_and_leaves_no_model(llama, tmp_path):
+    base = shutil.copytree(llama, tmp_path / "base")
+    path = base / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(UserError, match=f"{path}: is damaged: its header tells of"):
+        prune(base, tmp_path / "cut", [1])
+    assert not list((tmp_path / "cut").iterdir())
+
+
+@pytest.mark.parametrize(("blocks", "line"), [(5, "have 6 blocks named"), (7, "have 6 blocks named")])
+def test_remove_blocks_of_a_base_whose_weights_have_other_blocks_than_its_config_is_refused(
+    llama, tmp_path, blocks, line
+):
+    base = shutil.copytree(llama, tmp_path / "base")
+    (base / "config.json").write_text(json.dumps(config_of(base) | {"num_hidden_layers": blocks}))
+    with pytest.raises(UserError, match=f"{line} model.layers.N, its config.json says {blocks}"):
+        prune(base, tmp_path / "cut", [1])
+
+
+@pytest.mark.parametrize("removed", [[6], [0, 7], [-1], [], range(6), [2, 1]])
+def test_remove_blocks_that_are_not_there_is_refused(llama, tmp_path, removed):
+    with pytest.raises(UserError):
+        prune(llama, tmp_path / "cut", removed)
+    assert not list((tmp_path / "cut").iterdir())
+
+
+def test_remove_blocks_of_a_base_that_lacks_a_tensor_names_it(llama, tmp_path):
+    base = shutil.copytree(llama, tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    _drop(weights)
+    save_file(weights, base / "model.safetensors")
+    with pytest.raises(RuntimeError, match=r"layers\.1\.mlp\.up_proj\.weight is missing"):
+        prune(base, tmp_path / "cut", [3])
+
+
+def test_remove_blocks_counts_the_parameters_before_and_after(llama, tmp_path):
+    (tmp_path / "cut").mkdir()
+    counted = remove_blocks(llama, tmp_path / "cut", [1, 4])
+    assert counted == (load(llama).num_parameters(), load(tmp_path / "cut").num_parameters())
+
+
+def _alter(weights):
+    weights["model.layers.2.mlp.up_proj.weight"][-1, -1] += 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "line"),
+    [
+        (_drop, "layers.1.mlp.up_proj.weight is missing"),
+        (_add, "layers.7.mlp.up_proj.weight is surplus"),
+        (_reshape, "model.norm.weight differs from the base's"),
+        (_alter, "model.layers.2.mlp.up_proj.weight differs from the base's"),
+    ],
+)
+def test_require_same_tensors_names_the_first_that_is_not_the_bases(llama, tmp_path, spoil, line):
+    directory = prune(llama, tmp_path / "cut", [1, 4])
+    require_same_tensors(llama, directory, [1, 4])
+    weights = load_file(directory / "model.safetensors")
+    spoil(weights)
+    save_file(weights, directory / "model.safetensors")
+    with pytest.raises(RuntimeError, match=line):
+        require_same_tensors(llama, directory, [1, 4])
+
+
+def test_remove_blocks_copies_what_belongs_to_a_model_and_no_model_card(llama, tmp_path):
+    base = shutil.copytree(llama, tmp_path / "base")
+    (base / "additional_chat_templates").mkdir()
+    for name in ("README.md", "LICENSE.txt", "additional_chat_templates/tools.jinja", "pytorch_model.bin"):
+        (base / name).write_text(name)
+    directory = prune(base, tmp_path / "cut", [1])
+    left = {path.relative_to(base).as_posix() for path in base.rglob("*") if path.is_file()}
+    kept = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
+    assert left - kept == {"README.md", "pytorch_model.bin"}

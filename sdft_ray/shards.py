@@ -1,0 +1,109 @@
+"""Weight files as bytes: what a safetensors file holds and where, and copying and comparing it without tensors.
+
+In: safetensors files. Out: their headers, copies of some of their tensors under new names, and the proof that these
+are the same bytes. A tensor is a range of bytes whatever its dtype, so nothing here knows dtypes, builds tensors or
+holds more than two small buffers; threads overlap because reading and writing files lets go of Python's lock.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+from sdft_ray.errors import UserError, problem
+
+BUFFER_BYTES = 1 << 18  # fits the cache of a core; larger ones measure slower
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a file: its kind, and its bytes [start, stop) of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.stop - self.start
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a safetensors file, in the order of their bytes; raises UserError on a damaged one.
+
+    A file is 8 bytes of the header's length, the header in JSON, and the bytes of the tensors without a gap.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        begin = 8 + length
+        if begin > size:
+            raise _damaged(path, f"its header ends at byte {begin}, the file at {size}")
+        try:
+            entries = json.loads(file.read(length))
+            held = {
+                name: StoredTensor(
+                    entry["dtype"], tuple(entry["shape"]), *(begin + offset for offset in entry["data_offsets"])
+                )
+                for name, entry in entries.items()
+                if name != "__metadata__"
+            }
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise _damaged(path, "its header is no list of tensors") from None
+    held = dict(sorted(held.items(), key=lambda item: item[1].start))
+    end = begin
+    for name, tensor in held.items():
+        if tensor.start != end or tensor.stop < end:
+            raise _damaged(path, f"{name} begins at byte {tensor.start}, what is before it ends at {end}")
+        end = tensor.stop
+    if end != size:
+        raise _damaged(path, f"its header tells of {end} bytes, it has {size}")
+    return held
+
+
+def copy_tensors(source: Path, target: Path, names: Mapping[str, str]) -> None:
+    """Write those tensors of `source` that `names` maps to a new name, in the same order, as a safetensors file."""
+    kept = [(names[name], tensor) for name, tensor in read_header(source).items() if name in names]
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in kept:
+        begin, end = end, end + tensor.bytes
+        header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that tensors lie aligned
+    with source.open("rb") as read, target.open("wb") as written:
+        written.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in kept:
+            for chunk in _chunks(read, tensor):
+                written.write(chunk)
+
+
+def same_bytes(path: Path, tensor: StoredTensor, other_path: Path, other: StoredTensor) -> bool:
+    """Tell whether two stored tensors are the same: kind, shape and every byte."""
+    if (tensor.dtype, tensor.shape) != (other.dtype, other.shape):
+        return False
+    with path.open("rb") as file, other_path.open("rb") as other_file:
+        return all(a == b for a, b in zip(_chunks(file, tensor), _chunks(other_file, other), strict=True))
+
+
+def _chunks(file: BinaryIO, tensor: StoredTensor) -> Iterator[bytes]:
+    file.seek(tensor.start)
+    left = tensor.bytes
+    while left:
+        chunk = file.read(min(left, BUFFER_BYTES))
+        assert chunk, f"{file.name} ended {left} bytes early"
+        left -= len(chunk)
+        yield chunk
+
+
+def _damaged(path: Path, what: str) -> UserError:
+    return UserError(problem(str(path), f"is damaged: {what}", "Download or copy it again"))
