@@ -90,6 +90,19 @@ def load_text(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> Recip
             {"distill": {"template": "Say {prompt}"}},
             "distill.template: needs both {prompt} and {reference}. Change this value.",
         ),
+        (
+            {"distill": {"template_options": {"tokenize": False}}},
+            "distill.template_options: tokenize is set by sdft. Remove it.",
+        ),
+        ({"distill": {"filters": {"leaks": False}}}, "distill.filters.leaks: unknown key. Did you mean leak?"),
+        (
+            {"rows": {"gym": "chain_sum", "limit": 10, "decontaminate": ["sciq", "sciq"]}},
+            "rows.decontaminate: names a task twice. Change this value.",
+        ),
+        (
+            {"rows": {"gym": "chain_sum", "limit": 10, "answer": "letter"}},
+            "rows.answer: got \"letter\"; expected 'number', 'math', 'choice' or 'none'. Change this value.",
+        ),
     ],
 )
 def test_recipe_with_one_mistake_is_one_clear_line(tmp_path, changes, line):

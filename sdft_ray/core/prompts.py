@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from collections.abc import Mapping
 from typing import Any
 
 # Part of the ledger's identity, beside the template's text: bump when prompts are rendered otherwise.
@@ -34,6 +35,9 @@ Answer: {reference}"""
 # What Llama 3.1's template says by itself.
 _DATE = "26 Jul 2024"
 
+# A template that thinks by default would put its thoughts into the responses.
+_NO_THINKING = {"enable_thinking": False}
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainingRow:
@@ -56,17 +60,17 @@ def rewrite_instruction(prompt: str, reference: str, template: str) -> str:
     return re.sub(r"\{(prompt|reference)\}", lambda m: values[m[1]], template)
 
 
-def render_prompt(tokenizer: Any, prompt: str) -> list[int]:
+def render_prompt(tokenizer: Any, prompt: str, template_options: Mapping[str, Any] = _NO_THINKING) -> list[int]:
     """Return the token ids of a user message up to where the assistant begins to speak."""
     messages = [{"role": "user", "content": prompt}]
-    return list(_apply(tokenizer, messages, add_generation_prompt=True))
+    return list(_apply(tokenizer, messages, template_options, add_generation_prompt=True))
 
 
 @functools.lru_cache
 def end_of_turn(tokenizer: Any) -> int:
     """Return the id of the token with which the chat template closes an assistant turn, else the EOS token."""
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "RESPONSE"}]
-    text = _apply(tokenizer, messages, tokenize=False)
+    text = _apply(tokenizer, messages, _NO_THINKING, tokenize=False)
     after = tokenizer(text.rpartition("RESPONSE")[2].lstrip(), add_special_tokens=False)["input_ids"]
     marks = tokenizer.added_tokens_decoder
     if after and after[0] in marks and marks[after[0]].special:
@@ -74,18 +78,11 @@ def end_of_turn(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def _apply(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> Any:
-    # return_dict: transformers 5 would otherwise hand back a BatchEncoding. enable_thinking: a template that thinks by
-    # default would put its thoughts into the rewrites. The date: some templates print today's, and the same recipe
-    # would be another one tomorrow. Templates that know no such things ignore them.
-    return tokenizer.apply_chat_template(
-        messages,
-        return_dict=False,
-        enable_thinking=False,
-        date_string=_DATE,
-        strftime_now=lambda _format: _DATE,
-        **options,
-    )
+def _apply(tokenizer: Any, messages: list[dict[str, str]], template_options: Mapping[str, Any], **kind: Any) -> Any:
+    # return_dict: transformers 5 would otherwise hand back a BatchEncoding. The date: some templates print today's, and
+    # the same recipe would be another one tomorrow. Templates that know no such things ignore them.
+    options = {"date_string": _DATE, "strftime_now": lambda _format: _DATE, **template_options}
+    return tokenizer.apply_chat_template(messages, return_dict=False, **options, **kind)
 
 
 def encode_row(tokenizer: Any, prompt: str, response: str) -> TrainingRow:

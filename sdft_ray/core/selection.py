@@ -7,23 +7,28 @@ and why. No row is dropped (arXiv 2410.09982): a rewrite that fails any check gi
 from __future__ import annotations
 
 import dataclasses
+import operator
 import re
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal, get_args
 
-Reason = Literal["kept", "error", "truncated", "empty", "leak", "repeated", "no_answer", "wrong_answer"]
-REASONS: tuple[Reason, ...] = (
+from sdft_ray.core.expressions import read_expression, same_expression
+
+Reason = Literal[
     "kept",
     "error",
     "truncated",
     "empty",
     "leak",
+    "refusal",
     "repeated",
+    "too_long",
     "no_answer",
     "wrong_answer",
-)
-
+]
+REASONS: tuple[Reason, ...] = get_args(Reason)
 
 # Finish reasons of an engine that has done what it was asked: at its own end, or at max_new_tokens.
 COMPLETE = ("stop", "length")
@@ -41,65 +46,118 @@ class Generation:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rules:
+    """By what a rewrite is judged."""
+
+    checker: str
+    """A name in CHECKERS, or `none`."""
+    filters: Mapping[str, Any]
+    """For each of FILTERS its setting; false or None switches it off."""
+    strip_thinking: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
 class Selected:
     """The response that a row is trained on."""
 
     response: str
     source: Literal["distilled", "reference"]
     reason: Reason
+    sample: int = 0
+    """Which of the row's generations was kept; the first where none was."""
 
+
+def select_response(row: Mapping[str, Any], generations: Sequence[Generation], rules: Rules) -> Selected:
+    """Return the first rewrite that passes every check, else the reference verbatim and why the first one failed.
+
+    Before: reference "4 + 4 = 8\\n#### 8", answer "8", generation "Four and four make 8.".
+    After: Selected("Four and four make 8.", "distilled", "kept").
+    """
+    reasons: list[Reason] = []
+    for sample, generation in enumerate(generations):
+        text = strip_thoughts(generation.text) if rules.strip_thinking else generation.text.strip()
+        reasons.append(_judge(row, text, generation.finish_reason, rules))
+        if reasons[-1] == "kept":
+            assert text is not None
+            return Selected(text, "distilled", "kept", sample)
+    return Selected(row["reference"], "reference", reasons[0])
+
+
+def _judge(row: Mapping[str, Any], text: str | None, finish_reason: str, rules: Rules) -> Reason:
+    """Return `kept`, or the first check that a rewrite fails."""
+    if finish_reason not in COMPLETE:
+        return "error"
+    if finish_reason == "length" or text is None:
+        return "truncated"
+    if not text:
+        return "empty"
+    for reason, fails in FILTERS.items():
+        if rules.filters[reason] and fails(text, row, rules.filters[reason]):
+            return reason
+    if rules.checker == "none":
+        return "kept"
+    checker = CHECKERS[rules.checker]
+    found = checker.read(text)
+    if found is None:
+        return "no_answer"
+    return "kept" if checker.same(row["answer"], found) else "wrong_answer"
+
+
+# Where a template opens the thoughts itself, the rewrite holds their end only.
+_THOUGHTS = re.compile(r"\A\s*(?:<think>)?.*?</think>", re.DOTALL)
+
+
+def strip_thoughts(text: str) -> str | None:
+    """Return a text without the thoughts that it begins with; None where they do not end.
+
+    >>> strip_thoughts("<think>4 and 4, hm.</think> It is 8."), strip_thoughts("It is 8."), strip_thoughts("<think>4")
+    ('It is 8.', 'It is 8.', None)
+    """
+    text = _THOUGHTS.sub("", text, count=1).strip()
+    return None if text.startswith("<think>") else text
+
+
+# --- filters: whether a rewrite is unfit whatever it ends at ------------------------------------------------------
 
 # Phrases with which a rewrite speaks of the task of rewriting instead of answering (after arXiv 2402.13669).
 _LEAKS = re.compile(
     r"\b(?:reference|provided|given|your|above) (?:answer|response|solution)\b|\bin (?:my|your) own words\b|\brewrit",
     re.IGNORECASE,
 )
-_INTEGER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
-_NUMBER = re.compile(
-    # A hyphen is a sign unless it stands behind a number, a word or a bracket: then it subtracts or joins.
-    r"(?P<sign>(?<![\w)\].])(?<![\d)\]]\s)[-\u2212]\s?|(?<=[\d)\]]\s)[-\u2212](?=[\d.$€£]))?"
-    r"[$€£]?\s?(?P<sign2>(?<=[$€£])[-\u2212])?"
-    rf"(?P<whole>{_INTEGER}(?:\.\d+)?(?:[eE][-+]?\d{{1,3}}\b)?|(?<!\d)\.\d+)(?P<denominator>\s?/\s?\d+)?"
+_SORRY = r"(?:(?:i'm |i am )?(?:very |so |really )?sorry|i apologi[sz]e|unfortunately)\b\W*(?:but )?"
+_CANNOT = r"i (?:cannot|can'?t|can not|won't|will not)"
+_TASK = "help|assist|answer|provide|fulfill?|comply|complete|do (?:that|this)|rewrite|generate|create|discuss|respond"
+_REFUSAL = re.compile(
+    # Such words open a refusal; in the middle of a text they may be anybody's.
+    rf"\A\W*(?:(?:{_SORRY})?i(?:'m| am) (?:unable|not able) to|{_SORRY}(?:{_CANNOT}|i don't)|{_CANNOT} (?:{_TASK}))\b"
+    r"|\b(?:as an? ai(?:,| (?:language )?(?:model|assistant))|as an? (?:large )?language model"
+    r"|i(?:'m| am) (?:just |only )?an? (?:ai|artificial intelligence|(?:large )?language model)\b)",
+    re.IGNORECASE,
 )
-_BOXED = re.compile(r"\\boxed\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
-# The 2 of `12 m^2` or of `\text{cm}^2` belongs to the unit.
-_UNITS = re.compile(r"\\text\s*\{[^{}]*\}(?:\^\{?\d+\}?)?|(?<=[A-Za-z])\^\{?\d+\}?")
-_LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}")
+# Below this a rewrite is never too long: a reference may be one number, and its rewrite shows the way there.
+_ALWAYS_SHORT_CHARS = 1000
 
 
-def select_response(reference: str, answer: str | None, generation: Generation, may_say: str = "") -> Selected:
-    """Return the rewrite if it passes every check, else the reference verbatim with the first failed check.
-
-    answer: the final answer to be reached, or None for open-ended rows. may_say: the row's own prompt; a phrase that
-    it or the reference uses itself is no leak.
-
-    Before: reference "4 + 4 = 8\\n#### 8", answer "8", generation "Four and four make 8.".
-    After: Selected("Four and four make 8.", "distilled", "kept").
-    """
-    text = generation.text.strip()
-    reason = _first_failure(text, f"{may_say}\n{reference}", answer, generation)
-    if reason == "kept":
-        return Selected(text, "distilled", reason)
-    return Selected(reference, "reference", reason)
+def speaks_of_rewriting(text: str, row: Mapping[str, Any], _: bool) -> bool:
+    """Return whether a rewrite speaks of its task in words that the row does not use itself."""
+    known = f"{row['prompt']}\n{row['reference']}".lower()
+    return any(match[0].lower() not in known for match in _LEAKS.finditer(text))
 
 
-def _first_failure(text: str, known: str, answer: str | None, generation: Generation) -> Reason:
-    if generation.finish_reason not in COMPLETE:
-        return "error"
-    if generation.finish_reason == "length":
-        return "truncated"
-    if not text:
-        return "empty"
-    if any(match[0].lower() not in known.lower() for match in _LEAKS.finditer(text)):
-        return "leak"
-    if is_repetitive(text):
-        return "repeated"
-    if answer is None:
-        return "kept"
-    found = final_number(text)
-    if found is None:
-        return "no_answer"
-    return "kept" if found == final_number(answer) else "wrong_answer"
+def refuses(text: str, row: Mapping[str, Any], _: bool) -> bool:
+    """Return whether a rewrite refuses where the reference does not."""
+    rewrite_does, reference_does = (_REFUSAL.search(each.replace("\u2019", "'")) for each in (text, row["reference"]))
+    return rewrite_does is not None and reference_does is None
+
+
+def runs_in_circles(text: str, row: Mapping[str, Any], _: bool) -> bool:
+    """Return whether a rewrite is repetitive where the reference is not."""
+    return is_repetitive(text) and not is_repetitive(row["reference"])
+
+
+def is_too_long(text: str, row: Mapping[str, Any], times: float) -> bool:
+    """Return whether a rewrite has more than `times` the reference's characters, and more than a few."""
+    return len(text) > max(times * len(row["reference"]), _ALWAYS_SHORT_CHARS)
 
 
 def is_repetitive(text: str, words: int = 4, times: int = 5) -> bool:
@@ -117,6 +175,29 @@ def is_repetitive(text: str, words: int = 4, times: int = 5) -> bool:
     return most >= times and repeated > len(tokens) / 2
 
 
+FILTERS: dict[Reason, Callable[[str, Mapping[str, Any], Any], bool]] = {
+    "leak": speaks_of_rewriting,
+    "refusal": refuses,
+    "repeated": runs_in_circles,
+    "too_long": is_too_long,
+}
+
+
+# --- checkers: the final answer of a text -----------------------------------------------------------------------
+
+_INTEGER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
+_NUMBER = re.compile(
+    # A hyphen is a sign unless it stands behind a number, a word or a bracket: then it subtracts or joins.
+    r"(?P<sign>(?<![\w)\].])(?<![\d)\]]\s)[-\u2212]\s?|(?<=[\d)\]]\s)[-\u2212](?=[\d.$€£]))?"
+    r"[$€£]?\s?(?P<sign2>(?<=[$€£])[-\u2212])?"
+    rf"(?P<whole>{_INTEGER}(?:\.\d+)?(?:[eE][-+]?\d{{1,3}}\b)?|(?<!\d)\.\d+)(?P<denominator>\s?/\s?\d+)?"
+)
+_BOXED = re.compile(r"\\boxed\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
+# The 2 of `12 m^2` or of `\text{cm}^2` belongs to the unit.
+_UNITS = re.compile(r"\\text\s*\{[^{}]*\}(?:\^\{?\d+\}?)?|(?<=[A-Za-z])\^\{?\d+\}?")
+_LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}")
+
+
 def final_number(text: str) -> Fraction | None:
     """Return the number a text ends up at: in the last \\boxed{}, after the last `####`, else the last in the text.
 
@@ -126,11 +207,7 @@ def final_number(text: str) -> Fraction | None:
     >>> [str(final_number(s)) for s in ("#### 1,234.50", "it is -3", "1/2 left", "50 %", "$5.00", "12 34", "none")]
     ['2469/2', '-3', '1/2', '50', '5', '34', 'None']
     """
-    if boxed := _BOXED.findall(text):
-        text = boxed[-1]
-    elif "####" in text:
-        text = text.rpartition("####")[2]
-    text = _LATEX_FRACTION.sub(r"\1/\2", _UNITS.sub(" ", text))
+    text = _LATEX_FRACTION.sub(r"\1/\2", _UNITS.sub(" ", _final_part(text)))
     matches = list(_NUMBER.finditer(text))
     return _value(matches[-1]) if matches else None
 
@@ -142,3 +219,69 @@ def _value(match: re.Match[str]) -> Fraction:
         if below:
             number /= below
     return -number if match["sign"] or match["sign2"] else number
+
+
+# A bare A or I is also a word: as an option it has a mark or the end of the line behind it.
+_OPTION = r"(?:[(\[]([A-J])[)\]]|\b([B-HJ])\b(?!['\u2019])|\b([AI])(?=\s*(?:[).,:;*_$}]|\n|\Z)))"
+_ANSWER_IS = re.compile(
+    r"(?i:\banswer|\bcorrect (?:option|choice|letter))[*_]*(?:\s+(?i:is|would be|must be|should be))?\s*[:=]?[*_\s]*"
+    rf"(?i:(?:the )?(?:option|choice|letter) )?[*_\"'`$]*{_OPTION}"
+)
+_ONLY_LETTER = re.compile(r"\W*(?:text|mathrm)?\W*([A-Ja-j])\W*")
+_FIRST_OR_BRACKETED = re.compile(r"(?m:^)\s*[*_]*([A-J])[.):]|[(\[]([A-J])[)\]]")
+
+
+def final_choice(text: str) -> str | None:
+    """Return the letter, A to J, that a text chooses; None where it names none, or several and no answer.
+
+    >>> [final_choice(s) for s in ("B", "(b)", "B. Paris", "The correct answer is (B)", "A dog", "(A) or (B)")]
+    ['B', 'B', 'B', 'B', None, None]
+    """
+    text = _final_part(text)
+    if match := _ONLY_LETTER.fullmatch(text):
+        return match[1].upper()
+    if named := _ANSWER_IS.findall(text):
+        return "".join(named[-1])
+    letters = {"".join(groups) for groups in _FIRST_OR_BRACKETED.findall(text)}
+    return letters.pop() if len(letters) == 1 else None
+
+
+def _final_part(text: str) -> str:
+    """Return the inside of the last \\boxed{}, else what stands behind the last `####`, else the text."""
+    if boxed := _BOXED.findall(text):
+        return str(boxed[-1])
+    return text.rpartition("####")[2]
+
+
+def _number_text(text: str) -> str | None:
+    number = final_number(text)
+    return None if number is None else str(number)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checker:
+    """How responses are compared with a row's answer."""
+
+    read: Callable[[str], str | None]
+    """The final answer of a text, in one spelling; None where it has none."""
+    same: Callable[[str, str], bool] = operator.eq
+    """Whether the row's answer and a found one are the same."""
+
+
+# By the names of `rows.answer`; a new one is one more line here and one more name there.
+CHECKERS = {
+    "number": Checker(_number_text),
+    "math": Checker(read_expression, same_expression),
+    "choice": Checker(final_choice),
+}
+
+
+def read_answer(checker: str, reference: str, given: str | None) -> str | None:
+    """Return the answer of a row in its checker's spelling: of the column that gives it, else of the reference."""
+    return CHECKERS[checker].read(reference if given is None else rf"\boxed{{{given}}}")
+
+
+def is_correct(checker: str, answer: str, text: str) -> bool:
+    """Return whether a text ends at the answer."""
+    found = CHECKERS[checker].read(text)
+    return found is not None and CHECKERS[checker].same(answer, found)

@@ -21,7 +21,7 @@ from typing import Any
 
 from sdft_ray.artifacts import write_atomically
 from sdft_ray.core.prompts import encode_row, render_prompt
-from sdft_ray.core.selection import final_number
+from sdft_ray.core.selection import is_correct
 from sdft_ray.errors import UserError, nearest, problem
 from sdft_ray.stages import Work
 from sdft_ray.stages.rows import read_split
@@ -116,7 +116,7 @@ def examine(
     quiet_transformers()
     lm = _load(model, settings["dtype"], batch_size, device)
     if settings["task"] == HELD_OUT:
-        score, items = examine_held_out(lm, held_out, settings["max_new_tokens"], batch_size)
+        score, items = examine_held_out(lm, held_out, settings["answer"], settings["max_new_tokens"], batch_size)
     else:
         score, items = _run_harness(lm, settings, where)
     return {**score, "seconds": round(time.monotonic() - begun, 2)}, items
@@ -221,7 +221,7 @@ def _score_trees(model: Any, trees: Sequence[tuple[list[int], list[list[int]]]])
 
 
 def examine_held_out(
-    lm: Any, rows: list[dict[str, Any]], max_new_tokens: int, batch_size: int
+    lm: Any, rows: list[dict[str, Any]], checker: str, max_new_tokens: int, batch_size: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return exact match of greedily generated answers, and bits per byte of the references, on the held-out rows.
 
@@ -236,19 +236,19 @@ def examine_held_out(
     likelihoods = score_requests(model, requests, lm.max_length, batch_size)
     items = []
     for row, text, (likelihood, _) in zip(rows, texts, likelihoods, strict=True):
-        found = final_number(text)
-        correct = found is not None and found == final_number(row["answer"])
         items.append(
             {
                 "id": row["id"],
-                "value": float(correct),
+                "value": float(is_correct(checker, row["answer"], text)),
                 "generated": text,
                 "bits": -likelihood / math.log(2),
                 "bytes": len(row["reference"].encode()),
             }
         )
     values = [item["value"] for item in items]
-    score = _score("exact_match", values, chance=0.0, limited=False)
+    # Letters can be guessed; how many there are to choose from is seen in the answers.
+    chance = 1 / len({row["answer"] for row in rows}) if checker == "choice" else 0.0
+    score = _score("exact_match", values, chance, limited=False)
     score["bits_per_byte"] = sum(item["bits"] for item in items) / sum(item["bytes"] for item in items)
     return score, items
 

@@ -1,22 +1,27 @@
 """Stage `rows`: decides once which rows exist, in which order, and what each is for.
 
-In: a row source. Out: held_out.parquet, validation.parquet and train.parquet, disjoint by prompt. The order comes
-from a hash of seed and content, not from the source's order, and every smaller data size is a prefix of
+In: a row source, and the benchmark tasks that no row may hold items of. Out: held_out.parquet, validation.parquet and
+train.parquet, disjoint by prompt, and decontaminated.parquet, which lists what was left out for which task. The order
+comes from a hash of seed and content, not from the source's order, and every smaller data size is a prefix of
 train.parquet.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
-from sdft_ray.core.selection import final_number
+from sdft_ray.core.decontamination import Overlap, find_overlaps
+from sdft_ray.core.selection import read_answer
 from sdft_ray.errors import UserError, problem
 from sdft_ray.recipe import RowSource
-from sdft_ray.sources import read_rows
+from sdft_ray.sources import read_rows, read_task_texts
 from sdft_ray.stages import Work
 
 VERSION = 1
@@ -24,11 +29,39 @@ SPLITS = ("held_out", "validation", "train")
 
 
 def build(work: Work) -> dict[str, Any]:
-    """Write the three splits."""
+    """Write the three splits, and the list of what was left out of them as a benchmark's."""
     source: RowSource = TypeAdapter(RowSource).validate_json(work.stage.where["source"])
-    splits, counts = split_rows(read_rows(source), source.answer, source.seed, source.held_out, source.validation)
+    tasks = {task: read_task_texts(task, work.stage.where.get(f"task {task}")) for task in source.decontaminate}
+    raw = read_rows(source)
+    overlaps = find_overlaps({row_id(*_content(row)): _content(row) for row in raw}, tasks, source.ngram)
+    clean = leave_out(raw, overlaps)
+    splits, counts = split_rows(clean, source.answer, source.seed, source.held_out, source.validation)
     write_splits(work.directory, splits)
-    return {"rows": {name: len(splits[name]) for name in SPLITS}, **counts}
+    write_overlaps(work.directory, overlaps)
+    held = Counter(overlap.task for overlap in overlaps)
+    return {
+        "rows": {name: len(splits[name]) for name in SPLITS},
+        **counts,
+        "read": len(raw),
+        "decontaminated": len(raw) - len(clean),
+        "decontaminated_by_task": {task: held[task] for task in tasks},
+    }
+
+
+def leave_out(raw: Sequence[dict[str, Any]], overlaps: Sequence[Overlap]) -> list[dict[str, Any]]:
+    """Return the rows that share nothing with a task."""
+    held = {overlap.row for overlap in overlaps}
+    return [row for row in raw if row_id(*_content(row)) not in held]
+
+
+def write_overlaps(directory: Path, overlaps: Sequence[Overlap]) -> None:
+    """Write decontaminated.parquet: one line for each row and task that share words, with these words."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema([(field.name, pa.string()) for field in dataclasses.fields(Overlap)])
+    lines = [dataclasses.asdict(overlap) for overlap in overlaps]
+    pq.write_table(pa.Table.from_pylist(lines, schema), directory / "decontaminated.parquet")
 
 
 def write_splits(directory: Path, splits: dict[str, list[dict[str, Any]]]) -> None:
@@ -48,7 +81,7 @@ def split_rows(
 
     A row before: {"prompt": "2 + 2?", "reference": "4", "answer": None}. After: the same with `id` (a content hash)
     and answer "4". Left out: rows with a blank prompt or reference, rows whose prompt came before (none may
-    stand in two splits), and, where answers are checked, rows whose reference has none.
+    stand in two splits), and, where answers are checked, rows that have none.
     """
     seen: dict[str, dict[str, Any]] = {}
     duplicates = unanswered = blank = 0
@@ -57,12 +90,11 @@ def split_rows(
             blank += 1
             continue
         answer = None
-        if checker == "number":
-            number = final_number(row["answer"] if row["answer"] is not None else row["reference"])
-            if number is None:
+        if checker != "none":
+            answer = read_answer(checker, row["reference"], row["answer"])
+            if answer is None:
                 unanswered += 1
                 continue
-            answer = str(number)
         key = " ".join(row["prompt"].split())
         if key in seen:
             duplicates += 1
@@ -86,6 +118,10 @@ def row_id(prompt: str, reference: str) -> str:
     return hashlib.sha256(f"{prompt}\0{reference}".encode()).hexdigest()[:16]
 
 
+def _content(row: dict[str, Any]) -> tuple[str, str]:
+    return row["prompt"], row["reference"]
+
+
 def read_split(directory: Path, split: str) -> list[dict[str, Any]]:
     """Return the rows of one split of a rows or distilled artifact."""
     import pyarrow.parquet as pq
@@ -96,8 +132,20 @@ def read_split(directory: Path, split: str) -> list[dict[str, Any]]:
 
 def read_training_rows(directory: Path, count: int | None) -> list[dict[str, Any]]:
     """Return the first `count` training rows, all where it is None; raises UserError where there are fewer."""
-    rows = read_split(directory, "train")
-    if count is not None and count > len(rows):
-        what = f"{count} is more than the {len(rows)} training rows there are"
+    return [row for batch in training_batches(directory, count) for row in batch]
+
+
+def training_batches(directory: Path, count: int | None) -> Iterator[list[dict[str, Any]]]:
+    """Yield the first `count` training rows in order, some at a time; raises UserError where there are fewer."""
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(directory / "train.parquet")
+    left = file.metadata.num_rows if count is None else count
+    if left > file.metadata.num_rows:
+        what = f"{count} is more than the {file.metadata.num_rows} training rows there are"
         raise UserError(problem("train.rows", what, "Lower it, or give more rows"))
-    return rows[:count]
+    for batch in file.iter_batches(1024):
+        yield batch.slice(0, left).to_pylist()
+        left -= min(left, len(batch))
+        if not left:
+            return

@@ -33,6 +33,7 @@ def test_render_prompt_neither_thinks_nor_knows_the_date():
     odd = make_tokenizer()
     odd.chat_template = "{{ strftime_now('%d') }} {{ date_string }} {% if enable_thinking %}<think>{% endif %}"
     assert odd.decode(render_prompt(odd, "2 + 2?")) == "26 Jul 2024 26 Jul 2024 "
+    assert odd.decode(render_prompt(odd, "2 + 2?", {"enable_thinking": True})) == "26 Jul 2024 26 Jul 2024 <think>"
 
 
 @pytest.mark.parametrize("template", [CHECKABLE, OPEN], ids=["checkable", "open"])

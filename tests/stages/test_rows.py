@@ -1,11 +1,18 @@
 """Which rows exist, in which order, and what each is for."""
 
+import itertools
+import json
 import random
 
+import pyarrow.parquet as pq
 import pytest
 
+from sdft_ray import pipeline, sources
+from sdft_ray.compute import load_compute
 from sdft_ray.errors import UserError
+from sdft_ray.recipe import Recipe, validate
 from sdft_ray.stages.rows import SPLITS, read_split, split_rows, write_splits
+from sdft_ray.storage import Storage
 
 
 def raw_rows(count: int) -> list[dict]:
@@ -48,6 +55,15 @@ def test_split_rows_without_a_checkable_answer_leaves_the_row_out_and_counts_it(
     splits, counts = split(raw)
     assert counts["without_answer"] == 1
     assert "why?" not in in_order(splits)
+
+
+def test_split_rows_of_choices_reads_the_letter():
+    raw = [{"prompt": f"{i}?", "reference": "They need light, so (B).", "answer": None} for i in range(9)]
+    splits, _ = split([*raw, {"prompt": "why?", "reference": "because", "answer": "c"}], checker="choice")
+    assert {row["prompt"]: row["answer"] for name in SPLITS for row in splits[name]} == {
+        **{f"{i}?": "B" for i in range(9)},
+        "why?": "C",
+    }
 
 
 def test_split_rows_of_open_ended_rows_keeps_all_with_no_answer():
@@ -110,3 +126,67 @@ def test_write_splits_reads_back_as_it_was_also_where_a_split_is_empty(tmp_path)
     write_splits(tmp_path, splits)
     assert {name: read_split(tmp_path, name) for name in SPLITS} == splits
     assert splits["validation"] == []
+
+
+def build_rows(tmp_path, tiny_model, raw: list[dict], **rows) -> tuple[dict, Storage]:
+    """Build the rows stage of a recipe on these rows; return its manifest's summary and where it lies."""
+    file, texts = tmp_path / "rows.jsonl", tmp_path / "texts.txt"
+    file.write_text("".join(json.dumps(row) + "\n" for row in raw))
+    texts.write_text("Some text.")
+    source = {"path": str(file), "fields": {"prompt": "prompt", "response": "reference"}, "held_out": 2, **rows}
+    recipe = validate(
+        Recipe,
+        {
+            "model": {"path": str(tiny_model)},
+            "rows": {**source, "validation": 2, "answer": "none"},
+            "prune": {"blocks": 2, "calibration": {"text": str(texts)}},
+            "evaluate": {"tasks": ["sciq"]},
+        },
+    )
+    storage = Storage(str(tmp_path / "root"))
+    pipeline.run(recipe, load_compute(), storage, until="rows")
+    stage = next(stage for stage in pipeline.stages(recipe) if stage.name == "rows")
+    return storage.manifest(stage)["summary"], storage.place(stage)
+
+
+def gsm8k_test(count: int) -> list[dict]:
+    documents = sources.read_documents(sources.offline_items_file("gsm8k"))
+    return [{"prompt": doc["question"], "reference": doc["answer"]} for doc in itertools.islice(documents, count)]
+
+
+def test_rows_leave_out_the_items_of_a_task_and_list_them(tmp_path, tiny_model):
+    items = gsm8k_test(50)
+    summary, directory = build_rows(tmp_path, tiny_model, raw_rows(20) + items, decontaminate=["gsm8k", "sciq"])
+    assert (summary["read"], summary["decontaminated"]) == (70, 50)
+    assert summary["decontaminated_by_task"] == {"gsm8k": 50, "sciq": 0}
+    kept = [row["prompt"] for name in SPLITS for row in read_split(directory, name)]
+    assert sorted(kept) == sorted(row["prompt"] for row in raw_rows(20))
+    listed = pq.read_table(directory / "decontaminated.parquet").to_pylist()
+    assert {line["task"] for line in listed} == {"gsm8k"}
+    assert len({line["row"] for line in listed}) == len(listed) == 50
+    assert all(8 <= len(line["ngram"].split()) <= 13 for line in listed)
+
+
+def test_rows_with_a_task_answer_inside_are_left_out(tmp_path, tiny_model):
+    item = gsm8k_test(1)[0]
+    raw = [*raw_rows(20), {"prompt": "Tell me a story.", "reference": f"Once: {item['prompt']} The end."}]
+    summary, _ = build_rows(tmp_path, tiny_model, raw, decontaminate=["gsm8k"])
+    assert summary["decontaminated"] == 1
+
+
+def test_rows_without_tasks_leave_out_none_and_keep_their_identity(tmp_path, tiny_model):
+    summary, directory = build_rows(tmp_path, tiny_model, raw_rows(20) + gsm8k_test(5))
+    assert summary["decontaminated"] == 0
+    assert sum(summary["rows"].values()) == 25
+    assert pq.read_table(directory / "decontaminated.parquet").num_rows == 0
+    _, same = build_rows(tmp_path, tiny_model, raw_rows(20) + gsm8k_test(5), ngram=8)
+    assert same == directory
+
+
+def test_rows_of_an_unknown_task_is_one_clear_line(tmp_path, tiny_model):
+    with pytest.raises(UserError) as error:
+        build_rows(tmp_path, tiny_model, raw_rows(20), decontaminate=["gsm8"])
+    assert str(error.value) == (
+        "rows.decontaminate: no offline files for gsm8. Did you mean gsm8k? "
+        "Or set evaluate.preset: harness for tasks of a hub."
+    )
