@@ -1,4 +1,4 @@
-# make demo   sets up and runs the whole chain on a real small model
+# make demo   sets up, runs the whole chain on a real small model, and verifies the models that it made
 # make test   sets up and runs the lean test suite
 # make check  lint, format and types
 PYTHON ?= python3
@@ -11,6 +11,7 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
 demo: $(STAMP)
 	@$(BIN)/sdft run configs/recipes/demo.yaml --html artifacts/demo.html
+	@$(BIN)/sdft verify configs/recipes/demo.yaml
 
 test: $(STAMP)
 	@echo "Testing: the lean suite, one Ray and one vLLM engine; make test-all has the rest."

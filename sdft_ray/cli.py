@@ -1,4 +1,4 @@
-"""The command `sdft`: check, run, show, diff, report.
+"""The command `sdft`: check, run, report, verify, show, diff.
 
 In: arguments. Out: results on stdout, progress on stderr, exit code 0 (done), 1 (a stage failed) or 2 (bad recipe or
 usage). Nothing heavy is imported at the top: `sdft --help` answers at once.
@@ -94,6 +94,29 @@ def _show_report(options: argparse.Namespace, recipe: Any, storage: Any) -> None
         options.html.parent.mkdir(exist_ok=True)
         options.html.write_text(page.render(report), encoding="utf-8")
         say(f"Report: {options.html}")
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from sdft_ray import verify
+    from sdft_ray.progress import Progress
+    from sdft_ray.storage import Storage
+
+    results, failed = [], []
+    for model in verify.find_models(options.target, options.against, Storage(options.root)):
+        checks = []
+        with Progress(model.name, "checks") as progress:
+            progress.begin(verify.COUNT)
+            for check in verify.verify(model, options.vllm):
+                checks.append(check)
+                progress.update(len(checks), check.check)
+        if not options.json:
+            verify.show(model, checks)
+        results.append(verify.describe(model, checks))
+        failed += [f"{model.name}: {check.check}" for check in checks if check.status == "FAILED"]
+    if options.json:
+        print(json.dumps(results, indent=1))
+    if failed:
+        raise StageFailed(f"verify: {len(failed)} checks failed ({'; '.join(failed)})")
 
 
 def _show(options: argparse.Namespace) -> None:
@@ -202,6 +225,10 @@ def _parser() -> argparse.ArgumentParser:
     add_recipe(report)
     for command in (run, report):
         command.add_argument("--html", type=Path, metavar="F", help="also write one self-contained HTML page")
+    verify = add("verify", _verify, "prove that a model is whole, and the cut of its base that it claims to be")
+    verify.add_argument("target", metavar="TARGET", help="a model directory, an artifact's id, or a recipe file")
+    verify.add_argument("--against", metavar="BASE", help="directory or id of the model that TARGET was cut from")
+    verify.add_argument("--vllm", action="store_true", help="also compare greedy tokens of vLLM and transformers")
     show = add("show", _show, "show one artifact")
     show.add_argument("artifact", metavar="ID_OR_DIR")
     show.add_argument("--plot", type=Path, metavar="F", help="of a score: also draw its distances, as .svg or .png")
@@ -211,7 +238,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_COMMANDS = ("check", "run", "report", "show", "diff")
+_COMMANDS = ("check", "run", "report", "verify", "show", "diff")
 
 
 if __name__ == "__main__":

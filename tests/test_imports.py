@@ -9,11 +9,12 @@ PACKAGE = Path(__file__).parents[1] / "sdft_ray"
 ORDER = [
     {"errors", "__init__"},
     {"recipe", "compute", "progress", "shards"},
-    {"artifacts", "storage", "sources", "cluster"},
+    {"artifacts", "storage", "ledger", "sources", "cluster"},
     {"core"},
     {"stages"},
     {"pipeline"},
-    {"report"},
+    {"report", "agreement"},
+    {"verify"},
     {"cli"},
 ]
 HEAVY = ("torch", "ray", "vllm", "deepspeed", "lm_eval", "transformers")
@@ -68,5 +69,5 @@ def test_planning_modules_load_nothing_heavy():
 
 def test_help_lists_the_commands():
     done = subprocess.run([sys.executable, "-m", "sdft_ray.cli", "--help"], capture_output=True, text=True, check=True)
-    for command in ("check", "run", "show", "diff", "report"):
+    for command in ("check", "run", "report", "verify", "show", "diff"):
         assert f"    {command} " in done.stdout

@@ -1,0 +1,512 @@
+"""`sdft verify`: proof that a model directory is what it claims to be, by its own files and against its base.
+
+In: a model directory, of ours or of any other tool, and perhaps the base that it was cut from. Out: one `Check` each:
+ok with its figure, FAILED with the tensor or field, skipped with the reason. Nothing is taken on trust: which blocks
+are gone is read from the bytes, and the oracle, the base with those blocks skipped by hooks, shares no code with `cut`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.util
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from sdft_ray import pipeline
+from sdft_ray.agreement import (
+    NEAR_TIE,
+    compare_tokens,
+    compare_with_vllm,
+    compute_logits,
+    continue_greedily,
+    load_in_float32,
+    render_prompts,
+)
+from sdft_ray.artifacts import check_files, read_manifest
+from sdft_ray.core.surgery import PER_BLOCK, name_blocks, older_rope, require_supported
+from sdft_ray.errors import UserError, problem
+from sdft_ray.progress import quiet_transformers, say
+from sdft_ray.recipe import load_recipe
+from sdft_ray.sources import WEIGHTS_INDEX, read_json, weight_files
+from sdft_ray.storage import Storage
+
+if TYPE_CHECKING:
+    import torch
+
+# Largest difference of logits that are the same sums in float32 in the same order: in fact 0 on one machine.
+SAME_LOGITS = 1e-4
+_OLDER_ROPE = ("rope_theta", "rope_local_base_freq", "partial_rotary_factor", "rope_scaling")
+_BLOCK = re.compile(r"^model\.layers\.(\d+)\.(.+)")
+# Config fields that need not be the base's: what counts blocks (tensors and per-block lists are compared instead), and
+# what no logit depends on.
+_OWN_FIELDS = (
+    *("num_hidden_layers", "max_window_layers", "sliding_window_pattern", "no_rope_layer_interval"),
+    *("mlp_only_layers", "decoder_sparse_step", "transformers_version", "dtype", "use_cache"),
+)
+
+
+@dataclasses.dataclass
+class Model:
+    """A model directory to verify, and what earlier checks learned for later ones."""
+
+    name: str
+    directory: Path
+    base: Path | None = None
+    alone: str = "no base is given: --against BASE"
+    """Why there is no base."""
+    kept: list[int] = dataclasses.field(default_factory=list, init=False)
+    """For each block, which one of the base's it is."""
+    heard: list[tuple[list[int], torch.Tensor]] = dataclasses.field(default_factory=list, init=False)
+    """Prompt and greedy continuation, and their logits (T V)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """What came of one check."""
+
+    check: str
+    status: Literal["ok", "FAILED", "skipped"]
+    says: str
+    figures: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class _Failed(Exception):
+    """The check found something wrong; the message names it."""
+
+
+class _Skipped(Exception):
+    """The check does not apply; the message says why."""
+
+
+Finding = tuple[str, dict[str, Any]]
+
+
+# --- what to verify -------------------------------------------------------------------------------------------
+
+
+def find_models(target: str, against: str | None, storage: Storage) -> list[Model]:
+    """Return the models that a directory, an artifact's id or a recipe file means, each with its base."""
+    if Path(target).suffix in (".yaml", ".yml"):
+        if against:
+            raise UserError(problem("--against", "a recipe names its base itself", "Leave --against out"))
+        found = _recipe_models(Path(target), storage)
+    else:
+        base = _directory(against, storage) if against else None
+        found = [_one_model(_directory(target, storage), base, storage)]
+    for model in found:
+        config = _require_model(model.directory)
+        if model.base:
+            _require_kin(_require_model(model.base), config, model)
+    return found
+
+
+def _recipe_models(path: Path, storage: Storage) -> list[Model]:
+    stages = pipeline.models(pipeline.stages(load_recipe(path)))
+    base = storage.place(stages.pop("base"))
+    built = {name: stage for name, stage in stages.items() if storage.status(stage) == "done"}
+    if not built:
+        what = f"none of its models ({', '.join(stages)}) is built under {storage.root}"
+        raise UserError(problem(str(path), what, f"Do: sdft run {path}"))
+    for name in stages.keys() - built.keys():
+        say(f"{name}: not built, so not verified")
+    return [dataclasses.replace(_one_model(storage.place(built[name]), base, storage), name=name) for name in built]
+
+
+def _one_model(directory: Path, base: Path | None, storage: Storage) -> Model:
+    """Return a model with the base that is given, or that its manifest names and the root holds."""
+    manifest = read_manifest(directory)
+    if manifest is None:
+        return Model(directory.name, directory, base)
+    stage, name = manifest["stage"], f"{manifest['stage']} {manifest['id']}"
+    if stage != "cut":
+        return Model(name, directory, alone=f"the weights of a `{stage}` artifact are its own")
+    if base is None:
+        wanted = manifest["identity"]["inputs"]["model"]
+        try:
+            base = storage.find(wanted)
+        except UserError:  # a base that is a directory of the user's own
+            return Model(name, directory, alone=f"its base {wanted} is not under {storage.root}: --against BASE")
+    return Model(name, directory, base)
+
+
+def _directory(name: str, storage: Storage) -> Path:
+    return Path(name) if Path(name).is_dir() else storage.find(name)
+
+
+def _require_model(directory: Path) -> dict[str, Any]:
+    """Return config.json of a model directory whose layout is known; raises UserError for everything else."""
+    config: dict[str, Any] = read_json(directory / "config.json", missing="is no Hugging Face model directory")
+    require_supported(str(config.get("model_type")), str(directory))
+    if not weight_files(directory):
+        raise UserError(problem(str(directory), "has no weights (expected *.safetensors)", "Check the path"))
+    return config
+
+
+def _require_kin(base: Mapping[str, Any], config: Mapping[str, Any], model: Model) -> None:
+    """Raise UserError for a base that the model cannot have been cut from."""
+    do = f"Give the model that {model.directory} was cut from"
+    for key in ("model_type", "hidden_size"):
+        if base[key] != config[key]:
+            raise UserError(problem(str(model.base), f"has {key} {base[key]}, expected {config[key]}", do))
+    if base["num_hidden_layers"] < config["num_hidden_layers"]:
+        what = f"has {base['num_hidden_layers']} blocks, expected {config['num_hidden_layers']} or more"
+        raise UserError(problem(str(model.base), what, do))
+
+
+# --- the checks -----------------------------------------------------------------------------------------------
+
+
+def verify(model: Model, vllm: bool = False) -> Iterator[Check]:
+    """Yield what comes of each check, in order; one that needs a failed one is skipped."""
+    if vllm and importlib.util.find_spec("vllm") is None:
+        raise UserError(problem("--vllm", "vllm is not installed", "Install requirements/cpu.txt or gpu.txt"))
+    quiet_transformers()
+    status: dict[str, str] = {}
+    for name, (examine, needs) in _CHECKS.items():
+        lacking = next((need for need in needs if status[need] != "ok"), None)
+        if name == "vllm" and not vllm:
+            check = Check(name, "skipped", "not asked for: --vllm")
+        elif name.startswith("base") and not model.base:
+            check = Check(name, "skipped", model.alone)
+        elif lacking:
+            check = Check(name, "skipped", f"{lacking} is not ok")
+        else:
+            check = _examine(name, examine, model)
+        status[name] = check.status
+        yield check
+
+
+def _examine(name: str, examine: Callable[[Model], Finding], model: Model) -> Check:
+    try:
+        says, figures = examine(model)
+        return Check(name, "ok", says, figures)
+    except _Skipped as reason:
+        return Check(name, "skipped", str(reason))
+    except _Failed as wrong:
+        return Check(name, "FAILED", str(wrong))
+    except Exception as error:  # noqa: BLE001 - whatever a library says of files that it cannot read is the finding
+        lines = str(error).strip().splitlines() or ["no reason given"]
+        return Check(name, "FAILED", f"{type(error).__name__}: {lines[0]}")
+
+
+def _check_hashes(model: Model) -> Finding:
+    """The files are the ones that the manifest lists."""
+    try:
+        manifest = read_manifest(model.directory)
+        if manifest is None:
+            raise _Skipped("there is no manifest.json")
+        check_files(model.directory, manifest, hashes=True)
+    except UserError as error:
+        raise _Failed(str(error)) from None
+    size = sum(entry["bytes"] for entry in manifest["files"])
+    return f"{len(manifest['files'])} files, {size / 1e6:.1f} MB, as in the manifest", {"bytes": size}
+
+
+def _check_tensors(model: Model) -> Finding:
+    """The files hold exactly the tensors that the config asks for, each once and where the index says."""
+    from safetensors import safe_open
+
+    from sdft_ray.stages.cut import require_loadable
+
+    lies: dict[str, str] = {}
+    for shard in weight_files(model.directory):
+        with safe_open(shard, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                if name in lies:
+                    raise _Failed(f"{name} is in {lies[name]} and in {shard.name}")
+                lies[name] = shard.name
+    index = model.directory / WEIGHTS_INDEX
+    if index.is_file():
+        listed = read_json(index)["weight_map"]
+        for name in sorted(lies.keys() | listed.keys()):
+            if listed.get(name) != lies.get(name):
+                raise _Failed(f"{name} is in {lies.get(name, 'no file')}, {index.name} says {listed.get(name)}")
+    try:
+        parameters = require_loadable(model.directory)
+    except RuntimeError as error:
+        raise _Failed(str(error).removeprefix(f"{model.directory}: ")) from None
+    blocks = {int(match[1]) for name in lies if (match := _BLOCK.match(name))}
+    says = f"{len(lies)} tensors, {parameters / 1e6:.1f}M parameters, blocks 0 to {max(blocks)}"
+    return says, {"tensors": len(lies), "parameters": parameters, "blocks": len(blocks)}
+
+
+def _check_config(model: Model) -> Finding:
+    """Every per-block list has an entry a block; the RoPE base stands where transformers 4 and 5 look for it."""
+    from transformers import AutoConfig
+
+    config = read_json(model.directory / "config.json")
+    blocks = config["num_hidden_layers"]
+    lists = [key for key in PER_BLOCK if isinstance(config.get(key), list)]
+    for key in lists:
+        if len(config[key]) != blocks:
+            raise _Failed(f"{key} has {len(config[key])} entries, num_hidden_layers is {blocks}")
+    newer = {key: value for key, value in config.items() if key not in _OLDER_ROPE}
+    older = older_rope(newer)
+    for key, value in older.items():
+        if config.get(key) != value:
+            has = f"is {config[key]}" if key in config else "is not there"
+            raise _Failed(f"{key} {has}, rope_parameters says {value}: transformers 4 reads only the first")
+    AutoConfig.from_pretrained(model.directory)
+    says = [f"{blocks} blocks", *(f"{key} has {blocks} entries" for key in lists)]
+    says += [f"{key} {value} in both spellings" for key, value in older.items()]
+    return "; ".join(says), {"blocks": blocks, "per_block": lists, "rope": older}
+
+
+def _check_ties(model: Model) -> Finding:
+    """`tie_word_embeddings` says of the output layer what the files say."""
+    import torch
+    from transformers import AutoConfig
+
+    tied = bool(AutoConfig.from_pretrained(model.directory).tie_word_embeddings)
+    ends = dict(_tensors(model.directory, ("model.embed_tokens.weight", "lm_head.weight")))
+    head = ends.get("lm_head.weight")
+    if head is None and not tied:
+        raise _Failed("tie_word_embeddings is false, but there is no lm_head.weight")
+    if head is not None and tied and not torch.equal(head, ends["model.embed_tokens.weight"]):
+        raise _Failed("tie_word_embeddings is true, but lm_head.weight differs from model.embed_tokens.weight")
+    stored = "no lm_head.weight" if head is None else "lm_head.weight stored" + (", equal" if tied else "")
+    return f"tie_word_embeddings {str(tied).lower()}, {stored}", {"tied": tied}
+
+
+def _check_finite(model: Model) -> Finding:
+    """No tensor holds NaN or infinity."""
+    import torch
+
+    count = 0
+    for name, tensor in _tensors(model.directory):
+        count += 1
+        if wrong := int((~torch.isfinite(tensor)).sum()):
+            raise _Failed(f"{name} has {wrong} values that are NaN or infinite")
+    return f"no NaN or infinity in {count} tensors", {"tensors": count}
+
+
+def _check_tokenizer(model: Model) -> Finding:
+    """The tokenizer loads, has a chat template, and every id that it or the generation config names is embedded."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model.directory)
+    if not tokenizer.chat_template:
+        raise _Failed("there is no chat template")
+    rows = read_json(model.directory / "config.json")["vocab_size"]
+    token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if highest >= rows:
+        raise _Failed(f"token {token!r} has id {highest}, model.embed_tokens.weight has {rows} rows")
+    path = model.directory / "generation_config.json"
+    generation = read_json(path) if path.is_file() else read_json(model.directory / "config.json")
+    ids = {}
+    for key in ("eos_token_id", "pad_token_id"):
+        ids[key] = generation.get(key)
+        for number in ids[key] if isinstance(ids[key], list) else [ids[key]]:
+            if number is not None and not 0 <= number < rows:
+                raise _Failed(f"{key} {number} is outside the vocabulary of {rows}")
+    says = f"ids up to {highest} of {rows}; eos {ids['eos_token_id']}, pad {ids['pad_token_id']}"
+    return says, {"highest_id": highest, "vocabulary": rows, **ids}
+
+
+def _check_cache(model: Model) -> Finding:
+    """Greedy generation with the KV cache is that without: the same tokens from the same logits."""
+    network = load_in_float32(model.directory)
+    prompts = render_prompts(model.directory)
+    made, cached = continue_greedily(network, prompts)
+    model.heard = [
+        (ids := prompt + new, compute_logits(network, ids)) for prompt, new in zip(prompts, made, strict=True)
+    ]
+    difference = max(
+        float((logits[len(prompt) - 1 : -1] - own).abs().max())
+        for (_, logits), prompt, own in zip(model.heard, prompts, cached, strict=True)
+    )
+    agreement = compare_tokens(prompts, made, [logits for _, logits in model.heard])
+    if agreement.differing:
+        raise _Failed(f"with the cache {agreement.differing[0]}; {agreement.says()}")
+    if not difference < NEAR_TIE:
+        raise _Failed(f"logits with and without cache differ by {difference:.2g} (limit {NEAR_TIE:g})")
+    return f"{agreement.says()}; logits differ by {difference:.2g}", {
+        "tokens": agreement.tokens,
+        "near_ties": list(agreement.near_ties),
+        "max_abs_difference": difference,
+    }
+
+
+def _check_base_tensors(model: Model) -> Finding:
+    """Every block is, bit by bit, one of the base's, in the same order; every other tensor is the base's too."""
+    assert model.base
+    whole, cut = (_fingerprints(directory) for directory in (model.base, model.directory))
+    model.kept = _match_blocks(whole, cut)
+    for name in sorted(whole[None].keys() | cut[None].keys()):
+        if whole[None].get(name) != cut[None].get(name):
+            there = [name in whole[None], name in cut[None]]
+            what = "differs from the base's" if all(there) else "is not in the base" if there[1] else "is missing"
+            raise _Failed(f"{name} {what}")
+    removed = _removed(model, len(whole) - 1)
+    said = ((read_manifest(model.directory) or {}).get("summary") or {}).get("removed", removed)
+    if said != removed:
+        raise _Failed(f"blocks {removed} of the base are gone, the manifest says {said}")
+    tensors = sum(map(len, cut.values()))
+    gone = f"blocks {name_blocks(removed)} are gone" if removed else "no block is gone"
+    return f"{tensors} tensors bitwise equal; {gone}", {"tensors": tensors, "removed": removed}
+
+
+def _check_base_config(model: Model) -> Finding:
+    """Every per-block list is the base's at the kept blocks, every other field the base's: short prompts see few."""
+    from transformers import AutoConfig
+
+    assert model.base
+    whole, cut = (AutoConfig.from_pretrained(path).to_dict() for path in (model.base, model.directory))
+    compared = [
+        key for key in whole if key not in _OWN_FIELDS and not key.startswith("_") and not key.endswith("token_id")
+    ]
+    for key in compared:
+        expected = whole[key]
+        if key in PER_BLOCK and isinstance(expected, list):
+            expected = [expected[block] for block in model.kept]
+        if cut.get(key) != expected:
+            raise _Failed(f"{key} is {cut.get(key)}, expected {expected}")
+    return f"{len(compared)} fields as in the base", {"fields": len(compared)}
+
+
+def _check_base_logits(model: Model) -> Finding:
+    """The base with the removed blocks skipped by hooks computes the same logits."""
+    assert model.base
+    network = load_in_float32(model.base)
+    with _skipping(network, _removed(model, len(network.model.layers))):
+        difference = max(float((compute_logits(network, ids) - logits).abs().max()) for ids, logits in model.heard)
+    says = f"logits differ by {difference:.2g} from the base's with these blocks skipped (limit {SAME_LOGITS:g})"
+    if not difference <= SAME_LOGITS:
+        raise _Failed(says)
+    return says, {"max_abs_difference": difference, "limit": SAME_LOGITS}
+
+
+def _check_vllm(model: Model) -> Finding:
+    """vLLM loads the directory and says greedily what transformers says, both in float32."""
+    agreement = compare_with_vllm(model.directory)
+    if agreement.differing:
+        raise _Failed(f"in vLLM {agreement.differing[0]}; {agreement.says()}")
+    return agreement.says(), {"tokens": agreement.tokens, "near_ties": list(agreement.near_ties)}
+
+
+# Each check with those that must be ok before it makes sense.
+_CHECKS: dict[str, tuple[Callable[[Model], Finding], tuple[str, ...]]] = {
+    "hashes": (_check_hashes, ()),
+    "tensors": (_check_tensors, ()),
+    "config": (_check_config, ()),
+    "ties": (_check_ties, ()),
+    "finite": (_check_finite, ()),
+    "tokenizer": (_check_tokenizer, ()),
+    "cache": (_check_cache, ("tensors", "finite", "tokenizer")),
+    "base tensors": (_check_base_tensors, ()),
+    "base config": (_check_base_config, ("base tensors",)),
+    "base logits": (_check_base_logits, ("cache", "base tensors")),
+    "vllm": (_check_vllm, ("tensors", "finite", "tokenizer")),
+}
+
+
+COUNT = len(_CHECKS)
+
+
+# --- tensors and blocks ---------------------------------------------------------------------------------------
+
+
+def _tensors(directory: Path, only: Sequence[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield name and tensor, one in memory at a time."""
+    from safetensors import safe_open
+
+    for shard in weight_files(directory):
+        with safe_open(shard, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                if not only or name in only:
+                    yield name, tensors.get_tensor(name)
+
+
+def _fingerprints(directory: Path) -> dict[int | None, dict[str, str]]:
+    """Return, for each block, the hashes of its tensors by their names within the block; None holds the rest."""
+    import torch
+    from transformers import AutoConfig
+
+    tied = AutoConfig.from_pretrained(directory).tie_word_embeddings
+    found: dict[int | None, dict[str, str]] = {None: {}}
+    for name, tensor in _tensors(directory):
+        # A buffer that old files stored and the config determines; a second copy that `ties` has compared.
+        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and tied):
+            continue
+        digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        match = _BLOCK.match(name)
+        block, name = (int(match[1]), match[2]) if match else (None, name)
+        found.setdefault(block, {})[name] = digest.hexdigest()
+    return found
+
+
+def _match_blocks(whole: Mapping[int | None, dict[str, str]], cut: Mapping[int | None, dict[str, str]]) -> list[int]:
+    """Return which block of the base each block is; raises _Failed for one that is none of them, or out of order."""
+    blocks = sorted(block for block in cut if block is not None)
+    of_base = sorted(block for block in whole if block is not None)
+    same = {block: [b for b in of_base if whole[b] == cut[block]] for block in blocks}
+    kept: list[int] = []
+    for block in blocks:
+        if not same[block]:
+            nearest = max(of_base, key=lambda b: len(whole[b].items() & cut[block].items()))
+            where = min(name for name, _ in whole[nearest].items() ^ cut[block].items())
+            where = f"model.layers.{block}.{where}"
+            if not any(same.values()):
+                raise _Failed(f"no block equals any of the base's: block {block} differs in {where}")
+            raise _Failed(f"{where} differs; block {block} is nearest to the base's block {nearest}")
+        later = [b for b in same[block] if not kept or b > kept[-1]]
+        if not later:
+            what = f"block {block} is the base's block {same[block][0]}, behind block {block - 1}, its block {kept[-1]}"
+            raise _Failed(f"{what}: out of order, at model.layers.{block}")
+        kept.append(later[0])
+    return kept
+
+
+def _removed(model: Model, blocks: int) -> list[int]:
+    return [block for block in range(blocks) if block not in model.kept]
+
+
+@contextlib.contextmanager
+def _skipping(network: Any, removed: Sequence[int]) -> Iterator[None]:
+    """Make the `removed` blocks give back their input."""
+
+    def give_back_input(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> Any:
+        return args[0] if args else kwargs["hidden_states"]
+
+    layers = network.model.layers
+    hooks = [layers[block].register_forward_hook(give_back_input, with_kwargs=True) for block in removed]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# --- on the terminal ------------------------------------------------------------------------------------------
+
+
+def describe(model: Model, checks: Sequence[Check]) -> dict[str, Any]:
+    """Return what `--json` prints of a model."""
+    return {
+        "model": model.name,
+        "directory": str(model.directory),
+        "base": str(model.base) if model.base else None,
+        "ok": all(check.status != "FAILED" for check in checks),
+        "checks": [dataclasses.asdict(check) for check in checks],
+    }
+
+
+def show(model: Model, checks: Sequence[Check]) -> None:
+    """Print a model and one line for each check."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(Text(f"{model.name}: {model.directory}" + (f"\nagainst {model.base}" if model.base else "")))
+    table = Table("check", "result", "finding", box=None, pad_edge=False)
+    colours = {"ok": "green", "FAILED": "bold red", "skipped": "yellow"}
+    for check in checks:
+        table.add_row(check.check, Text(check.status, colours[check.status]), Text(check.says, overflow="fold"))
+    console.print(table)
