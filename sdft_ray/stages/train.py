@@ -22,13 +22,14 @@ from typing import Any
 from sdft_ray import compute
 from sdft_ray.artifacts import write_atomically
 from sdft_ray.core.prompts import TrainingRow, encode_row
+from sdft_ray.core.surgery import older_rope
 from sdft_ray.errors import StageFailed, UserError, nearest, problem
-from sdft_ray.sources import weight_files
+from sdft_ray.sources import read_json, weight_files
 from sdft_ray.stages import Work
 from sdft_ray.stages.cut import require_loadable
 from sdft_ray.stages.rows import read_split, read_training_rows
 
-VERSION = 1
+VERSION = 2
 
 
 def build(work: Work) -> dict[str, Any]:
@@ -434,6 +435,8 @@ def _write_model(work: Work, base: Path) -> None:
         tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
         assert set(missing) <= tied and not surplus, f"tuned weights do not fit: {missing}, {surplus}"
     model.save_pretrained(work.directory)
+    config = read_json(work.directory / "config.json")  # in transformers 5's spelling of RoPE alone
+    write_atomically(work.directory / "config.json", json.dumps(config | older_rope(config), indent=2) + "\n")
     AutoTokenizer.from_pretrained(base).save_pretrained(work.directory)
 
 
