@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -128,11 +129,12 @@ def hash_source(path: Path) -> str:
 
 def list_files(directory: Path) -> list[dict[str, Any]]:
     """Return path, bytes and sha256 of every file below `directory` but the manifest, in order of path."""
-    return [
-        {"path": path.relative_to(directory).as_posix(), "bytes": path.stat().st_size, "sha256": hash_file(path)}
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and path != directory / MANIFEST
-    ]
+    paths = [path for path in sorted(directory.rglob("*")) if path.is_file() and path != directory / MANIFEST]
+    with ThreadPoolExecutor(4) as pool:  # hashing lets go of Python's lock
+        return [
+            {"path": path.relative_to(directory).as_posix(), "bytes": path.stat().st_size, "sha256": sha256}
+            for path, sha256 in zip(paths, pool.map(hash_file, paths), strict=True)
+        ]
 
 
 def write_manifest(directory: Path, stage: Stage, summary: Mapping[str, Any], wall_seconds: float) -> None:
