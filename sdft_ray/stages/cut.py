@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdft_ray.artifacts import write_atomically
-from sdft_ray.core.surgery import PER_BLOCK, block_of, prune_config, rename_tensor, require_choosable
+from sdft_ray.core.surgery import PER_BLOCK, block_of, name_blocks, prune_config, rename_tensor, require_choosable
 from sdft_ray.errors import UserError, problem
 from sdft_ray.shards import StoredTensor, copy_tensors, same_bytes
 from sdft_ray.sources import WEIGHTS_INDEX, read_json, stored_tensors
@@ -154,6 +154,55 @@ def _require_per_block_lists(directory: Path) -> None:
         if config.get(key) is not None and len(config[key]) != config["num_hidden_layers"]:
             what = f"{key} has {len(config[key])} entries for {config['num_hidden_layers']} blocks"
             raise RuntimeError(f"{directory}/config.json: {what}")
+
+
+def model_card(
+    base: str,
+    blocks: int,
+    removed: Sequence[int],
+    parameters: Parameters,
+    chosen: Mapping[str, Any],
+    prune: Mapping[str, Any],
+    repo: str | None = None,
+) -> str:
+    """Return README.md of a pruned model.
+
+    `base` is what people call the base, of `blocks` blocks, and `repo` its name on the hub where it has one; `chosen`
+    says in plain values how the blocks were chosen, `prune` is that section of the recipe.
+    """
+    import yaml
+    from huggingface_hub import ModelCardData
+
+    tags = ["depth-pruning", "layer-pruning", "sdft-ray"]
+    data = ModelCardData(base_model=repo, library_name="transformers", pipeline_tag="text-generation", tags=tags)
+    reasons = "\n".join(f"| {name} | {value} |" for name, value in chosen.items())
+    recipe = yaml.safe_dump({"prune": dict(prune)}, sort_keys=False)
+    return f"""---
+{data.to_yaml()}
+---
+# {base} without blocks {name_blocks(removed)}
+
+This is {base} without {len(removed)} of its {blocks} decoder blocks: {name_blocks(removed)}, counted from 0. Every
+other weight is the base's, bit by bit.
+
+**Its quality is not restored.** Removing blocks harms a model; this one is meant to be fine-tuned before use.
+
+| | base | this model |
+|---|---|---|
+| blocks | {blocks} | {blocks - len(removed)} |
+| parameters | {parameters.before:,} | {parameters.after:,} |
+
+## How the blocks were chosen
+
+| | |
+|---|---|
+{reasons}
+
+## Recipe
+
+```yaml
+{recipe}```
+"""
 
 
 def explicit_config(base: Path) -> dict[str, Any]:

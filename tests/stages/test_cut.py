@@ -5,13 +5,14 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from architectures import BLOCKS, REMOVED, VARIANTS, generated_by, logits_of, some_ids
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny_model
 
 from sdft_ray.core.surgery import PER_BLOCK
 from sdft_ray.errors import UserError
-from sdft_ray.stages.cut import remove_blocks, require_loadable, require_same_tensors
+from sdft_ray.stages.cut import Parameters, model_card, remove_blocks, require_loadable, require_same_tensors
 
 torch.set_num_threads(1)
 
@@ -276,3 +277,22 @@ def test_remove_blocks_copies_what_belongs_to_a_model_and_no_model_card(llama, t
     left = {path.relative_to(base).as_posix() for path in base.rglob("*") if path.is_file()}
     kept = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
     assert left - kept == {"README.md", "pytorch_model.bin"}
+
+
+def test_model_card_says_what_was_removed_how_and_that_quality_is_not_restored():
+    from huggingface_hub import ModelCard
+
+    prune = {"blocks": 2, "metric": "angular", "protect": {"first": 1, "last": 0}}
+    chosen = {"metric": "angular", "agreement": 0.93}
+    text = model_card("SmolLM2", 30, [9, 10], Parameters(134_515_008, 127_435_392), chosen, prune, "org/SmolLM2")
+    card = ModelCard(text)
+    assert (card.data.base_model, card.data.library_name) == ("org/SmolLM2", "transformers")
+    assert "# SmolLM2 without blocks [9, 11)" in card.text
+    assert "| blocks | 30 | 28 |" in card.text and "| parameters | 134,515,008 | 127,435,392 |" in card.text
+    assert "| agreement | 0.93 |" in card.text and "not restored" in card.text
+    assert yaml.safe_load(card.text.split("```")[1].removeprefix("yaml")) == {"prune": prune}
+
+
+def test_model_card_of_a_base_that_is_on_no_hub_names_none():
+    text = model_card("mine", 6, [1, 4], Parameters(10, 8), {}, {"blocks": 2})
+    assert "base_model" not in text and "without blocks 1, 4" in text
