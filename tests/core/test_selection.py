@@ -118,6 +118,7 @@ def test_final_choice_words_are_no_letters(text):
         ("choice", "Paris", "b", "B"),
         ("choice", "Paris", None, None),
         ("math", "Thus $x = 3$ and \\boxed{\\frac32}.", None, "\\frac{3}{2}"),
+        ("math", "The answer to the first question is 66, so\n#### 48", None, "48"),
         ("math", "a story", "2x + 1", "2x + 1"),
         ("math", "a story", None, None),
     ],
