@@ -98,6 +98,9 @@ class Distill(Section):
     and runs empty only at their end."""
     piece_rows: int = Field(16, gt=0)
     """Finished rows that are made durable together: the most that a kill can cost one actor."""
+    max_failures: int = Field(10, ge=0)
+    """Deaths of one actor, or over one batch, after which the stage fails; a row that kills its engine is found and set
+    aside after about 5."""
     engine: Engine = Engine()
 
     @model_validator(mode="after")

@@ -283,6 +283,12 @@ class Distill(Section):
     strip_thinking: bool = True
     """Take <think>…</think> off a rewrite before it is checked and trained on."""
     filters: Filters = Filters()
+    samples: int = Field(1, gt=0)
+    """Rewrites that are tried for a row: a further one is drawn only where none before it passed."""
+    max_attempts: int = Field(3, gt=0)
+    """How often the engine is asked for a sample that ends in an error, over all runs; each run asks at least once."""
+    shift_rows: int = Field(64, ge=0)
+    """Kept rows on which the base model's likelihood of reference and rewrite is measured."""
     max_failed_fraction: float = Field(0.01, ge=0, le=1)
     """More rows than this ending in an engine error stop the stage (what was generated is kept)."""
 

@@ -1,94 +1,61 @@
 """Stage `distill`: the unpruned model rewrites the training references; checked rewrites take their place.
 
 In: the base model and the training rows. Out: train.parquet, each row once, with the response to train on, where it
-came from and why. Ray Data drives actors that each hold an engine. What an engine finishes goes into the ledger in
-small atomic pieces before anything else happens to it, so no kill costs more than one piece an actor; the artifact
-is a view of that ledger. The ledger's identity covers teacher, prompt and sampling, not which rows were asked for:
-more rows, another checker or another filter never generate a row again.
+came from and why; README.md, its dataset card. Ray Data drives actors that each hold an engine. What an engine
+finishes goes into the ledger in small atomic pieces before anything else happens to it, so no kill costs more than one
+piece an actor; the artifact is a view of that ledger. The ledger's identity covers teacher, prompt and sampling, not
+which rows were asked for: more rows, more samples, another checker or another filter never generate anything again.
+Rows pass through the driver in batches: its memory does not grow with their number.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
+import json
 import os
+import time
+import traceback
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from sdft_ray.artifacts import short_id
+from sdft_ray import ledger as ledgers
+from sdft_ray.artifacts import short_id, write_atomically
 from sdft_ray.core.prompts import CHECKABLE, OPEN, RENDERING_VERSION, render_prompt, rewrite_instruction
-from sdft_ray.core.selection import COMPLETE, REASONS, Generation, select_response
+from sdft_ray.core.selection import COMPLETE, REASONS, Generation, Rules, select_response
 from sdft_ray.errors import StageFailed
-from sdft_ray.stages import Work
-from sdft_ray.stages.rows import read_training_rows
+from sdft_ray.stages import Work, card, shift
+from sdft_ray.stages.engine import Engine, Request, VllmEngine
+from sdft_ray.stages.rows import training_batches
 
-VERSION = 1
+VERSION = 2
 _SAMPLING = ("temperature", "top_p", "max_new_tokens", "dtype", "seed")
-_LEDGER_FIELDS = ("id", "text", "finish_reason", "prompt_tokens", "tokens", "sampling_seed")
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """One row as the engine gets it."""
-
-    id: str
-    prompt_ids: list[int]
-    sampling_seed: int
-
-
-class Engine(Protocol):
-    """The boundary to vLLM, the only place where tests put a fake."""
-
-    def generate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Generation]]:
-        """Yield each request with its generation as soon as it is finished, in any order.
-
-        A request that cannot be served is yielded with finish_reason `error`; a broken engine raises.
-        """
-        ...
+_COUNTS = ("done", "kept", "prompt_tokens", "tokens")
+_REQUEST_COLUMNS = ("id", "prompt", "reference", "answer")
+_GROUP_ROWS = 64  # of the file of requests: what an actor reads at least
+_TELL_SECONDS = 1.0  # between two reports of an actor to the driver
+_NARROWING = 16  # rows that more than one engine died on are tried in groups this many times smaller, down to one
 
 
 def build(work: Work) -> dict[str, Any]:
-    """Generate the rows that the ledger lacks, then select and write train.parquet."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    rows = read_training_rows(work.input("rows"), work.settings["rows"])
+    """Generate what the ledger lacks, then select and write the dataset."""
     ledger = work.storage.ledger(ledger_name(work))
     with work.storage.lock(f"ledger-{ledger.name}"):  # recipes that ask for other rows share it
-        finished = _finished(_read_ledger(ledger))
-        missing = [row for row in rows if row["id"] not in finished]
-        work.progress.begin(len(rows), done=len(rows) - len(missing))
+        ledgers.compact(ledger)
+        requests = work.resumable / "requests.parquet"
+        with ledgers.open_ledger(ledger) as lines_of:
+            rows, missing = _write_requests(work, lines_of, requests)
+        work.progress.begin(rows, done=rows - missing)
         if missing:
-            _generate(work, missing, ledger)
-        generations = _read_ledger(ledger)
-    selected, counts = select_rows(rows, generations)
-    failed = counts["error"] / len(rows)
-    if failed > work.settings["max_failed_fraction"]:
-        messages = Counter(row["generated"] for row in selected if row["reason"] == "error")
-        raise StageFailed(
-            f"distill: {counts['error']} of {len(rows)} rows failed in the engine (allowed: "
-            f"{work.settings['max_failed_fraction']:.0%}), mostly: {messages.most_common(1)[0][0]}. "
-            f"{len(_finished(generations))} generated rows are kept in {ledger}"
-        )
-    text = ("id", "prompt", "reference", "answer", "response", "source", "reason", "generated", "finish_reason")
-    schema = pa.schema(
-        [(name, pa.string()) for name in text]
-        + [("prompt_tokens", pa.int32()), ("generated_tokens", pa.int32()), ("sampling_seed", pa.int64())]
-    )
-    pq.write_table(pa.Table.from_pylist(selected, schema), work.directory / "train.parquet")
-    tokens = [row["generated_tokens"] for row in selected]
-    return {
-        "rows": len(selected),
-        "kept": counts["kept"],
-        "acceptance": counts["kept"] / len(selected),
-        "reasons": counts,
-        "generated_tokens": sum(tokens),
-        "mean_generated_tokens": sum(tokens) / len(tokens),
-        "ledger": ledger.name,
-    }
+            _generate(work, requests, missing, ledger)
+        ledgers.compact(ledger)
+        with ledgers.open_ledger(ledger) as lines_of:
+            summary = _write_dataset(work, lines_of, ledger)
+    return {**summary, "ledger": ledger.name}
 
 
 def ledger_name(work: Work) -> str:
@@ -97,6 +64,7 @@ def ledger_name(work: Work) -> str:
         "model": work.stage.inputs["model"].id,
         "rendering": RENDERING_VERSION,
         "template": _template(work.settings),
+        "template_options": work.settings["template_options"],
         **{key: work.settings[key] for key in _SAMPLING},
     }
     return f"{work.stage.inputs['model'].slug}-{short_id(identity)}"
@@ -107,23 +75,31 @@ def _template(settings: Mapping[str, Any]) -> str:
     return settings["template"] or (OPEN if settings["answer"] == "none" else CHECKABLE)
 
 
-def sampling_seed(row_id: str, seed: int) -> int:
-    """Return a row's own seed: it depends on nothing but the row and the recipe's seed."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{row_id}".encode()).digest()[:4], "big")
+def sampling_seed(row_id: str, seed: int, sample: int = 0) -> int:
+    """Return the seed of one sample of a row: it depends on nothing but these and the recipe's seed."""
+    name = f"{seed}:{row_id}" + (f":{sample}" if sample else "")
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
 
 
 def select_rows(
-    rows: Sequence[Mapping[str, Any]], generations: Mapping[str, Mapping[str, Any]]
+    rows: Sequence[Mapping[str, Any]],
+    generations: Mapping[str, Sequence[Mapping[str, Any]]],
+    settings: Mapping[str, Any],
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """Return every row with its selected response, and how many rows there are for each reason.
 
-    rows in = rows out, in the same order: each is trained on, with the rewrite or with its reference.
+    rows in = rows out, in the same order: each is trained on, with the first of its samples that passes, or with its
+    reference. A function of what is there already: other settings select again and generate nothing.
     """
+    rules = Rules(settings["answer"], settings["filters"], settings["strip_thinking"])
     selected = []
     for row in rows:
-        made = generations[row["id"]]
-        generation = Generation(made["text"], made["finish_reason"], made["prompt_tokens"], made["tokens"])
-        chosen = select_response(row["reference"], row["answer"], generation, may_say=row["prompt"])
+        samples = [
+            Generation(made["text"], made["finish_reason"], made["prompt_tokens"], made["tokens"])
+            for made in generations[row["id"]]
+        ]
+        chosen = select_response(row, samples, rules)
+        generation, made = samples[chosen.sample], generations[row["id"]][chosen.sample]
         selected.append(
             {
                 **row,
@@ -140,13 +116,69 @@ def select_rows(
     return selected, {reason: counts[reason] for reason in REASONS}
 
 
-def _generate(work: Work, rows: Sequence[Mapping[str, Any]], ledger: Path) -> None:
+def next_draw(
+    row: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], first: int = 0
+) -> tuple[int, int] | None:
+    """Return the sample of a row that is to be drawn next and how often that failed; None where nothing is left.
+
+    A sample is drawn only where none before it passes. `first`: the samples before it are known not to pass.
+    """
+    for sample in range(first, settings["samples"]):
+        mine = [line for line in lines if line["sample"] == sample]
+        complete = [line for line in mine if line["finish_reason"] in COMPLETE]
+        if not complete:
+            return sample, len(mine)
+        if select_rows([row], {row["id"]: complete[:1]}, settings)[1]["kept"]:
+            return None
+    return None
+
+
+def _write_requests(work: Work, lines_of: Callable[..., ledgers.Lines], path: Path) -> tuple[int, int]:
+    """Write the rows that need the engine to a file; return how many rows there are and how many need it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema(
+        [(name, pa.string()) for name in _REQUEST_COLUMNS]
+        + [(name, pa.int32()) for name in ("position", "sample", "failed")]
+    )
+    rows = missing = 0
+    waiting: list[dict[str, Any]] = []
+    with pq.ParquetWriter(path, schema) as file:
+        for batch in training_batches(work.input("rows"), work.settings["rows"]):
+            lines = lines_of(row["id"] for row in batch)
+            for position, row in enumerate(batch, rows):
+                if draw := next_draw(row, lines[row["id"]], work.settings):
+                    kept = {name: row[name] for name in _REQUEST_COLUMNS}
+                    waiting.append({**kept, "position": position, "sample": draw[0], "failed": draw[1]})
+            rows += len(batch)
+            while len(waiting) >= _GROUP_ROWS:
+                file.write_table(pa.Table.from_pylist(waiting[:_GROUP_ROWS], schema))
+                waiting = waiting[_GROUP_ROWS:]
+                missing += _GROUP_ROWS
+        file.write_table(pa.Table.from_pylist(waiting, schema))
+    return rows, missing + len(waiting)
+
+
+def _read_requests(path: Path, start: int, stop: int) -> list[dict[str, Any]]:
+    import pyarrow.parquet as pq
+
+    first = start // _GROUP_ROWS
+    groups = pq.ParquetFile(path).read_row_groups(range(first, (stop - 1) // _GROUP_ROWS + 1))
+    found: list[dict[str, Any]] = groups.slice(start - first * _GROUP_ROWS, stop - start).to_pylist()
+    return found
+
+
+def _generate(work: Work, requests: Path, missing: int, ledger: Path) -> None:
     import ray
 
-    plan = work.compute.distill
+    plan, pool = work.compute.distill, work.compute.distill.actors
+    for left in ledger.glob(".trying-*"):  # of a run that was stopped: that says nothing about its rows
+        left.unlink()
+    size = min(plan.batch_rows, -(-missing // pool.max))
+    batches = [(start, min(start + size, missing)) for start in range(0, missing, size)]
     dataset = ray.data.from_items(
-        [{key: row[key] for key in ("id", "prompt", "reference")} for row in rows],
-        override_num_blocks=max(plan.actors.max, -(-len(rows) // plan.batch_rows)),
+        [{"start": start, "stop": stop} for start, stop in batches], override_num_blocks=len(batches)
     ).map_batches(
         Rewriter,
         fn_constructor_kwargs={
@@ -154,27 +186,134 @@ def _generate(work: Work, rows: Sequence[Mapping[str, Any]], ledger: Path) -> No
             "model": str(work.input("model")),
             "settings": dict(work.settings),
             "options": plan.engine.model_dump() | {"tensor_parallel_size": plan.tensor_parallel_size},
-            "alone": plan.actors.max == 1,
+            "alone": pool.max == 1,
+            "requests": str(requests),
             "ledger": str(ledger),
             "piece_rows": plan.piece_rows,
         },
-        batch_size=plan.batch_rows,
-        compute=ray.data.ActorPoolStrategy(
-            min_size=plan.actors.min, max_size=plan.actors.max, max_tasks_in_flight_per_actor=2
-        ),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(min_size=pool.min, max_size=pool.max, max_tasks_in_flight_per_actor=2),
         num_cpus=plan.cpus,
         num_gpus=plan.gpus or None,
+        # Ray Data's own default is to try for ever.
+        max_restarts=plan.max_failures,
+        max_task_retries=plan.max_failures,
     )
-    before = work.progress.done
-    tokens = count = 0
-    for piece in dataset.iter_batches(batch_size=None):
-        count += len(piece["tokens"])
-        tokens += int(piece["tokens"].sum())
-        work.progress.update(before + count, f"{tokens} tokens generated")
+    dataset.context.target_max_block_size = 1  # else what a batch yields comes to the driver at the batch's end
+    tally = _Tally(work)
+    try:
+        for piece in dataset.iter_batches(batch_size=None):
+            tally.add({name: column.tolist()[0] for name, column in piece.items()})
+    except ray.exceptions.RayActorError as error:
+        raise StageFailed(f"distill: {_died_on(ledger) or error}. What was generated is kept in {ledger}") from error
+
+
+class _Tally:
+    """What all batches have come to, for the progress line; a batch that is tried again counts anew."""
+
+    def __init__(self, work: Work) -> None:
+        self.progress, self.done_before = work.progress, work.progress.done
+        self.begun = time.monotonic()
+        self.batches: dict[int, dict[str, Any]] = {}
+        self.heard: dict[str, float] = {}
+
+    def add(self, piece: dict[str, Any]) -> None:
+        """Take in how far a batch is."""
+        now = time.monotonic()
+        self.batches[piece["start"]], self.heard[piece["actor"]] = piece, now
+        total = {name: sum(batch[name] for batch in self.batches.values()) for name in _COUNTS}
+        into, out = (total[name] / (now - self.begun) for name in ("prompt_tokens", "tokens"))
+        actors = sum(now - heard < 60 for heard in self.heard.values())
+        self.progress.update(
+            self.done_before + total["done"],
+            f"{into:.0f} tokens/s in, {out:.0f} out, {total['kept'] / max(1, total['done']):.0%} kept, "
+            f"{actors} actor{'s' * (actors != 1)}",
+        )
+
+
+def _died_on(ledger: Path) -> str:
+    """Return which rows engines died on and what the last one said; nothing where none died at work."""
+    notes = [json.loads(path.read_text()) for path in sorted(ledger.glob(".trying-*"), key=lambda p: p.stat().st_mtime)]
+    if not notes:
+        return ""
+    last = notes[-1]
+    times = sum(note["batch"] == last["batch"] for note in notes)
+    said = f", saying {last['error']}" if last["error"] else ""
+    rows = f"rows {min(last['positions'])} to {max(last['positions'])} of the training rows"
+    return f"the engine died {times} times over one batch, the last time on {rows}{said}"
+
+
+def _write_dataset(work: Work, lines_of: Callable[..., ledgers.Lines], ledger: Path) -> dict[str, Any]:
+    """Write train.parquet and its card; return the figures."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    counts: Counter[str] = Counter()
+    messages: Counter[str] = Counter()
+    generated = tokens = 0
+    chosen = shift.Sample(work.settings["shift_rows"], work.settings["seed"])
+    examples: dict[str, dict[str, Any]] = {}
+    schema = card.schema()
+    with pq.ParquetWriter(work.directory / "train.parquet", schema) as file:
+        for batch in training_batches(work.input("rows"), work.settings["rows"]):
+            lines = {row_id: _samples(found) for row_id, found in lines_of(row["id"] for row in batch).items()}
+            selected, found = select_rows(batch, lines, work.settings)
+            counts.update(found)
+            messages.update(row["generated"] for row in selected if row["reason"] == "error")
+            generated += sum(len(made) for made in lines.values())
+            tokens += sum(line["tokens"] for made in lines.values() for line in made)
+            for row in selected:
+                examples.setdefault(row["reason"], row)
+                if row["reason"] == "kept":
+                    chosen.offer(row)
+            file.write_table(pa.Table.from_pylist([card.record(row) for row in selected], schema))
+    rows = counts.total()
+    if counts["error"] / rows > work.settings["max_failed_fraction"]:
+        raise StageFailed(
+            f"distill: {counts['error']} of {rows} rows failed in the engine (allowed: "
+            f"{work.settings['max_failed_fraction']:.0%}), mostly: {messages.most_common(1)[0][0]}. "
+            f"{rows - counts['error']} generated rows are kept in {ledger}"
+        )
+    summary = {
+        "rows": rows,
+        "kept": counts["kept"],
+        "acceptance": counts["kept"] / rows,
+        "reasons": {reason: counts[reason] for reason in REASONS},
+        "generations": generated,
+        "generated_tokens": tokens,
+        "mean_generated_tokens": tokens / generated,
+        "shift": _measure_shift(work, chosen.rows),
+    }
+    card.write(work.directory, work.stage, summary, examples)
+    return summary
+
+
+def _samples(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return one line for each sample of a row, in order: what was generated, else the last error."""
+    best: dict[int, Mapping[str, Any]] = {}
+    for line in lines:
+        if line["sample"] not in best or line["finish_reason"] in COMPLETE:
+            best[line["sample"]] = line
+    return [best[sample] for sample in sorted(best)]
+
+
+def _measure_shift(work: Work, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    import ray
+
+    if not rows:
+        return None
+    _, cpus, gpus = work.compute.needs()["distill"]
+    device = "cuda" if gpus else "cpu"
+    measure = ray.remote(num_cpus=cpus, num_gpus=gpus or None)(shift.measure)
+    found: dict[str, Any] = ray.get(measure.remote(str(work.input("model")), work.settings["dtype"], device, rows))
+    return found
+
+
+# --- in the actors ----------------------------------------------------------------------------------------------
 
 
 class Rewriter:
-    """An actor with an engine; turns a batch of rows into ledger pieces."""
+    """An actor with an engine; turns a batch of requests into ledger pieces."""
 
     def __init__(
         self,
@@ -183,137 +322,136 @@ class Rewriter:
         settings: dict[str, Any],
         options: dict[str, Any],
         alone: bool,
+        requests: str,
         ledger: str,
         piece_rows: int,
     ) -> None:
+        import ray
         from transformers import AutoTokenizer
 
         self.engine = engine(model, settings, options, alone)
         self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.settings, self.ledger, self.piece_rows = settings, Path(ledger), piece_rows
+        self.settings, self.piece_rows = settings, piece_rows
+        self.requests, self.ledger = Path(requests), Path(ledger)
+        self.actor = ray.get_runtime_context().get_actor_id()
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Yield the token counts of each piece once it is durable."""
+        """Yield how far the batch is, now and then."""
         import numpy as np
 
+        start, stop = batch["start"].item(), batch["stop"].item()
+        for counts in self._work_through(_read_requests(self.requests, start, stop)):
+            yield {name: np.array([value]) for name, value in {"start": start, "actor": self.actor, **counts}.items()}
+
+    def _work_through(self, asked: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, int]]:
+        """Draw what each row needs, in rounds: the same sample again, or one more, where the last draw failed."""
+        rows = {row["id"]: row for row in asked}
         # Pieces are named after their batch, so a batch that Ray hands out again after a kill finds what it wrote.
-        name = hashlib.sha256("".join(batch["id"]).encode()).hexdigest()[:12]
-        written = _read_pieces(self.ledger, f"part-{name}-*.parquet")
-        there = {row["id"]: row for row in written if row["finish_reason"] in COMPLETE}
-        if there:
-            yield {"tokens": np.array([row["tokens"] for row in there.values()])}
-        requests = [
-            self._request(row_id, prompt, reference)
-            for row_id, prompt, reference in zip(batch["id"], batch["prompt"], batch["reference"], strict=True)
-            if row_id not in there
-        ]
+        batch = hashlib.sha256("".join(rows).encode()).hexdigest()[:12]
+        made: dict[str, list[dict[str, Any]]] = {row_id: [] for row_id in rows}
+        pieces = list(ledgers.read_batch(self.ledger, batch))
+        for line in itertools.chain.from_iterable(pieces):
+            made[line["id"]].append(line)
+        deaths, guilty = _read_deaths(self.ledger, batch)
         piece: list[dict[str, Any]] = []
-        for request, generation in self.engine.generate(requests):
-            piece.append({"id": request.id, "sampling_seed": request.sampling_seed, **dataclasses.asdict(generation)})
-            if len(piece) == self.piece_rows:
-                _write_piece(self.ledger, name, piece)
-                yield {"tokens": np.array([row["tokens"] for row in piece])}
-                piece = []
-        if piece:
-            _write_piece(self.ledger, name, piece)
-            yield {"tokens": np.array([row["tokens"] for row in piece])}
+        settled: dict[str, bool] = {}
+        """For each row that needs no engine any more, whether it keeps a rewrite."""
 
-    def _request(self, row_id: str, prompt: str, reference: str) -> Request:
-        instruction = rewrite_instruction(prompt, reference, _template(self.settings))
-        return Request(row_id, render_prompt(self.tokenizer, instruction), sampling_seed(row_id, self.settings["seed"]))
+        def take(request: Request, generation: Generation) -> None:
+            identity = {"id": request.id, "sample": request.sample, "sampling_seed": request.sampling_seed}
+            line = {**identity, **dataclasses.asdict(generation)}
+            made[request.id].append(line)
+            piece.append(line)
 
+        def store() -> dict[str, int]:
+            if piece:
+                ledgers.write_piece(self.ledger, batch, piece)
+                piece.clear()
+            lines = list(itertools.chain.from_iterable(made.values()))
+            tokens = {name: sum(line[name] for line in lines) for name in ("prompt_tokens", "tokens")}
+            return {"done": len(settled), "kept": sum(settled.values()), **tokens}
 
-class VllmEngine:
-    """vLLM behind the `Engine` boundary, inside the actor's own process: a killed actor leaves no engine behind."""
+        def next_request(row_id: str) -> Request | None:
+            draw = None if row_id in guilty else self._next_draw(rows[row_id], made[row_id])
+            if draw is not None:
+                return self._request(rows[row_id], draw)
+            samples = {row_id: _samples(made[row_id])}
+            settled[row_id] = bool(select_rows([rows[row_id]], samples, self.settings)[1]["kept"])
+            return None
 
-    def __init__(self, model: str, settings: Mapping[str, Any], options: Mapping[str, Any], alone: bool) -> None:
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        os.environ["VLLM_NO_USAGE_STATS"] = "1"
-        os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
-        os.environ["HF_HUB_OFFLINE"] = "1"  # the model is a local directory
-        # vLLM leaves a core idle and pins its threads; two engines on one machine must not pin to the same cores.
-        os.environ["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
-        if not alone:
-            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
-        from vllm import EngineArgs
-        from vllm.platforms import current_platform
-        from vllm.v1.engine.llm_engine import LLMEngine
-
-        named = {key: value for key, value in options.items() if value is not None}
-        kv_cache_gib = named.pop("kv_cache_gib")
-        if current_platform.is_cpu():
-            named.pop("gpu_memory_utilization")
-            named["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
-            # A prompt split over two steps would rewind its seeded generator, which only CUDA's can
-            # (docs/footguns.md).
-            named["enable_chunked_prefill"] = False
-        self.engine = LLMEngine.from_engine_args(
-            EngineArgs(model=model, dtype=settings["dtype"], disable_log_stats=True, generation_config="vllm", **named)
-        )
-        self.settings = settings
-
-    def generate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Generation]]:
-        """Yield each request with its generation as it finishes; the engine batches continuously."""
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        waiting: dict[str, Request] = {}
-        for request in requests:
-            params = SamplingParams(
-                temperature=self.settings["temperature"],
-                top_p=self.settings["top_p"],
-                max_tokens=self.settings["max_new_tokens"],
-                seed=request.sampling_seed,
-                output_kind=RequestOutputKind.FINAL_ONLY,
+        for row_id in guilty - {row_id for row_id, lines in made.items() if lines}:
+            take(
+                self._request(rows[row_id], rows[row_id]["sample"]), Generation("the engine died on this row", "error")
             )
-            try:
-                self.engine.add_request(request.id, {"prompt_token_ids": request.prompt_ids}, params)
-            except ValueError as error:  # this row cannot be served, for example longer than the context
-                yield request, Generation(str(error), "error")
-                continue
-            waiting[request.id] = request
-        while waiting:
-            for output in self.engine.step():
-                if output.finished:
-                    yield waiting.pop(output.request_id), self._generation(output)
+        requests = [request for row_id in rows if (request := next_request(row_id))]
+        told = time.monotonic()
+        for _ in pieces:  # Ray drops as many as it had from this batch before its actor died
+            yield store()
+        while requests:
+            again = []
+            for group in _groups(requests, deaths, len(rows)):
+                for request, generation in self._generate(batch, group, rows):
+                    take(request, generation)
+                    if further := next_request(request.id):
+                        again.append(further)
+                    if len(piece) == self.piece_rows:
+                        counts = store()
+                        if time.monotonic() - told > _TELL_SECONDS:
+                            told = time.monotonic()
+                            yield counts
+            requests = again
+        yield store()
 
-    def _generation(self, output: Any) -> Generation:
-        made, prompt_tokens = output.outputs[0], len(output.prompt_token_ids)
-        if made.finish_reason == "length" and len(made.token_ids) < self.settings["max_new_tokens"]:
-            # Cut off by the engine, not by the recipe: no setting of the compute file may decide what a row becomes.
-            what = f"prompt of {prompt_tokens} tokens leaves too little of compute.distill.engine.max_model_len"
-            return Generation(what, "error", prompt_tokens)
-        return Generation(made.text, made.finish_reason, prompt_tokens, len(made.token_ids))
+    def _next_draw(self, row: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> int | None:
+        """Return the sample that a row needs next; None where it needs none or failed too often."""
+        draw = next_draw(row, lines, self.settings, row["sample"])
+        if draw is None:
+            return None
+        sample, failed = draw
+        before = row["failed"] if sample == row["sample"] else 0
+        # Whatever happened in earlier runs, each run tries once: its cause may have been mended.
+        return sample if not failed or before + failed < self.settings["max_attempts"] else None
+
+    def _request(self, row: Mapping[str, Any], sample: int) -> Request:
+        instruction = rewrite_instruction(row["prompt"], row["reference"], _template(self.settings))
+        prompt_ids = render_prompt(self.tokenizer, instruction, self.settings["template_options"])
+        return Request(row["id"], sample, prompt_ids, sampling_seed(row["id"], self.settings["seed"], sample))
+
+    def _generate(
+        self, batch: str, group: Sequence[Request], rows: Mapping[str, Mapping[str, Any]]
+    ) -> Iterator[tuple[Request, Generation]]:
+        """Yield what the engine makes of a group, with a note on disk for as long as it is at work on it.
+
+        A note that is still there says that the process died. An engine that raises ends its process too: nothing else
+        mends it, and Ray starts a new one.
+        """
+        note = self.ledger / f".trying-{batch}-{uuid.uuid4().hex[:8]}"
+        ids = [request.id for request in group]
+        content = {"batch": batch, "ids": ids, "positions": [rows[row_id]["position"] for row_id in ids]}
+        write_atomically(note, json.dumps(content | {"error": ""}))
+        try:
+            yield from self.engine.generate(group)
+        except Exception as error:  # noqa: BLE001 - whatever a broken engine raises
+            write_atomically(note, json.dumps(content | {"error": f"{type(error).__name__}: {error}"}))
+            traceback.print_exc()
+            os._exit(1)
+        note.unlink()
 
 
-def _write_piece(ledger: Path, batch: str, rows: list[dict[str, Any]]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    name = f"part-{batch}-{uuid.uuid4().hex[:8]}.parquet"
-    temporary = ledger / f".{name}.tmp"
-    pq.write_table(pa.Table.from_pylist(rows).select(list(_LEDGER_FIELDS)), temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.rename(ledger / name)
+def _read_deaths(ledger: Path, batch: str) -> tuple[Counter[str], set[str]]:
+    """Return how often a process died at work on each row of a batch, and the rows that it was alone with."""
+    notes = [json.loads(path.read_text()) for path in ledger.glob(f".trying-{batch}-*")]
+    deaths = Counter(row_id for note in notes for row_id in note["ids"])
+    return deaths, {note["ids"][0] for note in notes if len(note["ids"]) == 1}
 
 
-def _read_pieces(ledger: Path, pattern: str) -> Iterator[dict[str, Any]]:
-    import pyarrow.parquet as pq
+def _groups(requests: Sequence[Request], deaths: Mapping[str, int], rows: int) -> Iterator[list[Request]]:
+    """Yield requests in the groups that an engine gets them in: all at once, long ones first.
 
-    for path in sorted(ledger.glob(pattern)):
-        yield from pq.read_table(path).to_pylist()
-
-
-def _read_ledger(ledger: Path) -> dict[str, dict[str, Any]]:
-    """Return what the ledger holds for each row; a later success takes the place of an error."""
-    found: dict[str, dict[str, Any]] = {}
-    for row in _read_pieces(ledger, "part-*.parquet"):
-        if row["id"] not in found or found[row["id"]]["finish_reason"] not in COMPLETE:
-            found[row["id"]] = row
-    return found
-
-
-def _finished(generations: Mapping[str, Mapping[str, Any]]) -> set[str]:
-    """Return the ids that need no engine any more; rows that ended in an error are tried again."""
-    return {row_id for row_id, row in generations.items() if row["finish_reason"] in COMPLETE}
+    Those that more than one process died on come last and in smaller groups, to find the one that kills.
+    """
+    ordered = sorted(requests, key=lambda request: (deaths[request.id], -len(request.prompt_ids)))
+    for times, members in itertools.groupby(ordered, key=lambda request: deaths[request.id]):
+        size = max(1, rows // _NARROWING ** max(0, times - 1))
+        each = list(members)
+        yield from (each[i : i + size] for i in range(0, len(each), size))

@@ -24,6 +24,12 @@ SETTINGS = {
     "dtype": "float32",
     "seed": 0,
     "template": None,
+    "template_options": {"enable_thinking": False},
+    "strip_thinking": True,
+    "filters": {"leak": True, "refusal": True, "repeated": True, "too_long": 4.0},
+    "samples": 1,
+    "max_attempts": 3,
+    "shift_rows": 0,
     "max_failed_fraction": 0.5,
     "answer": "number",
     "rows": None,
@@ -31,8 +37,13 @@ SETTINGS = {
 PLAN = compute.Compute(distill=compute.Distill(cpus=1, batch_rows=8, piece_rows=2))
 
 
-def fake_engine(log: Path, kill_after: int | None = None, error_on: str = "no such prompt"):
-    """Return an engine class: answers `<reference number> is it`, logs each row, and can kill its process once."""
+def fake_engine(
+    log: Path, kill_after: int | None = None, error_on: str = "never", die_on: str = "never", raise_on: str = "never"
+):
+    """Return an engine class: answers `<reference number> is it`, logs each row, and can err, raise or die.
+
+    It dies once after so many rows, or each time at a prompt with certain words.
+    """
 
     class FakeEngine:
         def __init__(self, model, settings, options, alone):
@@ -48,6 +59,10 @@ def fake_engine(log: Path, kill_after: int | None = None, error_on: str = "no su
                 if kill_after is not None and seen == kill_after:
                     os.kill(os.getpid(), signal.SIGKILL)
                 text = self.tokenizer.decode(request.prompt_ids)
+                if die_on in text:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if raise_on in text:
+                    raise RuntimeError("the engine is broken")
                 if error_on in text:
                     yield request, Generation("prompt refused", "error")
                     continue

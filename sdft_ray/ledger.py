@@ -1,0 +1,134 @@
+"""The ledger: what an engine has generated, durable in small pieces, whatever dies.
+
+In: lines, one for each time that an engine was asked for a sample of a row. Out: the lines of any row, from disk.
+A piece is a Parquet file that is written under another name, synced and renamed: it is there whole or not at all.
+`compact` merges pieces into one; a merged piece names those that it holds, so a kill between writing it and deleting
+them doubles nothing. Readers go through a database on local disk: memory does not grow with the number of rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sqlite3
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_COLUMNS = {
+    "id": "string",
+    "sample": "int32",
+    "text": "string",
+    "finish_reason": "string",
+    "prompt_tokens": "int32",
+    "tokens": "int32",
+    "sampling_seed": "int64",
+}
+_HOLDS = b"holds"  # of a merged piece's metadata: the names of the pieces in it
+_READ_ROWS = 1024
+
+Lines = dict[str, list[dict[str, Any]]]
+"""For each row id its lines, in no order."""
+
+
+def write_piece(ledger: Path, batch: str, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Make lines durable together; `batch` names the piece, so that a repeated batch finds what it wrote."""
+    import pyarrow as pa
+
+    table = pa.Table.from_pylist([{name: line[name] for name in _COLUMNS} for line in lines], _schema())
+    _write(ledger / f"part-{batch}-{uuid.uuid4().hex[:8]}.parquet", table.schema, table.to_batches())
+
+
+def read_batch(ledger: Path, batch: str) -> Iterator[list[dict[str, Any]]]:
+    """Yield the lines of each piece that a batch wrote since the ledger was last compacted."""
+    for path in sorted(ledger.glob(f"part-{batch}-*.parquet")):
+        yield [line for lines in _read(path) for line in lines.to_pylist()]
+
+
+def compact(ledger: Path) -> None:
+    """Merge all pieces into one; what a kill interrupts is finished by the next call."""
+    paths, held = _pieces(ledger)
+    if len(paths) > 1:
+        names = [path.name for path in paths] + [name for name in sorted(held) if (ledger / name).exists()]
+        schema = _schema().with_metadata({_HOLDS: json.dumps(names)})
+        merged = ledger / f"part-merged-{uuid.uuid4().hex[:8]}.parquet"
+        _write(merged, schema, (lines for path in paths for lines in _read(path)))
+        held |= {path.name for path in paths}
+    for name in held:
+        (ledger / name).unlink(missing_ok=True)
+    for torn in ledger.glob(".part-*.tmp"):  # of a write that a kill cut short
+        torn.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def open_ledger(ledger: Path) -> Iterator[Callable[[Iterable[str]], Lines]]:
+    """Yield a function from row ids to their lines, as the ledger holds them now."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.closing(sqlite3.connect(f"{folder}/lines")) as database:
+        database.execute("PRAGMA journal_mode=OFF")
+        database.execute("PRAGMA synchronous=OFF")
+        database.execute(f"CREATE TABLE lines ({', '.join(_COLUMNS)})")
+        places = ", ".join("?" * len(_COLUMNS))
+        for path in _pieces(ledger)[0]:
+            for lines in _read(path):
+                values = zip(*(column.to_pylist() for column in lines.columns), strict=True)
+                database.executemany(f"INSERT INTO lines VALUES ({places})", values)
+        database.execute("CREATE INDEX by_id ON lines (id)")
+
+        def lines_of(ids: Iterable[str]) -> Lines:
+            found: Lines = {row_id: [] for row_id in ids}
+            asked = ", ".join("?" * len(found))
+            for line in database.execute(f"SELECT * FROM lines WHERE id IN ({asked})", list(found)):
+                found[line[0]].append(dict(zip(_COLUMNS, line, strict=True)))
+            return found
+
+        yield lines_of
+
+
+def _schema() -> Any:
+    import pyarrow as pa
+
+    return pa.schema([(name, getattr(pa, kind)()) for name, kind in _COLUMNS.items()])
+
+
+def _pieces(ledger: Path) -> tuple[list[Path], set[str]]:
+    """Return the pieces that count, and the names of those that stand, or stood, in a merged one."""
+    import pyarrow.parquet as pq
+
+    paths = sorted(ledger.glob("part-*.parquet"))
+    held: set[str] = set()
+    for path in paths:
+        if path.name.startswith("part-merged-"):
+            held |= set(json.loads(pq.read_metadata(path).metadata[_HOLDS]))
+    return [path for path in paths if path.name not in held], held
+
+
+def _read(path: Path) -> Iterator[Any]:
+    """Yield a piece as record batches; ledgers from before there were samples hold the first of each row."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = _schema()
+    for lines in pq.ParquetFile(path).iter_batches(_READ_ROWS):
+        columns = [
+            lines[name].cast(schema.field(name).type)
+            if name in lines.schema.names
+            else pa.array([0] * len(lines), schema.field(name).type)
+            for name in _COLUMNS
+        ]
+        yield pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _write(path: Path, schema: Any, batches: Iterable[Any]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    temporary = path.with_name(f".{path.name}.tmp")
+    with pq.ParquetWriter(temporary, schema) as writer:
+        for lines in batches:
+            writer.write_table(pa.Table.from_batches([lines]).cast(schema))
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    temporary.rename(path)
