@@ -31,6 +31,7 @@ def load(tmp_path, monkeypatch):
 def test_load_compute_without_a_file_settles_every_auto_for_this_machine(load, cores, score, train):
     assert load(cores).needs() == {
         "score": (1, score, 0),
+        "loss": (1, score, 0),
         "distill": (1, score, 0),
         "train": (2, train, 0),
         "evaluate": (1, 1, 0),
@@ -41,6 +42,7 @@ def test_load_compute_shares_the_cores_among_actors_and_workers(load):
     data = {"score": {"actors": 2}, "distill": {"actors": 3}, "train": {"workers": 4}, "evaluate": {"cpus": "auto"}}
     assert {name: need[:2] for name, need in load(8, data).needs().items()} == {
         "score": (2, 4),
+        "loss": (2, 4),
         "distill": (3, 2),
         "train": (4, 2),
         "evaluate": (1, 8),
