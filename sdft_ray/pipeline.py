@@ -186,6 +186,11 @@ def run(recipe: Recipe, compute: Compute, storage: Storage, until: str | None = 
         if until not in STAGE_NAMES:
             raise UserError(problem("--until", f"{until} is no stage", nearest(until, STAGE_NAMES)))
         plan = plan[: 1 + max((i for i, stage in enumerate(plan) if stage.name == until), default=len(plan))]
+    return build(plan, compute, storage)
+
+
+def build(plan: Sequence[Stage], compute: Compute, storage: Storage) -> Built:
+    """Build every stage of a plan that is not there yet, in its order, on one cluster."""
     todo = [stage for stage in plan if storage.status(stage) != "done"]
     with contextlib.ExitStack() as stack:
         connected = False

@@ -1,0 +1,130 @@
+"""Which metric should choose the blocks: what each one removes, and what that costs in loss and in accuracy.
+
+    python benchmarks/metrics.py --corpus boolq --corpus texts.jsonl --root /tmp/metrics
+
+Every metric chooses on every corpus for several sizes; the loss of every span on every corpus is measured, so that what
+a smaller number of candidates would choose is known as well. Each distinct set of blocks is cut once and examined,
+untrained, on four benchmarks. The last line is JSON: for each metric the mean accuracy over sizes and corpora.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ["TQDM_DISABLE"] = "1"
+
+from report import print_figures
+
+from sdft_ray import pipeline
+from sdft_ray.artifacts import Stage
+from sdft_ray.compute import load_compute
+from sdft_ray.core.surgery import name_blocks
+from sdft_ray.recipe import Recipe, load_recipe, validate
+from sdft_ray.sources import read_json
+from sdft_ray.stages.cut import remove_blocks
+from sdft_ray.stages.score import read_measured
+from sdft_ray.storage import Storage
+
+SIZES = (2, 3, 4, 6)
+TASKS = ("arc_easy", "sciq", "piqa", "hellaswag")
+EVERY = 1000  # candidates: more than there are spans
+
+
+def main() -> None:
+    """Build what is missing under the root and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", type=Path, default=Path("configs/recipes/demo.yaml"))
+    parser.add_argument("--corpus", action="append", metavar="TEXT", help="boolq or a file (default: boolq)")
+    parser.add_argument("--limit", type=int, default=200, help="items of a task (default: %(default)s)")
+    parser.add_argument("--root", default="./artifacts")
+    options = parser.parse_args()
+    corpora = options.corpus or ["boolq"]
+    storage, compute = Storage(options.root), load_compute()
+    base = load_recipe(options.recipe).model_dump(mode="json")
+
+    def plan_of(corpus: str, size: int) -> tuple[Stage, ...]:
+        calibration = {"text": corpus, "held_back": 16}
+        prune = {"blocks": size, "metric": "loss", "candidates": EVERY, "calibration": calibration}
+        exams = {"tasks": list(TASKS), "limit": options.limit}
+        return pipeline.stages(validate(Recipe, base | {"prune": prune, "evaluate": exams}))
+
+    plans = {(corpus, size): plan_of(corpus, size) for corpus in corpora for size in SIZES}
+    measured = {
+        stage.id: stage for plan in plans.values() for stage in plan if stage.name in ("model", "score", "loss")
+    }
+    pipeline.build(list(measured.values()), compute, storage)
+
+    losses = {key: read_json(storage.place(_named(plan, "loss")) / "losses.json") for key, plan in plans.items()}
+    chosen = {
+        (corpus, size, way): blocks
+        for (corpus, size), plan in plans.items()
+        for way, blocks in _choices(losses[corpus, size], storage.place(_named(plan, "score")), size).items()
+    }
+    some_plan = plans[corpora[0], SIZES[0]]
+    model = some_plan[0]
+    exams = [s for s in some_plan if s.name == "evaluate" and s.inputs["model"] is model]
+    examined = {"nothing": exams}
+    for removed in sorted({tuple(blocks) for blocks in chosen.values()}):
+        directory = Path(options.root) / "cut" / "-".join(map(str, removed))
+        if not directory.exists():
+            directory.mkdir(parents=True)
+            remove_blocks(storage.place(model), directory, removed)
+        cut = Stage("model", directory.name, 1, {"removed": list(removed)}, {"model": model}, location=directory)
+        slugs = [(exam, f"{exam.settings['task']}-{directory.name}") for exam in exams]
+        examined[name_blocks(removed)] = [
+            dataclasses.replace(exam, slug=slug, inputs={"model": cut}) for exam, slug in slugs
+        ]
+    pipeline.build([exam for exams in examined.values() for exam in exams], compute, storage)
+    accuracy = {
+        blocks: statistics.mean(storage.manifest(exam)["summary"]["value"] for exam in exams)
+        for blocks, exams in examined.items()
+    }
+
+    heads = [f"loss on {Path(corpus).stem}" for corpus in corpora]
+    print(f"| blocks | corpus | chosen by | removed | {' | '.join(heads)} | mean accuracy |")
+    print("|---" * (5 + len(corpora)) + "|")
+    whole = [f"{losses[corpus, SIZES[0]]['base_loss']:.2f}" for corpus in corpora]
+    print(f"| 0 | | | nothing | {' | '.join(whole)} | {100 * accuracy['nothing']:.1f} |")
+    for (corpus, size, way), blocks in sorted(chosen.items(), key=lambda item: (item[0][1], item[0][0])):
+        cells = [
+            next((f"{c['loss']:.2f}" for c in losses[other, size]["candidates"] if c["blocks"] == blocks), "-")
+            for other in corpora
+        ]
+        name = name_blocks(blocks)
+        print(f"| {size} | {Path(corpus).stem} | {way} | {name} | {' | '.join(cells)} | {100 * accuracy[name]:.1f} |")
+    figures = {"accuracy of the base": round(accuracy["nothing"], 4)}
+    for way in dict.fromkeys(way for _, _, way in chosen):
+        values = [accuracy[name_blocks(blocks)] for key, blocks in chosen.items() if key[2] == way]
+        figures[f"accuracy by {way}"] = round(statistics.mean(values), 4)
+    print_figures("metrics", figures)
+
+
+def _choices(losses: dict[str, Any], score: Path, size: int) -> dict[str, list[int]]:
+    """Return what each way to choose would remove."""
+    from sdft_ray.core.similarity import choose_blocks
+
+    candidates = losses["candidates"]  # by loss, the best first
+    _, influences = read_measured(score)
+    ways = {
+        "angular": next(c for c in candidates if c["distance_rank"] == 1)["blocks"],
+        "influence": next(c for c in candidates if c["influence_rank"] == 1)["blocks"],
+        "influence, anywhere": list(choose_blocks(influences, size).blocks),
+    }
+    for few in (5, 10):
+        tried = (c for c in candidates if c["distance_rank"] <= few or c["influence_rank"] == 1)
+        ways[f"loss of {few} candidates"] = next(tried)["blocks"]
+    return ways | {"loss of every span": candidates[0]["blocks"]}
+
+
+def _named(plan: Sequence[Stage], name: str) -> Stage:
+    return next(stage for stage in plan if stage.name == name)
+
+
+if __name__ == "__main__":
+    main()
