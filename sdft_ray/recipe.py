@@ -201,7 +201,9 @@ class Calibration(Section):
             if value.get("rows") is None:
                 value = {**value, "text": value.get("text") or "boolq"}
                 if value.get("positions") == "response":
-                    raise ValueError("positions: a plain text has no response. Give rows, or positions: last or all")
+                    raise ValueError(
+                        "a plain text has no response, which positions names. Give rows, or positions last or all"
+                    )
         return value
 
 
@@ -245,9 +247,10 @@ class Prune(Section):
     @model_validator(mode="after")
     def _agrees(self) -> Self:
         if not self.contiguous and self.metric != "influence":
-            raise ValueError(f"contiguous: false is not possible with metric {self.metric}. Set metric: influence")
+            raise ValueError("contiguous: false needs influence to choose. Set prune.metric: influence")
         if self.metric == "loss" and self.candidates < 2:
-            raise ValueError("candidates: metric loss chooses among them. Give at least 2")
+            what = f"candidates: {self.candidates} leaves the loss nothing to choose from"
+            raise ValueError(f"{what}. Give at least 2")
         return self
 
 
@@ -558,8 +561,8 @@ def _say(kind: type[BaseModel], data: Mapping[str, Any], item: Any) -> str:
         case "value_error":
             message = str(item["ctx"]["error"])
             inner, colon, rest = message.partition(": ")
-            if not path and colon:
-                where, message = inner, rest
+            if colon and re.fullmatch(r"[a-z_.]+", inner):  # a check of a whole section names the field
+                where, message = ".".join([*path, inner]), rest
             what, _, do = message.partition(". ")
             return problem(where, what, do or "Change this value")
         case "which_source":

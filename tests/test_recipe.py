@@ -41,6 +41,38 @@ def load_text(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> Recip
             "prune.calibration.max_token: unknown key. Did you mean max_tokens?",
         ),
         (
+            {"prune": {"blocks": 2, "calibration": [{"text": "boolq"}, {"max_token": 5}]}},
+            "prune.calibration.1.max_token: unknown key. Did you mean max_tokens?",
+        ),
+        (
+            {"prune": {"blocks": 2, "calibration": {"rows": {"path": "f.jsonl", "fields": {"prompt": "q"}}}}},
+            "prune.calibration.rows.fields.response: is missing. Add it.",
+        ),
+        (
+            {"prune": {"blocks": 2, "calibration": []}},
+            "prune.calibration: names no corpus. Give at least one.",
+        ),
+        (
+            {"prune": {"blocks": 2, "calibration": {"text": "boolq", "rows": "own"}}},
+            "prune.calibration: gives both text and rows. Keep one.",
+        ),
+        (
+            {"prune": {"blocks": 2, "calibration": {"rows": "mine"}}},
+            "prune.calibration.rows: give exactly one of gym, path, repo, or own. See configs/recipes for one of each.",
+        ),
+        (
+            {"prune": {"blocks": 2, "calibration": {"positions": "response"}}},
+            "prune.calibration: a plain text has no response, which positions names. Give rows, or positions last or all.",
+        ),
+        (
+            {"prune": {"blocks": 2, "contiguous": False}},
+            "prune.contiguous: false needs influence to choose. Set prune.metric: influence.",
+        ),
+        (
+            {"prune": {"blocks": 2, "metric": "loss", "candidates": 1}},
+            "prune.candidates: 1 leaves the loss nothing to choose from. Give at least 2.",
+        ),
+        (
             {"rows": {"gym": "chain_sum", "limit": 10, "helt_out": 3}},
             "rows.helt_out: unknown key. Did you mean held_out?",
         ),
