@@ -97,26 +97,27 @@ def _show_report(options: argparse.Namespace, recipe: Any, storage: Any) -> None
 
 
 def _verify(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
     from sdft_ray import verify
-    from sdft_ray.progress import Progress
     from sdft_ray.storage import Storage
 
     results, failed = [], []
     for model in verify.find_models(options.target, options.against, Storage(options.root)):
-        checks = []
-        with Progress(model.name, "checks") as progress:
-            progress.begin(verify.COUNT)
+        with Console(stderr=True).status(f"verifying {model.name}") as status:  # on a terminal only
+            checks = []
             for check in verify.verify(model, options.vllm):
                 checks.append(check)
-                progress.update(len(checks), check.check)
+                status.update(f"verifying {model.name}: {check.check} {check.status}")
         if not options.json:
             verify.show(model, checks)
         results.append(verify.describe(model, checks))
-        failed += [f"{model.name}: {check.check}" for check in checks if check.status == "FAILED"]
+        if wrong := ", ".join(check.check for check in checks if check.status == "FAILED"):
+            failed.append(f"{model.name} ({wrong})")
     if options.json:
         print(json.dumps(results, indent=1))
     if failed:
-        raise StageFailed(f"verify: {len(failed)} checks failed ({'; '.join(failed)})")
+        raise StageFailed(f"verify: failed: {'; '.join(failed)}")
 
 
 def _show(options: argparse.Namespace) -> None:

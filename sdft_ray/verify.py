@@ -405,9 +405,6 @@ _CHECKS: dict[str, tuple[Callable[[Model], Finding], tuple[str, ...]]] = {
 }
 
 
-COUNT = len(_CHECKS)
-
-
 # --- tensors and blocks ---------------------------------------------------------------------------------------
 
 

@@ -288,7 +288,7 @@ def test_command_verify_of_an_artifact_finds_its_base_and_checks_the_manifest(ro
     config.write_text(config.read_text().replace("{", "{ ", 1))
     code, out, error = sdft("verify", pruned.id)
     assert code == 1
-    assert f"verify: 1 checks failed (cut {pruned.id}: hashes)" in error
+    assert f"verify: failed: cut {pruned.id} (hashes)" in error
     assert "config.json" in out and "FAILED" in out
 
 

@@ -72,6 +72,11 @@ def test_train_lowers_the_loss_and_reports_what_it_did(reference):
     assert summary["example"]["without_loss"].rstrip().endswith("assistant")
 
 
+def test_train_writes_rope_settings_as_both_versions_of_transformers_read_them(reference):
+    config = json.loads((reference[0].directory / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+
+
 def test_train_writes_a_plain_model_equal_to_base_plus_adapter(reference, tiny_model):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
