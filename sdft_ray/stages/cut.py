@@ -43,20 +43,32 @@ _THREADS = 4  # more do not make a disk faster
 
 
 def build(work: Work) -> dict[str, Any]:
-    """Write the pruned model."""
-    base, directory = work.input("model"), work.directory
+    """Write the pruned model and its card."""
     choice = choose_removed(work)
-    remove_blocks(base, directory, choice.blocks)
-    parameters = require_loadable(directory)
-    return {
+    base, scored = work.stage.inputs["model"], work.stage.inputs["score"]
+    parameters = remove_blocks(work.input("model"), work.directory, choice.blocks)
+    summary = {
         "removed": list(choice.blocks),
         "metric": work.settings["metric"],
         "cost": choice.value,
         "agreement": choice.agreement,
         "runner_up": None if choice.runner_up is None else list(choice.runner_up),
-        "blocks": read_json(directory / "config.json")["num_hidden_layers"],
-        "parameters": parameters,
+        "blocks": read_json(work.directory / "config.json")["num_hidden_layers"],
+        "parameters": parameters.after,
     }
+    repo = base.settings.get("repo")
+    chosen = {
+        "metric": summary["metric"],
+        "cost": f"{choice.value:.4f}",
+        "runner-up": name_blocks(choice.runner_up) if choice.runner_up else "none",
+        "bootstrap samples that agree": f"{choice.agreement:.0%}",
+        "calibration": ", ".join(scored.where[f"name_{i}"] for i in range(len(scored.settings["calibration"]))),
+    }
+    blocks = summary["blocks"] + len(choice.blocks)
+    recipe = {**work.settings, "dtype": scored.settings["dtype"], "calibration": scored.settings["calibration"]}
+    card = model_card(repo or base.slug, blocks, choice.blocks, parameters, chosen, recipe, repo)
+    write_atomically(work.directory / "README.md", card)
+    return summary
 
 
 def choose_removed(work: Work) -> Choice:
@@ -118,7 +130,12 @@ def remove_blocks(base: Path, directory: Path, removed: Sequence[int]) -> Parame
     require_same_tensors(base, directory, removed)
     _require_per_block_lists(directory)
     after = require_loadable(directory)
-    gone = sum(held[shard][name].elements for shard in held for name in held[shard] if block_of(name) in removed)
+    gone = sum(
+        tensor.elements
+        for tensors in held.values()
+        for name, tensor in tensors.items()
+        if block_of(name) in removed and rename_tensor(name, ())
+    )
     if after != before - gone:
         raise RuntimeError(f"{directory}: has {after} parameters (expected {before} of the base less {gone})")
     return Parameters(before, after)

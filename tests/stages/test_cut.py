@@ -245,6 +245,16 @@ def test_remove_blocks_counts_the_parameters_before_and_after(llama, tmp_path):
     assert counted == (load(llama).num_parameters(), load(tmp_path / "cut").num_parameters())
 
 
+def test_remove_blocks_of_an_old_checkpoint_leaves_its_rotary_buffers_and_head_copy_right(llama, tmp_path):
+    base = shutil.copytree(llama, tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    weights |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(16) for i in range(BLOCKS)}
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, base / "model.safetensors")
+    found = logits_of(load(prune(base, tmp_path / "cut", [1, 2])), some_ids())
+    torch.testing.assert_close(found, logits_of(load(llama), some_ids(), skipped=[1, 2]), atol=1e-5, rtol=1e-5)
+
+
 def _alter(weights):
     weights["model.layers.2.mlp.up_proj.weight"][-1, -1] += 1
 
