@@ -83,13 +83,17 @@ def select_response(row: Mapping[str, Any], generations: Sequence[Generation], r
     return Selected(row["reference"], "reference", reasons[0])
 
 
+_ANNOUNCEMENT = re.compile(r".*:")
+
+
 def _judge(row: Mapping[str, Any], text: str | None, finish_reason: str, rules: Rules) -> Reason:
     """Return `kept`, or the first check that a rewrite fails."""
     if finish_reason not in COMPLETE:
         return "error"
     if finish_reason == "length" or text is None:
         return "truncated"
-    if not text:
+    # One line that ends in a colon announces an answer ("The answer is:") and gives none.
+    if not text or (_ANNOUNCEMENT.fullmatch(text) and not row["reference"].rstrip().endswith(":")):
         return "empty"
     for reason, fails in FILTERS.items():
         if rules.filters[reason] and fails(text, row, rules.filters[reason]):
