@@ -256,7 +256,8 @@ def _write_dataset(work: Work, lines_of: Callable[..., ledgers.Lines], ledger: P
     schema = card.schema()
     with pq.ParquetWriter(work.directory / "train.parquet", schema) as file:
         for batch in training_batches(work.input("rows"), work.settings["rows"]):
-            lines = {row_id: _samples(found) for row_id, found in lines_of(row["id"] for row in batch).items()}
+            read = lines_of(row["id"] for row in batch)
+            lines = {row_id: _samples(found, work.settings["samples"]) for row_id, found in read.items()}
             selected, found = select_rows(batch, lines, work.settings)
             counts.update(found)
             messages.update(row["generated"] for row in selected if row["reason"] == "error")
@@ -288,10 +289,12 @@ def _write_dataset(work: Work, lines_of: Callable[..., ledgers.Lines], ledger: P
     return summary
 
 
-def _samples(lines: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Return one line for each sample of a row, in order: what was generated, else the last error."""
+def _samples(lines: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
+    """Return one line for each of the first `count` samples of a row, in order: what was generated, else an error."""
     best: dict[int, Mapping[str, Any]] = {}
     for line in lines:
+        if line["sample"] >= count:  # of a recipe that drew more
+            continue
         if line["sample"] not in best or line["finish_reason"] in COMPLETE:
             best[line["sample"]] = line
     return [best[sample] for sample in sorted(best)]
@@ -302,9 +305,9 @@ def _measure_shift(work: Work, rows: Sequence[Mapping[str, Any]]) -> dict[str, A
 
     if not rows:
         return None
-    _, cpus, gpus = work.compute.needs()["distill"]
-    device = "cuda" if gpus else "cpu"
-    measure = ray.remote(num_cpus=cpus, num_gpus=gpus or None)(shift.measure)
+    plan = work.compute.distill
+    device = "cuda" if plan.gpus else "cpu"
+    measure = ray.remote(num_cpus=plan.cpus, num_gpus=plan.gpus or None)(shift.measure)
     found: dict[str, Any] = ray.get(measure.remote(str(work.input("model")), work.settings["dtype"], device, rows))
     return found
 
@@ -375,7 +378,7 @@ class Rewriter:
             draw = None if row_id in guilty else self._next_draw(rows[row_id], made[row_id])
             if draw is not None:
                 return self._request(rows[row_id], draw)
-            samples = {row_id: _samples(made[row_id])}
+            samples = {row_id: _samples(made[row_id], self.settings["samples"])}
             settled[row_id] = bool(select_rows([rows[row_id]], samples, self.settings)[1]["kept"])
             return None
 

@@ -39,29 +39,11 @@ class VllmEngine:
     """vLLM behind the `Engine` boundary."""
 
     def __init__(self, model: str, settings: Mapping[str, Any], options: Mapping[str, Any], alone: bool) -> None:
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        os.environ["VLLM_NO_USAGE_STATS"] = "1"
-        os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
-        os.environ["HF_HUB_OFFLINE"] = "1"  # the model is a local directory
-        # vLLM leaves a core idle and pins its threads; two engines on one machine must not pin to the same cores.
-        os.environ["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
-        if not alone:
-            os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+        arguments = engine_arguments(model, settings["dtype"], options, alone)
         from vllm import EngineArgs
-        from vllm.platforms import current_platform
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        named = {key: value for key, value in options.items() if value is not None}
-        kv_cache_gib = named.pop("kv_cache_gib")
-        if current_platform.is_cpu():
-            named.pop("gpu_memory_utilization")
-            named["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
-            # A prompt split over two steps would rewind its seeded generator, which only CUDA's can
-            # (docs/footguns.md).
-            named["enable_chunked_prefill"] = False
-        self.engine = LLMEngine.from_engine_args(
-            EngineArgs(model=model, dtype=settings["dtype"], disable_log_stats=True, generation_config="vllm", **named)
-        )
+        self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments, disable_log_stats=True))
         self.settings = settings
 
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Generation]]:
@@ -96,3 +78,28 @@ class VllmEngine:
             what = f"prompt of {prompt_tokens} tokens leaves too little of compute.distill.engine.max_model_len"
             return Generation(what, "error", prompt_tokens)
         return Generation(made.text, made.finish_reason, prompt_tokens, len(made.token_ids))
+
+
+def engine_arguments(model: str, dtype: str, options: Mapping[str, Any], alone: bool) -> dict[str, Any]:
+    """Return what vLLM's engine is made with, after setting the environment that it reads when it is imported.
+
+    alone: no other engine is on this machine.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
+    os.environ["HF_HUB_OFFLINE"] = "1"  # the model is a local directory
+    # vLLM leaves a core idle and pins its threads; two engines on one machine must not pin to the same cores.
+    os.environ["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
+    if not alone:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    from vllm.platforms import current_platform
+
+    named = {key: value for key, value in options.items() if value is not None}
+    kv_cache_gib = named.pop("kv_cache_gib")
+    if current_platform.is_cpu():
+        named.pop("gpu_memory_utilization")
+        named["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
+        # A prompt split over two steps would rewind its seeded generator, which only CUDA's can (docs/footguns.md).
+        named["enable_chunked_prefill"] = False
+    return {"model": model, "dtype": dtype, "generation_config": "vllm", **named}

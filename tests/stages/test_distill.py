@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
 import signal
 from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from datasets import load_dataset
+from huggingface_hub import DatasetCard
 
 from sdft_ray import compute
 from sdft_ray.artifacts import Stage
@@ -38,11 +41,17 @@ PLAN = compute.Compute(distill=compute.Distill(cpus=1, batch_rows=8, piece_rows=
 
 
 def fake_engine(
-    log: Path, kill_after: int | None = None, error_on: str = "never", die_on: str = "never", raise_on: str = "never"
+    log: Path,
+    kill_after: int | None = None,
+    error_on: str = "never",
+    die_on: str = "never",
+    raise_on: str = "never",
+    right_from: int = 0,
 ):
-    """Return an engine class: answers `<reference number> is it`, logs each row, and can err, raise or die.
+    """Return an engine class: answers `<reference number> is it`, logs each row, and can err, raise, die or be wrong.
 
-    It dies once after so many rows, or each time at a prompt with certain words.
+    It dies once after so many rows, or each time at a prompt with certain words. To a prompt with `What is 1` only its
+    samples from `right_from` on are right.
     """
 
     class FakeEngine:
@@ -67,16 +76,18 @@ def fake_engine(
                     yield request, Generation("prompt refused", "error")
                     continue
                 answer = text.partition("#### ")[2].split("\n")[0]
+                if "What is 1" in text and request.sample < right_from:
+                    answer = "no number"
                 yield request, Generation(f"{answer} is it", "stop", len(request.prompt_ids), 3)
 
     return FakeEngine
 
 
-def make_work(root: Path, model: Path, count: int, **settings) -> Work:
+def make_work(root: Path, model: Path, count: int, max_failures: int = 10, **settings) -> Work:
     """Return the distill stage's work on `count` training rows, its inputs being there already."""
     raw = [
         {"prompt": f"What is {i} + {i}?", "reference": f"It is {2 * i}.\n#### {2 * i}", "answer": None}
-        for i in range(40)
+        for i in range(max(40, count + 4))
     ]
     splits, _ = rows.split_rows(raw, "number", 0, 2, 2)
     storage = Storage(str(root))
@@ -87,7 +98,12 @@ def make_work(root: Path, model: Path, count: int, **settings) -> Work:
         rows.write_splits(directory, splits)
         storage.commit(rows_stage, {}, 0.0)
     stage = Stage("distill", "sums", 1, SETTINGS | {"rows": count} | settings, {"model": base, "rows": rows_stage})
-    return Work(stage, storage, PLAN, Progress("distill", "rows"))
+    plan = PLAN.distill.model_copy(update={"max_failures": max_failures})
+    return Work(stage, storage, PLAN.model_copy(update={"distill": plan}), Progress("distill", "rows"))
+
+
+def rows_of(work: Work) -> list[dict]:
+    return rows.read_training_rows(work.input("rows"), work.settings["rows"])
 
 
 def logged(log: Path) -> list[list]:
@@ -100,12 +116,24 @@ def written(work: Work) -> list[dict]:
 
 def test_distill_every_row_kept_has_the_rewrite(ray_cluster, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(distill, "VllmEngine", fake_engine(tmp_path / "log"))
-    work = make_work(tmp_path, tiny_model, 20)
+    work = make_work(tmp_path, tiny_model, 20, shift_rows=4)
     summary = distill.build(work)
     assert summary["rows"] == summary["kept"] == 20
     for row in written(work):
         assert row["response"] == f"{row['answer']} is it"
         assert row["source"] == "distilled"
+        assert [turn["content"] for turn in row["messages"]] == [row["prompt"], row["response"]]
+    assert summary["shift"]["rows"] == 4
+    assert all(summary["shift"][name]["nll_per_token"] > 0 for name in ("reference", "distilled"))
+    # One token a byte, and the end of the turn.
+    assert 8 <= summary["shift"]["distilled"]["mean_tokens"] <= 9 < summary["shift"]["reference"]["mean_tokens"]
+    card = DatasetCard.load(work.directory / "README.md")
+    assert card.data.license == "unknown" and "| kept | 20 |" in card.text
+    for loaded in (
+        load_dataset("parquet", data_files=str(work.directory / "train.parquet"), cache_dir=str(tmp_path / "cache")),
+        load_dataset(str(work.directory), cache_dir=str(tmp_path / "cache")),
+    ):
+        assert loaded["train"]["id"] == [row["id"] for row in written(work)]
 
 
 def test_distill_growing_the_rows_generates_only_the_missing(ray_cluster, tiny_model, tmp_path, monkeypatch):
@@ -165,6 +193,60 @@ def test_distill_a_batch_of_nothing_but_errors_is_tried_again(ray_cluster, tiny_
     assert distill.build(work)["kept"] == 8
 
 
+def test_distill_more_samples_are_drawn_only_where_none_before_passed(ray_cluster, tiny_model, tmp_path, monkeypatch):
+    log = tmp_path / "log"
+    monkeypatch.setattr(distill, "VllmEngine", fake_engine(log, right_from=2))
+    one = make_work(tmp_path, tiny_model, 36)
+    summary = distill.build(one)
+    wrong = {row["id"] for row in written(one) if row["source"] == "reference"}
+    assert len(wrong) == summary["reasons"]["no_answer"] == 36 - summary["kept"] > 0
+    three = make_work(tmp_path, tiny_model, 36, samples=4)
+    assert distill.build(three)["kept"] == 36
+    assert {row["id"]: row["sample"] for row in written(three)} == {
+        row["id"]: 2 if row["id"] in wrong else 0 for row in written(one)
+    }
+    again = [(row, seed) for row, _, seed in logged(log)][36:]
+    assert sorted(again) == sorted((row, distill.sampling_seed(row, 0, sample)) for row in wrong for sample in (1, 2))
+    # Fewer samples again: the ledger has them all.
+    assert distill.build(make_work(tmp_path, tiny_model, 36, samples=2))["kept"] == summary["kept"]
+    assert len(logged(log)) == 36 + 2 * len(wrong)
+
+
+def test_distill_a_row_that_errors_is_tried_a_bounded_number_of_times(ray_cluster, tiny_model, tmp_path, monkeypatch):
+    log = tmp_path / "log"
+    monkeypatch.setattr(distill, "VllmEngine", fake_engine(log, error_on="What is 11"))
+    work = make_work(tmp_path, tiny_model, 36)
+    assert distill.build(work)["reasons"]["error"] == 1
+    assert len(logged(log)) == 35 + 3, "three attempts in one run"
+    distill.build(work)
+    assert len(logged(log)) == 35 + 4, "a later run tries once: the cause may have been mended"
+
+
+def test_distill_a_row_that_kills_its_engine_is_found_and_set_aside(ray_cluster, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(distill, "VllmEngine", fake_engine(tmp_path / "log", die_on="What is 11"))
+    work = make_work(tmp_path, tiny_model, 36)
+    summary = distill.build(work)
+    (failed,) = (row for row in written(work) if row["source"] == "reference")
+    assert failed["prompt"] == "What is 11 + 11?" and failed["reason"] == "error"
+    assert summary["rows"] == 36 == summary["kept"] + 1
+
+
+def test_distill_an_engine_that_always_breaks_ends_the_stage_and_keeps_the_rest(
+    ray_cluster, tiny_model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(distill, "VllmEngine", fake_engine(tmp_path / "log", raise_on="What is 11"))
+    work = make_work(tmp_path, tiny_model, 36, max_failures=1)
+    rows = [row["prompt"] for row in rows_of(work)]
+    with pytest.raises(StageFailed) as failure:
+        distill.build(work)
+    start, stop = map(int, re.search(r"on rows (\d+) to (\d+) of the training rows", str(failure.value)).groups())
+    assert start <= rows.index("What is 11 + 11?") <= stop
+    assert "the engine is broken" in str(failure.value)
+    monkeypatch.setattr(distill, "VllmEngine", fake_engine(tmp_path / "log2"))
+    assert distill.build(work)["kept"] == 36
+    assert 0 < len(logged(tmp_path / "log2")) < 36
+
+
 def test_distill_too_many_errors_stop_the_stage_and_keep_the_rows(ray_cluster, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(distill, "VllmEngine", fake_engine(tmp_path / "log", error_on="What is 1"))
     work = make_work(tmp_path, tiny_model, 36, max_failed_fraction=0.01)
@@ -186,4 +268,5 @@ def test_ledger_name_moves_with_sampling_but_not_with_rows_or_checks(tmp_path, t
 
 def test_sampling_seed_depends_on_row_and_recipe_seed_only():
     assert distill.sampling_seed("a", 0) == distill.sampling_seed("a", 0)
-    assert len({distill.sampling_seed(row, seed) for row in "abc" for seed in (0, 1)}) == 6
+    assert len({distill.sampling_seed(row, seed, n) for row in "abc" for seed in (0, 1) for n in (0, 1, 2)}) == 18
+    assert distill.sampling_seed("a", 0) == 2649998842, "ledgers hold what was drawn with it"
