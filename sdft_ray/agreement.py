@@ -145,7 +145,7 @@ def compare_with_vllm(directory: Path) -> Agreement:
 def _continue_in_vllm(directory: str, prompts: Sequence[list[int]]) -> list[list[int]]:
     """Return NEW_TOKENS greedy tokens for each prompt."""
     from sdft_ray.compute import Engine
-    from sdft_ray.stages.distill import VllmEngine
+    from sdft_ray.stages.engine import VllmEngine
 
     longest = max(map(len, prompts)) + NEW_TOKENS
     options = Engine(max_model_len=longest + 1, kv_cache_gib=0.5).model_dump() | {"tensor_parallel_size": 1}
