@@ -19,7 +19,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "gpt_oss": _WINDOWS | _EXPERTS,
     "mixtral": _EXPERTS,
     "olmo3": _WINDOWS,
-    "olmoe": _EXPERTS,
+    "olmoe": _EXPERTS | {"tie_word_embeddings": False},  # as every model of it; vLLM knows no other
     "qwen2_moe": _EXPERTS | {"shared_expert_intermediate_size": 32, "mlp_only_layers": [1], "decoder_sparse_step": 2},
     "qwen3_moe": _EXPERTS | {"mlp_only_layers": [1], "decoder_sparse_step": 2},
     "smollm3": {"no_rope_layer_interval": 2},
