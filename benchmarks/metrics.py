@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path, default=Path("configs/recipes/demo.yaml"))
     parser.add_argument("--corpus", action="append", metavar="TEXT", help="boolq or a file (default: boolq)")
     parser.add_argument("--limit", type=int, default=200, help="items of a task (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of scores and losses")
     parser.add_argument("--root", default="./artifacts")
     options = parser.parse_args()
     corpora = options.corpus or ["boolq"]
@@ -50,7 +51,8 @@ def main() -> None:
 
     def plan_of(corpus: str, size: int) -> tuple[Stage, ...]:
         calibration = {"text": corpus, "held_back": 16}
-        prune = {"blocks": size, "metric": "loss", "candidates": EVERY, "calibration": calibration}
+        prune: dict[str, Any] = {"blocks": size, "metric": "loss", "candidates": EVERY, "calibration": calibration}
+        prune["dtype"] = options.dtype
         exams = {"tasks": list(TASKS), "limit": options.limit}
         return pipeline.stages(validate(Recipe, base | {"prune": prune, "evaluate": exams}))
 

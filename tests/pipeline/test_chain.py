@@ -11,7 +11,10 @@ from command import sdft
 
 from sdft_ray.artifacts import check_files, read_manifest
 
-REASONS = {"kept", "error", "truncated", "empty", "leak", "repeated", "no_answer", "wrong_answer"}
+REASONS = {
+    *("kept", "error", "truncated", "empty", "leak", "refusal", "repeated", "too_long"),
+    *("no_answer", "wrong_answer"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +84,7 @@ def test_chain_reports_four_models_in_the_promised_shape(chain):
 def test_chain_every_artifact_is_whole_and_its_files_are_the_listed_ones(chain):
     folder, _ = chain
     manifests = list((folder / "artifacts").glob("*/*/manifest.json"))
-    assert len(manifests) == 1 + 1 + 1 + 1 + 2 + 4 * 2  # rows, score, cut, distill, train, evaluate
+    assert len(manifests) == 5 + 2 + 4 * 2  # rows, score, loss, cut, distill; train; evaluate
     for path in manifests:
         manifest = read_manifest(path.parent)
         check_files(path.parent, manifest, hashes=True)
@@ -130,7 +133,7 @@ def test_chain_run_again_builds_nothing(chain):
     before = {path: path.stat().st_mtime_ns for path in (folder / "artifacts").rglob("manifest.json")}
     again = sdft("run", "recipe.yaml", cwd=folder)  # without the compute file: that never moves an id
     assert again.returncode == 0
-    assert "Nothing to do: all 15 artifacts are there already" in again.stderr
+    assert "Nothing to do: all 16 artifacts are there already" in again.stderr
     assert {path: path.stat().st_mtime_ns for path in (folder / "artifacts").rglob("manifest.json")} == before
 
 
@@ -143,6 +146,7 @@ def test_chain_another_depth_reuses_scoring_and_generation(chain):
         "rows": "done",
         "score": "done",
         "distill": "done",
+        "loss": "missing",
         "cut": "missing",
         "train": "missing",
     }
@@ -172,7 +176,7 @@ def test_chain_a_damaged_artifact_is_an_error_and_is_not_rebuilt(chain):
         file.write_bytes(whole)
 
 
-@pytest.mark.parametrize("stage", ["rows", "score", "cut", "distill", "train", "evaluate"])
+@pytest.mark.parametrize("stage", ["rows", "score", "loss", "cut", "distill", "train", "evaluate"])
 def test_show_prints_any_artifact(chain, stage):
     folder, _ = chain
     directory = next((folder / "artifacts" / stage).iterdir())
@@ -180,6 +184,23 @@ def test_show_prints_any_artifact(chain, stage):
     shown = sdft("show", identity[:8], cwd=folder)
     assert shown.returncode == 0 and identity in shown.stdout
     assert json.loads(sdft("show", directory, "--json", cwd=folder).stdout)["id"] == identity
+
+
+def test_show_of_a_score_draws_its_distances(chain):
+    folder, _ = chain
+    score = artifact(folder, "score")
+    for name, begins in (("map.svg", b"<?xml"), ("map.png", b"\x89PNG")):
+        assert sdft("show", score, "--plot", name, cwd=folder).returncode == 0
+        assert (folder / name).read_bytes().startswith(begins)
+    refused = sdft("show", artifact(folder, "rows"), "--plot", "map.svg", cwd=folder)
+    assert refused.returncode == 2 and "--plot: cannot draw rows as .svg. Give a score artifact" in refused.stderr
+
+
+def test_chain_pruned_model_carries_a_card_that_says_what_is_gone(chain):
+    folder, _ = chain
+    removed = read_manifest(artifact(folder, "cut"))["summary"]["removed"]
+    card = (artifact(folder, "cut") / "README.md").read_text()
+    assert f"blocks [{removed[0]}, {removed[-1] + 1})" in card and "library_name: transformers" in card
 
 
 def test_diff_of_two_tuned_models_names_what_differs(chain):
