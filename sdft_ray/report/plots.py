@@ -50,7 +50,8 @@ def distance_maps(measured: Mapping[str, Any], removed: Sequence[int] = ()) -> A
         for metric, (marker, colour) in _METRIC_MARKS.items():
             chosen = [(c["blocks"][0], len(c["blocks"])) for c in corpus["choices"][metric].values()]
             inside = [(start, size) for start, size in chosen if size <= sizes]
-            axes.plot(*zip(*inside, strict=True), marker, color=colour, markersize=4, label=f"least by {metric}")
+            marks = {"color": colour, "markeredgecolor": "#555555", "markeredgewidth": 0.5, "markersize": 5}
+            axes.plot(*zip(*inside, strict=True), marker, label=f"least by {metric}", **marks)
         if removed and removed[-1] - removed[0] == len(removed) - 1 <= sizes - 1:
             axes.plot(
                 removed[0], len(removed), "s", color="none", markersize=10, markeredgecolor="#ff2d55", markeredgewidth=2
