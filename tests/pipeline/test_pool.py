@@ -1,4 +1,4 @@
-"""A pool of engines on a cluster of several nodes: it grows with the cluster, outlives a node, and shrinks at the end."""
+"""A pool of engines on a cluster of nodes: it grows with the cluster, outlives a node, and shrinks at the end."""
 
 import json
 import os

