@@ -118,10 +118,10 @@ def _choices(losses: dict[str, Any], score: Path, size: int) -> dict[str, list[i
         "influence": next(c for c in candidates if c["influence_rank"] == 1)["blocks"],
         "influence, anywhere": list(choose_blocks(influences, size).blocks),
     }
-    for few in (5, 10):
-        tried = (c for c in candidates if c["distance_rank"] <= few or c["influence_rank"] == 1)
-        ways[f"loss of {few} candidates"] = next(tried)["blocks"]
-    return ways | {"loss of every span": candidates[0]["blocks"]}
+    for few in (3, 5):
+        tried = (c for c in candidates if min(c["distance_rank"], c["influence_rank"]) <= few)
+        ways[f"loss, {few} candidates of each"] = next(tried)["blocks"]
+    return ways | {"loss, every span": candidates[0]["blocks"]}
 
 
 def _named(plan: Sequence[Stage], name: str) -> Stage:

@@ -57,7 +57,7 @@ def build(work: Work) -> dict[str, Any]:
 
 
 def rank_candidates(work: Work) -> list[dict[str, Any]]:
-    """Return the sets of blocks that are worth a try: the best spans by distance, and what influence would choose.
+    """Return the sets of blocks that are worth a try: the best spans by distance, and the best by influence.
 
     Each with its distance and influence and its rank by them, from 1; a set that is no span has no rank.
     """
@@ -76,7 +76,7 @@ def rank_candidates(work: Work) -> list[dict[str, Any]]:
         {start: rank for rank, start in enumerate(sorted(starts, key=lambda s: cost[s]), 1)}
         for cost in (by_distance, by_influence)
     ]
-    chosen = [start for start in starts if ranks[0][start] <= work.settings["candidates"] or ranks[1][start] == 1]
+    chosen = [start for start in starts if min(rank[start] for rank in ranks) <= work.settings["candidates"]]
     found = [
         {
             "blocks": list(range(start, start + size)),

@@ -47,7 +47,7 @@ SETTINGS = {
     "blocks": 2,
     "contiguous": True,
     "protect": {"first": 0, "last": 0},
-    "candidates": 3,
+    "candidates": 2,
     "calibration": [{"field": "text", "limit": 10, "held_back": 5, "max_tokens": 40, "positions": "last"}],
 }
 
@@ -76,8 +76,8 @@ def test_loss_ranks_candidates_by_loss_beside_distance_and_influence(work):
     summary = loss.build(work())
     found = summary["candidates"]
     assert [c["loss"] for c in found] == sorted(c["loss"] for c in found)
-    assert {1, 2, 3} <= {c["distance_rank"] for c in found}, "the best three by distance"
-    assert 1 in {c["influence_rank"] for c in found}, "and the best by influence"
+    assert {1, 2} <= {c["distance_rank"] for c in found}, "the best two by distance"
+    assert {1, 2} <= {c["influence_rank"] for c in found}, "and the best two by influence"
     assert summary["choice"]["blocks"] == tuple(found[0]["blocks"])
     assert summary["choice"]["value"] == pytest.approx(found[0]["loss"])
     assert summary["base_loss"] > 0
