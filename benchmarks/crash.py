@@ -66,7 +66,7 @@ def main() -> None:
         if options.real_kills:
             parts.append(torment("real", options.real_rows, options.real_kills, Path(folder) / "real", chance))
     total = {name: sum(part[name] for part in parts) for name in parts[0] if name != "killed"}
-    killed = sum((part["killed"] for part in parts), Counter())
+    killed: Counter[str] = sum((part["killed"] for part in parts), Counter())
     print_figures(
         "crash",
         {
@@ -202,7 +202,8 @@ class FakeEngine:
 
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Generation]]:
         """Yield each request when its time has come."""
-        waiting, at_work = list(reversed(requests)), []
+        waiting = list(reversed(requests))
+        at_work: list[tuple[float, str, Request]] = []
         while waiting or at_work:
             while waiting and len(at_work) < _SLOTS:
                 request = waiting.pop()

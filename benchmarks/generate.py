@@ -143,7 +143,7 @@ def through_stage(stage: Stage, compute: Compute, root: Path) -> Timed:
             with log.open("a") as lines:
                 lines.write(json.dumps(event) + "\n")
 
-    distill.VllmEngine = Logged  # type: ignore[misc]
+    distill.VllmEngine = Logged  # type: ignore[assignment,misc]
     pipeline.build([stage], compute, storage)
     events = [json.loads(line) for line in log.read_text().splitlines()]
     return events[0][0], [(when, tokens) for when, tokens in events if tokens >= 0]
