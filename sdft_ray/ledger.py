@@ -29,6 +29,7 @@ _COLUMNS = {
 }
 _HOLDS = b"holds"  # of a merged piece's metadata: the names of the pieces in it
 _READ_ROWS = 1024
+_GROUP_ROWS = 4096  # of a merged piece: what a reader has to know of each group adds up
 
 Lines = dict[str, list[dict[str, Any]]]
 """For each row id its lines, in no order."""
@@ -126,9 +127,19 @@ def _write(path: Path, schema: Any, batches: Iterable[Any]) -> None:
     import pyarrow.parquet as pq
 
     temporary = path.with_name(f".{path.name}.tmp")
+    waiting: list[Any] = []
     with pq.ParquetWriter(temporary, schema) as writer:
+
+        def write() -> None:
+            writer.write_table(pa.Table.from_batches(waiting).cast(schema))
+            waiting.clear()
+
         for lines in batches:
-            writer.write_table(pa.Table.from_batches([lines]).cast(schema))
+            waiting.append(lines)
+            if sum(map(len, waiting)) >= _GROUP_ROWS:
+                write()
+        if waiting:
+            write()
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     temporary.rename(path)
