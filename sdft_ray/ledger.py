@@ -60,7 +60,7 @@ def compact(ledger: Path) -> None:
         held |= {path.name for path in paths}
     for name in held:
         (ledger / name).unlink(missing_ok=True)
-    for torn in ledger.glob(".part-*.tmp"):  # of a write that a kill cut short
+    for torn in ledger.glob(".*.tmp"):  # of a write that a kill cut short
         torn.unlink(missing_ok=True)
 
 
