@@ -34,7 +34,8 @@ def build(work: Work) -> dict[str, Any]:
     for corpus in corpora:
         if not corpus.held_back:
             what = f"{corpus.name} has no text left to hold back for the loss"
-            raise UserError(problem("prune.calibration", what, "Give 3 texts or more, or set prune.candidates: 0"))
+            do = "Give 3 texts or more, or set prune.metric: angular and prune.candidates: 0"
+            raise UserError(problem("prune.calibration", what, do))
     removed = [candidate["blocks"] for candidate in candidates]
     texts = [[(text.ids, text.content_from) for text in corpus.held_back] for corpus in corpora]
     found = measure(work, LossMeter, texts, candidates=[[], *removed])
