@@ -1,4 +1,4 @@
-"""The command `sdft`: check, run, report, verify, show, diff.
+"""The command `sdft`: check, run, sweep, report, verify, show, diff.
 
 In: arguments. Out: results on stdout, progress on stderr, exit code 0 (done), 1 (a stage failed) or 2 (bad recipe or
 usage). Nothing heavy is imported at the top: `sdft --help` answers at once.
@@ -44,8 +44,11 @@ def _check(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from sdft_ray import pipeline
+    from sdft_ray import pipeline, sweep
 
+    if sweep.is_sweep(options.recipe):
+        _check_sweep(options)
+        return
     recipe, compute, storage = _load(options)
     pipeline.check(recipe, compute)
     plan = pipeline.describe(pipeline.stages(recipe), storage)
@@ -75,8 +78,36 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    from sdft_ray import sweep
+
+    if sweep.is_sweep(options.recipe):
+        plan, _, storage = _load_sweep(options)
+        _show_sweep(options, plan, storage)
+        return
+    if options.csv:
+        raise UserError(problem("--csv", f"{options.recipe} is a recipe, not a sweep", "Use --json"))
     recipe, _, storage = _load(options)
     _show_report(options, recipe, storage)
+
+
+def _sweep(options: argparse.Namespace) -> None:
+    from sdft_ray import sweep
+    from sdft_ray.progress import say
+
+    plan, compute, storage = _load_sweep(options)
+    failed = None
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            built = sweep.run(plan, compute, storage)
+        except StageFailed as error:
+            if not any(sweep.is_done(trial, storage) for trial in plan.trials):
+                raise
+            failed = error
+    if not failed and not built.new:
+        say(f"Nothing to do: all {len(built.reused)} artifacts are there already under {storage.root}.")
+    _show_sweep(options, plan, storage)
+    if failed:
+        raise failed
 
 
 def _show_report(options: argparse.Namespace, recipe: Any, storage: Any) -> None:
@@ -94,6 +125,61 @@ def _show_report(options: argparse.Namespace, recipe: Any, storage: Any) -> None
         options.html.parent.mkdir(exist_ok=True)
         options.html.write_text(page.render(report), encoding="utf-8")
         say(f"Report: {options.html}")
+
+
+def _check_sweep(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from sdft_ray import sweep
+    from sdft_ray.report import saving
+
+    plan, compute, storage = _load_sweep(options)
+    sweep.check(plan, compute)
+    found = saving.measure(plan, storage)
+    if options.json:
+        print(json.dumps(found, indent=1))
+    else:
+        saving.show(found, Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200))
+
+
+def _show_sweep(options: argparse.Namespace, plan: Any, storage: Any) -> None:
+    from rich.console import Console
+
+    from sdft_ray.progress import say
+    from sdft_ray.report import page, sweep
+
+    report = sweep.collect(plan, str(options.recipe), storage)
+    if options.json:
+        print(json.dumps(sweep.summary(report), indent=1))
+    else:
+        sweep.show(report, Console(width=None if sys.stdout.isatty() else 160))
+    if options.csv:
+        options.csv.write_text(sweep.as_csv(report), encoding="utf-8")
+        say(f"Table: {options.csv}")
+    if options.html:
+        options.html.parent.mkdir(exist_ok=True)
+        options.html.write_text(page.render_sweep(report, options.html.parent), encoding="utf-8")
+        say(f"Report: {options.html}")
+
+
+def _load_sweep(options: argparse.Namespace) -> tuple[Any, Any, Any]:
+    from sdft_ray.compute import load_compute
+    from sdft_ray.storage import Storage
+    from sdft_ray.sweep import is_sweep, load_sweep
+
+    if not is_sweep(options.recipe):
+        do = f"Do: sdft run {options.recipe}"
+        raise UserError(problem(str(options.recipe), "is a recipe, not a sweep", do))
+    if getattr(options, "set", None):
+        raise UserError(problem("--set", "is for recipes", f"Change {options.recipe}, or its recipe"))
+    _require_directory("--html", getattr(options, "html", None), options.root)
+    _require_directory("--csv", getattr(options, "csv", None), options.root)
+    return load_sweep(options.recipe), load_compute(options.compute), Storage(options.root)
+
+
+def _require_directory(option: str, file: Path | None, root: str) -> None:
+    if file and not file.absolute().parent.is_dir() and file.parent != Path(root):
+        raise UserError(problem(option, f"{file.parent} is no directory", "Make it, or give another path"))
 
 
 def _verify(options: argparse.Namespace) -> None:
@@ -180,10 +266,12 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     from sdft_ray.compute import load_compute
     from sdft_ray.recipe import load_recipe
     from sdft_ray.storage import Storage
+    from sdft_ray.sweep import is_sweep
 
-    page = getattr(options, "html", None)
-    if page and not page.absolute().parent.is_dir() and page.parent != Path(options.root):
-        raise UserError(problem("--html", f"{page.parent} is no directory", "Make it, or give another path"))
+    if is_sweep(options.recipe):
+        do = f"Do: sdft sweep {options.recipe}"
+        raise UserError(problem(str(options.recipe), "is a sweep, not a recipe", do))
+    _require_directory("--html", getattr(options, "html", None), options.root)
     return load_recipe(options.recipe, options.set), load_compute(options.compute), Storage(options.root)
 
 
@@ -218,14 +306,19 @@ def _parser() -> argparse.ArgumentParser:
             "--set", action="append", default=[], metavar="K=V", help="override a recipe value, e.g. train.lr=2e-4"
         )
 
-    add_recipe(add("check", _check, "validate a recipe and show each stage: done, partial or missing"))
+    add_recipe(add("check", _check, "validate a recipe or a sweep and show what is done, partial or missing"))
     run = add("run", _run, "build what a recipe lacks, then report")
     add_recipe(run)
     run.add_argument("--until", metavar="STAGE", help="stop after this stage, for example distill")
-    report = add("report", _report, "show the recovery table of a finished recipe")
+    sweep = add("sweep", _sweep, "build what a sweep over recipes lacks, shared parts once, then report")
+    sweep.add_argument("recipe", type=Path, metavar="SWEEP", help="a sweep file, see configs/sweeps")
+    sweep.add_argument("--compute", type=Path, metavar="F", help="a compute file, see configs/compute")
+    report = add("report", _report, "show the recovery table of a finished recipe, or what a sweep has so far")
     add_recipe(report)
-    for command in (run, report):
+    for command in (run, sweep, report):
         command.add_argument("--html", type=Path, metavar="F", help="also write one self-contained HTML page")
+    for command in (sweep, report):
+        command.add_argument("--csv", type=Path, metavar="F", help="of a sweep: also write one line a trial")
     verify = add("verify", _verify, "prove that a model is whole, and the cut of its base that it claims to be")
     verify.add_argument("target", metavar="TARGET", help="a model directory, an artifact's id, or a recipe file")
     verify.add_argument("--against", metavar="BASE", help="directory or id of the model that TARGET was cut from")
@@ -239,7 +332,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_COMMANDS = ("check", "run", "report", "verify", "show", "diff")
+_COMMANDS = ("check", "run", "sweep", "report", "verify", "show", "diff")
 
 
 if __name__ == "__main__":

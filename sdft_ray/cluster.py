@@ -19,7 +19,10 @@ from sdft_ray.progress import say
 
 @contextmanager
 def ray_cluster(compute: Compute) -> Iterator[None]:
-    """Hold a connection to the cluster; a local one is started for this time and stopped after it."""
+    """Hold a connection to the cluster; a local one is started for this time and stopped after it.
+
+    Where one is held already, by a sweep or by the worker that this runs in, that is the cluster.
+    """
     # Read by ray when it is imported or started. Progress is ours to show; usage reports are the user's to switch on.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -29,6 +32,9 @@ def ray_cluster(compute: Compute) -> Iterator[None]:
     import ray.data
     import ray.train
 
+    if ray.is_initialized():
+        yield
+        return
     for name in ("ray", "ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False

@@ -134,6 +134,7 @@ def _evaluate_stage(recipe: Recipe, task: str, who: str, examined: Stage, all_ro
     else:
         exam = evaluate.exam(wanted.preset, task)
         settings |= {"metric": exam.metric, "shots": exam.shots}
+        settings |= {"revision": exam.revision} if exam.revision else {}
         settings |= {"limit": wanted.limit, "chat_template": wanted.chat_template}
         if wanted.preset == "offline":
             where["file"] = str(sources.offline_task_file(task))

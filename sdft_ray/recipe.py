@@ -231,15 +231,14 @@ class Prune(Section):
 
     blocks: int = Field(gt=0)
     """Number of blocks to remove."""
-    metric: Literal["angular", "influence", "loss"] = "loss"
-    """What decides: the `loss` on held-back text with the blocks skipped, for the best candidates of both other
-    metrics; the `angular` distance between a span's input and output (arXiv 2403.17887); or the sum of its Block
-    `influence` (arXiv 2403.03853)."""
+    metric: Literal["angular", "influence", "loss"] = "angular"
+    """What decides: `angular` distance between a span's input and output (arXiv 2403.17887); the sum of its Block
+    `influence` (arXiv 2403.03853); or the `loss` on held-back text with the span skipped, for the best candidates."""
     contiguous: bool = True
     """Whether the blocks stand side by side; false (influence only) takes the least influential ones anywhere."""
     protect: Protect = Protect()
     candidates: int = Field(5, ge=0)
-    """Spans whose loss is measured: so many of the best by distance, and so many of the best by influence. 0: none."""
+    """Spans whose loss is measured: the best by distance, and the one that influence would choose. 0: none."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward pass that is measured."""
     calibration: OneOrSeveral = (Calibration(text="boolq"),)
@@ -457,6 +456,14 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def load_section(kind: type[S], path: Path, overrides: Sequence[str] = ()) -> S:
     """Return the YAML file at `path` as a `kind`; relative paths in it are left as they are (to the caller's cwd)."""
+    data = read_yaml(path)
+    for override in overrides:
+        _apply(override, data)
+    return validate(kind, data)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the keys and values of a YAML file as they stand there."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -466,9 +473,7 @@ def load_section(kind: type[S], path: Path, overrides: Sequence[str] = ()) -> S:
     data = _parse_yaml(text, str(path))
     if not isinstance(data, dict):
         raise UserError(problem(str(path), "is not a mapping of keys to values", "See configs/ for examples"))
-    for override in overrides:
-        _apply(override, data)
-    return validate(kind, data)
+    return data
 
 
 def validate(kind: type[S], data: Mapping[str, Any]) -> S:
@@ -540,7 +545,7 @@ def _say_all(kind: type[BaseModel], data: Mapping[str, Any], items: Sequence[Any
     for item in items:
         *parents, last = item["loc"] or ("",)
         # Where a field may be of several types, the location ends with the name of the type that was tried.
-        tried = isinstance(last, str) and item["type"] not in ("extra_forbidden", "missing")
+        tried = isinstance(last, str) and item["type"] not in ("extra_forbidden", "missing", "value_error")
         if tried and parents and last not in _keys_at(kind, parents):
             alternatives.setdefault(tuple(parents), []).append(item)
         else:
@@ -606,7 +611,8 @@ def _walk(
 
 def _keys_at(kind: type[BaseModel], location: Sequence[str | int]) -> list[str]:
     """Return the field names that are known at a location, for the nearest spelling."""
-    return [name for model in _walk(kind, location)[1] for name in model.model_fields]
+    fields = [field for model in _walk(kind, location)[1] for field in model.model_fields.items()]
+    return [field.alias or name for name, field in fields]
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -36,6 +36,10 @@ class Storage:
         self._verified: set[str] = set()
         self._fetching = threading.Lock()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let a worker have storage of the same root; it checks hashes for itself."""
+        return Storage, (str(self.root),)
+
     def place(self, stage: Stage) -> Path:
         """Return where the finished artifact lies or will lie."""
         return stage.location or self.root / stage.name / stage.directory_name
@@ -127,6 +131,21 @@ class Storage:
             return ""
         return f" Trace: {path}."
 
+    def keep_failure(self, stage: Stage, reason: str) -> None:
+        """Write down why a stage of a sweep could not be built."""
+        path = self._failure(stage)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        artifacts.write_atomically(path, reason)
+
+    def failure(self, stage: Stage) -> str | None:
+        """Return why a stage could not be built when that was last tried, if it was."""
+        path = self._failure(stage)
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+
+    def forget_failure(self, stage: Stage) -> None:
+        """Drop the reason: the stage is tried again."""
+        self._failure(stage).unlink(missing_ok=True)
+
     def find(self, name: str) -> Path:
         """Return the artifact directory that a path, an id or the start of an id means.
 
@@ -147,6 +166,9 @@ class Storage:
 
     def _scratch(self, stage: Stage) -> Path:
         return self.root / "scratch" / stage.name / stage.directory_name
+
+    def _failure(self, stage: Stage) -> Path:
+        return self.root / "failures" / f"{stage.name}-{stage.id}.reason.txt"
 
     def _resumable(self, stage: Stage) -> Path:
         return self.root / "resumable" / stage.name / stage.directory_name

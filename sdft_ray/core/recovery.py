@@ -1,13 +1,17 @@
-"""How much quality a model kept: means and recovery.
+"""How much quality a model kept: means, recovery, and how sure a difference of two models is.
 
-In: scores of tasks. Out: the figures of the recovery table. Recovery is mean(model) / mean(base), unweighted over
-tasks, as the paper has it; because a model that guesses also scores, the chance-corrected figure stands beside it.
+In: scores of tasks, values of items. Out: the figures of the recovery table. Recovery is mean(model) / mean(base),
+unweighted over tasks, as the paper has it; because a model that guesses also scores, the chance-corrected figure stands
+beside it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,3 +44,40 @@ def recovery_over_chance(scores: Sequence[Score], base: Sequence[Score]) -> floa
     chance = sum(score.chance for score in base) / len(base)
     below = mean_score(base) - chance
     return 100 * (mean_score(scores) - chance) / below if below > 0 else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How much better one model does than another on the same items, and the 95 % interval of that."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    """Items; of a mean over tasks, those of all tasks."""
+
+
+def paired_differences(
+    first: Mapping[str, Sequence[float]], second: Mapping[str, Sequence[float]], draws: int = 2000, seed: int = 0
+) -> tuple[dict[str, Difference], Difference]:
+    """Return first - second of each task, and of the unweighted mean over tasks, by a paired bootstrap over items.
+
+    first, second: the value of every item of every task, in the same order. Items are drawn again task by task, the
+    same for both: what makes an item hard for either does not widen the interval.
+    """
+    random = np.random.default_rng(seed)
+    each: dict[str, Difference] = {}
+    drawn = []
+    for task, values in first.items():
+        assert len(values) == len(second[task]) > 0, f"{task} has other items for the other model"
+        gain = np.asarray(values, float) - np.asarray(second[task], float)
+        means = np.array([gain[random.integers(0, len(gain), len(gain))].mean() for _ in range(draws)])
+        each[task] = _difference(float(gain.mean()), means, len(gain))
+        drawn.append(means)
+    value = sum(found.value for found in each.values()) / len(each)
+    return each, _difference(value, np.mean(drawn, axis=0), sum(found.n for found in each.values()))
+
+
+def _difference(value: float, means: Any, n: int) -> Difference:
+    low, high = np.percentile(means, (2.5, 97.5))
+    return Difference(value, float(low), float(high), n)

@@ -6,21 +6,25 @@ all views of, so that they cannot disagree. Nothing is measured here but FLOPs, 
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sdft_ray import pipeline
 from sdft_ray.artifacts import Stage
-from sdft_ray.core.recovery import Score, mean_score, recovery, recovery_over_chance
+from sdft_ray.core.recovery import Score, mean_score, paired_differences, recovery, recovery_over_chance
 from sdft_ray.errors import UserError, problem
 from sdft_ray.recipe import Recipe
 from sdft_ray.stages.distill import REASONS
+from sdft_ray.stages.evaluate import read_items
 from sdft_ray.stages.rows import read_split
 from sdft_ray.storage import Storage
 
 _SCORE_FIELDS = ("metric", "value", "stderr", "n", "chance", "limited")
+_MORE_FIELDS = ("bits_per_byte", "other_metrics")
 FLOPS_TOKENS = 256  # the stated length at which forward FLOPs are counted
 
 
@@ -31,10 +35,11 @@ def collect(recipe: Recipe, name: str, storage: Storage) -> dict[str, Any]:
     if missing:
         names = ", ".join(dict.fromkeys(stage.name for stage in missing))
         raise UserError(problem(name, f"is not finished (missing: {names})", f"Do: sdft run {name}"))
-    models = _models(plan, storage)
+    exams = exams_of(plan)
     return {
         "recipe": name,
-        "models": models,
+        "models": _models(plan, storage),
+        "comparison": compare_arms({arm: [exams[arm]] for arm in recipe.arms.names}, storage),
         "flops_tokens": FLOPS_TOKENS,
         "settings": recipe.model_dump(mode="json"),
         "artifacts": [{"stage": stage.name, "id": stage.id, "directory": str(storage.place(stage))} for stage in plan],
@@ -44,47 +49,81 @@ def collect(recipe: Recipe, name: str, storage: Storage) -> dict[str, Any]:
 
 def summary(report: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a report that `sdft report --json` prints."""
-    return {key: report[key] for key in ("recipe", "flops_tokens", "models")}
+    return {key: report[key] for key in ("recipe", "flops_tokens", "models", "comparison")}
 
 
 def _models(plan: Sequence[Stage], storage: Storage) -> list[dict[str, Any]]:
-    """Return one entry a model: its scores, mean, recovery, parameters and counted FLOPs."""
-    scores: dict[str, dict[str, dict[str, Any]]] = {}
+    """Return one entry a model of a plan, the base first."""
+    exams = exams_of(plan)
+    base = scores_of(exams["base"], storage)
+    return [
+        {"model": who, **describe_model(stage, exams[who], base, storage), **count_cost(storage.place(stage))}
+        for who, stage in pipeline.models(plan).items()
+    ]
+
+
+def exams_of(plan: Sequence[Stage]) -> dict[str, dict[str, Stage]]:
+    """Return the exams of each model of a plan, by its name and the task's."""
+    found: dict[str, dict[str, Stage]] = {}
     named = pipeline.models(plan)
     for stage in plan:
         if stage.name == "evaluate":
             who = next(name for name, examined in named.items() if examined is stage.inputs["model"])
-            scores.setdefault(who, {})[stage.settings["task"]] = storage.manifest(stage)["summary"]
-    base = [_score(task, found) for task, found in scores["base"].items()]
-    entries = []
-    for who, stage in named.items():
-        mine = [_score(task, found) for task, found in scores[who].items()]
-        parameters, flops = count_cost(storage.place(stage))
-        entries.append(
-            {
-                "model": who,
-                "id": stage.id,
-                "tasks": {
-                    task: {field: found[field] for field in _SCORE_FIELDS}
-                    | ({"bits_per_byte": found["bits_per_byte"]} if "bits_per_byte" in found else {})
-                    for task, found in scores[who].items()
-                },
-                "mean": mean_score(mine),
-                "recovery": recovery(mine, base),
-                "recovery_over_chance": recovery_over_chance(mine, base),
-                "parameters": parameters,
-                "flops_per_token": flops,
-                "limited": any(score.limited for score in mine),
-            }
-        )
-    return entries
+            found.setdefault(who, {})[stage.settings["task"]] = stage
+    return found
 
 
-def _score(task: str, found: dict[str, Any]) -> Score:
-    return Score(task, **{field: found[field] for field in _SCORE_FIELDS})
+def scores_of(exams: Mapping[str, Stage], storage: Storage) -> list[Score]:
+    """Return what a model scored in each of its exams."""
+    summaries = {task: storage.manifest(stage)["summary"] for task, stage in exams.items()}
+    return [Score(task, **{field: found[field] for field in _SCORE_FIELDS}) for task, found in summaries.items()]
 
 
-def count_cost(directory: Path, tokens: int = FLOPS_TOKENS) -> tuple[int, float]:
+def describe_model(stage: Stage, exams: Mapping[str, Stage], base: Sequence[Score], storage: Storage) -> dict[str, Any]:
+    """Return a model's scores, their mean, and how much of the base's that is."""
+    mine = scores_of(exams, storage)
+    tasks = {score.task: {field: getattr(score, field) for field in _SCORE_FIELDS} for score in mine}
+    for task, exam in exams.items():
+        found = storage.manifest(exam)["summary"]
+        tasks[task] |= {field: found[field] for field in _MORE_FIELDS if field in found}
+    return {
+        "id": stage.id,
+        "tasks": tasks,
+        "mean": mean_score(mine),
+        "recovery": recovery(mine, base),
+        "recovery_over_chance": recovery_over_chance(mine, base),
+        "limited": any(score.limited for score in mine),
+    }
+
+
+def compare_arms(exams: Mapping[str, Sequence[Mapping[str, Stage]]], storage: Storage) -> dict[str, Any] | None:
+    """Return how much better the distilled arm does than sft on the same items; None where there is one arm only.
+
+    exams: of each arm, those of one model or of several that differ in their seeds; an item counts as their mean.
+    """
+    if not (exams.get("distilled") and exams.get("sft")):
+        return None
+    each, mean = paired_differences(_item_values(exams["distilled"], storage), _item_values(exams["sft"], storage))
+    return {
+        "first": "distilled",
+        "second": "sft",
+        "tasks": {task: dataclasses.asdict(found) for task, found in each.items()},
+        "mean": dataclasses.asdict(mean),
+    }
+
+
+def _item_values(models: Sequence[Mapping[str, Stage]], storage: Storage) -> dict[str, list[float]]:
+    """Return the value of every item of every task, as the mean over models."""
+    found: dict[str, list[float]] = {}
+    for task in models[0]:
+        each = [read_items(storage.place(exams[task])) for exams in models]
+        assert all([i["id"] for i in items] == [i["id"] for i in each[0]] for items in each), f"{task}: other items"
+        found[task] = [sum(item["value"] for item in same) / len(same) for same in zip(*each, strict=True)]
+    return found
+
+
+@functools.cache
+def count_cost(directory: Path, tokens: int = FLOPS_TOKENS) -> dict[str, float]:
     """Return a model's parameters and the forward FLOPs of one token at a length of `tokens`.
 
     Counted by torch on the meta device, where nothing is computed, with eager attention: the counter has no formula
@@ -102,7 +141,7 @@ def count_cost(directory: Path, tokens: int = FLOPS_TOKENS) -> tuple[int, float]
         mask = torch.zeros(1, 1, tokens, tokens)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=ids, attention_mask=mask, use_cache=False)
-    return int(model.num_parameters()), counter.get_total_flops() / tokens
+    return {"parameters": int(model.num_parameters()), "flops_per_token": counter.get_total_flops() / tokens}
 
 
 def _details(plan: Sequence[Stage], storage: Storage) -> dict[str, Any]:

@@ -1,37 +1,66 @@
-"""The HTML page of a report: one file, no network.
+"""The HTML page of a recipe's or a sweep's report: one file, no network.
 
 In: the collected report. Out: HTML with everything inline; text from models and rows is escaped.
 """
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
+from sdft_ray.artifacts import MANIFEST
 from sdft_ray.core.surgery import name_blocks
 from sdft_ray.progress import duration
-from sdft_ray.report import plots, table
+from sdft_ray.report import plots, sweep, table
 
 
 def render(report: dict[str, Any]) -> str:
-    """Return the page."""
-    from jinja2 import Environment, PackageLoader
-
-    environment = Environment(
-        loader=PackageLoader("sdft_ray", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(percent=table.percent, duration=duration)
-    environment.globals.update(saved=table.saved, name_blocks=name_blocks)
-    return environment.get_template("page.html.jinja").render(
+    """Return the page of a recipe."""
+    return _template("page.html.jinja").render(
         report=report,
         base=report["models"][0],
         tasks=list(report["models"][0]["tasks"]),
         caption=table.caption(report, any(model["limited"] for model in report["models"])),
         corpora=report["distances"]["corpora"],
-        cut_line=table.cut_line(report),
-        distance_maps=plots.as_svg(plots.distance_maps(report["distances"], report["cut"]["removed"])),
+        cut_line=table.cut_line(report["cut"], report["losses_of_spans"]),
+        difference_line=table.difference_line(report["comparison"]) if report["comparison"] else None,
+        distance_maps=plots.as_svg(plots.distance_maps(report["distances"], [report["cut"]["removed"]])),
         loss_curves=plots.loss_curves(report["losses"]),
         nearby=_nearby(report),
     )
+
+
+def render_sweep(report: dict[str, Any], folder: Path) -> str:
+    """Return the page of a sweep; manifests are linked from `folder`, where the page will lie."""
+    known = [group for group in report["groups"] if group["recovery"] is not None]
+    figures = {}
+    if known and all(model["recovery"] is not None for model in report["models"]):
+        figures["Recovery by depth"] = plots.recovery_lines(report, "blocks", "rows", "blocks removed")
+        if len({group["rows"] for group in known}) > 1:
+            figures["Recovery by data"] = plots.recovery_lines(report, "rows", "blocks", "training rows")
+        figures["What size costs"] = plots.pareto_front(report)
+    return _template("sweep.html.jinja").render(
+        report=report,
+        figures=figures,
+        caption=sweep.caption(report),
+        maps=[plots.as_svg(plots.distance_maps(found["distances"], found["removed"])) for found in report["maps"]],
+        manifests=[
+            os.path.relpath(Path(entry["directory"]) / MANIFEST, folder.absolute()) for entry in report["trials"]
+        ],
+    )
+
+
+def _template(name: str) -> Any:
+    from jinja2 import Environment, PackageLoader
+
+    environment = Environment(
+        loader=PackageLoader("sdft_ray", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(percent=table.percent, duration=duration, interval=table.interval)
+    environment.filters.update(name_group=sweep.name_group, name_trial=sweep.name_trial, cut_line=table.cut_line)
+    environment.globals.update(saved=table.saved, name_blocks=name_blocks)
+    return environment.get_template(name)
 
 
 def _nearby(report: dict[str, Any]) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ picture serves light and dark.
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,13 +16,15 @@ from typing import Any
 _INK = "#010203"  # stands for the page's text colour until the SVG is written
 _METRIC_MARKS = {"angular": ("o", "#ffffff"), "influence": ("^", "#ff9f1c")}
 ARM_COLOURS = {"sft": "#e0832a", "distilled": "#2a8fe0"}
+_UNTRAINED, _BASE = "#8a8f98", "#14a06a"
+_STYLES = ("-", "--", ":", "-.")
 
 
-def distance_maps(measured: Mapping[str, Any], removed: Sequence[int] = ()) -> Any:
+def distance_maps(measured: Mapping[str, Any], removed: Sequence[Sequence[int]] = ()) -> Any:
     """Return the heat-maps of d(l, n), one a corpus: start l across, size n up.
 
     measured: what distances.json holds. Marked are, for every n, the span that each metric would remove on that corpus,
-    and the span that was removed.
+    and the spans that were removed.
     """
     blocks, corpora = measured["blocks"], measured["corpora"]
     sizes = max(1, blocks // 2)
@@ -52,10 +55,10 @@ def distance_maps(measured: Mapping[str, Any], removed: Sequence[int] = ()) -> A
             inside = [(start, size) for start, size in chosen if size <= sizes]
             marks = {"color": colour, "markeredgecolor": "#555555", "markeredgewidth": 0.5, "markersize": 5}
             axes.plot(*zip(*inside, strict=True), marker, label=f"least by {metric}", **marks)
-        if removed and removed[-1] - removed[0] == len(removed) - 1 <= sizes - 1:
-            axes.plot(
-                removed[0], len(removed), "s", color="none", markersize=10, markeredgecolor="#ff2d55", markeredgewidth=2
-            )
+        for blocks_gone in removed:
+            start, size = blocks_gone[0], len(blocks_gone)
+            if blocks_gone[-1] - start == size - 1 <= sizes - 1:
+                axes.plot(start, size, "s", color="none", markersize=10, markeredgecolor="#ff2d55", markeredgewidth=2)
         axes.set_title(f"{corpus['name']}, {corpus['texts']} texts, {corpus['positions']}", color=_INK, fontsize=9)
         axes.set_xlabel("first removed block l")
         axes.set_ylabel("blocks removed n")
@@ -98,6 +101,64 @@ def loss_curves(losses: Mapping[str, Mapping[str, Any]]) -> str:
     axes.set_xlabel("step")
     axes.set_ylabel("loss a trained token, nats")
     axes.legend(frameon=False, labelcolor=_INK, fontsize=8)
+    return as_svg(figure)
+
+
+def recovery_lines(report: Mapping[str, Any], along: str, apart: str, label: str) -> str:
+    """Return recovery of the chosen trials along one of blocks and rows, a line for each arm and value of the other.
+
+    Bars are one standard deviation over seeds; what was trained with other settings is shown as a faint point.
+    """
+    figure, (axes,) = _figure(5.4, 4.0)
+    groups = [group for group in report["groups"] if group["recovery"] is not None]
+    others = sorted({(group["values"].get("recipe", ""), group[apart]) for group in groups})
+    for arm in dict.fromkeys(group["arm"] for group in groups):
+        for (recipe, other), style in zip(others, itertools.cycle(_STYLES)):
+            mine = [g for g in groups if (g["arm"], g["values"].get("recipe", ""), g[apart]) == (arm, recipe, other)]
+            line = sorted((group for group in mine if group["chosen"]), key=lambda group: group[along])
+            if not line:
+                continue
+            axes.errorbar(
+                [group[along] for group in line],
+                [group["recovery"] for group in line],
+                yerr=[group["recovery_sd"] or 0 for group in line],
+                label=f"{arm}, {recipe} {other} {apart}".replace(",  ", ", ") if len(others) > 1 else arm,
+                color=ARM_COLOURS[arm],
+                linestyle=style,
+                marker="o",
+                markersize=4,
+                capsize=3,
+            )
+            rest = [group for group in mine if not group["chosen"]]
+            axes.plot([g[along] for g in rest], [g["recovery"] for g in rest], "o", color=ARM_COLOURS[arm], alpha=0.3)
+    if along == "blocks":
+        pruned = sorted((m["blocks"], m["recovery"]) for m in report["models"] if m["model"] == "pruned")
+        axes.plot(*zip(*pruned, strict=True), "x:", color=_UNTRAINED, label="pruned, not trained")
+    axes.set_xticks(sorted({group[along] for group in groups}))
+    axes.minorticks_off()
+    axes.set_xlabel(label)
+    axes.set_ylabel("recovery, % of the base")
+    figure.legend(loc="outside lower left", ncols=2, frameon=False, labelcolor=_INK, fontsize=8, handlelength=3)
+    return as_svg(figure)
+
+
+def pareto_front(report: Mapping[str, Any]) -> str:
+    """Return recovery by parameters of every model; the line joins those that no smaller one does better than."""
+    figure, (axes,) = _figure(5.4, 4.0)
+    points = [(model["parameters"] / 1e6, model["recovery"], model["model"]) for model in report["models"]]
+    points += [(group["parameters"] / 1e6, group["recovery"], group["arm"]) for group in report["groups"]]
+    for name, colour in {"base": _BASE, "pruned": _UNTRAINED, **ARM_COLOURS}.items():
+        if mine := [point for point in points if point[2] == name]:
+            axes.plot([x for x, _, _ in mine], [y for _, y, _ in mine], "o", color=colour, markersize=5, label=name)
+    best, front = -math.inf, []
+    for size, recovery, _ in sorted(points, key=lambda point: (point[0], -point[1])):
+        if recovery > best:
+            best = recovery
+            front.append((size, recovery))
+    axes.plot(*zip(*front, strict=True), "-", color=_INK, linewidth=0.8, alpha=0.6, zorder=0)
+    axes.set_xlabel("parameters, millions")
+    axes.set_ylabel("recovery, % of the base")
+    figure.legend(loc="outside lower left", ncols=2, frameon=False, labelcolor=_INK, fontsize=8, handlelength=3)
     return as_svg(figure)
 
 

@@ -5,6 +5,7 @@ In: the collected report. Out: a rich table; scores in percent, because that is 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich import box
@@ -72,7 +73,9 @@ def saved(model: dict[str, Any], base: dict[str, Any], key: str) -> str:
 def show(report: dict[str, Any], console: Console) -> None:
     """Print the table and the two lines that explain it."""
     console.print(recovery_table(report))
-    console.print(cut_line(report))
+    console.print(cut_line(report["cut"], report["losses_of_spans"]))
+    if compared := report["comparison"]:
+        console.print(difference_line(compared))
     if selection := report["selection"]:
         others = ", ".join(f"{n} {reason}" for reason, n in selection["reasons"].items() if n and reason != "kept")
         console.print(
@@ -81,14 +84,29 @@ def show(report: dict[str, Any], console: Console) -> None:
         )
 
 
-def cut_line(report: dict[str, Any]) -> str:
+def cut_line(cut: Mapping[str, Any], losses: Mapping[str, Any] | None = None) -> str:
     """Return which blocks went, by which metric, and how sure that is."""
-    cut = report["cut"]
     cost = {"angular": "distance", "influence": "summed influence", "loss": "loss on held-back text"}[cut["metric"]]
     text = f"Cut: blocks {name_blocks(cut['removed'])}, {cost} {cut['cost']:.3f}"
-    if cut["metric"] == "loss":
-        text += f" ({report['losses_of_spans']['base_loss']:.3f} with nothing removed)"
+    if losses and cut["metric"] == "loss":
+        text += f" ({losses['base_loss']:.3f} with nothing removed)"
     return f"{text}; {cut['agreement']:.0%} of bootstrap samples choose the same."
+
+
+def difference_line(compared: Mapping[str, Any]) -> str:
+    """Return how much better one arm does than the other on the same items, and how sure that is."""
+    each = ", ".join(f"{task} {interval(found)}" for task, found in compared["tasks"].items())
+    names = f"{compared['first']} - {compared['second']}"
+    return f"{names} on the same items, in points with 95 % intervals: mean {interval(compared['mean'])}; {each}."
+
+
+def interval(found: Mapping[str, float]) -> str:
+    """Return a difference with its interval, in points.
+
+    >>> interval({"value": 0.012, "low": -0.01, "high": 0.034})
+    '+1.2 [-1.0, +3.4]'
+    """
+    return f"{100 * found['value']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
 
 
 def _or_dash(value: float | None) -> str:

@@ -36,16 +36,18 @@ class Exam:
 
     metric: str
     shots: int = 0
+    revision: str | None = None
+    """Commit of the task's dataset on the hub; without one the harness takes the newest."""
 
 
 # OpenLLM Leaderboard v1: shots and metrics of its published set-up. truthfulqa_mc2 alone: the bare tag also generates.
 OPENLLM_V1 = {
-    "arc_challenge": Exam("acc_norm,none", 25),
-    "hellaswag": Exam("acc_norm,none", 10),
-    "truthfulqa_mc2": Exam("acc,none", 0),
-    "mmlu": Exam("acc,none", 5),
-    "winogrande": Exam("acc,none", 5),
-    "gsm8k": Exam("exact_match,strict-match", 5),
+    "arc_challenge": Exam("acc_norm,none", 25, "210d026faf9955653af8916fad021475a3f00453"),
+    "hellaswag": Exam("acc_norm,none", 10, "218ec52e09a7e7462a5400043bb9a69a41d06b76"),
+    "truthfulqa_mc2": Exam("acc,none", 0, "741b8276f2d1982aa3d5b832d3ee81ed3b896490"),
+    "mmlu": Exam("acc,none", 5, "c30699e8356da336a370243923dbaf21066bb9fe"),
+    "winogrande": Exam("acc,none", 5, "01e74176c63542e6b0bcb004dcdea22d94fb67b5"),
+    "gsm8k": Exam("exact_match,strict-match", 5, "e53f048856ff4f594e959d75785d2c2d37b678ee"),
 }
 # Zero-shot: the embedded files have no training split to take examples from.
 OFFLINE = {
@@ -70,7 +72,7 @@ def exam(preset: str, task: str) -> Exam:
 
 def require_known(tasks: Iterable[str]) -> None:
     """Raise UserError for a task that the harness does not have; reads its index of tasks."""
-    names = _task_manager().all_tasks
+    names = task_manager().all_tasks
     unknown = [task for task in tasks if task != HELD_OUT and task not in names]
     if unknown:
         raise UserError(*(problem("evaluate.tasks", f"lm-eval has no task {t}", nearest(t, names)) for t in unknown))
@@ -84,7 +86,12 @@ def build(work: Work) -> dict[str, Any]:
     held_out = read_split(work.input("rows"), HELD_OUT) if work.settings["task"] == HELD_OUT else []
     score, items = ray.get(
         ray.remote(examine)
-        .options(num_cpus=plan.cpus, num_gpus=plan.gpus, name=f"evaluate {work.settings['task']}")
+        .options(
+            num_cpus=plan.cpus,
+            num_gpus=plan.gpus,
+            name=f"evaluate {work.settings['task']}",
+            scheduling_strategy="DEFAULT",  # of a sweep, too: else the trial's own place, which has no CPU
+        )
         .remote(
             str(work.input("model")),
             dict(work.settings),
@@ -97,6 +104,11 @@ def build(work: Work) -> dict[str, Any]:
     write_atomically(work.directory / "items.jsonl", "".join(json.dumps(item) + "\n" for item in items))
     write_atomically(work.directory / "score.json", json.dumps(score, indent=1) + "\n")
     return dict(score)
+
+
+def read_items(place: Path) -> list[dict[str, Any]]:
+    """Return the items of an evaluation: each with its id and its value, in the order of the task."""
+    return [json.loads(line) for line in (place / "items.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def examine(
@@ -283,11 +295,13 @@ def _run_harness(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     import lm_eval
 
-    manager = _task_manager()
+    manager = task_manager()
     with tempfile.TemporaryDirectory() as folder:
         task = settings["task"]
         if "file" in where:
-            task = _localised(manager, task, where["file"], Path(folder))
+            task = write_task(manager, task, _from_file(where["file"]), Path(folder))
+        elif "revision" in settings:
+            task = write_task(manager, task, {"dataset_kwargs": {"revision": settings["revision"]}}, Path(folder))
         found = lm_eval.simple_evaluate(
             model=lm,
             tasks=[task],
@@ -317,8 +331,9 @@ def _run_harness(
         chance=sum(map(_chance, samples)) / len(samples),
         limited=any(size["effective"] < size["original"] for size in sizes),
     )
+    others = {key: float(results[key]) for key in results if "," in key and "_stderr" not in key and key != metric}
     # The harness's own aggregate is the value: a group may weigh its tasks, a metric need not be a mean of items.
-    return {**score, "value": float(results[metric])}, items
+    return {**score, "value": float(results[metric]), "other_metrics": others}, items
 
 
 def _chance(sample: Mapping[str, Any]) -> float:
@@ -331,19 +346,25 @@ def _chance(sample: Mapping[str, Any]) -> float:
 
 
 @functools.cache
-def _task_manager() -> Any:
+def task_manager() -> Any:
     """Return the harness's index of tasks: 4 seconds of reading, once a worker process."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
 
 
-def _localised(manager: Any, task: str, file: str, folder: Path) -> str:
-    """Return the path of a task file that is the harness's own task on a local copy of its documents."""
+def write_task(manager: Any, task: str, changes: Mapping[str, Any], folder: Path) -> str:
+    """Return the path of a task file that is the harness's own task, or each task of its group, with some changes."""
     import yaml
 
-    override = {
-        "include": str(manager.task_index[task].yaml_path),
+    path = folder / f"{task}.yaml"
+    path.write_text(yaml.safe_dump({"include": str(manager.task_index[task].yaml_path), **changes}))
+    return str(path)
+
+
+def _from_file(file: str) -> dict[str, Any]:
+    """Return what makes a task read a local copy of its documents."""
+    return {
         "dataset_path": "arrow",
         "dataset_name": None,
         "dataset_kwargs": {"data_files": {"validation": file}},
@@ -351,9 +372,6 @@ def _localised(manager: Any, task: str, file: str, folder: Path) -> str:
         "validation_split": "validation",
         "test_split": None,
     }
-    path = folder / f"{task}.yaml"
-    path.write_text(yaml.safe_dump(override))
-    return str(path)
 
 
 def _of_filter(sample: Mapping[str, Any], metric: str) -> bool:

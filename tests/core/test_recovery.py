@@ -1,6 +1,6 @@
 import pytest
 
-from sdft_ray.core.recovery import Score, mean_score, recovery, recovery_over_chance
+from sdft_ray.core.recovery import Score, mean_score, paired_differences, recovery, recovery_over_chance
 
 
 def scores(*values, chance=0.25):
@@ -22,3 +22,32 @@ def test_recovery_over_chance_of_a_guessing_model_is_nothing():
 def test_recovery_of_a_base_that_scores_nothing_is_not_a_number_but_none():
     assert recovery(scores(0.1), scores(0.0)) is None
     assert recovery_over_chance(scores(0.3), scores(0.2)) is None
+
+
+def test_paired_differences_of_two_that_agree_on_every_item_is_exactly_nothing():
+    values = {"a": [0, 1, 1, 0, 1], "b": [1, 0]}
+    each, mean = paired_differences(values, values)
+    for found in (*each.values(), mean):
+        assert (found.value, found.low, found.high) == (0, 0, 0)
+    assert mean.n == 7
+
+
+def test_paired_differences_interval_is_the_binomial_one_and_narrower_than_an_unpaired_one():
+    # The first is right on 20 of 200 items more, and hard items are hard for both.
+    first, second = {"a": [1] * 100 + [0] * 100}, {"a": [1] * 80 + [0] * 120}
+    each, mean = paired_differences(first, second)
+    assert each["a"].value == pytest.approx(0.1) == mean.value
+    # 1.96 * sqrt(0.1 * 0.9 / 200) = 0.042; unpaired it would be 0.098.
+    assert each["a"].low == pytest.approx(0.1 - 0.042, abs=0.008)
+    assert each["a"].high == pytest.approx(0.1 + 0.042, abs=0.008)
+
+
+def test_paired_differences_mean_counts_every_task_the_same():
+    each, mean = paired_differences({"small": [1, 1], "large": [0] * 50}, {"small": [0, 0], "large": [0] * 50})
+    assert each["small"].value == 1 and each["large"].value == 0
+    assert mean.value == pytest.approx(0.5)
+
+
+def test_paired_differences_refuses_other_items():
+    with pytest.raises(AssertionError, match="a has other items"):
+        paired_differences({"a": [1, 0]}, {"a": [1]})

@@ -1,0 +1,316 @@
+"""Gathers what the report of a sweep shows, and shows it on the terminal.
+
+In: a sweep's plan and the storage. Out: one plain structure that the tables, `--json`, `--csv` and the HTML page are
+views of. Trials that are not there are listed too, with the reason where one failed: it is looked at while it grows.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from sdft_ray import pipeline
+from sdft_ray.artifacts import Stage
+from sdft_ray.errors import UserError, problem
+from sdft_ray.report import collect as one
+from sdft_ray.report.table import cut_line, interval
+from sdft_ray.storage import Storage
+from sdft_ray.sweep import DEPTH, RECIPE, SIZE, Plan, Trial, is_done, is_seed
+
+
+def collect(plan: Plan, name: str, storage: Storage) -> dict[str, Any]:
+    """Return everything that the report of a sweep shows; raises UserError where there is no base to compare with."""
+    chains = [pipeline.stages(cell.recipe) for cell in plan.cells]
+    shared = {stage.id: stage for chain in chains for stage in chain if stage.name in ("rows", "score", "cut")}
+    exams = {
+        pipeline.models(chain)[who].id: each
+        for chain in chains
+        for who, each in one.exams_of(chain).items()
+        if who in ("base", "pruned")
+    }
+    needed = [*shared.values(), *(stage for each in exams.values() for stage in each.values())]
+    if missing := {stage.name for stage in needed if storage.status(stage) != "done"}:
+        what = f"has nothing to compare with yet (missing: {', '.join(sorted(missing))})"
+        raise UserError(problem(name, what, f"Do: sdft sweep {name}"))
+    base_of = {pipeline.models(chain)["pruned"].id: chain[0] for chain in chains}
+    entries = []
+    for trial in plan.trials:
+        entries.append(_describe_trial(trial, exams[base_of[trial.train.inputs["model"].id].id], storage))
+    cuts = {stage.id: stage for stage in shared.values() if stage.name == "cut"}
+    bases = {stage.id: stage for stage in base_of.values()}
+    models = [(stage, "base", exams[key], exams[key]) for key, stage in bases.items()]
+    models += [(stage, "pruned", exams[key], exams[base_of[key].id]) for key, stage in cuts.items()]
+    groups = _group(entries)
+    return {
+        "sweep": name,
+        "axes": list(dict.fromkeys(path for cell in plan.cells for path in cell.values)),
+        "tasks": list(plan.cells[0].recipe.evaluate.tasks),
+        "models": [
+            {
+                "model": who,
+                "slug": stage.slug,
+                **(_describe_cut(stage, storage) if who == "pruned" else {"blocks": 0}),
+                **one.describe_model(stage, mine, one.scores_of(base, storage), storage),
+                **one.count_cost(storage.place(stage)),
+            }
+            for stage, who, mine, base in models
+        ],
+        "trials": entries,
+        "groups": groups,
+        "comparisons": _compare(groups, plan.trials, storage),
+        "maps": _maps(cuts.values(), storage),
+        "flops_tokens": one.FLOPS_TOKENS,
+    }
+
+
+def summary(report: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a report that `--json` prints: all but what only pictures need."""
+    return {key: value for key, value in report.items() if key != "maps"}
+
+
+def _describe_trial(trial: Trial, base: Mapping[str, Stage], storage: Storage) -> dict[str, Any]:
+    """Return where a trial lies in the sweep, how far it is and, where it is done, what came of it."""
+    pruned, cell = trial.train.inputs["model"], trial.cell
+    entry = {
+        "arm": trial.arm,
+        "blocks": cell.recipe.prune.blocks,
+        "rows": cell.recipe.train.rows or _all_rows(trial, storage),
+        "values": {path: value for path, value in trial.values.items() if path not in (DEPTH, SIZE)},
+        "id": trial.train.id,
+        "directory": str(storage.place(trial.train)),
+        "status": "done" if is_done(trial, storage) else "failed" if storage.failure(trial.train) else "missing",
+        "reason": storage.failure(trial.train),
+        "pruned": pruned.id,
+    }
+    if entry["status"] != "done":
+        return entry
+    manifest = storage.manifest(trial.train)
+    return {
+        **entry,
+        "reason": None,
+        "validation_loss": manifest["summary"]["validation_loss"],
+        "seconds": manifest["provenance"]["wall_seconds"],
+        **one.describe_model(trial.train, _exams(trial), one.scores_of(base, storage), storage),
+        **one.count_cost(storage.place(pruned)),
+    }
+
+
+def _exams(trial: Trial) -> dict[str, Stage]:
+    return {stage.settings["task"]: stage for stage in trial.exams}
+
+
+def _all_rows(trial: Trial, storage: Storage) -> int:
+    return int(storage.manifest(trial.train.inputs["rows"])["summary"]["rows"]["train"])
+
+
+def _describe_cut(stage: Stage, storage: Storage) -> dict[str, Any]:
+    found = storage.manifest(stage)["summary"]
+    kept = ("removed", "metric", "cost", "agreement", "runner_up")
+    return {"blocks": len(found["removed"]), "directory": str(storage.place(stage))} | {
+        key: found[key] for key in kept if key in found
+    }
+
+
+def _group(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the finished trials, those that differ in seeds alone as one, with the mean and the spread over seeds.
+
+    Chosen among those of one recipe, arm, depth and size is the one of the lowest validation loss, never of the best
+    score.
+    """
+    found: dict[str, list[int]] = {}
+    for i, entry in enumerate(entries):
+        if entry["status"] == "done":
+            values = {path: value for path, value in entry["values"].items() if not is_seed(path)}
+            key = json.dumps([entry["arm"], entry["blocks"], entry["rows"], values])
+            found.setdefault(key, []).append(i)
+    groups = []
+    for key, members in found.items():
+        arm, blocks, rows, values = json.loads(key)
+        each = [entries[i] for i in members]
+        losses = [entry["validation_loss"] for entry in each if entry["validation_loss"] is not None]
+        groups.append(
+            {
+                "arm": arm,
+                "blocks": blocks,
+                "rows": rows,
+                "values": values,
+                "trials": members,
+                "mean": _mean([entry["mean"] for entry in each]),
+                "recovery": _mean([entry["recovery"] for entry in each]),
+                "recovery_sd": _spread([entry["recovery"] for entry in each]),
+                "recovery_over_chance": _mean([entry["recovery_over_chance"] for entry in each]),
+                "validation_loss": _mean(losses),
+                "parameters": each[0]["parameters"],
+                "limited": any(entry["limited"] for entry in each),
+            }
+        )
+    for group in groups:
+        rivals = [other for other in groups if _point(other) == _point(group)]
+        group["chosen"] = group is min(
+            rivals, key=lambda other: float("inf") if other["validation_loss"] is None else other["validation_loss"]
+        )
+    return sorted(groups, key=lambda group: (group["blocks"], group["rows"], group["arm"] != "sft"))
+
+
+def _point(group: Mapping[str, Any]) -> tuple[Any, ...]:
+    return group["values"].get(RECIPE), group["arm"], group["blocks"], group["rows"]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known else None
+
+
+def _spread(values: Sequence[float | None]) -> float | None:
+    """Return the standard deviation over seeds, None for a single one."""
+    known = [value for value in values if value is not None]
+    return statistics.stdev(known) if len(known) > 1 else None
+
+
+def _compare(groups: Sequence[Mapping[str, Any]], trials: Sequence[Trial], storage: Storage) -> list[dict[str, Any]]:
+    """Return, for each depth and size that both arms have, how much better the distilled one does on the same items."""
+    found = []
+    chosen = {_point(group): group for group in groups if group["chosen"]}
+    for recipe, _, blocks, rows in dict.fromkeys((point[0], None, *point[2:]) for point in chosen):
+        points = {arm: (recipe, arm, blocks, rows) for arm in ("sft", "distilled")}
+        both = {arm: chosen[point] for arm, point in points.items() if point in chosen}
+        exams = {arm: [_exams(trials[i]) for i in group["trials"]] for arm, group in both.items()}
+        if compared := one.compare_arms(exams, storage):
+            seeds = {arm: len(group["trials"]) for arm, group in both.items()}
+            found.append({"recipe": recipe, "blocks": blocks, "rows": rows, "seeds": seeds, **compared})
+    return found
+
+
+def _maps(cuts: Iterable[Stage], storage: Storage) -> list[dict[str, Any]]:
+    """Return the distances of every scoring, each with the blocks that were removed by it."""
+    found: dict[str, dict[str, Any]] = {}
+    for cut in cuts:
+        score = cut.inputs["score"]
+        if score.id not in found:
+            distances = json.loads((storage.place(score) / "distances.json").read_text())
+            found[score.id] = {"distances": distances, "removed": []}
+        found[score.id]["removed"].append(storage.manifest(cut)["summary"]["removed"])
+    return list(found.values())
+
+
+# --- on the terminal ------------------------------------------------------------------------------------------
+
+
+def show(report: Mapping[str, Any], console: Console) -> None:
+    """Print the tables of a sweep."""
+    console.print(recovery_table(report))
+    if report["comparisons"]:
+        console.print(comparison_table(report))
+    for model in report["models"]:
+        if model["model"] == "pruned":
+            console.print(cut_line(model))
+    for trial in report["trials"]:
+        if trial["status"] != "done":
+            console.print(f"{trial['status']}: {name_trial(trial)}{': ' + trial['reason'] if trial['reason'] else ''}")
+
+
+def recovery_table(report: Mapping[str, Any]) -> Table:
+    """Return the base, the pruned models and the trained ones, those that differ in seeds alone as one line."""
+    table = Table(box=box.SIMPLE_HEAD, title=f"{report['sweep']}: quality kept, in %", title_justify="left")
+    table.caption, table.caption_justify = caption(report), "left"
+    columns = ("blocks", "rows", "model", "seeds", "mean", "recovery", "over chance", "validation loss", "parameters")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for model in report["models"]:
+        figures = (_number(100 * model["mean"]), _number(model["recovery"]), _number(model["recovery_over_chance"]))
+        table.add_row(str(model["blocks"]), "", model["model"], "", *figures, "", _millions(model))
+    for group in report["groups"]:
+        table.add_row(
+            str(group["blocks"]),
+            str(group["rows"]),
+            name_group(group) + ("" if group["chosen"] else " (not chosen)"),
+            str(len(group["trials"])),
+            _number(100 * group["mean"]),
+            _number(group["recovery"]) + (f" ±{group['recovery_sd']:.1f}" if group["recovery_sd"] is not None else ""),
+            _number(group["recovery_over_chance"]),
+            "-" if group["validation_loss"] is None else f"{group['validation_loss']:.3f}",
+            _millions(group),
+        )
+    return table
+
+
+def comparison_table(report: Mapping[str, Any]) -> Table:
+    """Return how much better the distilled arm does than sft on the same items, with 95 % intervals."""
+    title = "distilled - sft on the same items, in points, with 95 % intervals (paired bootstrap)"
+    table = Table("blocks", "rows", box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    for column in (*report["tasks"], "mean"):
+        table.add_column(column, justify="right")
+    for compared in report["comparisons"]:
+        cells = [interval(compared["tasks"][task]) for task in report["tasks"]]
+        rows = " ".join([str(compared["rows"]), *([compared["recipe"]] if compared["recipe"] else [])])
+        table.add_row(str(compared["blocks"]), rows, *cells, interval(compared["mean"]))
+    return table
+
+
+def name_group(group: Mapping[str, Any]) -> str:
+    """Return the arm, and what else it was trained with."""
+    return ", ".join([group["arm"], *(f"{path} {value}" for path, value in group["values"].items())])
+
+
+def name_trial(trial: Mapping[str, Any]) -> str:
+    """Return a trial in words."""
+    return f"{trial['blocks']} blocks, {trial['rows']} rows, {name_group(trial)}"
+
+
+def caption(report: Mapping[str, Any]) -> str:
+    """Return what a reader must know to read the figures."""
+    first = report["models"][0]["tasks"]
+    sizes = ", ".join(f"{task} {score['n']}" for task, score in first.items())
+    text = f"± over seeds: one standard deviation. Items: {sizes}."
+    if any(model["limited"] for model in report["models"]):
+        text = f"LIMITED: scores are of a part of each task, not comparable with published ones. {text}"
+    if any(not group["chosen"] for group in report["groups"]):
+        text += " Of one arm, depth and size the setting of the lowest validation loss is chosen."
+    return text
+
+
+def as_csv(report: Mapping[str, Any]) -> str:
+    """Return one line a trial."""
+    values = [path for path in report["axes"] if path not in (DEPTH, SIZE)]
+    figures = (
+        "mean",
+        "recovery",
+        "recovery_over_chance",
+        "validation_loss",
+        "parameters",
+        "flops_per_token",
+        "seconds",
+    )
+    file = io.StringIO()
+    lines = csv.writer(file, lineterminator="\n")
+    tasks = [column for task in report["tasks"] for column in (task, f"{task}_stderr")]
+    lines.writerow(["arm", "blocks", "rows", *values, "status", "id", *figures, "limited", *tasks, "reason"])
+    for trial in report["trials"]:
+        found = trial.get("tasks", {})
+        scores = [found[task][field] if found else None for task in report["tasks"] for field in ("value", "stderr")]
+        lines.writerow(
+            [
+                *(trial[key] for key in ("arm", "blocks", "rows")),
+                *(trial["values"].get(path) for path in values),
+                *(trial.get(key) for key in ("status", "id", *figures, "limited")),
+                *scores,
+                trial["reason"],
+            ]
+        )
+    return file.getvalue()
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _millions(model: Mapping[str, Any]) -> str:
+    return f"{model['parameters'] / 1e6:.1f}M"

@@ -1,0 +1,249 @@
+"""A sweep file: what it expands to, what its cells share, every mistake in it said in one line. Nothing is built."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from command import sdft
+
+from sdft_ray import sweep
+from sdft_ray.compute import load_compute
+from sdft_ray.errors import UserError
+from sdft_ray.report import saving
+from sdft_ray.stages.evaluate import OPENLLM_V1
+from sdft_ray.storage import Storage
+
+
+@pytest.fixture
+def folder(tiny_model, tmp_path):
+    """A directory with a good recipe, whose sweep file a test writes."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"q": f"{i}?", "a": f"{i}"}) + "\n" for i in range(40)))
+    (tmp_path / "texts.txt").write_text("One text.")
+    recipe = {
+        "model": {"path": str(tiny_model)},
+        "rows": {
+            "path": str(tmp_path / "rows.jsonl"),
+            "fields": {"prompt": "q", "response": "a"},
+            "held_out": 2,
+            "validation": 2,
+        },
+        "prune": {"blocks": 2, "calibration": {"text": str(tmp_path / "texts.txt")}},
+        "arms": {"sft": {}, "distilled": {"epochs": 2}},
+        "evaluate": {"tasks": ["arc_easy", "held_out"], "limit": 3},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return tmp_path
+
+
+def load(folder: Path, axes, **more) -> sweep.Plan:
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump({"recipe": "recipe.yaml", "axes": axes, **more}))
+    return sweep.load_sweep(path)
+
+
+def names(stages) -> list[str]:
+    return [stage.name for stage in stages]
+
+
+def test_sweep_of_depths_and_sizes_shares_everything_but_the_trials(folder):
+    plan = load(folder, {"prune.blocks": [2, 3, 4], "train.rows": [16, 32]})
+    assert len(plan.cells) == 6 and len(plan.trials) == 12
+    shared = names(plan.shared)
+    assert {name: shared.count(name) for name in dict.fromkeys(shared)} == {
+        "model": 1, "rows": 1, "score": 1, "loss": 3, "cut": 3, "distill": 2, "evaluate": 2 * (1 + 3)
+    }  # fmt: skip
+    assert all(names(trial.exams) == ["evaluate", "evaluate"] for trial in plan.trials)
+    everything = sweep.stages_of(plan)
+    assert len({stage.id for stage in everything}) == len(everything)
+
+
+def test_sweep_of_sizes_generates_at_the_largest_first(folder):
+    def sizes(*rows):
+        plan = load(folder, {"train.rows": list(rows)})
+        return [stage.settings["rows"] for stage in plan.shared if stage.name == "distill"]
+
+    assert sizes(8, 32, 16) == [32, 16, 8]
+    assert sizes(8, None, 16) == [None, 16, 8], "all rows are the most"
+
+
+def test_sweep_builds_inputs_before_what_needs_them(folder):
+    plan = load(folder, {"prune.blocks": [3, 2], "train.rows": [16, 32]})
+    there: set[str] = set()
+    for stage in sweep.stages_of(plan):
+        assert {each.id for each in stage.inputs.values()} <= there, stage.name
+        there.add(stage.id)
+
+
+def test_sweep_over_an_arms_own_field_trains_the_other_arm_once(folder):
+    plan = load(folder, {"arms.distilled.lr": [1e-4, 2e-4], "prune.blocks": [2, 3]})
+    assert [trial.arm for trial in plan.trials].count("sft") == 2
+    assert [trial.arm for trial in plan.trials].count("distilled") == 4
+    assert {trial.name for trial in plan.trials if trial.arm == "sft"} == {"sft, blocks 2", "sft, blocks 3"}
+
+
+def test_sweep_of_several_grids_is_all_that_any_of_them_makes(folder):
+    grid = {"prune.blocks": [2, 3], "train.rows": [16]}
+    plan = load(folder, [grid, {"prune.blocks": [2], "train.rows": [16], "train.seed": [0, 1, 2]}])
+    assert len(plan.cells) == 5
+    assert len(plan.trials) == 2 * (2 + 2), "seed 0 is the recipe's own"
+
+
+def test_sweep_draws_the_same_numbers_for_every_combination_of_lists(folder):
+    axes = {"prune.blocks": [2, 3], "train.lr": {"from": 1e-5, "to": 1e-3, "scale": "log"}}
+    plan = load(folder, axes, samples=4)
+    drawn = {
+        blocks: [cell.values["train.lr"] for cell in plan.cells if cell.values["prune.blocks"] == blocks]
+        for blocks in (2, 3)
+    }
+    assert drawn[2] == drawn[3] and len(set(drawn[2])) == 4
+    assert all(1e-5 <= lr <= 1e-3 and lr == float(f"{lr:.3g}") for lr in drawn[2])
+    assert [cell.recipe.train.lr for cell in plan.cells] == drawn[2] * 2
+    assert load(folder, axes, samples=4, seed=1).cells[0].values != plan.cells[0].values
+    more = load(folder, axes | {"train.warmup_fraction": {"from": 0.0, "to": 0.5}}, samples=4)
+    assert [cell.values["train.lr"] for cell in more.cells] == drawn[2] * 2, "another axis moves no other's numbers"
+
+
+def test_sweep_draws_whole_numbers_between_whole_numbers(folder):
+    plan = load(folder, {"train.lora.rank": {"from": 2, "to": 64, "scale": "log"}}, samples=5)
+    assert all(isinstance(cell.recipe.train.lora.rank, int) for cell in plan.cells)
+
+
+@pytest.mark.parametrize(
+    ("axes", "more", "line"),
+    [
+        ({"train.lrr": [1]}, {}, "axes.train.lrr: unknown key. Did you mean lr?"),
+        ({"train.lr": ["fast"]}, {}, 'axes.train.lr: got "fast"; expected a valid number. Change this value.'),
+        ({"prune.blocks": [2, 2.5]}, {}, "axes.prune.blocks: got 2.5; expected a valid integer. Change this value."),
+        ({"prune.blocks": []}, {}, "axes.prune.blocks: has no values. Give at least one."),
+        ({"prune.blocks": [2, 2]}, {}, "axes.prune.blocks: names a value twice. Remove one."),
+        ({}, {}, "axes: names no field. Give at least one."),
+        ({"prune.blocks.x": [1]}, {}, "axes.prune.blocks.x: blocks has no keys below it. Check the dotted path."),
+        (
+            {"train.epochs": [1, 2]},
+            {},
+            "axes.train.epochs: the arm distilled has its own epochs. Sweep arms.distilled.epochs instead, or take "
+            "epochs off the arm.",
+        ),
+        ({"evaluate.limit": [1]}, {}, "axes.evaluate.limit: every trial takes the same exams. Set it in the recipe."),
+        (
+            {"train.lr": {"from": 1e-5, "to": 1e-3}},
+            {},
+            "samples: is missing. Say how many values of train.lr to draw.",
+        ),
+        (
+            {"train.lr": [1e-5]},
+            {"samples": 3},
+            "samples: has no range to draw from. Remove it, or give an axis from and to.",
+        ),
+        (
+            {"train.lr": {"from": 1e-3, "to": 1e-5}},
+            {"samples": 3},
+            "axes.train.lr: from 0.001 is not below to 1e-05. Change either.",
+        ),
+        (
+            {"train.lr": {"from": 0, "to": 1e-5, "scale": "log"}},
+            {"samples": 3},
+            "axes.train.lr: from 0 has no logarithm. Raise it, or use scale: linear.",
+        ),
+        ({"train.lr": {"fro": 1, "to": 2}}, {"samples": 3}, "axes.train.lr.fro: unknown key. Did you mean from?"),
+        ({"train.lr": {"to": 2}}, {"samples": 3}, "axes.train.lr: gives no values. List them, or give from and to."),
+        ({"train.lr": [1e-5]}, {"axis": 1}, "axis: unknown key. Did you mean axes?"),
+    ],
+)
+def test_sweep_with_a_mistake_says_where_what_and_how_to_mend_it(folder, axes, more, line):
+    with pytest.raises(UserError) as error:
+        load(folder, axes, **more)
+    assert error.value.problems == (line,)
+
+
+def test_sweep_without_validation_rows_cannot_choose_a_learning_rate(folder):
+    text = (folder / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(text.replace("validation: 2", "validation: 0"))
+    load(folder, {"prune.blocks": [2, 3], "train.seed": [0, 1]})
+    with pytest.raises(UserError, match="without validation rows nothing says which train"):
+        load(folder, {"train.lr": [1e-4, 2e-4]})
+
+
+def test_sweep_of_a_recipe_with_a_mistake_says_the_recipes_own(folder):
+    (folder / "recipe.yaml").write_text((folder / "recipe.yaml").read_text().replace("blocks: 2", "blcks: 2"))
+    with pytest.raises(UserError) as error:
+        load(folder, {"train.rows": [16]})
+    assert "prune.blcks: unknown key. Did you mean blocks?" in error.value.problems
+
+
+def test_check_of_a_sweep_counts_what_is_shared_and_touches_nothing(folder):
+    load(folder, {"prune.blocks": [2, 3, 4], "train.rows": [16, 32]})
+    before = sorted(folder.rglob("*"))
+    done = sdft("check", "sweep.yaml", "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["recipes"], found["trials"], found["done"]) == (6, 12, 0)
+    counts = {kind["stage"]: (kind["alone"], kind["sweep"]) for kind in found["stages"]}
+    assert counts == {
+        "rows": (6, 1), "score": (6, 1), "loss": (6, 3), "cut": (6, 3), "distill": (6, 2), "train": (12, 12),
+        "evaluate": (6 * 8, 8 + 24),
+    }  # fmt: skip
+    shown = sdft("check", "sweep.yaml", cwd=folder).stdout
+    assert "6 recipes, 12 trials: 54 stages instead of 90 (60%), 0 of them done." in shown
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        (["check", "sweep.yaml"], "axes.prune.blocks: 6 removes every block of a 6-block model. Give 1 to 5."),
+        (["run", "sweep.yaml"], "sweep.yaml: is a sweep, not a recipe. Do: sdft sweep sweep.yaml."),
+        (["sweep", "recipe.yaml"], "recipe.yaml: is a recipe, not a sweep. Do: sdft run recipe.yaml."),
+        (["report", "sweep.yaml", "--set", "train.lr=1"], "--set: is for recipes. Change sweep.yaml, or its recipe."),
+        (["report", "recipe.yaml", "--csv", "a.csv"], "--csv: recipe.yaml is a recipe, not a sweep. Use --json."),
+        (["sweep", "nowhere.yaml"], "nowhere.yaml: cannot be read (No such file or directory). Check the path."),
+    ],
+)
+def test_sweep_commands_with_a_mistake_end_in_one_line(folder, command, line):
+    load(folder, {"prune.blocks": [2, 6]})
+    done = sdft(*command, cwd=folder)
+    assert (done.returncode, done.stderr) == (2, line + "\n")
+    assert done.stdout == ""
+
+
+def test_report_of_a_sweep_that_has_not_begun_says_what_to_do(folder):
+    load(folder, {"prune.blocks": [2, 3]})
+    done = sdft("report", "sweep.yaml", cwd=folder)
+    assert done.returncode == 2
+    what = "has nothing to compare with yet (missing: cut, evaluate, rows, score)"
+    assert done.stderr == f"sweep.yaml: {what}. Do: sdft sweep sweep.yaml.\n"
+
+
+def test_every_shipped_sweep_plans_and_saves(tmp_path):
+    files = sorted((Path(__file__).parents[1] / "configs" / "sweeps").glob("*.yaml"))
+    assert [file.name for file in files] == ["depth.yaml", "paper.yaml"]
+    for file in files:
+        plan = sweep.load_sweep(file)
+        found = saving.measure(plan, Storage(str(tmp_path)))
+        assert found["sweep"] < found["alone"] * 0.6
+        counts = {kind["stage"]: kind["sweep"] for kind in found["stages"]}
+        assert (counts["model"], counts["score"]) == (1, 1)
+    assert not list(tmp_path.iterdir()), "planning writes nothing under the root"
+
+
+def test_paper_sweep_is_the_papers_setting():
+    plan = sweep.load_sweep(Path(__file__).parents[1] / "configs" / "sweeps" / "paper.yaml")
+    assert len(plan.trials) == 5 * 4 * 2
+    assert {cell.recipe.prune.blocks for cell in plan.cells} == {2, 4, 6, 8, 10}
+    assert {cell.recipe.rows.repo for cell in plan.cells} == {
+        "openai/gsm8k", "databricks/databricks-dolly-15k", "tatsu-lab/alpaca", "nvidia/OpenMathInstruct-2"
+    }  # fmt: skip
+    for cell in plan.cells:
+        assert set(cell.recipe.evaluate.tasks) == set(OPENLLM_V1) and cell.recipe.evaluate.limit is None
+    assert [stage.name for stage in plan.shared].count("distill") == 4
+    compute = load_compute(Path(__file__).parents[1] / "configs" / "compute" / "gpu8.yaml")
+    sweep.check(plan, compute)
+
+
+def test_sweep_of_several_recipes_takes_the_same_exams_of_all(folder):
+    text = (folder / "recipe.yaml").read_text()
+    (folder / "other.yaml").write_text(text.replace("limit: 3", "limit: 4"))
+    load(folder, {"prune.blocks": [2]}, recipe=["recipe.yaml", "recipe.yaml"])
+    with pytest.raises(UserError, match=r"recipe: other.yaml has other exams than recipe.yaml, so their means do not"):
+        load(folder, {"prune.blocks": [2]}, recipe=["recipe.yaml", "other.yaml"])
