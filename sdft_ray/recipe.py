@@ -231,14 +231,15 @@ class Prune(Section):
 
     blocks: int = Field(gt=0)
     """Number of blocks to remove."""
-    metric: Literal["angular", "influence", "loss"] = "angular"
-    """What decides: `angular` distance between a span's input and output (arXiv 2403.17887); the sum of its Block
-    `influence` (arXiv 2403.03853); or the `loss` on held-back text with the span skipped, for the best candidates."""
+    metric: Literal["angular", "influence", "loss"] = "loss"
+    """What decides: the `loss` on held-back text with the blocks skipped, for the best candidates of both other
+    metrics; the `angular` distance between a span's input and output (arXiv 2403.17887); or the sum of its Block
+    `influence` (arXiv 2403.03853)."""
     contiguous: bool = True
     """Whether the blocks stand side by side; false (influence only) takes the least influential ones anywhere."""
     protect: Protect = Protect()
     candidates: int = Field(5, ge=0)
-    """Spans whose loss is measured: the best by distance, and the one that influence would choose. 0: none."""
+    """Spans whose loss is measured: so many of the best by distance, and so many of the best by influence. 0: none."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward pass that is measured."""
     calibration: OneOrSeveral = (Calibration(text="boolq"),)
