@@ -29,12 +29,12 @@ from sdft_ray.core import surgery
 from sdft_ray.errors import StageFailed, UserError, nearest, problem
 from sdft_ray.progress import Progress, duration, say
 from sdft_ray.recipe import FileRows, GymRows, HubRows, Recipe
-from sdft_ray.stages import Work, cut, distill, evaluate, loss, model, rows, score, train
+from sdft_ray.stages import Work, cut, distill, evaluate, loss, model, rows, score, speed, train
 from sdft_ray.storage import Storage
 
-STAGE_NAMES = ("model", "rows", "score", "loss", "cut", "distill", "train", "evaluate")
+STAGE_NAMES = ("model", "rows", "score", "loss", "cut", "distill", "train", "speed", "evaluate")
 _UNITS = {"score": "texts", "loss": "texts", "distill": "rows", "train": "steps"}
-_ON_RAY = ("score", "loss", "distill", "train", "evaluate")
+_ON_RAY = ("score", "loss", "distill", "train", "speed", "evaluate")
 
 
 def stages(recipe: Recipe) -> tuple[Stage, ...]:
@@ -53,6 +53,9 @@ def stages(recipe: Recipe) -> tuple[Stage, ...]:
         tuned[arm] = Stage("train", f"{pruned.slug}-{arm}", train.VERSION, settings, inputs)
     # Generation before training: what fails early should fail early.
     plan += tuned.values()
+    if recipe.evaluate.speed:
+        measured = {"dtype": recipe.evaluate.dtype, **speed.LENGTHS}
+        plan.append(Stage("speed", pruned.slug, speed.VERSION, measured, {"model": base, "pruned": pruned}))
     for who, examined in {"base": base, "pruned": pruned, **tuned}.items():
         plan += [_evaluate_stage(recipe, task, who, examined, all_rows) for task in recipe.evaluate.tasks]
     return tuple(plan)

@@ -392,6 +392,8 @@ class Evaluate(Section):
     """Whether benchmark prompts go through the chat template (held_out always does)."""
     max_new_tokens: int = Field(256, gt=0)
     """Tokens of a generated held-out answer."""
+    speed: bool = False
+    """Whether tokens per second of the pruned model are measured against the base's; it does nothing to the scores."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
 
     _tasks_distinct = field_validator("tasks")(lambda value: _require_distinct(value))

@@ -333,7 +333,10 @@ def _run_trials(trials: Sequence[Trial], compute: Compute, storage: Storage) -> 
                 # Tune refuses a trial that needs nothing. Its CPUs are its workers', who ask for themselves.
                 tune.with_resources(work, {"memory": 1e6}),
                 param_space={"trial": tune.grid_search(list(range(len(trials))))},
-                tune_config=tune.TuneConfig(max_concurrent_trials=trials_at_once(compute)),
+                tune_config=tune.TuneConfig(
+                    max_concurrent_trials=trials_at_once(compute),
+                    reuse_actors=True,  # a process imports torch once
+                ),
                 run_config=tune.RunConfig(
                     name="trials",
                     storage_path=str(place),

@@ -24,6 +24,7 @@ def render(report: dict[str, Any]) -> str:
         caption=table.caption(report, any(model["limited"] for model in report["models"])),
         corpora=report["distances"]["corpora"],
         cut_line=table.cut_line(report["cut"], report["losses_of_spans"]),
+        speed_line=table.speed_line(report["speed"]) if report["speed"] else None,
         difference_line=table.difference_line(report["comparison"]) if report["comparison"] else None,
         distance_maps=plots.as_svg(plots.distance_maps(report["distances"], [report["cut"]["removed"]])),
         loss_curves=plots.loss_curves(report["losses"]),
@@ -39,7 +40,9 @@ def render_sweep(report: dict[str, Any], folder: Path) -> str:
         figures["Recovery by depth"] = plots.recovery_lines(report, "blocks", "rows", "blocks removed")
         if len({group["rows"] for group in known}) > 1:
             figures["Recovery by data"] = plots.recovery_lines(report, "rows", "blocks", "training rows")
-        figures["What size costs"] = plots.pareto_front(report)
+        figures["What size costs"] = plots.pareto_front(report, "parameters")
+        if all(model["speed"] for model in report["models"] if model["model"] == "pruned"):
+            figures["What speed costs"] = plots.pareto_front(report, "decode")
     return _template("sweep.html.jinja").render(
         report=report,
         figures=figures,
@@ -58,6 +61,7 @@ def _template(name: str) -> Any:
         loader=PackageLoader("sdft_ray", "report"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters.update(percent=table.percent, duration=duration, interval=table.interval)
+    environment.filters["speed_line"] = table.speed_line
     environment.filters.update(name_group=sweep.name_group, name_trial=sweep.name_trial, cut_line=table.cut_line)
     environment.globals.update(saved=table.saved, name_blocks=name_blocks)
     return environment.get_template(name)

@@ -142,11 +142,21 @@ def recovery_lines(report: Mapping[str, Any], along: str, apart: str, label: str
     return as_svg(figure)
 
 
-def pareto_front(report: Mapping[str, Any]) -> str:
-    """Return recovery by parameters of every model; the line joins those that no smaller one does better than."""
+def pareto_front(report: Mapping[str, Any], cost: str) -> str:
+    """Return recovery by cost of every model; the line joins those that no cheaper one does better than.
+
+    cost: `parameters`, or `decode`, the measured time of a token as a multiple of the base's.
+    """
     figure, (axes,) = _figure(5.4, 4.0)
-    points = [(model["parameters"] / 1e6, model["recovery"], model["model"]) for model in report["models"]]
-    points += [(group["parameters"] / 1e6, group["recovery"], group["arm"]) for group in report["groups"]]
+    models = {model["id"]: model for model in report["models"]}
+
+    def price(model: Mapping[str, Any]) -> float:
+        if cost == "parameters":
+            return float(model["parameters"] / 1e6)
+        return 1 / model["speed"]["decode"]["ratio"] if model["speed"] else 1.0
+
+    points = [(price(model), model["recovery"], model["model"]) for model in models.values()]
+    points += [(price(models[group["pruned"]]), group["recovery"], group["arm"]) for group in report["groups"]]
     for name, colour in {"base": _BASE, "pruned": _UNTRAINED, **ARM_COLOURS}.items():
         if mine := [point for point in points if point[2] == name]:
             axes.plot([x for x, _, _ in mine], [y for _, y, _ in mine], "o", color=colour, markersize=5, label=name)
@@ -156,7 +166,7 @@ def pareto_front(report: Mapping[str, Any]) -> str:
             best = recovery
             front.append((size, recovery))
     axes.plot(*zip(*front, strict=True), "-", color=_INK, linewidth=0.8, alpha=0.6, zorder=0)
-    axes.set_xlabel("parameters, millions")
+    axes.set_xlabel("parameters, millions" if cost == "parameters" else "measured time of a decoded token, base = 1")
     axes.set_ylabel("recovery, % of the base")
     figure.legend(loc="outside lower left", ncols=2, frameon=False, labelcolor=_INK, fontsize=8, handlelength=3)
     return as_svg(figure)

@@ -21,7 +21,7 @@ from sdft_ray import pipeline
 from sdft_ray.artifacts import Stage
 from sdft_ray.errors import UserError, problem
 from sdft_ray.report import collect as one
-from sdft_ray.report.table import cut_line, interval
+from sdft_ray.report.table import cut_line, interval, speed_line
 from sdft_ray.storage import Storage
 from sdft_ray.sweep import DEPTH, RECIPE, SIZE, Plan, Trial, is_done, is_seed
 
@@ -36,10 +36,12 @@ def collect(plan: Plan, name: str, storage: Storage) -> dict[str, Any]:
         for who, each in one.exams_of(chain).items()
         if who in ("base", "pruned")
     }
+    shared |= {stage.id: stage for chain in chains for stage in chain if stage.name == "speed"}
     needed = [*shared.values(), *(stage for each in exams.values() for stage in each.values())]
     if missing := {stage.name for stage in needed if storage.status(stage) != "done"}:
         what = f"has nothing to compare with yet (missing: {', '.join(sorted(missing))})"
         raise UserError(problem(name, what, f"Do: sdft sweep {name}"))
+    speeds = {s.inputs["pruned"].id: s for chain in chains for s in chain if s.name == "speed"}
     base_of = {pipeline.models(chain)["pruned"].id: chain[0] for chain in chains}
     entries = []
     for trial in plan.trials:
@@ -58,6 +60,7 @@ def collect(plan: Plan, name: str, storage: Storage) -> dict[str, Any]:
                 "model": who,
                 "slug": stage.slug,
                 **(_describe_cut(stage, storage) if who == "pruned" else {"blocks": 0}),
+                "speed": storage.manifest(speeds[stage.id])["summary"] if stage.id in speeds else None,
                 **one.describe_model(stage, mine, one.scores_of(base, storage), storage),
                 **one.count_cost(storage.place(stage)),
             }
@@ -149,6 +152,7 @@ def _group(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "recovery_over_chance": _mean([entry["recovery_over_chance"] for entry in each]),
                 "validation_loss": _mean(losses),
                 "parameters": each[0]["parameters"],
+                "pruned": each[0]["pruned"],
                 "limited": any(entry["limited"] for entry in each),
             }
         )
@@ -211,7 +215,7 @@ def show(report: Mapping[str, Any], console: Console) -> None:
         console.print(comparison_table(report))
     for model in report["models"]:
         if model["model"] == "pruned":
-            console.print(cut_line(model))
+            console.print(cut_line(model) + (f" {speed_line(model['speed'])}" if model["speed"] else ""))
     for trial in report["trials"]:
         if trial["status"] != "done":
             console.print(f"{trial['status']}: {name_trial(trial)}{': ' + trial['reason'] if trial['reason'] else ''}")

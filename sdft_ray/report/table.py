@@ -76,6 +76,8 @@ def show(report: dict[str, Any], console: Console) -> None:
     console.print(cut_line(report["cut"], report["losses_of_spans"]))
     if compared := report["comparison"]:
         console.print(difference_line(compared))
+    if report["speed"]:
+        console.print(speed_line(report["speed"]))
     if selection := report["selection"]:
         others = ", ".join(f"{n} {reason}" for reason, n in selection["reasons"].items() if n and reason != "kept")
         console.print(
@@ -91,6 +93,15 @@ def cut_line(cut: Mapping[str, Any], losses: Mapping[str, Any] | None = None) ->
     if losses and cut["metric"] == "loss":
         text += f" ({losses['base_loss']:.3f} with nothing removed)"
     return f"{text}; {cut['agreement']:.0%} of bootstrap samples choose the same."
+
+
+def speed_line(speed: Mapping[str, Any]) -> str:
+    """Return how fast the pruned model was against the base, with the range over alternating runs."""
+    each = [
+        f"{kind} {found['ratio']:.2f} ({found['ratio_min']:.2f} to {found['ratio_max']:.2f})"
+        for kind, found in speed.items()
+    ]
+    return f"Measured tokens/s of the pruned model, as a multiple of the base's: {', '.join(each)}."
 
 
 def difference_line(compared: Mapping[str, Any]) -> str:

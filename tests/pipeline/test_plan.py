@@ -66,6 +66,7 @@ FIXED = {
     "prune.contiguous",
     "prune.calibration.0.text",
     "prune.calibration.0.rows",
+    "evaluate.speed",  # measures beside the exams
 }
 
 

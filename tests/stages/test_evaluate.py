@@ -2,6 +2,7 @@
 
 import pytest
 
+from sdft_ray.sources import offline_task_file
 from sdft_ray.stages import evaluate
 
 HUB = {
@@ -38,3 +39,42 @@ def test_leaderboard_has_the_published_shots():
     assert {task: exam.shots for task, exam in evaluate.OPENLLM_V1.items()} == {
         "arc_challenge": 25, "hellaswag": 10, "truthfulqa_mc2": 0, "mmlu": 5, "winogrande": 5, "gsm8k": 5
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("task", ["arc_easy", "hellaswag"])
+def test_examine_in_float32_scores_exactly_what_plain_lm_eval_does(task, tiny_model, tmp_path):
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    exam, file = evaluate.OFFLINE[task], offline_task_file(task)
+    settings = {
+        "task": task,
+        "dtype": "float32",
+        "metric": exam.metric,
+        "shots": 0,
+        "limit": 12,
+        "chat_template": False,
+    }
+    ours, items = evaluate.examine(str(tiny_model), settings, {"file": str(file)}, [], 8, "cpu")
+    harness = evaluate.task_manager()
+    (tmp_path / "plain.yaml").write_text(
+        f"include: {harness.task_index[task].yaml_path}\ndataset_path: arrow\ndataset_name: null\n"
+        f"dataset_kwargs: {{data_files: {{validation: {file}}}}}\ntraining_split: null\nvalidation_split: validation\n"
+        "test_split: null\n"
+    )
+    plain = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=str(tiny_model), dtype="float32", device="cpu", batch_size=8),
+        tasks=[str(tmp_path / "plain.yaml")],
+        num_fewshot=0,
+        limit=12,
+        task_manager=harness,
+        bootstrap_iters=0,
+    )
+    expected = plain["results"][task]
+    assert 0 < ours["value"] < 1 and ours["n"] == 12 and ours["limited"]
+    assert ours["value"] == expected[exam.metric]
+    assert ours["other_metrics"] == {
+        key: value for key, value in expected.items() if key in ("acc,none", "acc_norm,none") and key != exam.metric
+    }
+    metric = exam.metric.partition(",")[0]
+    assert [item["value"] for item in items] == [sample[metric] for sample in plain["samples"][task]]

@@ -1,0 +1,90 @@
+"""Stage `speed`: how fast the pruned model is against the base, measured.
+
+In: both models. Out: speed.json: tokens per second of prefill and of decoding, and their ratios. Counted FLOPs say what
+is saved on paper; caches, memory and kernels decide what is saved in truth. The two take turns, so that whatever else
+the machine does slows both.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from sdft_ray.artifacts import write_atomically
+from sdft_ray.stages import Work
+
+VERSION = 1
+LENGTHS = {"prompt_tokens": 256, "new_tokens": 32, "runs": 5}
+
+
+def build(work: Work) -> dict[str, Any]:
+    """Write speed.json."""
+    import ray
+
+    plan = work.compute.evaluate
+    found: dict[str, Any] = ray.get(
+        ray.remote(measure)
+        .options(num_cpus=plan.cpus, num_gpus=plan.gpus, name="speed")
+        .remote(
+            str(work.input("model")), str(work.input("pruned")), dict(work.settings), "cuda" if plan.gpus else "cpu"
+        )
+    )
+    write_atomically(work.directory / "speed.json", json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def measure(base: str, pruned: str, settings: dict[str, Any], device: str) -> dict[str, Any]:
+    """Return the tokens per second of both models, and their ratio in each pair of runs; runs in a Ray worker."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from sdft_ray.progress import quiet_transformers
+
+    quiet_transformers()
+    models = [
+        AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, settings["dtype"])).to(device).eval()
+        for path in (base, pruned)
+    ]
+    ids = torch.arange(settings["prompt_tokens"], device=device)[None] % models[0].config.vocab_size
+    mask, count = torch.ones_like(ids), settings["new_tokens"]
+
+    def prefill(model: Any) -> None:
+        model(input_ids=ids, attention_mask=mask, logits_to_keep=1, use_cache=True)
+
+    def decode(model: Any) -> None:
+        options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+        model.generate(input_ids=ids[:, :1], attention_mask=mask[:, :1], **options)
+
+    with torch.inference_mode():
+        return {
+            "prefill": _take_turns(prefill, models, ids.shape[1], settings["runs"], device),
+            "decode": _take_turns(decode, models, count, settings["runs"], device),
+        }
+
+
+def _take_turns(work: Callable[[Any], None], models: list[Any], tokens: int, runs: int, device: str) -> dict[str, Any]:
+    speeds: list[list[float]] = []
+    for _ in range(runs + 1):
+        speeds.append([tokens / _seconds(work, model, device) for model in models])
+    speeds = speeds[1:]  # the first pair warms up
+    ratios = [pruned / base for base, pruned in speeds]
+    return {
+        "base_tokens_per_second": statistics.median(base for base, _ in speeds),
+        "pruned_tokens_per_second": statistics.median(pruned for _, pruned in speeds),
+        "ratio": statistics.median(ratios),
+        "ratio_min": min(ratios),
+        "ratio_max": max(ratios),
+    }
+
+
+def _seconds(work: Callable[[Any], None], model: Any, device: str) -> float:
+    import torch
+
+    begun = time.perf_counter()
+    work(model)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun
