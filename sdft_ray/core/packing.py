@@ -1,7 +1,7 @@
-"""Which rows make up a step, and how rows become one sequence without a token of padding.
+"""Which rows make up a step, which forward passes a step is made of, and how rows become one sequence without padding.
 
 In: encoded rows. Out: tensors for one forward pass. Rows stand one after another in a single sequence; positions
-restart at each row, which is what tells transformers to keep attention within the row.
+restart at each row; that nothing else crosses its ends is what core/rowwise.py sees to.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from sdft_ray.core.prompts import TrainingRow
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """Some rows as one sequence of T tokens, K of which are predicted with loss."""
+    """Some rows (R) as one sequence of T tokens, K of which are predicted with loss."""
 
     input_ids: torch.Tensor
     """(1, T)"""
     position_ids: torch.Tensor
     """(1, T), 0 at each row's start."""
+    starts: list[int]
+    """(R + 1) where each row starts, and T."""
     keep: torch.Tensor
     """(K,) positions whose next token is trained: only they go through the head."""
     targets: torch.Tensor
@@ -33,10 +35,11 @@ def pack_rows(rows: Sequence[TrainingRow]) -> Packed:
     """Return rows as one sequence.
 
     Two rows before: ids [5, 6, 7] trained from 1, ids [8, 9] trained from 1. After: input_ids [5, 6, 7, 8, 9],
-    position_ids [0, 1, 2, 0, 1], keep [0, 1, 3], targets [6, 7, 9].
+    position_ids [0, 1, 2, 0, 1], starts [0, 3, 5], keep [0, 1, 3], targets [6, 7, 9].
     """
     ids: list[int] = []
     positions: list[int] = []
+    starts: list[int] = [0]
     keep: list[int] = []
     for row in rows:
         assert 0 < row.trained_from < len(row.ids), "a row has tokens with loss and tokens without"
@@ -45,8 +48,9 @@ def pack_rows(rows: Sequence[TrainingRow]) -> Packed:
         keep += range(offset + row.trained_from - 1, offset + len(row.ids) - 1)
         positions += range(len(row.ids))
         ids += row.ids
+        starts.append(len(ids))
     input_ids, kept = torch.tensor([ids]), torch.tensor(keep)
-    return Packed(input_ids, torch.tensor([positions]), kept, input_ids[0, kept + 1])
+    return Packed(input_ids, torch.tensor([positions]), starts, kept, input_ids[0, kept + 1])
 
 
 def schedule(rows: int, epochs: int, global_batch_size: int, seed: int) -> list[list[int]]:
@@ -58,12 +62,43 @@ def schedule(rows: int, epochs: int, global_batch_size: int, seed: int) -> list[
     return [order[i : i + global_batch_size].tolist() for i in range(0, len(order), global_batch_size)]
 
 
-def share_of(step: Sequence[int], worker: int, workers: int, micro_batch: int) -> list[list[int]]:
-    """Return a worker's micro-batches of a step; every worker gets equally many, the last ones maybe empty.
+def plan_passes(lengths: Sequence[int], workers: int, micro_batch: int, pass_tokens: int) -> list[list[list[int]]]:
+    """Return, for each worker, its forward passes over rows of these lengths; each pass lists places in `lengths`.
 
-    >>> share_of([3, 1, 4, 1, 5], worker=0, workers=2, micro_batch=2), share_of([3, 1, 4, 1, 5], 1, 2, 2)
-    ([[3, 4], [5]], [[1, 1], []])
+    A pass holds at most `micro_batch` rows and `pass_tokens` tokens, as few passes as best-fit decreasing finds. Every
+    worker gets equally many, the last ones maybe empty, and passes that run at the same time are about equally long.
+
+    >>> plan_passes([5, 1, 4, 2], workers=1, micro_batch=4, pass_tokens=7)
+    [[[0, 1], [2, 3]]]
+    >>> plan_passes([5, 1, 4, 2, 3], workers=2, micro_batch=3, pass_tokens=99)
+    [[[0, 3, 1]], [[2, 4]]]
     """
-    count = -(-len(step) // (workers * micro_batch))
-    mine = step[worker::workers]
-    return [list(mine[i * micro_batch : (i + 1) * micro_batch]) for i in range(count)]
+    assert max(lengths) <= pass_tokens, f"a row of {max(lengths)} tokens is longer than a pass of {pass_tokens}"
+    passes = _fit(lengths, [], micro_batch, pass_tokens, tight=True)
+    assert passes is not None, "best fit opens a new pass where no other has room"
+    count = -(-len(passes) // workers) * workers
+    # The same number of passes, evened out, where that fits: workers wait for the slowest of them.
+    passes = _fit(lengths, [[] for _ in range(count)], micro_batch, pass_tokens, tight=False) or passes
+    passes = sorted(passes, key=lambda rows: -sum(lengths[i] for i in rows))
+    passes += [[] for _ in range(count - len(passes))]
+    return [passes[worker::workers] for worker in range(workers)]
+
+
+def _fit(
+    lengths: Sequence[int], passes: list[list[int]], micro_batch: int, pass_tokens: int, tight: bool
+) -> list[list[int]] | None:
+    """Return rows put into passes, longest first; into the fullest that has room and else a new one, or, where not
+    `tight`, into the emptiest and else nowhere (None)."""
+    filled = [0] * len(passes)
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        room = [n for n, rows in enumerate(passes) if len(rows) < micro_batch and filled[n] + lengths[i] <= pass_tokens]
+        if not room and not tight:
+            return None
+        if not room:
+            passes.append([])
+            filled.append(0)
+            room = [len(passes) - 1]
+        chosen = (max if tight else min)(room, key=lambda n: filled[n])
+        passes[chosen].append(i)
+        filled[chosen] += lengths[i]
+    return passes

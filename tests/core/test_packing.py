@@ -1,42 +1,16 @@
 import pytest
-import torch
-from tiny import make_tokenizer
 
-from sdft_ray.core.packing import pack_rows, schedule, share_of
-from sdft_ray.core.prompts import TrainingRow, encode_row
+from sdft_ray.core.packing import pack_rows, plan_passes, schedule
+from sdft_ray.core.prompts import TrainingRow
 
 
 def test_pack_rows_places_targets_one_behind_their_position():
     packed = pack_rows([TrainingRow([5, 6, 7], 1), TrainingRow([8, 9], 1)])
     assert packed.input_ids.tolist() == [[5, 6, 7, 8, 9]]
     assert packed.position_ids.tolist() == [[0, 1, 2, 0, 1]]
+    assert packed.starts == [0, 3, 5]
     assert packed.keep.tolist() == [0, 1, 3]
     assert packed.targets.tolist() == [6, 7, 9]
-
-
-def test_pack_rows_losses_equal_those_of_the_rows_alone(tiny_model):
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
-    tokenizer = make_tokenizer()
-    rows = [encode_row(tokenizer, f"What is {i}?", "It is " + "so " * i + str(i)) for i in range(5)]
-
-    def losses(packed):
-        with torch.no_grad():
-            logits = model(
-                input_ids=packed.input_ids,
-                position_ids=packed.position_ids,
-                logits_to_keep=packed.keep,
-                use_cache=False,
-            ).logits[0]
-        return torch.nn.functional.cross_entropy(logits, packed.targets, reduction="none")
-
-    alone = torch.cat([losses(pack_rows([row])) for row in rows])
-    assert torch.allclose(losses(pack_rows(rows)), alone, atol=1e-5)
-    # Without restarted positions rows do see each other: the test above can fail.
-    packed = pack_rows(rows)
-    packed.position_ids.copy_(torch.arange(packed.input_ids.shape[1])[None])
-    assert not torch.allclose(losses(packed), alone, atol=1e-3)
 
 
 def test_pack_rows_refuses_a_row_with_only_trained_tokens():
@@ -60,8 +34,21 @@ def test_schedule_is_a_function_of_its_seed():
 
 @pytest.mark.parametrize(("workers", "micro_batch"), [(1, 8), (2, 2), (4, 2), (3, 1)])
 @pytest.mark.parametrize("size", [1, 7, 8])
-def test_share_of_covers_the_step_once_with_equal_rounds(workers, micro_batch, size):
-    shares = [share_of(range(size), worker, workers, micro_batch) for worker in range(workers)]
-    assert len({len(share) for share in shares}) == 1
-    assert sorted(i for share in shares for group in share for i in group) == list(range(size))
-    assert all(len(group) <= micro_batch for share in shares for group in share)
+def test_plan_passes_covers_the_step_once_with_equally_many_passes(workers, micro_batch, size):
+    lengths = [3 + i * 5 % 11 for i in range(size)]
+    plan = plan_passes(lengths, workers, micro_batch, pass_tokens=20)
+    assert len({len(passes) for passes in plan}) == 1
+    assert sorted(i for passes in plan for rows in passes for i in rows) == list(range(size))
+    assert all(len(rows) <= micro_batch for passes in plan for rows in passes)
+    assert all(sum(lengths[i] for i in rows) <= 20 for passes in plan for rows in passes)
+
+
+def test_plan_passes_needs_no_more_passes_than_best_fit():
+    # Taking rows as they come would leave 6 + 3, 5 + 2, 4 apart: three passes of ten tokens where two do.
+    assert [len(passes) for passes in plan_passes([6, 5, 4, 3, 2], 1, 5, pass_tokens=10)] == [2]
+
+
+def test_plan_passes_gives_workers_equal_shares():
+    lengths = [100, 1, 90, 2, 80, 3, 70, 4]
+    loads = [sum(lengths[i] for rows in passes for i in rows) for passes in plan_passes(lengths, 2, 8, 10_000)]
+    assert max(loads) - min(loads) < 30

@@ -1,0 +1,139 @@
+"""What must not cross from row to row in a packed sequence: attention, and the randomness of dropout.
+
+In: a causal LM, and the rows of the sequence at work. Out: the same model, in which each row of a packed sequence is
+treated as if it stood alone. Both are held to the rows by ourselves: not every model of transformers makes its mask
+from the positions (gpt_oss does not), and PyTorch's dropout draws from the state of the process, which differs with the
+number of workers, with packing and after a resume.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+_ATTENTION = "sdft_rows"  # the name that transformers knows attend_within_rows by
+
+
+class CurrentRows:
+    """The rows (R) of the sequence at work; one object, which the layers of a model look at."""
+
+    starts: Sequence[int] = ()
+    """(R + 1) where each row starts, and the length of the sequence."""
+    keys: Sequence[str] = ()
+    """What each row's dropout is told by: seed, step and row."""
+
+
+def keep_within_rows(model: Any) -> CurrentRows:
+    """Make a model attend within rows only, and return the object that tells it the rows."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_ATTENTION, attend_within_rows)  # without a mask function: transformers makes no mask
+    rows, usual = CurrentRows(), str(model.config._attn_implementation)
+    for module in model.modules():
+        module.sdft_rows, module.sdft_usual = rows, usual
+    model.set_attn_implementation(_ATTENTION)
+    return rows
+
+
+def attend_within_rows(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    sliding_window: int | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """Return causal attention of each row on its own: query (1, H, T, C) -> (1, T, H, C).
+
+    A mask over the whole sequence would cost T x T where the rows need the sum of their squares.
+    """
+    assert attention_mask is None, "rows carry no padding"
+    starts = module.sdft_rows.starts
+    assert starts[-1] == query.shape[2], f"{tuple(query.shape)} is not a sequence of rows that end at {starts}"
+    if module.sdft_usual == "sdpa" and query.is_cuda and query.dtype != torch.float32:
+        return _attend_at_once(query, key, value, starts, sliding_window, options.get("scaling")), None
+    parts = []
+    for begin, end in itertools.pairwise(starts):
+        q, k, v = (tensor[:, :, begin:end] for tensor in (query, key, value))
+        parts.append(_attend(module, q, k, v, sliding_window, options))
+    return torch.cat(parts, dim=1), None
+
+
+def _attend(module: Any, query: Any, key: Any, value: Any, window: int | None, options: dict[str, Any]) -> Any:
+    """Return one row's attention by the model's usual means."""
+    length = query.shape[2]
+    if module.sdft_usual == "sdpa":
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        mask = None if window is None or length <= window else _window(length, window, query.device)
+        return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
+    # Models with sinks or soft caps bring their own.
+    usual = sys.modules[type(module).__module__].eager_attention_forward
+    seen = _window(length, window or length, query.device)
+    mask = torch.zeros_like(seen, dtype=query.dtype).masked_fill(~seen, torch.finfo(query.dtype).min)
+    return usual(module, query, key, value, mask, **options)[0]
+
+
+def _window(length: int, window: int, device: torch.device) -> torch.Tensor:
+    """Return (1, 1, T, T), true where a token sees another: itself and those less than `window` before it."""
+    places = torch.arange(length, device=device)
+    back = places[:, None] - places[None]
+    return ((back >= 0) & (back < window))[None, None]
+
+
+def _attend_at_once(
+    query: Any, key: Any, value: Any, starts: Sequence[int], window: int | None, scale: float | None
+) -> torch.Tensor:
+    """Return all rows' attention in one call of FlashAttention, which PyTorch has for half precision on a GPU."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    ends = torch.tensor(starts, dtype=torch.int32, device=query.device)
+    longest = max(end - begin for begin, end in itertools.pairwise(starts))
+    in_place = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (T, H, C)
+    reach = (-1 if window is None else window - 1, 0)
+    grouped = query.shape[1] != key.shape[1]
+    mixed: torch.Tensor = varlen_attn(
+        *in_place, ends, ends, longest, longest, scale=scale, window_size=reach, enable_gqa=grouped
+    )
+    return mixed[None]
+
+
+class RowDropout(torch.nn.Module):
+    """Dropout of packed rows (1, T, D): a row's mask is a pure function of its key and the layer."""
+
+    def __init__(self, p: float, layer: int, rows: CurrentRows) -> None:
+        super().__init__()
+        self.p, self.layer, self.rows = p, layer, rows
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x with a share p of it zero and the rest scaled up; x itself outside training."""
+        if not self.training:
+            return x
+        starts = self.rows.starts
+        assert starts[-1] == x.shape[-2], f"{tuple(x.shape)} is not a sequence of rows that end at {starts}"
+        masks = []
+        for key, (begin, end) in zip(self.rows.keys, itertools.pairwise(starts), strict=True):
+            generator = torch.Generator(x.device).manual_seed(_seed(f"{key}/{self.layer}"))
+            empty = torch.empty((end - begin, x.shape[-1]), dtype=x.dtype, device=x.device)
+            masks.append(empty.bernoulli_(1 - self.p, generator=generator))
+        return x * (torch.cat(masks) / (1 - self.p))
+
+
+def drop_by_row(model: Any, p: float, rows: CurrentRows) -> None:
+    """Put RowDropout in the place of every LoRA layer's dropout."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    for number, layer in enumerate(layers):
+        for name in layer.lora_dropout:
+            layer.lora_dropout[name] = RowDropout(p, number, rows)
+
+
+def _seed(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest())
