@@ -37,6 +37,8 @@ class RayCluster(Section):
     largest_node: Node | None = None
     """The largest node that an autoscaler can bring, which Ray does not tell. Absent: the nodes there are count, and
     what none of them can hold is an error at once."""
+    gpu_memory_gb: float | None = Field(None, gt=0)
+    """Memory of one GPU, for `sdft check` to say what fits."""
 
 
 class Score(Section):
@@ -73,7 +75,7 @@ class Engine(Section):
 
 
 class Pool(Section):
-    """A number of actors that follows the work and the room there is; a plain number stands for both ends."""
+    """A number of actors or workers that follows the room there is; a plain number stands for both ends."""
 
     min: int = Field(1, gt=0)
     max: int = Field(gt=0)
@@ -85,10 +87,13 @@ class Pool(Section):
         return self
 
 
+OneNumberOrPool = Annotated[Pool, BeforeValidator(lambda n: {"min": n, "max": n} if type(n) is int else n)]
+
+
 class Distill(Section):
     """Actors that each hold a vLLM engine."""
 
-    actors: Annotated[Pool, BeforeValidator(lambda n: {"min": n, "max": n} if type(n) is int else n)] = Pool(max=1)
+    actors: OneNumberOrPool = Pool(max=1)
     """How many; {min: 1, max: 16} grows with the room that a cluster has and shrinks when rows run out."""
     cpus: Count | Auto = "auto"
     gpus: float = Field(0, ge=0)
@@ -114,16 +119,35 @@ class Distill(Section):
 class Train(Section):
     """Workers of Ray Train, and how DeepSpeed shares memory among them."""
 
-    workers: int = Field(2, gt=0)
+    workers: OneNumberOrPool = Pool(min=2, max=2)
+    """How many; {min: 1, max: 8} trains with as many as there is room for, and goes on from the last checkpoint with
+    others when that changes."""
     cpus: Count | Auto = "auto"
     gpus: float = Field(0, ge=0)
     zero_stage: Literal[0, 1, 2, 3] = 2
+    """What DeepSpeed spreads over the workers: 1 the optimizer, 2 also gradients, 3 also weights."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What waits in main memory instead of a GPU's: the optimizer (zero_stage 1 to 3), or the weights too (3)."""
     micro_batch: int = Field(8, gt=0)
     """Rows that one worker takes through forward and backward together, packed into one sequence."""
+    pass_tokens: int | None = Field(None, gt=0)
+    """Tokens of that sequence at most, for memory; at least train.max_tokens. Absent: as many as its rows have."""
     gradient_checkpointing: bool = False
+    """Less memory for activations, a third more time."""
+    deepspeed: str | None = None
+    """A DeepSpeed JSON, see configs/deepspeed; it is handed over as it is and must not set what a recipe decides."""
     checkpoint_every_steps: int = Field(10, gt=0)
+    keep_checkpoints: int = Field(2, gt=0)
+    """Training checkpoints that are kept; they go when the stage is done."""
     max_failures: int = Field(3, ge=0)
     """Dead workers that are replaced before the stage fails."""
+
+    @model_validator(mode="after")
+    def _offloads_what_is_spread(self) -> Self:
+        least = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
+        if self.zero_stage < least:
+            raise ValueError(f"offload: {self.offload} needs zero_stage {least}, not {self.zero_stage}. Change either")
+        return self
 
 
 class Evaluate(Section):
@@ -151,7 +175,7 @@ class Compute(Section):
             "score": (self.score.actors, _settled(self.score.cpus), self.score.gpus),
             "loss": (self.score.actors, _settled(self.score.cpus), self.score.gpus),
             "distill": (self.distill.actors.min, _settled(self.distill.cpus), self.distill.gpus),
-            "train": (self.train.workers, _settled(self.train.cpus), self.train.gpus),
+            "train": (self.train.workers.min, _settled(self.train.cpus), self.train.gpus),
             "speed": (1, _settled(self.evaluate.cpus), self.evaluate.gpus),
             "evaluate": (1, _settled(self.evaluate.cpus), self.evaluate.gpus),
         }
@@ -177,7 +201,8 @@ def load_compute(path: Path | None = None) -> Compute:
     data = compute.model_dump(mode="json")
     for name, count in (("score", "actors"), ("distill", "actors"), ("train", "workers"), ("evaluate", None)):
         if data[name]["cpus"] == "auto":
-            sharing = compute.distill.actors.max if name == "distill" else data[name][count] if count else 1
+            wanted = data[name][count] if count else 1
+            sharing = wanted["max"] if isinstance(wanted, dict) else wanted
             data[name]["cpus"] = max(1, here // sharing)
     compute = validate(Compute, data)
     if compute.ray.address == "local":

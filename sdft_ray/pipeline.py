@@ -171,7 +171,7 @@ def check(recipe: Recipe, compute: Compute) -> None:
     if recipe.evaluate.preset == "harness":
         evaluate.require_known(recipe.evaluate.tasks)
     for arm in recipe.arms.names:
-        train.require_divisible(recipe.train_settings(arm).global_batch_size, compute.train)
+        train.require_fitting(recipe.train_settings(arm), compute.train)
 
 
 @dataclasses.dataclass(frozen=True)

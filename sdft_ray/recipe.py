@@ -318,6 +318,7 @@ class Lora(Section):
     rank: int = Field(8, gt=0)
     alpha: int = Field(16, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
+    """Its masks depend on seed, step and row alone, so no compute setting and no kill changes them."""
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     """`all-linear` (every linear layer but the head) or the names of modules."""
 
@@ -338,12 +339,20 @@ class Train(Section):
     global_batch_size: int = Field(16, gt=0)
     """Rows of one optimizer step, over all workers."""
     max_tokens: int = Field(1024, gt=1)
-    """Longest prompt + response; longer rows are left out and counted."""
+    """Longest prompt + response."""
+    too_long: Literal["leave_out", "truncate"] = "leave_out"
+    """What becomes of longer rows: they are left out, or keep their first max_tokens tokens (and are left out where
+    that is all prompt). Both are counted."""
     max_too_long_fraction: float = Field(0.01, ge=0, le=1)
     """More rows than this over max_tokens stop the stage."""
     validate_every_steps: int = Field(10, gt=0)
+    patience: int | None = Field(None, gt=0)
+    """Validations without a new lowest loss after which training stops; it goes on to the end where absent."""
+    keep: Literal["last", "best"] = "last"
+    """Which weights become the model: those of the last step, or those of the lowest validation loss."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     seed: int = 0
+    """Of the order of rows, of fresh adapters, and of dropout."""
 
 
 class ArmOverrides(Section):
@@ -417,6 +426,9 @@ class Recipe(Section):
                 raise ValueError("evaluate.tasks: names held_out, but rows.held_out is 0")
             if self.rows.answer == "none":
                 raise ValueError("evaluate.tasks: held_out needs checkable rows, but rows.answer is none")
+        for name, wanted in (("patience", self.train.patience), ("keep", self.train.keep == "best")):
+            if wanted and self.rows.validation == 0:
+                raise ValueError(f"train.{name}: needs validation rows, but rows.validation is 0")
         return self
 
     def train_settings(self, arm: str) -> Train:

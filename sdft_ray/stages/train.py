@@ -1,35 +1,35 @@
 """Stage `train`: one arm's fine-tuning of the pruned model.
 
 In: the pruned model and rows with responses (the references, or what `distill` selected). Out: a plain Hugging Face
-directory with the tuned model, for LoRA the adapter beside it, and losses.json. Ray Train runs the workers and
-replaces dead ones; DeepSpeed holds the optimizer. A step is exactly `global_batch_size` rows and its loss is the sum
-over trained tokens divided by the trained tokens of the whole step, so workers and micro-batches do not move it.
+directory with the tuned model, for LoRA the adapter beside it, losses.json and TensorBoard's files. Ray Train runs the
+workers (stages/worker.py) and replaces dead ones; DeepSpeed spreads what they hold. Every check that needs no worker is
+made before one starts.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
+import shutil
 import signal
-import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdft_ray import compute
+from sdft_ray import compute, recipe
 from sdft_ray.artifacts import write_atomically
 from sdft_ray.core.prompts import TrainingRow, encode_row
 from sdft_ray.core.surgery import older_rope
 from sdft_ray.errors import StageFailed, UserError, nearest, problem
-from sdft_ray.sources import read_json, weight_files
-from sdft_ray.stages import Work
+from sdft_ray.progress import say
+from sdft_ray.sources import read_json
+from sdft_ray.stages import Work, worker
 from sdft_ray.stages.cut import require_loadable
 from sdft_ray.stages.rows import read_split, read_training_rows
 
-VERSION = 2
+VERSION = 3
 
 
 def build(work: Work) -> dict[str, Any]:
@@ -37,86 +37,227 @@ def build(work: Work) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     settings, plan = work.settings["train"], work.compute.train
-    require_divisible(settings["global_batch_size"], plan)
+    given = require_fitting(recipe.validate(recipe.Train, settings), plan)
     base = work.input("model")
-    if settings["method"] == "lora" and settings["lora"]["targets"] != "all-linear":
-        _require_targets(base, settings["lora"]["targets"])
+    _require_own_checkpoints(work)
+    trainable, total = count_parameters(base, settings)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    rows, left_out = _encode(work, tokenizer)
-    validation = [
-        encode_row(tokenizer, row["prompt"], row["reference"]) for row in read_split(work.input("rows"), "validation")
-    ]
-    validation = [row for row in validation if len(row.ids) <= settings["max_tokens"]]
-    _write_rows(work.resumable / "train.parquet", rows)
-    _write_rows(work.resumable / "validation.parquet", validation)
-    steps = math.ceil(len(rows) * settings["epochs"] / settings["global_batch_size"])
-    work.progress.begin(steps)
+    source, column = ("distilled", "response") if work.settings["arm"] == "distilled" else ("rows", "reference")
+    raw = read_training_rows(work.input(source), settings["rows"])
+    rows, ids, counts = encode(tokenizer, raw, column, settings)
+    validation, _, _ = encode(
+        tokenizer, read_split(work.input("rows"), "validation"), "reference", settings, watched=True
+    )
+    require_vocabulary(base, tokenizer, [*rows, *validation])
+    worker.write_rows(work.resumable / "train.parquet", rows)
+    worker.write_rows(work.resumable / "validation.parquet", validation)
+    example = marked_example(tokenizer, rows[0])
+    before, after = (_shorten(example[part]) for part in ("without_loss", "with_loss"))
+    say(f"train: {len(rows)} rows; of the first, no loss on {before}, loss on {after}")
+    work.progress.begin(math.ceil(len(rows) * settings["epochs"] / settings["global_batch_size"]))
     begun = time.monotonic()
-    result = _fit(work, base)
+    result = _fit(work, base, given)
     if "failed" in result:
         (work.resumable / "result.json").unlink()  # a rerun tries again from the last checkpoint
-        raise StageFailed(f"train: {result['failed']}. The last training checkpoint is kept in {work.resumable}")
+        named = [ids[i] for i in result["rows"]]
+        some = ", ".join(named[:16]) + (f" and {len(named) - 16} more" if len(named) > 16 else "")
+        do = f"Look at them, or lower train.lr. The last training checkpoint is kept in {work.resumable}"
+        raise StageFailed(problem("train", f"{result['failed']}, on rows {some}", do))
     wall_seconds = time.monotonic() - begun
     _write_model(work, base)
     parameters = require_loadable(work.directory)
-    write_atomically(work.directory / "losses.json", json.dumps(result["history"]))
-    tokens = sum(len(row.ids) for row in rows)
+    assert parameters == total, f"{total} parameters were loaded, {parameters} written"
+    history = result["history"]
+    write_atomically(work.directory / "losses.json", json.dumps(history))
+    shutil.copytree(work.resumable / "tensorboard", work.directory / "tensorboard", dirs_exist_ok=True)
     return {
         "arm": work.settings["arm"],
         "rows": len(rows),
-        "rows_too_long": left_out,
+        **counts,
         "validation_rows": len(validation),
-        "steps": steps,
-        "tokens_per_epoch": tokens,
+        "steps": len(history),
+        "planned_steps": result["planned_steps"],
+        "best_step": worker.best_step(history),
+        "tokens_per_epoch": sum(len(row.ids) for row in rows),
         "trained_tokens_per_epoch": sum(len(row.ids) - row.trained_from for row in rows),
         "training_seconds": round(wall_seconds, 1),
-        "trainable_parameters": result["trainable_parameters"],
+        "workers": result["workers"],
+        "peak_memory_gb": round(result["peak_bytes"] / 1e9, 2),
+        "trainable_parameters": trainable,
         "parameters": parameters,
-        "first_loss": result["history"][0]["loss"],
-        "final_loss": result["history"][-1]["loss"],
-        "validation_loss": result["history"][-1].get("validation_loss"),
-        "example": _marked_example(tokenizer, rows[0]),
+        "first_loss": history[0]["loss"],
+        "final_loss": history[-1]["loss"],
+        "validation_loss": next((r["validation_loss"] for r in reversed(history) if "validation_loss" in r), None),
+        "example": example,
     }
 
 
-def require_divisible(global_batch_size: int, plan: compute.Train) -> None:
+# --- before anything starts -----------------------------------------------------------------------------------
+
+# What a recipe or the compute file decides, by its name in DeepSpeed's JSON.
+_DECIDED = {
+    "optimizer": "train.lr and train.weight_decay",
+    "scheduler": "train.schedule",
+    "fp16": "train.dtype",
+    "amp": "train.dtype",
+    "torch_autocast": "train.dtype",
+    "data_types": "train.dtype",
+    "communication_data_type": "train.dtype",
+    "sequence_parallel_size": "nothing: a step is its rows",
+    "compression_training": "nothing: it would train another model",
+    "data_efficiency": "nothing: a step is its rows",
+    "curriculum_learning": "nothing: a step is its rows",
+}
+
+
+def require_fitting(settings: recipe.Train, plan: compute.Train) -> dict[str, Any]:
+    """Return the DeepSpeed JSON that was handed over; raise UserError where recipe and compute do not fit together."""
+    for workers in dict.fromkeys((plan.workers.min, plan.workers.max)):
+        _require_divisible(settings.global_batch_size, plan.micro_batch, workers)
+    if plan.pass_tokens is not None and plan.pass_tokens < settings.max_tokens:
+        what = f"{plan.pass_tokens} is less than train.max_tokens, {settings.max_tokens}: a row might not fit"
+        raise UserError(problem("compute.train.pass_tokens", what, "Raise it, or lower train.max_tokens"))
+    if settings.dtype == "bfloat16" and plan.zero_stage == 0:
+        what = "0 has no float32 weights beside the bfloat16 ones of train.dtype"
+        raise UserError(problem("compute.train.zero_stage", what, "Set 1, which only spreads the optimizer"))
+    return read_deepspeed(plan.deepspeed, settings, plan) if plan.deepspeed else {}
+
+
+def _require_divisible(global_batch_size: int, micro_batch: int, workers: int) -> None:
     """Raise UserError unless a step's rows share out evenly over workers and micro-batches."""
-    per_round = plan.workers * plan.micro_batch
+    per_round = workers * micro_batch
     if global_batch_size % per_round:
-        what = f"{global_batch_size} is not a multiple of micro_batch {plan.micro_batch} x {plan.workers} workers = "
+        what = f"{global_batch_size} is not a multiple of micro_batch {micro_batch} x {workers} workers = "
         below = global_batch_size // per_round * per_round
         sizes = f"{below} or {below + per_round}" if below else f"{per_round}"
         do = f"Use {sizes}, or lower compute.train.micro_batch"
         raise UserError(problem("train.global_batch_size", f"{what}{per_round}", do))
 
 
-def _require_targets(base: Path, targets: Sequence[str]) -> None:
-    """Raise UserError for LoRA targets that no weight of the model belongs to."""
-    from safetensors import safe_open
+def read_deepspeed(path: str, settings: recipe.Train, plan: compute.Train) -> dict[str, Any]:
+    """Return a DeepSpeed JSON; raise UserError where it sets what recipe or compute file decide, unless alike."""
+    where = f"compute.train.deepspeed: {path}"
+    try:
+        given = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(problem(where, f"is no JSON file that can be read ({error})", "Mend it")) from None
+    if not isinstance(given, dict):
+        raise UserError(problem(where, "is not a JSON object", "See configs/deepspeed for one"))
+    zero = given.get("zero_optimization", {})
+    must_be = {
+        "train_batch_size": (given.pop("train_batch_size", "auto"), settings.global_batch_size),
+        "train_micro_batch_size_per_gpu": (given.pop("train_micro_batch_size_per_gpu", "auto"), plan.micro_batch),
+        "gradient_accumulation_steps": (
+            given.pop("gradient_accumulation_steps", "auto"),
+            "what compute.train makes it",
+        ),
+        "gradient_clipping": (given.pop("gradient_clipping", "auto"), settings.max_grad_norm),
+        "bf16.enabled": (given.pop("bf16", {}).get("enabled", "auto"), settings.dtype == "bfloat16"),
+        "zero_optimization.stage": (zero.get("stage", "auto"), plan.zero_stage),
+    }
+    problems = [
+        problem(where, f"{name} is {json.dumps(got)}, but recipe and compute file say {json.dumps(ours)}", "Remove it")
+        for name, (got, ours) in must_be.items()
+        if got not in ("auto", ours)
+    ]
+    problems += [
+        problem(where, f"{name} is set; it is decided by {by}", "Remove it")
+        for name, by in _DECIDED.items()
+        if name in given
+    ]
+    for part in ("offload_optimizer", "offload_param"):
+        device = zero.get(part, {}).get("device", "none")
+        if device == "nvme":
+            what = f"zero_optimization.{part}.device nvme needs an operator that is compiled on first use"
+            problems.append(problem(where, what, "Use cpu"))
+    if problems:
+        raise UserError(*problems)
+    return given
 
-    names: set[str] = set()
-    for shard in weight_files(base):
-        with safe_open(shard, framework="pt") as tensors:
-            names |= {name.split(".")[-2] for name in tensors.keys()}  # noqa: SIM118 - not a dict
-    if wrong := [target for target in targets if target.split(".")[-1] not in names]:
-        raise UserError(problem("train.lora.targets", f"the model has no {wrong[0]}", nearest(wrong[0], names)))
+
+def _require_own_checkpoints(work: Work) -> None:
+    """Raise UserError where the directory of this training's checkpoints holds those of another."""
+    for path in sorted(work.resumable.glob("ray_train*/checkpoint_*/progress.json")):
+        if steps_in(path.parent) is not None and (other := read_json(path)["stage"]) != work.stage.id:
+            what = f"holds a checkpoint of another training ({other}, not {work.stage.id})"
+            raise UserError(problem(str(path.parent), what, f"Move {work.resumable} away and run again"))
 
 
-def _encode(work: Work, tokenizer: Any) -> tuple[list[TrainingRow], int]:
-    """Return the arm's rows as token ids, and how many were too long and left out."""
-    settings, arm = work.settings["train"], work.settings["arm"]
-    source, column = ("distilled", "response") if arm == "distilled" else ("rows", "reference")
-    raw = read_training_rows(work.input(source), settings["rows"])
-    encoded = [encode_row(tokenizer, row["prompt"], row[column]) for row in raw]
-    rows = [row for row in encoded if len(row.ids) <= settings["max_tokens"]]
-    left_out = len(encoded) - len(rows)
-    if left_out > settings["max_too_long_fraction"] * len(encoded) or not rows:
-        what = f"{left_out} of {len(encoded)} rows are longer than {settings['max_tokens']} tokens"
-        raise UserError(problem("train.max_tokens", what, "Raise it, or raise train.max_too_long_fraction"))
-    return rows, left_out
+def count_parameters(base: Path, settings: Mapping[str, Any]) -> tuple[int, int]:
+    """Return how many parameters are trained and how many the model has; raise UserError for LoRA targets that match
+    nothing. No weight is read."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+    total = sum(parameter.numel() for parameter in model.parameters())
+    if settings["method"] == "lora" and settings["lora"]["targets"] != "all-linear":
+        layers = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        for target in settings["lora"]["targets"]:
+            if not any(name == target or name.endswith(f".{target}") for name in layers):
+                known = {name.rpartition(".")[2] for name in layers}
+                what = f"the model has no linear layer {target}"
+                raise UserError(problem("train.lora.targets", what, nearest(target, known)))
+    with torch.device("meta"):
+        adapted = worker.adapt(model, settings)
+    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad), total
 
 
-def _fit(work: Work, base: Path) -> dict[str, Any]:
+def encode(
+    tokenizer: Any, raw: Sequence[Mapping[str, Any]], column: str, settings: Mapping[str, Any], watched: bool = False
+) -> tuple[list[TrainingRow], list[str], dict[str, int]]:
+    """Return rows as token ids, their ids, and how many were too long; `watched` rows are not trained on.
+
+    Raises UserError where more rows are too long than the recipe allows, or none is left with a token to train.
+    """
+    limit, fate = settings["max_tokens"], settings["too_long"]
+    rows, ids, too_long, left_out = [], [], 0, 0
+    for line in raw:
+        row = encode_row(tokenizer, line["prompt"], line[column])
+        if len(row.ids) > limit:
+            too_long += 1
+            if fate == "leave_out" or row.trained_from >= limit:
+                left_out += 1
+                continue
+            row = TrainingRow(row.ids[:limit], row.trained_from)  # without its end of turn: none is taught there
+        rows.append(row)
+        ids.append(line["id"])
+    if not watched and (too_long > settings["max_too_long_fraction"] * len(raw) or not rows):
+        what = f"{too_long} of {len(raw)} rows are longer than {limit} tokens"
+        if too_long <= settings["max_too_long_fraction"] * len(raw):
+            what += ", and none of them has a token with loss within those"
+        do = "Raise it, or raise train.max_too_long_fraction" if rows else "Raise it"
+        raise UserError(problem("train.max_tokens", what, do))
+    return rows, ids, {"rows_too_long": too_long, "rows_left_out": left_out}
+
+
+def require_vocabulary(base: Path, tokenizer: Any, rows: Sequence[TrainingRow]) -> None:
+    """Raise UserError where rows hold tokens that the model has no embedding for."""
+    known = read_json(base / "config.json")["vocab_size"]
+    largest = max(max(row.ids) for row in rows)
+    if largest >= known:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        what = f"the tokenizer has {len(tokenizer)} tokens and the rows hold {token} ({largest})"
+        raise UserError(problem(str(base), f"{what}; the model knows {known}", "Give model and tokenizer of one kind"))
+
+
+def marked_example(tokenizer: Any, row: TrainingRow) -> dict[str, str]:
+    """Return one row decoded, split where the loss begins: the proof of the mask that a person can read."""
+    return {
+        "without_loss": tokenizer.decode(row.ids[: row.trained_from]),
+        "with_loss": tokenizer.decode(row.ids[row.trained_from :]),
+    }
+
+
+def _shorten(text: str) -> str:
+    return repr(text if len(text) <= 120 else f"{text[:60]} … {text[-60:]}")
+
+
+# --- the workers ----------------------------------------------------------------------------------------------
+
+
+def _fit(work: Work, base: Path, given: dict[str, Any]) -> dict[str, Any]:
     """Run the workers and return what rank 0 wrote down at the end."""
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -126,41 +267,49 @@ def _fit(work: Work, base: Path) -> dict[str, Any]:
     from sdft_ray.cluster import ticker
 
     plan, ticks = work.compute.train, ticker()
-    result_file = work.resumable / "result.json"
+    result_file, tuned = work.resumable / "result.json", work.resumable / "tuned"
+    if result_file.is_file():  # killed between the last step and the commit
+        return read_json(result_file)
+    shutil.rmtree(tuned, ignore_errors=True)  # of other numbers of workers
+    resume = _mend(work.resumable)
+    elastic = plan.workers.min != plan.workers.max
     trainer = TorchTrainer(
-        train_worker,
+        worker.train_worker,
         train_loop_config={
+            "stage": work.stage.id,
             "settings": dict(work.settings["train"]),
             "plan": plan.model_dump(mode="json"),
+            "deepspeed": given,
             "base": str(base),
             "rows": str(work.resumable / "train.parquet"),
             "validation": str(work.resumable / "validation.parquet"),
             "result": str(result_file),
-            "adapter": str(work.directory / "adapter"),
-            "weights": str(work.resumable / "tuned.safetensors"),
+            "tuned": str(tuned),
+            "resume": resume and str(resume),
+            "tensorboard": str(work.resumable / "tensorboard"),
             "ticker": ticks,
         },
         scaling_config=ScalingConfig(
-            num_workers=plan.workers,
+            num_workers=(plan.workers.min, plan.workers.max) if elastic else plan.workers.max,
             use_gpu=bool(plan.gpus),
             resources_per_worker={"CPU": plan.cpus, **({"GPU": plan.gpus} if plan.gpus else {})},
         ),
-        # The same name and place: a rerun goes on from the last checkpoint by itself. DeepSpeed's optimizer shards fit
-        # only the layout that wrote them, so another layout starts anew instead of failing.
+        # The same name and place: a rerun goes on from the last checkpoint by itself, in whatever layout.
         run_config=RunConfig(
-            name=f"ray_train-{plan.workers}-workers-zero-{plan.zero_stage}",
+            name="ray_train",
             storage_path=str(work.resumable),
             failure_config=FailureConfig(max_failures=plan.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            checkpoint_config=CheckpointConfig(num_to_keep=plan.keep_checkpoints),
         ),
     )
-    if result_file.is_file():  # killed between the last step and the commit
-        return json.loads(result_file.read_text())
     finished = threading.Event()
 
     def watch() -> None:
         while not finished.wait(1.0):
-            if state := ray.get(ticks.ask.remote()):
+            state = ray.get(ticks.ask.remote())
+            if "begun" in state and state["begun"] != work.progress.done:
+                work.progress.begin(work.progress.total, state["begun"])
+            elif "step" in state:
                 work.progress.update(state["step"], state["note"])
 
     watcher = threading.Thread(target=watch, daemon=True)
@@ -172,296 +321,74 @@ def _fit(work: Work, base: Path) -> dict[str, Any]:
         raise KeyboardInterrupt from None
     except TrainingFailedError as error:
         cause = str(error).strip().splitlines()[-1]
-        raise StageFailed(f"train: {cause}. The last training checkpoint is kept in {work.resumable}") from error
+        do = f"The last training checkpoint is kept in {work.resumable}; the same command goes on from it"
+        raise StageFailed(problem("train", cause, do)) from error
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, on_interrupt)
         finished.set()
         watcher.join()
-    return json.loads(result_file.read_text())
+    return read_json(result_file)
 
 
-# --- in the workers -------------------------------------------------------------------------------------------
+def _mend(folder: Path) -> Path | None:
+    """Return the last whole checkpoint where Ray's own list of them is torn, and set that list aside.
+
+    Ray writes the list in place: a kill or a full disk at that moment leaves half of it.
+    """
+    torn = folder / "ray_train" / "checkpoint_manager_snapshot.json"
+    try:
+        if torn.is_file():
+            json.loads(torn.read_text())
+    except ValueError:
+        aside = folder / f"ray_train-torn-{len(list(folder.glob('ray_train-torn-*')))}"
+        torn.parent.rename(aside)
+    left = list(folder.glob("ray_train-torn-*/checkpoint_*"))
+    whole = {steps: path for path in left if (steps := steps_in(path)) is not None}
+    return whole[max(whole)] if whole else None
 
 
-def train_worker(config: dict[str, Any]) -> None:
-    """Train on one worker; runs under Ray Train, all workers in step."""
-    os.environ["DS_ACCELERATOR"] = "cuda" if config["plan"]["gpus"] else "cpu"  # not the driver's
-    import deepspeed
-    import ray
-    import ray.train
-    import torch
-    import torch.distributed as dist
+def steps_in(checkpoint: Path) -> int | None:
+    """Return how many steps a training checkpoint has behind it; None where it is not whole."""
+    from safetensors import SafetensorError, safe_open
 
-    from sdft_ray.core.packing import schedule
-    from sdft_ray.progress import quiet_transformers
-
-    quiet_transformers()
-    settings, plan = config["settings"], config["plan"]
-    context = ray.train.get_context()
-    rank, workers = context.get_world_rank(), context.get_world_size()
-    torch.manual_seed(settings["seed"])
-    model = _load_trainable(config["base"], settings, plan)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    deepspeed.init_distributed(dist_backend="nccl" if plan["gpus"] else "gloo", verbose=False)
-    # torch's AdamW: DeepSpeed's own would be compiled on first use (docs/footguns.md).
-    optimizer = torch.optim.AdamW(trainable, lr=settings["lr"], weight_decay=settings["weight_decay"])
-    rounds = settings["global_batch_size"] // (workers * plan["micro_batch"])
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=_deepspeed_config(settings, plan, rounds), dist_init_required=False
-    )
-    rows, validation = _read_rows(Path(config["rows"])), _read_rows(Path(config["validation"]))
-    steps = schedule(len(rows), settings["epochs"], settings["global_batch_size"], settings["seed"])
-    history = _resume(engine)
-    begun, tokens = time.monotonic(), 0
-
-    for step in range(len(history), len(steps)):
-        for group in engine.optimizer.param_groups:
-            group["lr"] = learning_rate(step, len(steps), settings)
-        loss = _take_step(engine, [rows[i] for i in steps[step]], rank, workers, plan["micro_batch"], rounds)
-        record: dict[str, float | None] = {
-            "step": step + 1,
-            "loss": loss,
-            "lr": learning_rate(step, len(steps), settings),
-        }
-        norm = engine.get_global_grad_norm()  # DeepSpeed clips under ZeRO 0 in float32 too, but does not tell the norm
-        record["grad_norm"] = None if norm is None else float(norm)
-        last = step + 1 == len(steps)
-        if not math.isfinite(loss):
-            if rank == 0:
-                what = f"the loss at step {step + 1} is {loss} (training rows {steps[step]}); try a lower train.lr"
-                write_atomically(Path(config["result"]), json.dumps({"failed": what}))
-            return
-        if validation and (last or (step + 1) % settings["validate_every_steps"] == 0):
-            record["validation_loss"] = _validation_loss(engine, validation, rank, workers, plan["micro_batch"])
-        history.append(record)
-        if rank == 0:
-            tokens += sum(len(rows[i].ids) for i in steps[step])
-            note = f"loss {loss:.3f}, {tokens / (time.monotonic() - begun):.0f} tokens/s"
-            config["ticker"].tell.remote(step=step + 1, note=note)
-        if last or (step + 1) % plan["checkpoint_every_steps"] == 0:
-            _save_checkpoint(engine, history)
-
-    _save_tuned(engine, config, plan["zero_stage"], rank)
-    dist.barrier()
-    if rank == 0:
-        result = {"history": history, "trainable_parameters": sum(_full_size(p) for p in trainable)}
-        write_atomically(Path(config["result"]), json.dumps(result))
+    try:
+        progress = read_json(checkpoint / "progress.json")
+        for rank in range(progress["workers"]):
+            with safe_open(checkpoint / f"state-{rank:05d}.safetensors", framework="pt"):
+                pass
+    except (UserError, OSError, SafetensorError):
+        return None
+    return len(progress["history"])
 
 
-def learning_rate(step: int, steps: int, settings: dict[str, Any]) -> float:
-    """Return the learning rate of a step (0-based): linear warm-up, then the schedule down to zero."""
-    warmup = math.ceil(settings["warmup_fraction"] * steps)
-    if step < warmup:
-        return float(settings["lr"] * (step + 1) / warmup)
-    along = (step - warmup) / max(1, steps - warmup)
-    shape = {"constant": 1.0, "linear": 1 - along, "cosine": 0.5 * (1 + math.cos(math.pi * along))}
-    return float(settings["lr"] * shape[settings["schedule"]])
-
-
-def _load_trainable(base: str, settings: dict[str, Any], plan: dict[str, Any]) -> Any:
-    """Return a module from packed rows to the summed loss of their trained tokens."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, settings["dtype"]))
-    if settings["method"] == "lora":
-        from peft import LoraConfig, get_peft_model
-
-        lora = settings["lora"]
-        targets = lora["targets"] if lora["targets"] == "all-linear" else list(lora["targets"])
-        model = get_peft_model(
-            model,
-            LoraConfig(
-                r=lora["rank"],
-                lora_alpha=lora["alpha"],
-                lora_dropout=lora["dropout"],
-                target_modules=targets,
-                task_type="CAUSAL_LM",
-            ),
-        )
-    if plan["gradient_checkpointing"]:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.enable_input_require_grads()
-
-    class ResponseLoss(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, input_ids: Any, position_ids: Any, keep: Any, targets: Any) -> Any:
-            # Only the K trained positions go through the head: the vocabulary is the widest layer of a small model.
-            logits = self.model(
-                input_ids=input_ids, position_ids=position_ids, logits_to_keep=keep, use_cache=False
-            ).logits  # (1, K, V)
-            return torch.nn.functional.cross_entropy(logits[0].float(), targets, reduction="sum")
-
-    return ResponseLoss()
-
-
-def _deepspeed_config(settings: dict[str, Any], plan: dict[str, Any], rounds: int) -> dict[str, Any]:
-    return {
-        "train_micro_batch_size_per_gpu": 1,  # one packed sequence
-        "gradient_accumulation_steps": rounds,
-        "gradient_clipping": settings["max_grad_norm"],
-        "bf16": {"enabled": settings["dtype"] == "bfloat16"},
-        "zero_optimization": {"stage": plan["zero_stage"]},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 1 << 30,
-    }
-
-
-def _take_step(
-    engine: Any, rows: Sequence[TrainingRow], rank: int, workers: int, micro_batch: int, rounds: int
-) -> float:
-    """Take one optimizer step on exactly these rows and return its loss per trained token."""
-    import torch
-    import torch.distributed as dist
-
-    from sdft_ray.core.packing import pack_rows, share_of
-
-    trained = sum(len(row.ids) - row.trained_from for row in rows)
-    total = torch.zeros((), dtype=torch.float64)
-    shares = share_of(range(len(rows)), rank, workers, micro_batch)
-    for number in range(rounds):
-        mine = [rows[i] for i in shares[number]] if number < len(shares) else []
-        # A short last step leaves some micro-batches empty; every worker must still take part in each round.
-        packed = pack_rows(mine or rows[:1])
-        weight = 1.0 if mine else 0.0
-        loss = _forward(engine, packed) * weight
-        # DeepSpeed divides by the rounds and averages over workers; undo both, divide by the step's tokens instead.
-        engine.backward(loss * (rounds * workers / trained))
-        engine.step()
-        total += loss.detach().double().cpu()
-    reduced = total.to(engine.device)
-    dist.all_reduce(reduced)
-    return float(reduced) / trained
-
-
-def _validation_loss(engine: Any, rows: Sequence[TrainingRow], rank: int, workers: int, micro_batch: int) -> float:
-    """Return the loss per trained token of the validation rows' references."""
-    import torch
-    import torch.distributed as dist
-
-    from sdft_ray.core.packing import pack_rows, share_of
-
-    engine.eval()
-    total = torch.zeros((), dtype=torch.float64)
-    with torch.no_grad():
-        for share in share_of(range(len(rows)), rank, workers, micro_batch):
-            weight = 1.0 if share else 0.0
-            total += weight * _forward(engine, pack_rows([rows[i] for i in share] or rows[:1])).double().cpu()
-    engine.train()
-    reduced = total.to(engine.device)
-    dist.all_reduce(reduced)
-    return float(reduced) / sum(len(row.ids) - row.trained_from for row in rows)
-
-
-def _forward(engine: Any, packed: Any) -> Any:
-    device = engine.device
-    return engine(
-        packed.input_ids.to(device), packed.position_ids.to(device), packed.keep.to(device), packed.targets.to(device)
-    )
-
-
-def _save_checkpoint(engine: Any, history: list[dict[str, Any]]) -> None:
-    import ray.train
-
-    with tempfile.TemporaryDirectory() as folder:
-        engine.save_checkpoint(folder, tag="step", client_state={"history": history}, exclude_frozen_parameters=True)
-        # Every worker hands over its own shard; Ray puts them together and drops checkpoints that are not whole.
-        ray.train.report({"step": len(history)}, checkpoint=ray.train.Checkpoint.from_directory(folder))
-
-
-def _resume(engine: Any) -> list[dict[str, Any]]:
-    """Load the last checkpoint, if there is one, and return the steps that it has behind it."""
-    import ray.train
-
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return []
-    with checkpoint.as_directory() as folder:
-        _, state = engine.load_checkpoint(folder, tag="step", load_module_strict=False)
-    assert state is not None, "a reported checkpoint is whole"
-    return list(state["history"])
-
-
-def _save_tuned(engine: Any, config: dict[str, Any], zero_stage: int, rank: int) -> None:
-    """Write what was trained: the adapter, or all weights."""
-    import contextlib
-
-    import deepspeed
-    from safetensors.torch import save_file
-
-    model = engine.module.model
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    whole = deepspeed.zero.GatheredParameters(trained) if zero_stage == 3 else contextlib.nullcontext()
-    with whole:
-        if rank != 0:
-            return
-        if config["settings"]["method"] == "lora":
-            model.save_pretrained(config["adapter"])
-        else:
-            tensors = {name: tensor.detach().cpu().clone() for name, tensor in model.named_parameters()}
-            save_file(tensors, config["weights"])
-
-
-def _full_size(parameter: Any) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
-
-
-# --- on the driver again --------------------------------------------------------------------------------------
+# --- the model ------------------------------------------------------------------------------------------------
 
 
 def _write_model(work: Work, base: Path) -> None:
-    """Write the tuned model as a plain Hugging Face directory."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """Write the tuned model as a plain Hugging Face directory, and for LoRA the adapter beside it.
+
+    One copy of the model and one tensor are in memory: the trained weights come from the workers' files one by one.
+    """
+    from safetensors import safe_open
+    from transformers import AutoTokenizer
 
     from sdft_ray.progress import quiet_transformers
 
     quiet_transformers()
     settings = work.settings["train"]
     # Merged in the precision of training: float32 keeps the whole update, bfloat16 rounds it with the weights.
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, settings["dtype"]))
+    model = worker.load_model(str(base), settings)
+    untouched = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for path in sorted((work.resumable / "tuned").glob("*.safetensors")):
+        with safe_open(path, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                untouched.pop(name).data.copy_(tensors.get_tensor(name))
+    assert not untouched, f"the workers wrote no {', '.join(sorted(untouched)[:3])}"
     if settings["method"] == "lora":
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, work.directory / "adapter").merge_and_unload()
-    else:
-        from safetensors.torch import load_file
-
-        missing, surplus = model.load_state_dict(load_file(work.resumable / "tuned.safetensors"), strict=False)
-        tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-        assert set(missing) <= tied and not surplus, f"tuned weights do not fit: {missing}, {surplus}"
+        model.save_pretrained(work.directory / "adapter")
+        model = model.merge_and_unload()
     model.save_pretrained(work.directory)
     config = read_json(work.directory / "config.json")  # in transformers 5's spelling of RoPE alone
     write_atomically(work.directory / "config.json", json.dumps(config | older_rope(config), indent=2) + "\n")
     AutoTokenizer.from_pretrained(base).save_pretrained(work.directory)
-
-
-def _write_rows(path: Path, rows: Sequence[TrainingRow]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table = pa.table(
-        {
-            "ids": pa.array([row.ids for row in rows], pa.list_(pa.int32())),
-            "trained_from": pa.array([row.trained_from for row in rows], pa.int32()),
-        }
-    )
-    pq.write_table(table, path)
-
-
-def _read_rows(path: Path) -> list[TrainingRow]:
-    import pyarrow.parquet as pq
-
-    return [TrainingRow(row["ids"], row["trained_from"]) for row in pq.read_table(path).to_pylist()]
-
-
-def _marked_example(tokenizer: Any, row: TrainingRow) -> dict[str, str]:
-    """Return one row decoded, split where the loss begins: the proof of the mask that a person can read."""
-    return {
-        "without_loss": tokenizer.decode(row.ids[: row.trained_from]),
-        "with_loss": tokenizer.decode(row.ids[row.trained_from :]),
-    }

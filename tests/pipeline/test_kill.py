@@ -40,7 +40,7 @@ SCRIPT = textwrap.dedent(
 def folder(tiny_model, tmp_path):
     rows = [{"q": f"What is {i} + {i}?", "a": f"{i} + {i} = {2 * i}"} for i in range(56)]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "texts.txt").write_text("One text.\n\nAnother text.")
+    (tmp_path / "texts.txt").write_text("One text.\n\nAnother text.\n\nA third text.")
     recipe = {
         "model": {"path": str(tiny_model)},
         "rows": {
@@ -50,7 +50,7 @@ def folder(tiny_model, tmp_path):
             "validation": 4,
             "answer": "none",
         },
-        "prune": {"blocks": 2, "calibration": {"text": "texts.txt", "limit": 2}},
+        "prune": {"blocks": 2, "calibration": {"text": "texts.txt", "limit": 3}},
         "train": {"global_batch_size": 4, "epochs": 3, "lr": 1e-3, "validate_every_steps": 5},
         "arms": {"distilled": {}},
         "evaluate": {"tasks": ["arc_easy"], "limit": 2},
@@ -113,7 +113,7 @@ def test_killed_while_generating_and_while_training_ends_as_if_left_alone(folder
     assert kept > 0
 
     second = start(folder)
-    kill_when(second, folder, "resumable/train/*/ray_train*/checkpoint_*/step/*")
+    kill_when(second, folder, "resumable/train/*/ray_train*/checkpoint_*/progress.json")
     ledger = [
         row["id"]
         for path in (folder / "artifacts").glob("ledger/*/part-*.parquet")

@@ -53,6 +53,8 @@ OTHER = {
     "train.method": "full",
     "train.lora.targets": ["q_proj"],
     "train.schedule": "linear",
+    "train.too_long": "truncate",
+    "train.keep": "best",
     "train.dtype": "bfloat16",
     "evaluate.tasks": ["arc_easy"],
     "evaluate.dtype": "float32",

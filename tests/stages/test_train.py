@@ -1,23 +1,29 @@
 """The train stage on real Ray Train and DeepSpeed: what must not move the losses, and what a kill must not cost."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
+import struct
+import subprocess
 import threading
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from tiny import make_tiny_model, make_tokenizer
 
 from sdft_ray import compute
 from sdft_ray.artifacts import Stage
 from sdft_ray.errors import StageFailed, UserError
 from sdft_ray.progress import Progress
-from sdft_ray.recipe import Train
-from sdft_ray.stages import Work, rows, train
+from sdft_ray.recipe import Train, validate
+from sdft_ray.stages import Work, rows, train, worker
 from sdft_ray.storage import Storage
+
+FULL = pytest.mark.full
 
 
 def make_work(root: Path, model: Path, plan: compute.Train, **settings) -> Work:
@@ -33,7 +39,7 @@ def make_work(root: Path, model: Path, plan: compute.Train, **settings) -> Work:
     if storage.status(rows_stage) != "done":
         rows.write_splits(storage.scratch(rows_stage), splits)
         storage.commit(rows_stage, {}, 0.0)
-    chosen = Train(**({"lr": 1e-2, "global_batch_size": 8, "epochs": 2, "validate_every_steps": 3} | settings))
+    chosen = validate(Train, {"lr": 1e-2, "global_batch_size": 8, "epochs": 2, "validate_every_steps": 3} | settings)
     stage = Stage(
         "train",
         "tiny",
@@ -45,7 +51,7 @@ def make_work(root: Path, model: Path, plan: compute.Train, **settings) -> Work:
 
 
 def plan(**fields) -> compute.Train:
-    return compute.Train(**({"workers": 1, "cpus": 1, "micro_batch": 8, "checkpoint_every_steps": 3} | fields))
+    return validate(compute.Train, {"workers": 1, "cpus": 1, "micro_batch": 8, "checkpoint_every_steps": 3} | fields)
 
 
 def losses(work: Work) -> list[tuple[float, float | None]]:
@@ -70,6 +76,7 @@ def test_train_lowers_the_loss_and_reports_what_it_did(reference):
     assert summary["validation_loss"] is not None
     assert summary["example"]["with_loss"].endswith("<|im_end|>")
     assert summary["example"]["without_loss"].rstrip().endswith("assistant")
+    assert 0 < summary["trainable_parameters"] < summary["parameters"]
 
 
 def test_train_writes_rope_settings_as_both_versions_of_transformers_read_them(reference):
@@ -118,8 +125,7 @@ def test_train_every_zero_stage_gives_one_trajectory(ray_cluster, tiny_model, tm
         works.append(work)
     for (loss, norm), (expected_loss, expected_norm) in zip(losses(works[1]), losses(works[0]), strict=True):
         assert loss == pytest.approx(expected_loss, rel=1e-4)
-        assert (norm is None) == (zero_stage == 0)  # DeepSpeed does not tell it there
-        assert norm is None or norm == pytest.approx(expected_norm, rel=1e-4)
+        assert norm == pytest.approx(expected_norm, rel=1e-4)
 
 
 def test_train_full_fine_tuning_moves_all_weights_and_reloads(ray_cluster, tiny_model, tmp_path):
@@ -133,14 +139,14 @@ def test_train_full_fine_tuning_moves_all_weights_and_reloads(ray_cluster, tiny_
     assert summary["trainable_parameters"] == summary["parameters"]
 
 
-def test_train_a_killed_worker_continues_from_its_checkpoint(reference, tiny_model, tmp_path):
-    work = make_work(tmp_path, tiny_model, plan(checkpoint_every_steps=1))
+def train_and_kill_a_worker(work: Work) -> dict:
+    """Train, and SIGKILL one worker once there is a checkpoint; return the summary."""
     victim: list[int] = []
     over = threading.Event()
 
     def kill_once_a_checkpoint_is_there() -> None:
         while not over.wait(0.1):
-            if list(work.resumable.glob("ray_train*/checkpoint_*/step")):
+            if list(work.resumable.glob("ray_train*/checkpoint_*/progress.json")):
                 for process in psutil.Process().children(recursive=True):  # of this test's own Ray
                     if "RayTrainWorker" in " ".join(process.cmdline()):
                         victim.append(process.pid)
@@ -149,11 +155,176 @@ def test_train_a_killed_worker_continues_from_its_checkpoint(reference, tiny_mod
 
     killer = threading.Thread(target=kill_once_a_checkpoint_is_there, daemon=True)
     killer.start()
-    train.build(work)
-    over.set()
-    assert victim, "the worker was killed"
+    try:
+        return train.build(work)
+    finally:
+        over.set()
+        killer.join()
+        assert victim, "a worker was killed"
+
+
+def test_train_a_killed_worker_continues_from_its_checkpoint(reference, tiny_model, tmp_path):
+    work = make_work(tmp_path, tiny_model, plan(checkpoint_every_steps=1))
+    train_and_kill_a_worker(work)
     for got, expected in zip(losses(work), losses(reference[0]), strict=True):
         assert got == pytest.approx(expected, abs=1e-6)
+    assert read_scalars(work.directory / "tensorboard", "train/loss") == pytest.approx(
+        dict(enumerate((loss for loss, _ in losses(work)), 1)), abs=1e-6
+    )
+
+
+def read_scalars(folder: Path, tag: str) -> dict[int, float]:
+    """Return what TensorBoard shows of a tag: of steps that were taken twice, the second time."""
+    from tensorboardX.proto import event_pb2
+
+    found: dict[int, float] = {}
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        while len(data) >= 12:
+            (length,) = struct.unpack("<Q", data[:8])
+            event = event_pb2.Event.FromString(data[12 : 12 + length])
+            for value in event.summary.value:
+                if value.tag == tag:
+                    found[event.step] = value.simple_value
+            data = data[length + 16 :]
+    return found
+
+
+DROPOUT = {"lora": {"rank": 4, "dropout": 0.3}, "keep": "best"}
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "first", "second"),
+    [
+        ("lora", DROPOUT, {"workers": 2, "micro_batch": 2, "zero_stage": 2}, {"zero_stage": 1}),
+        pytest.param("lora", DROPOUT, {"zero_stage": 0}, {"workers": 2, "micro_batch": 4, "zero_stage": 3}, marks=FULL),
+        pytest.param("full", {}, {"workers": 2, "micro_batch": 4, "zero_stage": 3}, {"zero_stage": 0}, marks=FULL),
+        pytest.param("full", {}, {"workers": 2, "micro_batch": 4, "zero_stage": 1}, {"zero_stage": 3}, marks=FULL),
+    ],
+)
+def test_train_goes_on_with_other_workers_and_zero_stage(
+    ray_cluster, tiny_model, tmp_path, method, settings, first, second
+):
+    settings = {"method": method, "lr": 1e-3, **settings}
+    alone = make_work(tmp_path / "alone", tiny_model, plan(), **settings)
+    train.build(alone)
+    stopped = make_work(
+        tmp_path / "moved", tiny_model, plan(**first, checkpoint_every_steps=1, max_failures=0), **settings
+    )
+    with pytest.raises(StageFailed, match="The last training checkpoint is kept in"):
+        train_and_kill_a_worker(stopped)
+    moved = make_work(tmp_path / "moved", tiny_model, plan(**second), **settings)
+    train.build(moved)
+    for (loss, norm), (expected_loss, expected_norm) in zip(losses(moved), losses(alone), strict=True):
+        assert loss == pytest.approx(expected_loss, abs=1e-5)
+        assert norm == pytest.approx(expected_norm, rel=1e-3)
+    assert largest_difference(moved.directory, alone.directory) < 1e-4
+
+
+def test_train_goes_on_where_rays_list_of_checkpoints_is_torn(reference, tiny_model, tmp_path):
+    work = make_work(tmp_path, tiny_model, plan(checkpoint_every_steps=1, max_failures=0))
+    with pytest.raises(StageFailed):
+        train_and_kill_a_worker(work)
+    (listed,) = work.resumable.glob("ray_train/checkpoint_manager_snapshot.json")
+    listed.write_text(listed.read_text()[:20])
+    last = max(listed.parent.glob("checkpoint_*"))
+    (last / "state-00000.safetensors").write_bytes(b"torn as well")
+    whole = [steps for path in listed.parent.glob("checkpoint_*") if (steps := train.steps_in(path))]
+    train.build(work)
+    assert work.progress.done > 0 and len(whole) < 2
+    for got, expected in zip(losses(work), losses(reference[0]), strict=True):
+        assert got == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 8 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small file system")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.full
+def test_train_a_full_disk_keeps_the_checkpoint_before(reference, tiny_model, small_disk):
+    work = make_work(small_disk, tiny_model, plan(checkpoint_every_steps=1, max_failures=0))
+    over = threading.Event()
+
+    def fill_once_a_checkpoint_is_there() -> None:
+        while not over.wait(0.05):
+            if list(work.resumable.glob("ray_train*/checkpoint_*/progress.json")):
+                with contextlib.suppress(OSError), (small_disk / "fill").open("wb", buffering=0) as file:
+                    while True:
+                        file.write(bytes(4096))
+                return
+
+    filler = threading.Thread(target=fill_once_a_checkpoint_is_there, daemon=True)
+    filler.start()
+    with pytest.raises((StageFailed, OSError), match="No space left on device"):
+        train.build(work)
+    over.set()
+    filler.join()
+    assert [steps for path in work.resumable.glob("ray_train*/checkpoint_*") if (steps := train.steps_in(path))]
+    (small_disk / "fill").unlink()
+    train.build(work)
+    for got, expected in zip(losses(work), losses(reference[0]), strict=True):
+        assert got == pytest.approx(expected, abs=1e-6)
+
+
+def largest_difference(first: Path, second: Path) -> float:
+    from safetensors.torch import load_file
+
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (first, second))
+    assert ours.keys() == theirs.keys()
+    return max((ours[name] - theirs[name]).abs().max().item() for name in ours)
+
+
+@pytest.mark.full
+def test_train_elastic_takes_as_many_workers_as_there_is_room_for(reference, tiny_model, tmp_path):
+    work = make_work(tmp_path, tiny_model, plan(workers={"min": 1, "max": 2}, cpus=2, micro_batch=4))
+    assert train.build(work)["workers"] == 1, "two of two CPUs each do not fit"
+    for got, expected in zip(losses(work), losses(reference[0]), strict=True):
+        assert got == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_train_in_bfloat16_follows_float32(reference, tiny_model, tmp_path, zero_stage):
+    work = make_work(tmp_path, tiny_model, plan(zero_stage=zero_stage, offload="optimizer"), dtype="bfloat16")
+    train.build(work)
+    for (loss, _), (expected, _) in zip(losses(work), losses(reference[0]), strict=True):
+        assert loss == pytest.approx(expected, rel=0.05)
+
+
+def test_train_stops_early_and_keeps_the_best(ray_cluster, tiny_model, tmp_path):
+    wild = {"lr": 0.3, "schedule": "constant", "max_grad_norm": 1e9, "validate_every_steps": 1, "epochs": 9}
+    work = make_work(tmp_path, tiny_model, plan(), patience=2, keep="best", **wild)
+    summary = train.build(work)
+    history = json.loads((work.directory / "losses.json").read_text())
+    assert summary["steps"] == summary["best_step"] + 2 < summary["planned_steps"]
+    kept = validation_loss_of(work)
+    assert kept == pytest.approx(history[summary["best_step"] - 1]["validation_loss"], rel=1e-4)
+    assert kept < history[-1]["validation_loss"]
+
+
+def validation_loss_of(work: Work) -> float:
+    """Return the loss of the model that was written, row by row, by plain means."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(work.directory)
+    total = count = 0.0
+    for row in worker.EncodedRows(work.resumable / "validation.parquet"):
+        with torch.no_grad():
+            logits = model(torch.tensor([row.ids])).logits[0, row.trained_from - 1 : -1]
+        targets = torch.tensor(row.ids[row.trained_from :])
+        total += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
+        count += len(targets)
+    return total / count
 
 
 def test_train_a_loss_that_is_no_number_stops_with_step_and_rows(ray_cluster, tiny_model, tmp_path):
@@ -164,13 +335,15 @@ def test_train_a_loss_that_is_no_number_stops_with_step_and_rows(ray_cluster, ti
     tensors = load_file(broken / "model.safetensors")
     tensors["model.norm.weight"][0] = float("nan")
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(StageFailed, match=r"the loss at step 1 is nan \(training rows \["):
+    with pytest.raises(StageFailed, match=r"train: the loss at step 1 is nan, on rows [0-9a-f]{16}, .*lower train.lr"):
         train.build(make_work(tmp_path, broken, plan()))
 
 
 def test_train_lora_targets_that_match_nothing_are_refused(tiny_model, tmp_path):
-    work = make_work(tmp_path, tiny_model, plan(), lora={"targets": ("q_prj",)})
-    with pytest.raises(UserError, match=r"train.lora.targets: the model has no q_prj. Did you mean q_proj\?"):
+    work = make_work(tmp_path, tiny_model, plan(), lora={"targets": ["q_prj"]})
+    with pytest.raises(
+        UserError, match=r"train.lora.targets: the model has no linear layer q_prj. Did you mean q_proj\?"
+    ):
         train.build(work)
 
 
@@ -180,9 +353,95 @@ def test_train_rows_over_max_tokens_are_refused_with_their_number(tiny_model, tm
         train.build(work)
 
 
+LONG = [{"id": "a", "prompt": "1?", "text": "1"}, {"id": "b", "prompt": "2?", "text": "2" * 99}]
+
+
+def test_encode_leaves_long_rows_out_or_truncates_them():
+    settings = {"max_tokens": 60, "too_long": "leave_out", "max_too_long_fraction": 0.5}
+    rows, ids, counts = train.encode(make_tokenizer(), LONG, "text", settings)
+    assert (len(rows), ids, counts) == (1, ["a"], {"rows_too_long": 1, "rows_left_out": 1})
+    rows, ids, counts = train.encode(make_tokenizer(), LONG, "text", settings | {"too_long": "truncate"})
+    assert (len(rows[1].ids), ids, counts) == (60, ["a", "b"], {"rows_too_long": 1, "rows_left_out": 0})
+    end = make_tokenizer().convert_tokens_to_ids("<|im_end|>")
+    assert (rows[0].ids[-1], rows[1].ids[-1] == end) == (end, False), "a row that was cut off teaches no end"
+
+
+def test_encode_rows_that_truncation_leaves_without_loss_are_refused():
+    settings = {"max_tokens": 20, "too_long": "truncate", "max_too_long_fraction": 1.0}
+    with pytest.raises(
+        UserError, match="2 of 2 rows are longer than 20 tokens, and none of them has a token with loss"
+    ):
+        train.encode(make_tokenizer(), LONG, "text", settings)
+
+
+def test_train_a_tokenizer_with_more_tokens_than_the_model_is_refused(tiny_model, tmp_path):
+    narrow = make_tiny_model(tmp_path / "narrow", vocab_size=100)
+    with pytest.raises(UserError, match=r"the tokenizer has 259 tokens and the rows hold .+; the model knows 100"):
+        train.build(make_work(tmp_path / "root", narrow, plan()))
+
+
+def test_train_checkpoints_of_another_training_are_refused(tiny_model, tmp_path):
+    work = make_work(tmp_path, tiny_model, plan())
+    foreign = work.resumable / "ray_train" / "checkpoint_1" / "progress.json"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text('{"stage": "0123456789ab", "history": [], "workers": 0}')
+    with pytest.raises(UserError, match=r"checkpoint_1: holds a checkpoint of another training \(0123456789ab, not"):
+        train.build(work)
+
+
+@pytest.mark.parametrize(
+    ("fields", "settings", "expected"),
+    [
+        (
+            {"micro_batch": 3},
+            {},
+            "train.global_batch_size: 8 is not a multiple of micro_batch 3 x 1 workers = 3. Use 6",
+        ),
+        ({"workers": {"min": 1, "max": 3}}, {}, "8 is not a multiple of micro_batch 8 x 3 workers = 24"),
+        ({"pass_tokens": 99}, {}, "compute.train.pass_tokens: 99 is less than train.max_tokens, 1024"),
+        ({"zero_stage": 0}, {"dtype": "bfloat16"}, "compute.train.zero_stage: 0 has no float32 weights"),
+    ],
+)
+def test_require_fitting_says_what_does_not_fit(fields, settings, expected):
+    with pytest.raises(UserError) as error:
+        train.require_fitting(validate(Train, {"global_batch_size": 8, **settings}), plan(**fields))
+    assert expected in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"optimizer": {"type": "Adam"}}, "optimizer is set; it is decided by train.lr and train.weight_decay"),
+        ({"scheduler": {}}, "scheduler is set; it is decided by train.schedule"),
+        ({"train_batch_size": 32}, "train_batch_size is 32, but recipe and compute file say 16"),
+        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps is 4"),
+        ({"gradient_clipping": 0.5}, "gradient_clipping is 0.5, but recipe and compute file say 1.0"),
+        ({"bf16": {"enabled": True}}, "bf16.enabled is true, but recipe and compute file say false"),
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage is 3, but recipe and compute file say 2"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "compiled on first use. Use cpu"),
+        ([], "is not a JSON object"),
+    ],
+)
+def test_read_deepspeed_refuses_by_name_what_is_decided_elsewhere(tmp_path, given, expected):
+    path = tmp_path / "deepspeed.json"
+    path.write_text(json.dumps(given))
+    with pytest.raises(UserError) as error:
+        train.require_fitting(Train(), plan(deepspeed=str(path)))
+    assert expected in str(error.value)
+
+
+def test_read_deepspeed_hands_over_what_is_the_users_and_lets_equal_values_stand(tmp_path):
+    path = tmp_path / "deepspeed.json"
+    zero = {"stage": "auto", "reduce_bucket_size": 1000}
+    path.write_text(json.dumps({"train_batch_size": 16, "gradient_clipping": "auto", "zero_optimization": zero}))
+    given = train.require_fitting(Train(), plan(deepspeed=str(path)))
+    made = worker.deepspeed_config(Train().model_dump(), plan().model_dump(), given)
+    assert made["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_learning_rate_warms_up_to_its_peak_and_follows_the_schedule(schedule):
     settings = {"lr": 1.0, "warmup_fraction": 0.2, "schedule": schedule}
-    rates = [train.learning_rate(step, 10, settings) for step in range(10)]
+    rates = [worker.learning_rate(step, 10, settings) for step in range(10)]
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[-1] == pytest.approx({"cosine": 0.0381, "linear": 0.125, "constant": 1.0}[schedule], abs=1e-3)

@@ -1,0 +1,124 @@
+"""The state of a training, whole and by name, whatever it is spread over.
+
+In: a DeepSpeed engine under any ZeRO stage. Out: float32 weights and Adam moments of every trainable parameter in
+safetensors files, one a worker, each with a share of the parameters; and the way back into an engine of any other
+layout. DeepSpeed's own checkpoints load only into the number of workers and the ZeRO stage that wrote them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def trainable(engine: Any) -> list[tuple[str, Any]]:
+    """Return the names that the model itself gives to what is trained, and the parameters, in one order everywhere."""
+    return [
+        (name.removeprefix("model."), parameter)
+        for name, parameter in engine.module.named_parameters()
+        if parameter.requires_grad
+    ]
+
+
+def share_of_weights(engine: Any) -> dict[str, Any]:
+    """Return this worker's share of the trained weights in float32, each tensor whole; all workers must call it."""
+    return dict(_share(engine, None))
+
+
+def save_state(engine: Any, folder: Path, best: Mapping[str, Any]) -> None:
+    """Write this worker's share of weights and moments, and of the best weights so far; all workers must call it."""
+    from safetensors.torch import save_file
+
+    tensors = {f"weight/{name}": value for name, value in _share(engine, None)}
+    for moment in MOMENTS:
+        tensors |= {f"{moment}/{name}": value for name, value in _share(engine, moment)}
+    tensors |= {f"best/{name}": value for name, value in best.items()}
+    save_file(tensors, folder / f"state-{engine.global_rank:05d}.safetensors")
+
+
+def load_state(engine: Any, folder: Path, steps: int) -> dict[str, Any]:
+    """Put the state after some steps into an engine, and return this worker's share of the best weights so far."""
+    from safetensors import safe_open
+
+    files = [safe_open(path, framework="pt") for path in sorted(folder.glob("state-*.safetensors"))]
+    where = {key: file for file in files for key in file.keys()}  # noqa: SIM118 - not a dict
+    _make_moments(engine, steps)
+    best = {}
+    for number, (name, parameter) in enumerate(trainable(engine)):
+        _set(engine, parameter, None, where[f"weight/{name}"].get_tensor(f"weight/{name}"))
+        for moment in MOMENTS:
+            _set(engine, parameter, moment, where[f"{moment}/{name}"].get_tensor(f"{moment}/{name}"))
+        if f"best/{name}" in where and _is_mine(engine, number):
+            best[name] = where[f"best/{name}"].get_tensor(f"best/{name}")
+    return best
+
+
+def _is_mine(engine: Any, number: int) -> bool:
+    return bool(number % engine.world_size == engine.global_rank)
+
+
+def _share(engine: Any, moment: str | None) -> Iterator[tuple[str, Any]]:
+    """Yield the parameters that this worker keeps; one at a time is whole on every worker, then dropped."""
+    for number, (name, parameter) in enumerate(trainable(engine)):
+        value = _whole(engine, parameter, moment)
+        if _is_mine(engine, number):
+            yield name, value.detach().float().cpu().clone().contiguous()
+
+
+def _whole(engine: Any, parameter: Any, moment: str | None) -> Any:
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    if _is_plain(engine):
+        return parameter if moment is None else engine.optimizer.state[parameter][moment]
+    return (
+        safe_get_full_fp32_param(parameter)
+        if moment is None
+        else safe_get_full_optimizer_state(parameter, optim_state_key=moment)
+    )
+
+
+def _set(engine: Any, parameter: Any, moment: str | None, value: Any) -> None:
+    """Set a parameter's weight or moment from the whole tensor."""
+    import deepspeed
+    import torch
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    value = value.to(engine.device)
+    if moment is not None:
+        if _is_plain(engine):
+            engine.optimizer.state[parameter][moment].copy_(value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, optim_state_key=moment)
+        return
+    if not _is_plain(engine):
+        safe_set_full_fp32_param(parameter, value)
+    # The weights that the forward pass reads are another copy; under ZeRO-3 a part of one.
+    with torch.no_grad(), deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+        parameter.copy_(value)
+
+
+def _make_moments(engine: Any, steps: int) -> None:
+    """Make Adam's moments, which otherwise the first step does, as they are after some steps but zero."""
+    import torch
+
+    adam = engine.optimizer if _is_plain(engine) else engine.optimizer.optimizer
+    if engine.zero_optimization_stage() == 3:  # there Adam sees its parameters during a step only
+        flats = engine.optimizer.fp32_partitioned_groups_flat
+    else:
+        flats = list(itertools.chain.from_iterable(group["params"] for group in adam.param_groups))
+    for flat in flats:
+        moments = {moment: torch.zeros_like(flat, requires_grad=False) for moment in MOMENTS}
+        adam.state[flat] = {"step": torch.tensor(float(steps)), **moments}
+    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):  # stages 1 and 2: which part is whose
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _is_plain(engine: Any) -> bool:
+    """Return whether the optimizer is torch's own, with nothing spread."""
+    import torch
+
+    return isinstance(engine.optimizer, torch.optim.Optimizer)

@@ -1,0 +1,390 @@
+"""What each worker of a training does, under Ray Train and DeepSpeed, all in step.
+
+In: plain settings and the paths of model and encoded rows. Out: shares of the tuned weights, and on rank 0 the history
+of the losses. A step is exactly `global_batch_size` rows and its loss is the sum over trained tokens divided by the
+trained tokens of the whole step, so workers, micro-batches and ZeRO stages do not move it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sdft_ray.artifacts import write_atomically
+from sdft_ray.core.prompts import TrainingRow
+
+History = list[dict[str, Any]]
+
+
+def train_worker(config: dict[str, Any]) -> None:
+    """Train on one worker."""
+    os.environ["DS_ACCELERATOR"] = "cuda" if config["plan"]["gpus"] else "cpu"  # not the driver's
+    import deepspeed
+    import ray.train
+    import torch
+    import torch.distributed as dist
+
+    from sdft_ray.core.packing import plan_passes, schedule
+    from sdft_ray.progress import quiet_transformers
+    from sdft_ray.stages.state import save_state, share_of_weights
+
+    quiet_transformers()
+    # DeepSpeed would compile an operator that only its inference uses; a build that is killed leaves a lock that every
+    # later one waits on for ever. None of its operators counts as compatible, so none is built.
+    deepspeed.ops.__compatible_ops__ = {}
+    settings, plan = config["settings"], config["plan"]
+    context = ray.train.get_context()
+    rank, workers = context.get_world_rank(), context.get_world_size()
+    rows, validation = EncodedRows(Path(config["rows"])), list(EncodedRows(Path(config["validation"])))
+    engine = start_engine(load_trainable(config["base"], settings, plan), settings, plan, config["deepspeed"])
+    pass_tokens = plan["pass_tokens"] or plan["micro_batch"] * settings["max_tokens"]
+    steps = schedule(len(rows), settings["epochs"], settings["global_batch_size"], settings["seed"])
+    history, best = _resume(engine, config["resume"])
+    if rank == 0:
+        config["ticker"].tell.remote(begun=len(history))
+    log = _open_log(config["tensorboard"], len(history)) if rank == 0 else None
+    begun, tokens = time.monotonic(), 0
+
+    for step in range(len(history), len(steps)):
+        if gave_up(history, settings["patience"]):
+            break
+        chosen = [rows[i] for i in steps[step]]
+        passes = plan_passes([len(row.ids) for row in chosen], workers, plan["micro_batch"], pass_tokens)[rank]
+        lr = learning_rate(step, len(steps), settings)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = lr
+        keys = [f"{settings['seed']}/{step}/{i}" for i in steps[step]]
+        loss, norm = take_step(engine, chosen, keys, passes, settings["max_grad_norm"])
+        record: dict[str, Any] = {"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm}
+        if not (math.isfinite(loss) and math.isfinite(norm)):  # before a checkpoint could keep what it did
+            if rank == 0:
+                what, ids = ("loss", loss) if not math.isfinite(loss) else ("gradient", norm), steps[step]
+                failed = {"failed": f"the {what[0]} at step {step + 1} is {what[1]}", "rows": ids}
+                write_atomically(Path(config["result"]), json.dumps(failed))
+            return
+        last = step + 1 == len(steps)
+        history.append(record)
+        if validation and (last or (step + 1) % settings["validate_every_steps"] == 0):
+            passes = plan_passes([len(row.ids) for row in validation], workers, plan["micro_batch"], pass_tokens)[rank]
+            record["validation_loss"] = mean_loss(engine, validation, passes)
+            if settings["keep"] == "best" and best_step(history) == step + 1:
+                best = share_of_weights(engine)
+        tokens += sum(len(row.ids) for row in chosen)
+        if log is not None:
+            _tell(log, config["ticker"], record, tokens / (time.monotonic() - begun), engine)
+        if last or (step + 1) % plan["checkpoint_every_steps"] == 0 or gave_up(history, settings["patience"]):
+            with tempfile.TemporaryDirectory() as folder:
+                save_state(engine, Path(folder), best)
+                if rank == 0:
+                    progress = {"stage": config["stage"], "workers": workers, "history": history}
+                    write_atomically(Path(folder) / "progress.json", json.dumps(progress))
+                # Every worker hands over its share; Ray drops checkpoints that are not whole.
+                ray.train.report({"step": step + 1}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+    kept = best if settings["keep"] == "best" and best_step(history) else share_of_weights(engine)
+    _save_tuned(kept, Path(config["tuned"]), rank)
+    peak = torch.tensor(float(peak_bytes(engine)), device=engine.device, dtype=torch.float64)
+    dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+    if log is not None:
+        log.close()
+        result = {"history": history, "workers": workers, "peak_bytes": int(peak), "planned_steps": len(steps)}
+        write_atomically(Path(config["result"]), json.dumps(result))
+    dist.barrier()
+
+
+# --- pure -----------------------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, steps: int, settings: Mapping[str, Any]) -> float:
+    """Return the learning rate of a step (0-based): linear warm-up, then the schedule down to zero."""
+    warmup = math.ceil(settings["warmup_fraction"] * steps)
+    if step < warmup:
+        return float(settings["lr"] * (step + 1) / warmup)
+    along = (step - warmup) / max(1, steps - warmup)
+    shape = {"constant": 1.0, "linear": 1 - along, "cosine": 0.5 * (1 + math.cos(math.pi * along))}
+    return float(settings["lr"] * shape[settings["schedule"]])
+
+
+def best_step(history: Sequence[Mapping[str, Any]]) -> int | None:
+    """Return the step with the lowest validation loss, the first of equals.
+
+    >>> best_step([{"step": 1}, {"step": 2, "validation_loss": 3.0}, {"step": 3, "validation_loss": 3.0}])
+    2
+    """
+    seen = [record for record in history if "validation_loss" in record]
+    return min(seen, key=lambda record: record["validation_loss"])["step"] if seen else None
+
+
+def gave_up(history: Sequence[Mapping[str, Any]], patience: int | None) -> bool:
+    """Return whether the last `patience` validations were all no better than one before them.
+
+    >>> gave_up([{"step": 1, "validation_loss": 3.0}, {"step": 2, "validation_loss": 3.1}], patience=1)
+    True
+    """
+    if patience is None or (best := best_step(history)) is None:
+        return False
+    return sum("validation_loss" in record for record in history if record["step"] > best) >= patience
+
+
+# --- model and engine -----------------------------------------------------------------------------------------
+
+
+def load_model(base: str, settings: Mapping[str, Any]) -> Any:
+    """Return the model that is trained: with fresh adapters for LoRA, else as it is."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(settings["seed"])
+    return adapt(AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, settings["dtype"])), settings)
+
+
+def adapt(model: Any, settings: Mapping[str, Any]) -> Any:
+    """Return a model with LoRA adapters where the settings ask for them."""
+    if settings["method"] == "full":
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    lora = settings["lora"]
+    targets = lora["targets"] if lora["targets"] == "all-linear" else list(lora["targets"])
+    wanted = LoraConfig(
+        r=lora["rank"],
+        lora_alpha=lora["alpha"],
+        lora_dropout=lora["dropout"],
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, wanted)
+
+
+def load_trainable(base: str, settings: Mapping[str, Any], plan: Mapping[str, Any]) -> Any:
+    """Return a module from packed rows to the summed loss of their trained tokens."""
+    import torch
+
+    from sdft_ray.core.rowwise import drop_by_row, keep_within_rows
+
+    model = load_model(base, settings)
+    rows = keep_within_rows(model.get_base_model() if settings["method"] == "lora" else model)
+    if settings["method"] == "lora" and settings["lora"]["dropout"]:
+        drop_by_row(model, settings["lora"]["dropout"], rows)
+    if plan["gradient_checkpointing"]:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+
+    class ResponseLoss(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, packed: Any, keys: Sequence[str]) -> Any:
+            rows.starts, rows.keys = packed.starts, keys
+            device = next(self.model.parameters()).device
+            # Only the K trained positions go through the head: the vocabulary is the widest layer of a small model.
+            logits = self.model(
+                input_ids=packed.input_ids.to(device),
+                position_ids=packed.position_ids.to(device),
+                logits_to_keep=packed.keep.to(device),
+                use_cache=False,
+            ).logits  # (1, K, V)
+            return torch.nn.functional.cross_entropy(
+                logits[0].float(), packed.targets.to(logits.device), reduction="sum"
+            )
+
+    return ResponseLoss()
+
+
+def start_engine(module: Any, settings: Mapping[str, Any], plan: Mapping[str, Any], given: dict[str, Any]) -> Any:
+    """Return a DeepSpeed engine of a module; `given` is the user's JSON."""
+    import deepspeed
+    import torch
+
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    deepspeed.init_distributed(dist_backend="nccl" if plan["gpus"] else "gloo", verbose=False)
+    # torch's AdamW: DeepSpeed's own would be compiled on first use (docs/footguns.md).
+    optimizer = torch.optim.AdamW(parameters, lr=settings["lr"], weight_decay=settings["weight_decay"])
+    config = deepspeed_config(settings, plan, given)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
+    return engine
+
+
+def deepspeed_config(
+    settings: Mapping[str, Any], plan: Mapping[str, Any], given: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return DeepSpeed's configuration: the user's with what recipe and compute decide."""
+    half, given = settings["dtype"] == "bfloat16", given or {}
+    host = {"device": "cpu", "pin_memory": bool(plan["gpus"])}
+    zero = {
+        "stage": plan["zero_stage"],
+        **({"offload_optimizer": host} if plan["offload"] != "none" else {}),
+        **({"offload_param": host} if plan["offload"] == "all" else {}),
+    }
+    return {
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1 << 30,
+        **given,
+        "train_micro_batch_size_per_gpu": 1,  # one packed sequence
+        # How many there are differs from step to step, and set_gradient_accumulation_boundary tells the last; more than
+        # one makes DeepSpeed's offload add them up.
+        "gradient_accumulation_steps": 2,
+        # Under ZeRO-0 DeepSpeed clips but does not tell the norm; there take_step does both.
+        "gradient_clipping": settings["max_grad_norm"] if plan["zero_stage"] else 0.0,
+        "bf16": {"enabled": half},
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if half else {}),
+        "zero_optimization": {**given.get("zero_optimization", {}), **zero},
+    }
+
+
+# --- one step -------------------------------------------------------------------------------------------------
+
+
+def take_step(
+    engine: Any, rows: Sequence[TrainingRow], keys: Sequence[str], passes: Sequence[Sequence[int]], max_norm: float
+) -> tuple[float, float]:
+    """Take one optimizer step on exactly these rows; return its loss per trained token and its gradient's norm."""
+    import torch
+
+    trained = _trained_tokens(rows)
+    total = torch.zeros((), dtype=torch.float64)
+    norm = None
+    for number, places in enumerate(passes, 1):
+        engine.set_gradient_accumulation_boundary(number == len(passes))
+        loss = _forward(engine, rows, keys, places)
+        total += loss.detach().double().cpu()
+        # DeepSpeed averages over the workers; what is asked for is the sum, divided by the whole step's trained tokens.
+        engine.backward(loss * (engine.world_size / trained), scale_wrt_gas=False)
+        if number == len(passes) and not engine.zero_optimization():
+            norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), max_norm)
+        engine.step()
+    if norm is None:
+        norm = engine.get_global_grad_norm()
+    # DeepSpeed says -1 for a norm that is no number.
+    return _sum_over_workers(engine, total) / trained, float(norm) if norm >= 0 else math.nan
+
+
+def mean_loss(engine: Any, rows: Sequence[TrainingRow], passes: Sequence[Sequence[int]]) -> float:
+    """Return the loss per trained token of rows that are not trained on."""
+    import torch
+
+    engine.eval()
+    total = torch.zeros((), dtype=torch.float64)
+    with torch.no_grad():
+        for places in passes:
+            total += _forward(engine, rows, [""] * len(rows), places).double().cpu()
+    engine.train()
+    return _sum_over_workers(engine, total) / _trained_tokens(rows)
+
+
+def _forward(engine: Any, rows: Sequence[TrainingRow], keys: Sequence[str], places: Sequence[int]) -> Any:
+    """Return the summed loss of the rows at some places; of none, 0: workers take part in every pass."""
+    from sdft_ray.core.packing import pack_rows
+
+    chosen = places or [min(range(len(rows)), key=lambda i: len(rows[i].ids))]
+    loss = engine(pack_rows([rows[i] for i in chosen]), [keys[i] for i in chosen])
+    return loss if places else loss * 0.0
+
+
+def _trained_tokens(rows: Sequence[TrainingRow]) -> int:
+    return sum(len(row.ids) - row.trained_from for row in rows)
+
+
+def _sum_over_workers(engine: Any, value: Any) -> float:
+    import torch.distributed as dist
+
+    whole = value.to(engine.device)
+    dist.all_reduce(whole)
+    return float(whole)
+
+
+# --- what outlives a worker -----------------------------------------------------------------------------------
+
+
+def _resume(engine: Any, given: str | None) -> tuple[History, dict[str, Any]]:
+    """Load the last checkpoint, else the given one; return the steps behind it and the best weights so far."""
+    import ray.train
+
+    from sdft_ray.stages.state import load_state
+
+    checkpoint = ray.train.get_checkpoint() or (ray.train.Checkpoint.from_directory(given) if given else None)
+    if checkpoint is None:
+        return [], {}
+    with checkpoint.as_directory() as folder:
+        history: History = json.loads((Path(folder) / "progress.json").read_text())["history"]
+        return history, load_state(engine, Path(folder), len(history))
+
+
+def _save_tuned(share: Mapping[str, Any], folder: Path, rank: int) -> None:
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(dict(share), folder / f"tuned-{rank:05d}.safetensors")
+
+
+def _open_log(folder: str, steps: int) -> Any:
+    """Return a TensorBoard writer; steps that are taken again after a restart replace those of before."""
+    from tensorboardX import SummaryWriter
+
+    return SummaryWriter(folder, purge_step=steps + 1 if steps else None, flush_secs=10)
+
+
+def _tell(log: Any, ticker: Any, record: Mapping[str, Any], rate: float, engine: Any) -> None:
+    """Tell TensorBoard and the driver of one step."""
+    memory = peak_bytes(engine) / 1e9
+    values = {name: value for name, value in record.items() if name != "step"}
+    for name, value in (values | {"tokens_per_second": rate, "memory_gb": memory}).items():
+        log.add_scalar(f"train/{name}", value, record["step"])
+    note = f"loss {record['loss']:.3f}, lr {record['lr']:.1e}, {rate:.0f} tokens/s, {memory:.1f} GB"
+    ticker.tell.remote(step=record["step"], note=note)
+
+
+def peak_bytes(engine: Any) -> int:
+    """Return the most memory that this worker held at once: of its GPU, else of its process."""
+    import torch
+
+    if engine.device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def write_rows(path: Path, rows: Sequence[TrainingRow]) -> None:
+    """Write encoded rows where workers find them by number."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table(
+        {
+            "ids": pa.array([row.ids for row in rows], pa.list_(pa.int32())),
+            "trained_from": pa.array([row.trained_from for row in rows], pa.int32()),
+        }
+    )
+    pq.write_table(table, path)
+
+
+class EncodedRows(Sequence[TrainingRow]):
+    """What `write_rows` wrote, addressed by number; a row becomes Python numbers only when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow.parquet as pq
+
+        table = pq.read_table(path).combine_chunks()
+        ids = table["ids"].chunk(0) if len(table) else None
+        self._starts = [0] if ids is None else ids.offsets.to_pylist()
+        self._ids = None if ids is None else ids.values.to_numpy()
+        self._trained_from = table["trained_from"].to_pylist()
+
+    def __len__(self) -> int:
+        return len(self._trained_from)
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        if self._ids is None or not 0 <= i < len(self):
+            raise IndexError(i)
+        return TrainingRow(self._ids[self._starts[i] : self._starts[i + 1]].tolist(), self._trained_from[i])
