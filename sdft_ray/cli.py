@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -45,15 +46,19 @@ def _check(options: argparse.Namespace) -> None:
     from rich.table import Table
 
     from sdft_ray import pipeline, sweep
+    from sdft_ray.costs import estimate_stages
 
     if sweep.is_sweep(options.recipe):
         _check_sweep(options)
         return
     recipe, compute, storage = _load(options)
     pipeline.check(recipe, compute)
-    plan = pipeline.describe(pipeline.stages(recipe), storage)
+    stages = pipeline.stages(recipe)
+    plan = pipeline.describe(stages, storage)
+    costs = estimate_stages(recipe, compute, stages, storage) if options.compute else []
     if options.json:
-        print(json.dumps(plan, indent=1))
+        estimates = [dataclasses.asdict(cost) for cost in costs]
+        print(json.dumps({"stages": plan, "estimates": estimates} if options.compute else plan, indent=1))
         return
     table = Table(box=None, pad_edge=False)
     for column in ("stage", "status", "directory"):
@@ -61,6 +66,22 @@ def _check(options: argparse.Namespace) -> None:
     for line in plan:
         colour = {"done": "green", "partial": "yellow", "missing": ""}[line["status"]]
         table.add_row(line["stage"], f"[{colour}]{line['status']}[/]" if colour else line["status"], line["directory"])
+    Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200).print(table)
+    if costs:
+        _show_costs(costs)
+
+
+def _show_costs(costs: Sequence[Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, title="Estimate, memory at the peak of each process", title_justify="left")
+    for column in ("stage", "work", "processes", "GB each", "fits", "of which, in GB"):
+        table.add_column(column, overflow="fold")
+    for cost in costs:
+        fits = {None: "-", True: "yes", False: "[red]no[/]"}[cost.fits]
+        gb = "-" if cost.gb is None else f"{cost.gb:.2f}"
+        table.add_row(cost.stage, cost.work, str(cost.processes), gb, fits, cost.parts)
     Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200).print(table)
 
 

@@ -65,7 +65,7 @@ def model_stage(source: ModelSource, version: int) -> Stage:
     if isinstance(source, HubModel):
         settings = {"repo": source.repo, "revision": source.revision}
         return Stage("model", slugify(source.repo), version, settings)
-    path = _model_path(source)
+    path = model_path(source)
     settings = {"sha256": hash_source(path)}
     if path.is_file():
         return Stage("model", slugify(path.stem), version, settings, where={"gguf": str(path)})
@@ -79,7 +79,7 @@ def describe_model(source: ModelSource) -> ModelFacts | None:
     """
     if isinstance(source, HubModel):
         return None
-    path = _model_path(source)
+    path = model_path(source)
     if path.is_dir():
         return describe_directory(path)
     from gguf import GGUFReader
@@ -176,7 +176,7 @@ def _is_tied(directory: Path, config: Mapping[str, Any]) -> bool:
     return bool(AutoConfig.from_pretrained(directory).tie_word_embeddings)  # each architecture has its own default
 
 
-def _model_path(source: PackagedModel | LocalModel) -> Path:
+def model_path(source: PackagedModel | LocalModel) -> Path:
     if isinstance(source, PackagedModel):
         return package_file(source.package, source.file, "model")
     path = Path(source.path).expanduser()

@@ -13,6 +13,7 @@ ORDER = [
     {"core"},
     {"stages"},
     {"pipeline"},
+    {"costs"},
     {"sweep"},
     {"report", "agreement"},
     {"verify"},

