@@ -1,0 +1,205 @@
+"""A sweep through the command on a tiny model: real Ray Tune, Ray Train and lm-eval, a fake at the engine boundary."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import yaml
+from command import sdft
+
+from sdft_ray.artifacts import read_manifest
+
+SCRIPT = textwrap.dedent(
+    """
+    import sys
+    from sdft_ray import cli
+    from sdft_ray.core.selection import Generation
+    from sdft_ray.stages import distill
+
+    class FakeEngine:
+        def __init__(self, model, settings, options, alone):
+            pass
+
+        def generate(self, requests):
+            for request in requests:
+                yield request, Generation(f"seed {request.sampling_seed}", "stop", len(request.prompt_ids), 2)
+
+    distill.VllmEngine = FakeEngine
+    sys.exit(cli.main(["sweep", *sys.argv[1:]]))
+    """
+)
+
+
+def make_folder(folder: Path, tiny_model: Path, address: str, axes, **more) -> Path:
+    rows = [{"q": f"What is {i} + {i}?", "a": f"{i} + {i} = {2 * i}"} for i in range(36)]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "texts.txt").write_text("One text.\n\nAnother text.")
+    recipe = {
+        "model": {"path": str(tiny_model)},
+        "rows": {
+            "path": "sums.jsonl",
+            "fields": {"prompt": "q", "response": "a"},
+            "held_out": 0,
+            "validation": 4,
+            "answer": "none",
+        },
+        "prune": {"blocks": 2, "metric": "angular", "candidates": 0, "calibration": {"text": "texts.txt", "limit": 2}},
+        "distill": {"shift_rows": 0},
+        "train": {"global_batch_size": 8, "lr": 1e-3, "validate_every_steps": 2},
+        "evaluate": {"tasks": ["arc_easy"], "limit": 20, "dtype": "float32"},
+        **more,
+    }
+    compute = {
+        "ray": {"address": address},
+        "distill": {"cpus": 1},
+        "train": {"workers": 1, "cpus": 1, "micro_batch": 4, "checkpoint_every_steps": 2},
+    }
+    for name, content in {
+        "recipe": recipe,
+        "compute": compute,
+        "sweep": {"recipe": "recipe.yaml", "axes": axes},
+    }.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    (folder / "script.py").write_text(SCRIPT)
+    return folder
+
+
+def start(folder: Path, *more: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "script.py", "sweep.yaml", "--compute", "compute.yaml", *more],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+    )
+
+
+@pytest.fixture(scope="module")
+def swept(ray_cluster, tiny_model, tmp_path_factory):
+    """A sweep of three trials, one of which must fail, in its own directory; and what its command said."""
+    axes = [{"prune.blocks": [2]}, {"prune.blocks": [2], "arms.distilled.lr": [1e30]}]
+    folder = make_folder(tmp_path_factory.mktemp("sweep"), tiny_model, ray_cluster, axes)
+    process = start(folder, "--json", "--html", "sweep.html", "--csv", "sweep.csv")
+    out, errors = process.communicate()
+    assert process.returncode == 1, errors
+    return folder, json.loads(out), errors
+
+
+def test_sweep_shows_a_failed_trial_with_its_reason_and_finishes_the_others(swept):
+    _, report, errors = swept
+    assert [(trial["arm"], trial["status"]) for trial in report["trials"]] == [
+        ("sft", "done"), ("distilled", "done"), ("distilled", "failed")
+    ]  # fmt: skip
+    failed = report["trials"][2]
+    assert failed["values"] == {"arms.distilled.lr": 1e30}
+    assert re.search(r"train: the loss at step \d is (nan|inf)", failed["reason"])
+    assert errors.strip().splitlines()[-1].startswith("sweep: 1 failed, 2 of 3 trials are done.")
+    assert "Traceback" not in errors
+
+
+def test_sweep_reports_recovery_and_a_paired_difference(swept):
+    _, report, _ = swept
+    base, pruned = report["models"]
+    assert (base["model"], pruned["model"], pruned["blocks"]) == ("base", "pruned", 2)
+    assert base["recovery"] == 100 and pruned["parameters"] < base["parameters"]
+    assert [(group["arm"], group["rows"], group["chosen"]) for group in report["groups"]] == [
+        ("sft", 32, True), ("distilled", 32, True)
+    ]  # fmt: skip
+    (compared,) = report["comparisons"]
+    means = {group["arm"]: group["mean"] for group in report["groups"]}
+    assert compared["mean"]["value"] == pytest.approx(means["distilled"] - means["sft"])
+    assert compared["mean"]["low"] <= compared["mean"]["value"] <= compared["mean"]["high"]
+    assert compared["mean"]["n"] == compared["tasks"]["arc_easy"]["n"] == 20
+
+
+def test_sweep_page_is_one_file_without_network_that_links_manifests(swept):
+    folder, report, _ = swept
+    html = (folder / "sweep.html").read_text()
+    without_namespaces = re.sub(r'xmlns(:\w+)?="[^"]*"', "", html)
+    for outside in ("http://", "https://", "<script", "<link", "@import", "url("):
+        assert outside not in re.sub(r"url\(#\w+\)", "", without_namespaces)
+    links = re.findall(r'href="([^"]+)"', without_namespaces)
+    links = [link for link in links if not link.startswith("#")]
+    assert [read_manifest((folder / link).parent)["id"] for link in links] == [
+        trial["id"] for trial in report["trials"] if trial["status"] == "done"
+    ]
+    for said in ("LIMITED", "Failed: 2 blocks, 32 rows, distilled", "Recovery by depth", "blocks [", "arc_easy"):
+        assert said in html
+
+
+def test_sweep_csv_has_one_line_a_trial(swept):
+    folder, report, _ = swept
+    lines = list(csv.DictReader(io.StringIO((folder / "sweep.csv").read_text())))
+    assert [(line["id"], line["status"]) for line in lines] == [(t["id"], t["status"]) for t in report["trials"]]
+    assert float(lines[0]["arc_easy"]) == report["trials"][0]["tasks"]["arc_easy"]["value"]
+    assert lines[2]["arms.distilled.lr"] == "1e+30" and lines[2]["mean"] == ""
+
+
+def test_sweep_artifacts_are_those_of_a_recipe_run_alone(swept):
+    folder, report, _ = swept
+    plan = json.loads(sdft("check", "recipe.yaml", "--json", cwd=folder).stdout)
+    assert {line["status"] for line in plan} == {"done"}
+    manifest = read_manifest(Path(report["trials"][0]["directory"]))
+    assert manifest["provenance"]["command"] == ["sdft", "sweep"]
+    assert not list((folder / "artifacts" / "scratch").glob("tune*"))
+
+
+def test_sweep_run_again_submits_no_finished_trial(swept):
+    folder, _, _ = swept
+    before = {path: path.stat().st_mtime_ns for path in (folder / "artifacts").rglob("manifest.json")}
+    (folder / "good.yaml").write_text(yaml.safe_dump({"recipe": "recipe.yaml", "axes": {"prune.blocks": [2]}}))
+    again = sdft("sweep", "good.yaml", cwd=folder)
+    assert again.returncode == 0, again.stderr
+    assert "Nothing to do: all 8 artifacts are there already" in again.stderr
+    assert {path: path.stat().st_mtime_ns for path in (folder / "artifacts").rglob("manifest.json")} == before
+
+
+def wait_for(process: subprocess.Popen, there) -> None:
+    while not there():
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.2)
+            raise AssertionError(f"it ended before: {process.stderr.read()}")
+
+
+@pytest.mark.full
+def test_sweep_whose_trial_and_then_driver_are_killed_repeats_no_finished_trial(ray_cluster, tiny_model, tmp_path):
+    from ray.util.state import list_actors
+
+    folder = make_folder(tmp_path, tiny_model, ray_cluster, {"prune.blocks": [2, 3]}, arms={"sft": {}})
+    artifacts = folder / "artifacts"
+    process = start(folder)
+    wait_for(process, lambda: list(artifacts.glob("resumable/train/*/ray_train*/checkpoint_*")))
+    (trial,) = list_actors(filters=[("class_name", "=", "ImplicitFunc"), ("state", "=", "ALIVE")])
+    os.kill(trial.pid, signal.SIGKILL)
+    wait_for(process, lambda: list(artifacts.glob("train/*/manifest.json")))
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    (first,) = artifacts.glob("train/*/manifest.json")
+    before = first.stat().st_mtime_ns
+    assert len(json.loads((first.parent / "losses.json").read_text())) == 4
+
+    again = start(folder, "--json")
+    out, errors = again.communicate()
+    assert again.returncode == 0, errors
+    assert [trial["status"] for trial in json.loads(out)["trials"]] == ["done", "done"]
+    assert first.stat().st_mtime_ns == before
+    assert not list((artifacts / "failures").glob("*"))
+
+
+def test_report_of_a_sweep_that_is_not_finished_shows_what_is_there(swept):
+    folder, report, _ = swept
+    axes = [{"prune.blocks": [2]}, {"prune.blocks": [2], "train.seed": [7]}]
+    (folder / "more.yaml").write_text(yaml.safe_dump({"recipe": "recipe.yaml", "axes": axes}))
+    shown = json.loads(sdft("report", "more.yaml", "--json", cwd=folder).stdout)
+    assert [trial["status"] for trial in shown["trials"]] == ["done", "done", "missing", "missing"]
+    assert shown["groups"] == report["groups"]

@@ -1,0 +1,159 @@
+"""What the report of a sweep says of artifacts whose scores are known; the artifacts are written by hand."""
+
+import csv
+import io
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+import yaml
+from rich.console import Console
+
+from sdft_ray import pipeline, sweep
+from sdft_ray.artifacts import write_atomically
+from sdft_ray.report import sweep as report
+from sdft_ray.storage import Storage
+
+ITEMS = 20
+
+
+@pytest.fixture
+def plan(tiny_model, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"q": f"{i}?", "a": f"{i}"}) + "\n" for i in range(40)))
+    (tmp_path / "texts.txt").write_text("One text.")
+    recipe = {
+        "model": {"path": str(tiny_model)},
+        "rows": {"path": str(tmp_path / "rows.jsonl"), "fields": {"prompt": "q", "response": "a"}, "held_out": 0},
+        "prune": {"blocks": 2, "calibration": {"text": str(tmp_path / "texts.txt")}},
+        "train": {"rows": 16},
+        "evaluate": {"tasks": ["arc_easy", "sciq"], "limit": ITEMS},
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    axes = [
+        {"prune.blocks": [2, 3]},
+        {"prune.blocks": [2], "train.seed": [0, 1, 2]},
+        {"prune.blocks": [2], "arms.sft.lr": [1e-3]},
+    ]
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"recipe": "recipe.yaml", "axes": axes}))
+    return sweep.load_sweep(tmp_path / "sweep.yaml")
+
+
+def write(storage: Storage, stage, summary: dict, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        write_atomically(storage.scratch(stage) / name, text)
+    storage.scratch(stage)
+    storage.commit(stage, summary, 10.0)
+
+
+def write_exam(storage: Storage, stage, right: int) -> None:
+    """Write an evaluation in which the first `right` items are right."""
+    values = [float(i < right) for i in range(ITEMS)]
+    summary = {
+        "metric": "acc",
+        "value": statistics.fmean(values),
+        "stderr": 0.1,
+        "n": ITEMS,
+        "chance": 0.25,
+        "limited": True,
+    }
+    items = "".join(json.dumps({"id": str(i), "value": value}) + "\n" for i, value in enumerate(values))
+    write(storage, stage, summary, {"items.jsonl": items})
+
+
+def write_shared(plan: sweep.Plan, storage: Storage, tiny_model: Path) -> None:
+    """Write what all trials need; the base is right on 16 of 20 items, a model without n blocks on 16 - 2 n."""
+    config = json.loads((tiny_model / "config.json").read_text())
+    for stage in plan.shared:
+        match stage.name:
+            case "rows":
+                write(storage, stage, {"rows": {"train": 24}}, {})
+            case "score":
+                write(storage, stage, {}, {"distances.json": "{}"})
+            case "cut":
+                gone = stage.settings["blocks"]
+                smaller = {**config, "num_hidden_layers": 6 - gone}
+                if "layer_types" in smaller:
+                    smaller["layer_types"] = smaller["layer_types"][gone:]
+                summary = {"removed": list(range(gone)), "metric": "loss", "cost": 1.0, "agreement": 0.5}
+                write(storage, stage, summary, {"config.json": json.dumps(smaller)})
+            case "evaluate":
+                cut = stage.inputs["model"]
+                write_exam(storage, stage, 16 - (2 * cut.settings["blocks"] if cut.name == "cut" else 0))
+
+
+def write_trial(trial: sweep.Trial, storage: Storage, right: int, validation_loss: float) -> None:
+    write(storage, trial.train, {"validation_loss": validation_loss}, {})
+    for exam in trial.exams:
+        write_exam(storage, exam, right)
+
+
+def seed_of(trial: sweep.Trial) -> int:
+    return trial.train.settings["train"]["seed"]
+
+
+@pytest.fixture
+def collected(plan, tiny_model, tmp_path):
+    """A sweep of 9 trials: 2 arms at 2 depths, 2 more seeds of each, and another learning rate of sft that is worse."""
+    storage = Storage(str(tmp_path / "artifacts"))
+    write_shared(plan, storage, tiny_model)
+    for trial in plan.trials:
+        if "arms.sft.lr" in trial.values:
+            write_trial(trial, storage, right=20, validation_loss=9.0)
+        elif trial.cell.recipe.prune.blocks == 3 and trial.arm == "distilled":
+            storage.keep_failure(trial.train, "train: it broke")
+        elif trial.cell.recipe.prune.blocks == 2:
+            write_trial(trial, storage, (12 if trial.arm == "sft" else 14) + seed_of(trial), 2.0)
+    return report.collect(plan, "sweep.yaml", storage)
+
+
+def test_report_takes_seeds_together_with_their_spread(collected):
+    groups = {(group["arm"], *group["values"]): group for group in collected["groups"]}
+    sft, distilled = groups["sft",], groups["distilled",]
+    assert (len(sft["trials"]), len(distilled["trials"])) == (3, 3)
+    assert sft["recovery"] == pytest.approx(100 * 13 / 16) and distilled["recovery"] == pytest.approx(100 * 15 / 16)
+    assert sft["recovery_sd"] == pytest.approx(100 / 16)
+
+
+def test_report_chooses_by_validation_loss_and_never_by_score(collected):
+    other = next(group for group in collected["groups"] if group["values"])
+    assert other["values"] == {"arms.sft.lr": 1e-3}
+    assert other["recovery"] > 100 and not other["chosen"]
+    assert all(group["chosen"] for group in collected["groups"] if group is not other)
+
+
+def test_report_compares_chosen_arms_item_by_item_over_seeds(collected):
+    (compared,) = collected["comparisons"]
+    assert (compared["blocks"], compared["rows"], compared["seeds"]) == (2, 16, {"sft": 3, "distilled": 3})
+    assert compared["tasks"]["arc_easy"]["value"] == pytest.approx(2 / ITEMS) == compared["mean"]["value"]
+    assert 0 <= compared["mean"]["low"] < compared["mean"]["value"] < compared["mean"]["high"]
+
+
+def test_report_lists_every_trial_with_its_state_and_reason(collected):
+    states = [(trial["status"], trial["reason"]) for trial in collected["trials"] if trial["blocks"] == 3]
+    assert states == [("missing", None), ("failed", "train: it broke")]
+    lines = list(csv.DictReader(io.StringIO(report.as_csv(collected))))
+    assert len(lines) == len(collected["trials"]) == 9
+    assert {line["status"] for line in lines} == {"done", "missing", "failed"}
+
+
+def test_report_on_the_terminal_names_what_did_not_end(collected):
+    console = Console(width=200, record=True, file=io.StringIO())
+    report.show(collected, console)
+    text = console.export_text()
+    for said in ("failed: 3 blocks, 16 rows, distilled: train: it broke", "(not chosen)", "±6.2", "+10.0 ["):
+        assert said in text
+
+
+def test_report_of_depths_has_each_pruned_model_with_its_blocks(collected):
+    models = {model["blocks"]: model for model in collected["models"]}
+    assert models[0]["recovery"] == 100
+    assert models[2]["recovery"] == pytest.approx(75) and models[3]["recovery"] == pytest.approx(62.5)
+    assert models[3]["parameters"] < models[2]["parameters"] < models[0]["parameters"]
+    assert (models[2]["removed"], models[3]["removed"]) == ([0, 1], [0, 1, 2])
+
+
+def test_pipeline_of_a_sweeps_cell_needs_nothing_but_the_sweeps_stages(plan):
+    known = {stage.id for stage in sweep.stages_of(plan)}
+    for cell in plan.cells:
+        assert {stage.id for stage in pipeline.stages(cell.recipe)} <= known
