@@ -151,16 +151,21 @@ def _show_report(options: argparse.Namespace, recipe: Any, storage: Any) -> None
 def _check_sweep(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from sdft_ray import sweep
+    from sdft_ray import pipeline, sweep
+    from sdft_ray.costs import estimate_stages
     from sdft_ray.report import saving
 
     plan, compute, storage = _load_sweep(options)
     sweep.check(plan, compute)
     found = saving.measure(plan, storage)
+    largest = min(plan.cells, key=lambda cell: cell.recipe.prune.blocks).recipe
+    costs = estimate_stages(largest, compute, pipeline.stages(largest), storage) if options.compute else []
     if options.json:
-        print(json.dumps(found, indent=1))
-    else:
-        saving.show(found, Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200))
+        print(json.dumps({**found, "estimates": [dataclasses.asdict(cost) for cost in costs]}, indent=1))
+        return
+    saving.show(found, Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200))
+    if costs:
+        _show_costs(costs)
 
 
 def _show_sweep(options: argparse.Namespace, plan: Any, storage: Any) -> None:

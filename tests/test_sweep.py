@@ -227,6 +227,15 @@ def test_every_shipped_sweep_plans_and_saves(tmp_path):
     assert not list(tmp_path.iterdir()), "planning writes nothing under the root"
 
 
+def test_check_of_the_paper_sweep_with_a_compute_file_estimates_what_each_stage_takes():
+    root = Path(__file__).parents[1]
+    words = ["check", "configs/sweeps/paper.yaml", "--compute", "configs/compute/gpu8.yaml", "--json"]
+    done = sdft(*words, cwd=root)
+    assert done.returncode == 0, done.stderr
+    costs = json.loads(done.stdout)["estimates"]
+    assert [cost["stage"] for cost in costs] == ["score", "distill", "train (sft)", "train (distilled)", "evaluate"]
+
+
 def test_paper_sweep_is_the_papers_setting():
     plan = sweep.load_sweep(Path(__file__).parents[1] / "configs" / "sweeps" / "paper.yaml")
     assert len(plan.trials) == 5 * 4 * 2
