@@ -62,7 +62,8 @@ def load_text(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> Recip
         ),
         (
             {"prune": {"blocks": 2, "calibration": {"positions": "response"}}},
-            "prune.calibration: a plain text has no response, which positions names. Give rows, or positions last or all.",
+            "prune.calibration: a plain text has no response, which positions names. Give rows, or positions last or "
+            "all.",
         ),
         (
             {"prune": {"blocks": 2, "contiguous": False}},
