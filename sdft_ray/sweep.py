@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, JsonValue, model_validator
 
 from sdft_ray import pipeline
-from sdft_ray.artifacts import Stage
+from sdft_ray.artifacts import Stage, short_id
 from sdft_ray.cluster import ray_cluster, require_room
 from sdft_ray.compute import Compute
 from sdft_ray.errors import StageFailed, UserError, problem
@@ -294,15 +294,14 @@ def run(plan: Plan, compute: Compute, storage: Storage) -> pipeline.Built:
     """
     check(plan, compute)
     everything = stages_of(plan)
-    todo = [stage for stage in everything if storage.status(stage) != "done"]
-    if not todo:
-        return pipeline.Built((), everything)
-    with ray_cluster(compute):
-        pipeline.build(plan.shared, compute, storage)
-        trials = [trial for trial in plan.trials if not is_done(trial, storage)]
-        if trials:
-            _run_trials(trials, compute, storage)
-    if failed := [trial for trial in trials if not is_done(trial, storage)]:
+    name = f"sweep-{short_id([trial.train.id for trial in plan.trials])}"
+    with storage.lock(name):
+        todo = [stage for stage in everything if storage.status(stage) != "done"]
+        if todo:
+            with ray_cluster(compute):
+                pipeline.build(plan.shared, compute, storage)
+                _run_trials([trial for trial in plan.trials if not is_done(trial, storage)], compute, storage, name)
+    if failed := [trial for trial in plan.trials if not is_done(trial, storage)]:
         lines = [f"{trial.name}: {storage.failure(trial.train)}" for trial in failed]
         done = f"{len(plan.trials) - len(failed)} of {len(plan.trials)} trials are done"
         what = f"sweep: {len(failed)} failed, {done}. Run the same command again to try those once more."
@@ -310,8 +309,10 @@ def run(plan: Plan, compute: Compute, storage: Storage) -> pipeline.Built:
     return pipeline.Built(tuple(todo), tuple(stage for stage in everything if stage not in todo))
 
 
-def _run_trials(trials: Sequence[Trial], compute: Compute, storage: Storage) -> None:
+def _run_trials(trials: Sequence[Trial], compute: Compute, storage: Storage, name: str) -> None:
     """Run trials under Ray Tune, as many at a time as the cluster holds."""
+    if not trials:
+        return
     # Read by Tune when it is imported or started. Ctrl-C is ours, and a trial stays in the directory of the command.
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
@@ -321,7 +322,8 @@ def _run_trials(trials: Sequence[Trial], compute: Compute, storage: Storage) -> 
 
     require_room(compute, "train")
     require_room(compute, "evaluate")
-    place = storage.root / "scratch" / "tune"
+    place = storage.root / "scratch" / name
+    shutil.rmtree(place, ignore_errors=True)  # of a run that was killed
     patient = compute.model_copy(update={"ray": compute.ray.model_copy(update={"wait_seconds": _FOR_EVER})})
     work = functools.partial(_run_trial, trials=tuple(trials), compute=patient, storage=storage)
     for trial in trials:

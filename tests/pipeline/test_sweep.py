@@ -151,7 +151,7 @@ def test_sweep_artifacts_are_those_of_a_recipe_run_alone(swept):
     assert {line["status"] for line in plan} == {"done"}
     manifest = read_manifest(Path(report["trials"][0]["directory"]))
     assert manifest["provenance"]["command"] == ["sdft", "sweep"]
-    assert not list((folder / "artifacts" / "scratch").glob("tune*"))
+    assert not list((folder / "artifacts" / "scratch").glob("sweep-*"))
 
 
 def test_sweep_run_again_submits_no_finished_trial(swept):
