@@ -94,7 +94,7 @@ def test_run_of_empty_rows_is_refused_before_anything_starts(folder):
     [
         ("tokenizer.json", "has no tokenizer. Put the model's tokenizer files beside it."),
         ("chat_template.jinja", "has no chat template. Give an instruction-tuned model."),
-        ("model.safetensors", "has no weights (expected *.safetensors). Save it with safe_serialization=True."),
+        ("model.safetensors", "has no weights (expected *.safetensors). Copy or download them, too."),
         ("config.json", "is no Hugging Face model directory. Check the path."),
     ],
 )
@@ -120,7 +120,7 @@ def test_check_of_an_unknown_architecture_names_it(folder, tiny_model, tmp_path)
     done = sdft("check", "recipe.yaml", "--set", f"model.path={other}", cwd=folder)
     assert done.returncode == 2
     assert done.stderr.startswith(
-        "model: cannot prune a mamba model: not proven to be right. Give one of these: llama, "
+        "model: cannot prune a mamba model: its blocks are state-space blocks without attention. Give one of these: "
     )
 
 
@@ -135,7 +135,7 @@ def test_report_of_an_unfinished_recipe_says_what_is_missing(folder):
     done = sdft("report", "recipe.yaml", cwd=folder)
     assert done.returncode == 2
     assert (
-        "is not finished (missing: rows, score, cut, distill, train, evaluate). Do: sdft run recipe.yaml."
+        "is not finished (missing: rows, score, loss, cut, distill, train, evaluate). Do: sdft run recipe.yaml."
         in done.stderr
     )
 
@@ -159,10 +159,21 @@ def test_diff_of_two_recipes_names_the_values_that_differ(folder):
     assert json.loads(done.stdout) == {"prune.blocks": [2, 3]}
 
 
-def test_run_on_a_cluster_that_is_too_small_waits_visibly_and_says_what_is_there(folder, ray_cluster):
-    compute = {"ray": {"address": ray_cluster, "wait_seconds": 1}, "score": {"cpus": 4096}}
+def run_on(ray: dict, folder):
+    compute = {"ray": {"wait_seconds": 1, **ray}, "score": {"cpus": 4096}}
     (folder / "compute.yaml").write_text(yaml.safe_dump(compute))
-    done = sdft("run", "recipe.yaml", "--compute", "compute.yaml", "--until", "score", cwd=folder)
+    return sdft("run", "recipe.yaml", "--compute", "compute.yaml", "--until", "score", cwd=folder)
+
+
+def test_run_on_a_cluster_whose_nodes_are_too_small_is_an_error_at_once(folder, ray_cluster):
+    done = run_on({"address": ray_cluster}, folder)
+    assert done.returncode == 2
+    needs = "compute.score: needs 4096 CPUs and 0 GPUs on one node; the largest has "
+    assert done.stderr.splitlines()[-1].startswith(needs) and "waiting" not in done.stderr
+
+
+def test_run_on_a_cluster_that_may_grow_waits_visibly_and_says_what_is_there(folder, ray_cluster):
+    done = run_on({"address": ray_cluster, "largest_node": {"cpus": 8192}}, folder)
     assert done.returncode == 2
     needs = "needs 1 x (4096 CPUs, 0 GPUs); the cluster has "
     assert f"score: {needs}" in done.stderr and "waiting up to 1 s" in done.stderr
