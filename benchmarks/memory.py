@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--recipe", type=Path, default=Path("configs/recipes/demo.yaml"), help="for its model")
     parser.add_argument("--root", default="./artifacts", help="where that model is or will be built")
     parser.add_argument("--methods", nargs="+", choices=("lora", "full"), default=("lora", "full"))
+    parser.add_argument("--zero-stages", nargs="+", type=int, choices=range(4), default=range(4))
     options = parser.parse_args()
     plan, storage = pipeline.stages(recipe.load_recipe(options.recipe))[:1], Storage(options.root)
     pipeline.build(plan, compute.load_compute(), storage)
@@ -44,7 +45,7 @@ def main() -> None:
     print(f"{'':12}{'measured':>10}{'estimate':>10}  weights gradients optimizer activations process (GB)")
     ratios = []
     for method in options.methods:
-        for zero_stage in range(4):
+        for zero_stage in options.zero_stages:
             queue = multiprocessing.get_context("spawn").SimpleQueue()
             # A port of its own: the one before may still be closing.
             port = 29500 + zero_stage + 4 * (method == "full") + os.getpid() % 400
