@@ -127,13 +127,28 @@ def hash_source(path: Path) -> str:
     return found["."] if path.is_file() else hashlib.sha256(canonical_json(found).encode()).hexdigest()
 
 
+_hashed: dict[tuple[str, int, int], str] = {}
+
+
+def remember_hash(path: Path, sha256: str) -> None:
+    """Spare `list_files` reading a file that this process hashed as it wrote it, while it stays as it is."""
+    _hashed[_stamp(path)] = sha256
+
+
+def _stamp(path: Path) -> tuple[str, int, int]:
+    stat = path.stat()
+    return str(path), stat.st_size, stat.st_mtime_ns
+
+
 def list_files(directory: Path) -> list[dict[str, Any]]:
     """Return path, bytes and sha256 of every file below `directory` but the manifest, in order of path."""
     paths = [path for path in sorted(directory.rglob("*")) if path.is_file() and path != directory / MANIFEST]
     with ThreadPoolExecutor(4) as pool:  # hashing lets go of Python's lock
         return [
             {"path": path.relative_to(directory).as_posix(), "bytes": path.stat().st_size, "sha256": sha256}
-            for path, sha256 in zip(paths, pool.map(hash_file, paths), strict=True)
+            for path, sha256 in zip(
+                paths, pool.map(lambda path: _hashed.get(_stamp(path)) or hash_file(path), paths), strict=True
+            )
         ]
 
 

@@ -8,6 +8,7 @@ holds more than two small buffers; threads overlap because reading and writing f
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -70,8 +71,11 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return held
 
 
-def copy_tensors(source: Path, target: Path, names: Mapping[str, str]) -> None:
-    """Write those tensors of `source` that `names` maps to a new name, in the same order, as a safetensors file."""
+def copy_tensors(source: Path, target: Path, names: Mapping[str, str]) -> str:
+    """Write those tensors of `source` that `names` maps to a new name, in the same order, as a safetensors file.
+
+    Return the sha256 of what was written, taken on the way: reading a large file again costs as much as copying it.
+    """
     kept = [(names[name], tensor) for name, tensor in read_header(source).items() if name in names]
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -80,11 +84,15 @@ def copy_tensors(source: Path, target: Path, names: Mapping[str, str]) -> None:
         header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that tensors lie aligned
+    begin_bytes = len(text).to_bytes(8, "little") + text
+    digest = hashlib.sha256(begin_bytes)
     with source.open("rb") as read, target.open("wb") as written:
-        written.write(len(text).to_bytes(8, "little") + text)
+        written.write(begin_bytes)
         for _, tensor in kept:
             for chunk in _chunks(read, tensor):
+                digest.update(chunk)
                 written.write(chunk)
+    return digest.hexdigest()
 
 
 def same_bytes(path: Path, tensor: StoredTensor, other_path: Path, other: StoredTensor) -> bool:

@@ -13,8 +13,11 @@ from sdft_ray.artifacts import (
     Stage,
     canonical_json,
     check_files,
+    hash_file,
     hash_source,
+    list_files,
     read_manifest,
+    remember_hash,
     short_id,
     slugify,
     write_manifest,
@@ -236,3 +239,12 @@ def test_hash_source_does_not_need_its_memory(tmp_path, memory):
     remembered.write_text(memory)
     assert hash_source(path) == hashlib.sha256(b"one").hexdigest()
     assert hash_source(path) in json.loads(remembered.read_text()).values()
+
+
+def test_list_files_hashes_a_file_again_that_changed_since_its_hash_was_remembered(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"before")
+    remember_hash(path, hash_file(path))
+    assert list_files(tmp_path)[0]["sha256"] == hash_file(path)
+    path.write_bytes(b"after and longer")
+    assert list_files(tmp_path)[0]["sha256"] == hash_file(path)

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sdft_ray.artifacts import write_atomically
+from sdft_ray.artifacts import remember_hash, write_atomically
 from sdft_ray.core.surgery import PER_BLOCK, block_of, name_blocks, prune_config, rename_tensor, require_choosable
 from sdft_ray.errors import UserError, problem
 from sdft_ray.shards import StoredTensor, copy_tensors, same_bytes
@@ -115,7 +115,9 @@ def remove_blocks(base: Path, directory: Path, removed: Sequence[int]) -> Parame
         if (names := {name: new for name in tensors if (new := rename_tensor(name, removed))})
     }
     with ThreadPoolExecutor(_THREADS) as pool:
-        list(pool.map(lambda shard: copy_tensors(shard, directory / shard.name, renamed[shard]), renamed))
+        hashes = pool.map(lambda shard: copy_tensors(shard, directory / shard.name, renamed[shard]), renamed)
+        for shard, sha256 in zip(renamed, hashes, strict=True):
+            remember_hash(directory / shard.name, sha256)
     if (base / WEIGHTS_INDEX).is_file():
         weight_map = {new: shard.name for shard, names in renamed.items() for new in names.values()}
         total = sum(held[shard][name].bytes for shard, names in renamed.items() for name in names)
