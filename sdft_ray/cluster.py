@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -45,20 +46,32 @@ def ray_cluster(compute: Compute) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        if compute.ray.address == "local":
+            os.environ.pop("RAY_API_SERVER_ADDRESS", None)
 
 
 def _connect(compute: Compute, quiet: dict[str, Any]) -> None:
     import ray
 
     if compute.ray.address == "local":
-        # The dashboard stays on, on loopback: without it Ray Train asks its state API for ever (docs/footguns.md).
-        ray.init(address="local", num_cpus=cores(), include_dashboard=True, dashboard_host="127.0.0.1", **quiet)
+        # The dashboard stays on, on loopback: Ray Train asks it who is dead. Workers must be told where it is: where
+        # several Rays share a machine they do not guess, and what a dead trainer held stays held (docs/footguns.md).
+        host, port = "127.0.0.1", _free_port()
+        os.environ["RAY_API_SERVER_ADDRESS"] = f"http://{host}:{port}"
+        dashboard: dict[str, Any] = {"include_dashboard": True, "dashboard_host": host, "dashboard_port": port}
+        ray.init(address="local", num_cpus=cores(), **dashboard, **quiet)
     else:
         try:
             ray.init(address=compute.ray.address, **quiet)
         except ConnectionError as error:
             where = f"compute.ray.address: {compute.ray.address}"
             raise UserError(problem(where, f"no Ray answers there ({error})", "Start it or use local")) from None
+
+
+def _free_port() -> int:
+    with socket.socket() as asked:
+        asked.bind(("127.0.0.1", 0))
+        return int(asked.getsockname()[1])
 
 
 @contextmanager
