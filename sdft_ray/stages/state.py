@@ -8,6 +8,7 @@ layout. DeepSpeed's own checkpoints load only into the number of workers and the
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,26 @@ def load_state(engine: Any, folder: Path, steps: int) -> dict[str, Any]:
         if f"best/{name}" in where and _is_mine(engine, number):
             best[name] = where[f"best/{name}"].get_tensor(f"best/{name}")
     return best
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the whole checkpoint under a directory that is furthest along."""
+    steps = {path: steps_in(path) for path in sorted(folder.glob("ray_train*/checkpoint_*"))}
+    return max(steps, key=lambda path: steps[path]) if any(steps.values()) else None
+
+
+def steps_in(checkpoint: Path) -> int:
+    """Return how many steps a training checkpoint has behind it; 0 where it is not whole."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        progress = json.loads((checkpoint / "progress.json").read_text())
+        for rank in range(progress["workers"]):
+            with safe_open(checkpoint / f"state-{rank:05d}.safetensors", framework="pt"):
+                pass  # it knows from the header how long the file must be
+    except (OSError, ValueError, SafetensorError):
+        return 0
+    return len(progress["history"])
 
 
 def _is_mine(engine: Any, number: int) -> bool:

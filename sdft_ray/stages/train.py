@@ -28,6 +28,7 @@ from sdft_ray.sources import read_json
 from sdft_ray.stages import Work, worker
 from sdft_ray.stages.cut import require_loadable
 from sdft_ray.stages.rows import read_split, read_training_rows
+from sdft_ray.stages.state import steps_in
 
 VERSION = 3
 
@@ -178,7 +179,7 @@ def read_deepspeed(path: str, settings: recipe.Train, plan: compute.Train) -> di
 def _require_own_checkpoints(work: Work) -> None:
     """Raise UserError where the directory of this training's checkpoints holds those of another."""
     for path in sorted(work.resumable.glob("ray_train*/checkpoint_*/progress.json")):
-        if steps_in(path.parent) is not None and (other := read_json(path)["stage"]) != work.stage.id:
+        if steps_in(path.parent) and (other := read_json(path)["stage"]) != work.stage.id:
             what = f"holds a checkpoint of another training ({other}, not {work.stage.id})"
             raise UserError(problem(str(path.parent), what, f"Move {work.resumable} away and run again"))
 
@@ -271,7 +272,7 @@ def _fit(work: Work, base: Path, given: dict[str, Any]) -> dict[str, Any]:
     if result_file.is_file():  # killed between the last step and the commit
         return read_json(result_file)
     shutil.rmtree(tuned, ignore_errors=True)  # of other numbers of workers
-    resume = _mend(work.resumable)
+    _set_torn_list_aside(work.resumable)
     elastic = plan.workers.min != plan.workers.max
     trainer = TorchTrainer(
         worker.train_worker,
@@ -285,7 +286,7 @@ def _fit(work: Work, base: Path, given: dict[str, Any]) -> dict[str, Any]:
             "validation": str(work.resumable / "validation.parquet"),
             "result": str(result_file),
             "tuned": str(tuned),
-            "resume": resume and str(resume),
+            "resumable": str(work.resumable),
             "tensorboard": str(work.resumable / "tensorboard"),
             "ticker": ticks,
         },
@@ -331,35 +332,17 @@ def _fit(work: Work, base: Path, given: dict[str, Any]) -> dict[str, Any]:
     return read_json(result_file)
 
 
-def _mend(folder: Path) -> Path | None:
-    """Return the last whole checkpoint where Ray's own list of them is torn, and set that list aside.
+def _set_torn_list_aside(folder: Path) -> None:
+    """Let Ray begin a new list of checkpoints where its own is torn.
 
-    Ray writes the list in place: a kill or a full disk at that moment leaves half of it.
+    It writes the list in place: a kill or a full disk at that moment leaves half of it, which it cannot read.
     """
-    torn = folder / "ray_train" / "checkpoint_manager_snapshot.json"
+    listed = folder / "ray_train" / "checkpoint_manager_snapshot.json"
     try:
-        if torn.is_file():
-            json.loads(torn.read_text())
+        if listed.is_file():
+            json.loads(listed.read_text())
     except ValueError:
-        aside = folder / f"ray_train-torn-{len(list(folder.glob('ray_train-torn-*')))}"
-        torn.parent.rename(aside)
-    left = list(folder.glob("ray_train-torn-*/checkpoint_*"))
-    whole = {steps: path for path in left if (steps := steps_in(path)) is not None}
-    return whole[max(whole)] if whole else None
-
-
-def steps_in(checkpoint: Path) -> int | None:
-    """Return how many steps a training checkpoint has behind it; None where it is not whole."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        progress = read_json(checkpoint / "progress.json")
-        for rank in range(progress["workers"]):
-            with safe_open(checkpoint / f"state-{rank:05d}.safetensors", framework="pt"):
-                pass
-    except (UserError, OSError, SafetensorError):
-        return None
-    return len(progress["history"])
+        listed.parent.rename(folder / f"ray_train-torn-{len(list(folder.glob('ray_train-torn-*')))}")
 
 
 # --- the model ------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def train_worker(config: dict[str, Any]) -> None:
     engine = start_engine(load_trainable(config["base"], settings, plan), settings, plan, config["deepspeed"])
     pass_tokens = plan["pass_tokens"] or plan["micro_batch"] * settings["max_tokens"]
     steps = schedule(len(rows), settings["epochs"], settings["global_batch_size"], settings["seed"])
-    history, best = _resume(engine, config["resume"])
+    history, best = _resume(engine, Path(config["resumable"]), rank)
     if rank == 0:
         config["ticker"].tell.remote(begun=len(history))
     log = _open_log(config["tensorboard"], len(history)) if rank == 0 else None
@@ -306,18 +306,22 @@ def _sum_over_workers(engine: Any, value: Any) -> float:
 # --- what outlives a worker -----------------------------------------------------------------------------------
 
 
-def _resume(engine: Any, given: str | None) -> tuple[History, dict[str, Any]]:
-    """Load the last checkpoint, else the given one; return the steps behind it and the best weights so far."""
-    import ray.train
+def _resume(engine: Any, folder: Path, rank: int) -> tuple[History, dict[str, Any]]:
+    """Load the newest whole checkpoint, if there is one; return the steps behind it and the best weights so far.
 
-    from sdft_ray.stages.state import load_state
+    Not `ray.train.get_checkpoint`: Ray's controller hears of a checkpoint about a second after it is on disk, and does
+    not know it after a kill in between.
+    """
+    import torch.distributed as dist
 
-    checkpoint = ray.train.get_checkpoint() or (ray.train.Checkpoint.from_directory(given) if given else None)
-    if checkpoint is None:
+    from sdft_ray.stages.state import load_state, newest_checkpoint
+
+    found = [newest_checkpoint(folder) if rank == 0 else None]
+    dist.broadcast_object_list(found)
+    if found[0] is None:
         return [], {}
-    with checkpoint.as_directory() as folder:
-        history: History = json.loads((Path(folder) / "progress.json").read_text())["history"]
-        return history, load_state(engine, Path(folder), len(history))
+    history: History = json.loads((found[0] / "progress.json").read_text())["history"]
+    return history, load_state(engine, found[0], len(history))
 
 
 def _save_tuned(share: Mapping[str, Any], folder: Path, rank: int) -> None:
@@ -328,18 +332,32 @@ def _save_tuned(share: Mapping[str, Any], folder: Path, rank: int) -> None:
 
 
 def _open_log(folder: str, steps: int) -> Any:
-    """Return a TensorBoard writer; steps that are taken again after a restart replace those of before."""
-    from tensorboardX import SummaryWriter
+    """Return a writer of TensorBoard events; steps that are taken again after a restart replace those of before.
 
-    return SummaryWriter(folder, purge_step=steps + 1 if steps else None, flush_secs=10)
+    Not tensorboardX's SummaryWriter: it queues events in another thread, where a kill loses those that the checkpoint
+    has behind it.
+    """
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    log = EventsWriter(f"{folder}/events")
+    if steps:
+        again = SessionLog(status=SessionLog.START)
+        log.write_event(Event(wall_time=time.time(), step=steps + 1, session_log=again))
+    return log
 
 
 def _tell(log: Any, ticker: Any, record: Mapping[str, Any], rate: float, engine: Any) -> None:
     """Tell TensorBoard and the driver of one step."""
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.summary import scalar
+
     memory = peak_bytes(engine) / 1e9
     values = {name: value for name, value in record.items() if name != "step"}
     for name, value in (values | {"tokens_per_second": rate, "memory_gb": memory}).items():
-        log.add_scalar(f"train/{name}", value, record["step"])
+        log.write_event(Event(wall_time=time.time(), step=record["step"], summary=scalar(f"train/{name}", value)))
+    log.flush()
     note = f"loss {record['loss']:.3f}, lr {record['lr']:.1e}, {rate:.0f} tokens/s, {memory:.1f} GB"
     ticker.tell.remote(step=record["step"], note=note)
 
