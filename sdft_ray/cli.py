@@ -112,14 +112,14 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> None:
-    from sdft_ray import sweep
+    from sdft_ray import sweep, trials
     from sdft_ray.progress import say
 
     plan, compute, storage = _load_sweep(options)
     failed = None
     with contextlib.redirect_stdout(sys.stderr):
         try:
-            built = sweep.run(plan, compute, storage)
+            built = trials.run(plan, compute, storage)
         except StageFailed as error:
             if not any(sweep.is_done(trial, storage) for trial in plan.trials):
                 raise

@@ -29,7 +29,7 @@ from sdft_ray.core import surgery
 from sdft_ray.errors import StageFailed, UserError, nearest, problem
 from sdft_ray.progress import Progress, duration, say
 from sdft_ray.recipe import FileRows, GymRows, HubRows, Recipe
-from sdft_ray.stages import Work, cut, distill, evaluate, loss, model, rows, score, speed, train
+from sdft_ray.stages import Validated, Work, cut, distill, evaluate, loss, model, rows, score, speed, train
 from sdft_ray.storage import Storage
 
 STAGE_NAMES = ("model", "rows", "score", "loss", "cut", "distill", "train", "speed", "evaluate")
@@ -193,8 +193,11 @@ def run(recipe: Recipe, compute: Compute, storage: Storage, until: str | None = 
     return build(plan, compute, storage)
 
 
-def build(plan: Sequence[Stage], compute: Compute, storage: Storage) -> Built:
-    """Build every stage of a plan that is not there yet, in its order, on one cluster."""
+def build(plan: Sequence[Stage], compute: Compute, storage: Storage, validated: Validated = None) -> Built:
+    """Build every stage of a plan that is not there yet, in its order, on one cluster.
+
+    `validated` is called with the step and the loss of every validation of a training.
+    """
     todo = [stage for stage in plan if storage.status(stage) != "done"]
     with contextlib.ExitStack() as stack:
         connected = False
@@ -204,7 +207,7 @@ def build(plan: Sequence[Stage], compute: Compute, storage: Storage) -> Built:
                     stack.enter_context(ray_cluster(compute))
                     connected = True
                 require_room(compute, group[0].name)
-            _build_group(group, storage, compute)
+            _build_group(group, storage, compute, validated)
     return Built(tuple(todo), tuple(stage for stage in plan if stage not in todo))
 
 
@@ -215,10 +218,10 @@ def _together(todo: Sequence[Stage]) -> Iterator[list[Stage]]:
         yield from [each] if name == "evaluate" else ([stage] for stage in each)
 
 
-def _build_group(group: Sequence[Stage], storage: Storage, compute: Compute) -> None:
+def _build_group(group: Sequence[Stage], storage: Storage, compute: Compute, validated: Validated) -> None:
     if len(group) == 1:
         with Progress(group[0].name, _UNITS.get(group[0].name, "parts")) as progress:
-            _build(group[0], storage, compute, progress)
+            _build(group[0], storage, compute, progress, validated)
         return
     threads = ThreadPoolExecutor(max_workers=len(group))
     with Progress(group[0].name, "tasks") as progress:
@@ -232,7 +235,7 @@ def _build_group(group: Sequence[Stage], storage: Storage, compute: Compute) -> 
             threads.shutdown(wait=False, cancel_futures=True)
 
 
-def _build(stage: Stage, storage: Storage, compute: Compute, progress: Progress) -> None:
+def _build(stage: Stage, storage: Storage, compute: Compute, progress: Progress, validated: Validated = None) -> None:
     """Build one stage under its lock, and say what came of it."""
     with storage.lock(f"{stage.name}-{stage.id}"):
         if storage.status(stage) == "done":  # built by another command while this one waited
@@ -240,7 +243,7 @@ def _build(stage: Stage, storage: Storage, compute: Compute, progress: Progress)
         begun = time.monotonic()
         module = importlib.import_module(f"sdft_ray.stages.{stage.name}")
         try:
-            summary = module.build(Work(stage, storage, compute, progress))
+            summary = module.build(Work(stage, storage, compute, progress, validated))
             # An evaluation says itself how long it took: this thread also waited for its turn on the cluster.
             seconds = summary.get("seconds", time.monotonic() - begun)
             place = storage.commit(stage, summary, seconds)

@@ -9,9 +9,10 @@ directories of their own.
 
 from __future__ import annotations
 
+import json
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -146,6 +147,17 @@ class Storage:
         """Drop the reason: the stage is tried again."""
         self._failure(stage).unlink(missing_ok=True)
 
+    def keep_losses_of_stopped(self, sweep: str, stage: Stage, losses: Sequence[tuple[int, float]]) -> None:
+        """Write down that a sweep stopped a training, and the validation losses (step, loss) that it had until then."""
+        path = self._stopped(sweep, stage)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        artifacts.write_atomically(path, json.dumps(losses))
+
+    def losses_of_stopped(self, sweep: str, stage: Stage) -> list[tuple[int, float]] | None:
+        """Return the validation losses of a training that a sweep stopped; None where it did not."""
+        path = self._stopped(sweep, stage)
+        return [tuple(pair) for pair in json.loads(path.read_text())] if path.is_file() else None
+
     def find(self, name: str) -> Path:
         """Return the artifact directory that a path, an id or the start of an id means.
 
@@ -169,6 +181,9 @@ class Storage:
 
     def _failure(self, stage: Stage) -> Path:
         return self.root / "failures" / f"{stage.name}-{stage.id}.reason.txt"
+
+    def _stopped(self, sweep: str, stage: Stage) -> Path:
+        return self.root / "failures" / sweep / f"{stage.id}.stopped.json"
 
     def _resumable(self, stage: Stage) -> Path:
         return self.root / "resumable" / stage.name / stage.directory_name

@@ -1,23 +1,18 @@
-"""A sweep: many recipes that differ in named fields, and what they share built once.
+"""A sweep: many recipes that differ in named fields, as one plan in which what they share stands once.
 
-In: a sweep file (a recipe, and axes of values for some of its fields). Out: its plan, stages that several trials need
-and then the trials, and after `run` an artifact for each. A trial trains one model and takes it through its exams;
-trials are side by side under Ray Tune where the cluster holds more than one. Resuming is by artifacts: what is finished
-is not even submitted, so Tune's own state is thrown away.
+In: a sweep file (a recipe, and axes of values for some of its fields). Out: the stages that several trials need, and
+then the trials, each of which trains one model and takes it through its exams (trials.py builds them). All that could
+be wrong with any cell is said here, before anything is built.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import json
 import math
-import os
 import random
-import shutil
-import sys
-import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -26,15 +21,12 @@ from pydantic import BeforeValidator, Field, JsonValue, model_validator
 
 from sdft_ray import pipeline
 from sdft_ray.artifacts import Stage, short_id
-from sdft_ray.cluster import ray_cluster, require_room
 from sdft_ray.compute import Compute
-from sdft_ray.errors import StageFailed, UserError, problem
-from sdft_ray.progress import Progress, duration, say
+from sdft_ray.errors import UserError, problem
 from sdft_ray.recipe import Recipe, Section, load_recipe, load_section, read_yaml
 from sdft_ray.storage import Storage
 
 DEPTH, SIZE, RECIPE = "prune.blocks", "train.rows", "recipe"
-_FOR_EVER = 10**7  # seconds: a trial's room is there by construction, only other trials' exams are in it for a while
 
 
 class Axis(Section):
@@ -82,6 +74,15 @@ def _several(given: Any) -> Any:
     return tuple(given) if isinstance(given, list) else (given,)
 
 
+class Asha(Section):
+    """Early stopping by validation loss (asynchronous successive halving), as Ray Tune does it."""
+
+    grace_steps: int = Field(gt=0)
+    """No trial is stopped before this step."""
+    reduction_factor: int = Field(3, gt=1)
+    """Of the trials that reach a rung the best one in so many goes on. Rungs are at grace_steps times its powers."""
+
+
 class Sweep(Section):
     """One complete sweep file."""
 
@@ -94,6 +95,8 @@ class Sweep(Section):
     """Values drawn of the ranges, the same for every combination of listed values."""
     seed: int = 0
     """Moves what is drawn."""
+    asha: Asha | None = None
+    """Stops trials that do worse than others of the same arm, depth and size; without it all are trained to the end."""
 
     @model_validator(mode="after")
     def _draws_where_there_is_a_range(self) -> Self:
@@ -131,6 +134,12 @@ class Trial:
         return str(self.train.settings["arm"])
 
     @property
+    def compares_with(self) -> tuple[Any, ...]:
+        """What trials have in common whose validation losses compare: the pruned model, the rows, arm and size."""
+        inputs = self.train.inputs
+        return inputs["model"].id, inputs["rows"].id, self.arm, self.train.settings["train"]["rows"]
+
+    @property
     def name(self) -> str:
         """The arm and the values, as a line of progress has them."""
         return ", ".join([self.arm, *(f"{path.rpartition('.')[2]} {value}" for path, value in self.values.items())])
@@ -143,6 +152,12 @@ class Plan:
     cells: tuple[Cell, ...]
     shared: tuple[Stage, ...]
     trials: tuple[Trial, ...]
+    asha: Asha | None = None
+
+    @property
+    def name(self) -> str:
+        """What the sweep's own records go by: other trials make another sweep."""
+        return f"sweep-{short_id([trial.train.id for trial in self.trials])}"
 
 
 # --- from file to plan ----------------------------------------------------------------------------------------
@@ -156,7 +171,10 @@ def is_sweep(path: Path) -> bool:
 def load_sweep(path: Path) -> Plan:
     """Return the plan of the sweep in `path`; raises UserError with every problem of the file at once."""
     sweep = load_section(Sweep, path)
-    return make_plan(expand(sweep, path.parent))
+    plan = dataclasses.replace(make_plan(expand(sweep, path.parent)), asha=sweep.asha)
+    if problems := list(_mistakes_of_asha(plan)) if plan.asha else []:
+        raise UserError(*problems)
+    return plan
 
 
 def expand(sweep: Sweep, folder: Path) -> tuple[Cell, ...]:
@@ -219,6 +237,18 @@ def _mistakes(cell: Cell) -> Iterator[str]:
                 yield problem(f"axes.{path}", f"the arm {arm} has its own {name}", do)
 
 
+def _mistakes_of_asha(plan: Plan) -> Iterator[str]:
+    """Yield a problem for each reason why trials of a plan must not be stopped by comparing them."""
+    for path in dict.fromkeys(path for cell in plan.cells for path in cell.values):
+        if is_seed(path):
+            yield problem(f"axes.{path}", "asha would keep the lucky seeds", "Remove asha, or this axis")
+    if not all(cell.recipe.rows.validation for cell in plan.cells):
+        yield problem("asha", "there are no validation rows to compare by", "Give rows.validation, for example 16")
+    if max(Counter(trial.compares_with for trial in plan.trials).values()) < 2:
+        what = "no two trials have arm, depth and size in common, and losses of others do not compare"
+        yield problem("asha", what, "Remove it, or add an axis such as train.lr")
+
+
 def is_seed(path: str) -> bool:
     """Return whether an axis repeats a trial instead of changing what it is."""
     return path.endswith(".seed")
@@ -274,132 +304,21 @@ def check(plan: Plan, compute: Compute) -> None:
         raise UserError(*problems)
 
 
-# --- building -------------------------------------------------------------------------------------------------
-
-
 def stages_of(plan: Plan) -> tuple[Stage, ...]:
     """Return every stage of a sweep in an order in which they can be built."""
     return (*plan.shared, *(stage for trial in plan.trials for stage in (trial.train, *trial.exams)))
 
 
+def say_stopped(losses: Sequence[tuple[int, float]]) -> str:
+    """Return in words when a trial was stopped.
+
+    >>> say_stopped([(2, 3.5), (4, 3.25)])
+    'stopped at step 4, validation loss 3.250'
+    """
+    step, loss = losses[-1]
+    return f"stopped at step {step}, validation loss {loss:.3f}"
+
+
 def is_done(trial: Trial, storage: Storage) -> bool:
     """Return whether a trial's model and all of its exams are there."""
     return all(storage.status(stage) == "done" for stage in (trial.train, *trial.exams))
-
-
-def run(plan: Plan, compute: Compute, storage: Storage) -> pipeline.Built:
-    """Build everything that a sweep lacks; what is shared first, for no trial waits for another.
-
-    A trial that fails does not hold up the others: StageFailed at the end names each with its reason.
-    """
-    check(plan, compute)
-    everything = stages_of(plan)
-    name = f"sweep-{short_id([trial.train.id for trial in plan.trials])}"
-    with storage.lock(name):
-        todo = [stage for stage in everything if storage.status(stage) != "done"]
-        if todo:
-            with ray_cluster(compute):
-                pipeline.build(plan.shared, compute, storage)
-                _run_trials([trial for trial in plan.trials if not is_done(trial, storage)], compute, storage, name)
-    if failed := [trial for trial in plan.trials if not is_done(trial, storage)]:
-        lines = [f"{trial.name}: {storage.failure(trial.train)}" for trial in failed]
-        done = f"{len(plan.trials) - len(failed)} of {len(plan.trials)} trials are done"
-        what = f"sweep: {len(failed)} failed, {done}. Run the same command again to try those once more."
-        raise StageFailed("\n".join([*lines, what]))
-    return pipeline.Built(tuple(todo), tuple(stage for stage in everything if stage not in todo))
-
-
-def _run_trials(trials: Sequence[Trial], compute: Compute, storage: Storage, name: str) -> None:
-    """Run trials under Ray Tune, as many at a time as the cluster holds."""
-    if not trials:
-        return
-    # Read by Tune when it is imported or started. Ctrl-C is ours, and a trial stays in the directory of the command.
-    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints a table whatever its verbosity
-    from ray import tune
-
-    require_room(compute, "train")
-    require_room(compute, "evaluate")
-    place = storage.root / "scratch" / name
-    shutil.rmtree(place, ignore_errors=True)  # of a run that was killed
-    patient = compute.model_copy(update={"ray": compute.ray.model_copy(update={"wait_seconds": _FOR_EVER})})
-    work = functools.partial(_run_trial, trials=tuple(trials), compute=patient, storage=storage)
-    for trial in trials:
-        storage.forget_failure(trial.train)
-    with Progress("sweep", "trials") as progress:
-        progress.begin(len(trials))
-        try:
-            tune.Tuner(
-                # Tune refuses a trial that needs nothing. Its CPUs are its workers', who ask for themselves.
-                tune.with_resources(work, {"memory": 1e6}),
-                param_space={"trial": tune.grid_search(list(range(len(trials))))},
-                tune_config=tune.TuneConfig(
-                    max_concurrent_trials=trials_at_once(compute),
-                    reuse_actors=True,  # a process imports torch once
-                ),
-                run_config=tune.RunConfig(
-                    name="trials",
-                    storage_path=str(place),
-                    verbose=0,
-                    failure_config=tune.FailureConfig(max_failures=compute.train.max_failures),
-                    callbacks=[_watcher(trials, storage, progress)],
-                ),
-            ).fit()
-        finally:
-            shutil.rmtree(place, ignore_errors=True)
-
-
-def trials_at_once(compute: Compute) -> int:
-    """Return how many trials the nodes that are there hold side by side: by their training, which needs most."""
-    import ray
-
-    workers, cpus, gpus = compute.needs()["train"]
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    held = sum(int(min(node.get("CPU", 0) // cpus, node.get("GPU", 0) // gpus if gpus else math.inf)) for node in nodes)
-    return max(1, held // workers)
-
-
-def _run_trial(
-    config: Mapping[str, int], trials: Sequence[Trial], compute: Compute, storage: Storage
-) -> dict[str, Any]:
-    """Train and examine one model; runs in a Ray worker, on the cluster that is there."""
-    sys.argv = ["sdft", "sweep"]  # what the manifests say; a worker's own arguments say nothing to anyone
-    trial = trials[config["trial"]]
-    try:
-        pipeline.build([trial.train, *trial.exams], compute, storage)
-    except (UserError, StageFailed) as error:  # a result of this trial, not a fault of its process: no second try
-        storage.keep_failure(trial.train, str(error))
-    return {"done": True}
-
-
-def _watcher(trials: Sequence[Trial], storage: Storage, progress: Progress) -> Any:
-    """Return what says a line at the end of every trial and keeps the reasons of those that Tune gave up."""
-    from ray.tune import Callback
-
-    class Watcher(Callback):
-        def __init__(self) -> None:
-            self.begun: dict[int, float] = {}
-            self.ended = 0
-
-        def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            self.begun.setdefault(trial.config["trial"], time.monotonic())
-
-        def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            self.tell(trial.config["trial"])
-
-        def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            lines = str(trial.get_error() or "its process died").strip().splitlines()
-            storage.keep_failure(mine[trial.config["trial"]].train, lines[-1])
-            self.tell(trial.config["trial"])
-
-        def tell(self, number: int) -> None:
-            trial, self.ended = mine[number], self.ended + 1
-            what = storage.failure(trial.train)
-            took = duration(time.monotonic() - self.begun[number])
-            say(f"trial {trial.name}: {f'FAILED after {took}: {what}' if what else took}")
-            progress.update(self.ended)
-
-    mine = trials
-    return Watcher()

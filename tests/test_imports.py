@@ -15,6 +15,7 @@ ORDER = [
     {"pipeline"},
     {"costs"},
     {"sweep"},
+    {"trials"},
     {"report", "agreement"},
     {"verify"},
     {"cli"},

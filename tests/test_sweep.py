@@ -256,3 +256,21 @@ def test_sweep_of_several_recipes_takes_the_same_exams_of_all(folder):
     load(folder, {"prune.blocks": [2]}, recipe=["recipe.yaml", "recipe.yaml"])
     with pytest.raises(UserError, match=r"recipe: other.yaml has other exams than recipe.yaml, so their means do not"):
         load(folder, {"prune.blocks": [2]}, recipe=["recipe.yaml", "other.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("axes", "said"),
+    [
+        ({"prune.blocks": [2, 3], "train.rows": [16, 32]}, "asha: no two trials have arm, depth and size in common"),
+        ({"train.lr": [1e-4, 2e-4], "train.seed": [0, 1]}, "axes.train.seed: asha would keep the lucky seeds"),
+    ],
+)
+def test_sweep_with_asha_where_losses_do_not_compare_is_refused(folder, axes, said):
+    with pytest.raises(UserError, match=said):
+        load(folder, axes, asha={"grace_steps": 2})
+
+
+def test_sweep_with_asha_compares_within_arm_depth_and_size(folder):
+    axes = {"prune.blocks": [2, 3], "arms.sft.lr": [1e-4, 2e-4], "arms.distilled.lr": [1e-4, 2e-4]}
+    groups = [trial.compares_with for trial in load(folder, axes, asha={"grace_steps": 2}).trials]
+    assert sorted(map(groups.count, set(groups))) == [2, 2, 2, 2]

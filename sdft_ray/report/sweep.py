@@ -23,7 +23,7 @@ from sdft_ray.errors import UserError, problem
 from sdft_ray.report import collect as one
 from sdft_ray.report.table import cut_line, interval, speed_line
 from sdft_ray.storage import Storage
-from sdft_ray.sweep import DEPTH, RECIPE, SIZE, Plan, Trial, is_done, is_seed
+from sdft_ray.sweep import DEPTH, RECIPE, SIZE, Plan, Trial, is_done, is_seed, say_stopped
 
 
 def collect(plan: Plan, name: str, storage: Storage) -> dict[str, Any]:
@@ -45,7 +45,8 @@ def collect(plan: Plan, name: str, storage: Storage) -> dict[str, Any]:
     base_of = {pipeline.models(chain)["pruned"].id: chain[0] for chain in chains}
     entries = []
     for trial in plan.trials:
-        entries.append(_describe_trial(trial, exams[base_of[trial.train.inputs["model"].id].id], storage))
+        base = exams[base_of[trial.train.inputs["model"].id].id]
+        entries.append(_describe_trial(trial, plan.name, base, storage))
     cuts = {stage.id: stage for stage in shared.values() if stage.name == "cut"}
     bases = {stage.id: stage for stage in base_of.values()}
     models = [(stage, "base", exams[key], exams[key]) for key, stage in bases.items()]
@@ -79,9 +80,11 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in report.items() if key != "maps"}
 
 
-def _describe_trial(trial: Trial, base: Mapping[str, Stage], storage: Storage) -> dict[str, Any]:
+def _describe_trial(trial: Trial, sweep: str, base: Mapping[str, Stage], storage: Storage) -> dict[str, Any]:
     """Return where a trial lies in the sweep, how far it is and, where it is done, what came of it."""
     pruned, cell = trial.train.inputs["model"], trial.cell
+    stopped, reason = storage.losses_of_stopped(sweep, trial.train), storage.failure(trial.train)
+    status = "done" if is_done(trial, storage) else "stopped" if stopped else "failed" if reason else "missing"
     entry = {
         "arm": trial.arm,
         "blocks": cell.recipe.prune.blocks,
@@ -89,8 +92,8 @@ def _describe_trial(trial: Trial, base: Mapping[str, Stage], storage: Storage) -
         "values": {path: value for path, value in trial.values.items() if path not in (DEPTH, SIZE)},
         "id": trial.train.id,
         "directory": str(storage.place(trial.train)),
-        "status": "done" if is_done(trial, storage) else "failed" if storage.failure(trial.train) else "missing",
-        "reason": storage.failure(trial.train),
+        "status": status,
+        "reason": say_stopped(stopped) if stopped else reason,
         "pruned": pruned.id,
     }
     if entry["status"] != "done":

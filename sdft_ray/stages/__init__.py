@@ -8,7 +8,7 @@ inside functions: planning reads every VERSION and must not load torch or ray.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from sdft_ray.artifacts import Stage
 from sdft_ray.compute import Compute
 from sdft_ray.progress import Progress
 from sdft_ray.storage import Storage
+
+Validated = Callable[[int, float], None] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Work:
     storage: Storage
     compute: Compute
     progress: Progress
+    validated: Validated = None
+    """Who hears of a training's validation losses while it runs."""
 
     @property
     def settings(self) -> Mapping[str, Any]:

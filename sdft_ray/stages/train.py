@@ -304,10 +304,18 @@ def _fit(work: Work, base: Path, given: dict[str, Any]) -> dict[str, Any]:
         ),
     )
     finished = threading.Event()
+    told: set[int] = set()
+
+    def tell(history: worker.History) -> None:
+        for record in history:
+            if work.validated and "validation_loss" in record and record["step"] not in told:
+                told.add(record["step"])
+                work.validated(record["step"], record["validation_loss"])
 
     def watch() -> None:
         while not finished.wait(1.0):
             state = ray.get(ticks.ask.remote())
+            tell(state.get("validations", []))
             if "begun" in state and state["begun"] != work.progress.done:
                 work.progress.begin(work.progress.total, state["begun"])
             elif "step" in state:
@@ -329,7 +337,9 @@ def _fit(work: Work, base: Path, given: dict[str, Any]) -> dict[str, Any]:
             signal.signal(signal.SIGINT, on_interrupt)
         finished.set()
         watcher.join()
-    return read_json(result_file)
+    result: dict[str, Any] = read_json(result_file)
+    tell(result.get("history", []))
+    return result
 
 
 def _set_torn_list_aside(folder: Path) -> None:

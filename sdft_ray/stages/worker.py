@@ -79,7 +79,7 @@ def train_worker(config: dict[str, Any]) -> None:
                 best = share_of_weights(engine)
         tokens += sum(len(row.ids) for row in chosen)
         if log is not None:
-            _tell(log, config["ticker"], record, tokens / (time.monotonic() - begun), engine)
+            _tell(log, config["ticker"], history, tokens / (time.monotonic() - begun), engine)
         if last or (step + 1) % plan["checkpoint_every_steps"] == 0 or gave_up(history, settings["patience"]):
             with tempfile.TemporaryDirectory() as folder:
                 save_state(engine, Path(folder), best)
@@ -348,18 +348,20 @@ def _open_log(folder: str, steps: int) -> Any:
     return log
 
 
-def _tell(log: Any, ticker: Any, record: Mapping[str, Any], rate: float, engine: Any) -> None:
-    """Tell TensorBoard and the driver of one step."""
+def _tell(log: Any, ticker: Any, history: History, rate: float, engine: Any) -> None:
+    """Tell TensorBoard and the driver of the last step."""
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.summary import scalar
 
-    memory = peak_bytes(engine) / 1e9
+    record, memory = history[-1], peak_bytes(engine) / 1e9
     values = {name: value for name, value in record.items() if name != "step"}
     for name, value in (values | {"tokens_per_second": rate, "memory_gb": memory}).items():
         log.write_event(Event(wall_time=time.time(), step=record["step"], summary=scalar(f"train/{name}", value)))
     log.flush()
     note = f"loss {record['loss']:.3f}, lr {record['lr']:.1e}, {rate:.0f} tokens/s, {memory:.1f} GB"
-    ticker.tell.remote(step=record["step"], note=note)
+    # All validations each time: whoever asks comes by once a second and would miss some.
+    validations = [record for record in history if "validation_loss" in record]
+    ticker.tell.remote(step=record["step"], note=note, validations=validations)
 
 
 def peak_bytes(engine: Any) -> int:

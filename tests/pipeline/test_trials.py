@@ -39,7 +39,7 @@ SCRIPT = textwrap.dedent(
 )
 
 
-def make_folder(folder: Path, tiny_model: Path, address: str, axes, **more) -> Path:
+def make_folder(folder: Path, tiny_model: Path, address: str, axes, asha=None, **more) -> Path:
     rows = [{"q": f"What is {i} + {i}?", "a": f"{i} + {i} = {2 * i}"} for i in range(36)]
     (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "texts.txt").write_text("One text.\n\nAnother text.")
@@ -66,7 +66,7 @@ def make_folder(folder: Path, tiny_model: Path, address: str, axes, **more) -> P
     for name, content in {
         "recipe": recipe,
         "compute": compute,
-        "sweep": {"recipe": "recipe.yaml", "axes": axes},
+        "sweep": {"recipe": "recipe.yaml", "axes": axes, "asha": asha},
     }.items():
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
     (folder / "script.py").write_text(SCRIPT)
@@ -194,6 +194,26 @@ def test_sweep_whose_trial_and_then_driver_are_killed_repeats_no_finished_trial(
     assert [trial["status"] for trial in json.loads(out)["trials"]] == ["done", "done"]
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert not list((artifacts / "failures").glob("*"))
+
+
+@pytest.mark.full
+def test_sweep_with_asha_stops_a_trial_that_learns_less_and_does_not_try_it_again(ray_cluster, tiny_model, tmp_path):
+    axes = {"prune.blocks": [2], "train.lr": [1e-3, 1e-9], "train.epochs": [4]}
+    asha = {"grace_steps": 4, "reduction_factor": 2}
+    folder = make_folder(tmp_path, tiny_model, ray_cluster, axes, asha, arms={"sft": {}})
+    out, errors = (process := start(folder, "--json", "--html", "sweep.html")).communicate()
+    assert process.returncode == 0, errors
+    good, bad = json.loads(out)["trials"]
+    assert (good["status"], bad["status"]) == ("done", "stopped")
+    step = int(re.fullmatch(r"stopped at step (\d+), validation loss \d+\.\d+", bad["reason"])[1])
+    assert 4 <= step < 16 and bad["reason"] in errors and bad["reason"] in (folder / "sweep.html").read_text()
+    again = sdft("sweep", "sweep.yaml", "--compute", "compute.yaml", cwd=folder)
+    assert again.returncode == 0 and "Nothing to do" in again.stderr, again.stderr
+    (folder / "artifacts" / "failures").rename(tmp_path / "forgotten")
+    for exam in (folder / "artifacts" / "evaluate").glob("arc-easy-sft-*"):
+        exam.rename(tmp_path / "lost")  # the finished trial is open again: it tells its losses to the other once more
+    third = sdft("sweep", "sweep.yaml", "--compute", "compute.yaml", "--json", cwd=folder)
+    assert [trial["status"] for trial in json.loads(third.stdout)["trials"]] == ["done", "stopped"], third.stderr
 
 
 def test_report_of_a_sweep_that_is_not_finished_shows_what_is_there(swept):
