@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import threading
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +24,7 @@ from filelock import FileLock, Timeout
 from sdft_ray import artifacts
 from sdft_ray.artifacts import Stage
 from sdft_ray.errors import UserError, problem
+from sdft_ray.objects import Objects
 from sdft_ray.progress import say
 
 Status = Literal["done", "partial", "missing"]
@@ -187,6 +190,33 @@ class Storage:
 
     def _resumable(self, stage: Stage) -> Path:
         return self.root / "resumable" / stage.name / stage.directory_name
+
+
+def probe(root: str) -> None:
+    """Write, read and delete something small under a root, from whatever node this runs on.
+
+    Raises UserError with one line where the root cannot do that from here.
+    """
+    name, data = f"probes/{uuid.uuid4().hex}", uuid.uuid4().bytes
+    where = f"{root} from {socket.gethostname()}"
+    try:
+        if "://" in root:
+            objects = Objects(root)
+            objects.write(name, data)
+            found = objects.read(name)
+            objects.delete([name])
+        else:
+            path = Path(root).expanduser().resolve() / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
+            found = path.read_bytes()
+            path.unlink()
+    except OSError as error:
+        store = "Check bucket, endpoint, network and credentials"
+        do = store if "://" in root else "Give a directory that every node may write"
+        raise UserError(problem(where, error.strerror or str(error), do)) from None
+    if found != data:
+        raise UserError(problem(where, "does not give back what was written", "Use another root")) from None
 
 
 def _names(paths: list[Path]) -> str:

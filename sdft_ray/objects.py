@@ -1,0 +1,126 @@
+"""An object store under one URI: whole objects that are put, got, listed and deleted, and a put that only one wins.
+
+In: `s3://bucket/prefix` (or `gs://`, `az://`), keys below it. Out: bytes and files; whatever goes wrong is an OSError
+that names the object, as of a disk. Everything goes through fsspec: it knows the conditional create that the leases
+(storage.py) need on each of the three stores, which pyarrow's file systems do not. An object is there whole or not at
+all. Credentials come from the store's usual environment variables, profile or instance, and are never seen here.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sdft_ray.errors import UserError, problem
+
+SCHEMES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs"}
+
+
+class Objects:
+    """The objects below one URI."""
+
+    def __init__(self, uri: str) -> None:
+        scheme, _, path = uri.partition("://")
+        if scheme not in SCHEMES:
+            do = f"Give a directory, or a URI that starts with {', '.join(f'{known}://' for known in SCHEMES)}"
+            raise UserError(problem("--root", f"{scheme}:// is no kind of store that is known", do))
+        if "@" in path.partition("/")[0]:  # the URI itself is not repeated: it holds a secret
+            what = "the URI holds credentials, which would end up in logs"
+            raise UserError(problem("--root", what, "Give them by the store's usual environment variables or profile"))
+        if not path.strip("/"):
+            raise UserError(problem("--root", f"{uri} names no bucket", f"Give {scheme}://BUCKET/PREFIX"))
+        self.uri, self._path = uri.rstrip("/"), path.strip("/")
+
+    @cached_property
+    def filesystem(self) -> Any:
+        """The fsspec file system."""
+        import fsspec
+
+        scheme = self.uri.partition("://")[0]
+        try:
+            return fsspec.filesystem(scheme, use_listings_cache=False)
+        except ImportError:
+            library = SCHEMES[scheme]
+            raise UserError(problem("--root", f"{scheme}:// needs {library}", f"Do: pip install {library}")) from None
+
+    def path(self, key: str) -> str:
+        """Return where an object lies, as the file system names it."""
+        return f"{self._path}/{key}" if key else self._path
+
+    def put(self, file: Path, key: str) -> None:
+        """Store a file."""
+        with self._told(key, "written"):
+            self.filesystem.put_file(str(file), self.path(key))
+
+    def write(self, key: str, data: bytes) -> None:
+        """Store bytes."""
+        with self._told(key, "written"):
+            self.filesystem.pipe_file(self.path(key), data)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """Store bytes where there is no such object, and return whether it was this call that did.
+
+        No two calls with different bytes are both told that they did.
+        """
+        with self._told(key, "written"):
+            try:
+                self.filesystem.pipe_file(self.path(key), data, mode="create")
+                return True
+            except Exception as error:
+                # An answer that got lost may have been tried again and refused because of itself.
+                if (there := self.read(key)) is not None:
+                    return there == data
+                raise error
+
+    def read(self, key: str) -> bytes | None:
+        """Return an object's bytes, or None where there is none."""
+        with self._told(key, "read"):
+            try:
+                return bytes(self.filesystem.cat_file(self.path(key)))
+            except FileNotFoundError:
+                return None
+
+    def get(self, key: str, file: Path) -> None:
+        """Bring an object to a file, which is there whole or not at all."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(f".{file.name}.tmp")
+        with self._told(key, "read"):
+            self.filesystem.get_file(self.path(key), str(temporary))
+        temporary.replace(file)
+
+    def list(self, folder: str = "") -> dict[str, int]:
+        """Return key and bytes of every object below a folder."""
+        with self._told(folder, "listed"):
+            found = self.filesystem.find(self.path(folder), detail=True)
+        begin = len(self._path) + 1
+        return {name[begin:]: entry["size"] for name, entry in found.items() if entry["type"] == "file"}
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Delete objects; those that are not there do not matter."""
+        for key in keys:
+            with self._told(key, "deleted"):
+                try:
+                    self.filesystem.rm_file(self.path(key))
+                except FileNotFoundError:
+                    continue
+
+    @contextmanager
+    def _told(self, key: str, done: str) -> Iterator[None]:
+        """Turn what the libraries below raise into an OSError that says which object cannot be what, and why."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            where = f"{self.uri}/{key}".rstrip("/")
+            if isinstance(error, OSError) and error.filename == where:  # told already
+                raise
+            if isinstance(error, OSError) and str(error.filename or "").startswith("/"):  # this side's disk
+                raise
+            reason = (str(getattr(error, "strerror", None) or error).strip() or type(error).__name__).splitlines()[0]
+            number = getattr(error, "errno", None) or errno.EIO
+            raise OSError(number, f"cannot be {done} ({reason.rstrip('.')})", where) from error
