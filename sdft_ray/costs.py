@@ -12,12 +12,12 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from sdft_ray import sources
+from sdft_ray import pipeline, sources
 from sdft_ray.artifacts import Stage
 from sdft_ray.compute import Compute
 from sdft_ray.core import estimate
 from sdft_ray.core.surgery import block_of
-from sdft_ray.recipe import HubModel, ModelSource, Recipe
+from sdft_ray.recipe import HubModel, ModelSource, Recipe, Train, validate
 from sdft_ray.storage import Storage
 
 # llama.cpp's names of the layers that may get an adapter.
@@ -53,12 +53,12 @@ def estimate_stages(recipe: Recipe, compute: Compute, plan: tuple[Stage, ...], s
     base = plan[0]
     done = base.location or (storage.place(base) if storage.status(base) == "done" else None)
     shape = shape_of_directory(done) if done else shape_of(recipe.model)
-    rows = _training_rows(recipe, plan, storage)
+    first, *_ = trained = [stage for stage in plan if stage.name == "train"]
     return [
         _score(recipe, compute, shape),
-        _distill(recipe, compute, shape, rows),
-        *(_train(recipe, compute, shape, rows, arm) for arm in recipe.arms.names),
-        _evaluate(recipe, compute, shape),
+        _distill(recipe, compute, shape, _training_rows(first, storage)),
+        *(_train(recipe, compute, shape, stage, storage) for stage in trained),
+        _evaluate(recipe, compute, shape, len(pipeline.models(plan))),
     ]
 
 
@@ -85,15 +85,16 @@ def _distill(recipe: Recipe, compute: Compute, shape: estimate.Shape | None, row
     return _cost("distill", work, plan.actors.max, weights and weights + cache, parts, compute, 0)
 
 
-def _train(recipe: Recipe, compute: Compute, shape: estimate.Shape | None, rows: int | None, arm: str) -> Cost:
-    settings, plan = recipe.train_settings(arm), compute.train
+def _train(recipe: Recipe, compute: Compute, shape: estimate.Shape | None, stage: Stage, storage: Storage) -> Cost:
+    settings, plan = validate(Train, stage.settings["train"]), compute.train
+    rows, name = _training_rows(stage, storage), f"train ({stage.where['model']})"
     steps = (
         "steps unknown" if rows is None else f"{math.ceil(rows * settings.epochs / settings.global_batch_size)} steps"
     )
     tokens = min(plan.micro_batch * settings.max_tokens, plan.pass_tokens or plan.micro_batch * settings.max_tokens)
     work = f"{steps} of {settings.global_batch_size} rows, up to {tokens} tokens a pass"
     if shape is None:
-        return _cost(f"train ({arm})", work, plan.workers.max, None, "", compute, plan.gpus)
+        return _cost(name, work, plan.workers.max, None, "", compute, plan.gpus)
     pruned = estimate.prune(shape, recipe.prune.blocks)
     trained = estimate.trainable_parameters(pruned, settings.method, settings.lora.rank, settings.lora.targets)
     memory = estimate.training_memory(
@@ -116,12 +117,11 @@ def _train(recipe: Recipe, compute: Compute, shape: estimate.Shape | None, rows:
         f"{name} {value / 1e9:.2f}" for name, value in named.items()
     )
     each = sum(named.values()) + estimate.PROCESS_BYTES
-    return _cost(f"train ({arm})", work, plan.workers.max, each, parts, compute, plan.gpus)
+    return _cost(name, work, plan.workers.max, each, parts, compute, plan.gpus)
 
 
-def _evaluate(recipe: Recipe, compute: Compute, shape: estimate.Shape | None) -> Cost:
+def _evaluate(recipe: Recipe, compute: Compute, shape: estimate.Shape | None, models: int) -> Cost:
     wanted, plan = recipe.evaluate, compute.evaluate
-    models = 2 + len(recipe.arms.names)
     items = f"{wanted.limit} items" if wanted.limit else "all items"
     work = f"{models} models x {len(wanted.tasks)} tasks, {items} each"
     bytes_each = None if shape is None else estimate.holding_memory(shape, _bytes(wanted.dtype), plan.batch_size * 256)
@@ -141,15 +141,22 @@ def _bytes(dtype: str) -> int:
     return 4 if dtype == "float32" else 2
 
 
-def _training_rows(recipe: Recipe, plan: tuple[Stage, ...], storage: Storage) -> int | None:
+def _training_rows(stage: Stage, storage: Storage) -> int | None:
     """Return how many rows will be trained on: at most that many where they are not read yet."""
-    if recipe.train.rows:
-        return recipe.train.rows
-    rows = next(stage for stage in plan if stage.name == "rows")
-    if storage.status(rows) == "done":
-        return int(storage.manifest(rows)["summary"]["rows"]["train"])
-    limit = recipe.rows.limit
-    return limit and limit - recipe.rows.held_out - recipe.rows.validation
+    total = 0
+    for kind, rows in stage.inputs.items():
+        if kind.partition("_")[0] != "rows":
+            continue
+        split = rows.settings["split"]
+        if stage.settings["train"]["rows"]:
+            total += stage.settings["train"]["rows"]
+        elif storage.status(rows) == "done":
+            total += int(storage.manifest(rows)["summary"]["rows"]["train"])
+        elif split["limit"]:
+            total += split["limit"] - split["held_out"] - split["validation"]
+        else:
+            return None
+    return total
 
 
 # --- the shape of a model, from headers -----------------------------------------------------------------------

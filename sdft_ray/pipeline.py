@@ -4,8 +4,8 @@ In: a recipe. Out: the plan (a tuple of `Stage`), and after `run` an artifact fo
 which is what `stages` says, and nothing is built that is there already.
 
     base model ──┬─ score ── loss ── cut ──┬─ train (sft, distilled)
-                 └─ distill ───────────────┘
-    evaluate: base, pruned and tuned models on every task
+                 └─ distill ───────────────┘            └── merge
+    evaluate: base, pruned, tuned and merged models on every task
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from sdft_ray.compute import Compute
 from sdft_ray.core import surgery
 from sdft_ray.errors import StageFailed, UserError, nearest, problem
 from sdft_ray.progress import Progress, duration, say
-from sdft_ray.recipe import FileRows, GymRows, HubRows, Recipe
-from sdft_ray.stages import Validated, Work, cut, distill, evaluate, loss, model, rows, score, speed, train
+from sdft_ray.recipe import FileRows, GymRows, HubRows, LocalModel, Merge, Recipe, Train
+from sdft_ray.stages import Validated, Work, cut, distill, evaluate, loss, merge, model, rows, score, speed, train
 from sdft_ray.storage import Storage
 
-STAGE_NAMES = ("model", "rows", "score", "loss", "cut", "distill", "train", "speed", "evaluate")
-_UNITS = {"score": "texts", "loss": "texts", "distill": "rows", "train": "steps"}
+STAGE_NAMES = ("model", "rows", "score", "loss", "cut", "distill", "train", "merge", "speed", "evaluate")
+_UNITS = {"score": "texts", "loss": "texts", "distill": "rows", "train": "steps", "merge": "tensors"}
 _ON_RAY = ("score", "loss", "distill", "train", "speed", "evaluate")
 
 
@@ -43,22 +43,67 @@ def stages(recipe: Recipe) -> tuple[Stage, ...]:
     all_rows = _rows_stage(recipe.rows, recipe.evaluate.preset)
     plan = [base, all_rows, *_prune_stages(recipe, base, all_rows)]
     pruned = plan[-1]
-    tuned: dict[str, Stage] = {}
-    for arm in recipe.arms.names:
-        inputs = {"model": pruned, "rows": all_rows}
-        if arm == "distilled":
-            inputs["distilled"] = _distill_stage(recipe, base, all_rows)
-            plan.append(inputs["distilled"])
-        settings = {"arm": arm, "train": recipe.train_settings(arm).model_dump(mode="json")}
-        tuned[arm] = Stage("train", f"{pruned.slug}-{arm}", train.VERSION, settings, inputs)
     # Generation before training: what fails early should fail early.
-    plan += tuned.values()
+    data = _training_data(recipe, base, all_rows)
+    plan += [stage for own in data.values() for stage in own.values() if stage is not all_rows]
+    models = {"base": base, "pruned": pruned}
+    for arm in recipe.arms.names:
+        models[arm] = _train_stage(recipe.train_settings(arm), arm, arm, pruned, [data[""]])
+    if recipe.merge:
+        models |= _merge_stages(recipe, recipe.merge, pruned, models[recipe.merge.arm], data)
+    plan += [stage for stage in models.values() if stage is not base and stage is not pruned]
     if recipe.evaluate.speed:
         measured = {"dtype": recipe.evaluate.dtype, **speed.LENGTHS}
         plan.append(Stage("speed", pruned.slug, speed.VERSION, measured, {"model": base, "pruned": pruned}))
-    for who, examined in {"base": base, "pruned": pruned, **tuned}.items():
+    for name, examined in models.items():
+        who = examined.settings.get("arm", name)  # recipes that train the same model share its exams
         plan += [_evaluate_stage(recipe, task, who, examined, all_rows) for task in recipe.evaluate.tasks]
     return tuple(plan)
+
+
+def _training_data(recipe: Recipe, base: Stage, all_rows: Stage) -> dict[str, dict[str, Stage]]:
+    """Return the stages that make what is trained on: the recipe's own under "", others by their models' names."""
+    others = recipe.merge.others if recipe.merge else {}
+    found = {"": {"rows": all_rows}}
+    for name, other in others.items():
+        if other.rows is not None:
+            found[name] = {"rows": _rows_stage(other.rows, recipe.evaluate.preset)}
+    for own in found.values():
+        if recipe.arms.distilled and (own["rows"] is all_rows or (recipe.merge and recipe.merge.arm == "distilled")):
+            own["distilled"] = _distill_stage(recipe, base, own["rows"])
+    return found
+
+
+def _train_stage(settings: Train, arm: str, name: str, pruned: Stage, data: Sequence[Mapping[str, Stage]]) -> Stage:
+    """Return the stage that trains the model of this name in an arm, on one or several data together."""
+    inputs = {"model": pruned}
+    for i, own in enumerate(data):
+        for kind in ("rows", "distilled") if arm == "distilled" else ("rows",):
+            inputs[f"{kind}_{i}" if i else kind] = own[kind]
+    identity = {"arm": arm, "train": settings.model_dump(mode="json")}
+    return Stage("train", f"{pruned.slug}-{arm}", train.VERSION, identity, inputs, {"model": name})
+
+
+def _merge_stages(
+    recipe: Recipe, wanted: Merge, pruned: Stage, first: Stage, data: Mapping[str, Mapping[str, Stage]]
+) -> dict[str, Stage]:
+    """Return the models that are merged with an arm's, one trained on all of their rows, and the merged ones."""
+    found: dict[str, Stage] = {}
+    for name, other in wanted.others.items():
+        if other.path is None:
+            settings = recipe.train_settings(wanted.arm, name)
+            found[name] = _train_stage(settings, wanted.arm, name, pruned, [data[name]])
+        else:
+            there = sources.model_stage(LocalModel(path=other.path), model.VERSION, f"merge.others.{name}.path")
+            found[name] = dataclasses.replace(there, where={**there.where, "model": name})
+    parents = {f"model_{i}": stage for i, stage in enumerate([first, *found.values()])}
+    if wanted.together:
+        settings = recipe.train_settings(wanted.arm)
+        found["together"] = _train_stage(settings, wanted.arm, "together", pruned, list(data.values()))
+    for name, how in wanted.methods.items():
+        identity = {"method": name, **how.model_dump(mode="json")}
+        found[name] = Stage("merge", f"{pruned.slug}-{name}", merge.VERSION, identity, parents, {"model": name})
+    return found
 
 
 def _prune_stages(recipe: Recipe, base: Stage, all_rows: Stage) -> list[Stage]:
@@ -121,7 +166,7 @@ def _rows_stage(source: GymRows | FileRows | HubRows, preset: str) -> Stage:
 def _distill_stage(recipe: Recipe, base: Stage, all_rows: Stage) -> Stage:
     settings = {
         **recipe.distill.model_dump(mode="json"),
-        "answer": recipe.rows.answer,
+        "answer": all_rows.settings["split"]["answer"],
         "rows": recipe.train.rows,
     }
     return Stage("distill", all_rows.slug, distill.VERSION, settings, {"model": base, "rows": all_rows})
@@ -146,13 +191,14 @@ def _evaluate_stage(recipe: Recipe, task: str, who: str, examined: Stage, all_ro
 
 
 def models(plan: Sequence[Stage]) -> dict[str, Stage]:
-    """Return the stages of a plan that are models, by the names of the report: base, pruned, and each arm."""
+    """Return the stages of a plan that are models, by the names of the report: base, pruned, each arm, and
+    those that are merged."""
     found = {"base": plan[0]}
     for stage in plan:
         if stage.name == "cut":
             found["pruned"] = stage
-        elif stage.name == "train":
-            found[str(stage.settings["arm"])] = stage
+        elif "model" in stage.where:
+            found[stage.where["model"]] = stage
     return found
 
 
@@ -163,15 +209,36 @@ def check(recipe: Recipe, compute: Compute) -> None:
         surgery.require_supported(facts.architecture, "model")
         protect = recipe.prune.protect
         surgery.require_choosable(recipe.prune.blocks, protect.first, protect.last, facts.blocks)
-    match recipe.rows:
-        case FileRows():
-            sources.read_rows(recipe.rows)
-        case GymRows():
-            sources.read_rows(recipe.rows.model_copy(update={"limit": 1}))
+    others = recipe.merge.others if recipe.merge else {}
+    for name, other in others.items():
+        if other.path is not None and facts:
+            _require_kin(f"merge.others.{name}.path", other.path, facts, recipe.prune.blocks)
+    if facts and recipe.merge and recipe.merge.slerp:
+        merge.require_one_for_each(recipe.merge.slerp.t, facts.blocks - recipe.prune.blocks)
+    for source in (recipe.rows, *(other.rows for other in others.values())):
+        match source:
+            case FileRows():
+                sources.read_rows(source)
+            case GymRows():
+                sources.read_rows(source.model_copy(update={"limit": 1}))
     if recipe.evaluate.preset == "harness":
         evaluate.require_known(recipe.evaluate.tasks)
     for arm in recipe.arms.names:
         train.require_fitting(recipe.train_settings(arm), compute.train)
+    for name, other in others.items():
+        if other.rows is not None and recipe.merge:
+            train.require_fitting(recipe.train_settings(recipe.merge.arm, name), compute.train)
+
+
+def _require_kin(where: str, path: str, base: sources.ModelFacts, removed: int) -> None:
+    """Raise UserError for a model that cannot have been tuned from this base without some blocks."""
+    found = sources.describe_model(LocalModel(path=path))
+    assert found, "a local model has facts"
+    expected = sources.ModelFacts(base.architecture, base.blocks - removed)
+    for field, got in dataclasses.asdict(found).items():
+        if got != (ours := getattr(expected, field)):
+            do = "Give a model that was tuned from the same pruned model"
+            raise UserError(problem(where, f"{field} is {got}, of the model that is pruned here {ours}", do))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -387,6 +387,90 @@ class Arms(Section):
         return tuple(name for name in ("sft", "distilled") if getattr(self, name) is not None)
 
 
+# What the report calls models by itself.
+MODEL_NAMES = ("base", "pruned", "sft", "distilled", "slerp", "linear", "together")
+
+
+class Parent(Section):
+    """A further model to merge: the arm on other rows, or a tuned model that is there already."""
+
+    rows: RowSource | None = None
+    """Rows that it is trained on, in the arm and from the pruned model that the others come from."""
+    train: ArmOverrides = ArmOverrides()
+    """What it trains with instead of the arm's settings."""
+    path: str | None = None
+    """Directory of a model that was tuned elsewhere from the same pruned model."""
+
+    @model_validator(mode="after")
+    def _is_one_of_both(self) -> Self:
+        if (self.rows is None) == (self.path is None):
+            raise ValueError("give exactly one of rows, path")
+        if self.path and self.train != ArmOverrides():
+            raise ValueError("train: a model of a path is not trained. Remove it")
+        return self
+
+
+class Slerp(Section):
+    """Merge two models along the arc between their weights."""
+
+    t: float | tuple[float, ...] = 0.5
+    """How far from the first (0) to the second (1); or one number for each block of the pruned model. What is before
+    the blocks then takes the first number, what is behind them the last."""
+
+
+class Linear(Section):
+    """Merge models into the mean of their weights."""
+
+    weights: tuple[float, ...] | None = None
+    """One for each model, relative to their sum; the same for all where absent."""
+
+    @field_validator("weights")
+    @classmethod
+    def _have_a_sum(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if value is not None and sum(value) <= 0:
+            raise ValueError("have no positive sum. Raise one")
+        return value
+
+
+class Merge(Section):
+    """Models that are merged: an arm of this recipe, and others from the same pruned model."""
+
+    arm: Literal["sft", "distilled"] = "distilled"
+    """The arm that is the first of them; those on other rows are trained in the same."""
+    others: dict[str, Parent] = Field(min_length=1)
+    """The others, by the names that the report gives them, in this order."""
+    slerp: Slerp | None = None
+    linear: Linear | None = None
+    together: bool = False
+    """Whether one model is also trained on all of the rows, to be compared with the merged ones."""
+
+    @field_validator("others")
+    @classmethod
+    def _have_names_of_their_own(cls, value: dict[str, Parent]) -> dict[str, Parent]:
+        for name in value:
+            if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in MODEL_NAMES:
+                raise ValueError(f"'{name}' cannot name a model. Use another word in small letters")
+        return value
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        count = 1 + len(self.others)
+        if not (self.slerp or self.linear):
+            raise ValueError("give at least one of slerp, linear")
+        if self.slerp and count != 2:
+            raise ValueError(f"slerp: joins two models, here are {count}. Use linear, or name one other")
+        if self.linear and self.linear.weights and len(self.linear.weights) != count:
+            raise ValueError(f"linear: has {len(self.linear.weights)} weights for {count} models. Give one for each")
+        if self.together and any(parent.path for parent in self.others.values()):
+            raise ValueError("together: the rows of a path are not known. Remove it, or give rows")
+        return self
+
+    @property
+    def methods(self) -> dict[str, Slerp | Linear]:
+        """How they are merged, by the names of the merged models."""
+        return {name: how for name, how in (("slerp", self.slerp), ("linear", self.linear)) if how is not None}
+
+
 class Evaluate(Section):
     """The exam of every model."""
 
@@ -417,6 +501,7 @@ class Recipe(Section):
     distill: Distill = Distill()
     train: Train = Train()
     arms: Arms = Arms(sft=ArmOverrides(), distilled=ArmOverrides())
+    merge: Merge | None = None
     evaluate: Evaluate
 
     @model_validator(mode="after")
@@ -429,12 +514,20 @@ class Recipe(Section):
         for name, wanted in (("patience", self.train.patience), ("keep", self.train.keep == "best")):
             if wanted and self.rows.validation == 0:
                 raise ValueError(f"train.{name}: needs validation rows, but rows.validation is 0")
+        if self.merge and self.merge.arm not in self.arms.names:
+            raise ValueError(f"merge.arm: {self.merge.arm} is not among the arms. Add it to arms")
         return self
 
-    def train_settings(self, arm: str) -> Train:
-        """Return the training settings of an arm: the common ones with the arm's overrides."""
-        overrides = getattr(self.arms, arm).model_dump(exclude_none=True)
-        return Train.model_validate({**self.train.model_dump(), **overrides})
+    def train_settings(self, arm: str, other: str | None = None) -> Train:
+        """Return the training settings of an arm: the common ones with the arm's overrides, and those of another
+        model that is merged with it."""
+        overrides = [getattr(self.arms, arm)]
+        if other and self.merge:
+            overrides.append(self.merge.others[other].train)
+        settings = self.train.model_dump()
+        for each in overrides:
+            settings |= each.model_dump(exclude_none=True)
+        return Train.model_validate(settings)
 
 
 # --- from file to Recipe --------------------------------------------------------------------------------------

@@ -11,11 +11,14 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from sdft_ray.errors import UserError, problem
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 BUFFER_BYTES = 1 << 18  # fits the cache of a core; larger ones measure slower
 
@@ -74,24 +77,34 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 def copy_tensors(source: Path, target: Path, names: Mapping[str, str]) -> str:
     """Write those tensors of `source` that `names` maps to a new name, in the same order, as a safetensors file.
 
-    Return the sha256 of what was written, taken on the way: reading a large file again costs as much as copying it.
+    Return the sha256 of what was written.
     """
     kept = [(names[name], tensor) for name, tensor in read_header(source).items() if name in names]
+    with source.open("rb") as file:
+        return write_tensors(target, kept, (chunk for _, tensor in kept for chunk in _chunks(file, tensor)))
+
+
+def write_tensors(target: Path, tensors: Sequence[tuple[str, StoredTensor]], contents: Iterable[Buffer]) -> str:
+    """Write a safetensors file of tensors by name, whose bytes are `contents`, in order and in whatever pieces.
+
+    Return the sha256 of what was written, taken on the way: reading a large file again costs as much as copying it.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, tensor in kept:
+    for name, tensor in tensors:
         begin, end = end, end + tensor.bytes
         header[name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that tensors lie aligned
     begin_bytes = len(text).to_bytes(8, "little") + text
     digest = hashlib.sha256(begin_bytes)
-    with source.open("rb") as read, target.open("wb") as written:
-        written.write(begin_bytes)
-        for _, tensor in kept:
-            for chunk in _chunks(read, tensor):
-                digest.update(chunk)
-                written.write(chunk)
+    with target.open("wb") as file:
+        file.write(begin_bytes)
+        for piece in contents:
+            digest.update(piece)
+            file.write(piece)
+        written = file.tell()
+    assert written == len(begin_bytes) + end, f"{target}: {written - len(begin_bytes)} bytes of tensors, not {end}"
     return digest.hexdigest()
 
 

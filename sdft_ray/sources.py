@@ -60,12 +60,12 @@ class ModelFacts:
     blocks: int
 
 
-def model_stage(source: ModelSource, version: int) -> Stage:
-    """Return the stage that stands for the base model: a conversion (GGUF), a download, or a directory as it is."""
+def model_stage(source: ModelSource, version: int, where: str = "model.path") -> Stage:
+    """Return the stage that stands for a model: a conversion (GGUF), a download, or a directory as it is."""
     if isinstance(source, HubModel):
         settings = {"repo": source.repo, "revision": source.revision}
         return Stage("model", slugify(source.repo), version, settings)
-    path = model_path(source)
+    path = model_path(source, where)
     settings = {"sha256": hash_source(path)}
     if path.is_file():
         return Stage("model", slugify(path.stem), version, settings, where={"gguf": str(path)})
@@ -176,14 +176,15 @@ def _is_tied(directory: Path, config: Mapping[str, Any]) -> bool:
     return bool(AutoConfig.from_pretrained(directory).tie_word_embeddings)  # each architecture has its own default
 
 
-def model_path(source: PackagedModel | LocalModel) -> Path:
+def model_path(source: PackagedModel | LocalModel, where: str = "model.path") -> Path:
+    """Return the file or directory of a model that is here; raises UserError at `where` the recipe names it."""
     if isinstance(source, PackagedModel):
         return package_file(source.package, source.file, "model")
     path = Path(source.path).expanduser()
     if not path.exists():
-        raise UserError(problem("model.path", f"{path} does not exist", "Give a model directory or a .gguf file"))
+        raise UserError(problem(where, f"{path} does not exist", "Give a model directory or a .gguf file"))
     if path.is_file() and path.suffix != ".gguf":
-        raise UserError(problem("model.path", f"{path} is not a .gguf file", "Give the directory it lies in"))
+        raise UserError(problem(where, f"{path} is not a .gguf file", "Give the directory it lies in"))
     return path
 
 

@@ -182,8 +182,11 @@ def expand(sweep: Sweep, folder: Path) -> tuple[Cell, ...]:
     cells: list[Cell] = []
     problems: dict[str, None] = {}
     for file in sweep.recipe:
-        exams = load_recipe(folder / file).evaluate  # its own mistakes are its own
-        if exams != load_recipe(folder / sweep.recipe[0]).evaluate:
+        whole = load_recipe(folder / file)  # its own mistakes are its own
+        if whole.merge:
+            do = "Sweep it without merge, and merge what was best"
+            raise UserError(problem("recipe", f"{file} merges models, which trials alone do not have", do))
+        if whole.evaluate != load_recipe(folder / sweep.recipe[0]).evaluate:
             what = f"{file} has other exams than {sweep.recipe[0]}, so their means do not compare"
             raise UserError(problem("recipe", what, "Give both the same evaluate"))
         which = {RECIPE: Path(file).stem} if len(sweep.recipe) > 1 else {}

@@ -49,7 +49,7 @@ def collect(recipe: Recipe, name: str, storage: Storage) -> dict[str, Any]:
 
 def summary(report: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a report that `sdft report --json` prints."""
-    return {key: report[key] for key in ("recipe", "flops_tokens", "models", "comparison", "speed")}
+    return {key: report[key] for key in ("recipe", "flops_tokens", "models", "comparison", "speed", "merges")}
 
 
 def _models(plan: Sequence[Stage], storage: Storage) -> list[dict[str, Any]]:
@@ -147,7 +147,7 @@ def count_cost(directory: Path, tokens: int = FLOPS_TOKENS) -> dict[str, float]:
 def _details(plan: Sequence[Stage], storage: Storage) -> dict[str, Any]:
     """Return what the page shows beside the table: distances, spans, losses, selection, examples, wall times."""
     found: dict[str, Any] = {"losses": {}, "losses_of_spans": None, "selection": None, "examples": [], "seconds": {}}
-    found["speed"] = None
+    found |= {"speed": None, "merges": {}}
     for stage in plan:
         if stage.location is None:
             manifest = storage.manifest(stage)
@@ -164,12 +164,14 @@ def _details(plan: Sequence[Stage], storage: Storage) -> dict[str, Any]:
                 found["cut"] = manifest["summary"]
             case "speed":
                 found["speed"] = manifest["summary"]
-            case "distill":
+            case "merge":
+                found["merges"][stage.where["model"]] = manifest["summary"]
+            case "distill" if found["selection"] is None:  # of a recipe's own rows, which are the first
                 found["selection"] = manifest["summary"]
                 found["examples"] = _examples(place)
             case "train":
                 losses = json.loads((place / "losses.json").read_text())
-                found["losses"][stage.settings["arm"]] = {"curve": losses, **manifest["summary"]}
+                found["losses"][stage.where["model"]] = {"curve": losses, **manifest["summary"]}
     return found
 
 

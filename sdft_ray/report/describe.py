@@ -26,6 +26,7 @@ def show(directory: Path, manifest: Mapping[str, Any]) -> None:
     for shown in ("choices", "corpora", "candidates"):
         if more:
             summary.pop(shown, None)
+    summary.pop("cosines", None)  # of a merge, one for each tensor
     provenance = manifest["provenance"]
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_row("artifact", f"{manifest['stage']} {manifest['id']}")

@@ -26,6 +26,7 @@ def render(report: dict[str, Any]) -> str:
         cut_line=table.cut_line(report["cut"], report["losses_of_spans"]),
         speed_line=table.speed_line(report["speed"]) if report["speed"] else None,
         difference_line=table.difference_line(report["comparison"]) if report["comparison"] else None,
+        merge_lines=[table.merge_line(name, merged) for name, merged in report["merges"].items()],
         distance_maps=plots.as_svg(plots.distance_maps(report["distances"], [report["cut"]["removed"]])),
         loss_curves=plots.loss_curves(report["losses"]),
         nearby=_nearby(report),

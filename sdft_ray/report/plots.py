@@ -16,6 +16,7 @@ from typing import Any
 _INK = "#010203"  # stands for the page's text colour until the SVG is written
 _METRIC_MARKS = {"angular": ("o", "#ffffff"), "influence": ("^", "#ff9f1c")}
 ARM_COLOURS = {"sft": "#e0832a", "distilled": "#2a8fe0"}
+_OTHER_COLOURS = ("#a15fd6", "#3aa59b", "#c2527a")  # of models on other rows, in their order
 _UNTRAINED, _BASE = "#8a8f98", "#14a06a"
 _STYLES = ("-", "--", ":", "-.")
 
@@ -84,9 +85,10 @@ def save(figure: Any, path: Path) -> None:
 def loss_curves(losses: Mapping[str, Mapping[str, Any]]) -> str:
     """Return training loss (line) and validation loss (dots) of each arm by step."""
     figure, (axes,) = _figure(7.2, 3.2)
+    others = itertools.cycle(_OTHER_COLOURS)
     for arm, found in losses.items():
         steps = found["curve"]
-        colour = ARM_COLOURS[arm]
+        colour = ARM_COLOURS[arm] if arm in ARM_COLOURS else next(others)
         axes.plot([s["step"] for s in steps], [s["loss"] for s in steps], color=colour, label=f"{arm}: training")
         checked = [s for s in steps if "validation_loss" in s]
         axes.plot(

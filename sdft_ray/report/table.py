@@ -12,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from sdft_ray.core.merging import COLLINEAR
 from sdft_ray.core.surgery import name_blocks
 
 
@@ -76,6 +77,8 @@ def show(report: dict[str, Any], console: Console) -> None:
     console.print(cut_line(report["cut"], report["losses_of_spans"]))
     if compared := report["comparison"]:
         console.print(difference_line(compared))
+    for name, merged in report["merges"].items():
+        console.print(merge_line(name, merged))
     if report["speed"]:
         console.print(speed_line(report["speed"]))
     if selection := report["selection"]:
@@ -93,6 +96,15 @@ def cut_line(cut: Mapping[str, Any], losses: Mapping[str, Any] | None = None) ->
     if losses and cut["metric"] == "loss":
         text += f" ({losses['base_loss']:.3f} with nothing removed)"
     return f"{text}; {cut['agreement']:.0%} of bootstrap samples choose the same."
+
+
+def merge_line(name: str, merged: Mapping[str, Any]) -> str:
+    """Return what was merged, and how far that could differ from the mean of the weights."""
+    text = f"{name}: merged from {' and '.join(merged['models'])}; {merged['identical']} of {merged['tensors']} tensors"
+    text += f" were identical, the least alike have cosine {merged['least_cosine']:.4f}"
+    if name == "slerp":
+        text += f"; {merged['fell_back_to_linear']} with a cosine beyond {COLLINEAR} fell back to the mean"
+    return f"{text}."
 
 
 def speed_line(speed: Mapping[str, Any]) -> str:

@@ -124,11 +124,7 @@ def remove_blocks(base: Path, directory: Path, removed: Sequence[int]) -> Parame
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_atomically(directory / WEIGHTS_INDEX, json.dumps(index, indent=2))
     write_atomically(directory / "config.json", json.dumps(pruned, indent=2) + "\n")
-    for pattern in _COMPANIONS:
-        for path in filter(Path.is_file, base.glob(pattern)):
-            copy = directory / path.relative_to(base)
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copy2(path, copy)
+    copy_companions(base, directory)
     require_same_tensors(base, directory, removed)
     _require_per_block_lists(directory)
     after = require_loadable(directory)
@@ -143,6 +139,15 @@ def remove_blocks(base: Path, directory: Path, removed: Sequence[int]) -> Parame
     return Parameters(before, after)
 
 
+def copy_companions(base: Path, directory: Path) -> None:
+    """Copy what belongs to a model beside its weights and config: tokenizer, chat template, licence, …"""
+    for pattern in _COMPANIONS:
+        for path in filter(Path.is_file, base.glob(pattern)):
+            copy = directory / path.relative_to(base)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copy2(path, copy)
+
+
 def _require_blocks(base: Path, held: Mapping[Path, Mapping[str, StoredTensor]], blocks: int) -> None:
     """Raise UserError where the weights have other blocks than the config: which ones to remove is then a guess."""
     found = {block_of(name) for tensors in held.values() for name in tensors} - {None}
@@ -153,8 +158,8 @@ def _require_blocks(base: Path, held: Mapping[Path, Mapping[str, StoredTensor]],
 
 def require_same_tensors(base: Path, directory: Path, removed: Sequence[int]) -> None:
     """Raise RuntimeError unless the written files hold the kept tensors of `base`, bit by bit, and nothing else."""
-    written = _places(directory)
-    kept = {new: place for name, place in _places(base).items() if (new := rename_tensor(name, removed))}
+    written = tensor_places(directory)
+    kept = {new: place for name, place in tensor_places(base).items() if (new := rename_tensor(name, removed))}
     if differing := sorted(written.keys() ^ kept.keys()):
         raise RuntimeError(f"{directory}: {differing[0]} is {'missing' if differing[0] in kept else 'surplus'}")
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -163,7 +168,8 @@ def require_same_tensors(base: Path, directory: Path, removed: Sequence[int]) ->
                 raise RuntimeError(f"{directory}: {name} differs from the base's")
 
 
-def _places(directory: Path) -> dict[str, tuple[Path, StoredTensor]]:
+def tensor_places(directory: Path) -> dict[str, tuple[Path, StoredTensor]]:
+    """Return the file and the bytes of every tensor of a model."""
     return {name: (path, tensor) for path, held in stored_tensors(directory).items() for name, tensor in held.items()}
 
 
@@ -248,7 +254,7 @@ def require_loadable(directory: Path) -> int:
     quiet_transformers()
     found = {
         name: torch.empty(tensor.shape, device="meta")
-        for name, (_, tensor) in _places(directory).items()
+        for name, (_, tensor) in tensor_places(directory).items()
         if rename_tensor(name, ())
     }
     config = AutoConfig.from_pretrained(directory)

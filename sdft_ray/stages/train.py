@@ -44,11 +44,10 @@ def build(work: Work) -> dict[str, Any]:
     trainable, total = count_parameters(base, settings)
     tokenizer = AutoTokenizer.from_pretrained(base)
     source, column = ("distilled", "response") if work.settings["arm"] == "distilled" else ("rows", "reference")
-    raw = read_training_rows(work.input(source), settings["rows"])
+    raw = [row for place in _inputs(work, source) for row in read_training_rows(place, settings["rows"])]
     rows, ids, counts = encode(tokenizer, raw, column, settings)
-    validation, _, _ = encode(
-        tokenizer, read_split(work.input("rows"), "validation"), "reference", settings, watched=True
-    )
+    watched = [row for place in _inputs(work, "rows") for row in read_split(place, "validation")]
+    validation, _, _ = encode(tokenizer, watched, "reference", settings, watched=True)
     require_vocabulary(base, tokenizer, [*rows, *validation])
     worker.write_rows(work.resumable / "train.parquet", rows)
     worker.write_rows(work.resumable / "validation.parquet", validation)
@@ -91,6 +90,11 @@ def build(work: Work) -> dict[str, Any]:
         "validation_loss": next((r["validation_loss"] for r in reversed(history) if "validation_loss" in r), None),
         "example": example,
     }
+
+
+def _inputs(work: Work, kind: str) -> list[Path]:
+    """Return the inputs of one kind, of which a model that is trained on several data has several."""
+    return [work.input(name) for name in work.stage.inputs if name.partition("_")[0] == kind]
 
 
 # --- before anything starts -----------------------------------------------------------------------------------

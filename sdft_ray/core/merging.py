@@ -1,0 +1,76 @@
+"""Merging weights: along the arc between two tensors (SLERP), or the weighted mean of several.
+
+In: the tensors that models of one origin have under one name. Out: one tensor in float32, and what must be known to
+judge it: how alike the tensors were, and whether SLERP was in truth the mean. Short trainings of one base hardly turn
+its weights, and along so short an arc the two agree: who compares SLERP with the mean must see on how many tensors
+they differ at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+# Beyond this |cosine| SLERP is the weighted mean: sin of the angle, which it divides by, vanishes. The usual limit.
+COLLINEAR = 0.9995
+_CHUNK = 1 << 20  # numbers whose products are summed in float32; the sums of chunks are added in float64
+
+
+@dataclasses.dataclass(frozen=True)
+class Alike:
+    """How alike the tensors of one name were."""
+
+    cosines: tuple[float, ...]
+    """Of every pair, in the order (0, 1), (0, 2), …, (1, 2), …"""
+    identical: bool
+    """All were the same, and so is the merged one."""
+    fell_back: bool = False
+    """SLERP was asked for, and the mean was taken."""
+
+
+def slerp(a: torch.Tensor, b: torch.Tensor, t: float) -> tuple[torch.Tensor, Alike]:
+    """Return the tensor at `t` on the arc from `a` (0) to `b` (1), all (N) float32.
+
+    With θ the angle between them: sin((1 - t) θ) / sin θ · a + sin(t θ) / sin θ · b (Shoemake 1985).
+    """
+    import torch
+
+    similar = cosine(a, b)
+    if torch.equal(a, b):
+        return a, Alike((similar,), identical=True)
+    if abs(similar) > COLLINEAR:
+        return _combine((a, b), (1 - t, t)), Alike((similar,), identical=False, fell_back=True)
+    angle = math.acos(similar)
+    shares = (math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle))
+    return _combine((a, b), shares), Alike((similar,), identical=False)
+
+
+def mean(tensors: Sequence[torch.Tensor], weights: Sequence[float]) -> tuple[torch.Tensor, Alike]:
+    """Return the mean of tensors (N) float32 with weights, which are divided by their sum."""
+    import torch
+
+    cosines = tuple(cosine(a, b) for a, b in itertools.combinations(tensors, 2))
+    if all(torch.equal(tensors[0], other) for other in tensors[1:]):
+        return tensors[0], Alike(cosines, identical=True)
+    return _combine(tensors, [weight / sum(weights) for weight in weights]), Alike(cosines, identical=False)
+
+
+def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Return the cosine of the angle between two tensors (N); 0 where one of them has no direction."""
+    ab = aa = bb = 0.0
+    for x, y in zip(a.split(_CHUNK), b.split(_CHUNK), strict=True):
+        ab, aa, bb = ab + float(x @ y), aa + float(x @ x), bb + float(y @ y)
+    return max(-1.0, min(1.0, ab / math.sqrt(aa * bb))) if aa and bb else 0.0
+
+
+def _combine(tensors: Sequence[torch.Tensor], shares: Sequence[float]) -> torch.Tensor:
+    total = tensors[0] * shares[0]
+    for tensor, share in zip(tensors[1:], shares[1:], strict=True):
+        total.add_(tensor, alpha=share)
+    return total

@@ -1,0 +1,164 @@
+"""Stage `merge`: one model from several that were tuned from the same pruned model.
+
+In: plain model directories. Out: a plain directory in the layout of the first, with tensors merged in float32, and in
+the manifest how alike the tensors were. Adapters are merged into their models already. Tensors are read, merged and
+written one at a time, so the memory is that of the largest, whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdft_ray.artifacts import remember_hash
+from sdft_ray.core.surgery import block_of
+from sdft_ray.errors import UserError, problem
+from sdft_ray.shards import StoredTensor, write_tensors
+from sdft_ray.sources import WEIGHTS_INDEX, read_json, stored_tensors
+from sdft_ray.stages import Work
+from sdft_ray.stages.cut import copy_companions, require_loadable, tensor_places
+
+if TYPE_CHECKING:
+    import torch
+
+    from sdft_ray.core.merging import Alike
+
+VERSION = 1
+# Weights of models that grew out of one have cosines above 0.9; those of two unlike blocks are near 0.
+_SAME_ORIGIN = 0.5
+_NO_MATTER = ("dtype", "torch_dtype", "transformers_version", "use_cache", "_name_or_path")
+_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+def build(work: Work) -> dict[str, Any]:
+    """Write the merged model."""
+    names = [stage.where["model"] for stage in work.stage.inputs.values()]
+    parents = {name: work.input(key) for name, key in zip(names, work.stage.inputs, strict=True)}
+    return merge_models(parents, work.directory, work.settings, work.progress.begin, work.progress.update)
+
+
+def merge_models(
+    parents: Mapping[str, Path],
+    directory: Path,
+    settings: Mapping[str, Any],
+    begin: Callable[[int], None] = lambda total: None,
+    update: Callable[[int], None] = lambda done: None,
+) -> dict[str, Any]:
+    """Write the merge of models, by their names, into `directory`; return what is to be known about it.
+
+    Raises UserError that names what differs where they are not of one origin.
+    """
+    import torch
+
+    from sdft_ray.core.merging import mean, slerp
+
+    require_same_kind(parents)
+    first = next(iter(parents.values()))
+    held = stored_tensors(first)
+    places = [tensor_places(parent) for parent in parents.values()]
+    facts: dict[str, Alike] = {}
+    begin(len(places[0]))
+
+    def merged(shard: Path) -> Iterator[Any]:
+        for name, tensor in held[shard].items():
+            tensors = [_read_tensor(*place[name]) for place in places]
+            if settings["method"] == "slerp":
+                weights, facts[name] = slerp(tensors[0], tensors[1], _t_of(name, settings["t"]))
+            else:
+                weights, facts[name] = mean(tensors, settings["weights"] or [1.0] * len(tensors))
+            _require_same_origin(name, tensor, facts[name], list(parents))
+            yield weights.to(getattr(torch, _DTYPES[tensor.dtype])).view(torch.uint8).numpy()
+            update(len(facts))
+
+    for shard, tensors in held.items():
+        remember_hash(
+            directory / shard.name, write_tensors(directory / shard.name, list(tensors.items()), merged(shard))
+        )
+    for name in ("config.json", WEIGHTS_INDEX):
+        if (first / name).is_file():
+            shutil.copy2(first / name, directory / name)
+    copy_companions(first, directory)
+    changed = {name: min(found.cosines) for name, found in facts.items() if not found.identical}
+    return {
+        "models": list(parents),
+        "parameters": require_loadable(directory),
+        "tensors": len(facts),
+        "identical": len(facts) - len(changed),
+        "fell_back_to_linear": sum(found.fell_back for found in facts.values()),
+        "least_cosine": min(changed.values(), default=1.0),
+        "least_alike": min(changed, key=lambda name: changed[name], default=None),
+        "cosines": {name: list(found.cosines) for name, found in facts.items()},
+    }
+
+
+def _t_of(name: str, t: float | Sequence[float]) -> float:
+    """Return how far along the arc a tensor is merged."""
+    if not isinstance(t, Sequence):
+        return t
+    block = block_of(name)
+    return t[(0 if name.startswith("model.embed_tokens.") else -1) if block is None else block]
+
+
+def _read_tensor(path: Path, tensor: StoredTensor) -> torch.Tensor:
+    """Return a stored tensor as (N) float32; a memory map would stay in memory with all that was read of it."""
+    import numpy
+    import torch
+
+    stored = torch.from_numpy(numpy.fromfile(path, numpy.uint8, tensor.bytes, offset=tensor.start))
+    return stored.view(getattr(torch, _DTYPES[tensor.dtype])).float()
+
+
+# --- what may be merged ---------------------------------------------------------------------------------------
+
+
+def require_one_for_each(t: float | Sequence[float], blocks: int) -> None:
+    """Raise UserError where a list has not one number for each block."""
+    if isinstance(t, Sequence) and len(t) != blocks:
+        what = f"has {len(t)} numbers for the {blocks} blocks of the pruned model"
+        raise UserError(problem("merge.slerp.t", what, "Give one for each, or one number for all"))
+
+
+def require_same_kind(models: Mapping[str, Path]) -> None:
+    """Raise UserError that names the first field of config, tokenizer or weights in which models differ."""
+    for (name, model), (other_name, other) in itertools.pairwise(models.items()):
+        for what, mine, theirs in zip(
+            ("config.json: ", "the tokenizer: ", ""), _facts(model), _facts(other), strict=True
+        ):
+            for key in [*mine, *(theirs.keys() - mine.keys())]:
+                if mine.get(key) != theirs.get(key):
+                    found = f"{what}{key} is {mine.get(key, 'missing')}, in {other_name} {theirs.get(key, 'missing')}"
+                    do = "Merge models that were tuned from the same pruned model"
+                    raise UserError(problem(f"merge: {name}", found, do))
+
+
+def _facts(model: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Return the fields of a model's config, its tokenizer's tokens and chat template, and the kinds of its tensors."""
+    from transformers import AutoTokenizer
+
+    config = {key: value for key, value in read_json(model / "config.json").items() if key not in _NO_MATTER}
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokens = {f"the id of {token!r}": number for token, number in tokenizer.get_vocab().items()}
+    tensors = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, (_, tensor) in tensor_places(model).items()}
+    for name, (_, tensor) in tensor_places(model).items():
+        if tensor.dtype not in _DTYPES:
+            do = f"Give it in {', '.join(_DTYPES.values())}"
+            raise UserError(problem(str(model), f"{name} is stored as {tensor.dtype}", do))
+    return config, {**tokens, "chat_template": tokenizer.chat_template}, tensors
+
+
+def _require_same_origin(name: str, tensor: StoredTensor, alike: Alike, models: Sequence[str]) -> None:
+    """Raise UserError for matrices that share nothing: of other blocks, or of another base.
+
+    Shapes do not tell the spans of two pruned models apart, and metadata is not there for every tool's.
+    """
+    if len(tensor.shape) < 2:  # the norms of all blocks look alike
+        return
+    for (one, other), cosine in zip(itertools.combinations(models, 2), alike.cosines, strict=True):
+        if cosine < _SAME_ORIGIN:
+            what = (
+                f"{name} has cosine {cosine:.2f} with that of {other}: other blocks were removed, or the bases differ"
+            )
+            raise UserError(problem(f"merge: {one}", what, "Merge models that were tuned from the same pruned model"))

@@ -1,0 +1,237 @@
+"""Merging tiny models: the files, what may be merged, and the place in a plan."""
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from sdft_ray import pipeline
+from sdft_ray.compute import load_compute
+from sdft_ray.errors import UserError
+from sdft_ray.recipe import Recipe, validate
+from sdft_ray.stages.merge import merge_models
+from sdft_ray.storage import Storage
+from sdft_ray.sweep import load_sweep
+from sdft_ray.verify import Model, verify
+
+HALFWAY = {"method": "slerp", "t": 0.5}
+
+
+@pytest.fixture(scope="module")
+def tuned(tiny_model, tmp_path_factory) -> dict[str, Path]:
+    """Two models that grew out of the tiny one, in several shards: blocks alone are changed."""
+    folder, models = tmp_path_factory.mktemp("tuned"), {}
+    for seed, name in enumerate(("sums", "chats")):
+        model = AutoModelForCausalLM.from_pretrained(tiny_model)
+        torch.manual_seed(seed)
+        for key, parameter in model.named_parameters():
+            if "layers" in key:
+                # From the fifth block on they are turned so far that SLERP and the mean differ.
+                noise = torch.randn_like(parameter) * parameter.std(correction=0)
+                parameter.data += (0.2 if int(key.split(".")[2]) >= 4 else 0.001) * noise
+        models[name] = folder / name
+        shutil.copytree(tiny_model, models[name], ignore=shutil.ignore_patterns("*.safetensors"))
+        model.save_pretrained(models[name], max_shard_size="400KB")
+    return models
+
+
+def changed(model: Path, to: Path, **tensors) -> Path:
+    """Return a copy of a model in one file with some tensors replaced."""
+    shutil.copytree(model, to, ignore=shutil.ignore_patterns("*.safetensors*"))
+    held = {}
+    for shard in model.glob("*.safetensors"):
+        held |= load_file(shard)
+    save_file(held | {key.replace("__", "."): value for key, value in tensors.items()}, to / "model.safetensors")
+    return to
+
+
+def held_by(model: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for shard in sorted(model.glob("*.safetensors")) for name, tensor in load_file(shard).items()}
+
+
+def test_merge_of_two_models_is_a_whole_model_and_says_what_slerp_did(tuned, tmp_path):
+    facts = merge_models(tuned, tmp_path, HALFWAY)
+    one, other, merged = (held_by(model) for model in (*tuned.values(), tmp_path))
+    assert merged.keys() == one.keys() and facts["tensors"] == len(merged)
+    assert len(list(tmp_path.glob("*.safetensors"))) == len(list(tuned["sums"].glob("*.safetensors"))) > 1
+    same = [name for name in one if torch.equal(one[name], other[name])]
+    assert facts["identical"] == len(same) > 0 and all(torch.equal(merged[name], one[name]) for name in same)
+    turned = 0
+    for name in one.keys() - set(same):
+        a, b = one[name].double().flatten(), other[name].double().flatten()
+        cos = float(a @ b / (a.norm() * b.norm()))
+        assert facts["cosines"][name] == pytest.approx([cos], abs=1e-6)
+        if cos > 0.9995:
+            expected = (a + b) / 2
+        else:
+            turned += 1
+            expected = (a + b) / (2 * (torch.arccos(torch.tensor(cos, dtype=torch.double)) / 2).cos())
+        assert torch.allclose(merged[name].double().flatten(), expected, atol=1e-6), name
+    assert 0 < turned == facts["tensors"] - facts["identical"] - facts["fell_back_to_linear"] < facts["tensors"]
+    assert facts["cosines"][facts["least_alike"]] == [facts["least_cosine"]]
+    assert {check.check for check in verify(Model("merged", tmp_path)) if check.status == "ok"} >= {"tensors", "cache"}
+
+
+def test_merge_with_a_number_for_each_block_goes_from_one_parent_to_the_other(tuned, tmp_path):
+    merge_models(tuned, tmp_path, {"method": "slerp", "t": [0.0, 0.0, 0.0, 0.0, 1.0, 1.0]})
+    one, other, merged = (held_by(model) for model in (*tuned.values(), tmp_path))
+    for block, parent in ((0, one), (3, one), (4, other), (5, other)):
+        name = f"model.layers.{block}.mlp.up_proj.weight"
+        assert torch.allclose(merged[name], parent[name], atol=1e-6)
+
+
+def test_merge_of_bfloat16_models_is_rounded_once(tuned, tmp_path):
+    halves = {}
+    for name, model in tuned.items():
+        kept = {key.replace(".", "__"): value.bfloat16() for key, value in held_by(model).items()}
+        halves[name] = changed(model, tmp_path / name, **kept)
+    out = tmp_path / "out"
+    out.mkdir()
+    merge_models(halves, out, {"method": "linear", "weights": [1, 3]})
+    one, other, merged = (held_by(model) for model in (*halves.values(), out))
+    name = "model.layers.5.mlp.up_proj.weight"
+    assert merged[name].dtype == torch.bfloat16
+    assert torch.equal(merged[name], (one[name].float() * 0.25 + other[name].float() * 0.75).bfloat16())
+
+
+def test_merge_refuses_models_that_differ_and_names_the_field(tuned, tmp_path):
+    sums, name = tuned["sums"], "model__layers__1__mlp__up_proj__weight"
+    held = held_by(sums)
+
+    def refusal(other: Path) -> str:
+        (out := tmp_path / f"out{len(list(tmp_path.iterdir()))}").mkdir()
+        with pytest.raises(UserError) as refused:
+            merge_models({"sums": sums, "other": other}, out, HALFWAY)
+        return str(refused.value)
+
+    config = changed(sums, tmp_path / "config")
+    fields = json.loads((config / "config.json").read_text())
+    (config / "config.json").write_text(json.dumps(fields | {"num_hidden_layers": 5}))
+    assert "config.json: num_hidden_layers is 6, in other 5" in refusal(config)
+
+    tokens = changed(sums, tmp_path / "tokens")
+    path = tokens / "tokenizer.json"
+    path.write_text(path.read_text().replace('"!":', '"swap":').replace('"#":', '"!":').replace('"swap":', '"#":'))
+    assert "the tokenizer: the id of '!' is" in refusal(tokens)
+
+    shape = changed(sums, tmp_path / "shape", **{name: torch.zeros(90, 64)})
+    assert "model.layers.1.mlp.up_proj.weight is F32 [96, 64], in other F32 [90, 64]" in refusal(shape)
+
+    # Another span of the same base: every shape agrees, and the first block is another one.
+    moved = {
+        f"model__layers__{i}__{rest}": held[f"model.layers.{i + 1}.{rest.replace('__', '.')}"]
+        for i, rest in itertools.product(
+            range(5), [k.split(".", 3)[3].replace(".", "__") for k in held if ".layers.0." in k]
+        )
+    }
+    span = changed(sums, tmp_path / "span", **moved)
+    found = refusal(span)
+    assert "model.layers.0." in found and "other blocks were removed, or the bases differ" in found
+
+
+# --- in a recipe ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recipe(tiny_model, tmp_path) -> dict:
+    for name in ("sums", "chats"):
+        rows = [{"q": f"{name} {i}?", "a": f"{i}"} for i in range(20)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "texts.txt").write_text("Some text.\n\nMore text.")
+    rows = {"fields": {"prompt": "q", "response": "a"}, "held_out": 2, "validation": 2}
+    return {
+        "model": {"path": str(tiny_model)},
+        "rows": {"path": str(tmp_path / "sums.jsonl"), **rows},
+        "prune": {"blocks": 2, "calibration": {"text": str(tmp_path / "texts.txt")}},
+        "arms": {"distilled": {}},
+        "merge": {
+            "others": {"chats": {"rows": {"path": str(tmp_path / "chats.jsonl"), **rows, "answer": "none"}}},
+            "slerp": {},
+            "linear": {},
+            "together": True,
+        },
+        "evaluate": {"tasks": ["held_out"]},
+    }
+
+
+def test_plan_of_a_merge_trains_each_parent_as_its_own_recipe_would(recipe):
+    plan = pipeline.stages(validate(Recipe, recipe))
+    models = pipeline.models(plan)
+    assert list(models) == ["base", "pruned", "distilled", "chats", "together", "slerp", "linear"]
+    alone = {key: value for key, value in recipe.items() if key != "merge"}
+    own = pipeline.models(pipeline.stages(validate(Recipe, alone)))["distilled"]
+    assert (models["distilled"].id, models["distilled"].slug) == (own.id, own.slug)
+    alone["rows"] = recipe["merge"]["others"]["chats"]["rows"]
+    own = pipeline.models(pipeline.stages(validate(Recipe, alone)))["distilled"]
+    assert (models["chats"].id, models["chats"].slug) == (own.id, own.slug)
+    assert len({stage.id for stage in models.values()}) == len(models)
+    for i, stage in enumerate(plan):
+        assert all(need in plan[:i] for need in stage.inputs.values()), stage.name
+    examined = [stage.inputs["model"].id for stage in plan if stage.name == "evaluate"]
+    assert examined == [stage.id for stage in models.values()]
+
+
+def test_every_leaf_of_a_merge_moves_the_id_of_a_merged_model(recipe):
+    def ids(**merge) -> set[str]:
+        wanted = recipe | {"merge": recipe["merge"] | merge}
+        return {s.id for s in pipeline.stages(validate(Recipe, wanted)) if s.name == "merge"}
+
+    original = ids()
+    assert len(ids(slerp={"t": 0.4}) - original) == 1 and len(ids(linear={"weights": [2, 1]}) - original) == 1
+    assert ids(slerp={"t": [0.1, 0.2, 0.3, 0.4]}) != original
+    chats = recipe["merge"]["others"]["chats"]
+    assert not ids(others={"chats": chats | {"train": {"lr": 3e-4}}}) & original
+    assert ids(others={"talk": chats}) == original, "a name bears no identity"
+    assert ids(together=False) == original
+
+
+@pytest.mark.parametrize(
+    ("merge", "says"),
+    [
+        ({"arm": "sft"}, "merge.arm: sft is not among the arms. Add it to arms"),
+        ({"slerp": None, "linear": None}, "merge: give at least one of slerp, linear"),
+        ({"linear": {"weights": [1.0]}}, "merge.linear: has 1 weights for 2 models. Give one for each"),
+        ({"others": {"sft": {"path": "x"}}}, "merge.others: 'sft' cannot name a model"),
+        ({"others": {"talk": {}}}, "merge.others.talk: give exactly one of rows, path"),
+        ({"slerp": {"tt": 0.5}}, "merge.slerp.tt: unknown key. Did you mean t?"),
+        ({"slerp": {"t": [0.5, 0.5]}}, "merge.slerp.t: has 2 numbers for the 4 blocks of the pruned model"),
+    ],
+)
+def test_mistakes_in_a_merge_are_said_in_one_line(recipe, merge, says):
+    with pytest.raises(UserError) as refused:
+        pipeline.check(validate(Recipe, recipe | {"merge": recipe["merge"] | merge}), load_compute())
+    assert says in str(refused.value)
+
+
+def test_merge_with_a_model_from_elsewhere_asks_for_its_number_of_blocks(recipe, tiny_model):
+    recipe["merge"] = {"others": {"theirs": {"path": str(tiny_model)}}, "slerp": {}}
+    with pytest.raises(
+        UserError, match=r"merge\.others\.theirs\.path: blocks is 6, of the model that is pruned here 4"
+    ):
+        pipeline.check(validate(Recipe, recipe), load_compute())
+    models = pipeline.models(pipeline.stages(validate(Recipe, recipe)))
+    assert models["theirs"].location == tiny_model and models["slerp"].inputs["model_1"] is models["theirs"]
+
+
+def test_merge_is_built_from_a_plan_and_kept_as_an_artifact(recipe, tuned, tmp_path):
+    first, other = (
+        pipeline.Stage("model", name, 1, {"sha256": name}, where={"model": name}, location=path)
+        for name, path in tuned.items()
+    )
+    stage = pipeline.Stage("merge", "m", 1, HALFWAY, {"model_0": first, "model_1": other}, {"model": "slerp"})
+    storage = Storage(str(tmp_path / "root"))
+    pipeline.build([stage], load_compute(), storage)
+    assert storage.manifest(stage)["summary"]["models"] == ["sums", "chats"]
+    storage.fetch(stage)
+
+
+def test_sweep_of_a_recipe_that_merges_is_refused(recipe, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    (tmp_path / "sweep.yaml").write_text('{"recipe": "recipe.yaml", "axes": {"prune.blocks": [1, 2]}}')
+    with pytest.raises(UserError, match=r"recipe: recipe\.yaml merges models"):
+        load_sweep(tmp_path / "sweep.yaml")
