@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 # Beyond this |cosine| SLERP is the weighted mean: sin of the angle, which it divides by, vanishes. The usual limit.
 COLLINEAR = 0.9995
-_CHUNK = 1 << 20  # numbers whose products are summed in float32; the sums of chunks are added in float64
+_CHUNK = 1 << 16  # numbers whose products are summed in float32; the sums of chunks are added in float64
 
 
 @dataclasses.dataclass(frozen=True)

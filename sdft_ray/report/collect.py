@@ -165,7 +165,8 @@ def _details(plan: Sequence[Stage], storage: Storage) -> dict[str, Any]:
             case "speed":
                 found["speed"] = manifest["summary"]
             case "merge":
-                found["merges"][stage.where["model"]] = manifest["summary"]
+                parents = [parent.where["model"] for parent in stage.inputs.values()]
+                found["merges"][stage.where["model"]] = {"models": parents, **manifest["summary"]}
             case "distill" if found["selection"] is None:  # of a recipe's own rows, which are the first
                 found["selection"] = manifest["summary"]
                 found["examples"] = _examples(place)

@@ -83,7 +83,6 @@ def merge_models(
     copy_companions(first, directory)
     changed = {name: min(found.cosines) for name, found in facts.items() if not found.identical}
     return {
-        "models": list(parents),
         "parameters": require_loadable(directory),
         "tensors": len(facts),
         "identical": len(facts) - len(changed),
