@@ -139,7 +139,8 @@ def _facts(model: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
 
     config = {key: value for key, value in read_json(model / "config.json").items() if key not in _NO_MATTER}
     tokenizer = AutoTokenizer.from_pretrained(model)
-    tokens = {f"the id of {token!r}": number for token, number in tokenizer.get_vocab().items()}
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])  # it comes in another order each time
+    tokens = {f"the id of {token!r}": number for token, number in vocabulary}
     tensors = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, (_, tensor) in tensor_places(model).items()}
     for name, (_, tensor) in tensor_places(model).items():
         if tensor.dtype not in _DTYPES:
