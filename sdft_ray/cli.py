@@ -1,4 +1,4 @@
-"""The command `sdft`: check, run, sweep, report, verify, show, diff.
+"""The command `sdft`: check, run, sweep, submit, report, verify, show, diff.
 
 In: arguments. Out: results on stdout, progress on stderr, exit code 0 (done), 1 (a stage failed) or 2 (bad recipe or
 usage). Nothing heavy is imported at the top: `sdft --help` answers at once.
@@ -27,8 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # of the driver; workers set their own
     options = _parser().parse_args(arguments)
     try:
-        options.command(options)
-        return 0
+        return options.command(options) or 0
     except (UserError, StageFailed) as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -129,6 +128,28 @@ def _sweep(options: argparse.Namespace) -> None:
     _show_sweep(options, plan, storage)
     if failed:
         raise failed
+
+
+def _submit(options: argparse.Namespace) -> int:
+    import tempfile
+
+    from sdft_ray import manifest, submit
+    from sdft_ray.progress import say
+
+    if options.print_manifest:
+        print(manifest.render(options.recipe, options.compute, options.root, options.until, options.image), end="")
+        return 0
+    if not options.address:
+        do = "Give the cluster's dashboard, for example http://127.0.0.1:8265"
+        raise UserError(problem("--address", "is missing", do))
+    with tempfile.TemporaryDirectory(prefix="sdft-submit-") as bundle:
+        command = submit.pack(options.recipe, options.compute, options.root, options.until, Path(bundle))
+        client, job = submit.submit(options.address, Path(bundle), command, options.recipe.name)
+    say(f"Submitted as {job}: {command}")
+    if options.no_wait:
+        print(job)
+        return 0
+    return submit.follow(client, job, options.address)
 
 
 def _show_report(options: argparse.Namespace, recipe: Any, storage: Any) -> None:
@@ -316,7 +337,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
-    def add(name: str, action: Callable[[argparse.Namespace], None], help_text: str) -> argparse.ArgumentParser:
+    def add(name: str, action: Callable[[argparse.Namespace], int | None], help_text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help_text, description=help_text)
         command.set_defaults(command=action)
         command.add_argument(
@@ -339,6 +360,14 @@ def _parser() -> argparse.ArgumentParser:
     sweep = add("sweep", _sweep, "build what a sweep over recipes lacks, shared parts once, then report")
     sweep.add_argument("recipe", type=Path, metavar="SWEEP", help="a sweep file, see configs/sweeps")
     sweep.add_argument("--compute", type=Path, metavar="F", help="a compute file, see configs/compute")
+    submit = add("submit", _submit, "run a recipe or a sweep as a Ray job, follow it, and end as it ends")
+    submit.add_argument("recipe", type=Path, metavar="RECIPE", help="a recipe or sweep file")
+    submit.add_argument("--compute", type=Path, metavar="F", help="a compute file, see configs/compute")
+    submit.add_argument("--address", metavar="A", help="the cluster's dashboard, e.g. http://127.0.0.1:8265")
+    submit.add_argument("--until", metavar="STAGE", help="stop after this stage")
+    submit.add_argument("--no-wait", action="store_true", help="print the job's id and leave it alone")
+    submit.add_argument("--print-manifest", action="store_true", help="submit nothing; print a RayJob for KubeRay")
+    submit.add_argument("--image", metavar="I", default="sdft-ray:0.1.0", help="its image (default: %(default)s)")
     report = add("report", _report, "show the recovery table of a finished recipe, or what a sweep has so far")
     add_recipe(report)
     for command in (run, sweep, report):
@@ -358,7 +387,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_COMMANDS = ("check", "run", "sweep", "report", "verify", "show", "diff")
+_COMMANDS = ("check", "run", "sweep", "submit", "report", "verify", "show", "diff")
 
 
 if __name__ == "__main__":

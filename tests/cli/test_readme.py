@@ -15,7 +15,7 @@ COMMANDS = [shlex.split(line) for line in LINES if line.startswith("sdft ")]
 
 
 def test_readme_shows_every_command():
-    assert {words[1] for words in COMMANDS} == {"check", "run", "sweep", "report", "verify", "show", "diff"}
+    assert {words[1] for words in COMMANDS} == {"check", "run", "sweep", "submit", "report", "verify", "show", "diff"}
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
