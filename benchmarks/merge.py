@@ -1,9 +1,9 @@
 """Our merge against mergekit's, of the same models: `python benchmarks/merge.py --mergekit PYTHON`.
 
 In: a Python that has mergekit (an environment of its own: it wants other versions than we do). Out: a table, and the
-figures as the last line. Two Llamas of one origin are written to a temporary directory and removed: half of their
-tensors are turned far enough for SLERP, the other half fall back to the mean. Runs alternate; both are timed without
-their imports, and ours includes the strict load and the cosines that it records.
+figures as the last line. Two Llamas of one origin are written to a temporary directory and removed: some of their
+tensors are turned far enough for SLERP, others fall back to the mean, norms are identical. Runs alternate; both are
+timed without their imports, and ours includes the strict load and the cosines that it records.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def make_models(models: list[Path], width: int) -> None:
         model = LlamaForCausalLM(config)
         tuned = {}
         for i, (name, weights) in enumerate(origin.items()):
-            noise = torch.randn_like(weights) * weights.std()
-            tuned[name] = weights + (0.001 if i % 2 else 0.1) * torch.nan_to_num(noise)
+            noise = torch.randn_like(weights) * weights.std()  # of norms, which are all ones, 0
+            tuned[name] = weights + (0.001 if i % 2 else 0.1) * noise
         model.load_state_dict(tuned)
         model.save_pretrained(directory)
         write_tokenizer(directory)
