@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sdft_ray.compute import Compute, cores
-from sdft_ray.errors import UserError, problem
+from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.progress import say
 
 
@@ -29,6 +29,9 @@ def ray_cluster(compute: Compute) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else the core writes to our stderr
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    # On a busy machine a worker takes longer to start than the 60 s after which Ray gives it up; with the first one
+    # `ray.init` waits for ever (docs/footguns.md).
+    os.environ.setdefault("RAY_worker_register_timeout_seconds", "300")
     import ray
     import ray.data
     import ray.train
@@ -59,7 +62,12 @@ def _connect(compute: Compute, quiet: dict[str, Any]) -> None:
         host, port = "127.0.0.1", _free_port()
         os.environ["RAY_API_SERVER_ADDRESS"] = f"http://{host}:{port}"
         dashboard: dict[str, Any] = {"include_dashboard": True, "dashboard_host": host, "dashboard_port": port}
-        ray.init(address="local", num_cpus=cores(), **dashboard, **quiet)
+        try:
+            ray.init(address="local", num_cpus=cores(), **dashboard, **quiet)
+        except Exception as error:  # Ray raises a bare one where this machine is too busy to start it
+            what = f"Ray did not start on this machine ({str(error).strip().splitlines()[-1]})"
+            do = "Run the same command again when it is less busy; what was finished is kept"
+            raise StageFailed(problem("compute.ray.address: local", what, do)) from error
     else:
         try:
             ray.init(address=compute.ray.address, **quiet)
