@@ -1,22 +1,27 @@
 """What training costs: the stage's steps beside a plain PyTorch loop on the same batches, and packing beside padding.
 
     python benchmarks/train.py [--rows F.jsonl] [--prompt instruction --response response --context context]
+                               [--trl PYTHON]
 
 One worker of one thread a core, LoRA, float32, SmolLM2. Useful tokens are those of prompts and responses, no padding.
 Without --rows, rows have the lengths of databricks-dolly-15k (its quantiles, drawn with a seed). Alternating runs. The
 last line is JSON: `stage_over_plain_loop` (a step under DeepSpeed over the same forward, backward and AdamW without),
-`packed_over_padded` (over the same rows, in batches of like length, padded to their longest), and
-`packed_over_padded_to_max` (padded to max_tokens). All are ratios of useful tokens a second.
+`packed_over_padded` (over the same rows, in batches of like length, padded to their longest),
+`packed_over_padded_to_max` (padded to max_tokens; one step, one run), and with --trl, the Python of an environment that
+has TRL, `stage_over_trl` (over SFTTrainer at the fastest of its settings). All are ratios of useful tokens a second.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import logging
 import os
 import statistics
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,7 +40,9 @@ from sdft_ray.storage import Storage
 QUANTILES = (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
 PROMPTS = (11, 15, 16, 18, 20, 22, 25, 35, 82, 171, 311, 460, 1050, 5314)
 RESPONSES = (2, 5, 10, 18, 26, 35, 49, 65, 86, 114, 178, 253, 556, 1709)
-MAX_TOKENS, MICRO_BATCH, BATCH = 1024, 8, 16
+# One worker, as Ray Train tells it.
+WORKER = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29499"}
+MAX_TOKENS, MICRO_BATCH, BATCH = 512, 4, 16
 
 
 def main() -> None:
@@ -47,6 +54,7 @@ def main() -> None:
     parser.add_argument("--prompt", default="instruction")
     parser.add_argument("--response", default="response")
     parser.add_argument("--context", default="context")
+    parser.add_argument("--trl", help="the Python of an environment with TRL")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--batches", type=int, default=2, help="optimizer steps of one run")
     parser.add_argument("--threads", type=int, default=compute.cores())
@@ -63,13 +71,16 @@ def main() -> None:
     ways = start(base, options.threads)
     for way in ways.values():  # once, to warm up
         way(steps[0])
-    rates: dict[str, list[float]] = {name: [] for name in ways}
+    begun = time.perf_counter()
+    ways.pop("padded to max")(steps[0])
+    to_max = sum(len(row.ids) for row in steps[0]) / (time.perf_counter() - begun)
+    seconds: dict[str, Callable[[], float]] = {name: functools.partial(timed, way, steps) for name, way in ways.items()}
+    if options.trl:
+        seconds["trl"] = start_trl(options.trl, base, steps, options.threads)
+    rates: dict[str, list[float]] = {name: [] for name in seconds}
     for _ in range(options.runs):
-        for name, way in ways.items():
-            begun = time.perf_counter()
-            for step in steps:
-                way(step)
-            rates[name].append(useful / (time.perf_counter() - begun))
+        for name, measure in seconds.items():
+            rates[name].append(useful / measure())
     for name, found in rates.items():
         print(f"{name:14} " + "  ".join(f"{rate:7.1f}" for rate in found) + " useful tokens/s")
 
@@ -79,10 +90,49 @@ def main() -> None:
     figures: dict[str, Any] = {
         "stage_over_plain_loop": over("stage", "plain"),
         "packed_over_padded": over("plain", "padded"),
-        "packed_over_padded_to_max": over("plain", "padded to max"),
+        "packed_over_padded_to_max": round(statistics.median(rates["plain"]) / to_max, 2),
         "stage_useful_tokens_per_second": round(statistics.median(rates["stage"]), 1),
     }
+    if options.trl:
+        figures["stage_over_trl"] = over("stage", "trl")
     print_figures("train", figures)
+
+
+def timed(way: Callable[[Sequence[TrainingRow]], None], steps: Sequence[Sequence[TrainingRow]]) -> float:
+    """Return the seconds that some steps take."""
+    begun = time.perf_counter()
+    for step in steps:
+        way(step)
+    return time.perf_counter() - begun
+
+
+def start_trl(python: str, base: Path, steps: Sequence[Sequence[TrainingRow]], threads: int) -> Callable[[], float]:
+    """Return a way to have TRL take the same steps, in a process of its own that waits meanwhile."""
+    lora = recipe.Lora()
+    given = {
+        "model": str(base),
+        "threads": threads,
+        "lora": {"r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": lora.dropout},
+        "steps": [
+            [{"input_ids": row.ids, "labels": [-100] * row.trained_from + row.ids[row.trained_from :]} for row in step]
+            for step in steps
+        ],
+    }
+    with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
+        json.dump(given, file)
+    command = [python, "-W", "ignore", str(Path(__file__).with_name("train_trl.py")), file.name]
+    alone = {name: value for name, value in os.environ.items() if name not in WORKER}
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=alone)
+    asked, answers = process.stdin, process.stdout
+    assert asked and answers
+    print("trl:", answers.readline().strip(), flush=True)
+    Path(file.name).unlink()
+
+    def measure() -> float:
+        print("go", file=asked, flush=True)
+        return float(answers.readline())
+
+    return measure
 
 
 def draw_rows(count: int) -> list[TrainingRow]:
@@ -122,13 +172,7 @@ def start(base: Path, threads: int) -> dict[str, Callable[[Sequence[TrainingRow]
 
     quiet_transformers()
     torch.set_num_threads(threads)
-    os.environ |= {
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29499",
-    }
+    os.environ |= WORKER
     deepspeed.ops.__compatible_ops__ = {}
     torch.distributed.init_process_group("gloo")
     settings = recipe.Train().model_dump(mode="json")

@@ -1,8 +1,8 @@
 """TRL's SFTTrainer as the other side of benchmarks/train.py, in an environment of its own.
 
-In: a JSON file with model, rows, settings; then a line on stdin for each run that is asked for. Out: a line of JSON with
-the setting that was the fastest of those that TRL offers for a CPU, then the seconds of each run. It imports nothing of
-sdft_ray, so TRL may have whatever versions it likes. Model, optimizer and data loader stand before the clock starts.
+In: a JSON file with model, rows, settings; then a line on stdin for each run that is asked for. Out: a line of JSON
+with the setting that was the fastest on a CPU, then the seconds of each run. It imports nothing of sdft_ray, so TRL may
+have whatever versions it likes. Model, optimizer and data loader stand before the clock starts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-MICRO_BATCHES = (4, 8, 16)
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {"micro_batch": 4, "padding_free": False},
+    {"micro_batch": 2, "padding_free": False},
+    {"micro_batch": 4, "padding_free": True},
+)
 
 
 class Clock(TrainerCallback):
@@ -48,16 +52,13 @@ def main() -> None:
     torch.set_num_threads(given["threads"])
     transformers.logging.set_verbosity_error()
     logging.disable(logging.WARNING)
-    settings = [{"micro_batch": size, "padding_free": False} for size in MICRO_BATCHES]
-    settings += [{"micro_batch": size, "padding_free": True} for size in MICRO_BATCHES]
-    first = [given["steps"][0]]
-    for setting in settings:
-        train(given, first, setting)  # to warm up
-        setting["seconds"] = round(train(given, first, setting), 2)
-    best = min(settings, key=lambda setting: setting["seconds"])
-    print(json.dumps({"best": best, "tried": settings}), flush=True)
+    answers, sys.stdout = sys.stdout, sys.stderr  # where the trainer prints, too
+    train(given, given["steps"][:1], SETTINGS[0])  # to warm up
+    tried = [setting | {"seconds": round(train(given, given["steps"][:1], setting), 2)} for setting in SETTINGS]
+    best = min(tried, key=lambda setting: setting["seconds"])
+    print(json.dumps({"best": best, "tried": tried}), file=answers, flush=True)
     for _ in sys.stdin:
-        print(train(given, given["steps"], best), flush=True)
+        print(train(given, given["steps"], best), file=answers, flush=True)
 
 
 def train(given: dict[str, Any], steps: list[list[dict[str, Any]]], setting: dict[str, Any]) -> float:
@@ -68,7 +69,7 @@ def train(given: dict[str, Any], steps: list[list[dict[str, Any]]], setting: dic
         config = SFTConfig(
             output_dir=folder,
             use_cpu=True,
-            bf16=given["dtype"] == "bfloat16",
+            bf16=False,
             max_length=None,
             per_device_train_batch_size=setting["micro_batch"],
             gradient_accumulation_steps=len(steps[0]) // setting["micro_batch"],

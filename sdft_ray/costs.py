@@ -30,6 +30,7 @@ _GGUF = {
     "ffn_up": "up_proj",
     "ffn_down": "down_proj",
 }
+_GATE_OR_UP = ("gate_proj", "up_proj", "w1", "w3")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,10 +221,10 @@ def _shape(tensors: Mapping[str, tuple[int, ...]], **sizes: int) -> estimate.Sha
     blocks = 1 + max(number for number in numbers.values() if number is not None)
     in_blocks = sum(math.prod(tensors[name]) for name, number in numbers.items() if number is not None)
     linear = tuple(
-        (name.split(".")[-2], tensors[name][1], tensors[name][0])
+        # In memory gate and up of an expert are one tensor, whose adapter is as wide as both.
+        (layer, tensors[name][1], tensors[name][0] * (2 if ".experts." in name and layer in _GATE_OR_UP else 1))
         for name, number in numbers.items()
-        # In memory the experts of a mixture are one tensor, which gets no adapter.
-        if number == 0 and len(tensors[name]) == 2 and ".experts." not in name
+        if number == 0 and len(tensors[name]) == 2 and (layer := name.split(".")[-2])
     )
     return estimate.Shape(
         blocks=blocks,

@@ -320,7 +320,7 @@ class Lora(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     """Its masks depend on seed, step and row alone, so no compute setting and no kill changes them."""
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """`all-linear` (every linear layer but the head) or the names of modules."""
+    """`all-linear` (every linear layer but the head) or the names of modules. Which got an adapter is told."""
 
 
 class Train(Section):

@@ -41,7 +41,11 @@ def build(work: Work) -> dict[str, Any]:
     given = require_fitting(recipe.validate(recipe.Train, settings), plan)
     base = work.input("model")
     _require_own_checkpoints(work)
-    trainable, total = count_parameters(base, settings)
+    outline = outline_model(base, settings)
+    trainable, total = count_parameters(outline)
+    adapted, bare = name_adapters(outline)
+    if adapted and bare:
+        say(f"train: adapters on {', '.join(adapted)}; none on {', '.join(bare)}: no linear layers")
     tokenizer = AutoTokenizer.from_pretrained(base)
     source, column = ("distilled", "response") if work.settings["arm"] == "distilled" else ("rows", "reference")
     raw = [row for place in _inputs(work, source) for row in read_training_rows(place, settings["rows"])]
@@ -84,6 +88,7 @@ def build(work: Work) -> dict[str, Any]:
         "workers": result["workers"],
         "peak_memory_gb": round(result["peak_bytes"] / 1e9, 2),
         "trainable_parameters": trainable,
+        "adapters_on": adapted,
         "parameters": parameters,
         "first_loss": history[0]["loss"],
         "final_loss": history[-1]["loss"],
@@ -188,25 +193,63 @@ def _require_own_checkpoints(work: Work) -> None:
             raise UserError(problem(str(path.parent), what, f"Move {work.resumable} away and run again"))
 
 
-def count_parameters(base: Path, settings: Mapping[str, Any]) -> tuple[int, int]:
-    """Return how many parameters are trained and how many the model has; raise UserError for LoRA targets that match
-    nothing. No weight is read."""
+def outline_model(base: Path, settings: Mapping[str, Any]) -> Any:
+    """Return the model as it will be trained, without weights; raise UserError for LoRA targets that match nothing."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
-    total = sum(parameter.numel() for parameter in model.parameters())
-    if settings["method"] == "lora" and settings["lora"]["targets"] != "all-linear":
         layers = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-        for target in settings["lora"]["targets"]:
-            if not any(name == target or name.endswith(f".{target}") for name in layers):
-                known = {name.rpartition(".")[2] for name in layers}
-                what = f"the model has no linear layer {target}"
-                raise UserError(problem("train.lora.targets", what, nearest(target, known)))
-    with torch.device("meta"):
-        adapted = worker.adapt(model, settings)
-    return sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad), total
+        try:
+            outline, refused = worker.adapt(model, settings), ""
+        except ValueError as error:
+            outline, refused = None, str(error)
+    if settings["method"] == "full":
+        return outline
+    asked = set() if settings["lora"]["targets"] == "all-linear" else set(settings["lora"]["targets"])
+    if outline:  # what peft took for the experts of a mixture, which are no linear layers, it has put elsewhere
+        asked &= outline.peft_config["default"].target_modules
+    for target in sorted(asked):
+        if not any(name == target or name.endswith(f".{target}") for name in layers):
+            what = f"the model has no linear layer {target}"
+            raise UserError(
+                problem("train.lora.targets", what, nearest(target, {n.rpartition(".")[2] for n in layers}))
+            )
+    if refused:  # experts take no dropout, and gate and up, one tensor, go together
+        raise UserError(problem("train.lora", f"peft says: {refused}", "Set dropout: 0, or other targets"))
+    return outline
+
+
+def count_parameters(outline: Any) -> tuple[int, int]:
+    """Return how many parameters are trained, and how many the model has without adapters."""
+    trained = sum(parameter.numel() for parameter in outline.parameters() if parameter.requires_grad)
+    frozen = sum(parameter.numel() for parameter in outline.parameters() if not parameter.requires_grad)
+    return trained, frozen or trained
+
+
+def name_adapters(outline: Any) -> tuple[list[str], list[str]]:
+    """Return which matrices of a block have adapters, and which others are no linear layers and have none.
+
+    Of qwen3_moe all have them, fused experts and router, too; of gpt_oss the experts and the router have none.
+    """
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    adapted = {
+        f"{name}.{getattr(module, 'parameter_name', 'weight')}"
+        for name, module in outline.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    linear = {name for name, module in outline.named_modules() if isinstance(module, torch.nn.Linear)}
+    matrices = {name for name, parameter in outline.named_parameters() if parameter.dim() > 1}
+    bare = {name for name in matrices if name.rpartition(".")[0] not in linear}
+
+    def in_block(names: set[str]) -> set[str]:
+        short = (name.partition(".layers.")[2].partition(".")[2].replace(".base_layer", "") for name in names)
+        return {name.removesuffix(".weight") for name in short if name}
+
+    return sorted(in_block(adapted)), sorted(in_block(bare) - in_block(adapted))
 
 
 def encode(

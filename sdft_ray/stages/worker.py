@@ -218,8 +218,10 @@ def start_engine(module: Any, settings: Mapping[str, Any], plan: Mapping[str, An
 
 
 def _give_back_what_is_freed() -> None:
-    """Let the C library return freed tensors to the system at once: ZeRO-3 allocates the weights anew for every use, and
-    what it kept of them was 40 % of a worker's memory (docs/results.md)."""
+    """Let the C library return freed tensors to the system at once.
+
+    ZeRO-3 allocates weights anew for every use; what the library kept of them was a third of a worker's memory.
+    """
     allocator = ctypes.CDLL(None)
     if hasattr(allocator, "mallopt"):  # glibc's
         allocator.mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD, in bytes; once set, it no longer grows by itself
