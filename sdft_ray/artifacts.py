@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from importlib import metadata
@@ -169,32 +169,61 @@ def write_manifest(directory: Path, stage: Stage, summary: Mapping[str, Any], wa
 
 def read_manifest(directory: Path) -> dict[str, Any] | None:
     """Return the manifest of a directory, or None where there is none; raises UserError on a damaged one."""
-    path = directory / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        manifest["id"], manifest["files"], manifest["summary"]
-        return manifest
+        return parse_manifest(str(directory), (directory / MANIFEST).read_bytes())
     except FileNotFoundError:
         return None
+
+
+def parse_manifest(directory: str, text: bytes) -> dict[str, Any]:
+    """Return the manifest that `text` is; raises UserError where it is none, or lists what is not in its directory."""
+    try:
+        manifest: dict[str, Any] = json.loads(text)
+        manifest["id"], manifest["summary"]
+        for entry in manifest["files"]:
+            inside(Path(directory), entry["path"]), entry["bytes"], entry["sha256"]
+        return manifest
     except (ValueError, KeyError, TypeError):
-        raise UserError(
-            problem(str(path), "is damaged: not a manifest", f"Delete {directory} to build it again")
-        ) from None
+        what = "is damaged: not a manifest"
+        raise UserError(problem(f"{directory}/{MANIFEST}", what, f"Delete {directory} to build it again")) from None
+
+
+def inside(directory: Path, name: str) -> Path:
+    """Return the path of a name below a directory; raises UserError for one that leads out of it."""
+    if name.startswith("/") or ".." in name.split("/") or "\0" in name:
+        raise UserError(problem(str(directory), f"names a file outside of it: {name!r}", "Do not use it; delete it"))
+    return directory / name
+
+
+ALTERED = "is altered (its sha256 is not the manifest's)"
+
+
+def damaged(directory: str, path: str, what: str) -> UserError:
+    """Return the error that names a file which is not what the manifest says."""
+    return UserError(problem(f"{directory}/{path}", what, f"Restore it, or delete {directory} to build it again"))
+
+
+def check_sizes(directory: str, manifest: Mapping[str, Any], bytes_of: Callable[[str], int | None]) -> None:
+    """Raise UserError naming the first file that is missing or short."""
+    for entry in manifest["files"]:
+        got = bytes_of(entry["path"])
+        if got is None:
+            raise damaged(directory, entry["path"], "is missing")
+        if got != entry["bytes"]:
+            raise damaged(directory, entry["path"], f"is damaged (got {got} bytes; expected {entry['bytes']})")
 
 
 def check_files(directory: Path, manifest: Mapping[str, Any], hashes: bool) -> None:
     """Raise UserError naming the first file that is missing, short or (with `hashes`) altered."""
-    for entry in manifest["files"]:
-        path = directory / entry["path"]
-        if not path.is_file():
-            what = "is missing"
-        elif path.stat().st_size != entry["bytes"]:
-            what = f"is damaged (got {path.stat().st_size} bytes; expected {entry['bytes']})"
-        elif hashes and hash_file(path) != entry["sha256"]:
-            what = "is altered (its sha256 is not the manifest's)"
-        else:
-            continue
-        raise UserError(problem(str(path), what, f"Restore it, or delete {directory} to build it again"))
+
+    def bytes_of(name: str) -> int | None:
+        path = directory / name
+        return path.stat().st_size if path.is_file() else None
+
+    check_sizes(str(directory), manifest, bytes_of)
+    for entry in manifest["files"] if hashes else ():
+        if hash_file(directory / entry["path"]) != entry["sha256"]:
+            raise damaged(str(directory), entry["path"], ALTERED)
 
 
 def write_atomically(path: Path, text: str) -> None:

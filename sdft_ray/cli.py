@@ -92,7 +92,7 @@ def _run(options: argparse.Namespace) -> None:
     with contextlib.redirect_stdout(sys.stderr):  # Ray prints notices of dead workers to stdout, which is for results
         built = pipeline.run(recipe, compute, storage, options.until)
     if not built.new:
-        say(f"Nothing to do: all {len(built.reused)} artifacts are there already under {storage.root}.")
+        say(f"Nothing to do: all {len(built.reused)} artifacts are there already under {storage.uri}.")
     if options.until in (None, "evaluate"):
         _show_report(options, recipe, storage)
 
@@ -124,7 +124,7 @@ def _sweep(options: argparse.Namespace) -> None:
                 raise
             failed = error
     if not failed and not built.new:
-        say(f"Nothing to do: all {len(built.reused)} artifacts are there already under {storage.root}.")
+        say(f"Nothing to do: all {len(built.reused)} artifacts are there already under {storage.uri}.")
     _show_sweep(options, plan, storage)
     if failed:
         raise failed
@@ -258,7 +258,7 @@ def _show(options: argparse.Namespace) -> None:
     from sdft_ray.report import describe
     from sdft_ray.storage import Storage
 
-    directory = Storage(options.root).find(options.artifact)
+    directory = Storage(options.root).find(options.artifact, "*.json")
     manifest = read_manifest(directory) or {}
     if options.json:
         print(json.dumps(manifest, indent=1))
@@ -299,13 +299,13 @@ _ABSENT = object()
 
 def _values(name: str, root: str) -> Any:
     """Return what identifies a recipe file or an artifact, as nested values."""
-    from sdft_ray.artifacts import read_manifest
+    from sdft_ray.artifacts import MANIFEST, read_manifest
     from sdft_ray.recipe import load_recipe
     from sdft_ray.storage import Storage
 
     if Path(name).suffix in (".yaml", ".yml"):
         return load_recipe(Path(name))
-    manifest = read_manifest(Storage(root).find(name))
+    manifest = read_manifest(Storage(root).find(name, MANIFEST))
     return (manifest or {})["lineage"]
 
 

@@ -52,7 +52,7 @@ class Cost:
 def estimate_stages(recipe: Recipe, compute: Compute, plan: tuple[Stage, ...], storage: Storage) -> list[Cost]:
     """Return what each kind of stage takes; without memory where the model is not here yet."""
     base = plan[0]
-    done = base.location or (storage.place(base) if storage.status(base) == "done" else None)
+    done = base.location or (storage.files(base) if storage.status(base) == "done" else None)
     shape = shape_of_directory(done) if done else shape_of(recipe.model)
     first, *_ = trained = [stage for stage in plan if stage.name == "train"]
     return [

@@ -35,12 +35,14 @@ Lines = dict[str, list[dict[str, Any]]]
 """For each row id its lines, in no order."""
 
 
-def write_piece(ledger: Path, batch: str, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Make lines durable together; `batch` names the piece, so that a repeated batch finds what it wrote."""
+def write_piece(ledger: Path, batch: str, lines: Sequence[Mapping[str, Any]]) -> Path:
+    """Write lines as one piece and return it; `batch` names it, so that a repeated batch finds what it wrote."""
     import pyarrow as pa
 
     table = pa.Table.from_pylist([{name: line[name] for name in _COLUMNS} for line in lines], _schema())
-    _write(ledger / f"part-{batch}-{uuid.uuid4().hex[:8]}.parquet", table.schema, table.to_batches())
+    path = ledger / f"part-{batch}-{uuid.uuid4().hex[:8]}.parquet"
+    _write(path, table.schema, table.to_batches())
+    return path
 
 
 def read_batch(ledger: Path, batch: str) -> Iterator[list[dict[str, Any]]]:

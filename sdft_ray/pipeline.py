@@ -313,27 +313,30 @@ def _build(stage: Stage, storage: Storage, compute: Compute, progress: Progress,
             summary = module.build(Work(stage, storage, compute, progress, validated))
             # An evaluation says itself how long it took: this thread also waited for its turn on the cluster.
             seconds = summary.get("seconds", time.monotonic() - begun)
-            place = storage.commit(stage, summary, seconds)
-        except (UserError, StageFailed, KeyboardInterrupt):
+            storage.commit(stage, summary, seconds)
+        except KeyboardInterrupt:
             raise
         except Exception as error:  # the edge: whatever broke, say what is kept and where the trace is
+            if isinstance(cause := _below_ray(error), (UserError, StageFailed)):
+                raise cause from error
             log = storage.keep_trace(stage, "".join(traceback.format_exception(error)))
-            kept = f"What it had finished is kept under {storage.root}; run the same command again to go on"
-            raise StageFailed(f"{stage.name}: failed: {_root_cause(error)}. {kept}.{log}") from error
-    say(f"{stage.name}: {duration(seconds)}, {place}")
+            kept = f"What it had finished is kept under {storage.uri}; run the same command again to go on"
+            raise StageFailed(f"{stage.name}: failed: {_one_line(cause)}. {kept}.{log}") from error
+    say(f"{stage.name}: {duration(seconds)}, {storage.where(stage)}")
 
 
-def _root_cause(error: BaseException) -> str:
-    """Return the one line that says what went wrong, below the wrappers that Ray puts around a worker's exception."""
+def _below_ray(error: BaseException) -> BaseException:
+    """Return what a worker raised, without the wrappers that Ray puts around it."""
     while type(error).__name__ in ("SystemException", "UserCodeException") and (error.__cause__ or error.__context__):
         error = error.__cause__ or error.__context__ or error
-    error = getattr(error, "cause", None) or error
+    return getattr(error, "cause", None) or error
+
+
+def _one_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
 
 
 def describe(plan: Sequence[Stage], storage: Storage) -> list[Mapping[str, Any]]:
     """Return, for each stage of a plan, what `sdft check` shows."""
-    return [
-        {"stage": stage.name, "status": storage.status(stage), "directory": str(storage.place(stage))} for stage in plan
-    ]
+    return [{"stage": stage.name, "status": storage.status(stage), "directory": storage.where(stage)} for stage in plan]

@@ -11,7 +11,6 @@ import functools
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -78,7 +77,7 @@ def _run_trials(trials: Sequence[Trial], plan: Plan, compute: Compute, storage: 
     require_room(compute, "train")
     require_room(compute, "evaluate")
     place = storage.root / "scratch" / plan.name
-    shutil.rmtree(place, ignore_errors=True)  # of a run that was killed
+    storage.drop(place)  # of a run that was killed
     patient = compute.model_copy(update={"ray": compute.ray.model_copy(update={"wait_seconds": _FOR_EVER})})
     work = functools.partial(_run_trial, trials=tuple(trials), plan=plan, compute=patient, storage=storage)
     for trial in trials:
@@ -97,14 +96,14 @@ def _run_trials(trials: Sequence[Trial], plan: Plan, compute: Compute, storage: 
                 ),
                 run_config=tune.RunConfig(
                     name="trials",
-                    storage_path=str(place),
+                    **storage.for_ray(place),
                     verbose=0,
                     failure_config=tune.FailureConfig(max_failures=compute.train.max_failures),
                     callbacks=[_watcher(trials, plan, storage, progress)],
                 ),
             ).fit()
         finally:
-            shutil.rmtree(place, ignore_errors=True)
+            storage.drop(place)
 
 
 def trials_at_once(compute: Compute) -> int:
@@ -131,7 +130,7 @@ def _run_trial(
     trial = trials[config["trial"]]
     known = storage.losses_of_stopped(plan.name, trial.train)
     if storage.status(trial.train) == "done":
-        history = json.loads((storage.place(trial.train) / "losses.json").read_text())
+        history = json.loads((storage.files(trial.train, "losses.json") / "losses.json").read_text())
         known = [(record["step"], record[LOSS]) for record in history if LOSS in record]
     try:
         if known is None or storage.status(trial.train) == "done":

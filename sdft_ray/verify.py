@@ -107,14 +107,14 @@ def find_models(target: str, against: str | None, storage: Storage) -> list[Mode
 
 def _recipe_models(path: Path, storage: Storage) -> list[Model]:
     stages = pipeline.models(pipeline.stages(load_recipe(path)))
-    base = storage.place(stages.pop("base"))
+    base = storage.files(stages.pop("base"))
     built = {name: stage for name, stage in stages.items() if storage.status(stage) == "done"}
     if not built:
-        what = f"none of its models ({', '.join(stages)}) is built under {storage.root}"
+        what = f"none of its models ({', '.join(stages)}) is built under {storage.uri}"
         raise UserError(problem(str(path), what, f"Do: sdft run {path}"))
     for name in stages.keys() - built.keys():
         say(f"{name}: not built, so not verified")
-    return [dataclasses.replace(_one_model(storage.place(built[name]), base, storage), name=name) for name in built]
+    return [dataclasses.replace(_one_model(storage.files(built[name]), base, storage), name=name) for name in built]
 
 
 def _one_model(directory: Path, base: Path | None, storage: Storage) -> Model:
@@ -130,7 +130,7 @@ def _one_model(directory: Path, base: Path | None, storage: Storage) -> Model:
         try:
             base = storage.find(wanted)
         except UserError:  # a base that is a directory of the user's own
-            return Model(name, directory, alone=f"its base {wanted} is not under {storage.root}: --against BASE")
+            return Model(name, directory, alone=f"its base {wanted} is not under {storage.uri}: --against BASE")
     return Model(name, directory, base)
 
 

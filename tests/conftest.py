@@ -29,3 +29,39 @@ def ray_cluster():
 
     with ray_cluster(load_compute()):
         yield ray.get_runtime_context().gcs_address
+
+
+@pytest.fixture(scope="session")
+def s3_proxy():
+    """A proxy in front of an S3-speaking server, for all tests that need one."""
+    from s3 import Proxy, s3_server
+
+    with s3_server() as address:
+        yield Proxy(address)
+
+
+@pytest.fixture
+def s3(s3_proxy, monkeypatch, tmp_path) -> str:
+    """The URI of an empty root in a bucket of its own; this process reaches it, and keeps its copy in tmp_path."""
+    import json
+    import uuid
+
+    import boto3
+    import fsspec
+
+    settings = {
+        "AWS_ACCESS_KEY_ID": "planted-key",
+        "AWS_SECRET_ACCESS_KEY": "planted-secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": s3_proxy.url,
+        "AWS_MAX_ATTEMPTS": "2",
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "FSSPEC_S3": json.dumps({"config_kwargs": {"read_timeout": 1, "connect_timeout": 1}}),
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(fsspec.config.conf, "s3", json.loads(settings["FSSPEC_S3"]))
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    bucket = f"bucket-{uuid.uuid4().hex[:8]}"
+    boto3.client("s3").create_bucket(Bucket=bucket)
+    return f"s3://{bucket}/some/artifacts"

@@ -8,7 +8,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "sdft_ray"
 ORDER = [
     {"errors", "__init__"},
-    {"recipe", "compute", "progress", "shards", "objects"},
+    {"recipe", "compute", "progress", "shards", "objects", "lease"},
     {"artifacts", "storage", "ledger", "sources", "cluster"},
     {"core"},
     {"stages"},

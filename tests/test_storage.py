@@ -1,5 +1,6 @@
 """How far a stage is, what a kill leaves, and who may build."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -212,9 +213,26 @@ def test_lock_of_another_stage_is_free(storage, start_holder):
         assert True
 
 
-@pytest.mark.parametrize("root", ["s3://bucket/artifacts", "gs://x", "file:///tmp/x"])
-def test_storage_at_a_uri_is_refused(root):
-    assert complaint(Storage, root) == (f"--root: {root} is not a path. Give a directory that every node can see.")
+@pytest.mark.parametrize(
+    ("root", "what"),
+    [
+        ("file:///tmp/x", "file:// is no kind of store that is known"),
+        ("s3://", "names no bucket"),
+        ("s3://key:secret@bucket/x", "the URI holds credentials"),
+    ],
+)
+def test_storage_at_a_uri_that_cannot_be_a_root_is_refused(root, what):
+    line = complaint(Storage, root)
+    assert what in line and "secret" not in line
+
+
+@pytest.mark.parametrize("name", ["../../outside", "/etc/passwd", "a/../../b"])
+def test_manifest_that_lists_a_file_outside_of_its_directory_is_refused(storage, name):
+    place = build(storage)
+    manifest = read_manifest(place)
+    manifest["files"][0]["path"] = name
+    (place / MANIFEST).write_text(json.dumps(manifest))
+    assert "names a file outside of it" in complaint(storage.status, STAGE)
 
 
 def test_storage_root_may_be_relative_or_of_the_home(tmp_path, monkeypatch):

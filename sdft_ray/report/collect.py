@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from sdft_ray.artifacts import Stage
 from sdft_ray.core.recovery import Score, mean_score, paired_differences, recovery, recovery_over_chance
 from sdft_ray.errors import UserError, problem
 from sdft_ray.recipe import Recipe
+from sdft_ray.sources import read_json
 from sdft_ray.stages.distill import REASONS
 from sdft_ray.stages.evaluate import read_items
 from sdft_ray.stages.rows import read_split
@@ -42,7 +42,7 @@ def collect(recipe: Recipe, name: str, storage: Storage) -> dict[str, Any]:
         "comparison": compare_arms({arm: [exams[arm]] for arm in recipe.arms.names}, storage),
         "flops_tokens": FLOPS_TOKENS,
         "settings": recipe.model_dump(mode="json"),
-        "artifacts": [{"stage": stage.name, "id": stage.id, "directory": str(storage.place(stage))} for stage in plan],
+        "artifacts": [{"stage": stage.name, "id": stage.id, "directory": storage.where(stage)} for stage in plan],
         **_details(plan, storage),
     }
 
@@ -57,7 +57,11 @@ def _models(plan: Sequence[Stage], storage: Storage) -> list[dict[str, Any]]:
     exams = exams_of(plan)
     base = scores_of(exams["base"], storage)
     return [
-        {"model": who, **describe_model(stage, exams[who], base, storage), **count_cost(storage.place(stage))}
+        {
+            "model": who,
+            **describe_model(stage, exams[who], base, storage),
+            **count_cost(storage.files(stage, "config.json")),
+        }
         for who, stage in pipeline.models(plan).items()
     ]
 
@@ -116,7 +120,7 @@ def _item_values(models: Sequence[Mapping[str, Stage]], storage: Storage) -> dic
     """Return the value of every item of every task, as the mean over models."""
     found: dict[str, list[float]] = {}
     for task in models[0]:
-        each = [read_items(storage.place(exams[task])) for exams in models]
+        each = [read_items(storage.files(exams[task], "items.jsonl")) for exams in models]
         assert all([i["id"] for i in items] == [i["id"] for i in each[0]] for items in each), f"{task}: other items"
         found[task] = [sum(item["value"] for item in same) / len(same) for same in zip(*each, strict=True)]
     return found
@@ -154,10 +158,9 @@ def _details(plan: Sequence[Stage], storage: Storage) -> dict[str, Any]:
             seconds = found["seconds"]
             seconds[stage.name] = seconds.get(stage.name, 0.0) + manifest["provenance"]["wall_seconds"]
             found["provenance"] = manifest["provenance"]
-        place = storage.place(stage)
         match stage.name:
             case "score":
-                found["distances"] = json.loads((place / "distances.json").read_text())
+                found["distances"] = _read(storage, stage, "distances.json")
             case "loss":
                 found["losses_of_spans"] = manifest["summary"]
             case "cut":
@@ -169,11 +172,15 @@ def _details(plan: Sequence[Stage], storage: Storage) -> dict[str, Any]:
                 found["merges"][stage.where["model"]] = {"models": parents, **manifest["summary"]}
             case "distill" if found["selection"] is None:  # of a recipe's own rows, which are the first
                 found["selection"] = manifest["summary"]
-                found["examples"] = _examples(place)
+                found["examples"] = _examples(storage.files(stage, "train.parquet"))
             case "train":
-                losses = json.loads((place / "losses.json").read_text())
+                losses = _read(storage, stage, "losses.json")
                 found["losses"][stage.where["model"]] = {"curve": losses, **manifest["summary"]}
     return found
+
+
+def _read(storage: Storage, stage: Stage, name: str) -> Any:
+    return read_json(storage.files(stage, name) / name)
 
 
 def _examples(place: Path, each: int = 3) -> list[dict[str, Any]]:

@@ -63,7 +63,7 @@ def collect(plan: Plan, name: str, storage: Storage) -> dict[str, Any]:
                 **(_describe_cut(stage, storage) if who == "pruned" else {"blocks": 0}),
                 "speed": storage.manifest(speeds[stage.id])["summary"] if stage.id in speeds else None,
                 **one.describe_model(stage, mine, one.scores_of(base, storage), storage),
-                **one.count_cost(storage.place(stage)),
+                **one.count_cost(storage.files(stage, "config.json")),
             }
             for stage, who, mine, base in models
         ],
@@ -91,7 +91,7 @@ def _describe_trial(trial: Trial, sweep: str, base: Mapping[str, Stage], storage
         "rows": cell.recipe.train.rows or _all_rows(trial, storage),
         "values": {path: value for path, value in trial.values.items() if path not in (DEPTH, SIZE)},
         "id": trial.train.id,
-        "directory": str(storage.place(trial.train)),
+        "directory": storage.where(trial.train),
         "status": status,
         "reason": say_stopped(stopped) if stopped else reason,
         "pruned": pruned.id,
@@ -105,7 +105,7 @@ def _describe_trial(trial: Trial, sweep: str, base: Mapping[str, Stage], storage
         "validation_loss": manifest["summary"]["validation_loss"],
         "seconds": manifest["provenance"]["wall_seconds"],
         **one.describe_model(trial.train, _exams(trial), one.scores_of(base, storage), storage),
-        **one.count_cost(storage.place(pruned)),
+        **one.count_cost(storage.files(pruned, "config.json")),
     }
 
 
@@ -120,7 +120,7 @@ def _all_rows(trial: Trial, storage: Storage) -> int:
 def _describe_cut(stage: Stage, storage: Storage) -> dict[str, Any]:
     found = storage.manifest(stage)["summary"]
     kept = ("removed", "metric", "cost", "agreement", "runner_up")
-    return {"blocks": len(found["removed"]), "directory": str(storage.place(stage))} | {
+    return {"blocks": len(found["removed"]), "directory": storage.where(stage)} | {
         key: found[key] for key in kept if key in found
     }
 
@@ -202,7 +202,7 @@ def _maps(cuts: Iterable[Stage], storage: Storage) -> list[dict[str, Any]]:
     for cut in cuts:
         score = cut.inputs["score"]
         if score.id not in found:
-            distances = json.loads((storage.place(score) / "distances.json").read_text())
+            distances = json.loads((storage.files(score, "distances.json") / "distances.json").read_text())
             found[score.id] = {"distances": distances, "removed": []}
         found[score.id]["removed"].append(storage.manifest(cut)["summary"]["removed"])
     return list(found.values())

@@ -49,3 +49,7 @@ class Work:
     def input(self, name: str) -> Path:
         """Return the verified directory of an input's artifact."""
         return self.storage.fetch(self.stage.inputs[name])
+
+    def handle(self, name: str) -> Callable[[], Path]:
+        """Return what gives a worker, on whatever node, the verified directory of an input's artifact there."""
+        return self.storage.handle(self.stage.inputs[name])

@@ -25,13 +25,14 @@ from pathlib import Path
 from typing import Any
 
 from sdft_ray import ledger as ledgers
-from sdft_ray.artifacts import short_id, write_atomically
+from sdft_ray.artifacts import Stage, short_id, write_atomically
 from sdft_ray.core.prompts import CHECKABLE, OPEN, RENDERING_VERSION, render_prompt, rewrite_instruction
 from sdft_ray.core.selection import COMPLETE, REASONS, Generation, Rules, select_response
 from sdft_ray.errors import StageFailed
 from sdft_ray.stages import Work, card, shift
 from sdft_ray.stages.engine import Engine, Request, VllmEngine
 from sdft_ray.stages.rows import training_batches
+from sdft_ray.storage import Storage
 
 VERSION = 2
 _SAMPLING = ("temperature", "top_p", "max_new_tokens", "dtype", "seed")
@@ -46,17 +47,31 @@ def build(work: Work) -> dict[str, Any]:
     """Generate what the ledger lacks, then select and write the dataset."""
     ledger = work.storage.ledger(ledger_name(work))
     with work.storage.lock(f"ledger-{ledger.name}"):  # recipes that ask for other rows share it
-        ledgers.compact(ledger)
-        requests = work.resumable / "requests.parquet"
+        work.storage.bring(ledger)
+        _tidy(work, ledger)
+        # A name of its own: what another node has of an earlier run is not this.
+        for old in work.resumable.glob("requests-*"):
+            work.storage.drop(old)
+        requests = work.resumable / f"requests-{uuid.uuid4().hex[:8]}.parquet"
         with ledgers.open_ledger(ledger) as lines_of:
             rows, missing = _write_requests(work, lines_of, requests)
         work.progress.begin(rows, done=rows - missing)
         if missing:
+            work.storage.publish(requests)
             _generate(work, requests, missing, ledger)
-        ledgers.compact(ledger)
+            work.storage.bring(ledger, "part-*")
+            _tidy(work, ledger)
         with ledgers.open_ledger(ledger) as lines_of:
             summary = _write_dataset(work, lines_of, ledger)
     return {**summary, "ledger": ledger.name}
+
+
+def _tidy(work: Work, ledger: Path) -> None:
+    """Merge the pieces of a ledger that is whole on this node, here and under the root."""
+    for left in ledger.glob(".trying-*"):  # of a run that was stopped: that says nothing about its rows
+        left.unlink()
+    ledgers.compact(ledger)
+    work.storage.mirror(ledger)
 
 
 def ledger_name(work: Work) -> str:
@@ -175,8 +190,6 @@ def _generate(work: Work, requests: Path, missing: int, ledger: Path) -> None:
     from ray.util.annotations import RayDeprecationWarning
 
     plan, pool = work.compute.distill, work.compute.distill.actors
-    for left in ledger.glob(".trying-*"):  # of a run that was stopped: that says nothing about its rows
-        left.unlink()
     size = min(plan.batch_rows, -(-missing // pool.max))
     batches = [(start, min(start + size, missing)) for start in range(0, missing, size)]
     # The number of restarts has no parameter of its own yet (docs/footguns.md).
@@ -187,12 +200,14 @@ def _generate(work: Work, requests: Path, missing: int, ledger: Path) -> None:
         Rewriter,
         fn_constructor_kwargs={
             "engine": VllmEngine,
-            "model": str(work.input("model")),
+            "model": work.handle("model"),
+            "storage": work.storage,
+            "stage": work.stage,
             "settings": dict(work.settings),
             "options": plan.engine.model_dump() | {"tensor_parallel_size": plan.tensor_parallel_size},
             "alone": pool.max == 1,
-            "requests": str(requests),
-            "ledger": str(ledger),
+            "requests": requests.name,
+            "ledger": ledger.name,
             "piece_rows": plan.piece_rows,
         },
         batch_size=1,
@@ -209,7 +224,9 @@ def _generate(work: Work, requests: Path, missing: int, ledger: Path) -> None:
         for piece in dataset.iter_batches(batch_size=None):
             tally.add({name: column.tolist()[0] for name, column in piece.items()})
     except ray.exceptions.RayActorError as error:
-        raise StageFailed(f"distill: {_died_on(ledger) or error}. What was generated is kept in {ledger}") from error
+        work.storage.bring(ledger, ".trying-*")
+        kept = f"What was generated is kept in {work.storage.told(ledger)}"
+        raise StageFailed(f"distill: {_died_on(ledger) or error}. {kept}") from error
 
 
 class _Tally:
@@ -277,7 +294,7 @@ def _write_dataset(work: Work, lines_of: Callable[..., ledgers.Lines], ledger: P
         raise StageFailed(
             f"distill: {counts['error']} of {rows} rows failed in the engine (allowed: "
             f"{work.settings['max_failed_fraction']:.0%}), mostly: {messages.most_common(1)[0][0]}. "
-            f"{rows - counts['error']} generated rows are kept in {ledger}"
+            f"{rows - counts['error']} generated rows are kept in {work.storage.told(ledger)}"
         )
     summary = {
         "rows": rows,
@@ -312,7 +329,7 @@ def _measure_shift(work: Work, rows: Sequence[Mapping[str, Any]]) -> dict[str, A
     plan = work.compute.distill
     device = "cuda" if plan.gpus else "cpu"
     measure = ray.remote(num_cpus=plan.cpus, num_gpus=plan.gpus or None)(shift.measure)
-    found: dict[str, Any] = ray.get(measure.remote(str(work.input("model")), work.settings["dtype"], device, rows))
+    found: dict[str, Any] = ray.get(measure.remote(work.handle("model"), work.settings["dtype"], device, rows))
     return found
 
 
@@ -325,7 +342,9 @@ class Rewriter:
     def __init__(
         self,
         engine: Callable[..., Engine],
-        model: str,
+        model: Callable[[], Path],
+        storage: Storage,
+        stage: Stage,
         settings: dict[str, Any],
         options: dict[str, Any],
         alone: bool,
@@ -336,10 +355,13 @@ class Rewriter:
         import ray
         from transformers import AutoTokenizer
 
-        self.engine = engine(model, settings, options, alone)
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        directory = str(model())
+        self.engine = engine(directory, settings, options, alone)
+        self.tokenizer = AutoTokenizer.from_pretrained(directory)
         self.settings, self.piece_rows = settings, piece_rows
-        self.requests, self.ledger = Path(requests), Path(ledger)
+        self.storage, self.ledger = storage, storage.ledger(ledger)
+        self.requests = storage.resumable(stage) / requests
+        storage.bring(self.requests.parent, requests)
         self.actor = ray.get_runtime_context().get_actor_id()
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -355,6 +377,7 @@ class Rewriter:
         rows = {row["id"]: row for row in asked}
         # Pieces are named after their batch, so a batch that Ray hands out again after a kill finds what it wrote.
         batch = hashlib.sha256("".join(rows).encode()).hexdigest()[:12]
+        self.storage.bring(self.ledger, f"*-{batch}-*")
         made: dict[str, list[dict[str, Any]]] = {row_id: [] for row_id in rows}
         pieces = list(ledgers.read_batch(self.ledger, batch))
         for line in itertools.chain.from_iterable(pieces):
@@ -372,7 +395,7 @@ class Rewriter:
 
         def store() -> dict[str, int]:
             if piece:
-                ledgers.write_piece(self.ledger, batch, piece)
+                self.storage.publish(ledgers.write_piece(self.ledger, batch, piece))
                 piece.clear()
             lines = list(itertools.chain.from_iterable(made.values()))
             tokens = {name: sum(line[name] for line in lines) for name in ("prompt_tokens", "tokens")}
@@ -436,13 +459,15 @@ class Rewriter:
         ids = [request.id for request in group]
         content = {"batch": batch, "ids": ids, "positions": [rows[row_id]["position"] for row_id in ids]}
         write_atomically(note, json.dumps(content | {"error": ""}))
+        self.storage.publish(note)
         try:
             yield from self.engine.generate(group)
         except Exception as error:  # noqa: BLE001 - whatever a broken engine raises
             write_atomically(note, json.dumps(content | {"error": f"{type(error).__name__}: {error}"}))
+            self.storage.publish(note)
             traceback.print_exc()
             os._exit(1)
-        note.unlink()
+        self.storage.drop(note)
 
 
 def _read_deaths(ledger: Path, batch: str) -> tuple[Counter[str], set[str]]:

@@ -15,7 +15,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def build(work: Work) -> dict[str, Any]:
             scheduling_strategy="DEFAULT",  # of a sweep, too: else the trial's own place, which has no CPU
         )
         .remote(
-            str(work.input("model")),
+            work.handle("model"),
             dict(work.settings),
             dict(work.stage.where),
             held_out,
@@ -112,7 +112,7 @@ def read_items(place: Path) -> list[dict[str, Any]]:
 
 
 def examine(
-    model: str,
+    model: Callable[[], Path],
     settings: dict[str, Any],
     where: dict[str, str],
     held_out: list[dict[str, Any]],
@@ -126,7 +126,7 @@ def examine(
     from sdft_ray.progress import quiet_transformers
 
     quiet_transformers()
-    lm = _load(model, settings["dtype"], batch_size, device)
+    lm = _load(str(model()), settings["dtype"], batch_size, device)
     if settings["task"] == HELD_OUT:
         score, items = examine_held_out(lm, held_out, settings["answer"], settings["max_new_tokens"], batch_size)
     else:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from sdft_ray.artifacts import write_atomically
@@ -98,11 +99,11 @@ def rank_candidates(work: Work) -> list[dict[str, Any]]:
 class LossMeter:
     """An actor that takes the loss of texts under each candidate: holds the base model."""
 
-    def __init__(self, model: str, dtype: str, device: str, candidates: list[list[int]]) -> None:
+    def __init__(self, model: Callable[[], Path], dtype: str, device: str, candidates: list[list[int]]) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).to(device).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(model(), dtype=getattr(torch, dtype)).to(device).eval()
         self.candidates = candidates
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +180,7 @@ def measure(
     ).map(
         actor,
         fn_constructor_kwargs={
-            "model": str(work.input("model")),
+            "model": work.handle("model"),
             "dtype": work.settings["dtype"],
             "device": "cuda" if plan.gpus else "cpu",
             **arguments,
@@ -204,11 +204,11 @@ def measure(
 class Scorer:
     """An actor that measures texts: holds the base model without its head."""
 
-    def __init__(self, model: str, dtype: str, device: str) -> None:
+    def __init__(self, model: Callable[[], Path], dtype: str, device: str) -> None:
         import torch
         from transformers import AutoModel
 
-        self.model = AutoModel.from_pretrained(model, dtype=getattr(torch, dtype)).to(device).eval()
+        self.model = AutoModel.from_pretrained(model(), dtype=getattr(torch, dtype)).to(device).eval()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return a batch's distances (b, L+1, L+1) and influences (b, L), and what is to blame where they are NaN."""

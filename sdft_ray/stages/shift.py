@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from sdft_ray.core.prompts import TrainingRow, encode_row
@@ -39,13 +40,14 @@ class Sample:
         return [row for _, _, row in sorted(self._heap, key=lambda item: item[:2], reverse=True)]
 
 
-def measure(model: str, dtype: str, device: str, rows: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+def measure(model: Callable[[], Path], dtype: str, device: str, rows: Sequence[Mapping[str, str]]) -> dict[str, Any]:
     """Return the mean length and the loss per token of references and of rewrites."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).to(device).eval()
+    directory = model()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).to(device).eval()
     found: dict[str, Any] = {"rows": len(rows)}
     for name, column in (("reference", "reference"), ("distilled", "response")):
         encoded = [encode_row(tokenizer, row["prompt"], row[column]) for row in rows]

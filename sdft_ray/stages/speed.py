@@ -11,6 +11,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from sdft_ray.artifacts import write_atomically
@@ -28,15 +29,15 @@ def build(work: Work) -> dict[str, Any]:
     found: dict[str, Any] = ray.get(
         ray.remote(measure)
         .options(num_cpus=plan.cpus, num_gpus=plan.gpus, name="speed")
-        .remote(
-            str(work.input("model")), str(work.input("pruned")), dict(work.settings), "cuda" if plan.gpus else "cpu"
-        )
+        .remote(work.handle("model"), work.handle("pruned"), dict(work.settings), "cuda" if plan.gpus else "cpu")
     )
     write_atomically(work.directory / "speed.json", json.dumps(found, indent=1) + "\n")
     return found
 
 
-def measure(base: str, pruned: str, settings: dict[str, Any], device: str) -> dict[str, Any]:
+def measure(
+    base: Callable[[], Path], pruned: Callable[[], Path], settings: dict[str, Any], device: str
+) -> dict[str, Any]:
     """Return the tokens per second of both models, and their ratio in each pair of runs; runs in a Ray worker."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -45,8 +46,8 @@ def measure(base: str, pruned: str, settings: dict[str, Any], device: str) -> di
 
     quiet_transformers()
     models = [
-        AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, settings["dtype"])).to(device).eval()
-        for path in (base, pruned)
+        AutoModelForCausalLM.from_pretrained(model(), dtype=getattr(torch, settings["dtype"])).to(device).eval()
+        for model in (base, pruned)
     ]
     ids = torch.arange(settings["prompt_tokens"], device=device)[None] % models[0].config.vocab_size
     mask, count = torch.ones_like(ids), settings["new_tokens"]

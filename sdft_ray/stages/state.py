@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,22 +58,44 @@ def load_state(engine: Any, folder: Path, steps: int) -> dict[str, Any]:
     return best
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the whole checkpoint under a directory that is furthest along."""
-    steps = {path: steps_in(path) for path in sorted(folder.glob("ray_train*/checkpoint_*"))}
-    return max(steps, key=lambda path: steps[path]) if any(steps.values()) else None
+def newest_checkpoint(folder: Path, bring: Callable[[str], None]) -> str | None:
+    """Return the whole checkpoint under a directory that is furthest along, by its name there.
+
+    `bring` brings what matches a pattern to this node: of all checkpoints the progress, of the newest the state.
+    """
+    bring("ray_train*/checkpoint_*/progress.json")
+    steps = {
+        path.parent: len(progress["history"])
+        for path in folder.glob("ray_train*/checkpoint_*/progress.json")
+        if (progress := _read_progress(path.parent))
+    }
+    for path in sorted(steps, key=lambda path: (-steps[path], path)):
+        name = path.relative_to(folder).as_posix()
+        bring(f"{name}/*")
+        if steps_in(path):
+            return name
+    return None
+
+
+def _read_progress(checkpoint: Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads((checkpoint / "progress.json").read_text()))
+    except (OSError, ValueError):
+        return None
 
 
 def steps_in(checkpoint: Path) -> int:
     """Return how many steps a training checkpoint has behind it; 0 where it is not whole."""
     from safetensors import SafetensorError, safe_open
 
+    progress = _read_progress(checkpoint)
+    if progress is None:
+        return 0
     try:
-        progress = json.loads((checkpoint / "progress.json").read_text())
         for rank in range(progress["workers"]):
             with safe_open(checkpoint / f"state-{rank:05d}.safetensors", framework="pt"):
                 pass  # it knows from the header how long the file must be
-    except (OSError, ValueError, SafetensorError):
+    except (OSError, SafetensorError):
         return 0
     return len(progress["history"])
 

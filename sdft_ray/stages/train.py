@@ -40,6 +40,7 @@ def build(work: Work) -> dict[str, Any]:
     settings, plan = work.settings["train"], work.compute.train
     given = require_fitting(recipe.validate(recipe.Train, settings), plan)
     base = work.input("model")
+    work.storage.bring(work.resumable, "*.json")
     _require_own_checkpoints(work)
     outline = outline_model(base, settings)
     trainable, total = count_parameters(outline)
@@ -60,14 +61,18 @@ def build(work: Work) -> dict[str, Any]:
     say(f"train: {len(rows)} rows; of the first, no loss on {before}, loss on {after}")
     work.progress.begin(math.ceil(len(rows) * settings["epochs"] / settings["global_batch_size"]))
     begun = time.monotonic()
-    result = _fit(work, base, given)
+    work.storage.publish(work.resumable / "train.parquet", work.resumable / "validation.parquet")
+    result = _fit(work, given)
     if "failed" in result:
-        (work.resumable / "result.json").unlink()  # a rerun tries again from the last checkpoint
+        work.storage.drop(work.resumable / "result.json")  # a rerun tries again from the last checkpoint
         named = [ids[i] for i in result["rows"]]
         some = ", ".join(named[:16]) + (f" and {len(named) - 16} more" if len(named) > 16 else "")
-        do = f"Look at them, or lower train.lr. The last training checkpoint is kept in {work.resumable}"
+        kept = f"The last training checkpoint is kept in {work.storage.told(work.resumable)}"
+        do = f"Look at them, or lower train.lr. {kept}"
         raise StageFailed(problem("train", f"{result['failed']}, on rows {some}", do))
     wall_seconds = time.monotonic() - begun
+    for folder in ("tuned", "tensorboard"):
+        work.storage.bring(work.resumable / folder)
     _write_model(work, base)
     parameters = require_loadable(work.directory)
     assert parameters == total, f"{total} parameters were loaded, {parameters} written"
@@ -305,7 +310,7 @@ def _shorten(text: str) -> str:
 # --- the workers ----------------------------------------------------------------------------------------------
 
 
-def _fit(work: Work, base: Path, given: dict[str, Any]) -> dict[str, Any]:
+def _fit(work: Work, given: dict[str, Any]) -> dict[str, Any]:
     """Run the workers and return what rank 0 wrote down at the end."""
     import ray
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
@@ -315,26 +320,21 @@ def _fit(work: Work, base: Path, given: dict[str, Any]) -> dict[str, Any]:
     from sdft_ray.cluster import ticker
 
     plan, ticks = work.compute.train, ticker()
-    result_file, tuned = work.resumable / "result.json", work.resumable / "tuned"
+    result_file = work.resumable / "result.json"
     if result_file.is_file():  # killed between the last step and the commit
         return read_json(result_file)
-    shutil.rmtree(tuned, ignore_errors=True)  # of other numbers of workers
+    work.storage.drop(work.resumable / "tuned")  # of other numbers of workers
     _set_torn_list_aside(work.resumable)
     elastic = plan.workers.min != plan.workers.max
     trainer = TorchTrainer(
         worker.train_worker,
         train_loop_config={
-            "stage": work.stage.id,
+            "storage": work.storage,
+            "stage": work.stage,
             "settings": dict(work.settings["train"]),
             "plan": plan.model_dump(mode="json"),
             "deepspeed": given,
-            "base": str(base),
-            "rows": str(work.resumable / "train.parquet"),
-            "validation": str(work.resumable / "validation.parquet"),
-            "result": str(result_file),
-            "tuned": str(tuned),
-            "resumable": str(work.resumable),
-            "tensorboard": str(work.resumable / "tensorboard"),
+            "model": work.handle("model"),
             "ticker": ticks,
         },
         scaling_config=ScalingConfig(
@@ -345,7 +345,7 @@ def _fit(work: Work, base: Path, given: dict[str, Any]) -> dict[str, Any]:
         # The same name and place: a rerun goes on from the last checkpoint by itself, in whatever layout.
         run_config=RunConfig(
             name="ray_train",
-            storage_path=str(work.resumable),
+            **work.storage.for_ray(work.resumable),
             failure_config=FailureConfig(max_failures=plan.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=plan.keep_checkpoints),
         ),
@@ -377,13 +377,15 @@ def _fit(work: Work, base: Path, given: dict[str, Any]) -> dict[str, Any]:
         raise KeyboardInterrupt from None
     except TrainingFailedError as error:
         cause = str(error).strip().splitlines()[-1]
-        do = f"The last training checkpoint is kept in {work.resumable}; the same command goes on from it"
+        where = work.storage.told(work.resumable)
+        do = f"The last training checkpoint is kept in {where}; the same command goes on from it"
         raise StageFailed(problem("train", cause, do)) from error
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGINT, on_interrupt)
         finished.set()
         watcher.join()
+    work.storage.bring(work.resumable, result_file.name)
     result: dict[str, Any] = read_json(result_file)
     tell(result.get("history", []))
     return result

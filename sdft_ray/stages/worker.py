@@ -8,6 +8,7 @@ trained tokens of the whole step, so workers, micro-batches and ZeRO stages do n
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +43,22 @@ def train_worker(config: dict[str, Any]) -> None:
     # later one waits on for ever. None of its operators counts as compatible, so none is built.
     deepspeed.ops.__compatible_ops__ = {}
     settings, plan = config["settings"], config["plan"]
+    storage, stage = config["storage"], config["stage"]
+    folder = storage.resumable(stage)
+    storage.bring(folder, "*.parquet")
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
-    rows, validation = EncodedRows(Path(config["rows"])), list(EncodedRows(Path(config["validation"])))
-    engine = start_engine(load_trainable(config["base"], settings, plan), settings, plan, config["deepspeed"])
+    rows, validation = EncodedRows(folder / "train.parquet"), list(EncodedRows(folder / "validation.parquet"))
+    engine = start_engine(load_trainable(str(config["model"]()), settings, plan), settings, plan, config["deepspeed"])
     pass_tokens = plan["pass_tokens"] or plan["micro_batch"] * settings["max_tokens"]
     steps = schedule(len(rows), settings["epochs"], settings["global_batch_size"], settings["seed"])
-    history, best = _resume(engine, Path(config["resumable"]), rank)
+    history, best = _resume(engine, folder, rank, functools.partial(storage.bring, folder))
     if rank == 0:
         config["ticker"].tell.remote(begun=len(history))
-    log = _open_log(config["tensorboard"], len(history)) if rank == 0 else None
+    events = folder / "tensorboard"
+    if rank == 0:
+        storage.bring(events)
+    log = _open_log(events, len(history)) if rank == 0 else None
     begun, tokens = time.monotonic(), 0
 
     for step in range(len(history), len(steps)):
@@ -69,7 +76,8 @@ def train_worker(config: dict[str, Any]) -> None:
             if rank == 0:
                 what, ids = ("loss", loss) if not math.isfinite(loss) else ("gradient", norm), steps[step]
                 failed = {"failed": f"the {what[0]} at step {step + 1} is {what[1]}", "rows": ids}
-                write_atomically(Path(config["result"]), json.dumps(failed))
+                write_atomically(folder / "result.json", json.dumps(failed))
+                storage.publish(folder / "result.json")
             return
         last = step + 1 == len(steps)
         history.append(record)
@@ -82,22 +90,25 @@ def train_worker(config: dict[str, Any]) -> None:
         if log is not None:
             _tell(log, config["ticker"], history, tokens / (time.monotonic() - begun), engine)
         if last or (step + 1) % plan["checkpoint_every_steps"] == 0 or gave_up(history, settings["patience"]):
-            with tempfile.TemporaryDirectory() as folder:
-                save_state(engine, Path(folder), best)
+            with tempfile.TemporaryDirectory() as state:
+                save_state(engine, Path(state), best)
                 if rank == 0:
-                    progress = {"stage": config["stage"], "workers": workers, "history": history}
-                    write_atomically(Path(folder) / "progress.json", json.dumps(progress))
+                    progress = {"stage": stage.id, "workers": workers, "history": history}
+                    write_atomically(Path(state) / "progress.json", json.dumps(progress))
+                    storage.publish(*events.iterdir())
                 # Every worker hands over its share; Ray drops checkpoints that are not whole.
-                ray.train.report({"step": step + 1}, checkpoint=ray.train.Checkpoint.from_directory(folder))
+                ray.train.report({"step": step + 1}, checkpoint=ray.train.Checkpoint.from_directory(state))
 
     kept = best if settings["keep"] == "best" and best_step(history) else share_of_weights(engine)
-    _save_tuned(kept, Path(config["tuned"]), rank)
+    storage.publish(_save_tuned(kept, folder / "tuned", rank))
     peak = torch.tensor(float(peak_bytes(engine)), device=engine.device, dtype=torch.float64)
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     if log is not None:
         log.close()
+        storage.publish(*events.iterdir())
         result = {"history": history, "workers": workers, "peak_bytes": int(peak), "planned_steps": len(steps)}
-        write_atomically(Path(config["result"]), json.dumps(result))
+        write_atomically(folder / "result.json", json.dumps(result))
+        storage.publish(folder / "result.json")
     dist.barrier()
 
 
@@ -319,7 +330,7 @@ def _sum_over_workers(engine: Any, value: Any) -> float:
 # --- what outlives a worker -----------------------------------------------------------------------------------
 
 
-def _resume(engine: Any, folder: Path, rank: int) -> tuple[History, dict[str, Any]]:
+def _resume(engine: Any, folder: Path, rank: int, bring: Callable[[str], None]) -> tuple[History, dict[str, Any]]:
     """Load the newest whole checkpoint, if there is one; return the steps behind it and the best weights so far.
 
     Not `ray.train.get_checkpoint`: Ray's controller hears of a checkpoint about a second after it is on disk, and does
@@ -329,22 +340,25 @@ def _resume(engine: Any, folder: Path, rank: int) -> tuple[History, dict[str, An
 
     from sdft_ray.stages.state import load_state, newest_checkpoint
 
-    found = [newest_checkpoint(folder) if rank == 0 else None]
+    found = [newest_checkpoint(folder, bring) if rank == 0 else None]
     dist.broadcast_object_list(found)
     if found[0] is None:
         return [], {}
-    history: History = json.loads((found[0] / "progress.json").read_text())["history"]
-    return history, load_state(engine, found[0], len(history))
+    bring(f"{found[0]}/*")
+    history: History = json.loads((folder / found[0] / "progress.json").read_text())["history"]
+    return history, load_state(engine, folder / found[0], len(history))
 
 
-def _save_tuned(share: Mapping[str, Any], folder: Path, rank: int) -> None:
+def _save_tuned(share: Mapping[str, Any], folder: Path, rank: int) -> Path:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(dict(share), folder / f"tuned-{rank:05d}.safetensors")
+    path = folder / f"tuned-{rank:05d}.safetensors"
+    save_file(dict(share), path)
+    return path
 
 
-def _open_log(folder: str, steps: int) -> Any:
+def _open_log(folder: Path, steps: int) -> Any:
     """Return a writer of TensorBoard events; steps that are taken again after a restart replace those of before.
 
     Not tensorboardX's SummaryWriter: it queues events in another thread, where a kill loses those that the checkpoint
@@ -353,7 +367,7 @@ def _open_log(folder: str, steps: int) -> Any:
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     log = EventsWriter(f"{folder}/events")
     if steps:
         again = SessionLog(status=SessionLog.START)

@@ -55,7 +55,7 @@ def test_examine_in_float32_scores_exactly_what_plain_lm_eval_does(task, tiny_mo
         "limit": 12,
         "chat_template": False,
     }
-    ours, items = evaluate.examine(str(tiny_model), settings, {"file": str(file)}, [], 8, "cpu")
+    ours, items = evaluate.examine(lambda: tiny_model, settings, {"file": str(file)}, [], 8, "cpu")
     harness = evaluate.task_manager()
     (tmp_path / "plain.yaml").write_text(
         f"include: {harness.task_index[task].yaml_path}\ndataset_path: arrow\ndataset_name: null\n"
