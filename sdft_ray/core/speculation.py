@@ -1,0 +1,70 @@
+"""What drafted tokens are worth: acceptance, expected speed-up, and the price at which a draft stops paying.
+
+In: how many calls of the target judged drafted tokens, and how often it accepted the first, the second, … In a call the
+draft proposes k tokens, one after another, and the target reads them all at once: it keeps those before the first that
+it refuses, and adds one of its own. Formulas are those of Leviathan et al. (arXiv 2211.17192, theorem 3.8), which take
+one acceptance probability a for every token, and a call of the target to cost the same for one token and for k + 1.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+
+def acceptance(drafts: int, accepted: Sequence[int]) -> float:
+    """Return a, the probability that a drafted token is accepted where all before it in its call were.
+
+    accepted: in how many of the `drafts` calls the first, the second, … token was accepted. A token behind a refused one
+    is not judged, so it does not count.
+
+    >>> acceptance(100, [80, 40])
+    0.6666666666666666
+    """
+    judged = drafts + sum(accepted[:-1])
+    return sum(accepted) / judged if judged else 0.0
+
+
+def accepted_share(drafts: int, accepted: Sequence[int]) -> float:
+    """Return the share of all drafted tokens that are accepted, those behind a refused one counted in.
+
+    >>> accepted_share(100, [80, 40])
+    0.6
+    """
+    return sum(accepted) / (drafts * len(accepted)) if drafts else 0.0
+
+
+def tokens_per_call(drafts: int, accepted: Sequence[int]) -> float:
+    """Return the mean number of tokens that one call of the target brings, its own counted in.
+
+    >>> tokens_per_call(100, [80, 40])
+    2.2
+    """
+    return 1 + sum(accepted) / drafts if drafts else 1.0
+
+
+def expected_tokens(a: float, k: int) -> float:
+    """Return (1 - a^(k+1)) / (1 - a), the tokens expected of one call with k drafted ones.
+
+    >>> expected_tokens(0.5, 2), expected_tokens(1.0, 4), expected_tokens(0.0, 4)
+    (1.75, 5.0, 1.0)
+    """
+    return float(sum(itertools.accumulate([a] * k, lambda power, _: power * a, initial=1.0)))
+
+
+def expected_speedup(a: float, k: int, c: float) -> float:
+    """Return how much faster text comes than from the target alone; c: time of a draft's token over a target's.
+
+    >>> expected_speedup(0.5, 2, 0.25)
+    1.1666666666666667
+    """
+    return expected_tokens(a, k) / (k * c + 1)
+
+
+def break_even_cost(a: float, k: int) -> float:
+    """Return the c at which k drafted tokens gain nothing.
+
+    >>> break_even_cost(0.5, 2)
+    0.375
+    """
+    return (expected_tokens(a, k) - 1) / k
