@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdft_ray.core.prompts import render_prompt
+from sdft_ray.stages.engine import NEAR_TIE
 
 if TYPE_CHECKING:
     import torch
@@ -34,8 +35,6 @@ PROMPTS = (
     "Think step by step, then give the number on a line of its own.",
 )
 NEW_TOKENS = 16
-# Below this the order of two logits is rounding: cached, batched and other kernels' sums differ by that much.
-NEAR_TIE = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)

@@ -176,6 +176,7 @@ class Compute(Section):
             "loss": (self.score.actors, _settled(self.score.cpus), self.score.gpus),
             "distill": (self.distill.actors.min, _settled(self.distill.cpus), self.distill.gpus),
             "train": (self.train.workers.min, _settled(self.train.cpus), self.train.gpus),
+            "draft": (1, _settled(self.distill.cpus), self.distill.gpus),
             "speed": (1, _settled(self.evaluate.cpus), self.evaluate.gpus),
             "evaluate": (1, _settled(self.evaluate.cpus), self.evaluate.gpus),
         }

@@ -5,6 +5,7 @@ which is what `stages` says, and nothing is built that is there already.
 
     base model ──┬─ score ── loss ── cut ──┬─ train (sft, distilled)
                  └─ distill ───────────────┘            └── merge
+    draft: pruned, tuned and merged models for the base
     evaluate: base, pruned, tuned and merged models on every task
 """
 
@@ -28,13 +29,27 @@ from sdft_ray.compute import Compute
 from sdft_ray.core import surgery
 from sdft_ray.errors import StageFailed, UserError, nearest, problem
 from sdft_ray.progress import Progress, duration, say
-from sdft_ray.recipe import FileRows, GymRows, HubRows, LocalModel, Merge, Recipe, Train
-from sdft_ray.stages import Validated, Work, cut, distill, evaluate, loss, merge, model, rows, score, speed, train
+from sdft_ray.recipe import Draft, FileRows, GymRows, HubRows, LocalModel, Merge, Recipe, Train
+from sdft_ray.stages import (
+    Validated,
+    Work,
+    cut,
+    distill,
+    draft,
+    evaluate,
+    loss,
+    merge,
+    model,
+    rows,
+    score,
+    speed,
+    train,
+)
 from sdft_ray.storage import Storage
 
-STAGE_NAMES = ("model", "rows", "score", "loss", "cut", "distill", "train", "merge", "speed", "evaluate")
+STAGE_NAMES = ("model", "rows", "score", "loss", "cut", "distill", "train", "merge", "draft", "speed", "evaluate")
 _UNITS = {"score": "texts", "loss": "texts", "distill": "rows", "train": "steps", "merge": "tensors"}
-_ON_RAY = ("score", "loss", "distill", "train", "speed", "evaluate")
+_ON_RAY = ("score", "loss", "distill", "train", "draft", "speed", "evaluate")
 
 
 def stages(recipe: Recipe) -> tuple[Stage, ...]:
@@ -52,6 +67,9 @@ def stages(recipe: Recipe) -> tuple[Stage, ...]:
     if recipe.merge:
         models |= _merge_stages(recipe, recipe.merge, pruned, models[recipe.merge.arm], data)
     plan += [stage for stage in models.values() if stage is not base and stage is not pruned]
+    if recipe.draft:
+        names = recipe.draft.models or ("pruned", *recipe.arms.names)
+        plan += [_draft_stage(recipe.draft, name, base, models, all_rows) for name in names]
     if recipe.evaluate.speed:
         measured = {"dtype": recipe.evaluate.dtype, **speed.LENGTHS}
         plan.append(Stage("speed", pruned.slug, speed.VERSION, measured, {"model": base, "pruned": pruned}))
@@ -104,6 +122,15 @@ def _merge_stages(
         identity = {"method": name, **how.model_dump(mode="json")}
         found[name] = Stage("merge", f"{pruned.slug}-{name}", merge.VERSION, identity, parents, {"model": name})
     return found
+
+
+def _draft_stage(wanted: Draft, name: str, base: Stage, models: Mapping[str, Stage], all_rows: Stage) -> Stage:
+    drafts = {other: stage for other, stage in models.items() if stage is not base}
+    if name not in drafts:
+        raise UserError(problem("draft.models", f"this recipe makes no {name}", nearest(name, drafts)))
+    settings = {**wanted.model_dump(mode="json", exclude={"models"}), "tokens": sorted(wanted.tokens)}
+    inputs = {"model": base, "draft": drafts[name], "rows": all_rows}
+    return Stage("draft", f"{base.slug}-{name}", draft.VERSION, settings, inputs, {"draft": name})
 
 
 def _prune_stages(recipe: Recipe, base: Stage, all_rows: Stage) -> list[Stage]:

@@ -471,6 +471,34 @@ class Merge(Section):
         return {name: how for name, how in (("slerp", self.slerp), ("linear", self.linear)) if how is not None}
 
 
+class Draft(Section):
+    """Models that are tried as the draft of the unpruned one in speculative decoding; it does nothing to the scores."""
+
+    models: tuple[str, ...] | None = Field(None, min_length=1)
+    """By the names that the report gives them; the pruned model and those of the arms where absent."""
+    tokens: tuple[Annotated[int, Field(gt=0, le=32)], ...] = Field((2, 4, 8), min_length=1)
+    """Numbers of drafted tokens at which tokens per second are measured. Acceptance is counted for every number up to
+    the largest."""
+    prompts: int = Field(8, gt=0)
+    """Held-out rows whose prompts are answered: the first so many."""
+    at_once: int = Field(1, gt=0)
+    """Prompts that are answered at a time. Drafting helps where the machine has more arithmetic than these need."""
+    max_new_tokens: int = Field(64, gt=0)
+    """Tokens of one answer."""
+    temperature: float = Field(0.7, gt=0)
+    """Of the sampled answers; greedy ones are measured beside them."""
+    top_p: float = Field(0.95, gt=0, le=1)
+    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Precision of target and draft. In float32 greedy text must be the target's own."""
+
+    @model_validator(mode="after")
+    def _is_distinct(self) -> Self:
+        for name, values in (("models", self.models), ("tokens", self.tokens)):
+            if values is not None and len({*values}) != len(values):
+                raise ValueError(f"{name}: has a value twice. Remove one")
+        return self
+
+
 class Evaluate(Section):
     """The exam of every model."""
 
@@ -502,6 +530,7 @@ class Recipe(Section):
     train: Train = Train()
     arms: Arms = Arms(sft=ArmOverrides(), distilled=ArmOverrides())
     merge: Merge | None = None
+    draft: Draft | None = None
     evaluate: Evaluate
 
     @model_validator(mode="after")
@@ -516,6 +545,9 @@ class Recipe(Section):
                 raise ValueError(f"train.{name}: needs validation rows, but rows.validation is 0")
         if self.merge and self.merge.arm not in self.arms.names:
             raise ValueError(f"merge.arm: {self.merge.arm} is not among the arms. Add it to arms")
+        if self.draft and self.draft.prompts > self.rows.held_out:
+            what = f"{self.draft.prompts} is more than rows.held_out {self.rows.held_out}"
+            raise ValueError(f"draft.prompts: {what}. Lower it, or hold out more")
         return self
 
     def train_settings(self, arm: str, other: str | None = None) -> Train:

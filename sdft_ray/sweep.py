@@ -186,6 +186,9 @@ def expand(sweep: Sweep, folder: Path) -> tuple[Cell, ...]:
         if whole.merge:
             do = "Sweep it without merge, and merge what was best"
             raise UserError(problem("recipe", f"{file} merges models, which trials alone do not have", do))
+        if whole.draft:
+            do = "Sweep it without draft, and try what was best"
+            raise UserError(problem("recipe", f"{file} tries drafts, which trials alone do not have", do))
         if whole.evaluate != load_recipe(folder / sweep.recipe[0]).evaluate:
             what = f"{file} has other exams than {sweep.recipe[0]}, so their means do not compare"
             raise UserError(problem("recipe", what, "Give both the same evaluate"))

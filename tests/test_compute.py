@@ -34,6 +34,7 @@ def test_load_compute_without_a_file_settles_every_auto_for_this_machine(load, c
         "loss": (1, score, 0),
         "distill": (1, score, 0),
         "train": (2, train, 0),
+        "draft": (1, score, 0),
         "speed": (1, 1, 0),
         "evaluate": (1, 1, 0),
     }
@@ -46,6 +47,7 @@ def test_load_compute_shares_the_cores_among_actors_and_workers(load):
         "loss": (2, 4),
         "distill": (3, 2),
         "train": (4, 2),
+        "draft": (1, 2),
         "speed": (1, 8),
         "evaluate": (1, 8),
     }

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 def acceptance(drafts: int, accepted: Sequence[int]) -> float:
     """Return a, the probability that a drafted token is accepted where all before it in its call were.
 
-    accepted: in how many of the `drafts` calls the first, the second, … token was accepted. A token behind a refused one
-    is not judged, so it does not count.
+    accepted: in how many of the `drafts` calls the first, the second, … token was accepted. A token behind a refused
+    one is not judged, so it does not count.
 
     >>> acceptance(100, [80, 40])
     0.6666666666666666

@@ -49,7 +49,7 @@ def collect(recipe: Recipe, name: str, storage: Storage) -> dict[str, Any]:
 
 def summary(report: dict[str, Any]) -> dict[str, Any]:
     """Return the part of a report that `sdft report --json` prints."""
-    return {key: report[key] for key in ("recipe", "flops_tokens", "models", "comparison", "speed", "merges")}
+    return {key: report[key] for key in ("recipe", "flops_tokens", "models", "comparison", "speed", "merges", "drafts")}
 
 
 def _models(plan: Sequence[Stage], storage: Storage) -> list[dict[str, Any]]:
@@ -151,7 +151,7 @@ def count_cost(directory: Path, tokens: int = FLOPS_TOKENS) -> dict[str, float]:
 def _details(plan: Sequence[Stage], storage: Storage) -> dict[str, Any]:
     """Return what the page shows beside the table: distances, spans, losses, selection, examples, wall times."""
     found: dict[str, Any] = {"losses": {}, "losses_of_spans": None, "selection": None, "examples": [], "seconds": {}}
-    found |= {"speed": None, "merges": {}}
+    found |= {"speed": None, "merges": {}, "drafts": {}}
     for stage in plan:
         if stage.location is None:
             manifest = storage.manifest(stage)
@@ -170,6 +170,8 @@ def _details(plan: Sequence[Stage], storage: Storage) -> dict[str, Any]:
             case "merge":
                 parents = [parent.where["model"] for parent in stage.inputs.values()]
                 found["merges"][stage.where["model"]] = {"models": parents, **manifest["summary"]}
+            case "draft":
+                found["drafts"][stage.where["draft"]] = manifest["summary"]
             case "distill" if found["selection"] is None:  # of a recipe's own rows, which are the first
                 found["selection"] = manifest["summary"]
                 found["examples"] = _examples(storage.files(stage, "train.parquet"))

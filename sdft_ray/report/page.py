@@ -27,6 +27,7 @@ def render(report: dict[str, Any]) -> str:
         speed_line=table.speed_line(report["speed"]) if report["speed"] else None,
         difference_line=table.difference_line(report["comparison"]) if report["comparison"] else None,
         merge_lines=[table.merge_line(name, merged) for name, merged in report["merges"].items()],
+        draft_lines=[table.draft_line(name, draft) for name, draft in report["drafts"].items()],
         distance_maps=plots.as_svg(plots.distance_maps(report["distances"], [report["cut"]["removed"]])),
         loss_curves=plots.loss_curves(report["losses"]),
         nearby=_nearby(report),

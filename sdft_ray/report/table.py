@@ -79,6 +79,8 @@ def show(report: dict[str, Any], console: Console) -> None:
         console.print(difference_line(compared))
     for name, merged in report["merges"].items():
         console.print(merge_line(name, merged))
+    for name, draft in report["drafts"].items():
+        console.print(draft_line(name, draft))
     if report["speed"]:
         console.print(speed_line(report["speed"]))
     if selection := report["selection"]:
@@ -104,6 +106,18 @@ def merge_line(name: str, merged: Mapping[str, Any]) -> str:
     text += f" were identical, the least alike have cosine {merged['least_cosine']:.4f}"
     if name == "slerp":
         text += f"; {merged['fell_back_to_linear']} with a cosine beyond {COLLINEAR} fell back to the mean"
+    return f"{text}."
+
+
+def draft_line(name: str, draft: Mapping[str, Any]) -> str:
+    """Return what a model is worth as a draft: the best number of drafted tokens, and what it cost and gained."""
+    best = max(draft["greedy"]["measured"], key=lambda one: one["speedup"])
+    text = f"{name} as draft of the base: a token of it takes {draft['cost']:.2f} of the base's time; greedy, with"
+    text += f" {best['tokens']} drafted: {best['accepted_share']:.0%} accepted, {best['tokens_per_call']:.2f} tokens a"
+    text += f" call, {best['speedup']:.2f} ({best['speedup_min']:.2f} to {best['speedup_max']:.2f}) times the tokens/s"
+    text += f" (expected {best['expected_speedup']:.2f}; gains below a cost of {best['break_even_cost']:.2f})"
+    if best["differing"]:
+        text += f"; the text of {len(best['differing'])} of {draft['prompts']} prompts differs from the base's alone"
     return f"{text}."
 
 

@@ -13,6 +13,9 @@ from typing import Any, Protocol
 
 from sdft_ray.core.selection import Generation
 
+# Below this the order of two float32 logits is rounding: cached, batched and other kernels' sums differ by that much.
+NEAR_TIE = 1e-3
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:

@@ -1,0 +1,208 @@
+"""Stage `draft`: what a smaller model is worth as the draft of the unpruned one, measured in vLLM.
+
+In: the base, a model to draft for it, and held-out prompts. Out: draft.json (acceptance, tokens a call, tokens per
+second with and without drafting, for greedy and for sampled text) and speculative_config.json, ready for `vllm serve`.
+The base alone and the base with its draft take turns on the same prompts: whatever else the machine does slows both.
+Drafting must not change greedy text: in float32 a token that differs by more than rounding fails the stage.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sdft_ray.artifacts import write_atomically
+from sdft_ray.core.prompts import render_prompt
+from sdft_ray.core.speculation import (
+    acceptance,
+    accepted_share,
+    break_even_cost,
+    expected_speedup,
+    tokens_per_call,
+)
+from sdft_ray.errors import StageFailed, UserError, problem
+from sdft_ray.progress import say
+from sdft_ray.stages import Work
+from sdft_ray.stages.engine import NEAR_TIE, engine_arguments
+from sdft_ray.stages.rows import read_split
+
+VERSION = 1
+METHOD = "draft_model"  # vLLM's name for it
+
+
+def build(work: Work) -> dict[str, Any]:
+    """Write draft.json and speculative_config.json."""
+    import ray
+
+    plan = work.compute.distill
+    rows = read_split(work.input("rows"), "held_out")[: work.settings["prompts"]]
+    options = plan.engine.model_dump() | {"tensor_parallel_size": plan.tensor_parallel_size}
+    found: dict[str, Any] = ray.get(
+        ray.remote(max_calls=1)(measure)  # an engine takes threads and environment of its process for good
+        .options(num_cpus=plan.cpus, num_gpus=plan.gpus, name="draft")
+        .remote(
+            work.handle("model"), work.handle("draft"), [row["prompt"] for row in rows], dict(work.settings), options
+        )
+    )
+    best = max(found["greedy"]["measured"], key=lambda one: one["speedup"])
+    base, draft = (work.storage.where(work.stage.inputs[name]) for name in ("model", "draft"))
+    config = {"method": METHOD, "model": draft, "num_speculative_tokens": best["tokens"]}
+    write_atomically(work.directory / "draft.json", json.dumps(found, indent=1) + "\n")
+    write_atomically(work.directory / "speculative_config.json", json.dumps(config, indent=1) + "\n")
+    gained = f"{best['speedup']:.2f} times the base's tokens/s with {best['tokens']} drafted"
+    serve = f"vllm serve {base} --speculative-config '{json.dumps(config)}'"
+    say(f"draft: {work.stage.where['draft']}: {gained}. {serve}")
+    return found
+
+
+def measure(
+    target: Callable[[], Path],
+    draft: Callable[[], Path],
+    prompts: Sequence[str],
+    settings: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return acceptance and speeds of a draft; runs in a Ray worker of its own."""
+    base, small = target(), draft()
+    ids = render_alike(base, small, prompts)
+    fair = {
+        # Two engines are alive at a time. A prompt that one of them has read before would be no fair race.
+        "gpu_memory_utilization": options["gpu_memory_utilization"] / 2,
+        "enable_prefix_caching": False,
+        "max_num_seqs": settings["at_once"],
+        "max_model_len": max(map(len, ids)) + settings["max_new_tokens"] + max(settings["tokens"]) + 1,
+    }
+    arguments = engine_arguments(str(base), settings["dtype"], {**options, **fair}, alone=True)
+    from vllm import LLM, SamplingParams  # after what it reads of the environment is set
+
+    def start(**more: Any) -> Any:
+        return LLM(**{**arguments, **more}, disable_log_stats=False)
+
+    length = settings["max_new_tokens"]
+    ways = {
+        "greedy": SamplingParams(temperature=0, max_tokens=length),
+        "sampled": SamplingParams(temperature=settings["temperature"], top_p=settings["top_p"], max_tokens=length),
+    }
+    groups = [ids[i : i + settings["at_once"]] for i in range(0, len(ids), settings["at_once"])]
+    alone = start()
+    race, _ = _take_turns(alone, start(model=str(small)), groups, ways["greedy"])
+    cost = 1 / race["speedup"]
+    found: dict[str, Any] = {way: {"measured": []} for way in ways}
+    for k in settings["tokens"]:
+        gc.collect()  # the engine before goes
+        drafting = start(speculative_config={"method": METHOD, "model": str(small), "num_speculative_tokens": k})
+        for way, params in ways.items():
+            race, texts = _take_turns(alone, drafting, groups, params)
+            if way == "greedy":
+                race["differing"] = compare_texts(base, settings["dtype"], ids, *texts)
+            found[way]["measured"].append({"tokens": k, **race, **_worth(race["drafts"], race["accepted"], cost)})
+        del drafting
+    for figures in found.values():
+        drafts, accepted = (figures["measured"][-1][name] for name in ("drafts", "accepted"))
+        figures["counted"] = [{"tokens": k, **_worth(drafts, accepted[:k], cost)} for k in range(1, len(accepted) + 1)]
+    return {"engine": "vllm", "method": METHOD, "prompts": len(ids), "cost": cost, **found}
+
+
+def render_alike(target: Path, draft: Path, prompts: Sequence[str]) -> list[list[int]]:
+    """Return the prompts as token ids; raises UserError where the two models do not mean the same by an id."""
+    from transformers import AutoTokenizer
+
+    ours, theirs = (AutoTokenizer.from_pretrained(model) for model in (target, draft))
+    if ours.get_vocab() != theirs.get_vocab():
+        do = "Give a draft that was made from the base"
+        raise UserError(problem("draft.models", f"{draft} has another tokenizer than {target}", do))
+    return [render_prompt(ours, prompt) for prompt in prompts]
+
+
+def _worth(drafts: int, accepted: Sequence[int], cost: float) -> dict[str, float]:
+    """Return what counts of accepted tokens say, and what they promise at a cost of the draft."""
+    a, k = acceptance(drafts, accepted), len(accepted)
+    return {
+        "acceptance": a,
+        "accepted_share": accepted_share(drafts, accepted),
+        "tokens_per_call": tokens_per_call(drafts, accepted),
+        "expected_speedup": expected_speedup(a, k, cost),
+        "break_even_cost": break_even_cost(a, k),
+    }
+
+
+def _take_turns(
+    one: Any, other: Any, groups: Sequence[Sequence[list[int]]], params: Any
+) -> tuple[dict[str, Any], list[list[list[int]]]]:
+    """Return the tokens per second of two engines on the same prompts with what the other drafted and had accepted, and
+    the tokens that each of them made."""
+    for engine in (one, other):
+        _generate(engine, groups[0], params)  # warms up
+    drafts, accepted = _count(other)
+    runs = [[_generate(engine, group, params) for engine in (one, other)] for group in groups]
+    drafts_now, accepted_now = _count(other)
+    speeds = [[sum(map(len, texts)) / seconds for texts, seconds in run] for run in runs]
+    ratios = [faster / slower for slower, faster in speeds]
+    found = {
+        "target_tokens_per_second": statistics.median(speed for speed, _ in speeds),
+        "tokens_per_second": statistics.median(speed for _, speed in speeds),
+        "speedup": statistics.median(ratios),
+        "speedup_min": min(ratios),
+        "speedup_max": max(ratios),
+        "drafts": drafts_now - drafts,
+        "accepted": [now - before for now, before in zip(accepted_now, accepted, strict=True)],
+    }
+    return found, [[text for run in runs for text in run[i][0]] for i in (0, 1)]
+
+
+def _generate(engine: Any, group: Sequence[list[int]], params: Any) -> tuple[list[list[int]], float]:
+    """Return the tokens that an engine makes of prompts, and the seconds it took."""
+    begun = time.perf_counter()
+    made = engine.generate([{"prompt_token_ids": ids} for ids in group], params, use_tqdm=False)
+    return [list(one.outputs[0].token_ids) for one in made], time.perf_counter() - begun
+
+
+def _count(engine: Any) -> tuple[int, list[int]]:
+    """Return how often an engine has drafted, and how often the first, the second, … token was accepted."""
+    counters = {metric.name: metric for metric in engine.get_metrics()}
+    drafts = counters.get("vllm:spec_decode_num_drafts")
+    if drafts is None:  # an engine without a draft
+        return 0, []
+    return drafts.value, list(counters["vllm:spec_decode_num_accepted_tokens_per_pos"].values)
+
+
+def compare_texts(
+    target: Path, dtype: str, prompts: Sequence[list[int]], alone: Sequence[list[int]], drafted: Sequence[list[int]]
+) -> list[dict[str, Any]]:
+    """Return the prompts whose greedy tokens differ with a draft, each with its first such token.
+
+    Reading k + 1 tokens at once sums in another order than reading one. In float32 that decides only between logits
+    that nearly tie, so a difference between others is a fault: StageFailed. Half precision rounds far coarser, and what
+    differs is told.
+    """
+    found: list[dict[str, Any]] = []
+    for i, (prompt, one, other) in enumerate(zip(prompts, alone, drafted, strict=True)):
+        if one == other:
+            continue
+        same = next((j for j, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+        found.append({"prompt": i, "token": same})
+        if dtype == "float32":
+            gap = _gap(target, prompt + one[:same], one[same:], other[same:])
+            found[-1]["logits_apart"] = gap
+            if gap >= NEAR_TIE:
+                what = f"with a draft token {same} of held-out prompt {i} is another, logits {gap:.2g} apart"
+                raise StageFailed(problem("draft", what, "Greedy text must not change: use another version of vLLM"))
+    return found
+
+
+def _gap(target: Path, ids: list[int], one: list[int], other: list[int]) -> float:
+    """Return how far apart the target's logits of the next token of two texts are; infinite where one has ended."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if not (one and other):
+        return float("inf")
+    with torch.inference_mode():
+        network = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
+        logits = network(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+    return abs(float(logits[one[0]] - logits[other[0]]))
