@@ -1,0 +1,174 @@
+"""Trying a model as the draft of another: the real engine, and what is refused."""
+
+import json
+
+import pytest
+import torch
+from tiny import make_tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sdft_ray import pipeline
+from sdft_ray.compute import load_compute
+from sdft_ray.core.prompts import render_prompt
+from sdft_ray.errors import StageFailed, UserError
+from sdft_ray.recipe import Recipe, validate
+from sdft_ray.report.table import draft_line
+from sdft_ray.stages import draft
+from sdft_ray.storage import Storage
+from sdft_ray.sweep import load_sweep
+
+torch.set_num_threads(1)
+
+PROMPTS = ["What is 1 + 1?", "What is 2 + 2?"]
+SETTINGS = {
+    "tokens": [1, 3],
+    "prompts": 2,
+    "at_once": 1,
+    "max_new_tokens": 24,
+    "temperature": 0.7,
+    "top_p": 0.95,
+    "dtype": "float32",
+}
+
+
+@pytest.fixture(scope="module")
+def blurred(tiny_model, tmp_path_factory):
+    """The tiny model with a little noise on its weights: it often says the same as the tiny model, not always."""
+    torch.manual_seed(0)
+    network = AutoModelForCausalLM.from_pretrained(tiny_model)
+    with torch.no_grad():
+        for weights in network.parameters():
+            weights += 0.05 * weights.std() * torch.randn_like(weights)
+    path = tmp_path_factory.mktemp("models") / "blurred"
+    network.save_pretrained(path)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def recipe(tiny_model, tmp_path) -> dict:
+    rows, texts = tmp_path / "rows.jsonl", tmp_path / "texts.txt"
+    rows.write_text("".join(json.dumps({"q": f"What is {i} + {i}?", "a": f"{2 * i}"}) + "\n" for i in range(1, 13)))
+    texts.write_text("Some text.")
+    fields = {"prompt": "q", "response": "a"}
+    return {
+        "model": {"path": str(tiny_model)},
+        "rows": {"path": str(rows), "fields": fields, "held_out": 4, "validation": 2},
+        "prune": {"blocks": 2, "calibration": {"text": str(texts)}},
+        "draft": {"prompts": 2, "tokens": [1, 3]},
+        "evaluate": {"tasks": ["held_out"]},
+    }
+
+
+def drafts(recipe: dict) -> dict[str, pipeline.Stage]:
+    plan = pipeline.stages(validate(Recipe, recipe))
+    return {stage.where["draft"]: stage for stage in plan if stage.name == "draft"}
+
+
+def test_draft_tells_acceptance_and_speeds_and_leaves_greedy_text_as_it_was(
+    ray_cluster, recipe, tiny_model, blurred, tmp_path
+):
+    plan = pipeline.stages(validate(Recipe, recipe))
+    base, rows = plan[:2]
+    other = pipeline.Stage("model", "blurred", 1, {"sha256": "b"}, location=blurred)
+    inputs = {"model": base, "draft": other, "rows": rows}
+    stage = pipeline.Stage("draft", "d", 1, SETTINGS, inputs, {"draft": "blurred"})
+    storage = Storage(str(tmp_path / "root"))
+    pipeline.build([rows, stage], load_compute(), storage)
+    found = storage.manifest(stage)["summary"]
+
+    for way in ("greedy", "sampled"):
+        one, three = found[way]["measured"]
+        assert (one["tokens"], three["tokens"]) == (1, 3) and [each["tokens"] for each in found[way]["counted"]] == [
+            1,
+            2,
+            3,
+        ]
+        assert 0 < three["acceptance"] < 1 and 1 < three["tokens_per_call"] < 4
+        assert three["drafts"] >= three["accepted"][0] >= three["accepted"][1] >= three["accepted"][2]
+        assert three["speedup_min"] <= three["speedup"] <= three["speedup_max"]
+        assert found[way]["counted"][2]["tokens_per_call"] == three["tokens_per_call"]
+    assert all(each["differing"] == [] for each in found["greedy"]["measured"])
+    config = json.loads((storage.place(stage) / "speculative_config.json").read_text())
+    best = max(found["greedy"]["measured"], key=lambda each: each["speedup"])
+    assert config == {"method": "draft_model", "model": str(blurred), "num_speculative_tokens": best["tokens"]}
+    assert "blurred as draft of the base: a token of it takes" in draft_line("blurred", found)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_that_drafts_for_itself_is_always_accepted_when_greedy(ray_cluster, tiny_model, dtype):
+    import ray
+
+    options = load_compute().distill.engine.model_dump() | {"tensor_parallel_size": 1}
+    measure = ray.remote(max_calls=1)(draft.measure)
+    settings = SETTINGS | {"dtype": dtype, "tokens": [2], "at_once": 2}
+    found = ray.get(measure.remote(lambda: tiny_model, lambda: tiny_model, PROMPTS, settings, options))
+    greedy = found["greedy"]["measured"][0]
+    assert greedy["acceptance"] == pytest.approx(1, abs=0 if dtype == "float32" else 0.1)
+
+
+def test_a_token_that_really_differs_fails_in_float32_and_is_told_in_half_precision(tiny_model):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    ids = [render_prompt(tokenizer, prompt) for prompt in PROMPTS]
+    alone, drafted = [[5, 6, 7], [8, 9]], [[5, 6, 7], [8, 10]]
+    assert draft.compare_texts(tiny_model, "bfloat16", ids, alone, drafted) == [{"prompt": 1, "token": 1}]
+    assert draft.compare_texts(tiny_model, "float32", ids, alone, alone) == []
+    with pytest.raises(StageFailed, match="token 1 of held-out prompt 1 is another, logits"):
+        draft.compare_texts(tiny_model, "float32", ids, alone, drafted)
+    with pytest.raises(StageFailed, match="token 2 of held-out prompt 0 is another, logits inf apart"):
+        draft.compare_texts(tiny_model, "float32", ids, alone, [[5, 6], [8, 9]])
+
+
+def test_a_draft_with_another_tokenizer_is_refused(tiny_model, tmp_path):
+    other = make_tiny_model(tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens("<more>")
+    tokenizer.save_pretrained(other)
+    with pytest.raises(UserError, match=r"draft\.models: .* has another tokenizer"):
+        draft.render_alike(tiny_model, other, PROMPTS)
+
+
+def test_every_arm_and_the_pruned_model_are_tried_unless_named(recipe):
+    assert list(drafts(recipe)) == ["pruned", "sft", "distilled"]
+    assert list(drafts(recipe | {"arms": {"sft": {}}})) == ["pruned", "sft"]
+    assert list(drafts(recipe | {"draft": {"models": ["distilled"], "prompts": 2}})) == ["distilled"]
+
+
+def test_every_setting_of_a_draft_moves_its_id_and_no_exam(recipe):
+    def ids(**changed):
+        plan = pipeline.stages(validate(Recipe, recipe | {"draft": recipe["draft"] | changed}))
+        return [stage.id for stage in plan if stage.name == "draft"], [s.id for s in plan if s.name == "evaluate"]
+
+    before, exams = ids()
+    for changed in [{"tokens": [1, 4]}, {"prompts": 3}, {"at_once": 2}, {"max_new_tokens": 8}, {"temperature": 1.0},
+                    {"top_p": 1.0}, {"dtype": "float32"}]:  # fmt: skip
+        after, exams_after = ids(**changed)
+        assert not {*before} & {*after} and exams == exams_after, changed
+    assert ids(tokens=[3, 1])[0] == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"prompts": 5}, "draft.prompts: 5 is more than rows.held_out 4. Lower it, or hold out more"),
+        (
+            {"models": ["distiled"], "prompts": 2},
+            "draft.models: this recipe makes no distiled. Did you mean distilled?",
+        ),
+        ({"models": ["base"], "prompts": 2}, "draft.models: this recipe makes no base"),
+        ({"tokens": [2, 2], "prompts": 2}, "draft.tokens: has a value twice"),
+        ({"token": [2], "prompts": 2}, "draft.token: unknown key. Did you mean tokens?"),
+    ],
+)
+def test_mistakes_in_a_draft_are_said_in_one_line(recipe, settings, says):
+    with pytest.raises(UserError) as refused:
+        drafts(recipe | {"draft": settings})
+    assert says in str(refused.value)
+
+
+def test_sweep_of_a_recipe_that_tries_drafts_is_refused(recipe, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    (tmp_path / "sweep.yaml").write_text('{"recipe": "recipe.yaml", "axes": {"prune.blocks": [1, 2]}}')
+    with pytest.raises(UserError, match=r"recipe: recipe\.yaml tries drafts"):
+        load_sweep(tmp_path / "sweep.yaml")
