@@ -15,15 +15,20 @@ from rich.table import Table
 
 from sdft_ray.core.surgery import name_blocks
 from sdft_ray.recipe import leaves
+from sdft_ray.report.table import DRAFT_COLUMNS, draft_rows
 
 
 def show(directory: Path, manifest: Mapping[str, Any]) -> None:
     """Print an artifact: what it is, what came of it, what it was made from, and its files."""
     console = Console(width=None if sys.stdout.isatty() else 160)
     summary = dict(manifest["summary"])
-    tables = {"score": score_tables, "loss": lambda found: [loss_table(found)]}
+    tables = {
+        "score": score_tables,
+        "loss": lambda found: [loss_table(found)],
+        "draft": lambda found: [draft_table(found)],
+    }
     more = tables[manifest["stage"]](summary) if manifest["stage"] in tables else []
-    for shown in ("choices", "corpora", "candidates"):
+    for shown in ("choices", "corpora", "candidates", "greedy", "sampled"):
         if more:
             summary.pop(shown, None)
     summary.pop("cosines", None)  # of a merge, one for each tensor
@@ -99,4 +104,12 @@ def loss_table(losses: Mapping[str, Any]) -> Table:
             str(candidate.get("influence_rank", "-")),
             *(f"{candidate['losses'][corpus]:.3f}" for corpus in several),
         )
+    return table
+
+
+def draft_table(found: Mapping[str, Any]) -> Table:
+    """Return what each number of drafted tokens brings."""
+    table = Table(*DRAFT_COLUMNS, box=None, pad_edge=False)
+    for row in draft_rows(found):
+        table.add_row(*row)
     return table

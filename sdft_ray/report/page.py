@@ -27,7 +27,7 @@ def render(report: dict[str, Any]) -> str:
         speed_line=table.speed_line(report["speed"]) if report["speed"] else None,
         difference_line=table.difference_line(report["comparison"]) if report["comparison"] else None,
         merge_lines=[table.merge_line(name, merged) for name, merged in report["merges"].items()],
-        draft_lines=[table.draft_line(name, draft) for name, draft in report["drafts"].items()],
+        draft_columns=table.DRAFT_COLUMNS,
         distance_maps=plots.as_svg(plots.distance_maps(report["distances"], [report["cut"]["removed"]])),
         loss_curves=plots.loss_curves(report["losses"]),
         nearby=_nearby(report),
@@ -64,8 +64,9 @@ def _template(name: str) -> Any:
     )
     environment.filters.update(percent=table.percent, duration=duration, interval=table.interval)
     environment.filters["speed_line"] = table.speed_line
+    environment.filters.update(draft_rows=table.draft_rows)
     environment.filters.update(name_group=sweep.name_group, name_trial=sweep.name_trial, cut_line=table.cut_line)
-    environment.globals.update(saved=table.saved, name_blocks=name_blocks)
+    environment.globals.update(draft_line=table.draft_line, saved=table.saved, name_blocks=name_blocks)
     return environment.get_template(name)
 
 

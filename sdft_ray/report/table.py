@@ -5,7 +5,7 @@ In: the collected report. Out: a rich table; scores in percent, because that is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich import box
@@ -119,6 +119,41 @@ def draft_line(name: str, draft: Mapping[str, Any]) -> str:
     if best["differing"]:
         text += f"; the text of {len(best['differing'])} of {draft['prompts']} prompts differs from the base's alone"
     return f"{text}."
+
+
+DRAFT_COLUMNS = (
+    "text",
+    "drafted",
+    "a",
+    "accepted",
+    "tokens a call",
+    "expected speed",
+    "measured speed",
+    "pays below c",
+)
+
+
+def draft_rows(draft: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Yield a row under DRAFT_COLUMNS for each number of drafted tokens: measured with it, else counted with more."""
+    for text in ("greedy", "sampled"):
+        measured = {one["tokens"]: one for one in draft[text]["measured"]}
+        for counted in draft[text]["counted"]:
+            one = measured.get(counted["tokens"], counted)
+            speed = (
+                f"{one['speedup']:.2f} ({one['speedup_min']:.2f} to {one['speedup_max']:.2f})"
+                if "speedup" in one
+                else "-"
+            )
+            yield [
+                text,
+                str(one["tokens"]),
+                f"{one['acceptance']:.2f}",
+                f"{one['accepted_share']:.0%}",
+                f"{one['tokens_per_call']:.2f}",
+                f"{one['expected_speedup']:.2f}",
+                speed,
+                f"{one['break_even_cost']:.2f}",
+            ]
 
 
 def speed_line(speed: Mapping[str, Any]) -> str:

@@ -142,7 +142,7 @@ def _take_turns(
     runs = [[_generate(engine, group, params) for engine in (one, other)] for group in groups]
     drafts_now, accepted_now = _count(other)
     speeds = [[sum(map(len, texts)) / seconds for texts, seconds in run] for run in runs]
-    ratios = [faster / slower for slower, faster in speeds]
+    ratios = [theirs / ours for ours, theirs in speeds]
     found = {
         "target_tokens_per_second": statistics.median(speed for speed, _ in speeds),
         "tokens_per_second": statistics.median(speed for _, speed in speeds),

@@ -12,7 +12,7 @@ from sdft_ray.compute import load_compute
 from sdft_ray.core.prompts import render_prompt
 from sdft_ray.errors import StageFailed, UserError
 from sdft_ray.recipe import Recipe, validate
-from sdft_ray.report.table import draft_line
+from sdft_ray.report.table import draft_line, draft_rows
 from sdft_ray.stages import draft
 from sdft_ray.storage import Storage
 from sdft_ray.sweep import load_sweep
@@ -93,6 +93,7 @@ def test_draft_tells_acceptance_and_speeds_and_leaves_greedy_text_as_it_was(
     best = max(found["greedy"]["measured"], key=lambda each: each["speedup"])
     assert config == {"method": "draft_model", "model": str(blurred), "num_speculative_tokens": best["tokens"]}
     assert "blurred as draft of the base: a token of it takes" in draft_line("blurred", found)
+    assert [row[:2] for row in draft_rows(found)] == [[way, k] for way in ("greedy", "sampled") for k in "123"]
 
 
 @pytest.mark.full
