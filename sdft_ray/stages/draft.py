@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdft_ray.artifacts import write_atomically
 from sdft_ray.core.prompts import render_prompt
@@ -30,6 +30,9 @@ from sdft_ray.progress import say
 from sdft_ray.stages import Work
 from sdft_ray.stages.engine import NEAR_TIE, engine_arguments
 from sdft_ray.stages.rows import read_split
+
+if TYPE_CHECKING:
+    import torch
 
 VERSION = 1
 METHOD = "draft_model"  # vLLM's name for it
@@ -56,7 +59,8 @@ def build(work: Work) -> dict[str, Any]:
     write_atomically(work.directory / "speculative_config.json", json.dumps(config, indent=1) + "\n")
     gained = f"{best['speedup']:.2f} times the base's tokens/s with {best['tokens']} drafted"
     serve = f"vllm serve {base} --speculative-config '{json.dumps(config)}'"
-    say(f"draft: {work.stage.where['draft']}: {gained}. {serve}")
+    only = "" if plan.gpus else " (on a CPU for greedy requests only: docs/footguns.md)"
+    say(f"draft: {work.stage.where['draft']}: {gained}. {serve}{only}")
     return found
 
 
@@ -79,6 +83,8 @@ def measure(
     }
     arguments = engine_arguments(str(base), settings["dtype"], {**options, **fair}, alone=True)
     from vllm import LLM, SamplingParams  # after what it reads of the environment is set
+
+    _mend_sampling()
 
     def start(**more: Any) -> Any:
         return LLM(**{**arguments, **more}, disable_log_stats=False)
@@ -117,6 +123,24 @@ def render_alike(target: Path, draft: Path, prompts: Sequence[str]) -> list[list
         do = "Give a draft that was made from the base"
         raise UserError(problem("draft.models", f"{draft} has another tokenizer than {target}", do))
     return [render_prompt(ours, prompt) for prompt in prompts]
+
+
+def _mend_sampling() -> None:
+    """Let a CPU judge drafts at the temperature and top_p that were asked for: vLLM's own way loses both, and takes
+    what happens to be in memory (docs/footguns.md)."""
+    from vllm.platforms import current_platform
+    from vllm.v1.sample import rejection_sampler
+
+    if current_platform.is_cpu():
+        rejection_sampler.expand_batch_to_tokens = expand_to_tokens
+
+
+def expand_to_tokens(
+    values: torch.Tensor, ends: torch.Tensor, tokens: int, replace_from: float = 0, replace_to: float = 0
+) -> torch.Tensor:
+    """Return a value of each request (B) for each of its drafted tokens (T); those of request i end before ends[i]."""
+    counts = ends.diff(prepend=ends.new_zeros(1)).long()
+    return values.masked_fill(values == replace_from, replace_to).repeat_interleave(counts, output_size=tokens)
 
 
 def _worth(drafts: int, accepted: Sequence[int], cost: float) -> dict[str, float]:
