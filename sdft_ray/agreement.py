@@ -57,7 +57,7 @@ class Agreement:
 def render_prompts(directory: Path) -> list[list[int]]:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     return [render_prompt(tokenizer, prompt) for prompt in PROMPTS]
 
 

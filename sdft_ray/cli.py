@@ -1,4 +1,4 @@
-"""The command `sdft`: check, run, sweep, submit, report, verify, show, diff.
+"""The command `sdft`: check, run, sweep, submit, report, verify, doctor, show, diff.
 
 In: arguments. Out: results on stdout, progress on stderr, exit code 0 (done), 1 (a stage failed) or 2 (bad recipe or
 usage). Nothing heavy is imported at the top: `sdft --help` answers at once.
@@ -253,6 +253,35 @@ def _verify(options: argparse.Namespace) -> None:
         raise StageFailed(f"verify: failed: {'; '.join(failed)}")
 
 
+def _doctor(options: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from sdft_ray import doctor
+    from sdft_ray.compute import load_compute
+    from sdft_ray.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe) if options.recipe else None
+    with contextlib.redirect_stdout(sys.stderr), Console(stderr=True).status("looking"):
+        findings = list(doctor.examine(recipe, load_compute(options.compute), options.root))
+    failed = any(finding.status == "fail" for finding in findings)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
+        return int(failed)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    table.add_column("check", no_wrap=True)
+    table.add_column("where", overflow="fold")
+    table.add_column("found", overflow="fold", ratio=1)
+    for finding in findings:
+        colour = {"ok": "green", "warn": "yellow", "fail": "red"}[finding.status]
+        what = escape(finding.what) + (f". [bold]{escape(finding.do)}[/]" if finding.do else "")
+        table.add_row(f"[{colour}]{finding.status}[/]", finding.check, escape(finding.where), what)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    return int(failed)
+
+
 def _show(options: argparse.Namespace) -> None:
     from sdft_ray.artifacts import read_manifest
     from sdft_ray.report import describe
@@ -378,6 +407,9 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("target", metavar="TARGET", help="a model directory, an artifact's id, or a recipe file")
     verify.add_argument("--against", metavar="BASE", help="directory or id of the model that TARGET was cut from")
     verify.add_argument("--vllm", action="store_true", help="also compare greedy tokens of vLLM and transformers")
+    doctor = add("doctor", _doctor, "look for what would keep a recipe from running, here or on a cluster")
+    doctor.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE", help="also look at what this recipe needs")
+    doctor.add_argument("--compute", type=Path, metavar="F", help="a compute file, see configs/compute")
     show = add("show", _show, "show one artifact")
     show.add_argument("artifact", metavar="ID_OR_DIR")
     show.add_argument("--plot", type=Path, metavar="F", help="of a score: also draw its distances, as .svg or .png")
@@ -387,7 +419,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_COMMANDS = ("check", "run", "sweep", "submit", "report", "verify", "show", "diff")
+_COMMANDS = ("check", "run", "sweep", "submit", "report", "verify", "doctor", "show", "diff")
 
 
 if __name__ == "__main__":

@@ -99,7 +99,12 @@ def describe_directory(directory: Path) -> ModelFacts:
         raise UserError(problem(str(directory), "has no tokenizer", "Put the model's tokenizer files beside it"))
     tokenizer_config = directory / "tokenizer_config.json"
     templates = [directory / "chat_template.jinja", directory / "chat_template.json"]
-    inline = tokenizer_config.is_file() and "chat_template" in read_json(tokenizer_config)
+    settings = read_json(tokenizer_config) if tokenizer_config.is_file() else {}
+    if "AutoTokenizer" in (settings.get("auto_map") or {}):
+        what = "asks for a tokenizer that is code of the model's own, which is never run (auto_map)"
+        do = "Give a model whose tokenizer transformers knows, or save it as tokenizer.json and remove auto_map"
+        raise UserError(problem(str(tokenizer_config), what, do))
+    inline = "chat_template" in settings
     if not inline and not any(path.is_file() for path in templates):
         raise UserError(problem(str(directory), "has no chat template", "Give an instruction-tuned model"))
     return ModelFacts(str(config.get("model_type")), int(config.get("num_hidden_layers") or 0))
@@ -173,7 +178,9 @@ def _is_tied(directory: Path, config: Mapping[str, Any]) -> bool:
         return bool(config["tie_word_embeddings"])
     from transformers import AutoConfig
 
-    return bool(AutoConfig.from_pretrained(directory).tie_word_embeddings)  # each architecture has its own default
+    return bool(
+        AutoConfig.from_pretrained(directory, trust_remote_code=False).tie_word_embeddings
+    )  # each architecture has its own default
 
 
 def model_path(source: PackagedModel | LocalModel, where: str = "model.path") -> Path:

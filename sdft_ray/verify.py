@@ -251,7 +251,7 @@ def _check_config(model: Model) -> Finding:
         if config.get(key) != value:
             has = f"is {config[key]}" if key in config else "is not there"
             raise _Failed(f"{key} {has}, rope_parameters says {value}: transformers 4 reads only the first")
-    AutoConfig.from_pretrained(model.directory)
+    AutoConfig.from_pretrained(model.directory, trust_remote_code=False)
     says = [f"{blocks} blocks", *(f"{key} has {blocks} entries" for key in lists)]
     says += [f"{key} {value} in both spellings" for key, value in older.items()]
     return "; ".join(says), {"blocks": blocks, "per_block": lists, "rope": older}
@@ -262,7 +262,7 @@ def _check_ties(model: Model) -> Finding:
     import torch
     from transformers import AutoConfig
 
-    tied = bool(AutoConfig.from_pretrained(model.directory).tie_word_embeddings)
+    tied = bool(AutoConfig.from_pretrained(model.directory, trust_remote_code=False).tie_word_embeddings)
     ends = dict(_tensors(model.directory, ("model.embed_tokens.weight", "lm_head.weight")))
     head = ends.get("lm_head.weight")
     if head is None and not tied:
@@ -289,7 +289,7 @@ def _check_tokenizer(model: Model) -> Finding:
     """The tokenizer loads, has a chat template, and every id that it or the generation config names is embedded."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model.directory)
+    tokenizer = AutoTokenizer.from_pretrained(model.directory, trust_remote_code=False)
     if not tokenizer.chat_template:
         raise _Failed("there is no chat template")
     rows = read_json(model.directory / "config.json")["vocab_size"]
@@ -356,7 +356,9 @@ def _check_base_config(model: Model) -> Finding:
     from transformers import AutoConfig
 
     assert model.base
-    whole, cut = (AutoConfig.from_pretrained(path).to_dict() for path in (model.base, model.directory))
+    whole, cut = (
+        AutoConfig.from_pretrained(path, trust_remote_code=False).to_dict() for path in (model.base, model.directory)
+    )
     compared = [
         key for key in whole if key not in _OWN_FIELDS and not key.startswith("_") and not key.endswith("token_id")
     ]
@@ -424,7 +426,7 @@ def _fingerprints(directory: Path) -> dict[int | None, dict[str, str]]:
     import torch
     from transformers import AutoConfig
 
-    tied = AutoConfig.from_pretrained(directory).tie_word_embeddings
+    tied = AutoConfig.from_pretrained(directory, trust_remote_code=False).tie_word_embeddings
     found: dict[int | None, dict[str, str]] = {None: {}}
     for name, tensor in _tensors(directory):
         # A buffer that old files stored and the config determines; a second copy that `ties` has compared.

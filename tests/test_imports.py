@@ -19,7 +19,7 @@ ORDER = [
     {"manifest"},
     {"trials"},
     {"report", "agreement"},
-    {"verify"},
+    {"verify", "doctor"},
     {"cli"},
 ]
 HEAVY = ("torch", "ray", "vllm", "deepspeed", "lm_eval", "transformers")
@@ -74,5 +74,5 @@ def test_planning_modules_load_nothing_heavy():
 
 def test_help_lists_the_commands():
     done = subprocess.run([sys.executable, "-m", "sdft_ray.cli", "--help"], capture_output=True, text=True, check=True)
-    for command in ("check", "run", "sweep", "submit", "report", "verify", "show", "diff"):
+    for command in ("check", "run", "sweep", "submit", "report", "verify", "doctor", "show", "diff"):
         assert f"    {command} " in done.stdout

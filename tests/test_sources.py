@@ -227,6 +227,20 @@ def test_describe_directory_with_pickled_weights_gives_a_command_that_converts_t
     assert all(torch.equal(state[name], tensor) for name, tensor in load_file(model / "model.safetensors").items())
 
 
+def test_code_that_a_model_brings_is_never_run(model, tmp_path):
+    (model / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass C: pass\n")
+    config = json.loads((model / "config.json").read_text())
+    del config["tie_word_embeddings"]  # so that the library is asked for the default
+    (model / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "own.C"}}))
+    sources.describe_directory(model)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings["auto_map"] = {"AutoTokenizer": ["own.C", None]}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    what = "asks for a tokenizer that is code of the model's own, which is never run (auto_map). Give a model whose"
+    assert what in complaint(sources.describe_directory, model)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_describe_directory_with_quantised_weights_says_so(model):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))

