@@ -183,7 +183,7 @@ def parse_manifest(directory: str, text: bytes) -> dict[str, Any]:
         for entry in manifest["files"]:
             inside(Path(directory), entry["path"]), entry["bytes"], entry["sha256"]
         return manifest
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         what = "is damaged: not a manifest"
         raise UserError(problem(f"{directory}/{MANIFEST}", what, f"Delete {directory} to build it again")) from None
 

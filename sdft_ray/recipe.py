@@ -566,7 +566,14 @@ class Recipe(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's idea of a number (`1e-4` is one), and no silently repeated keys."""
+    """YAML 1.2's idea of a number (`1e-4` is one), no silently repeated keys, and no aliases: a few of them can stand
+    for more than a machine holds, or for themselves."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "aliases are not taken: write the value out", mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -650,6 +657,8 @@ def _parse_yaml(text: str, where: str) -> Any:
         line = f"{where}:{mark.line + 1}" if mark else where
         what = getattr(error, "problem", None) or "is not YAML"
         raise UserError(problem(line, f"not valid YAML ({what})", "Mend this line")) from None
+    except (ValueError, RecursionError) as error:  # a date that is none, a thousand brackets
+        raise UserError(problem(where, f"not valid YAML ({error})", "Mend this file")) from None
 
 
 def _apply(override: str, data: dict[str, Any]) -> None:

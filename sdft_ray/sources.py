@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from sdft_ray.artifacts import Stage, hash_source, slugify
+from sdft_ray.artifacts import Stage, hash_source, inside, slugify
 from sdft_ray.errors import UserError, nearest, problem
 from sdft_ray.recipe import (
     Fields,
@@ -93,21 +93,25 @@ def describe_model(source: ModelSource) -> ModelFacts | None:
 
 def describe_directory(directory: Path) -> ModelFacts:
     """Return the facts of a Hugging Face model directory, refusing one that lacks a part the chain needs."""
-    config = read_json(directory / "config.json", missing="is no Hugging Face model directory")
+    config = _read_object(directory / "config.json", missing="is no Hugging Face model directory")
     _require_weights(directory, config)
     if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         raise UserError(problem(str(directory), "has no tokenizer", "Put the model's tokenizer files beside it"))
     tokenizer_config = directory / "tokenizer_config.json"
     templates = [directory / "chat_template.jinja", directory / "chat_template.json"]
-    settings = read_json(tokenizer_config) if tokenizer_config.is_file() else {}
-    if "AutoTokenizer" in (settings.get("auto_map") or {}):
+    settings = _read_object(tokenizer_config) if tokenizer_config.is_file() else {}
+    if "AutoTokenizer" in str(settings.get("auto_map")):
         what = "asks for a tokenizer that is code of the model's own, which is never run (auto_map)"
         do = "Give a model whose tokenizer transformers knows, or save it as tokenizer.json and remove auto_map"
         raise UserError(problem(str(tokenizer_config), what, do))
     inline = "chat_template" in settings
     if not inline and not any(path.is_file() for path in templates):
         raise UserError(problem(str(directory), "has no chat template", "Give an instruction-tuned model"))
-    return ModelFacts(str(config.get("model_type")), int(config.get("num_hidden_layers") or 0))
+    blocks = config.get("num_hidden_layers") or 0
+    if not isinstance(blocks, int):
+        what = f"num_hidden_layers is {json.dumps(blocks)}, not a number"
+        raise UserError(problem(str(directory / "config.json"), what, "Copy or download it again"))
+    return ModelFacts(str(config.get("model_type")), blocks)
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -117,7 +121,7 @@ def weight_files(directory: Path) -> list[Path]:
     Raises UserError for an index that names a file which is not there.
     """
     if index := _weight_map(directory):
-        files = [directory / name for name in sorted(set(index.values()))]
+        files = [inside(directory, name) for name in sorted(set(index.values()))]
     else:
         files = [path for path in [directory / "model.safetensors"] if path.is_file()]
     for path in files:
@@ -145,10 +149,10 @@ def _weight_map(directory: Path) -> dict[str, str]:
     path = directory / WEIGHTS_INDEX
     if not path.is_file():
         return {}
-    index = read_json(path)
-    if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+    files = _read_object(path).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
         raise UserError(problem(str(path), "has no weight_map", "Copy or download it again"))
-    return dict(index["weight_map"])
+    return files
 
 
 def _require_weights(directory: Path, config: Mapping[str, Any]) -> None:
@@ -162,7 +166,8 @@ def _require_weights(directory: Path, config: Mapping[str, Any]) -> None:
         raise UserError(problem(str(directory), what, do))
     held = stored_tensors(directory)
     if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "somehow")
+        settings = config["quantization_config"]
+        method = settings.get("quant_method", "somehow") if isinstance(settings, dict) else settings
         do = "Give the model as it was before, in bfloat16"
         raise UserError(problem(str(directory / "config.json"), f"its weights are quantised ({method})", do))
     places = {name: (path, tensor) for path, tensors in held.items() for name, tensor in tensors.items()}
@@ -274,8 +279,9 @@ def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
             try:
                 yield from enumerate(pq.read_table(path).to_pylist(), 1)
-            except pyarrow.ArrowInvalid as error:
-                raise UserError(problem(str(path), f"is not Parquet ({error})", "Give a valid file")) from None
+            except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+                what = f"cannot be read as Parquet ({_first_line(error)})"
+                raise UserError(problem(str(path), what, "Give a valid file")) from None
         case suffix:
             raise UserError(problem(str(path), f"{suffix} is not known", "Give a .json, .jsonl or .parquet file"))
 
@@ -325,6 +331,10 @@ def _map_fields(record: Mapping[str, Any], fields: Fields, where: str) -> dict[s
     for key in ("prompt", "response"):
         if not isinstance(texts[key], str):
             raise UserError(problem(where, f"{getattr(fields, key)} is not text", "Mend this row"))
+    try:
+        "".join(map(str, texts.values())).encode()
+    except UnicodeEncodeError:
+        raise UserError(problem(where, "holds half a character (a lone surrogate)", "Mend this row")) from None
     context = texts.get("context") or ""
     answer = texts.get("answer")
     return {
@@ -343,6 +353,8 @@ def _parse_record(line: bytes, where: str) -> dict[str, Any]:
         raise UserError(
             problem(where, f"is not JSON ({error.msg} at column {error.colno})", "Mend this line")
         ) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise UserError(problem(where, f"cannot be read ({_first_line(error)})", "Mend this line")) from None
     if not isinstance(record, dict):
         raise UserError(problem(where, "is not an object", "Each line is one {...}"))
     return record
@@ -365,6 +377,19 @@ def read_json(path: Path, missing: str = "does not exist") -> Any:
         raise UserError(problem(str(path), "is not UTF-8 text", "Save the file as UTF-8")) from None
     except json.JSONDecodeError as error:
         raise UserError(problem(f"{path}:{error.lineno}", f"is not JSON ({error.msg})", "Mend this line")) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(problem(str(path), f"cannot be read ({_first_line(error)})", "Mend this file")) from None
+
+
+def _read_object(path: Path, missing: str = "does not exist") -> dict[str, Any]:
+    value = read_json(path, missing)
+    if not isinstance(value, dict):
+        raise UserError(problem(str(path), "is not an object", "Copy or download it again"))
+    return value
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 # --- calibration texts and benchmark files ---------------------------------------------------------------------
