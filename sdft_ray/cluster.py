@@ -71,12 +71,18 @@ def _connect(compute: Compute, quiet: dict[str, Any]) -> None:
             what = f"Ray did not start on this machine ({str(error).strip().splitlines()[-1]})"
             do = "Run the same command again when it is less busy; what was finished is kept"
             raise StageFailed(problem("compute.ray.address: local", what, do)) from error
-    else:
-        try:
-            ray.init(address=compute.ray.address, **quiet)
-        except ConnectionError as error:
-            where = f"compute.ray.address: {compute.ray.address}"
-            raise UserError(problem(where, f"no Ray answers there ({error})", "Start it or use local")) from None
+        return
+    where = f"compute.ray.address: {compute.ray.address}"
+    server, _, number = compute.ray.address.rpartition(":")
+    try:
+        if server and number.isdecimal() and "://" not in server:
+            socket.create_connection((server.strip("[]"), int(number)), 10).close()  # Ray itself tries for minutes
+        ray.init(address=compute.ray.address, **quiet)
+    except ray.exceptions.AuthenticationError:
+        do = "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token"
+        raise UserError(problem(where, "this cluster asks for a token, and yours is missing or wrong", do)) from None
+    except (OSError, OverflowError) as error:
+        raise UserError(problem(where, f"no Ray answers there ({error})", "Start it or use local")) from None
 
 
 def _free_port() -> int:
