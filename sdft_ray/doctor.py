@@ -163,15 +163,19 @@ def _cluster(needs: Mapping[str, tuple[int, int, float]], compute: Compute, plac
         sizes += [{"CPU": coming.cpus, "GPU": coming.gpus}] * max(count for count, *_ in needs.values())
     yield from room(sizes, needs)
 
-    mark = Path(place) / "probes" / uuid.uuid4().hex
-    if shared := "://" not in place and len(nodes) > 1:
-        mark.parent.mkdir(parents=True, exist_ok=True)
-        mark.touch()
+    mark = None
+    if "://" not in place and len(nodes) > 1:  # do all nodes see what one of them writes?
+        here = _storage(place, None, socket.gethostname())
+        if here.status == "fail":
+            yield here
+        else:
+            mark = Path(place) / "probes" / uuid.uuid4().hex
+            mark.touch()
     look = ray.remote(num_cpus=0, max_retries=0)(_look)
     pending = {}
     for node in nodes:
-        here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        task = look.options(scheduling_strategy=here).remote(place, needed(), str(mark) if shared else None)
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        task = look.options(scheduling_strategy=there).remote(place, needed(), mark and str(mark))
         pending[task] = node
     try:
         for task, node in pending.items():
@@ -191,7 +195,8 @@ def _cluster(needs: Mapping[str, tuple[int, int, float]], compute: Compute, plac
                 yield Finding("versions", host, "fail", what, "Give every node the same Python.")
             yield from found
     finally:
-        mark.unlink(missing_ok=True)
+        if mark:
+            mark.unlink(missing_ok=True)
 
 
 def _authenticated(host: str, address: str, mode: str) -> Finding:

@@ -287,7 +287,7 @@ def test_describe_directory_with_an_index_that_names_a_missing_file_says_which(s
 def test_describe_directory_with_an_index_that_is_none_says_so(sharded):
     path = sharded / "model.safetensors.index.json"
     path.write_text("[]")
-    assert complaint(sources.describe_directory, sharded) == f"{path}: has no weight_map. Copy or download it again."
+    assert complaint(sources.describe_directory, sharded) == f"{path}: is not an object. Copy or download it again."
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["tied-by-config", "tied-by-default"])
