@@ -4,25 +4,30 @@
 
 Killed are an engine's actor, all actors, the driver, and Ray itself (raylet, GCS): only descendants of this process.
 The fake engine answers after seconds, many rows at once, as a real one does; the last kills meet vLLM with SmolLM2.
-The last line is JSON: `kills`, `lost` and `doubled` rows of the dataset and lines of the ledger, and
-`rows_again_fraction`: of the rows that an engine had finished, how many were generated again. A piece is 16 rows.
+Before the last line: rows of the table in docs/results.md, of each kind how often, rows generated again, and seconds
+from the kill to the next row that an engine finished. The last line is JSON: `kills`, `lost` and `doubled` rows of the
+dataset and lines of the ledger, and `rows_again_fraction`: of the rows that an engine had finished, how many were
+generated again. A piece is 16 rows.
 """
 
 from __future__ import annotations
 
 import argparse
+import bisect
 import contextlib
 import ctypes
 import heapq
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +44,27 @@ from sdft_ray.stages import distill
 from sdft_ray.stages.engine import Request, VllmEngine
 from sdft_ray.storage import Storage
 
-KINDS = ("actor", "pool", "driver", "raylet", "gcs_server")
+KINDS = {
+    "actor": "an engine's actor",
+    "pool": "all engines' actors at once",
+    "driver": "the driver",
+    "raylet": "the raylet of the only node",
+    "gcs_server": "the GCS",
+}
 PIECE_ROWS = 16
 _SLOTS = 32  # rows that the fake engine works on at once
 _BECOME_SUBREAPER = 36  # prctl: what a killed driver leaves behind stays a descendant of this process
+
+
+@dataclass(frozen=True)
+class Kill:
+    """What one kill cost."""
+
+    kind: str
+    again: int
+    """Rows that had been finished and were generated again."""
+    seconds: float
+    """From the kill to the next row that was finished."""
 
 
 def main() -> None:
@@ -65,13 +87,18 @@ def main() -> None:
         parts = [torment("fake", options.rows, options.kills, Path(folder) / "fake", chance)]
         if options.real_kills:
             parts.append(torment("real", options.real_rows, options.real_kills, Path(folder) / "real", chance))
-    total = {name: sum(part[name] for part in parts) for name in parts[0] if name != "killed"}
-    killed: Counter[str] = sum((part["killed"] for part in parts), Counter())
+    total = {name: sum(part[name] for part in parts) for name in parts[0] if name != "kills"}
+    kills: list[Kill] = [kill for part in parts for kill in part["kills"]]
+    for kind, told in KINDS.items():
+        if of_kind := [kill for kill in kills if kill.kind == kind]:
+            seconds = sorted(kill.seconds for kill in of_kind)
+            took = f"{statistics.median(seconds):.1f} s ({seconds[0]:.1f} to {seconds[-1]:.1f})"
+            print(f"| {told} | {len(of_kind)} | {sum(kill.again for kill in of_kind)} rows | {took} |")
     print_figures(
         "crash",
         {
-            "kills": killed.total(),
-            "killed": dict(killed),
+            "kills": len(kills),
+            "killed": dict(Counter(kill.kind for kill in kills)),
             "lost": total["lost"],
             "doubled": total["doubled"],
             "rows_again_fraction": round(total["again"] / total["rows"], 4),
@@ -87,10 +114,10 @@ def torment(engine: str, rows: int, kills: int, root: Path, chance: random.Rando
     log = root / "finished"
     log.touch()
     write_rows(engine, rows, root)
-    killed: Counter[str] = Counter()
-    kinds = [KINDS[i % len(KINDS)] for i in range(kills)]
+    kinds = [list(KINDS)[i % len(KINDS)] for i in range(kills)]
     chance.shuffle(kinds)
     process = start(engine, rows, root, log)
+    deaths: list[tuple[str, int, float]] = []  # kind, rows finished until then, seconds to the next one
     for number, kind in enumerate(kinds, 1):
         # Kills are spread over the rows that are left; the moment between two is random.
         finished = len(log.read_text().split())
@@ -103,16 +130,22 @@ def torment(engine: str, rows: int, kills: int, root: Path, chance: random.Rando
         for victim in victims:
             with contextlib.suppress(psutil.NoSuchProcess):
                 victim.kill()
-        killed[kind] += bool(victims)
+        died = time.monotonic()
         print(f"{engine}: kill {number}, {kind}: {len(victims)} processes, {left} rows left", flush=True)
         if kind not in ("actor", "pool"):
             process = restart(process, engine, rows, root, log)
+        finished = len(log.read_text().split())
+        wait_for(log, finished + 1, process)
+        if victims:
+            deaths.append((kind, finished, time.monotonic() - died))
     for _ in range(5):
         if process.wait() == 0:
             break
         print((root / "output").read_text()[-600:], flush=True)
         process = restart(process, engine, rows, root, log)
-    return {**count(rows, root, log), "killed": killed}
+    again = blame(log.read_text().split(), [finished for _, finished, _ in deaths])
+    costs = [Kill(kind, again[i], seconds) for i, (kind, _, seconds) in enumerate(deaths)]
+    return {**count(rows, root, log), "kills": costs}
 
 
 def restart(process: subprocess.Popen[bytes], *arguments: Any) -> subprocess.Popen[bytes]:
@@ -162,6 +195,21 @@ def clear() -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(alive, timeout=10)
+
+
+def blame(finished: Iterable[str], deaths: Sequence[int]) -> Counter[int]:
+    """Return how many rows were generated again because of each death: the first after they had been finished.
+
+    >>> blame(["a", "b", "c", "b", "c", "d"], [2, 3])
+    Counter({0: 1, 1: 1})
+    """
+    last_seen: dict[str, int] = {}
+    again: Counter[int] = Counter()
+    for i, row in enumerate(finished):
+        if row in last_seen:
+            again[bisect.bisect_right(deaths, last_seen[row])] += 1
+        last_seen[row] = i
+    return again
 
 
 def count(rows: int, root: Path, log: Path) -> dict[str, int]:

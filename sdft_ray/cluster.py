@@ -82,7 +82,8 @@ def _connect(compute: Compute, quiet: dict[str, Any]) -> None:
         do = "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token"
         raise UserError(problem(where, "this cluster asks for a token, and yours is missing or wrong", do)) from None
     except (OSError, OverflowError) as error:
-        raise UserError(problem(where, f"no Ray answers there ({error})", "Start it or use local")) from None
+        do = "Start it or use local; where it asks for a token, set RAY_AUTH_MODE=token"
+        raise UserError(problem(where, f"no Ray answers there ({error})", do)) from None
 
 
 def _free_port() -> int:
@@ -125,9 +126,11 @@ def require_room(compute: Compute, stage: str) -> None:
         raise UserError(problem(f"compute.{stage}", what, do))
     group = placement_group([{"CPU": cpus, **({"GPU": gpus} if gpus else {})}] * bundles)
     try:
-        if group.wait(5):
+        cpus_there, gpus_there = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
+        nodes_must_come = bundles * cpus > cpus_there or bundles * gpus > gpus_there
+        if not nodes_must_come and group.wait(5):
             return
-        there = f"{sum(n.get('CPU', 0) for n in nodes):g} CPUs and {sum(n.get('GPU', 0) for n in nodes):g} GPUs"
+        there = f"{cpus_there:g} CPUs and {gpus_there:g} GPUs"
         needs = f"needs {bundles} x ({cpus} CPUs, {gpus:g} GPUs); the cluster has {there} on {len(nodes)} nodes"
         say(f"{stage}: {needs}; waiting up to {compute.ray.wait_seconds} s for that much to be free")
         if not group.wait(compute.ray.wait_seconds):
@@ -139,8 +142,11 @@ def require_room(compute: Compute, stage: str) -> None:
 def ticker() -> Any:
     """Return a new actor that workers tell how far they are, and that the driver asks."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    return ray.remote(num_cpus=0)(_Ticker).remote()
+    # An actor that needs nothing is put on any node; here it dies with nobody but the driver.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(_Ticker).remote()
 
 
 class _Ticker:

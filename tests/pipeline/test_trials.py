@@ -1,87 +1,36 @@
 """A sweep through the command on a tiny model: real Ray Tune, Ray Train and lm-eval, a fake at the engine boundary."""
 
-import contextlib
 import csv
 import io
 import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
+import faked
 import pytest
 import yaml
 from command import sdft
+from faked import kill, wait_for
 
 from sdft_ray.artifacts import read_manifest
 
-SCRIPT = textwrap.dedent(
-    """
-    import sys
-    from sdft_ray import cli
-    from sdft_ray.core.selection import Generation
-    from sdft_ray.stages import distill
-
-    class FakeEngine:
-        def __init__(self, model, settings, options, alone):
-            pass
-
-        def generate(self, requests):
-            for request in requests:
-                yield request, Generation(f"seed {request.sampling_seed}", "stop", len(request.prompt_ids), 2)
-
-    distill.VllmEngine = FakeEngine
-    sys.exit(cli.main(["sweep", *sys.argv[1:]]))
-    """
-)
-
 
 def make_folder(folder: Path, tiny_model: Path, address: str, axes, asha=None, **more) -> Path:
-    rows = [{"q": f"What is {i} + {i}?", "a": f"{i} + {i} = {2 * i}"} for i in range(36)]
-    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "texts.txt").write_text("One text.\n\nAnother text.")
-    recipe = {
-        "model": {"path": str(tiny_model)},
-        "rows": {
-            "path": "sums.jsonl",
-            "fields": {"prompt": "q", "response": "a"},
-            "held_out": 0,
-            "validation": 4,
-            "answer": "none",
-        },
-        "prune": {"blocks": 2, "metric": "angular", "candidates": 0, "calibration": {"text": "texts.txt", "limit": 2}},
-        "distill": {"shift_rows": 0},
-        "train": {"global_batch_size": 8, "lr": 1e-3, "validate_every_steps": 2},
-        "evaluate": {"tasks": ["arc_easy"], "limit": 20, "dtype": "float32"},
-        **more,
-    }
     compute = {
         "ray": {"address": address},
         "distill": {"cpus": 1},
         "train": {"workers": 1, "cpus": 1, "micro_batch": 4, "checkpoint_every_steps": 2},
     }
-    for name, content in {
-        "recipe": recipe,
-        "compute": compute,
-        "sweep": {"recipe": "recipe.yaml", "axes": axes, "asha": asha},
-    }.items():
-        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
-    (folder / "script.py").write_text(SCRIPT)
+    train = {"global_batch_size": 8, "lr": 1e-3, "validate_every_steps": 2}
+    faked.make_folder(folder, tiny_model, compute, rows=32, seconds_a_row=0, train=train, **more)
+    (folder / "sweep.yaml").write_text(yaml.safe_dump({"recipe": "recipe.yaml", "axes": axes, "asha": asha}))
     return folder
 
 
-def start(folder: Path, *more: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "script.py", "sweep.yaml", "--compute", "compute.yaml", *more],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
-    )
+def start(folder: Path, *more: str):
+    return faked.start(folder, "sweep", "sweep.yaml", *more)
 
 
 @pytest.fixture(scope="module")
@@ -163,13 +112,6 @@ def test_sweep_run_again_submits_no_finished_trial(swept):
     assert {path: path.stat().st_mtime_ns for path in (folder / "artifacts").rglob("manifest.json")} == before
 
 
-def wait_for(process: subprocess.Popen, there) -> None:
-    while not there():
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(0.2)
-            raise AssertionError(f"it ended before: {process.stderr.read()}")
-
-
 @pytest.mark.full
 def test_sweep_whose_trial_and_then_driver_are_killed_repeats_no_finished_trial(ray_cluster, tiny_model, tmp_path):
     from ray.util.state import list_actors
@@ -183,8 +125,7 @@ def test_sweep_whose_trial_and_then_driver_are_killed_repeats_no_finished_trial(
     for trial in trials:
         os.kill(trial.pid, signal.SIGKILL)
     wait_for(process, lambda: list(artifacts.glob("train/*/manifest.json")))
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    kill(process)
     before = {path: path.stat().st_mtime_ns for path in artifacts.glob("*/*/manifest.json")}
     assert all(len(json.loads(path.read_text())) == 4 for path in artifacts.glob("train/*/losses.json"))
 

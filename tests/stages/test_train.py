@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import threading
@@ -14,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from events import read_events
 from tiny import make_tiny_model, make_tokenizer
 
 from sdft_ray import compute
@@ -210,19 +210,7 @@ def test_train_a_killed_raylet_continues_on_another_node(reference, tiny_model, 
 
 def read_scalars(folder: Path, tag: str) -> dict[int, float]:
     """Return what TensorBoard shows of a tag: of steps that were taken twice, the second time."""
-    from tensorboardX.proto import event_pb2
-
-    found: dict[int, float] = {}
-    for path in sorted(folder.iterdir()):
-        data = path.read_bytes()
-        while len(data) >= 12:
-            (length,) = struct.unpack("<Q", data[:8])
-            event = event_pb2.Event.FromString(data[12 : 12 + length])
-            for value in event.summary.value:
-                if value.tag == tag:
-                    found[event.step] = value.simple_value
-            data = data[length + 16 :]
-    return found
+    return {event.step: value for event, value in read_events(folder, tag)}
 
 
 @pytest.mark.parametrize(
