@@ -43,7 +43,7 @@ def collect(recipe: Recipe, name: str, storage: Storage) -> dict[str, Any]:
         "flops_tokens": FLOPS_TOKENS,
         "settings": recipe.model_dump(mode="json"),
         "artifacts": [{"stage": stage.name, "id": stage.id, "directory": storage.where(stage)} for stage in plan],
-        **_details(plan, storage),
+        **_details(plan, exams, storage),
     }
 
 
@@ -148,7 +148,7 @@ def count_cost(directory: Path, tokens: int = FLOPS_TOKENS) -> dict[str, float]:
     return {"parameters": int(model.num_parameters()), "flops_per_token": counter.get_total_flops() / tokens}
 
 
-def _details(plan: Sequence[Stage], storage: Storage) -> dict[str, Any]:
+def _details(plan: Sequence[Stage], exams: Mapping[str, Mapping[str, Stage]], storage: Storage) -> dict[str, Any]:
     """Return what the page shows beside the table: distances, spans, losses, selection, examples, wall times."""
     found: dict[str, Any] = {"losses": {}, "losses_of_spans": None, "selection": None, "examples": [], "seconds": {}}
     found |= {"speed": None, "merges": {}, "drafts": {}}
@@ -168,8 +168,11 @@ def _details(plan: Sequence[Stage], storage: Storage) -> dict[str, Any]:
             case "speed":
                 found["speed"] = manifest["summary"]
             case "merge":
-                parents = [parent.where["model"] for parent in stage.inputs.values()]
-                found["merges"][stage.where["model"]] = {"models": parents, **manifest["summary"]}
+                name, parents = stage.where["model"], [parent.where["model"] for parent in stage.inputs.values()]
+                others = [other for other in (*parents, "together") if other in exams]
+                items = {other: _item_values([exams[other]], storage) for other in (name, *others)}
+                against = {o: dataclasses.asdict(paired_differences(items[name], items[o])[1]) for o in others}
+                found["merges"][name] = {"models": parents, "against": against, **manifest["summary"]}
             case "draft":
                 found["drafts"][stage.where["draft"]] = manifest["summary"]
             case "distill" if found["selection"] is None:  # of a recipe's own rows, which are the first
