@@ -77,6 +77,7 @@ def measure(
     fair = {
         # Two engines are alive at a time. A prompt that one of them has read before would be no fair race.
         "gpu_memory_utilization": options["gpu_memory_utilization"] / 2,
+        "kv_cache_gib": options["kv_cache_gib"] / 2,
         "enable_prefix_caching": False,
         "max_num_seqs": settings["at_once"],
         "max_model_len": max(map(len, ids)) + settings["max_new_tokens"] + max(settings["tokens"]) + 1,
@@ -95,19 +96,19 @@ def measure(
         "sampled": SamplingParams(temperature=settings["temperature"], top_p=settings["top_p"], max_tokens=length),
     }
     groups = [ids[i : i + settings["at_once"]] for i in range(0, len(ids), settings["at_once"])]
-    alone = start()
-    race, _ = _take_turns(alone, start(model=str(small)), groups, ways["greedy"])
+    alone, other = start(), start(model=str(small))
+    race, _ = _take_turns(alone, other, groups, ways["greedy"])
+    _end(other)
     cost = 1 / race["speedup"]
     found: dict[str, Any] = {way: {"measured": []} for way in ways}
     for k in settings["tokens"]:
-        gc.collect()  # the engine before goes
         drafting = start(speculative_config={"method": METHOD, "model": str(small), "num_speculative_tokens": k})
         for way, params in ways.items():
             race, texts = _take_turns(alone, drafting, groups, params)
             if way == "greedy":
                 race["differing"] = compare_texts(base, settings["dtype"], ids, *texts)
             found[way]["measured"].append({"tokens": k, **race, **_worth(race["drafts"], race["accepted"], cost)})
-        del drafting
+        _end(drafting)
     for figures in found.values():
         drafts, accepted = (figures["measured"][-1][name] for name in ("drafts", "accepted"))
         figures["counted"] = [{"tokens": k, **_worth(drafts, accepted[:k], cost)} for k in range(1, len(accepted) + 1)]
@@ -184,6 +185,12 @@ def _generate(engine: Any, group: Sequence[list[int]], params: Any) -> tuple[lis
     begun = time.perf_counter()
     made = engine.generate([{"prompt_token_ids": ids} for ids in group], params, use_tqdm=False)
     return [list(one.outputs[0].token_ids) for one in made], time.perf_counter() - begun
+
+
+def _end(engine: Any) -> None:
+    """Give an engine's memory back: vLLM keeps it for as long as the process lives where nobody ends the engine."""
+    engine.llm_engine.engine_core.shutdown()
+    gc.collect()
 
 
 def _count(engine: Any) -> tuple[int, list[int]]:
