@@ -14,6 +14,7 @@ from sdft_ray import pipeline
 from sdft_ray.compute import load_compute
 from sdft_ray.errors import UserError
 from sdft_ray.recipe import Recipe, validate
+from sdft_ray.report.table import merge_line
 from sdft_ray.stages.merge import merge_models
 from sdft_ray.storage import Storage
 from sdft_ray.sweep import load_sweep
@@ -234,3 +235,14 @@ def test_sweep_of_a_recipe_that_merges_is_refused(recipe, tmp_path):
     (tmp_path / "sweep.yaml").write_text('{"recipe": "recipe.yaml", "axes": {"prune.blocks": [1, 2]}}')
     with pytest.raises(UserError, match=r"recipe: recipe\.yaml merges models"):
         load_sweep(tmp_path / "sweep.yaml")
+
+
+def test_report_line_of_a_merge_says_what_it_gained_over_each_parent():
+    gained = {
+        "sums": {"value": 0.02, "low": 0.005, "high": 0.04},
+        "together": {"value": 0.0, "low": -0.01, "high": 0.01},
+    }
+    counts = {"identical": 1, "tensors": 3, "least_cosine": 0.9, "fell_back_to_linear": 0}
+    line = merge_line("slerp", {"models": ["sums", "chats"], "against": gained, **counts})
+    assert "merged from sums and chats; 1 of 3 tensors were identical" in line
+    assert line.endswith("intervals: sums +2.0 [+0.5, +4.0], together +0.0 [-1.0, +1.0].")
