@@ -1,6 +1,6 @@
 """The chain on clusters of several nodes on this machine: nodes die, the head is started anew, nodes come and go.
 
-What a death costs in steps and seconds is in the junit file of a run (`--junitxml`), for the table in docs/results.md.
+What a death costs is in the junit file of a run (`-o junit_family=xunit1 --junitxml FILE`): see docs/results.md.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def ray_head(**more) -> Iterator:
-    """Start a Ray head without CPUs; nodes can be added to it and killed."""
+def ray_cluster_of(nodes: int, **more) -> Iterator:
+    """Start a Ray head without CPUs, and so many nodes with one each; more can be added, and all be killed."""
     from ray.cluster_utils import Cluster
 
     port = free_port()
@@ -40,6 +40,8 @@ def ray_head(**more) -> Iterator:
         patch.setenv("RAY_worker_register_timeout_seconds", "300")  # as for a Ray of ours: sdft_ray/cluster.py
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **dashboard, **more})
         try:
+            for _ in range(nodes):
+                cluster.add_node(num_cpus=1)
             yield cluster
         finally:
             cluster.shutdown()
@@ -101,9 +103,7 @@ def test_chain_on_nodes_that_die_at_every_stage_ends_as_on_nodes_that_live(folde
     def there(pattern: str) -> Callable[[], list[Path]]:
         return lambda: list(artifacts.glob(pattern))
 
-    with ray_head() as cluster:
-        for _ in range(2):
-            cluster.add_node(num_cpus=1)
+    with ray_cluster_of(2) as cluster:
         finish(run(folder, cluster.address, "--root", "alone"))
 
         process = run(folder, cluster.address)
@@ -134,18 +134,22 @@ def test_chain_on_nodes_that_die_at_every_stage_ends_as_on_nodes_that_live(folde
     record_property("training: seconds to the next step", resumed - died_training)
 
 
-def test_chain_goes_on_under_a_head_that_was_started_anew(folder):
-    with ray_head() as cluster:
-        for _ in range(2):
-            cluster.add_node(num_cpus=1)
+def test_chain_goes_on_under_a_head_that_was_started_anew(folder, record_property):
+    def pieces() -> set[Path]:
+        return set((folder / "artifacts").glob("ledger/*/part-*.parquet"))
+
+    with ray_cluster_of(2) as cluster:
         process = run(folder, cluster.address)
-        wait_for(process, lambda: list((folder / "artifacts").glob("ledger/*/part-*.parquet")))
+        wait_for(process, pieces)
         kill(process)
-    with ray_head() as cluster:
-        for _ in range(2):
-            cluster.add_node(num_cpus=1)
-        finish(run(folder, cluster.address, "--until", "train"))
-        assert len(outcome(folder / "artifacts")["rows"]) == 48
+    kept = pieces()
+    record_property("head anew: rows kept", sum(pq.read_metadata(path).num_rows for path in kept))
+    with ray_cluster_of(2) as cluster:
+        process, begun = run(folder, cluster.address, "--until", "train"), time.time()
+        wait_for(process, lambda: pieces() - kept)
+        record_property("head anew: seconds from the command to the next piece", time.time() - begun)
+        finish(process)
+        assert len({row["id"] for row in outcome(folder / "artifacts")["rows"]}) == 48
         assert "Nothing to do" in finish(run(folder, cluster.address, "--until", "train"))
 
 
@@ -188,7 +192,7 @@ def test_chain_on_an_autoscaler_brings_nodes_up_from_none_and_lets_them_go(folde
         monkeypatch.setenv(name, "1")
     who = dict.fromkeys(("RAY_CLOUD_INSTANCE_ID", "RAY_OVERRIDE_NODE_ID_FOR_TESTING"), FAKE_HEAD_NODE_ID)
     autoscaler = {"autoscaling_config": str(folder / "autoscaler.yaml"), "gcs_server_port": port, "env_vars": who}
-    with ray_head(**autoscaler) as cluster:
+    with ray_cluster_of(0, **autoscaler) as cluster:
         nodes: list[int] = []
 
         def count() -> int:
