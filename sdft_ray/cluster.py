@@ -7,9 +7,10 @@ never be satisfied is an error at once, and what an autoscaler may still bring i
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -103,6 +104,15 @@ def _native_stderr_closed() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+def count_places(nodes: Iterable[Mapping[str, float]], cpus: int, gpus: float) -> int:
+    """Return how many processes of so many CPUs and GPUs, each on one node, nodes with these resources hold.
+
+    >>> count_places([{"CPU": 3}, {"CPU": 4, "GPU": 1}], 2, 0), count_places([{"CPU": 3}, {"CPU": 4, "GPU": 1}], 2, 1)
+    (3, 1)
+    """
+    return sum(int(min(node.get("CPU", 0) // cpus, node.get("GPU", 0) // gpus if gpus else math.inf)) for node in nodes)
 
 
 def require_room(compute: Compute, stage: str) -> None:

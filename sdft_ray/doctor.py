@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from sdft_ray import pipeline, sources, storage
-from sdft_ray.cluster import ray_cluster
+from sdft_ray.cluster import count_places, ray_cluster
 from sdft_ray.compute import Compute
 from sdft_ray.errors import StageFailed, UserError
 from sdft_ray.recipe import HubModel, HubRows, Recipe
@@ -141,8 +141,7 @@ def room(nodes: Sequence[Mapping[str, float]], needs: Mapping[str, tuple[int, in
     """Yield, for each stage, whether nodes with these resources can hold what it asks for."""
     for stage, (bundles, cpus, gpus) in needs.items():
         wants = f"{bundles} x ({cpus} CPUs, {gpus:g} GPUs)"
-        places = (min(node.get("CPU", 0) // cpus, node.get("GPU", 0) // gpus if gpus else bundles) for node in nodes)
-        if (fit := int(sum(places))) >= bundles:
+        if (fit := count_places(nodes, cpus, gpus)) >= bundles:
             yield Finding("resources", stage, "ok", f"{wants} fit")
         elif fit:
             do = f"Lower compute.{stage}, or add nodes; a stage waits ray.wait_seconds for them."

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 import os
 import sys
 import time
@@ -17,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdft_ray import pipeline
-from sdft_ray.cluster import ray_cluster, require_room
+from sdft_ray.cluster import count_places, ray_cluster, require_room
 from sdft_ray.compute import Compute
 from sdft_ray.errors import StageFailed, UserError
 from sdft_ray.progress import Progress, duration, say
@@ -112,8 +111,7 @@ def trials_at_once(compute: Compute) -> int:
 
     workers, cpus, gpus = compute.needs()["train"]
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    held = sum(int(min(node.get("CPU", 0) // cpus, node.get("GPU", 0) // gpus if gpus else math.inf)) for node in nodes)
-    return max(1, held // workers)
+    return max(1, count_places(nodes, cpus, gpus) // workers)
 
 
 def _run_trial(

@@ -115,7 +115,7 @@ def draft_line(name: str, draft: Mapping[str, Any]) -> str:
     best = max(draft["greedy"]["measured"], key=lambda one: one["speedup"])
     text = f"{name} as draft of the base: a token of it takes {draft['cost']:.2f} of the base's time; greedy, with"
     text += f" {best['tokens']} drafted: {best['accepted_share']:.0%} accepted, {best['tokens_per_call']:.2f} tokens a"
-    text += f" call, {best['speedup']:.2f} ({best['speedup_min']:.2f} to {best['speedup_max']:.2f}) times the tokens/s"
+    text += f" call, {_ratio(best, 'speedup')} times the tokens/s"
     text += f" (expected {best['expected_speedup']:.2f}; gains below a cost of {best['break_even_cost']:.2f})"
     if best["differing"]:
         text += f"; the text of {len(best['differing'])} of {draft['prompts']} prompts differs from the base's alone"
@@ -140,11 +140,6 @@ def draft_rows(draft: Mapping[str, Any]) -> Iterator[list[str]]:
         measured = {one["tokens"]: one for one in draft[text]["measured"]}
         for counted in draft[text]["counted"]:
             one = measured.get(counted["tokens"], counted)
-            speed = (
-                f"{one['speedup']:.2f} ({one['speedup_min']:.2f} to {one['speedup_max']:.2f})"
-                if "speedup" in one
-                else "-"
-            )
             yield [
                 text,
                 str(one["tokens"]),
@@ -152,17 +147,14 @@ def draft_rows(draft: Mapping[str, Any]) -> Iterator[list[str]]:
                 f"{one['accepted_share']:.0%}",
                 f"{one['tokens_per_call']:.2f}",
                 f"{one['expected_speedup']:.2f}",
-                speed,
+                _ratio(one, "speedup") if "speedup" in one else "-",
                 f"{one['break_even_cost']:.2f}",
             ]
 
 
 def speed_line(speed: Mapping[str, Any]) -> str:
     """Return how fast the pruned model was against the base, with the range over alternating runs."""
-    each = [
-        f"{kind} {found['ratio']:.2f} ({found['ratio_min']:.2f} to {found['ratio_max']:.2f})"
-        for kind, found in speed.items()
-    ]
+    each = [f"{kind} {_ratio(found, 'ratio')}" for kind, found in speed.items()]
     return f"Measured tokens/s of the pruned model, as a multiple of the base's: {', '.join(each)}."
 
 
@@ -180,6 +172,11 @@ def interval(found: Mapping[str, float]) -> str:
     '+1.2 [-1.0, +3.4]'
     """
     return f"{100 * found['value']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
+
+
+def _ratio(found: Mapping[str, float], name: str) -> str:
+    """Return a ratio of speeds with its range over alternating runs."""
+    return f"{found[name]:.2f} ({found[f'{name}_min']:.2f} to {found[f'{name}_max']:.2f})"
 
 
 def _or_dash(value: float | None) -> str:
