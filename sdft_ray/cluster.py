@@ -18,6 +18,8 @@ from sdft_ray.compute import Compute, cores
 from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.progress import say
 
+TOKEN = "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token"
+
 
 @contextmanager
 def ray_cluster(compute: Compute) -> Iterator[None]:
@@ -73,18 +75,25 @@ def _connect(compute: Compute, quiet: dict[str, Any]) -> None:
             do = "Run the same command again when it is less busy; what was finished is kept"
             raise StageFailed(problem("compute.ray.address: local", what, do)) from error
         return
-    where = f"compute.ray.address: {compute.ray.address}"
-    server, _, number = compute.ray.address.rpartition(":")
+    where, address = f"compute.ray.address: {compute.ray.address}", compute.ray.address
+    if address == "auto":
+        address = os.environ.get("RAY_ADDRESS", address)
+    server, _, number = address.rpartition(":")
     try:
         if server and number.isdecimal() and "://" not in server:
-            socket.create_connection((server.strip("[]"), int(number)), 10).close()  # Ray itself tries for minutes
-        ray.init(address=compute.ray.address, **quiet)
+            # Ray itself tries for minutes where nobody listens, and of a wrong token it says only that it failed.
+            socket.create_connection((server.strip("[]"), int(number)), 10).close()
+            ray._raylet.GcsClient(address=address)
+        ray.init(address=address, **quiet)
     except ray.exceptions.AuthenticationError:
-        do = "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token"
-        raise UserError(problem(where, "this cluster asks for a token, and yours is missing or wrong", do)) from None
-    except (OSError, OverflowError) as error:
-        do = "Start it or use local; where it asks for a token, set RAY_AUTH_MODE=token"
+        what = "this cluster asks for a token, and yours is missing or wrong"
+        raise UserError(problem(where, what, f"Set {TOKEN}")) from None
+    except (OSError, OverflowError, ray.exceptions.RpcError) as error:
+        do = f"Start it or use local; where it asks for a token, set {TOKEN}"
         raise UserError(problem(where, f"no Ray answers there ({error})", do)) from None
+    except RuntimeError as error:  # another Ray or Python, or this machine is none of its nodes
+        do = "Run this on a node of that cluster, with its Ray and Python; from elsewhere use sdft submit"
+        raise UserError(problem(where, " ".join(str(error).split()), do)) from None
 
 
 def _free_port() -> int:

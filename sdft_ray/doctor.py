@@ -22,7 +22,7 @@ from typing import Literal
 from sdft_ray import pipeline, sources, storage
 from sdft_ray.cluster import count_places, ray_cluster
 from sdft_ray.compute import Compute
-from sdft_ray.errors import StageFailed, UserError
+from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.recipe import HubModel, HubRows, Recipe
 from sdft_ray.storage import Storage
 
@@ -51,8 +51,8 @@ def examine(recipe: Recipe | None, compute: Compute, root: str) -> Iterator[Find
     needs = compute.needs()
     if recipe:
         checked = _recipe(recipe, compute)
-        yield checked
-        if checked.status == "ok":
+        yield from checked
+        if checked[0].status == "ok":
             yield from _template(recipe)
             built = {stage.name for stage in pipeline.stages(recipe)}
             needs = {stage: need for stage, need in needs.items() if stage in built}
@@ -62,7 +62,7 @@ def examine(recipe: Recipe | None, compute: Compute, root: str) -> Iterator[Find
         with ray_cluster(compute):
             yield from _cluster(needs, compute, place)
     except (UserError, StageFailed) as error:
-        yield Finding("ray", compute.ray.address, "fail", *_parted(error))
+        yield from (Finding("ray", compute.ray.address, "fail", each.what, each.do) for each in error.args)
         yield from _on_node(place, needed(), None)  # then this machine at least
 
 
@@ -256,7 +256,8 @@ def _storage(place: str, mark: str | None, host: str) -> Finding:
     try:
         storage.probe(place)
     except UserError as error:
-        return Finding("storage", host, "fail", *_parted(error))
+        [wrong] = error.args
+        return Finding("storage", host, "fail", f"{place} {wrong.what}", wrong.do)
     if mark and not Path(mark).exists():
         what = f"{place} is another directory there than here"
         return Finding("storage", host, "fail", what, "Give a directory that all nodes share, or an s3:// URI.")
@@ -277,12 +278,12 @@ def _space(place: str, host: str) -> Iterator[Finding]:
         yield Finding(name, host, status, f"{gb:.1f} GB free{of[name]}", do)
 
 
-def _recipe(recipe: Recipe, compute: Compute) -> Finding:
+def _recipe(recipe: Recipe, compute: Compute) -> list[Finding]:
     try:
         pipeline.check(recipe, compute)
     except UserError as error:
-        return Finding("recipe", "model and rows", "fail", *_parted(error))
-    return Finding("recipe", "model and rows", "ok", "all that can be known before anything is built")
+        return [Finding("recipe", each.where, "fail", each.what, each.do) for each in error.args]
+    return [Finding("recipe", "model and rows", "ok", "all that can be known before anything is built")]
 
 
 def _template(recipe: Recipe) -> Iterator[Finding]:
@@ -314,23 +315,16 @@ def _hub(recipe: Recipe) -> Iterator[Finding]:
     if not wanted:
         return
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HTTPError
 
     for repo, revision, kind in sorted(wanted):
         try:
             HfApi().repo_info(repo, revision=revision, repo_type=kind, timeout=20)
-        except (HfHubHTTPError, OSError) as error:
-            what = f"the hub does not give this {kind} ({_line(error)})"
-            do = "Check name, revision, network, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE."
-            yield Finding("hub", repo, "fail", what, do)
+        except (HTTPError, OSError) as error:
+            told = problem(f"{kind} {repo}", *sources.read_refusal(error))
+            yield Finding("hub", told.where, "fail", told.what, told.do)
         else:
-            yield Finding("hub", repo, "ok", f"{kind} {revision[:12]} can be read")
-
-
-def _parted(error: Exception) -> tuple[str, str]:
-    """Return the message of an error as what is wrong and what to do."""
-    what, dot, do = str(error).rpartition(". ")
-    return (what, do) if dot else (str(error), "")
+            yield Finding("hub", f"{kind} {repo}", "ok", f"{revision[:12]} can be read")
 
 
 def _line(error: Exception, number: int = 0) -> str:

@@ -17,8 +17,11 @@ class UserError(Exception):
 
     def __init__(self, *problems: str) -> None:
         assert problems, "a UserError says at least one problem"
-        super().__init__("\n".join(problems))
+        super().__init__(*problems)
         self.problems = problems
+
+    def __str__(self) -> str:
+        return "\n".join(self.problems)
 
 
 class StageFailed(Exception):
@@ -27,9 +30,20 @@ class StageFailed(Exception):
     exit_code = 1
 
 
-def problem(where: str, what: str, do: str) -> str:
-    """Return the one line `where: what. Do this.` that every user-facing error consists of."""
-    return f"{where}: {what.rstrip('.')}. {do if do.endswith(('.', '?')) else do + '.'}"
+class Problem(str):
+    """One line `where: what. Do this.`, which knows its parts."""
+
+    where: str
+    what: str
+    do: str
+
+
+def problem(where: str, what: str, do: str) -> Problem:
+    """Return the one line that every user-facing error consists of."""
+    what, do = what.rstrip("."), do if do.endswith((".", "?")) else f"{do}."
+    line = Problem(f"{where}: {what}. {do}")
+    line.where, line.what, line.do = where, what, do
+    return line
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

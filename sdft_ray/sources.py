@@ -203,7 +203,7 @@ def model_path(source: PackagedModel | LocalModel, where: str = "model.path") ->
 def download_model(repo: str, revision: str, directory: Path) -> None:
     """Write a hub model's safetensors, config and tokenizer into `directory`; raises UserError where it cannot."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
     wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt", "LICENSE*"]
     try:
@@ -214,12 +214,32 @@ def download_model(repo: str, revision: str, directory: Path) -> None:
             allow_patterns=wanted,
             ignore_patterns=["*/*", "consolidated*"],
         )
-    except LocalEntryNotFoundError:
-        raise UserError(problem(repo, "cannot be downloaded: no hub in reach", "Give a local path instead")) from None
-    except HfHubHTTPError as error:
-        what = f"the hub refuses it ({str(error).splitlines()[0]})"
-        raise UserError(problem(repo, what, "Check name, revision and HF_TOKEN")) from None
+    except (HTTPError, LocalEntryNotFoundError) as error:
+        raise UserError(problem(repo, *read_refusal(error))) from None
     shutil.rmtree(directory / ".cache", ignore_errors=True)  # the hub client's own notes
+
+
+def read_refusal(error: BaseException) -> tuple[str, str]:
+    """Return what it means that a hub does not give a repository, and what to do."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError):  # a download says only that there is no copy here
+        error = error.__cause__ or error
+    match error:
+        case errors.GatedRepoError():
+            return "is gated, and the hub does not let you in", "Ask for access on its page, and set HF_TOKEN"
+        case errors.RevisionNotFoundError():
+            return "has no such revision", "Check the commit"
+        case errors.RepositoryNotFoundError():
+            return "is not on the hub, or private", "Check the name; where it is private, set HF_TOKEN"
+        case errors.HfHubHTTPError() if error.response.status_code == 401:
+            return "the hub refuses your token", "Set another HF_TOKEN, or none"
+        case errors.HfHubHTTPError():
+            return f"the hub answers {error.response.status_code}", "Try again later"
+        case errors.OfflineModeIsEnabled():
+            return "the hub is not asked: offline mode is on", "Unset HF_HUB_OFFLINE, or give a local path"
+        case _:
+            return f"no hub in reach ({error})", "Check the network and HF_ENDPOINT, or give a local path"
 
 
 # --- rows -----------------------------------------------------------------------------------------------------
@@ -314,12 +334,11 @@ def _hub_records(source: HubRows) -> Iterator[tuple[int, dict[str, Any]]]:
 
     try:
         dataset = datasets.load_dataset(source.repo, source.subset, split=source.split, revision=source.revision)
-    except (ConnectionError, HfHubHTTPError) as error:
-        raise UserError(
-            problem(source.repo, f"cannot be downloaded ({error})", "Check the hub, or give rows.path")
-        ) from None
     except (ValueError, datasets.exceptions.DatasetNotFoundError) as error:
         raise UserError(problem(source.repo, str(error), "Check repo, subset and split")) from None
+    except (ConnectionError, FileNotFoundError, HfHubHTTPError) as error:
+        what = f"cannot be downloaded ({' '.join(str(error).split())})"
+        raise UserError(problem(source.repo, what, "Check the hub, or give rows.path")) from None
     yield from enumerate(dataset, 1)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from sdft_ray.cluster import TOKEN
 from sdft_ray.compute import Compute
 from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.progress import say
@@ -149,8 +150,8 @@ def connect(address: str) -> Any:
     try:
         return JobSubmissionClient(address)
     except AuthenticationError:
-        do = "Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token"
-        raise UserError(problem(address, "this cluster asks for a token, and yours is missing or wrong", do)) from None
+        what = "this cluster asks for a token, and yours is missing or wrong"
+        raise UserError(problem(address, what, f"Set {TOKEN}")) from None
     except (ConnectionError, RuntimeError, requests.RequestException) as error:
         do = "Check the address, and that the cluster runs"
         raise UserError(problem(address, f"no Ray dashboard answers ({_first_line(error)})", do)) from None

@@ -1,8 +1,12 @@
 """What the doctor finds, and how the command says it."""
 
 import json
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+import yaml
 from command import sdft
 
 from sdft_ray import doctor
@@ -104,3 +108,90 @@ def test_cluster_that_is_not_there_is_one_failed_line_and_exit_code_1(tmp_path):
     assert [finding["where"] for finding in found if finding["check"] == "ray"] == ["127.0.0.1:1"]
     assert {finding["status"] for finding in found} >= {"ok", "fail"}
     assert all(finding["do"] for finding in found if finding["status"] != "ok")
+
+
+@pytest.mark.parametrize(
+    "variables", [{"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token"}], ids=["none", "wrong"]
+)
+def test_cluster_that_asks_for_another_token_is_one_failed_line_with_the_remedy(
+    ray_cluster, tmp_path, monkeypatch, variables
+):
+    for name, value in {**variables, "RAY_AUTH_TOKEN": "planted" * 5}.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "compute.yaml").write_text(yaml.safe_dump({"ray": {"address": ray_cluster}, "score": {"cpus": 1}}))
+    done = sdft("doctor", "--compute", "compute.yaml", "--json", cwd=tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "planted" not in done.stdout + done.stderr
+    [ray] = [finding for finding in json.loads(done.stdout) if finding["check"] == "ray"]
+    assert ray["what"] == "this cluster asks for a token, and yours is missing or wrong"
+    assert ray["do"].startswith("Set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH")
+
+
+@contextmanager
+def hub():
+    """Serve what a hub answers of repositories: one that is there, a gated one, and no others; its address."""
+    codes = {"good": (200, ""), "gated": (401, "GatedRepo")}
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, code = codes.get(self.path.split("/")[4], (404, "RepoNotFound"))
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.end_headers()
+            self.wfile.write(b'{"id": "a/good"}')
+
+        def log_message(self, *arguments) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+@pytest.fixture
+def look(tmp_path, monkeypatch):
+    """Return what runs the command on a recipe of a hub, and gives status and remedy of what it looked at."""
+
+    def run(endpoint: str, root: str, ray: str) -> dict[str, tuple[str, str]]:
+        fields = {"fields": {"prompt": "q", "response": "a"}, "held_out": 2, "validation": 2}
+        gated, none = (
+            {"repo": f"a/{name}", "revision": "b" * 40, "split": "all", **fields} for name in ("gated", "none")
+        )
+        recipe = {
+            "model": {"repo": "a/good", "revision": "c" * 40},
+            "rows": {**gated, "answer": "none"},
+            "prune": {"blocks": 2, "calibration": {"rows": {**none, "answer": "none"}}},
+            "evaluate": {"tasks": ["arc_easy"]},
+        }
+        (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+        (tmp_path / "compute.yaml").write_text(yaml.safe_dump({"ray": {"address": ray}, "score": {"cpus": 1}}))
+        for name, value in {"HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_planted", "HF_HUB_OFFLINE": "0"}.items():
+            monkeypatch.setenv(name, value)
+        done = sdft("doctor", "recipe.yaml", "--compute", "compute.yaml", "--root", root, "--json", cwd=tmp_path)
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+        assert "planted" not in done.stdout + done.stderr
+        found = [finding for finding in json.loads(done.stdout) if finding["check"] in ("hub", "storage")]
+        return {each["where" if each["check"] == "hub" else "check"]: (each["status"], each["do"]) for each in found}
+
+    return run
+
+
+def test_hub_is_asked_for_each_repository_and_nodes_for_a_root_in_an_object_store(look, s3):
+    with hub() as endpoint:
+        assert look(endpoint, s3, "local") == {
+            "model a/good": ("ok", ""),
+            "dataset a/gated": ("fail", "Ask for access on its page, and set HF_TOKEN."),
+            "dataset a/none": ("fail", "Check the name; where it is private, set HF_TOKEN."),
+            "storage": ("ok", ""),
+        }
+
+
+def test_hub_out_of_reach_and_refused_credentials_are_failed_lines_with_the_remedy(look, s3, s3_proxy):
+    with s3_proxy.broken(lambda *request: ("status", 403)):
+        found = look("http://127.0.0.1:9", s3, "127.0.0.1:1")
+    no_hub = ("fail", "Check the network and HF_ENDPOINT, or give a local path.")
+    assert found == {
+        **dict.fromkeys(("model a/good", "dataset a/gated", "dataset a/none"), no_hub),
+        "storage": ("fail", "Check bucket, endpoint, network and credentials."),
+    }
