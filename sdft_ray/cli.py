@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +27,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # of the driver; workers set their own
     options = _parser().parse_args(arguments)
+    code = 130
+
+    def end(number: int, frame: Any) -> None:
+        """End as Ctrl-C does, for Kubernetes, Slurm and `ray job stop`."""
+        nonlocal code
+        code = 128 + number
+        on_interrupt = signal.getsignal(signal.SIGINT)  # Ray Train has its own
+        if callable(on_interrupt):
+            on_interrupt(number, frame)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, end)
     try:
         return options.command(options) or 0
     except (UserError, StageFailed) as error:
@@ -37,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print("Stopped. What was finished is kept; the same command goes on from there.", file=sys.stderr)
-        return 130
+        return code
 
 
 def _check(options: argparse.Namespace) -> None:

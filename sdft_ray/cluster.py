@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import socket
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -46,8 +47,10 @@ def ray_cluster(compute: Compute) -> Iterator[None]:
         logging.getLogger(name).setLevel(logging.ERROR)
     ray.data.DataContext.get_current().enable_progress_bars = False
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    on_end = signal.getsignal(signal.SIGTERM)
     with _native_stderr_closed():
         _connect(compute, quiet)
+    signal.signal(signal.SIGTERM, on_end)  # Ray's prints a stack and aborts
     try:
         yield
     finally:

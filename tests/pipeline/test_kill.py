@@ -1,7 +1,8 @@
-"""SIGKILL of the whole command, twice, at points that matter; the end is the same as of a run left alone."""
+"""The whole command is killed, or told to end, at points that matter; the end is the same as of a run left alone."""
 
 import fnmatch
 import json
+import signal
 from collections.abc import Callable
 
 import pyarrow.parquet as pq
@@ -13,6 +14,7 @@ from sdft_ray.objects import Objects
 from sdft_ray.storage import Storage
 
 RUN = ("run", "recipe.yaml", "--until", "train")
+PIECE, CHECKPOINT = "ledger/*/part-*.parquet", "resumable/train/*/ray_train*/checkpoint_*/progress.json"
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +37,14 @@ def folder(tiny_model, tmp_path_factory):
 
 def test_killed_while_generating_and_while_training_ends_as_if_left_alone(folder, alone):
     artifacts = folder / "artifacts"
-    wait_for(first := start(folder, *RUN), lambda: list(artifacts.glob("ledger/*/part-*.parquet")))
+    wait_for(first := start(folder, *RUN), lambda: list(artifacts.glob(PIECE)))
     kill(first)
     assert not list((artifacts / "distill").glob("*")), "nothing half-done stands in an artifact's place"
-    kept = sum(pq.read_metadata(path).num_rows for path in artifacts.glob("ledger/*/part-*.parquet"))
+    kept = sum(pq.read_metadata(path).num_rows for path in artifacts.glob(PIECE))
     assert kept > 0
 
     second = start(folder, *RUN)
-    wait_for(second, lambda: list(artifacts.glob("resumable/train/*/ray_train*/checkpoint_*/progress.json")))
+    wait_for(second, lambda: list(artifacts.glob(CHECKPOINT)))
     kill(second)
     ledger = [row for path in artifacts.glob("ledger/*/part-*") for row in pq.read_table(path)["id"].to_pylist()]
     assert len(ledger) == len(set(ledger)) == 48, "no row lost, none twice"
@@ -57,6 +59,26 @@ def alone(folder) -> dict:
     """The outcome of a run that nothing interrupts."""
     finish(start(folder, *RUN, "--root", "alone"))
     return outcome(folder / "alone")
+
+
+@pytest.mark.parametrize(
+    ("number", "at"),
+    [
+        (signal.SIGTERM, PIECE),
+        pytest.param(signal.SIGTERM, CHECKPOINT, marks=pytest.mark.full),
+        pytest.param(signal.SIGINT, CHECKPOINT, marks=pytest.mark.full),
+    ],
+    ids=["SIGTERM-generating", "SIGTERM-training", "SIGINT-training"],
+)
+def test_stopped_by_a_signal_ends_in_one_line_and_keeps_what_was_finished(folder, tmp_path, number, at):
+    process = start(folder, *RUN, "--root", str(tmp_path))
+    wait_for(process, lambda: list(tmp_path.glob(at)))
+    process.send_signal(number)
+    _, errors = process.communicate()
+    assert process.returncode == 128 + number
+    assert errors.splitlines()[-1] == "Stopped. What was finished is kept; the same command goes on from there."
+    assert "***" not in errors and "Traceback" not in errors
+    assert list(tmp_path.glob(at))
 
 
 @pytest.mark.full
