@@ -130,7 +130,7 @@ def _draft_stage(wanted: Draft, name: str, base: Stage, models: Mapping[str, Sta
         raise UserError(problem("draft.models", f"this recipe makes no {name}", nearest(name, drafts)))
     settings = {**wanted.model_dump(mode="json", exclude={"models"}), "tokens": sorted(wanted.tokens)}
     inputs = {"model": base, "draft": drafts[name], "rows": all_rows}
-    return Stage("draft", f"{base.slug}-{name}", draft.VERSION, settings, inputs, {"draft": name})
+    return Stage("draft", f"{models['pruned'].slug}-{name}", draft.VERSION, settings, inputs, {"draft": name})
 
 
 def _prune_stages(recipe: Recipe, base: Stage, all_rows: Stage) -> list[Stage]:

@@ -147,11 +147,13 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a sweep builds: first what is shared, in this order, then the trials in any."""
+    """What a sweep builds: first what is shared, in this order, then the trials in any, then the drafts."""
 
     cells: tuple[Cell, ...]
     shared: tuple[Stage, ...]
     trials: tuple[Trial, ...]
+    drafts: tuple[Stage, ...] = ()
+    """Pruned and trained models as drafts of the base: the last, one at a time, for they are measured in seconds."""
     asha: Asha | None = None
 
     @property
@@ -186,12 +188,13 @@ def expand(sweep: Sweep, folder: Path) -> tuple[Cell, ...]:
         if whole.merge:
             do = "Sweep it without merge, and merge what was best"
             raise UserError(problem("recipe", f"{file} merges models, which trials alone do not have", do))
-        if whole.draft:
-            do = "Sweep it without draft, and try what was best"
-            raise UserError(problem("recipe", f"{file} tries drafts, which trials alone do not have", do))
-        if whole.evaluate != load_recipe(folder / sweep.recipe[0]).evaluate:
+        first = load_recipe(folder / sweep.recipe[0])
+        if whole.evaluate != first.evaluate:
             what = f"{file} has other exams than {sweep.recipe[0]}, so their means do not compare"
             raise UserError(problem("recipe", what, "Give both the same evaluate"))
+        if whole.draft != first.draft:
+            what = f"{file} tries drafts otherwise than {sweep.recipe[0]}, so their figures do not compare"
+            raise UserError(problem("recipe", what, "Give both the same draft"))
         which = {RECIPE: Path(file).stem} if len(sweep.recipe) > 1 else {}
         for values in _combinations(sweep):
             overrides = [f"{path}={json.dumps(value)}" for path, value in values.items()]
@@ -233,6 +236,8 @@ def _mistakes(cell: Cell) -> Iterator[str]:
         section, _, field = path.partition(".")
         if section == "evaluate":
             yield problem(f"axes.{path}", "every trial takes the same exams", "Set it in the recipe")
+        if section == "draft":
+            yield problem(f"axes.{path}", "every draft is tried in the same way", "Set it in the recipe")
         if not (path in (DEPTH, SIZE, RECIPE) or is_seed(path)) and cell.recipe.rows.validation == 0:
             what = f"without validation rows nothing says which {path} is best"
             yield problem(f"axes.{path}", what, "Give rows.validation in the recipe, for example 16")
@@ -265,6 +270,7 @@ def make_plan(cells: Sequence[Cell]) -> Plan:
     shared: dict[str, Stage] = {}
     trained: dict[str, Stage] = {}
     exams: dict[str, dict[str, Stage]] = {}
+    drafts: dict[str, Stage] = {}
     needed_by: dict[str, list[Cell]] = {}
     for cell in cells:
         for stage in pipeline.stages(cell.recipe):
@@ -274,13 +280,17 @@ def make_plan(cells: Sequence[Cell]) -> Plan:
                 needed_by.setdefault(stage.id, []).append(cell)
             elif stage.name == "evaluate" and model is not None and model.name == "train":
                 exams.setdefault(model.id, {}).setdefault(stage.id, stage)
+            elif stage.name == "draft":
+                drafts.setdefault(stage.id, stage)
             else:
                 shared.setdefault(stage.id, stage)
     trials = [
         Trial(stage, tuple(exams[key].values()), needed_by[key][0], _common_values(needed_by[key]))
         for key, stage in trained.items()
     ]
-    return Plan(tuple(cells), tuple(sorted(shared.values(), key=_in_order)), tuple(trials))
+    return Plan(
+        tuple(cells), tuple(sorted(shared.values(), key=_in_order)), tuple(trials), drafts=tuple(drafts.values())
+    )
 
 
 def _in_order(stage: Stage) -> tuple[int, float]:
@@ -312,7 +322,15 @@ def check(plan: Plan, compute: Compute) -> None:
 
 def stages_of(plan: Plan) -> tuple[Stage, ...]:
     """Return every stage of a sweep in an order in which they can be built."""
-    return (*plan.shared, *(stage for trial in plan.trials for stage in (trial.train, *trial.exams)))
+    trained = (stage for trial in plan.trials for stage in (trial.train, *trial.exams))
+    return (*plan.shared, *trained, *plan.drafts)
+
+
+def name_draft(stage: Stage, plan: Plan) -> str:
+    """Return whose draft a stage tries, as a line of progress has it."""
+    model = stage.inputs["draft"]
+    names = {trial.train.id: trial.name for trial in plan.trials}
+    return f"draft {names[model.id] if model.id in names else 'pruned, blocks ' + str(model.settings['blocks'])}"
 
 
 def say_stopped(losses: Sequence[tuple[int, float]]) -> str:

@@ -1,8 +1,9 @@
 """The trials of a sweep, under Ray Tune: as many side by side as the cluster holds.
 
 In: a sweep's plan. Out: an artifact for every stage in it, but for trials that failed or that `asha` stopped, which are
-written down with the reason. Resuming is by artifacts, and Tune's own state is thrown away: what is finished is not
-submitted again, or only tells its losses to those that are compared with it.
+written down with the reason. Drafts come last, one at a time: beside a trial their speeds would say nothing. Resuming
+is by artifacts, and Tune's own state is thrown away: what is finished is not submitted again, or only tells its losses
+to those that are compared with it.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdft_ray import pipeline
+from sdft_ray.artifacts import Stage
 from sdft_ray.cluster import count_places, ray_cluster, require_room
 from sdft_ray.compute import Compute
 from sdft_ray.errors import StageFailed, UserError
 from sdft_ray.progress import Progress, duration, say
 from sdft_ray.storage import Storage
-from sdft_ray.sweep import Asha, Plan, Trial, check, is_done, say_stopped, stages_of
+from sdft_ray.sweep import Asha, Plan, Trial, check, is_done, name_draft, say_stopped, stages_of
 
 STEP, LOSS = "step", "validation_loss"
 _FOR_EVER = 10**7  # seconds: a trial's room is there by construction, only other trials' exams are in it for a while
@@ -30,21 +32,27 @@ _FOR_EVER = 10**7  # seconds: a trial's room is there by construction, only othe
 def run(plan: Plan, compute: Compute, storage: Storage) -> pipeline.Built:
     """Build everything that a sweep lacks; what is shared first, for no trial waits for another.
 
-    A trial that fails does not hold up the others: StageFailed at the end names each with its reason.
+    A trial or draft that fails does not hold up the others: StageFailed at the end names each with its reason.
     """
     check(plan, compute)
     with storage.lock(plan.name):
         trials = [trial for trial in plan.trials if is_open(trial, plan, storage)]
-        wanted = [*plan.shared, *(stage for trial in trials for stage in (trial.train, *trial.exams))]
+        drafts = [d for d in plan.drafts if storage.losses_of_stopped(plan.name, d.inputs["draft"]) is None]
+        wanted = [*plan.shared, *(stage for trial in trials for stage in (trial.train, *trial.exams)), *drafts]
         todo = [stage for stage in wanted if storage.status(stage) != "done"]
         if todo:
             with ray_cluster(compute):
+                if drafts:
+                    require_room(compute, "draft")
                 pipeline.build(plan.shared, compute, storage)
                 _run_trials(_with_rivals(trials, plan, storage) if plan.asha else trials, plan, compute, storage)
-    if failed := [trial for trial in plan.trials if is_open(trial, plan, storage)]:
-        lines = [f"{trial.name}: {storage.failure(trial.train)}" for trial in failed]
+                _try_drafts([stage for stage in drafts if stage in todo], plan, compute, storage)
+    failed = [trial for trial in plan.trials if is_open(trial, plan, storage)]
+    lines = [f"{trial.name}: {storage.failure(trial.train)}" for trial in failed]
+    lines += [f"{name_draft(stage, plan)}: {reason}" for stage in plan.drafts if (reason := storage.failure(stage))]
+    if lines:
         done = f"{len(plan.trials) - len(failed)} of {len(plan.trials)} trials are done"
-        what = f"sweep: {len(failed)} failed, {done}. Run the same command again to try those once more."
+        what = f"sweep: {len(lines)} failed, {done}. Run the same command again to try those once more."
         raise StageFailed("\n".join([*lines, what]))
     there = [stage for stage in stages_of(plan) if stage not in todo and storage.status(stage) == "done"]
     return pipeline.Built(tuple(todo), tuple(there))
@@ -103,6 +111,20 @@ def _run_trials(trials: Sequence[Trial], plan: Plan, compute: Compute, storage: 
             ).fit()
         finally:
             storage.drop(place)
+
+
+def _try_drafts(drafts: Sequence[Stage], plan: Plan, compute: Compute, storage: Storage) -> None:
+    """Measure drafts one after another; one whose model is not there is left out, and told."""
+    for stage in drafts:
+        storage.forget_failure(stage)
+        if storage.status(stage.inputs["draft"]) != "done":
+            say(f"{name_draft(stage, plan)}: left out, there is no such model")
+            continue
+        try:
+            pipeline.build([stage], compute, storage)
+        except (UserError, StageFailed) as error:
+            storage.keep_failure(stage, str(error))
+            say(f"{name_draft(stage, plan)}: FAILED: {error}")
 
 
 def trials_at_once(compute: Compute) -> int:

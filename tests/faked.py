@@ -41,13 +41,13 @@ def make_folder(
     folder: Path, model: Path, compute: dict[str, Any], rows: int = 48, seconds_a_row: float = 0.1, **sections: Any
 ) -> Path:
     """Write recipe.yaml, compute.yaml, what they need and the command into a folder; sections replace the recipe's."""
-    sums = [{"q": f"What is {i} + {i}?", "a": f"{i} + {i} = {2 * i}"} for i in range(rows + 4)]
+    sums = [{"q": f"What is {i} + {i}?", "a": f"{i} + {i} = {2 * i}"} for i in range(rows + 5)]
     (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
     (folder / "texts.txt").write_text("One text.\n\nAnother text.\n\nA third text.")
     fields = {"prompt": "q", "response": "a"}
     recipe = {
         "model": {"path": str(model)},
-        "rows": {"path": "sums.jsonl", "fields": fields, "held_out": 0, "validation": 4, "answer": "none"},
+        "rows": {"path": "sums.jsonl", "fields": fields, "held_out": 1, "validation": 4, "answer": "none"},
         "prune": {"blocks": 2, "metric": "angular", "candidates": 0, "calibration": {"text": "texts.txt", "limit": 3}},
         "distill": {"shift_rows": 0},
         "evaluate": {"tasks": ["arc_easy"], "limit": 20, "dtype": "float32"},

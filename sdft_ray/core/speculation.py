@@ -9,7 +9,9 @@ one acceptance probability a for every token, and a call of the target to cost t
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 
 def acceptance(drafts: int, accepted: Sequence[int]) -> float:
@@ -23,6 +25,16 @@ def acceptance(drafts: int, accepted: Sequence[int]) -> float:
     """
     judged = drafts + sum(accepted[:-1])
     return sum(accepted) / judged if judged else 0.0
+
+
+def acceptance_error(drafts: int, accepted: Sequence[int]) -> float:
+    """Return the standard error of a, as if every judged token were drawn by itself.
+
+    >>> acceptance_error(100, [50])
+    0.05
+    """
+    a, judged = acceptance(drafts, accepted), drafts + sum(accepted[:-1])
+    return math.sqrt(a * (1 - a) / judged) if judged else 0.0
 
 
 def accepted_share(drafts: int, accepted: Sequence[int]) -> float:
@@ -68,3 +80,24 @@ def break_even_cost(a: float, k: int) -> float:
     0.375
     """
     return (expected_tokens(a, k) - 1) / k
+
+
+def worth(drafts: int, accepted: Sequence[int], c: float) -> dict[str, float]:
+    """Return what counts of accepted tokens say, and what they promise at a draft's cost of c."""
+    a, k = acceptance(drafts, accepted), len(accepted)
+    return {
+        "acceptance": a,
+        "accepted_share": accepted_share(drafts, accepted),
+        "tokens_per_call": tokens_per_call(drafts, accepted),
+        "expected_speedup": expected_speedup(a, k, c),
+        "break_even_cost": break_even_cost(a, k),
+    }
+
+
+def best_measured(measured: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Return what was measured with the number of drafted tokens that gained most.
+
+    >>> best_measured([{"tokens": 1, "speedup": 1.2}, {"tokens": 4, "speedup": 0.9}])["tokens"]
+    1
+    """
+    return max(measured, key=lambda one: one["speedup"])

@@ -152,6 +152,11 @@ def _details(plan: Sequence[Stage], exams: Mapping[str, Mapping[str, Stage]], st
     """Return what the page shows beside the table: distances, spans, losses, selection, examples, wall times."""
     found: dict[str, Any] = {"losses": {}, "losses_of_spans": None, "selection": None, "examples": [], "seconds": {}}
     found |= {"speed": None, "merges": {}, "drafts": {}}
+
+    @functools.cache  # merges have their parents in common
+    def items(who: str) -> dict[str, list[float]]:
+        return _item_values([exams[who]], storage)
+
     for stage in plan:
         if stage.location is None:
             manifest = storage.manifest(stage)
@@ -170,8 +175,7 @@ def _details(plan: Sequence[Stage], exams: Mapping[str, Mapping[str, Stage]], st
             case "merge":
                 name, parents = stage.where["model"], [parent.where["model"] for parent in stage.inputs.values()]
                 others = [other for other in (*parents, "together") if other in exams]
-                items = {other: _item_values([exams[other]], storage) for other in (name, *others)}
-                against = {o: dataclasses.asdict(paired_differences(items[name], items[o])[1]) for o in others}
+                against = {o: dataclasses.asdict(paired_differences(items(name), items(o))[1]) for o in others}
                 found["merges"][name] = {"models": parents, "against": against, **manifest["summary"]}
             case "draft":
                 found["drafts"][stage.where["draft"]] = manifest["summary"]

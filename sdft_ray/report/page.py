@@ -45,9 +45,17 @@ def render_sweep(report: dict[str, Any], folder: Path) -> str:
         figures["What size costs"] = plots.pareto_front(report, "parameters")
         if all(model["speed"] for model in report["models"] if model["model"] == "pruned"):
             figures["What speed costs"] = plots.pareto_front(report, "decode")
+    drafts = {}
+    if report["drafts"]:
+        drafts["Accepted by depth"] = plots.draft_lines(report, "acceptance", "a, drafted tokens accepted")
+        drafts["Speed by depth"] = plots.draft_lines(report, "speedup", "tokens/s, base alone = 1")
     return _template("sweep.html.jinja").render(
         report=report,
         figures=figures,
+        draft_figures=drafts,
+        draft_columns=sweep.DRAFT_COLUMNS,
+        draft_rows=sweep.draft_rows(report),
+        draft_note=sweep.DRAFT_NOTE,
         caption=sweep.caption(report),
         maps=[plots.as_svg(plots.distance_maps(found["distances"], found["removed"])) for found in report["maps"]],
         manifests=[

@@ -144,6 +144,39 @@ def recovery_lines(report: Mapping[str, Any], along: str, apart: str, label: str
     return as_svg(figure)
 
 
+def draft_lines(report: Mapping[str, Any], figure_of: str, label: str) -> str:
+    """Return a figure of the chosen drafts by depth, a line for each model and size, greedy and sampled.
+
+    figure_of: `acceptance`, with its standard error, or `speedup`, as measured, beside which stands what is expected.
+    """
+    figure, (axes,) = _figure(5.4, 4.0)
+    lines: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    for draft in report["drafts"]:
+        if draft["chosen"]:
+            recipe, rows = draft["values"].get("recipe", ""), draft["rows"]
+            lines.setdefault((draft["arm"], recipe, f"{rows} rows" if rows else ""), []).append(draft)
+    arms = [arm for arm, *_ in lines]
+    for name, marker in zip(lines, itertools.cycle("os^D")):
+        colour = ARM_COLOURS.get(name[0], _UNTRAINED)
+        who = ", ".join(filter(None, name if arms.count(name[0]) > 1 else name[:1]))
+        depths = [draft["blocks"] for draft in lines[name]]
+        for text, style in (("greedy", "-"), ("sampled", "--")):
+            each = [draft[text] for draft in lines[name]]
+            errors = [one["acceptance_error"] for one in each] if figure_of == "acceptance" else None
+            look = {"color": colour, "linestyle": style, "marker": marker, "markersize": 4, "capsize": 3}
+            axes.errorbar(depths, [one[figure_of] for one in each], yerr=errors, label=f"{who}, {text}", **look)
+            if figure_of == "speedup":
+                expected = [one["expected_speedup"] for one in each]
+                axes.plot(depths, expected, marker, color=colour, markersize=6, fillstyle="none", alpha=0.6)
+    if figure_of == "speedup":
+        axes.axhline(1, color=_BASE, linewidth=1, label="base alone")
+    axes.set_xticks(sorted({draft["blocks"] for draft in report["drafts"]}))
+    axes.set_xlabel("blocks removed")
+    axes.set_ylabel(label)
+    figure.legend(loc="outside lower left", ncols=2, frameon=False, labelcolor=_INK, fontsize=8, handlelength=3)
+    return as_svg(figure)
+
+
 def pareto_front(report: Mapping[str, Any], cost: str) -> str:
     """Return recovery by cost of every model; the line joins those that no cheaper one does better than.
 

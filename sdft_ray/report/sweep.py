@@ -10,7 +10,7 @@ import csv
 import io
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -19,11 +19,12 @@ from rich.table import Table
 
 from sdft_ray import pipeline
 from sdft_ray.artifacts import Stage
+from sdft_ray.core.speculation import acceptance_error, best_measured, worth
 from sdft_ray.errors import UserError, problem
 from sdft_ray.report import collect as one
-from sdft_ray.report.table import cut_line, interval, speed_line
+from sdft_ray.report.table import cut_line, interval, ratio, speed_line
 from sdft_ray.storage import Storage
-from sdft_ray.sweep import DEPTH, RECIPE, SIZE, Plan, Trial, is_done, is_seed, say_stopped
+from sdft_ray.sweep import DEPTH, RECIPE, SIZE, Plan, Trial, is_done, is_seed, name_draft, say_stopped
 
 
 def collect(plan: Plan, name: str, storage: Storage) -> dict[str, Any]:
@@ -52,6 +53,9 @@ def collect(plan: Plan, name: str, storage: Storage) -> dict[str, Any]:
     models = [(stage, "base", exams[key], exams[key]) for key, stage in bases.items()]
     models += [(stage, "pruned", exams[key], exams[base_of[key].id]) for key, stage in cuts.items()]
     groups = _group(entries)
+    tried, untried = _read_drafts(plan, storage)
+    for entry in entries:
+        entry["draft"] = _join_drafts(tried[entry["id"]]) if entry["id"] in tried else None
     return {
         "sweep": name,
         "axes": list(dict.fromkeys(path for cell in plan.cells for path in cell.values)),
@@ -70,6 +74,8 @@ def collect(plan: Plan, name: str, storage: Storage) -> dict[str, Any]:
         "trials": entries,
         "groups": groups,
         "comparisons": _compare(groups, plan.trials, storage),
+        "drafts": _drafts(groups, entries, [(len(_removed(cut, storage)), cut.id) for cut in cuts.values()], tried),
+        "untried": untried,
         "maps": _maps(cuts.values(), storage),
         "flops_tokens": one.FLOPS_TOKENS,
     }
@@ -196,6 +202,94 @@ def _compare(groups: Sequence[Mapping[str, Any]], trials: Sequence[Trial], stora
     return found
 
 
+DRAFT_FIGURES = (
+    "acceptance",
+    "acceptance_error",
+    "tokens",
+    "speedup",
+    "speedup_min",
+    "speedup_max",
+    "expected_speedup",
+    "break_even_cost",
+)
+
+
+def _read_drafts(plan: Plan, storage: Storage) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
+    """Return what was measured of each model as a draft, by its id; and the drafts that are still to be tried, where
+    their model is there."""
+    tried: dict[str, list[dict[str, Any]]] = {}
+    untried = []
+    for stage in plan.drafts:
+        model = stage.inputs["draft"]
+        if storage.status(stage) == "done":
+            tried.setdefault(model.id, []).append(storage.manifest(stage)["summary"])
+        elif storage.status(model) == "done":
+            reason = storage.failure(stage)
+            status = "failed" if reason else "missing"
+            untried.append({"draft": name_draft(stage, plan), "status": status, "reason": reason})
+    return tried, untried
+
+
+def _drafts(
+    groups: Sequence[Mapping[str, Any]],
+    entries: Sequence[Mapping[str, Any]],
+    cuts: Sequence[tuple[int, str]],
+    tried: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> list[dict[str, Any]]:
+    """Return what each pruned model and each group of trials is worth as a draft of the base, by depth.
+
+    cuts: blocks removed and id of each pruned model.
+    """
+    models = [({"arm": "pruned", "blocks": n, "rows": None, "values": {}, "chosen": True}, [key]) for n, key in cuts]
+    models += [
+        (
+            {key: group[key] for key in ("arm", "blocks", "rows", "values", "chosen")},
+            [entries[i]["id"] for i in group["trials"]],
+        )
+        for group in groups
+    ]
+    found = [
+        {**who, "drafts": len(each), **_join_drafts(each)}
+        for who, ids in models
+        if (each := [summary for key in ids for summary in tried.get(key, ())])
+    ]
+    return sorted(found, key=lambda draft: draft["blocks"])
+
+
+def _join_drafts(drafts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the figures of a draft, or of several that differ in their seeds: their tokens are counted together.
+
+    Acceptance is that of the largest number of drafted tokens, which is the same for all models; speeds are those of
+    the best measured number.
+    """
+    cost = statistics.fmean(draft["cost"] for draft in drafts)
+    found: dict[str, Any] = {"cost": cost}
+    for text in ("greedy", "sampled"):
+        measured = []
+        for same in zip(*(draft[text]["measured"] for draft in drafts), strict=True):
+            accepted = [sum(each) for each in zip(*(one["accepted"] for one in same), strict=True)]
+            counts = sum(one["drafts"] for one in same), accepted
+            measured.append(
+                {
+                    "tokens": same[0]["tokens"],
+                    "speedup": statistics.fmean(one["speedup"] for one in same),
+                    "speedup_min": min(one["speedup_min"] for one in same),
+                    "speedup_max": max(one["speedup_max"] for one in same),
+                    **worth(*counts, cost),
+                    "acceptance_error": acceptance_error(*counts),
+                }
+            )
+        best = best_measured(measured)
+        found[text] = {
+            figure: (measured[-1] if figure.startswith("acceptance") else best)[figure] for figure in DRAFT_FIGURES
+        }
+    return found
+
+
+def _removed(cut: Stage, storage: Storage) -> list[int]:
+    return list(storage.manifest(cut)["summary"]["removed"])
+
+
 def _maps(cuts: Iterable[Stage], storage: Storage) -> list[dict[str, Any]]:
     """Return the distances of every scoring, each with the blocks that were removed by it."""
     found: dict[str, dict[str, Any]] = {}
@@ -204,7 +298,7 @@ def _maps(cuts: Iterable[Stage], storage: Storage) -> list[dict[str, Any]]:
         if score.id not in found:
             distances = json.loads((storage.files(score, "distances.json") / "distances.json").read_text())
             found[score.id] = {"distances": distances, "removed": []}
-        found[score.id]["removed"].append(storage.manifest(cut)["summary"]["removed"])
+        found[score.id]["removed"].append(_removed(cut, storage))
     return list(found.values())
 
 
@@ -216,12 +310,16 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     console.print(recovery_table(report))
     if report["comparisons"]:
         console.print(comparison_table(report))
+    if report["drafts"]:
+        console.print(draft_table(report))
     for model in report["models"]:
         if model["model"] == "pruned":
             console.print(cut_line(model) + (f" {speed_line(model['speed'])}" if model["speed"] else ""))
     for trial in report["trials"]:
         if trial["status"] != "done":
             console.print(f"{trial['status']}: {name_trial(trial)}{': ' + trial['reason'] if trial['reason'] else ''}")
+    for draft in report["untried"]:
+        console.print(f"{draft['status']}: {draft['draft']}{': ' + draft['reason'] if draft['reason'] else ''}")
 
 
 def recovery_table(report: Mapping[str, Any]) -> Table:
@@ -262,6 +360,55 @@ def comparison_table(report: Mapping[str, Any]) -> Table:
     return table
 
 
+DRAFT_COLUMNS = (
+    "blocks",
+    "rows",
+    "draft",
+    "text",
+    "a",
+    "c",
+    "drafted",
+    "measured speed",
+    "expected speed",
+    "pays below c",
+)
+DRAFT_NOTE = (
+    "a: a drafted token is accepted where all before it were, ± one standard error as if tokens were independent, "
+    "counted with the largest number of drafted tokens; c: a draft's time for a token over the base's. Speeds: with "
+    "the best measured number of drafted tokens, the base alone is 1."
+)
+
+
+def draft_table(report: Mapping[str, Any]) -> Table:
+    """Return what each model is worth as a draft of the base, greedy and sampled."""
+    title = f"{report['sweep']}: as drafts of the base"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", caption=DRAFT_NOTE, caption_justify="left")
+    for column in DRAFT_COLUMNS:
+        table.add_column(column, justify="left" if column in ("draft", "text") else "right")
+    for row in draft_rows(report):
+        table.add_row(*row)
+    return table
+
+
+def draft_rows(report: Mapping[str, Any]) -> Iterator[list[str]]:
+    """Yield a row under DRAFT_COLUMNS for each draft and kind of text."""
+    for draft in report["drafts"]:
+        for text in ("greedy", "sampled"):
+            found = draft[text]
+            yield [
+                str(draft["blocks"]),
+                str(draft["rows"] or ""),
+                name_group(draft) + ("" if draft["chosen"] else " (not chosen)"),
+                text,
+                f"{found['acceptance']:.2f} ±{found['acceptance_error']:.2f}",
+                f"{draft['cost']:.2f}",
+                str(found["tokens"]),
+                ratio(found, "speedup"),
+                f"{found['expected_speedup']:.2f}",
+                f"{found['break_even_cost']:.2f}",
+            ]
+
+
 def name_group(group: Mapping[str, Any]) -> str:
     """Return the arm, and what else it was trained with."""
     return ", ".join([group["arm"], *(f"{path} {value}" for path, value in group["values"].items())])
@@ -299,9 +446,14 @@ def as_csv(report: Mapping[str, Any]) -> str:
     file = io.StringIO()
     lines = csv.writer(file, lineterminator="\n")
     tasks = [column for task in report["tasks"] for column in (task, f"{task}_stderr")]
-    lines.writerow(["arm", "blocks", "rows", *values, "status", "id", *figures, "limited", *tasks, "reason"])
+    drafting = (
+        [(text, figure) for text in ("greedy", "sampled") for figure in DRAFT_FIGURES] if report["drafts"] else []
+    )
+    drafted = ["draft_cost", *(f"draft_{text}_{figure}" for text, figure in drafting)] if drafting else []
+    lines.writerow(["arm", "blocks", "rows", *values, "status", "id", *figures, "limited", *tasks, *drafted, "reason"])
     for trial in report["trials"]:
         found = trial.get("tasks", {})
+        draft = trial["draft"]
         scores = [found[task][field] if found else None for task in report["tasks"] for field in ("value", "stderr")]
         lines.writerow(
             [
@@ -309,6 +461,11 @@ def as_csv(report: Mapping[str, Any]) -> str:
                 *(trial["values"].get(path) for path in values),
                 *(trial.get(key) for key in ("status", "id", *figures, "limited")),
                 *scores,
+                *(
+                    [draft["cost"], *(draft[text][figure] for text, figure in drafting)]
+                    if draft
+                    else [None] * len(drafted)
+                ),
                 trial["reason"],
             ]
         )

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sdft_ray.core.merging import COLLINEAR
+from sdft_ray.core.speculation import best_measured
 from sdft_ray.core.surgery import name_blocks
 
 
@@ -112,10 +113,10 @@ def merge_line(name: str, merged: Mapping[str, Any]) -> str:
 
 def draft_line(name: str, draft: Mapping[str, Any]) -> str:
     """Return what a model is worth as a draft: the best number of drafted tokens, and what it cost and gained."""
-    best = max(draft["greedy"]["measured"], key=lambda one: one["speedup"])
+    best = best_measured(draft["greedy"]["measured"])
     text = f"{name} as draft of the base: a token of it takes {draft['cost']:.2f} of the base's time; greedy, with"
     text += f" {best['tokens']} drafted: {best['accepted_share']:.0%} accepted, {best['tokens_per_call']:.2f} tokens a"
-    text += f" call, {_ratio(best, 'speedup')} times the tokens/s"
+    text += f" call, {ratio(best, 'speedup')} times the tokens/s"
     text += f" (expected {best['expected_speedup']:.2f}; gains below a cost of {best['break_even_cost']:.2f})"
     if best["differing"]:
         text += f"; the text of {len(best['differing'])} of {draft['prompts']} prompts differs from the base's alone"
@@ -147,14 +148,14 @@ def draft_rows(draft: Mapping[str, Any]) -> Iterator[list[str]]:
                 f"{one['accepted_share']:.0%}",
                 f"{one['tokens_per_call']:.2f}",
                 f"{one['expected_speedup']:.2f}",
-                _ratio(one, "speedup") if "speedup" in one else "-",
+                ratio(one, "speedup") if "speedup" in one else "-",
                 f"{one['break_even_cost']:.2f}",
             ]
 
 
 def speed_line(speed: Mapping[str, Any]) -> str:
     """Return how fast the pruned model was against the base, with the range over alternating runs."""
-    each = [f"{kind} {_ratio(found, 'ratio')}" for kind, found in speed.items()]
+    each = [f"{kind} {ratio(found, 'ratio')}" for kind, found in speed.items()]
     return f"Measured tokens/s of the pruned model, as a multiple of the base's: {', '.join(each)}."
 
 
@@ -174,7 +175,7 @@ def interval(found: Mapping[str, float]) -> str:
     return f"{100 * found['value']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
 
 
-def _ratio(found: Mapping[str, float], name: str) -> str:
+def ratio(found: Mapping[str, float], name: str) -> str:
     """Return a ratio of speeds with its range over alternating runs."""
     return f"{found[name]:.2f} ({found[f'{name}_min']:.2f} to {found[f'{name}_max']:.2f})"
 

@@ -18,13 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdft_ray.artifacts import write_atomically
 from sdft_ray.core.prompts import render_prompt
-from sdft_ray.core.speculation import (
-    acceptance,
-    accepted_share,
-    break_even_cost,
-    expected_speedup,
-    tokens_per_call,
-)
+from sdft_ray.core.speculation import best_measured, worth
 from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.progress import say
 from sdft_ray.stages import Work
@@ -52,7 +46,7 @@ def build(work: Work) -> dict[str, Any]:
             work.handle("model"), work.handle("draft"), [row["prompt"] for row in rows], dict(work.settings), options
         )
     )
-    best = max(found["greedy"]["measured"], key=lambda one: one["speedup"])
+    best = best_measured(found["greedy"]["measured"])
     base, draft = (work.storage.where(work.stage.inputs[name]) for name in ("model", "draft"))
     config = {"method": METHOD, "model": draft, "num_speculative_tokens": best["tokens"]}
     write_atomically(work.directory / "draft.json", json.dumps(found, indent=1) + "\n")
@@ -60,7 +54,7 @@ def build(work: Work) -> dict[str, Any]:
     gained = f"{best['speedup']:.2f} times the base's tokens/s with {best['tokens']} drafted"
     serve = f"vllm serve {base} --speculative-config '{json.dumps(config)}'"
     only = "" if plan.gpus else " (on a CPU for greedy requests only: docs/footguns.md)"
-    say(f"draft: {work.stage.where['draft']}: {gained}. {serve}{only}")
+    say(f"draft: {work.stage.slug}: {gained}. {serve}{only}")
     return found
 
 
@@ -107,11 +101,11 @@ def measure(
             race, texts = _take_turns(alone, drafting, groups, params)
             if way == "greedy":
                 race["differing"] = compare_texts(base, settings["dtype"], ids, *texts)
-            found[way]["measured"].append({"tokens": k, **race, **_worth(race["drafts"], race["accepted"], cost)})
+            found[way]["measured"].append({"tokens": k, **race, **worth(race["drafts"], race["accepted"], cost)})
         _end(drafting)
     for figures in found.values():
         drafts, accepted = (figures["measured"][-1][name] for name in ("drafts", "accepted"))
-        figures["counted"] = [{"tokens": k, **_worth(drafts, accepted[:k], cost)} for k in range(1, len(accepted) + 1)]
+        figures["counted"] = [{"tokens": k, **worth(drafts, accepted[:k], cost)} for k in range(1, len(accepted) + 1)]
     return {"engine": "vllm", "method": METHOD, "prompts": len(ids), "cost": cost, **found}
 
 
@@ -142,18 +136,6 @@ def expand_to_tokens(
     """Return a value of each request (B) for each of its drafted tokens (T); those of request i end before ends[i]."""
     counts = ends.diff(prepend=ends.new_zeros(1)).long()
     return values.masked_fill(values == replace_from, replace_to).repeat_interleave(counts, output_size=tokens)
-
-
-def _worth(drafts: int, accepted: Sequence[int], cost: float) -> dict[str, float]:
-    """Return what counts of accepted tokens say, and what they promise at a cost of the draft."""
-    a, k = acceptance(drafts, accepted), len(accepted)
-    return {
-        "acceptance": a,
-        "accepted_share": accepted_share(drafts, accepted),
-        "tokens_per_call": tokens_per_call(drafts, accepted),
-        "expected_speedup": expected_speedup(a, k, cost),
-        "break_even_cost": break_even_cost(a, k),
-    }
 
 
 def _take_turns(
@@ -212,28 +194,31 @@ def compare_texts(
     differs is told.
     """
     found: list[dict[str, Any]] = []
-    for i, (prompt, one, other) in enumerate(zip(prompts, alone, drafted, strict=True)):
-        if one == other:
-            continue
-        same = next((j for j, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-        found.append({"prompt": i, "token": same})
-        if dtype == "float32":
-            gap = _gap(target, prompt + one[:same], one[same:], other[same:])
-            found[-1]["logits_apart"] = gap
+    for i, (one, other) in enumerate(zip(alone, drafted, strict=True)):
+        if one != other:
+            pairs = enumerate(zip(one, other, strict=False))
+            same = next((j for j, (a, b) in pairs if a != b), min(len(one), len(other)))
+            found.append({"prompt": i, "token": same})
+    if found and dtype == "float32":
+        from transformers import AutoModelForCausalLM
+
+        network = AutoModelForCausalLM.from_pretrained(target, dtype=dtype).eval()
+        for each in found:
+            i, same = each["prompt"], each["token"]
+            gap = _gap(network, prompts[i] + alone[i][:same], alone[i][same:], drafted[i][same:])
+            each["logits_apart"] = gap
             if gap >= NEAR_TIE:
                 what = f"with a draft token {same} of held-out prompt {i} is another, logits {gap:.2g} apart"
                 raise StageFailed(problem("draft", what, "Greedy text must not change: use another version of vLLM"))
     return found
 
 
-def _gap(target: Path, ids: list[int], one: list[int], other: list[int]) -> float:
+def _gap(network: Any, ids: list[int], one: list[int], other: list[int]) -> float:
     """Return how far apart the target's logits of the next token of two texts are; infinite where one has ended."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     if not (one and other):
         return float("inf")
     with torch.inference_mode():
-        network = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32).eval()
         logits = network(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
     return abs(float(logits[one[0]] - logits[other[0]]))

@@ -37,7 +37,8 @@ def start(folder: Path, *more: str):
 def swept(ray_cluster, tiny_model, tmp_path_factory):
     """A sweep of three trials, one of which must fail, in its own directory; and what its command said."""
     axes = [{"prune.blocks": [2]}, {"prune.blocks": [2], "arms.distilled.lr": [1e30]}]
-    folder = make_folder(tmp_path_factory.mktemp("sweep"), tiny_model, ray_cluster, axes)
+    draft = {"models": ["distilled"], "prompts": 1, "tokens": [1], "max_new_tokens": 4, "dtype": "float32"}
+    folder = make_folder(tmp_path_factory.mktemp("sweep"), tiny_model, ray_cluster, axes, draft=draft)
     process = start(folder, "--json", "--html", "sweep.html", "--csv", "sweep.csv")
     out, errors = process.communicate()
     assert process.returncode == 1, errors
@@ -54,6 +55,32 @@ def test_sweep_shows_a_failed_trial_with_its_reason_and_finishes_the_others(swep
     assert re.search(r"train: the loss at step \d is (nan|inf)", failed["reason"])
     assert errors.strip().splitlines()[-1].startswith("sweep: 1 failed, 2 of 3 trials are done.")
     assert "Traceback" not in errors
+
+
+def test_sweep_tries_drafts_of_what_was_trained_and_tells_what_it_leaves_out(swept):
+    _, report, errors = swept
+    assert "draft distilled, blocks 2, lr 1e+30: left out, there is no such model" in errors
+    (draft,) = report["drafts"]
+    assert (draft["arm"], draft["blocks"], draft["greedy"]["tokens"], report["untried"]) == ("distilled", 2, 1, [])
+    assert draft["greedy"]["speedup"] > 0 and [trial["draft"] is None for trial in report["trials"]] == [
+        True, False, True
+    ]  # fmt: skip
+
+
+@pytest.mark.full
+def test_sweep_whose_drafts_fail_names_each_and_keeps_the_rest(swept):
+    folder, _, _ = swept
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe["draft"] |= {"models": ["pruned", "sft"], "max_new_tokens": 10**6}  # more than the model's context
+    (folder / "long.yaml").write_text(yaml.safe_dump(recipe))
+    (folder / "failing.yaml").write_text(yaml.safe_dump({"recipe": "long.yaml", "axes": {"prune.blocks": [2]}}))
+    process = faked.start(folder, "sweep", "failing.yaml", "--json")
+    out, errors = process.communicate()
+    assert process.returncode == 1, errors
+    assert [(d["draft"], d["status"]) for d in json.loads(out)["untried"]] == [
+        ("draft pruned, blocks 2", "failed"), ("draft sft", "failed")
+    ]  # fmt: skip
+    assert errors.strip().splitlines()[-1].startswith("sweep: 2 failed, 2 of 2 trials are done.")
 
 
 def test_sweep_reports_recovery_and_a_paired_difference(swept):
@@ -108,7 +135,7 @@ def test_sweep_run_again_submits_no_finished_trial(swept):
     (folder / "good.yaml").write_text(yaml.safe_dump({"recipe": "recipe.yaml", "axes": {"prune.blocks": [2]}}))
     again = sdft("sweep", "good.yaml", "--compute", "compute.yaml", cwd=folder)
     assert again.returncode == 0, again.stderr
-    assert "Nothing to do: all 11 artifacts are there already" in again.stderr
+    assert "Nothing to do: all 12 artifacts are there already" in again.stderr
     assert {path: path.stat().st_mtime_ns for path in (folder / "artifacts").rglob("manifest.json")} == before
 
 

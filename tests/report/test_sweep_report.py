@@ -12,6 +12,7 @@ from rich.console import Console
 
 from sdft_ray import pipeline, sweep
 from sdft_ray.artifacts import write_atomically
+from sdft_ray.report import plots
 from sdft_ray.report import sweep as report
 from sdft_ray.storage import Storage
 
@@ -24,9 +25,10 @@ def plan(tiny_model, tmp_path):
     (tmp_path / "texts.txt").write_text("One text.")
     recipe = {
         "model": {"path": str(tiny_model)},
-        "rows": {"path": str(tmp_path / "rows.jsonl"), "fields": {"prompt": "q", "response": "a"}, "held_out": 0},
+        "rows": {"path": str(tmp_path / "rows.jsonl"), "fields": {"prompt": "q", "response": "a"}, "held_out": 1},
         "prune": {"blocks": 2, "calibration": {"text": str(tmp_path / "texts.txt")}},
         "train": {"rows": 16},
+        "draft": {"tokens": [1, 2], "prompts": 1},
         "evaluate": {"tasks": ["arc_easy", "sciq"], "limit": ITEMS},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
@@ -88,6 +90,17 @@ def write_trial(trial: sweep.Trial, storage: Storage, right: int, validation_los
         write_exam(storage, exam, right)
 
 
+def write_draft(storage: Storage, stage, accepted: int) -> None:
+    """Write a draft that was twice as fast as the base with one drafted token, and slower than it with two."""
+    counts = {1: [accepted], 2: [accepted, accepted // 2]}
+    measured = [
+        {"tokens": k, "drafts": 100, "accepted": counts[k], "speedup": 2.0 / k**2}
+        | {"speedup_min": 1.5 / k**2, "speedup_max": 3.0 / k**2}
+        for k in counts
+    ]
+    write(storage, stage, {"cost": 0.5, "greedy": {"measured": measured}, "sampled": {"measured": measured}}, {})
+
+
 def seed_of(trial: sweep.Trial) -> int:
     return trial.train.settings["train"]["seed"]
 
@@ -104,6 +117,15 @@ def collected(plan, tiny_model, tmp_path):
             storage.keep_failure(trial.train, "train: it broke")
         elif trial.cell.recipe.prune.blocks == 2:
             write_trial(trial, storage, (12 if trial.arm == "sft" else 14) + seed_of(trial), 2.0)
+    trained = {trial.train.id: trial for trial in plan.trials}
+    for stage in plan.drafts:
+        model = stage.inputs["draft"]
+        if model.name == "cut":
+            write_draft(storage, stage, 40)
+        elif model.settings["arm"] == "distilled" and storage.status(model) == "done":
+            write_draft(storage, stage, 60 + 10 * seed_of(trained[model.id]))
+        elif model.settings["arm"] == "sft" and "arms.sft.lr" in trained[model.id].values:
+            storage.keep_failure(stage, "draft: it broke")
     return report.collect(plan, "sweep.yaml", storage)
 
 
@@ -143,6 +165,30 @@ def test_report_on_the_terminal_names_what_did_not_end(collected):
     text = console.export_text()
     for said in ("failed: 3 blocks, 16 rows, distilled: train: it broke", "(not chosen)", "±6.2", "+10.0 ["):
         assert said in text
+
+
+def test_report_of_drafts_counts_tokens_of_seeds_together_and_takes_the_best_measured_speed(collected):
+    drafts = [(draft["arm"], draft["blocks"], draft["drafts"]) for draft in collected["drafts"]]
+    assert drafts == [("pruned", 2, 1), ("distilled", 2, 3), ("pruned", 3, 1)]
+    pruned, distilled, _ = (draft["greedy"] for draft in collected["drafts"])
+    assert pruned["acceptance"] == pytest.approx(60 / 140)
+    assert distilled["acceptance"] == pytest.approx((60 + 70 + 80 + 30 + 35 + 40) / (300 + 60 + 70 + 80))
+    assert 0 < distilled["acceptance_error"] < pruned["acceptance_error"]
+    assert (distilled["tokens"], distilled["speedup"], distilled["speedup_max"]) == (1, 2.0, 3.0)
+    assert distilled["expected_speedup"] == pytest.approx(1.7 / 1.5) and distilled["break_even_cost"] == 0.7
+
+
+def test_report_of_drafts_stands_on_terminal_csv_and_page_with_what_failed(collected, tmp_path):
+    console = Console(width=200, record=True, file=io.StringIO())
+    report.show(collected, console)
+    failed = "draft sft, lr 0.001, blocks 2: draft: it broke"
+    for said in ("as drafts of the base", "0.62 ±0.02", "2.00 (1.50 to 3.00)", f"failed: {failed}"):
+        assert said in console.export_text(clear=False), said
+    lines = list(csv.DictReader(io.StringIO(report.as_csv(collected))))
+    first = next(line for line in lines if line["arm"] == "distilled")
+    assert (first["draft_cost"], first["draft_sampled_tokens"], lines[-1]["draft_cost"]) == ("0.5", "1", "")
+    drafts = plots.draft_lines(collected, "acceptance", "a"), plots.draft_lines(collected, "speedup", "speed")
+    assert all("distilled, sampled" in figure and "(not chosen)" not in figure for figure in drafts)
 
 
 def test_report_of_depths_has_each_pruned_model_with_its_blocks(collected):

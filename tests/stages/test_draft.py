@@ -1,6 +1,7 @@
 """Trying a model as the draft of another: the real engine, and what is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,10 +13,11 @@ from sdft_ray.compute import load_compute
 from sdft_ray.core.prompts import render_prompt
 from sdft_ray.errors import StageFailed, UserError
 from sdft_ray.recipe import Recipe, validate
+from sdft_ray.report import saving
 from sdft_ray.report.table import draft_line, draft_rows
 from sdft_ray.stages import draft
 from sdft_ray.storage import Storage
-from sdft_ray.sweep import load_sweep
+from sdft_ray.sweep import Plan, load_sweep, name_draft, stages_of
 
 torch.set_num_threads(1)
 
@@ -179,8 +181,37 @@ def test_mistakes_in_a_draft_are_said_in_one_line(recipe, settings, says):
     assert says in str(refused.value)
 
 
-def test_sweep_of_a_recipe_that_tries_drafts_is_refused(recipe, tmp_path):
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-    (tmp_path / "sweep.yaml").write_text('{"recipe": "recipe.yaml", "axes": {"prune.blocks": [1, 2]}}')
-    with pytest.raises(UserError, match=r"recipe: recipe\.yaml tries drafts"):
-        load_sweep(tmp_path / "sweep.yaml")
+def sweep_of(recipe: dict, folder: Path, axes: list[dict]) -> Plan:
+    (folder / "recipe.yaml").write_text(json.dumps(recipe))
+    (folder / "sweep.yaml").write_text(json.dumps({"recipe": "recipe.yaml", "axes": axes}))
+    return load_sweep(folder / "sweep.yaml")
+
+
+def test_sweep_tries_each_pruned_model_once_and_each_trained_one_after_all_else(recipe, tmp_path):
+    recipe |= {"arms": {"sft": {}, "distilled": {}}}
+    plan = sweep_of(recipe, tmp_path, [{"prune.blocks": [1, 2], "arms.sft.lr": [1e-4, 2e-4]}])
+    assert [name_draft(stage, plan) for stage in plan.drafts] == [
+        "draft pruned, blocks 1", "draft sft, blocks 1, lr 0.0001", "draft distilled, blocks 1",
+        "draft sft, blocks 1, lr 0.0002", "draft pruned, blocks 2", "draft sft, blocks 2, lr 0.0001",
+        "draft distilled, blocks 2", "draft sft, blocks 2, lr 0.0002",
+    ]  # fmt: skip
+    assert stages_of(plan)[-8:] == plan.drafts
+    counts = {kind["stage"]: kind for kind in saving.measure(plan, Storage(str(tmp_path / "root")))["stages"]}
+    assert (counts["draft"]["alone"], counts["draft"]["sweep"], counts["draft"]["missing"]) == (4 * 3, 8, 8)
+    alone = pipeline.stages(plan.cells[0].recipe)
+    assert [stage for stage in alone if stage.name == "draft"] == list(plan.drafts[:3]), "the same artifacts"
+    named = recipe | {"draft": {"models": ["distilled"], "prompts": 2}}
+    assert len(sweep_of(named, tmp_path, [{"prune.blocks": [1, 2]}]).drafts) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "axis", "says"),
+    [
+        ({"models": ["sfd"]}, "prune.blocks", "draft.models: this recipe makes no sfd. Did you mean sft?"),
+        ({}, "draft.prompts", "axes.draft.prompts: every draft is tried in the same way. Set it in the recipe."),
+    ],
+)
+def test_mistakes_in_the_drafts_of_a_sweep_are_said_in_one_line(recipe, tmp_path, settings, axis, says):
+    with pytest.raises(UserError) as refused:
+        sweep_of(recipe | {"draft": recipe["draft"] | settings}, tmp_path, [{axis: [1, 2]}])
+    assert str(refused.value) == says
