@@ -49,7 +49,8 @@ def run(plan: Plan, compute: Compute, storage: Storage) -> pipeline.Built:
                 _try_drafts([stage for stage in drafts if stage in todo], plan, compute, storage)
     failed = [trial for trial in plan.trials if is_open(trial, plan, storage)]
     lines = [f"{trial.name}: {storage.failure(trial.train)}" for trial in failed]
-    lines += [f"{name_draft(stage, plan)}: {reason}" for stage in plan.drafts if (reason := storage.failure(stage))]
+    untried = [stage for stage in plan.drafts if storage.status(stage) != "done" and storage.failure(stage)]
+    lines += [f"{name_draft(stage, plan)}: {storage.failure(stage)}" for stage in untried]
     if lines:
         done = f"{len(plan.trials) - len(failed)} of {len(plan.trials)} trials are done"
         what = f"sweep: {len(lines)} failed, {done}. Run the same command again to try those once more."

@@ -21,6 +21,7 @@ from sdft_ray import pipeline
 from sdft_ray.artifacts import Stage
 from sdft_ray.core.speculation import acceptance_error, best_measured, worth
 from sdft_ray.errors import UserError, problem
+from sdft_ray.recipe import leaves
 from sdft_ray.report import collect as one
 from sdft_ray.report.table import cut_line, interval, ratio, speed_line
 from sdft_ray.storage import Storage
@@ -202,18 +203,6 @@ def _compare(groups: Sequence[Mapping[str, Any]], trials: Sequence[Trial], stora
     return found
 
 
-DRAFT_FIGURES = (
-    "acceptance",
-    "acceptance_error",
-    "tokens",
-    "speedup",
-    "speedup_min",
-    "speedup_max",
-    "expected_speedup",
-    "break_even_cost",
-)
-
-
 def _read_drafts(plan: Plan, storage: Storage) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
     """Return what was measured of each model as a draft, by its id; and the drafts that are still to be tried, where
     their model is there."""
@@ -279,10 +268,8 @@ def _join_drafts(drafts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                     "acceptance_error": acceptance_error(*counts),
                 }
             )
-        best = best_measured(measured)
-        found[text] = {
-            figure: (measured[-1] if figure.startswith("acceptance") else best)[figure] for figure in DRAFT_FIGURES
-        }
+        counted = {key: measured[-1][key] for key in ("acceptance", "acceptance_error")}
+        found[text] = {**best_measured(measured), **counted}
     return found
 
 
@@ -446,14 +433,11 @@ def as_csv(report: Mapping[str, Any]) -> str:
     file = io.StringIO()
     lines = csv.writer(file, lineterminator="\n")
     tasks = [column for task in report["tasks"] for column in (task, f"{task}_stderr")]
-    drafting = (
-        [(text, figure) for text in ("greedy", "sampled") for figure in DRAFT_FIGURES] if report["drafts"] else []
-    )
-    drafted = ["draft_cost", *(f"draft_{text}_{figure}" for text, figure in drafting)] if drafting else []
+    drafts = [dict(leaves({"draft": trial["draft"]})) if trial["draft"] else {} for trial in report["trials"]]
+    drafted = max(drafts, key=len)
     lines.writerow(["arm", "blocks", "rows", *values, "status", "id", *figures, "limited", *tasks, *drafted, "reason"])
-    for trial in report["trials"]:
+    for trial, draft in zip(report["trials"], drafts, strict=True):
         found = trial.get("tasks", {})
-        draft = trial["draft"]
         scores = [found[task][field] if found else None for task in report["tasks"] for field in ("value", "stderr")]
         lines.writerow(
             [
@@ -461,11 +445,7 @@ def as_csv(report: Mapping[str, Any]) -> str:
                 *(trial["values"].get(path) for path in values),
                 *(trial.get(key) for key in ("status", "id", *figures, "limited")),
                 *scores,
-                *(
-                    [draft["cost"], *(draft[text][figure] for text, figure in drafting)]
-                    if draft
-                    else [None] * len(drafted)
-                ),
+                *(draft.get(path) for path in drafted),
                 trial["reason"],
             ]
         )

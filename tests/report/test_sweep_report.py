@@ -186,7 +186,7 @@ def test_report_of_drafts_stands_on_terminal_csv_and_page_with_what_failed(colle
         assert said in console.export_text(clear=False), said
     lines = list(csv.DictReader(io.StringIO(report.as_csv(collected))))
     first = next(line for line in lines if line["arm"] == "distilled")
-    assert (first["draft_cost"], first["draft_sampled_tokens"], lines[-1]["draft_cost"]) == ("0.5", "1", "")
+    assert (first["draft.cost"], first["draft.sampled.tokens"], lines[-1]["draft.cost"]) == ("0.5", "1", "")
     drafts = plots.draft_lines(collected, "acceptance", "a"), plots.draft_lines(collected, "speedup", "speed")
     assert all("distilled, sampled" in figure and "(not chosen)" not in figure for figure in drafts)
 
