@@ -59,7 +59,7 @@ def test_sweep_shows_a_failed_trial_with_its_reason_and_finishes_the_others(swep
 
 def test_sweep_tries_drafts_of_what_was_trained_and_tells_what_it_leaves_out(swept):
     _, report, errors = swept
-    assert "draft distilled, blocks 2, lr 1e+30: left out, there is no such model" in errors
+    assert "draft distilled, lr 1e+30, blocks 2: left out, there is no such model" in errors
     (draft,) = report["drafts"]
     assert (draft["arm"], draft["blocks"], draft["greedy"]["tokens"], report["untried"]) == ("distilled", 2, 1, [])
     assert draft["greedy"]["speedup"] > 0 and [trial["draft"] is None for trial in report["trials"]] == [
@@ -78,7 +78,7 @@ def test_sweep_whose_drafts_fail_names_each_and_keeps_the_rest(swept):
     out, errors = process.communicate()
     assert process.returncode == 1, errors
     assert [(d["draft"], d["status"]) for d in json.loads(out)["untried"]] == [
-        ("draft pruned, blocks 2", "failed"), ("draft sft", "failed")
+        ("draft pruned, blocks 2", "failed"), ("draft sft, blocks 2", "failed")
     ]  # fmt: skip
     assert errors.strip().splitlines()[-1].startswith("sweep: 2 failed, 2 of 2 trials are done.")
 
