@@ -5,6 +5,7 @@ What a death costs is in the junit file of a run (`-o junit_family=xunit1 --juni
 
 import contextlib
 import json
+import re
 import socket
 import subprocess
 import time
@@ -17,6 +18,8 @@ import pytest
 import yaml
 from events import read_events
 from faked import finish, kill, make_folder, outcome, require_same, start, wait_for
+
+from sdft_ray.artifacts import check_files
 
 pytestmark = pytest.mark.full
 
@@ -132,6 +135,32 @@ def test_chain_on_nodes_that_die_at_every_stage_ends_as_on_nodes_that_live(folde
     record_property("training: steps taken again", len(steps) - 24)
     resumed = min(at for at, _ in steps if at > died_training)
     record_property("training: seconds to the next step", resumed - died_training)
+
+
+def test_chain_on_nodes_with_disks_of_their_own_brings_a_model_once_to_each(folder, s3, s3_proxy, tmp_path):
+    with ray_cluster_of(0) as cluster:
+        disks = [tmp_path / "first", tmp_path / "second"]
+        for disk in disks:
+            cluster.add_node(num_cpus=1, env_vars={"XDG_CACHE_HOME": str(disk)})
+        s3_proxy.requests.clear()
+        finish(run(folder, cluster.address, "--root", s3, "--until", "train"))
+        brought = [
+            path for method, path in s3_proxy.requests if method == "GET" and re.search("/cut/.*safetensors", path)
+        ]
+
+        def there(disk: Path, pattern: str) -> list[Path]:
+            return list(disk.glob(f"sdft_ray/roots/*/{pattern}"))
+
+        for disk in disks:
+            (manifest,) = there(disk, "cut/*/manifest.json")
+            check_files(manifest.parent, json.loads(manifest.read_text()), hashes=True)
+            assert there(disk, "ledger/*/part-*"), "it had an engine"
+        assert len(brought) == 2, "each node brought the cut model once; the driver made it"
+        (tuned,) = there(tmp_path / "cache", "train/*/manifest.json")
+        assert json.loads(tuned.read_text())["summary"]["workers"] == 2
+
+        finish(run(folder, cluster.address, "--root", "alone", "--until", "train"))
+    require_same(outcome(tuned.parents[2]), outcome(folder / "alone"))
 
 
 def test_chain_goes_on_under_a_head_that_was_started_anew(folder, record_property):

@@ -12,9 +12,10 @@ import faked
 import pytest
 import yaml
 from command import sdft
-from faked import kill, wait_for
+from faked import finish, kill, wait_for
 
 from sdft_ray.artifacts import read_manifest
+from sdft_ray.objects import Objects
 
 
 def make_folder(folder: Path, tiny_model: Path, address: str, axes, asha=None, **more) -> Path:
@@ -29,8 +30,8 @@ def make_folder(folder: Path, tiny_model: Path, address: str, axes, asha=None, *
     return folder
 
 
-def start(folder: Path, *more: str):
-    return faked.start(folder, "sweep", "sweep.yaml", *more)
+def start(folder: Path, *more: str, **environment: str):
+    return faked.start(folder, "sweep", "sweep.yaml", *more, **environment)
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +163,32 @@ def test_sweep_whose_trial_and_then_driver_are_killed_repeats_no_finished_trial(
     assert [trial["status"] for trial in json.loads(out)["trials"]] == ["done", "done"]
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert not list((artifacts / "failures").glob("*"))
+
+
+@pytest.mark.full
+def test_sweep_in_an_object_store_is_killed_on_one_node_and_ended_on_another(tiny_model, s3, tmp_path):
+    folder = make_folder(tmp_path, tiny_model, "local", {"prune.blocks": [2, 3]}, arms={"sft": {}})
+    objects = Objects(s3)
+
+    def manifests(stage: str) -> dict[str, bytes]:
+        keys = [key for key in objects.list() if key.startswith(f"{stage}/") and key.endswith("/manifest.json")]
+        return {key: objects.read(key) for key in keys}
+
+    process = start(folder, "--root", s3, XDG_CACHE_HOME=str(tmp_path / "first"))
+    wait_for(process, lambda: manifests("train"))
+    kill(process)
+    before = manifests("train")
+
+    again = start(folder, "--json", "--root", s3, XDG_CACHE_HOME=str(tmp_path / "second"))
+    out, errors = again.communicate()
+    assert again.returncode == 0 and "planted" not in errors, errors
+    assert [trial["status"] for trial in json.loads(out)["trials"]] == ["done", "done"]
+    assert before.items() <= manifests("train").items() and len(manifests("train")) == 2
+    assert not any(key.startswith(("failures", "resumable", "scratch")) for key in objects.list())
+
+    shown = sdft("report", "sweep.yaml", "--json", "--html", "sweep.html", "--root", s3, cwd=folder)
+    assert shown.returncode == 0 and json.loads(shown.stdout)["groups"] == json.loads(out)["groups"], shown.stderr
+    assert "Nothing to do" in finish(start(folder, "--root", s3))
 
 
 @pytest.mark.full
