@@ -43,8 +43,9 @@ def ray_cluster(compute: Compute) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    for name in ("ray", "ray.data", "ray.train"):
+    for name in ("ray", "ray.train"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # the trace of what it raises, too
     ray.data.DataContext.get_current().enable_progress_bars = False
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     on_end = signal.getsignal(signal.SIGTERM)

@@ -1,6 +1,7 @@
 """What tests share: a tiny model, one Ray, and no network."""
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,17 @@ def s3(s3_proxy, monkeypatch, tmp_path) -> str:
     bucket = f"bucket-{uuid.uuid4().hex[:8]}"
     boto3.client("s3").create_bucket(Bucket=bucket)
     return f"s3://{bucket}/some/artifacts"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 8 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a small file system")
+    yield folder
+    subprocess.run(["umount", folder], check=True)

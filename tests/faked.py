@@ -27,6 +27,8 @@ SCRIPT = textwrap.dedent(
 
         def generate(self, requests):
             for request in requests:
+                with open(ASKED, "a") as asked:
+                    asked.write(request.id + "\\n")
                 time.sleep(SECONDS_A_ROW)
                 yield request, Generation(f"seed {request.sampling_seed}", "stop", len(request.prompt_ids), 2)
 
@@ -55,8 +57,14 @@ def make_folder(
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (folder / "compute.yaml").write_text(yaml.safe_dump(compute))
-    (folder / "script.py").write_text(SCRIPT.replace("SECONDS_A_ROW", str(seconds_a_row)))
+    asked = repr(str(folder / "asked.txt"))
+    (folder / "script.py").write_text(SCRIPT.replace("SECONDS_A_ROW", str(seconds_a_row)).replace("ASKED", asked))
     return folder
+
+
+def count_asked(folder: Path) -> int:
+    """Return how often engines were asked for a row."""
+    return len((folder / "asked.txt").read_text().splitlines())
 
 
 def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen:
@@ -82,6 +90,14 @@ def wait_for(process: subprocess.Popen, there: Callable[[], Any]) -> None:
 def kill(process: subprocess.Popen) -> None:
     process.kill()
     process.communicate()
+
+
+def fill_disk(folder: Path) -> Path:
+    """Write a file until the file system has no room left; return it."""
+    with contextlib.suppress(OSError), (folder / "fill").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    return folder / "fill"
 
 
 def finish(process: subprocess.Popen) -> str:

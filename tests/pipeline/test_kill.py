@@ -3,11 +3,14 @@
 import fnmatch
 import json
 import signal
+import threading
+import time
+from collections import Counter
 from collections.abc import Callable
 
 import pyarrow.parquet as pq
 import pytest
-from faked import finish, kill, make_folder, outcome, require_same, start, wait_for
+from faked import count_asked, fill_disk, finish, kill, make_folder, outcome, require_same, start, wait_for
 
 from sdft_ray.artifacts import check_files
 from sdft_ray.objects import Objects
@@ -35,8 +38,8 @@ def folder(tiny_model, tmp_path_factory):
     )
 
 
-def test_killed_while_generating_and_while_training_ends_as_if_left_alone(folder, alone):
-    artifacts = folder / "artifacts"
+def test_killed_while_generating_and_while_training_ends_as_if_left_alone(folder, alone, record_property):
+    artifacts, asked = folder / "artifacts", count_asked(folder)
     wait_for(first := start(folder, *RUN), lambda: list(artifacts.glob(PIECE)))
     kill(first)
     assert not list((artifacts / "distill").glob("*")), "nothing half-done stands in an artifact's place"
@@ -46,6 +49,8 @@ def test_killed_while_generating_and_while_training_ends_as_if_left_alone(folder
     second = start(folder, *RUN)
     wait_for(second, lambda: list(artifacts.glob(CHECKPOINT)))
     kill(second)
+    record_property("generating: rows asked for again", again := count_asked(folder) - asked - 48)
+    assert again <= 2 * 5, "a piece, and a row that was not finished, of each engine"
     ledger = [row for path in artifacts.glob("ledger/*/part-*") for row in pq.read_table(path)["id"].to_pylist()]
     assert len(ledger) == len(set(ledger)) == 48, "no row lost, none twice"
     assert not list((artifacts / "train").glob("*"))
@@ -82,7 +87,72 @@ def test_stopped_by_a_signal_ends_in_one_line_and_keeps_what_was_finished(folder
 
 
 @pytest.mark.full
-def test_killed_on_two_nodes_and_ended_on_a_third_that_share_only_an_object_store(folder, alone, s3, tmp_path):
+def test_full_disk_while_generating_ends_in_one_line_and_costs_no_row(folder, alone, small_disk, record_property):
+    asked, run = count_asked(folder), (*RUN, "--root", str(small_disk))
+    process = start(folder, *run)
+    wait_for(process, lambda: list(small_disk.glob(PIECE)))
+    filled = fill_disk(small_disk)
+    _, errors = process.communicate()
+    assert process.returncode == 1 and "Traceback" not in errors
+    assert "No space left on device" in errors.splitlines()[-1]
+    filled.unlink()
+    pieces, begun = len(list(small_disk.glob(PIECE))), time.time()
+    process = start(folder, *run)
+    wait_for(process, lambda: len(list(small_disk.glob(PIECE))) > pieces)
+    record_property("full disk: seconds from the command to the next piece", time.time() - begun)
+    finish(process)
+    record_property("full disk: rows asked for again", count_asked(folder) - asked - 48)
+    require_same(outcome(small_disk), alone)
+
+
+@pytest.mark.full
+def test_object_store_whose_every_request_fails_once_and_that_is_full_for_a_while_costs_no_row(
+    folder, alone, s3, s3_proxy, record_property
+):
+    tried: set[tuple[str, str]] = set()
+    injected: Counter[str] = Counter()
+    full = threading.Event()
+
+    def fault(*request: str) -> tuple[str, int] | None:
+        found = None
+        if full.is_set() and request[0] in ("PUT", "POST"):
+            found = ("status", 507)
+        elif request not in tried:
+            tried.add(request)
+            found = ("silent", 2) if len(tried) % 10 == 0 else ("status", 500)
+        elif request[0] == "GET" and sum(injected.values()) % 10 == 0:
+            found = ("slow", 1)
+        if found:
+            injected[f"{found[0]} {found[1]}"] += 1
+        return found
+
+    def pieces() -> int:
+        return sum(fnmatch.fnmatch(key, PIECE) for key in Objects(s3).list())
+
+    asked, run = count_asked(folder), (*RUN, "--root", s3)
+    with s3_proxy.broken(fault):
+        process = start(folder, *run)
+        wait_for(process, pieces)
+        full.set()
+        _, errors = process.communicate()
+        assert process.returncode == 1 and "Traceback" not in errors and "planted" not in errors
+        full.clear()
+        before, begun = pieces(), time.time()
+        process = start(folder, *run)
+        wait_for(process, lambda: pieces() > before)
+        record_property("object store: seconds from the command to the next piece", time.time() - begun)
+        finish(process)
+    record_property("object store: rows asked for again", count_asked(folder) - asked - 48)
+    record_property("object store: injected", dict(injected))
+    require_same(outcome(Storage(s3).root), alone)
+
+
+@pytest.mark.full
+def test_killed_on_two_nodes_and_ended_on_a_third_that_share_only_an_object_store(
+    folder, alone, s3, tmp_path, record_property
+):
+    asked = count_asked(folder)
+
     def seen(pattern: str) -> Callable[[], bool]:
         return lambda: any(fnmatch.fnmatch(key, pattern) for key in Objects(s3).list())
 
@@ -91,6 +161,7 @@ def test_killed_on_two_nodes_and_ended_on_a_third_that_share_only_an_object_stor
         wait_for(process, seen(pattern))
         kill(process)
     said = finish(start(folder, *RUN, "--root", s3, XDG_CACHE_HOME=str(tmp_path / "third")))
+    record_property("three nodes: rows asked for again", count_asked(folder) - asked - 48)
 
     for key in Objects(s3).list():
         if key.count("/") == 2 and key.endswith("/manifest.json"):

@@ -6,12 +6,14 @@ import json
 import os
 import re
 import signal
+import time
 from pathlib import Path
 
 import faked
 import pytest
 import yaml
 from command import sdft
+from events import read_events
 from faked import finish, kill, wait_for
 
 from sdft_ray.artifacts import read_manifest
@@ -141,7 +143,9 @@ def test_sweep_run_again_submits_no_finished_trial(swept):
 
 
 @pytest.mark.full
-def test_sweep_whose_trial_and_then_driver_are_killed_repeats_no_finished_trial(ray_cluster, tiny_model, tmp_path):
+def test_sweep_whose_trial_and_then_driver_are_killed_repeats_no_finished_trial(
+    ray_cluster, tiny_model, tmp_path, record_property
+):
     from ray.util.state import list_actors
 
     folder = make_folder(tmp_path, tiny_model, ray_cluster, {"prune.blocks": [2, 3]}, arms={"sft": {}})
@@ -157,9 +161,14 @@ def test_sweep_whose_trial_and_then_driver_are_killed_repeats_no_finished_trial(
     before = {path: path.stat().st_mtime_ns for path in artifacts.glob("*/*/manifest.json")}
     assert all(len(json.loads(path.read_text())) == 4 for path in artifacts.glob("train/*/losses.json"))
 
+    begun = time.time()
     again = start(folder, "--json")
+    wait_for(again, lambda: set(artifacts.glob("*/*/manifest.json")) - before.keys())
+    record_property("sweep: seconds from the command to the next artifact", time.time() - begun)
     out, errors = again.communicate()
     assert again.returncode == 0, errors
+    steps = [step for log in artifacts.glob("train/*/tensorboard") for step, _ in read_events(log, "train/loss")]
+    record_property("sweep: steps taken again", len(steps) - 8)
     assert [trial["status"] for trial in json.loads(out)["trials"]] == ["done", "done"]
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert not list((artifacts / "failures").glob("*"))

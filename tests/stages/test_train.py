@@ -1,12 +1,9 @@
 """The train stage on real Ray Train and DeepSpeed: what must not move the losses, and what a kill must not cost."""
 
-import contextlib
 import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import psutil
 import pytest
 import torch
 from events import read_events
+from faked import fill_disk
 from tiny import make_tiny_model, make_tokenizer
 
 from sdft_ray import compute
@@ -136,8 +134,8 @@ def test_train_full_fine_tuning_moves_all_weights_and_reloads(ray_cluster, tiny_
     assert summary["trainable_parameters"] == summary["parameters"]
 
 
-def train_and_kill_a_worker(work: Work, checkpoints: int = 1, raylet: bool = False) -> dict:
-    """Train, and SIGKILL one worker, or its node's raylet, once there are some checkpoints; return the summary."""
+def train_and_kill_a_worker(work: Work, checkpoints: int = 1) -> dict:
+    """Train, and SIGKILL one worker once there are some checkpoints; return the summary."""
     victim: list[int] = []
     over = threading.Event()
 
@@ -146,7 +144,7 @@ def train_and_kill_a_worker(work: Work, checkpoints: int = 1, raylet: bool = Fal
             if len(list(work.resumable.glob("ray_train*/checkpoint_*/progress.json"))) >= checkpoints:
                 for process in psutil.Process().children(recursive=True):  # of this test's own Ray
                     if "RayTrainWorker" in " ".join(process.cmdline()):
-                        victim.append(process.ppid() if raylet else process.pid)
+                        victim.append(process.pid)
                         os.kill(victim[0], signal.SIGKILL)
                         return
 
@@ -168,44 +166,6 @@ def test_train_a_killed_worker_continues_from_its_checkpoint(reference, tiny_mod
     assert read_scalars(work.directory / "tensorboard", "train/loss") == pytest.approx(
         dict(enumerate((loss for loss, _ in losses(work)), 1)), abs=1e-6
     )
-
-
-# A cluster of its own, in a process of its own: a head without room, and two nodes with room for the worker.
-ON_NODES = """
-import sys, json
-from pathlib import Path
-from ray.cluster_utils import Cluster
-import test_train as t
-from sdft_ray.cluster import ray_cluster
-from sdft_ray.compute import load_compute
-from sdft_ray.stages import train
-
-folder = Path(sys.argv[1])
-cluster = Cluster(head_node_args={"num_cpus": 0, "include_dashboard": False}, initialize_head=True)
-for _ in range(2):
-    cluster.add_node(num_cpus=1)
-(folder / "compute.yaml").write_text(json.dumps({"ray": {"address": cluster.address}}))
-with ray_cluster(load_compute(folder / "compute.yaml")):
-    work = t.make_work(folder, Path(sys.argv[2]), t.plan(checkpoint_every_steps=1))
-    t.train_and_kill_a_worker(work, raylet=True)
-cluster.shutdown()
-print(work.directory)
-"""
-
-
-@pytest.mark.full
-def test_train_a_killed_raylet_continues_on_another_node(reference, tiny_model, tmp_path):
-    paths = [str(Path.cwd()), str(Path(__file__).parent), str(Path(__file__).parents[1])]
-    done = subprocess.run(
-        [sys.executable, "-c", ON_NODES, str(tmp_path), str(tiny_model)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    history = json.loads((Path(done.stdout.splitlines()[-1]) / "losses.json").read_text())
-    for record, (loss, _) in zip(history, losses(reference[0]), strict=True):
-        assert record["loss"] == pytest.approx(loss, abs=1e-6)
 
 
 def read_scalars(folder: Path, tag: str) -> dict[int, float]:
@@ -248,20 +208,6 @@ def test_train_goes_on_with_other_workers_and_zero_stage(reference, tiny_model, 
     assert min(read_scalars(moved.directory / "tensorboard", "train/loss")) == begun + 1, "no step was taken again"
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 8 MB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("needs the right to mount a small file system")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
-
-
 @pytest.mark.full
 def test_train_a_full_disk_keeps_the_checkpoint_before(reference, tiny_model, small_disk):
     work = make_work(small_disk, tiny_model, plan(checkpoint_every_steps=1, max_failures=0))
@@ -270,9 +216,7 @@ def test_train_a_full_disk_keeps_the_checkpoint_before(reference, tiny_model, sm
     def fill_once_a_checkpoint_is_there() -> None:
         while not over.wait(0.05):
             if list(work.resumable.glob("ray_train*/checkpoint_*/progress.json")):
-                with contextlib.suppress(OSError), (small_disk / "fill").open("wb", buffering=0) as file:
-                    while True:
-                        file.write(bytes(4096))
+                fill_disk(small_disk)
                 return
 
     filler = threading.Thread(target=fill_once_a_checkpoint_is_there, daemon=True)
