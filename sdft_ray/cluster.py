@@ -71,6 +71,8 @@ def _connect(compute: Compute, quiet: dict[str, Any]) -> None:
         # Nobody takes this node away: no process that asks for it at every training. And an end is seen sooner.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+        # A worker that has imported lm-eval is kept for the next exam: by default Ray ends what is idle for a second.
+        os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "30000")
         dashboard: dict[str, Any] = {"include_dashboard": True, "dashboard_host": host, "dashboard_port": port}
         try:
             ray.init(address="local", num_cpus=cores(), **dashboard, **quiet)
