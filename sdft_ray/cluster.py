@@ -151,10 +151,9 @@ def require_room(compute: Compute, stage: str) -> None:
         raise UserError(problem(f"compute.{stage}", what, do))
     group = placement_group([{"CPU": cpus, **({"GPU": gpus} if gpus else {})}] * bundles)
     try:
-        cpus_there, gpus_there = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
-        nodes_must_come = bundles * cpus > cpus_there or bundles * gpus > gpus_there
-        if not nodes_must_come and group.wait(5):
+        if count_places(nodes, cpus, gpus) >= bundles and group.wait(5):
             return
+        cpus_there, gpus_there = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
         there = f"{cpus_there:g} CPUs and {gpus_there:g} GPUs"
         needs = f"needs {bundles} x ({cpus} CPUs, {gpus:g} GPUs); the cluster has {there} on {len(nodes)} nodes"
         say(f"{stage}: {needs}; waiting up to {compute.ray.wait_seconds} s for that much to be free")

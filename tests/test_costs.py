@@ -57,6 +57,15 @@ def test_estimate_stages_names_steps_and_what_does_not_fit(tiny_model, tmp_path)
     assert found["train (sft)"].work.startswith("5 steps of 16 rows")
     assert found["train (sft)"].fits is False
     assert found["score"].fits is None, "what the nodes of another cluster hold is not known"
+    assert "draft" not in found
+
+    drafts = validate(Recipe, data | {"draft": {"tokens": [1, 2], "prompts": 5, "dtype": "float32"}})
+    for kv_cache_gib, fits in ((1.0, True), (1e6, False)):
+        here = validate(Compute, {"distill": {"cpus": 1, "engine": {"kv_cache_gib": kv_cache_gib}}})
+        *_, cost, _ = costs.estimate_stages(drafts, here, pipeline.stages(drafts), Storage("x"))
+        assert (cost.stage, cost.fits) == ("draft", fits)
+        assert cost.work == "3 models, 5 prompts of 64 new tokens, 1, 2 of them drafted"
+        assert cost.gb > kv_cache_gib * 1.07 + 0.8
 
 
 def test_shape_of_a_hub_model_is_not_known_before_its_download():

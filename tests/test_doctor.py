@@ -10,8 +10,10 @@ import yaml
 from command import sdft
 
 from sdft_ray import doctor
+from sdft_ray.artifacts import Stage
 from sdft_ray.compute import Compute, load_compute
 from sdft_ray.recipe import validate
+from sdft_ray.storage import Storage
 
 
 def statuses(findings) -> dict[str, str]:
@@ -185,6 +187,16 @@ def test_hub_is_asked_for_each_repository_and_nodes_for_a_root_in_an_object_stor
             "dataset a/none": ("fail", "Check the name; where it is private, set HF_TOKEN."),
             "storage": ("ok", ""),
         }
+
+
+def test_what_is_under_the_root_is_not_asked_for_again(tmp_path):
+    place = Storage(str(tmp_path / "root"))
+    model, rows = (Stage(kind, "x", 1, {"repo": "a/b", "revision": "c" * 40}) for kind in ("model", "rows"))
+    (place.scratch(model) / "weights").write_text("weights")
+    place.commit(model, {}, 1.0)
+    found = {finding.where: finding for finding in doctor._hub([model, rows], place)}
+    assert (found["model a/b"].status, found["model a/b"].what) == ("ok", f"{'c' * 12} is under the root already")
+    assert found["dataset a/b"].status == "fail"
 
 
 def test_hub_out_of_reach_and_refused_credentials_are_failed_lines_with_the_remedy(look, s3, s3_proxy):

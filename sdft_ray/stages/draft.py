@@ -21,6 +21,7 @@ from sdft_ray.core.prompts import render_prompt
 from sdft_ray.core.speculation import best_measured, worth
 from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.progress import say
+from sdft_ray.sources import read_json
 from sdft_ray.stages import Work
 from sdft_ray.stages.engine import NEAR_TIE, engine_arguments
 from sdft_ray.stages.rows import read_split
@@ -68,13 +69,15 @@ def measure(
     """Return acceptance and speeds of a draft; runs in a Ray worker of its own."""
     base, small = target(), draft()
     ids = render_alike(base, small, prompts)
+    length = max(map(len, ids)) + settings["max_new_tokens"] + max(settings["tokens"]) + 1
+    _require_context(base, length)
     fair = {
         # Two engines are alive at a time. A prompt that one of them has read before would be no fair race.
         "gpu_memory_utilization": options["gpu_memory_utilization"] / 2,
         "kv_cache_gib": options["kv_cache_gib"] / 2,
         "enable_prefix_caching": False,
         "max_num_seqs": settings["at_once"],
-        "max_model_len": max(map(len, ids)) + settings["max_new_tokens"] + max(settings["tokens"]) + 1,
+        "max_model_len": length,
     }
     arguments = engine_arguments(str(base), settings["dtype"], {**options, **fair}, alone=True)
     from vllm import LLM, SamplingParams  # after what it reads of the environment is set
@@ -84,10 +87,10 @@ def measure(
     def start(**more: Any) -> Any:
         return LLM(**{**arguments, **more}, disable_log_stats=False)
 
-    length = settings["max_new_tokens"]
+    sampling = {name: settings[name] for name in ("temperature", "top_p")}
     ways = {
-        "greedy": SamplingParams(temperature=0, max_tokens=length),
-        "sampled": SamplingParams(temperature=settings["temperature"], top_p=settings["top_p"], max_tokens=length),
+        "greedy": SamplingParams(temperature=0, max_tokens=settings["max_new_tokens"]),
+        "sampled": SamplingParams(**sampling, max_tokens=settings["max_new_tokens"]),
     }
     groups = [ids[i : i + settings["at_once"]] for i in range(0, len(ids), settings["at_once"])]
     alone, other = start(), start(model=str(small))
@@ -118,6 +121,14 @@ def render_alike(target: Path, draft: Path, prompts: Sequence[str]) -> list[list
         do = "Give a draft that was made from the base"
         raise UserError(problem("draft.models", f"{draft} has another tokenizer than {target}", do))
     return [render_prompt(ours, prompt) for prompt in prompts]
+
+
+def _require_context(model: Path, length: int) -> None:
+    context = read_json(model / "config.json").get("max_position_embeddings")
+    if context and length > context:
+        what = f"with the longest prompt and the drafted tokens it makes {length}, and the model's context is {context}"
+        do = f"Lower it by {length - context}"
+        raise UserError(problem("draft.max_new_tokens", what, do))
 
 
 def _mend_sampling() -> None:

@@ -319,10 +319,10 @@ def _fit(work: Work, given: dict[str, Any]) -> dict[str, Any]:
 
     from sdft_ray.cluster import ticker
 
-    plan, ticks = work.compute.train, ticker()
     result_file = work.resumable / "result.json"
     if result_file.is_file():  # killed between the last step and the commit
         return read_json(result_file)
+    plan, ticks = work.compute.train, ticker()
     work.storage.drop(work.resumable / "tuned")  # of other numbers of workers
     _set_torn_list_aside(work.resumable)
     elastic = plan.workers.min != plan.workers.max

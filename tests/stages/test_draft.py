@@ -143,6 +143,14 @@ def test_a_draft_with_another_tokenizer_is_refused(tiny_model, tmp_path):
         draft.render_alike(tiny_model, other, PROMPTS)
 
 
+def test_an_answer_longer_than_the_context_is_refused_before_an_engine_starts(tiny_model):
+    settings = SETTINGS | {"max_new_tokens": 100_000}
+    with pytest.raises(
+        UserError, match=r"draft\.max_new_tokens: .* and the model's context is \d+\. Lower it by \d+\."
+    ):
+        draft.measure(lambda: tiny_model, lambda: tiny_model, PROMPTS, settings, {})
+
+
 def test_every_arm_and_the_pruned_model_are_tried_unless_named(recipe):
     assert list(drafts(recipe)) == ["pruned", "sft", "distilled"]
     assert list(drafts(recipe | {"arms": {"sft": {}}})) == ["pruned", "sft"]
