@@ -2,10 +2,11 @@
 
 In: nothing; a tiny random model of 6 blocks and generated sums. Out: seconds of every kind of stage, and the figures
 as the last line. The sweep is 3 depths x 2 sizes x 2 arms, built by `sdft sweep` in a root of its own; then each of its
-six recipes is built by `sdft run`, each in a root of its own, as someone without sweeps would. The same compute file,
-the real engine and real Ray in both; starting Ray counts, since it is paid each time. A tiny model trains in seconds,
-so what is shared (scoring, generation, the exams of base and pruned models) is most of a recipe: where training is, a
-sweep saves less, and the parts tell how much. Takes about 20 minutes on two cores.
+six recipes is built by `sdft run`, each in a root of its own, as someone without sweeps would. The same compute file
+in both, a core for each process, so that two can be at work; the real engine and real Ray; starting Ray counts, since
+it is paid each time. A tiny model trains in seconds, so what is shared (scoring, generation, the exams of base and
+pruned models) is most of a recipe: where training is, a sweep saves less, and the parts tell how much. Takes about 12
+minutes on two cores.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ RECIPE: dict[str, Any] = {
 }
 AXES = {"prune.blocks": [1, 2, 3], "train.rows": [128, 256]}
 COMPUTE = {
+    "score": {"cpus": 1},
     "distill": {"cpus": 1, "engine": {"kv_cache_gib": 1.0, "max_num_seqs": 64}},
     "train": {"workers": 1, "cpus": 1, "micro_batch": 8},
 }

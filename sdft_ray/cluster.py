@@ -19,6 +19,7 @@ from sdft_ray.compute import Compute, cores
 from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.progress import say
 
+_LONG = 60  # seconds
 TOKEN = "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token"
 
 
@@ -33,6 +34,8 @@ def ray_cluster(compute: Compute) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else the core writes to our stderr
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    # Of warnings, not the one about how many workers there are: they are kept on purpose (_connect).
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker processes have been started")
     # On a busy machine a worker takes longer to start than the 60 s after which Ray gives it up; with the first one
     # `ray.init` waits for ever (docs/footguns.md).
     os.environ.setdefault("RAY_worker_register_timeout_seconds", "300")
@@ -137,7 +140,6 @@ def require_room(compute: Compute, stage: str) -> None:
     demand that an autoscaler answers with nodes.
     """
     import ray
-    from ray.util.placement_group import placement_group, remove_placement_group
 
     bundles, cpus, gpus = compute.needs()[stage]
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -149,8 +151,7 @@ def require_room(compute: Compute, stage: str) -> None:
         what = f"needs {cpus} CPUs and {gpus:g} GPUs on one node; the largest has {largest[0]:g} and {largest[1]:g}"
         do = "Ask for less, or say in compute.ray.largest_node what an autoscaler can bring"
         raise UserError(problem(f"compute.{stage}", what, do))
-    group = placement_group([{"CPU": cpus, **({"GPU": gpus} if gpus else {})}] * bundles)
-    try:
+    with _asked_for(bundles, cpus, gpus) as group:
         if count_places(nodes, cpus, gpus) >= bundles and group.wait(5):
             return
         cpus_there, gpus_there = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
@@ -159,6 +160,22 @@ def require_room(compute: Compute, stage: str) -> None:
         say(f"{stage}: {needs}; waiting up to {compute.ray.wait_seconds} s for that much to be free")
         if not group.wait(compute.ray.wait_seconds):
             raise UserError(problem(f"compute.{stage}", needs, "Ask for less, or add nodes"))
+
+
+def await_room(compute: Compute, stage: str) -> None:
+    """Return once what a stage needs is free, where other stages of this command hold it for a while."""
+    with _asked_for(*compute.needs()[stage]) as group:
+        while not group.wait(_LONG):
+            pass
+
+
+@contextmanager
+def _asked_for(bundles: int, cpus: int, gpus: float) -> Iterator[Any]:
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    group = placement_group([{"CPU": cpus, **({"GPU": gpus} if gpus else {})}] * bundles)
+    try:
+        yield group
     finally:
         remove_placement_group(group)
 

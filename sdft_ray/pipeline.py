@@ -15,16 +15,17 @@ import contextlib
 import dataclasses
 import importlib
 import itertools
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
 from sdft_ray import sources
 from sdft_ray.artifacts import Stage, hash_source, slugify
-from sdft_ray.cluster import ray_cluster, require_room
+from sdft_ray.cluster import await_room, ray_cluster, require_room
 from sdft_ray.compute import Compute
 from sdft_ray.core import surgery
 from sdft_ray.errors import StageFailed, UserError, nearest, problem
@@ -49,6 +50,7 @@ from sdft_ray.storage import Storage
 
 STAGE_NAMES = ("model", "rows", "score", "loss", "cut", "distill", "train", "merge", "draft", "speed", "evaluate")
 _UNITS = {"score": "texts", "loss": "texts", "distill": "rows", "train": "steps", "merge": "tensors"}
+_SIDE_BY_SIDE = ("score", "loss", "cut", "distill")
 _ON_RAY = ("score", "loss", "distill", "train", "draft", "speed", "evaluate")
 
 
@@ -287,45 +289,76 @@ def run(recipe: Recipe, compute: Compute, storage: Storage, until: str | None = 
     return build(plan, compute, storage)
 
 
-def build(plan: Sequence[Stage], compute: Compute, storage: Storage, validated: Validated = None) -> Built:
+def build(
+    plan: Sequence[Stage],
+    compute: Compute,
+    storage: Storage,
+    validated: Validated = None,
+    side_by_side: bool = False,
+) -> Built:
     """Build every stage of a plan that is not there yet, in its order, on one cluster.
 
-    `validated` is called with the step and the loss of every validation of a training.
+    `validated` is called with the step and the loss of every validation of a training. `side_by_side`: generation and
+    what leads to the cuts do not wait for each other, only for room on the cluster.
     """
     todo = [stage for stage in plan if storage.status(stage) != "done"]
     with contextlib.ExitStack() as stack:
         connected = False
-        for group in _together(todo):
-            if group[0].name in _ON_RAY:
-                if not connected:  # as late as can be: mistakes in the rows show before a cluster starts
-                    stack.enter_context(ray_cluster(compute))
-                    connected = True
-                require_room(compute, group[0].name)
+        for group in _together(todo, side_by_side):
+            on_ray = [name for name in dict.fromkeys(stage.name for stage in group) if name in _ON_RAY]
+            if on_ray and not connected:  # as late as can be: mistakes in the rows show before a cluster starts
+                stack.enter_context(ray_cluster(compute))
+                connected = True
+            for name in on_ray:
+                require_room(compute, name)
             _build_group(group, storage, compute, validated)
     return Built(tuple(todo), tuple(stage for stage in plan if stage not in todo))
 
 
-def _together(todo: Sequence[Stage]) -> Iterator[list[Stage]]:
-    """Yield the stages that are built at once: all evaluations (each is small), everything else alone."""
-    for name, group in itertools.groupby(todo, key=lambda stage: stage.name):
+def _together(todo: Sequence[Stage], side_by_side: bool) -> Iterator[list[Stage]]:
+    """Yield the stages that are built at once: all exams, and side by side whatever leads to a training; everything
+    else alone."""
+
+    def kind(stage: Stage) -> str:
+        return "data and cuts" if side_by_side and stage.name in _SIDE_BY_SIDE else stage.name
+
+    for name, group in itertools.groupby(todo, key=kind):
         each = list(group)
-        yield from [each] if name == "evaluate" else ([stage] for stage in each)
+        yield from [each] if name in ("data and cuts", "evaluate") else ([stage] for stage in each)
 
 
 def _build_group(group: Sequence[Stage], storage: Storage, compute: Compute, validated: Validated) -> None:
+    """Build stages at once, each after its inputs; of a kind that takes its whole pool one at a time."""
     if len(group) == 1:
         with Progress(group[0].name, _UNITS.get(group[0].name, "parts")) as progress:
             _build(group[0], storage, compute, progress, validated)
         return
-    threads = ThreadPoolExecutor(max_workers=len(group))
+    exams = group[0].name == "evaluate"
+    threads, ended = ThreadPoolExecutor(max_workers=len(group)), threading.Event()
+    waiting: dict[str, Future[None]] = {}
+
+    def build_after(before: Sequence[Future[None]], stage: Stage) -> None:
+        for other in before:
+            other.result()
+        if ended.is_set():  # Ray, which is gone, would be started anew
+            return
+        if stage.name in _ON_RAY and not exams:  # else the wait would count as the stage's time
+            await_room(compute, stage.name)
+        with Progress(stage.name, _UNITS.get(stage.name, "parts")) as own:
+            _build(stage, storage, compute, own, validated)
+
     with Progress(group[0].name, "tasks") as progress:
-        progress.begin(len(group))
-        waiting = [threads.submit(_build, stage, storage, compute, Progress(stage.name, "parts")) for stage in group]
+        progress.begin(len(group) if exams else 0)
+        for i, stage in enumerate(group):
+            alike = [] if exams else [other for other in group[:i] if other.name == stage.name]
+            before = [waiting[other.id] for other in (*stage.inputs.values(), *alike) if other.id in waiting]
+            waiting[stage.id] = threads.submit(build_after, before, stage)
         try:
-            for done, future in enumerate(as_completed(waiting), 1):
+            for done, future in enumerate(as_completed(waiting.values()), 1):
                 future.result()
                 progress.update(done)
         finally:  # at the first failure or Ctrl-C: what runs ends with the cluster, what waits never starts
+            ended.set()
             threads.shutdown(wait=False, cancel_futures=True)
 
 

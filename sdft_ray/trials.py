@@ -44,7 +44,7 @@ def run(plan: Plan, compute: Compute, storage: Storage) -> pipeline.Built:
             with ray_cluster(compute):
                 if drafts:
                     require_room(compute, "draft")
-                pipeline.build(plan.shared, compute, storage)
+                pipeline.build(plan.shared, compute, storage, side_by_side=True)
                 _run_trials(_with_rivals(trials, plan, storage) if plan.asha else trials, plan, compute, storage)
                 _try_drafts([stage for stage in drafts if stage in todo], plan, compute, storage)
     failed = [trial for trial in plan.trials if is_open(trial, plan, storage)]
