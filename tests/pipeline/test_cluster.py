@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from events import read_events
-from faked import finish, kill, make_folder, outcome, require_same, start, wait_for
+from faked import count_asked, finish, kill, make_folder, outcome, require_same, start, wait_for
 
 from sdft_ray.artifacts import check_files
 
@@ -128,6 +128,7 @@ def test_chain_on_nodes_that_die_at_every_stage_ends_as_on_nodes_that_live(folde
     assert scores(artifacts) == scores(folder / "alone") and len(scores(artifacts)) == 9
     ledger = [row for path in there("ledger/*/part-*")() for row in pq.read_table(path)["id"].to_pylist()]
     assert len(ledger) == len(set(ledger)) == 48, "no row lost, none twice"
+    record_property("generating: rows begun again", count_asked(folder) - 2 * 48)
 
     (log,) = artifacts.glob("train/*/tensorboard")
     steps = [(event.wall_time, event.step) for event, _ in read_events(log, "train/loss")]
