@@ -9,9 +9,17 @@ import sys
 from pathlib import Path
 
 from sdft_ray.cli import main
+from sdft_ray.errors import UserError
 from sdft_ray.sweep import is_sweep
 
+
+def command(recipe: Path) -> str:
+    """Return which command takes a file; what is wrong with it is for that command to say."""
+    try:
+        return "sweep" if is_sweep(recipe) else "run"
+    except (UserError, OSError):
+        return "run"
+
+
 if __name__ == "__main__":
-    recipe = Path(sys.argv[1]) if len(sys.argv) > 1 else None
-    command = "sweep" if recipe and recipe.is_file() and is_sweep(recipe) else "run"
-    sys.exit(main([command, *sys.argv[1:]]))
+    sys.exit(main([command(Path(*sys.argv[1:2])), *sys.argv[1:]]))

@@ -40,10 +40,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     signal.signal(signal.SIGTERM, end)
     try:
-        return options.command(options) or 0
+        done = options.command(options) or 0
+        sys.stdout.flush()
+        return done
     except (UserError, StageFailed) as error:
         print(error, file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # whoever read our output has enough, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries once more as it ends
+        return 1
     except OSError as error:  # a disk that is full or not there, a file where a directory should be
         where = error.filename or "the disk"
         print(problem(str(where), str(error.strerror), "Mend this; what was finished is kept"), file=sys.stderr)
@@ -83,11 +88,11 @@ def _check(options: argparse.Namespace) -> None:
         _show_costs(costs)
 
 
-def _show_costs(costs: Sequence[Any]) -> None:
+def _show_costs(costs: Sequence[Any], title: str = "Estimate") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, title="Estimate, memory at the peak of each process", title_justify="left")
+    table = Table(box=None, pad_edge=False, title=f"{title}, memory at the peak of each process", title_justify="left")
     for column in ("stage", "work", "processes", "GB each", "fits", "of which, in GB"):
         table.add_column(column, overflow="fold")
     for cost in costs:
@@ -185,21 +190,20 @@ def _show_report(options: argparse.Namespace, recipe: Any, storage: Any) -> None
 def _check_sweep(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from sdft_ray import pipeline, sweep
-    from sdft_ray.costs import estimate_stages
+    from sdft_ray import sweep
+    from sdft_ray.costs import estimate_sweep
     from sdft_ray.report import saving
 
     plan, compute, storage = _load_sweep(options)
     sweep.check(plan, compute)
     found = saving.measure(plan, storage)
-    largest = min(plan.cells, key=lambda cell: cell.recipe.prune.blocks).recipe
-    costs = estimate_stages(largest, compute, pipeline.stages(largest), storage) if options.compute else []
+    costs = estimate_sweep(plan, compute, storage) if options.compute else []
     if options.json:
         print(json.dumps({**found, "estimates": [dataclasses.asdict(cost) for cost in costs]}, indent=1))
         return
     saving.show(found, Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200))
     if costs:
-        _show_costs(costs)
+        _show_costs(costs, "Estimate, the most of any recipe")
 
 
 def _show_sweep(options: argparse.Namespace, plan: Any, storage: Any) -> None:

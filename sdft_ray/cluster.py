@@ -15,11 +15,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from sdft_ray.compute import Compute, cores
+from sdft_ray.compute import SECTIONS, Compute, cores
 from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.progress import say
 
-_LONG = 60  # seconds
 TOKEN = "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token"
 
 
@@ -34,6 +33,8 @@ def ray_cluster(compute: Compute) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else the core writes to our stderr
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    # What is still at work when Ray ends, after Ctrl-C, must not start another one.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     # Of warnings, not the one about how many workers there are: they are kept on purpose (_connect).
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker processes have been started")
     # On a busy machine a worker takes longer to start than the 60 s after which Ray gives it up; with the first one
@@ -140,8 +141,10 @@ def require_room(compute: Compute, stage: str) -> None:
     demand that an autoscaler answers with nodes.
     """
     import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
 
     bundles, cpus, gpus = compute.needs()[stage]
+    where = f"compute.{SECTIONS.get(stage, stage)}"
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     sizes = [(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes]
     if coming := compute.ray.largest_node:
@@ -150,8 +153,9 @@ def require_room(compute: Compute, stage: str) -> None:
         largest = max(sizes, key=lambda size: (size[1], size[0]) if gpus else size)
         what = f"needs {cpus} CPUs and {gpus:g} GPUs on one node; the largest has {largest[0]:g} and {largest[1]:g}"
         do = "Ask for less, or say in compute.ray.largest_node what an autoscaler can bring"
-        raise UserError(problem(f"compute.{stage}", what, do))
-    with _asked_for(bundles, cpus, gpus) as group:
+        raise UserError(problem(where, what, do))
+    group = placement_group([{"CPU": cpus, **({"GPU": gpus} if gpus else {})}] * bundles)
+    try:
         if count_places(nodes, cpus, gpus) >= bundles and group.wait(5):
             return
         cpus_there, gpus_there = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
@@ -159,25 +163,25 @@ def require_room(compute: Compute, stage: str) -> None:
         needs = f"needs {bundles} x ({cpus} CPUs, {gpus:g} GPUs); the cluster has {there} on {len(nodes)} nodes"
         say(f"{stage}: {needs}; waiting up to {compute.ray.wait_seconds} s for that much to be free")
         if not group.wait(compute.ray.wait_seconds):
-            raise UserError(problem(f"compute.{stage}", needs, "Ask for less, or add nodes"))
-
-
-def await_room(compute: Compute, stage: str) -> None:
-    """Return once what a stage needs is free, where other stages of this command hold it for a while."""
-    with _asked_for(*compute.needs()[stage]) as group:
-        while not group.wait(_LONG):
-            pass
-
-
-@contextmanager
-def _asked_for(bundles: int, cpus: int, gpus: float) -> Iterator[Any]:
-    from ray.util.placement_group import placement_group, remove_placement_group
-
-    group = placement_group([{"CPU": cpus, **({"GPU": gpus} if gpus else {})}] * bundles)
-    try:
-        yield group
+            raise UserError(problem(where, needs, "Ask for less, or add nodes"))
     finally:
         remove_placement_group(group)
+
+
+def fit_together(nodes: Iterable[Mapping[str, float]], *needs: tuple[int, int, float]) -> bool:
+    """Return whether nodes with these resources hold all of several (processes, CPUs and GPUs of each) at once.
+
+    >>> fit_together([{"CPU": 2}], (1, 1, 0), (1, 1, 0)), fit_together([{"CPU": 2}], (1, 1, 0), (1, 2, 0))
+    (True, False)
+    """
+    free = [{"CPU": node.get("CPU", 0), "GPU": node.get("GPU", 0)} for node in nodes]
+    for cpus, gpus in [(cpus, gpus) for processes, cpus, gpus in needs for _ in range(processes)]:
+        node = next((node for node in free if node["CPU"] >= cpus and node["GPU"] >= gpus), None)
+        if node is None:
+            return False
+        node["CPU"] -= cpus
+        node["GPU"] -= gpus
+    return True
 
 
 def ticker() -> Any:

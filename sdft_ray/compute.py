@@ -16,6 +16,9 @@ from pydantic import BeforeValidator, Field, model_validator
 from sdft_ray.errors import UserError, problem
 from sdft_ray.recipe import Section, load_section, validate
 
+SECTIONS = {"loss": "score", "draft": "distill", "speed": "evaluate"}
+"""Sections that stages without one of their own are computed by."""
+
 Auto = Literal["auto"]
 Count = Annotated[int, Field(gt=0)]
 
@@ -214,7 +217,7 @@ def load_compute(path: Path | None = None) -> Compute:
                 f"Lower the number or the cpus of {name}, or give ray.address of a cluster",
             )
             for name, (bundles, cpus, _) in compute.needs().items()
-            if bundles * cpus > here
+            if name not in SECTIONS and bundles * cpus > here
         ]
         if short:
             raise UserError(*short)

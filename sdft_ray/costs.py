@@ -14,11 +14,12 @@ from pathlib import Path
 
 from sdft_ray import pipeline, sources
 from sdft_ray.artifacts import Stage
-from sdft_ray.compute import Compute
+from sdft_ray.compute import Compute, cores
 from sdft_ray.core import estimate
 from sdft_ray.core.surgery import block_of
 from sdft_ray.recipe import HubModel, ModelSource, Recipe, Train, validate
 from sdft_ray.storage import Storage
+from sdft_ray.sweep import Plan
 
 # llama.cpp's names of the layers that may get an adapter.
 _GGUF = {
@@ -47,6 +48,24 @@ class Cost:
     """What the memory is for, in words."""
     fits: bool | None = None
     """Whether all processes fit this machine, or one a GPU; None where neither is known."""
+
+
+def estimate_sweep(plan: Plan, compute: Compute, storage: Storage) -> list[Cost]:
+    """Return, for each kind of stage, the most memory and the most work of any recipe of a sweep."""
+    found: dict[str, list[Cost]] = {}
+    for cell in plan.cells:
+        for cost in estimate_stages(cell.recipe, compute, pipeline.stages(cell.recipe), storage):
+            found.setdefault(cost.stage, []).append(cost)
+    return [
+        dataclasses.replace(max(costs, key=lambda cost: cost.gb or 0), work=max(costs, key=_amount).work)
+        for costs in found.values()
+    ]
+
+
+def _amount(cost: Cost) -> float:
+    """Return the number that a cost's work begins with; work without one has no bound that is known."""
+    amount = cost.work.partition(" ")[0]
+    return int(amount) if amount.isdecimal() else math.inf
 
 
 def estimate_stages(recipe: Recipe, compute: Compute, plan: tuple[Stage, ...], storage: Storage) -> list[Cost]:
@@ -143,7 +162,11 @@ def _evaluate(recipe: Recipe, compute: Compute, shape: estimate.Shape | None, mo
     items = f"{wanted.limit} items" if wanted.limit else "all items"
     work = f"{models} models x {len(wanted.tasks)} tasks, {items} each"
     bytes_each = None if shape is None else estimate.holding_memory(shape, _bytes(wanted.dtype), plan.batch_size * 256)
-    return _cost("evaluate", work, 1, bytes_each, "", compute, plan.gpus)
+    at_once = 1
+    if compute.ray.address == "local" and not plan.gpus:
+        assert plan.cpus != "auto", "load_compute settles auto"
+        at_once = max(1, min(cores() // plan.cpus, models * len(wanted.tasks)))
+    return _cost("evaluate", work, at_once, bytes_each, "", compute, plan.gpus)
 
 
 def _cost(stage: str, work: str, processes: int, each: int | None, parts: str, compute: Compute, gpus: float) -> Cost:
@@ -208,17 +231,13 @@ def shape_of_directory(directory: Path) -> estimate.Shape:
 
 
 def _shape_of_gguf(path: Path) -> estimate.Shape:
-    from gguf import GGUFReader
-
-    reader = GGUFReader(path)
-    fields = reader.fields
-    architecture = fields["general.architecture"].contents()
+    architecture = sources.gguf_field(path, "general.architecture")
 
     def number(name: str) -> int:
-        return int(fields[f"{architecture}.{name}"].contents())
+        return int(sources.gguf_field(path, f"{architecture}.{name}"))
 
     tensors: dict[str, tuple[int, ...]] = {}
-    for tensor in reader.tensors:
+    for tensor in sources.read_gguf(path).tensors:
         first, _, rest = tensor.name.removeprefix("blk.").partition(".")
         named = rest.removesuffix(".weight")
         name = f"model.layers.{first}.{_GGUF.get(named, named)}.weight" if first.isdigit() else tensor.name

@@ -22,7 +22,7 @@ from typing import Literal
 from sdft_ray import pipeline, sources, storage
 from sdft_ray.artifacts import Stage
 from sdft_ray.cluster import count_places, ray_cluster
-from sdft_ray.compute import Compute
+from sdft_ray.compute import SECTIONS, Compute
 from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.recipe import HubModel, Recipe
 from sdft_ray.storage import Storage
@@ -51,11 +51,10 @@ def examine(recipe: Recipe | None, compute: Compute, root: str) -> Iterator[Find
     yield token_file(os.environ)
     needs = compute.needs()
     if recipe:
-        checked = _recipe(recipe, compute)
+        plan, checked = _recipe(recipe, compute)
         yield from checked
-        if checked[0].status == "ok":
+        if plan:
             yield from _template(recipe)
-            plan = pipeline.stages(recipe)
             names = {stage.name for stage in plan}
             needs = {stage: need for stage, need in needs.items() if stage in names}
             yield from _hub(plan, Storage(root))
@@ -142,14 +141,15 @@ def compile_locks(folder: Path) -> list[Path]:
 def room(nodes: Sequence[Mapping[str, float]], needs: Mapping[str, tuple[int, int, float]]) -> Iterator[Finding]:
     """Yield, for each stage, whether nodes with these resources can hold what it asks for."""
     for stage, (bundles, cpus, gpus) in needs.items():
+        section = f"compute.{SECTIONS.get(stage, stage)}"
         wants = f"{bundles} x ({cpus} CPUs, {gpus:g} GPUs)"
         if (fit := count_places(nodes, cpus, gpus)) >= bundles:
             yield Finding("resources", stage, "ok", f"{wants} fit")
         elif fit:
-            do = f"Lower compute.{stage}, or add nodes; a stage waits ray.wait_seconds for them."
+            do = f"Lower {section}, or add nodes; a stage waits ray.wait_seconds for them."
             yield Finding("resources", stage, "fail", f"needs {wants}; {fit} fit", do)
         else:
-            do = f"Ask for less in compute.{stage}, or join a cluster with larger nodes."
+            do = f"Ask for less in {section}, or join a cluster with larger nodes."
             yield Finding("resources", stage, "fail", f"needs {wants}; no node holds one", do)
 
 
@@ -280,12 +280,14 @@ def _space(place: str, host: str) -> Iterator[Finding]:
         yield Finding(name, host, status, f"{gb:.1f} GB free{of[name]}", do)
 
 
-def _recipe(recipe: Recipe, compute: Compute) -> list[Finding]:
+def _recipe(recipe: Recipe, compute: Compute) -> tuple[Sequence[Stage], list[Finding]]:
+    """Return the recipe's stages, none where it is wrong, and what was found."""
     try:
         pipeline.check(recipe, compute)
+        plan = pipeline.stages(recipe)
     except UserError as error:
-        return [Finding("recipe", each.where, "fail", each.what, each.do) for each in error.args]
-    return [Finding("recipe", "model and rows", "ok", "all that can be known before anything is built")]
+        return (), [Finding("recipe", each.where, "fail", each.what, each.do) for each in error.args]
+    return plan, [Finding("recipe", "model and rows", "ok", "all that can be known before anything is built")]
 
 
 def _template(recipe: Recipe) -> Iterator[Finding]:
@@ -332,7 +334,7 @@ def _hub(plan: Sequence[Stage], place: Storage) -> Iterator[Finding]:
 def _is_done(stage: Stage, place: Storage) -> bool:
     try:
         return place.status(stage) == "done"
-    except UserError:  # the root is out of reach, which has a line of its own
+    except (UserError, OSError):  # the root is out of reach, which has a line of its own, or something in it is damaged
         return False
 
 

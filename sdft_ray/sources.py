@@ -7,6 +7,7 @@ After this module nobody needs to know where something came from. Bad input is r
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gzip
 import importlib.util
 import json
@@ -14,7 +15,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdft_ray.artifacts import Stage, hash_source, inside, slugify
 from sdft_ray.errors import UserError, nearest, problem
@@ -30,6 +31,9 @@ from sdft_ray.recipe import (
     RowSource,
 )
 from sdft_ray.shards import StoredTensor, read_header, same_bytes
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
 
 # reasoning-gym makes row i of seed s from s + i: neighbouring seeds would share nearly all rows.
 GYM_SEED_SPACING = 1_000_000
@@ -82,13 +86,35 @@ def describe_model(source: ModelSource) -> ModelFacts | None:
     path = model_path(source)
     if path.is_dir():
         return describe_directory(path)
+    architecture = gguf_field(path, "general.architecture")
+    if "tokenizer.chat_template" not in read_gguf(path).fields:
+        raise UserError(problem(str(path), "has no chat template", "Give an instruction-tuned model"))
+    return ModelFacts(architecture, int(gguf_field(path, f"{architecture}.block_count")))
+
+
+def read_gguf(path: Path) -> GGUFReader:
+    """Return the header and the tensors of a GGUF file, which takes seconds once; raises UserError where it is none."""
+    there = path.stat()
+    return _read_gguf(path, there.st_size, there.st_mtime_ns)
+
+
+@functools.cache
+def _read_gguf(path: Path, size: int, changed: int) -> GGUFReader:
     from gguf import GGUFReader
 
-    fields = GGUFReader(path).fields
-    architecture = fields["general.architecture"].contents()
-    if "tokenizer.chat_template" not in fields:
-        raise UserError(problem(str(path), "has no chat template", "Give an instruction-tuned model"))
-    return ModelFacts(architecture, int(fields[f"{architecture}.block_count"].contents()))
+    try:
+        return GGUFReader(path)
+    except Exception as error:  # noqa: BLE001 - a damaged file can fail it in any way
+        what = f"cannot be read as GGUF ({' '.join(str(error).split())})"
+        raise UserError(problem(str(path), what, "Download it again")) from None
+
+
+def gguf_field(path: Path, name: str) -> Any:
+    """Return a value of a GGUF file's header; raises UserError where it is not there."""
+    field = read_gguf(path).fields.get(name)
+    if field is None:
+        raise UserError(problem(str(path), f"has no {name} in its header", "Give a language model, whole"))
+    return field.contents()
 
 
 def describe_directory(directory: Path) -> ModelFacts:

@@ -18,7 +18,7 @@ from typing import Any
 
 from sdft_ray import pipeline
 from sdft_ray.artifacts import Stage
-from sdft_ray.cluster import count_places, ray_cluster, require_room
+from sdft_ray.cluster import count_places, fit_together, ray_cluster, require_room
 from sdft_ray.compute import Compute
 from sdft_ray.errors import StageFailed, UserError
 from sdft_ray.progress import Progress, duration, say
@@ -44,7 +44,7 @@ def run(plan: Plan, compute: Compute, storage: Storage) -> pipeline.Built:
             with ray_cluster(compute):
                 if drafts:
                     require_room(compute, "draft")
-                pipeline.build(plan.shared, compute, storage, side_by_side=True)
+                pipeline.build(plan.shared, compute, storage, side_by_side=_is_room_for_both(compute))
                 _run_trials(_with_rivals(trials, plan, storage) if plan.asha else trials, plan, compute, storage)
                 _try_drafts([stage for stage in drafts if stage in todo], plan, compute, storage)
     failed = [trial for trial in plan.trials if is_open(trial, plan, storage)]
@@ -126,6 +126,15 @@ def _try_drafts(drafts: Sequence[Stage], plan: Plan, compute: Compute, storage: 
         except (UserError, StageFailed) as error:
             storage.keep_failure(stage, str(error))
             say(f"{name_draft(stage, plan)}: FAILED: {error}")
+
+
+def _is_room_for_both(compute: Compute) -> bool:
+    """Return whether the nodes that are there hold scoring beside generation. A pool that grows takes what there is."""
+    import ray
+
+    needs, pool = compute.needs(), compute.distill.actors
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return pool.min == pool.max and fit_together(nodes, needs["score"], needs["distill"])
 
 
 def trials_at_once(compute: Compute) -> int:

@@ -59,10 +59,12 @@ def test_load_compute_keeps_given_cpus(load):
 
 def test_load_compute_with_too_many_cpus_for_this_machine_names_the_numbers(load):
     with pytest.raises(UserError) as error:
-        load(4, {"train": {"workers": 2, "cpus": 3}, "distill": {"actors": 6}})
+        load(4, {"train": {"workers": 2, "cpus": 3}, "distill": {"actors": 6}, "score": {"cpus": 5}})
     assert sorted(error.value.problems) == [
         "compute.distill: 6 x 1 CPUs = 6 is more than the 4 cores of this machine. "
         "Lower the number or the cpus of distill, or give ray.address of a cluster.",
+        "compute.score: 1 x 5 CPUs = 5 is more than the 4 cores of this machine. "
+        "Lower the number or the cpus of score, or give ray.address of a cluster.",
         "compute.train: 2 x 3 CPUs = 6 is more than the 4 cores of this machine. "
         "Lower the number or the cpus of train, or give ray.address of a cluster.",
     ]

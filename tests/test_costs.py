@@ -11,6 +11,7 @@ from sdft_ray.core.estimate import trainable_parameters
 from sdft_ray.recipe import HubModel, PackagedModel, Recipe, validate
 from sdft_ray.stages import train
 from sdft_ray.storage import Storage
+from sdft_ray.sweep import load_sweep
 
 
 @pytest.mark.parametrize(("architecture", "fields"), [("llama", {}), ("qwen3_moe", {}), ("qwen3", {"head_dim": 64})])
@@ -35,10 +36,11 @@ def test_shape_of_a_packaged_gguf_is_read_from_its_header():
     assert {name for name, _, _ in shape.linear} >= {"q_proj", "o_proj", "down_proj"}
 
 
-def test_estimate_stages_names_steps_and_what_does_not_fit(tiny_model, tmp_path):
+@pytest.fixture
+def data(tiny_model, tmp_path) -> dict:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"q": f"{i}?", "a": "1"}) + "\n" for i in range(50)))
     (tmp_path / "texts.txt").write_text("Some text.")
-    data = {
+    return {
         "model": {"path": str(tiny_model)},
         "rows": {
             "path": str(tmp_path / "rows.jsonl"),
@@ -51,6 +53,9 @@ def test_estimate_stages_names_steps_and_what_does_not_fit(tiny_model, tmp_path)
         "train": {"epochs": 2},
         "evaluate": {"tasks": ["arc_easy"]},
     }
+
+
+def test_estimate_stages_names_steps_and_what_does_not_fit(data):
     recipe = validate(Recipe, data)
     gpus = validate(Compute, {"ray": {"address": "auto", "gpu_memory_gb": 0.5}, "train": {"gpus": 1, "cpus": 1}})
     found = {cost.stage: cost for cost in costs.estimate_stages(recipe, gpus, pipeline.stages(recipe), Storage("x"))}
@@ -66,6 +71,20 @@ def test_estimate_stages_names_steps_and_what_does_not_fit(tiny_model, tmp_path)
         assert (cost.stage, cost.fits) == ("draft", fits)
         assert cost.work == "3 models, 5 prompts of 64 new tokens, 1, 2 of them drafted"
         assert cost.gb > kv_cache_gib * 1.07 + 0.8
+
+
+def test_estimate_sweep_takes_the_most_of_any_recipe(data, tmp_path):
+    data["train"] |= {"rows": 8}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(data))
+    axes = [{"train.rows": [16, 32]}, {"prune.blocks": [1, 3]}]
+    (tmp_path / "sweep.yaml").write_text(json.dumps({"recipe": "recipe.yaml", "axes": axes}))
+    here = validate(Compute, {"distill": {"cpus": 1}, "train": {"cpus": 1}, "score": {"cpus": 1}})
+    found = {c.stage: c for c in costs.estimate_sweep(load_sweep(tmp_path / "sweep.yaml"), here, Storage("x"))}
+    assert found["distill"].work.startswith("32 rows") and found["train (sft)"].work.startswith("4 steps")
+    data["prune"]["blocks"] = 1  # the fewest that go
+    shallow = validate(Recipe, data)
+    alone = {c.stage: c for c in costs.estimate_stages(shallow, here, pipeline.stages(shallow), Storage("x"))}
+    assert found["train (sft)"].gb == alone["train (sft)"].gb
 
 
 def test_shape_of_a_hub_model_is_not_known_before_its_download():

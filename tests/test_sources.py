@@ -352,6 +352,14 @@ def test_model_stage_of_a_path_that_is_no_model_is_one_clear_line(tmp_path):
     )
 
 
+@pytest.mark.parametrize("content", [b"", b"no header", b"GGUF\x03\x00\x00\x00\x01"], ids=["empty", "other", "cut"])
+def test_describe_model_refuses_a_gguf_file_that_cannot_be_read(tmp_path, content):
+    (tmp_path / "model.gguf").write_bytes(content)
+    with pytest.raises(UserError, match=r"model\.gguf: cannot be read as GGUF \(.*\)\. Download it again\.") as caught:
+        sources.describe_model(LocalModel(path=str(tmp_path / "model.gguf")))
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("package", "file", "line"),
     [

@@ -54,8 +54,10 @@ def build(work: Work) -> dict[str, Any]:
     write_atomically(work.directory / "speculative_config.json", json.dumps(config, indent=1) + "\n")
     gained = f"{best['speedup']:.2f} times the base's tokens/s with {best['tokens']} drafted"
     serve = f"vllm serve {base} --speculative-config '{json.dumps(config)}'"
-    only = "" if plan.gpus else " (on a CPU for greedy requests only: docs/footguns.md)"
-    say(f"draft: {work.stage.slug}: {gained}. {serve}{only}")
+    notes = [] if plan.gpus else ["on a CPU for greedy requests only: docs/footguns.md"]
+    if "://" in base:
+        notes.append("both models must be brought to a disk first")
+    say(f"draft: {work.stage.slug}: {gained}. {serve}" + (f" ({'; '.join(notes)})" if notes else ""))
     return found
 
 
@@ -70,7 +72,7 @@ def measure(
     base, small = target(), draft()
     ids = render_alike(base, small, prompts)
     length = max(map(len, ids)) + settings["max_new_tokens"] + max(settings["tokens"]) + 1
-    _require_context(base, length)
+    _require_context(base, length, settings["max_new_tokens"])
     fair = {
         # Two engines are alive at a time. A prompt that one of them has read before would be no fair race.
         "gpu_memory_utilization": options["gpu_memory_utilization"] / 2,
@@ -123,11 +125,12 @@ def render_alike(target: Path, draft: Path, prompts: Sequence[str]) -> list[list
     return [render_prompt(ours, prompt) for prompt in prompts]
 
 
-def _require_context(model: Path, length: int) -> None:
+def _require_context(model: Path, length: int, new: int) -> None:
     context = read_json(model / "config.json").get("max_position_embeddings")
     if context and length > context:
         what = f"with the longest prompt and the drafted tokens it makes {length}, and the model's context is {context}"
-        do = f"Lower it by {length - context}"
+        over = length - context
+        do = f"Lower it by {over}" if over < new else "Hold out rows with shorter prompts"
         raise UserError(problem("draft.max_new_tokens", what, do))
 
 

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import math
+import numbers
 import os
 import tempfile
 import time
@@ -28,6 +29,7 @@ from sdft_ray.stages.rows import read_split
 
 VERSION = 1
 HELD_OUT = "held_out"
+FIRST = "the first that is higher for a better model"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +65,7 @@ def exam(preset: str, task: str) -> Exam:
     """Return how a task is taken under a preset; raises UserError for a task that the preset does not have."""
     known = {"offline": OFFLINE, "openllm_v1": OPENLLM_V1}.get(preset)
     if known is None:
-        return Exam("")  # any task of the harness, by its own first metric
+        return Exam(FIRST)  # any task of the harness
     if task not in known:
         do = nearest(task, [*known, HELD_OUT])
         raise UserError(problem("evaluate.tasks", f"{task} is not in the {preset} preset", do))
@@ -315,9 +317,13 @@ def _run_harness(
             verbosity="ERROR",
         )
     results = found["results"][settings["task"]]
-    metric = settings["metric"] or next(key for key in results if "," in key and "_stderr" not in key)
+    everything = [sample for each in found["samples"].values() for sample in each]
+    metric = settings["metric"]
+    if metric == FIRST:
+        better = found["higher_is_better"].get(settings["task"], {})
+        metric = choose_metric(settings["task"], results, better, everything)
     name = metric.partition(",")[0]
-    samples = [sample for each in found["samples"].values() for sample in each if _of_filter(sample, metric)]
+    samples = [sample for sample in everything if _of_filter(sample, metric)]
     sizes = [found["n-samples"][each] for each in found["samples"]]
     items = [
         {"id": sample["doc_hash"], "task": each, "value": float(sample[name])}
@@ -334,6 +340,20 @@ def _run_harness(
     others = {key: float(results[key]) for key in results if "," in key and "_stderr" not in key and key != metric}
     # The harness's own aggregate is the value: a group may weigh its tasks, a metric need not be a mean of items.
     return {**score, "value": float(results[metric]), "other_metrics": others}, items
+
+
+def choose_metric(
+    task: str, results: Iterable[str], higher_is_better: Mapping[str, bool | None], samples: Sequence[Mapping[str, Any]]
+) -> str:
+    """Return a task's first metric, as `name,filter`, that is higher for a better model and a number for each item:
+    means, recovery and paired intervals are of such ones. Raises UserError for a task without one."""
+    for key in results:
+        name = key.partition(",")[0]
+        values = [sample.get(name) for sample in samples if _of_filter(sample, key)]
+        if higher_is_better.get(name) and values and all(isinstance(value, numbers.Real) for value in values):
+            return key
+    what = f"{task} has no metric that is higher for a better model and known for each item"
+    raise UserError(problem("evaluate.tasks", what, "Take another task"))
 
 
 def _chance(sample: Mapping[str, Any]) -> float:

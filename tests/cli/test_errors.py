@@ -1,6 +1,9 @@
 """Every mistake a user is likely to make, through the command: one clear line, exit code 2, nothing touched."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -129,6 +132,35 @@ def test_run_with_too_few_cpus_is_an_error_and_never_waits(folder):
     done = sdft("run", "recipe.yaml", "--compute", "compute.yaml", cwd=folder)
     assert done.returncode == 2
     assert done.stderr.startswith("compute.train: 999 x 1 CPUs = 999 is more than the ")
+
+
+@pytest.mark.parametrize(
+    ("stage", "line"),
+    [
+        ("ctu", "--until: ctu is no stage. Did you mean cut?"),
+        ("merge", "--until: this recipe has no stage merge. It has rows, score, loss, cut, distill, train, evaluate."),
+    ],
+)
+def test_run_until_a_stage_that_is_not_there_builds_nothing(folder, stage, line):
+    done = sdft("run", "recipe.yaml", "--until", stage, cwd=folder)
+    assert (done.returncode, done.stderr.strip()) == (2, line)
+    assert not (folder / "artifacts").exists()
+
+
+def test_output_that_nobody_reads_to_its_end_is_no_error(folder):
+    command = f"{sys.executable} -m sdft_ray.cli check recipe.yaml --json | true"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=folder, check=True)
+    assert done.stderr == ""
+
+
+def test_job_script_leaves_what_is_wrong_with_a_file_to_the_command(folder):
+    (folder / "recipe.yaml").write_text("model: [")
+    script = Path(__file__).parents[2] / "jobs" / "run.py"
+    for arguments, code in ((["recipe.yaml"], 2), ([], 2)):
+        done = subprocess.run(
+            [sys.executable, script, *arguments], capture_output=True, text=True, cwd=folder, check=False
+        )
+        assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
 
 
 def test_report_of_an_unfinished_recipe_says_what_is_missing(folder):

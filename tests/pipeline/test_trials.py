@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import faked
+import psutil
 import pytest
 import yaml
 from command import sdft
@@ -20,14 +21,15 @@ from sdft_ray.artifacts import read_manifest
 from sdft_ray.objects import Objects
 
 
-def make_folder(folder: Path, tiny_model: Path, address: str, axes, asha=None, **more) -> Path:
+def make_folder(folder: Path, tiny_model: Path, address: str, axes, asha=None, seconds_a_row=0, **more) -> Path:
     compute = {
         "ray": {"address": address},
-        "distill": {"cpus": 1},
+        "score": {"cpus": 1},
+        "distill": {"cpus": 1, "piece_rows": 4},
         "train": {"workers": 1, "cpus": 1, "micro_batch": 4, "checkpoint_every_steps": 2},
     }
     train = {"global_batch_size": 8, "lr": 1e-3, "validate_every_steps": 2}
-    faked.make_folder(folder, tiny_model, compute, rows=32, seconds_a_row=0, train=train, **more)
+    faked.make_folder(folder, tiny_model, compute, rows=32, seconds_a_row=seconds_a_row, train=train, **more)
     (folder / "sweep.yaml").write_text(yaml.safe_dump({"recipe": "recipe.yaml", "axes": axes, "asha": asha}))
     return folder
 
@@ -68,6 +70,24 @@ def test_sweep_tries_drafts_of_what_was_trained_and_tells_what_it_leaves_out(swe
     assert draft["greedy"]["speedup"] > 0 and [trial["draft"] is None for trial in report["trials"]] == [
         True, False, True
     ]  # fmt: skip
+
+
+def test_sweep_scores_while_it_generates_and_ends_at_once_when_interrupted(ray_cluster, tiny_model, tmp_path):
+    folder = make_folder(tmp_path, tiny_model, ray_cluster, {"prune.blocks": [1, 2]}, seconds_a_row=1.0)
+    before, artifacts = count_rays(), folder / "artifacts"
+    process = start(folder)
+    wait_for(process, lambda: list(artifacts.glob("score/*")) and list(artifacts.glob("ledger/*/part-*")))
+    assert not list(artifacts.glob("distill/*")), "32 seconds are not over"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors.strip().splitlines()[-1]) == (
+        130, "Stopped. What was finished is kept; the same command goes on from there."
+    ), errors  # fmt: skip
+    assert "Traceback" not in errors and count_rays() == before
+
+
+def count_rays() -> int:
+    return sum(process.info["name"] == "raylet" for process in psutil.process_iter(["name"]))
 
 
 @pytest.mark.full

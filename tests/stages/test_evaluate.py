@@ -2,6 +2,7 @@
 
 import pytest
 
+from sdft_ray.errors import UserError
 from sdft_ray.sources import offline_task_file
 from sdft_ray.stages import evaluate
 
@@ -41,8 +42,20 @@ def test_leaderboard_has_the_published_shots():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("task", ["arc_easy", "hellaswag"])
-def test_examine_in_float32_scores_exactly_what_plain_lm_eval_does(task, tiny_model, tmp_path):
+def test_a_harness_task_is_scored_by_what_is_higher_for_a_better_model():
+    results = ["alias", "perplexity,none", "perplexity_stderr,none", "f1,none", "acc,none", "acc,strict"]
+    better = {"perplexity": False, "f1": True, "acc": True}
+    samples = [{"filter": "none", "perplexity": -3.5, "f1": (1, 0), "acc": 1.0}]
+    assert evaluate.choose_metric("lambada", results, better, samples) == "acc,none"
+    for nothing in ({}, {"perplexity": False, "f1": True}):
+        with pytest.raises(
+            UserError, match=r"evaluate\.tasks: lambada has no metric that is higher for a better model"
+        ):
+            evaluate.choose_metric("lambada", results, nothing, samples)
+
+
+@pytest.mark.parametrize(("task", "metric"), [("arc_easy", evaluate.FIRST), ("hellaswag", "acc_norm,none")])
+def test_examine_in_float32_scores_exactly_what_plain_lm_eval_does(task, metric, tiny_model, tmp_path):
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
@@ -50,7 +63,7 @@ def test_examine_in_float32_scores_exactly_what_plain_lm_eval_does(task, tiny_mo
     settings = {
         "task": task,
         "dtype": "float32",
-        "metric": exam.metric,
+        "metric": metric,
         "shots": 0,
         "limit": 12,
         "chat_template": False,
