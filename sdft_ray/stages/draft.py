@@ -1,7 +1,8 @@
 """Stage `draft`: what a smaller model is worth as the draft of the unpruned one, measured in vLLM.
 
 In: the base, a model to draft for it, and held-out prompts. Out: draft.json (acceptance, tokens a call, tokens per
-second with and without drafting, for greedy and for sampled text) and speculative_config.json, ready for `vllm serve`.
+second with and without drafting, for greedy and for sampled text) and speculative_config.json for `vllm serve`, which
+wants both models on a disk.
 The base alone and the base with its draft take turns on the same prompts: whatever else the machine does slows both.
 Drafting must not change greedy text: in float32 a token that differs by more than rounding fails the stage.
 """
