@@ -59,7 +59,7 @@ class Engine(Section):
     """vLLM options that change speed and memory only; names are vLLM's own unless said otherwise."""
 
     enforce_eager: bool = True
-    """Without compilation: on two cores compiled code starts a minute later and is a twelfth faster (docs/results.md)."""
+    """Without compilation: on two cores compiled code is a twelfth faster and starts a minute later."""
     max_num_seqs: int = Field(128, gt=0)
     max_num_batched_tokens: int | None = Field(None, gt=0)
     max_model_len: int | None = Field(None, gt=0)

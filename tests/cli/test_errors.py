@@ -138,7 +138,10 @@ def test_run_with_too_few_cpus_is_an_error_and_never_waits(folder):
     ("stage", "line"),
     [
         ("ctu", "--until: ctu is no stage. Did you mean cut?"),
-        ("merge", "--until: this recipe has no stage merge. It has rows, score, loss, cut, distill, train, evaluate."),
+        (
+            "merge",
+            "--until: this recipe has no stage merge. It has model, rows, score, loss, cut, distill, train, evaluate.",
+        ),
     ],
 )
 def test_run_until_a_stage_that_is_not_there_builds_nothing(folder, stage, line):
