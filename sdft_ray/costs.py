@@ -96,8 +96,8 @@ def _score(recipe: Recipe, compute: Compute, shape: estimate.Shape | None) -> Co
 
 def _distill(recipe: Recipe, compute: Compute, shape: estimate.Shape | None, rows: int | None) -> Cost:
     work = f"{rows or 'all training'} rows of up to {recipe.distill.max_new_tokens} new tokens"
-    held = None if shape is None else estimate.holding_memory(shape, _bytes(recipe.distill.dtype), 0)
-    return _engine("distill", work, compute.distill.actors.max, held, compute)
+    weights = None if shape is None else _bytes(recipe.distill.dtype) * shape.parameters
+    return _engine("distill", work, compute.distill.actors.max, weights, compute)
 
 
 def _drafts(recipe: Recipe, compute: Compute, shape: estimate.Shape | None, drafts: int) -> list[Cost]:
@@ -105,21 +105,22 @@ def _drafts(recipe: Recipe, compute: Compute, shape: estimate.Shape | None, draf
         return []
     counts = ", ".join(map(str, wanted.tokens))
     work = f"{drafts} models, {wanted.prompts} prompts of {wanted.max_new_tokens} new tokens, {counts} of them drafted"
-    held = None
+    weights = None
     if shape is not None:  # the base alone and the base with its draft take turns
-        number, small = _bytes(wanted.dtype), estimate.prune(shape, recipe.prune.blocks)
-        held = estimate.holding_memory(shape, number, 0) + number * (shape.parameters + small.parameters)
-    return [_engine("draft", work, 1, held, compute)]
+        small = estimate.prune(shape, recipe.prune.blocks)
+        weights = _bytes(wanted.dtype) * (2 * shape.parameters + small.parameters)
+    return [_engine("draft", work, 1, weights, compute)]
 
 
-def _engine(stage: str, work: str, processes: int, held: int | None, compute: Compute) -> Cost:
-    """Return what processes with vLLM take: its part of a GPU, or what they hold and the KV cache."""
+def _engine(stage: str, work: str, processes: int, weights: int | None, compute: Compute) -> Cost:
+    """Return what processes with vLLM take: its part of a GPU, or themselves, their models' bytes and the KV cache."""
     plan = compute.distill
     if plan.gpus:
         parts = f"vLLM takes {plan.engine.gpu_memory_utilization:.0%} of a GPU"
         return _cost(stage, work, processes, None, parts, compute, plan.gpus)
     cache = round(plan.engine.kv_cache_gib * 2**30)
-    return _cost(stage, work, processes, held and held + cache, f"of it KV cache {cache / 1e9:.1f}", compute, 0)
+    each = weights and weights + estimate.ENGINE_BYTES + cache
+    return _cost(stage, work, processes, each, f"of it KV cache {cache / 1e9:.1f}", compute, 0)
 
 
 def _train(recipe: Recipe, compute: Compute, shape: estimate.Shape | None, stage: Stage, storage: Storage) -> Cost:
