@@ -50,7 +50,6 @@ from sdft_ray.storage import Storage
 
 STAGE_NAMES = ("model", "rows", "score", "loss", "cut", "distill", "train", "merge", "draft", "speed", "evaluate")
 _UNITS = {"score": "texts", "loss": "texts", "distill": "rows", "train": "steps", "merge": "tensors"}
-_SIDE_BY_SIDE = ("score", "loss", "cut", "distill")
 _ON_RAY = ("score", "loss", "distill", "train", "draft", "speed", "evaluate")
 
 
@@ -292,72 +291,42 @@ def run(recipe: Recipe, compute: Compute, storage: Storage, until: str | None = 
     return build(plan, compute, storage)
 
 
-def build(
-    plan: Sequence[Stage],
-    compute: Compute,
-    storage: Storage,
-    validated: Validated = None,
-    side_by_side: bool = False,
-) -> Built:
+def build(plan: Sequence[Stage], compute: Compute, storage: Storage, validated: Validated = None) -> Built:
     """Build every stage of a plan that is not there yet, in its order, on one cluster.
 
-    `validated` is called with the step and the loss of every validation of a training. `side_by_side`: generation and
-    what leads to the cuts do not wait for each other.
+    `validated` is called with the step and the loss of every validation of a training.
     """
     todo = [stage for stage in plan if storage.status(stage) != "done"]
     with contextlib.ExitStack() as stack:
         connected = False
-        for group in _together(todo, side_by_side):
-            on_ray = [name for name in dict.fromkeys(stage.name for stage in group) if name in _ON_RAY]
-            if on_ray and not connected:  # as late as can be: mistakes in the rows show before a cluster starts
-                stack.enter_context(ray_cluster(compute))
-                connected = True
-            for name in on_ray:
-                require_room(compute, name)
+        for group in _together(todo):
+            if group[0].name in _ON_RAY:
+                if not connected:  # as late as can be: mistakes in the rows show before a cluster starts
+                    stack.enter_context(ray_cluster(compute))
+                    connected = True
+                require_room(compute, group[0].name)
             _build_group(group, storage, compute, validated)
     return Built(tuple(todo), tuple(stage for stage in plan if stage not in todo))
 
 
-def _together(todo: Sequence[Stage], side_by_side: bool) -> Iterator[list[Stage]]:
-    """Yield the stages that are built at once: all exams, and side by side whatever leads to a training; everything
-    else alone."""
-
-    def kind(stage: Stage) -> str:
-        return "data and cuts" if side_by_side and stage.name in _SIDE_BY_SIDE else stage.name
-
-    for name, group in itertools.groupby(todo, key=kind):
+def _together(todo: Sequence[Stage]) -> Iterator[list[Stage]]:
+    """Yield the stages that are built at once: all evaluations (each is small), everything else alone."""
+    for name, group in itertools.groupby(todo, key=lambda stage: stage.name):
         each = list(group)
-        yield from [each] if name in ("data and cuts", "evaluate") else ([stage] for stage in each)
+        yield from [each] if name == "evaluate" else ([stage] for stage in each)
 
 
 def _build_group(group: Sequence[Stage], storage: Storage, compute: Compute, validated: Validated) -> None:
-    """Build stages at once, each after its inputs; of what takes a whole pool one of a kind at a time."""
     if len(group) == 1:
         with Progress(group[0].name, _UNITS.get(group[0].name, "parts")) as progress:
             _build(group[0], storage, compute, progress, validated)
         return
-    exams, ended = group[0].name == "evaluate", threading.Event()
-    waiting: dict[str, Future[None]] = {}
-
-    def build_after(before: Sequence[Future[None]], stage: Stage) -> None:
-        for other in before:
-            other.result()
-        if not ended.is_set():
-            with Progress(stage.name, _UNITS.get(stage.name, "parts")) as own:
-                _build(stage, storage, compute, own, validated)
-
     with Progress(group[0].name, "tasks") as progress:
-        progress.begin(len(group) if exams else 0)
-        try:
-            for i, stage in enumerate(group):
-                alike = [] if exams else [other for other in group[:i] if other.name == stage.name]
-                before = [waiting[other.id] for other in (*stage.inputs.values(), *alike) if other.id in waiting]
-                waiting[stage.id] = _in_thread(build_after, before, stage)
-            for done, future in enumerate(as_completed(waiting.values()), 1):
-                future.result()
-                progress.update(done)
-        finally:  # at the first failure or Ctrl-C: what runs ends with the cluster, what waits never starts
-            ended.set()
+        progress.begin(len(group))
+        waiting = [_in_thread(_build, stage, storage, compute, Progress(stage.name, "parts")) for stage in group]
+        for done, future in enumerate(as_completed(waiting), 1):  # at the first failure the others end with the cluster
+            future.result()
+            progress.update(done)
 
 
 def _in_thread(work: Callable[..., None], *arguments: Any) -> Future[None]:
@@ -390,7 +359,7 @@ def _build(stage: Stage, storage: Storage, compute: Compute, progress: Progress,
         except KeyboardInterrupt:
             raise
         except Exception as error:  # the edge: whatever broke, say what is kept and where the trace is
-            if isinstance(cause := _below_ray(error), (UserError, StageFailed)):
+            if isinstance(cause := below_ray(error), (UserError, StageFailed)):
                 raise cause from error
             log = storage.keep_trace(stage, "".join(traceback.format_exception(error)))
             kept = f"What it had finished is kept under {storage.uri}; run the same command again to go on"
@@ -398,7 +367,7 @@ def _build(stage: Stage, storage: Storage, compute: Compute, progress: Progress,
     say(f"{stage.name}: {duration(seconds)}, {storage.where(stage)}")
 
 
-def _below_ray(error: BaseException) -> BaseException:
+def below_ray(error: BaseException) -> BaseException:
     """Return what a worker raised, without the wrappers that Ray puts around it."""
     while type(error).__name__ in ("SystemException", "UserCodeException") and (error.__cause__ or error.__context__):
         error = error.__cause__ or error.__context__ or error

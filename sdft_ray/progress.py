@@ -6,7 +6,6 @@ Ray's own progress output is switched off: it speaks of operators, people think 
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from types import TracebackType
@@ -18,9 +17,6 @@ _QUIET_SECONDS = 15.0  # between two lines where nobody watches live: often enou
 def say(text: str) -> None:
     """Write one line for people to stderr, clear of a live line."""
     print(f"\r\x1b[K{text}" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
-
-
-_live_lines: dict[Progress, str] = {}  # several stages at work share the one line
 
 
 class Progress:
@@ -63,15 +59,10 @@ class Progress:
         rate = (self.done - self._done_at_begin) / seconds
         left = f", {duration((self.total - self.done) / rate)} left" if rate and self.done < self.total else ""
         text = f"{self.stage}: {self.done}/{self.total} {self.unit}, {rate:.1f}/s{left}{', ' + note if note else ''}"
-        if not self._live:
-            print(text, file=sys.stderr, flush=True)
-        elif final:
-            _live_lines.pop(self, None)
-            say(text)
+        if self._live:
+            print(f"\r\x1b[K{text[:118]}", end="\n" if final else "", file=sys.stderr, flush=True)
         else:
-            _live_lines[self] = text
-            width = shutil.get_terminal_size().columns - 1
-            print(f"\r\x1b[K{' · '.join(_live_lines.values())[:width]}", end="", file=sys.stderr, flush=True)
+            print(text, file=sys.stderr, flush=True)
 
 
 def duration(seconds: float) -> str:

@@ -14,6 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from sdft_ray import pipeline
@@ -44,7 +45,7 @@ def run(plan: Plan, compute: Compute, storage: Storage) -> pipeline.Built:
             with ray_cluster(compute):
                 if drafts:
                     require_room(compute, "draft")
-                pipeline.build(plan.shared, compute, storage, side_by_side=_is_room_for_both(compute))
+                _build_shared(plan, compute, storage)
                 _run_trials(_with_rivals(trials, plan, storage) if plan.asha else trials, plan, compute, storage)
                 _try_drafts([stage for stage in drafts if stage in todo], plan, compute, storage)
     failed = [trial for trial in plan.trials if is_open(trial, plan, storage)]
@@ -62,6 +63,50 @@ def run(plan: Plan, compute: Compute, storage: Storage) -> pipeline.Built:
 def is_open(trial: Trial, plan: Plan, storage: Storage) -> bool:
     """Return whether a trial is neither finished nor stopped by the sweep."""
     return not is_done(trial, storage) and storage.losses_of_stopped(plan.name, trial.train) is None
+
+
+def _build_shared(plan: Plan, compute: Compute, storage: Storage) -> None:
+    """Build what trials share; cuts and generation at once where the nodes hold scoring beside engines."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    todo = [stage for stage in plan.shared if storage.status(stage) != "done"]
+    cuts = [stage for stage in todo if stage.name in ("score", "loss", "cut")]
+    generated = [stage for stage in todo if stage.name == "distill"]
+    if cuts and generated and _is_room_for_both(compute):
+        pipeline.build([stage for stage in todo if stage.name in ("model", "rows")], compute, storage)
+        # In a process of its own: two runs of Ray Data in one get in each other's way (docs/footguns.md). On this node,
+        # where the recipe's files are.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        beside = ray.remote(num_cpus=0, max_calls=1, max_retries=0, scheduling_strategy=here)(_build_in)
+        cut = beside.remote(str(Path.cwd()), cuts, compute, storage)
+        pipeline.build(generated, compute, storage)
+        try:
+            ray.get(cut)
+        except ray.exceptions.RayError as error:
+            if isinstance(cause := pipeline.below_ray(error), (UserError, StageFailed)):
+                raise cause from error
+        else:
+            for stage in cuts:
+                seconds = storage.manifest(stage)["provenance"]["wall_seconds"]
+                say(f"{stage.name}: {duration(seconds)}, {storage.where(stage)}")
+    pipeline.build(plan.shared, compute, storage)
+
+
+def _build_in(directory: str, stages: Sequence[Stage], compute: Compute, storage: Storage) -> None:
+    """Build stages in a Ray worker as the command would in its own directory."""
+    os.chdir(directory)
+    sys.argv = ["sdft", "sweep"]  # what the manifests say
+    pipeline.build(stages, compute, storage)
+
+
+def _is_room_for_both(compute: Compute) -> bool:
+    """Return whether the nodes that are there hold scoring beside generation. A pool that grows takes what there is."""
+    import ray
+
+    needs, pool = compute.needs(), compute.distill.actors
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return pool.min == pool.max and fit_together(nodes, needs["score"], needs["distill"])
 
 
 def _with_rivals(trials: Sequence[Trial], plan: Plan, storage: Storage) -> list[Trial]:
@@ -126,15 +171,6 @@ def _try_drafts(drafts: Sequence[Stage], plan: Plan, compute: Compute, storage: 
         except (UserError, StageFailed) as error:
             storage.keep_failure(stage, str(error))
             say(f"{name_draft(stage, plan)}: FAILED: {error}")
-
-
-def _is_room_for_both(compute: Compute) -> bool:
-    """Return whether the nodes that are there hold scoring beside generation. A pool that grows takes what there is."""
-    import ray
-
-    needs, pool = compute.needs(), compute.distill.actors
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return pool.min == pool.max and fit_together(nodes, needs["score"], needs["distill"])
 
 
 def trials_at_once(compute: Compute) -> int:
