@@ -125,6 +125,13 @@ def _native_stderr_closed() -> Iterator[None]:
         os.close(kept)
 
 
+def resources_of_nodes() -> list[dict[str, float]]:
+    """Return what each node that is alive holds in all, free or not."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
 def count_places(nodes: Iterable[Mapping[str, float]], cpus: int, gpus: float) -> int:
     """Return how many processes of so many CPUs and GPUs, each on one node, nodes with these resources hold.
 
@@ -140,12 +147,11 @@ def require_room(compute: Compute, stage: str) -> None:
     What no node can ever hold is an error at once. Otherwise a placement group asks: it counts what is free, and it is
     demand that an autoscaler answers with nodes.
     """
-    import ray
     from ray.util.placement_group import placement_group, remove_placement_group
 
     bundles, cpus, gpus = compute.needs()[stage]
     where = f"compute.{SECTIONS.get(stage, stage)}"
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = resources_of_nodes()
     sizes = [(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes]
     if coming := compute.ray.largest_node:
         sizes.append((coming.cpus, coming.gpus))
@@ -184,14 +190,20 @@ def fit_together(nodes: Iterable[Mapping[str, float]], *needs: tuple[int, int, f
     return True
 
 
-def ticker() -> Any:
-    """Return a new actor that workers tell how far they are, and that the driver asks."""
+def on_this_node() -> Any:
+    """Return the scheduling strategy that keeps a task or an actor on the driver's own node."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def ticker() -> Any:
+    """Return a new actor that workers tell how far they are, and that the driver asks."""
+    import ray
+
     # An actor that needs nothing is put on any node; here it dies with nobody but the driver.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(num_cpus=0, scheduling_strategy=here)(_Ticker).remote()
+    return ray.remote(num_cpus=0, scheduling_strategy=on_this_node())(_Ticker).remote()
 
 
 class _Ticker:

@@ -19,7 +19,14 @@ from typing import Any
 
 from sdft_ray import pipeline
 from sdft_ray.artifacts import Stage
-from sdft_ray.cluster import count_places, fit_together, ray_cluster, require_room
+from sdft_ray.cluster import (
+    count_places,
+    fit_together,
+    on_this_node,
+    ray_cluster,
+    require_room,
+    resources_of_nodes,
+)
 from sdft_ray.compute import Compute
 from sdft_ray.errors import StageFailed, UserError
 from sdft_ray.progress import Progress, duration, say
@@ -68,7 +75,6 @@ def is_open(trial: Trial, plan: Plan, storage: Storage) -> bool:
 def _build_shared(plan: Plan, compute: Compute, storage: Storage) -> None:
     """Build what trials share; cuts and generation at once where the nodes hold scoring beside engines."""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     todo = [stage for stage in plan.shared if storage.status(stage) != "done"]
     cuts = [stage for stage in todo if stage.name in ("score", "loss", "cut")]
@@ -77,8 +83,7 @@ def _build_shared(plan: Plan, compute: Compute, storage: Storage) -> None:
         pipeline.build([stage for stage in todo if stage.name in ("model", "rows")], compute, storage)
         # In a process of its own: two runs of Ray Data in one get in each other's way (docs/footguns.md). On this node,
         # where the recipe's files are.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        beside = ray.remote(num_cpus=0, max_calls=1, max_retries=0, scheduling_strategy=here)(_build_in)
+        beside = ray.remote(num_cpus=0, max_calls=1, max_retries=0, scheduling_strategy=on_this_node())(_build_in)
         cut = beside.remote(str(Path.cwd()), cuts, compute, storage)
         pipeline.build(generated, compute, storage)
         try:
@@ -102,11 +107,8 @@ def _build_in(directory: str, stages: Sequence[Stage], compute: Compute, storage
 
 def _is_room_for_both(compute: Compute) -> bool:
     """Return whether the nodes that are there hold scoring beside generation. A pool that grows takes what there is."""
-    import ray
-
     needs, pool = compute.needs(), compute.distill.actors
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return pool.min == pool.max and fit_together(nodes, needs["score"], needs["distill"])
+    return pool.min == pool.max and fit_together(resources_of_nodes(), needs["score"], needs["distill"])
 
 
 def _with_rivals(trials: Sequence[Trial], plan: Plan, storage: Storage) -> list[Trial]:
@@ -175,11 +177,8 @@ def _try_drafts(drafts: Sequence[Stage], plan: Plan, compute: Compute, storage: 
 
 def trials_at_once(compute: Compute) -> int:
     """Return how many trials the nodes that are there hold side by side: by their training, which needs most."""
-    import ray
-
     workers, cpus, gpus = compute.needs()["train"]
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return max(1, count_places(nodes, cpus, gpus) // workers)
+    return max(1, count_places(resources_of_nodes(), cpus, gpus) // workers)
 
 
 def _run_trial(

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 LIVE_PARAMETERS = 1_000_000_000
 REDUCE_BUCKET = 500_000_000
 PROCESS_BYTES = 800_000_000
+"""Python, PyTorch, transformers, DeepSpeed and Ray in one worker (measured: docs/results.md)."""
 ENGINE_BYTES = 1_500_000_000
 """Of a process with vLLM, besides weights and KV cache: 1.3 to 1.9 GB were measured on a CPU (docs/results.md)."""
-"""Python, PyTorch, transformers, DeepSpeed and Ray in one worker (measured: docs/results.md)."""
 
 
 @dataclasses.dataclass(frozen=True)
