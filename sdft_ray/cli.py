@@ -247,18 +247,17 @@ def _require_directory(option: str, file: Path | None, root: str) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from sdft_ray import verify
+    from sdft_ray.progress import Progress
     from sdft_ray.storage import Storage
 
     results, failed = [], []
     for model in verify.find_models(options.target, options.against, Storage(options.root)):
-        with Console(stderr=True).status(f"verifying {model.name}") as status:  # on a terminal only
-            checks = []
+        checks = []
+        with Progress(f"verify {model.name}") as progress:
             for check in verify.verify(model, options.vllm):
                 checks.append(check)
-                status.update(f"verifying {model.name}: {check.check} {check.status}")
+                progress.enter(f"{check.check} {check.status}")
         if not options.json:
             verify.show(model, checks)
         results.append(verify.describe(model, checks))
@@ -277,10 +276,11 @@ def _doctor(options: argparse.Namespace) -> int:
 
     from sdft_ray import doctor
     from sdft_ray.compute import load_compute
+    from sdft_ray.progress import Progress
     from sdft_ray.recipe import load_recipe
 
     recipe = load_recipe(options.recipe) if options.recipe else None
-    with contextlib.redirect_stdout(sys.stderr), Console(stderr=True).status("looking"):
+    with contextlib.redirect_stdout(sys.stderr), Progress("doctor"):
         findings = list(doctor.examine(recipe, load_compute(options.compute), options.root))
     failed = any(finding.status == "fail" for finding in findings)
     if options.json:

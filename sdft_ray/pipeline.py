@@ -302,7 +302,9 @@ def build(plan: Sequence[Stage], compute: Compute, storage: Storage, validated: 
         for group in _together(todo):
             if group[0].name in _ON_RAY:
                 if not connected:  # as late as can be: mistakes in the rows show before a cluster starts
-                    stack.enter_context(ray_cluster(compute))
+                    with Progress("ray") as progress:
+                        progress.enter("connecting" if compute.ray.address != "local" else "starting")
+                        stack.enter_context(ray_cluster(compute))
                     connected = True
                 require_room(compute, group[0].name)
             _build_group(group, storage, compute, validated)

@@ -1,41 +1,59 @@
 """What a person sees while a stage works: one live line on a terminal, a line now and then elsewhere.
 
-In: counts from the stages. Out: text on stderr, so that stdout stays free for results and `--json`.
+In: counts and phases from the stages. Out: text on stderr, so that stdout stays free for results and `--json`. A thread
+writes it, not the stage: what loads a model or waits for a node is silent in itself, and a silent command looks dead.
 Ray's own progress output is switched off: it speaks of operators, people think in rows and steps.
 """
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from types import TracebackType
 from typing import Self
 
-_QUIET_SECONDS = 15.0  # between two lines where nobody watches live: often enough to trust, never a flood
+QUIET_SECONDS = 15.0  # the longest without a line where nobody watches live: often enough to trust, never a flood
+_LIVE_SECONDS = 0.5
+
+_last_line = time.monotonic()
 
 
 def say(text: str) -> None:
     """Write one line for people to stderr, clear of a live line."""
+    global _last_line
     print(f"\r\x1b[K{text}" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
+    _last_line = time.monotonic()
 
 
 class Progress:
-    """The progress of one stage: `done` of `total` units, their rate, the time left, and a note."""
+    """The progress of one stage: `done` of `total` units, their rate, the time left, and a note.
 
-    def __init__(self, stage: str, unit: str, total: int = 0) -> None:
+    Inside `with` it is shown by itself: on a terminal as one live line, elsewhere whenever nothing was written for
+    QUIET_SECONDS, whether or not the stage has counted anything.
+    """
+
+    def __init__(self, stage: str, unit: str = "", total: int = 0) -> None:
         self.stage, self.unit, self.total = stage, unit, total
         self.done = 0
-        self._begun = self._shown = time.monotonic()
+        self._note = self._phase = ""
+        self._entered = self._begun = time.monotonic()
         self._done_at_begin = 0
         self._live = sys.stderr.isatty()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._keep_showing, daemon=True)
 
     def __enter__(self) -> Self:
+        self._thread.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._show(final=True)
+        self._ended.set()
+        self._thread.join()
+        if self._live:  # what comes next is a line of its own: what became of the stage
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
     def begin(self, total: int, done: int = 0) -> None:
         """Set how many units there are and how many an earlier run finished; the rate counts from now."""
@@ -45,24 +63,34 @@ class Progress:
             say(f"{self.stage}: {done} of {total} {self.unit} were there already")
 
     def update(self, done: int, note: str = "") -> None:
-        """Say that `done` units are finished by now."""
-        self.done = done
-        now = time.monotonic()
-        if now - self._shown >= (0.2 if self._live else _QUIET_SECONDS):
-            self._shown = now
-            self._show(note=note)
+        """Note that `done` units are finished by now."""
+        self.done, self._note, self._phase = done, note, ""
 
-    def _show(self, note: str = "", final: bool = False) -> None:
-        if not self.total or (final and not self._live):
-            return
-        seconds = max(time.monotonic() - self._begun, 1e-6)
-        rate = (self.done - self._done_at_begin) / seconds
-        left = f", {duration((self.total - self.done) / rate)} left" if rate and self.done < self.total else ""
-        text = f"{self.stage}: {self.done}/{self.total} {self.unit}, {rate:.1f}/s{left}{', ' + note if note else ''}"
-        if self._live:
-            print(f"\r\x1b[K{text[:118]}", end="\n" if final else "", file=sys.stderr, flush=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
+    def enter(self, phase: str) -> None:
+        """Name what the stage is doing where there is nothing to count, such as "loading the model"."""
+        self._phase = phase
+
+    def _keep_showing(self) -> None:
+        while not self._ended.wait(_LIVE_SECONDS if self._live else min(1.0, QUIET_SECONDS / 5)):
+            if self._live:
+                print(f"\r\x1b[K{self.line()[:118]}", end="", file=sys.stderr, flush=True)
+            elif time.monotonic() - _last_line >= QUIET_SECONDS:
+                say(self.line())
+
+    def line(self) -> str:
+        """Return what is shown now.
+
+        >>> Progress("distill", "rows", total=288).line()
+        'distill: 0/288 rows, 0s'
+        """
+        now = time.monotonic()
+        counted = f"{self.done}/{self.total} {self.unit}" if self.total else ""
+        since = duration(now - self._entered)
+        if self._phase or self.done == self._done_at_begin:  # no rate to tell
+            return f"{self.stage}: {', '.join(part for part in (counted, self._phase, since) if part)}"
+        rate = (self.done - self._done_at_begin) / max(now - self._begun, 1e-6)
+        left = f"{duration((self.total - self.done) / rate)} left" if self.done < self.total else ""
+        return f"{self.stage}: {', '.join(part for part in (counted, f'{rate:.1f}/s', left, self._note) if part)}"
 
 
 def duration(seconds: float) -> str:
