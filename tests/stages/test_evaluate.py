@@ -28,7 +28,7 @@ def test_leaderboard_task_asks_the_hub_for_the_pinned_commit(task, tmp_path, mon
         raise Asked(asked["path"], asked.get("revision"))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    manager, exam = evaluate.task_manager(), evaluate.OPENLLM_V1[task]
+    manager, exam = evaluate.task_manager(evaluate._FOLDERS[task]), evaluate.OPENLLM_V1[task]
     assert len(exam.revision) == 40
     path = evaluate.write_task(manager, task, {"dataset_kwargs": {"revision": exam.revision}}, tmp_path)
     with pytest.raises(Asked) as asked:
