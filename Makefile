@@ -1,22 +1,28 @@
-# make demo   sets up, runs the whole chain on a real small model, and verifies the models that it made
-# make test   sets up and runs the lean test suite
-# make check  lint, format and types
-# make audit  looks both locks up in OSV, the open database of advisories; needs a network
+# make demo       sets up, runs the whole chain on a real small model, and verifies the models that it made
+# make test       sets up and runs the lean test suite: test-fast, and then what starts Ray and an engine
+# make test-fast  the tests that start no process: a minute at most
+# make test-all   the kill and ZeRO matrices, too
+# make check      lint, format and types
+# make audit      looks both locks up in OSV, the open database of advisories; needs a network
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.set-up
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-all check audit setup
+.PHONY: demo test test-fast test-all check audit setup
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
 	@$(BIN)/sdft run configs/recipes/demo.yaml --html artifacts/demo.html
 	@$(BIN)/sdft verify configs/recipes/demo.yaml
 
-test: $(STAMP)
-	@echo "Testing: the lean suite, one Ray and one vLLM engine; make test-all has the rest."
-	@$(BIN)/python -m pytest -m "not full"
+test: test-fast
+	@echo "Testing what starts processes, with one Ray and one vLLM engine; make test-all has the rest."
+	@$(BIN)/python -m pytest -m "process and not full"
+
+test-fast: $(STAMP)
+	@echo "Testing what starts no process."
+	@$(BIN)/python -m pytest -m "not process and not full"
 
 test-all: $(STAMP)
 	@$(BIN)/python -m pytest
@@ -43,14 +49,9 @@ audit:
 setup: $(STAMP)
 
 # The stamp holds once everything is installed; a changed lock or pyproject.toml sets up again.
-$(STAMP): requirements/cpu.txt pyproject.toml
+$(STAMP): requirements/cpu.txt pyproject.toml requirements/install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "$(PYTHON) is older than Python 3.11. Do: make PYTHON=python3.11"; exit 1; }
-	@echo "Setting up .venv: $$(grep -c == requirements/cpu.txt) packages, about 1.2 GB to download; 2 minutes where they are cached."
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/cpu.txt 2> .venv/pip.log || { \
-	  echo "Trying once more with PyTorch's index of CPU builds."; \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --extra-index-url $(TORCH_INDEX) -r requirements/cpu.txt; }
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@test -x $(BIN)/python || { echo "Making .venv."; $(PYTHON) -m venv .venv; }
+	@TORCH_INDEX=$(TORCH_INDEX) requirements/install
 	@touch $(STAMP)
-	@echo "Set up."

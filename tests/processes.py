@@ -1,0 +1,55 @@
+"""Which tests start a process (a command, Ray, an engine): read from what they use, so that new tests are sorted, too.
+
+In: the text of a test's file. Out: the marker `process`, which `make test-fast` leaves out. What slips through is
+refused as the test starts it: see `refuse_processes`.
+"""
+
+import ast
+import functools
+import sys
+from pathlib import Path
+from typing import Any
+
+STARTS = {"subprocess", "ray", "compare_with_vllm"}
+HERE = Path(__file__).parent
+
+
+def starts_process(file: Path, names: set[str]) -> bool:
+    """Return whether functions or fixtures of a test file, or what those use in turn, start a process."""
+    uses = _read_uses(HERE / "conftest.py") | _read_uses(file)
+    seen: set[str] = set()
+    while new := names - seen:
+        seen |= new
+        names = names.union(*(uses.get(name, set()) for name in new))
+    return bool(seen & STARTS)
+
+
+@functools.cache
+def _read_uses(file: Path) -> dict[str, set[str]]:
+    """Return the names that each function and class uses: those of a file and of the helpers that it imports from."""
+    uses: dict[str, set[str]] = {}
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            uses |= _read_uses(helper) if (helper := HERE / f"{node.module}.py").is_file() else {}
+            uses |= {alias.asname: {alias.name} for alias in node.names if alias.asname}
+        elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+            uses[node.name] = {_name(part) for part in ast.walk(node)} - {node.name}
+    return uses
+
+
+def _name(node: ast.AST) -> str:
+    match node:
+        case ast.Name(id=name) | ast.arg(arg=name) | ast.alias(name=name) | ast.ImportFrom(module=str(name)):
+            return name.partition(".")[0]
+    return ""
+
+
+def refuse_processes() -> None:
+    """Let whatever starts a process in this one from now on fail."""
+
+    def refuse(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "subprocess.Popen":
+            what = f"a test without the marker `process` starts {arguments[1]}"
+            raise AssertionError(f"{what}. Let it use a fixture or a helper that tests/processes.py knows.")
+
+    sys.addaudithook(refuse)
