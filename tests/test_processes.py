@@ -1,0 +1,33 @@
+"""Tests are sorted by what they start."""
+
+import pytest
+from processes import starts_process
+
+FILE = """
+import subprocess
+import pytest
+from command import sdft as command
+from tiny import make_tiny_model
+
+@pytest.fixture
+def cluster(ray_cluster):
+    return ray_cluster
+
+def run(*words):
+    return command(*words, cwd=".")
+
+def test_fixture(cluster): ...
+def test_helper(): run("check")
+def test_directly(): subprocess.run(["true"])
+def test_import(): import ray.data
+def test_vllm():
+    from sdft_ray.agreement import compare_with_vllm
+def test_nothing(tmp_path): make_tiny_model(tmp_path)
+"""
+
+
+@pytest.mark.parametrize("name", ["fixture", "helper", "directly", "import", "vllm", "nothing"])
+def test_what_starts_a_process_is_told_from_what_does_not(tmp_path, name):
+    file = tmp_path / "test_file.py"
+    file.write_text(FILE)
+    assert starts_process(file, {f"test_{name}"}) == (name != "nothing")
