@@ -110,9 +110,8 @@ def hash_source(path: Path) -> str:
         known = dict(json.loads(memory.read_text()))
     except (OSError, ValueError, TypeError):
         known = {}
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p, path))
     found, fresh = {}, False
-    for file in files:
+    for file in source_files(path):
         stat = file.stat()
         key = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
         if key not in known:
@@ -125,6 +124,11 @@ def hash_source(path: Path) -> str:
         except OSError:
             pass  # a read-only home costs the time of hashing again, nothing else
     return found["."] if path.is_file() else hashlib.sha256(canonical_json(found).encode()).hexdigest()
+
+
+def source_files(path: Path) -> list[Path]:
+    """Return what counts of a user's own file or directory, sorted: every file but hidden ones such as `.git`."""
+    return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p, path))
 
 
 _hashed: dict[tuple[str, int, int], str] = {}

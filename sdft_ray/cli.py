@@ -160,9 +160,10 @@ def _submit(options: argparse.Namespace) -> int:
     if not options.address:
         do = "Give the cluster's dashboard, for example http://127.0.0.1:8265"
         raise UserError(problem("--address", "is missing", do))
-    with tempfile.TemporaryDirectory(prefix="sdft-submit-") as bundle:
-        command = submit.pack(options.recipe, options.compute, options.root, options.until, Path(bundle))
-        client, job = submit.submit(options.address, Path(bundle), command, options.recipe.name)
+    with tempfile.TemporaryDirectory(prefix="sdft-submit-") as folder:
+        archive = Path(folder) / "job.zip"
+        command = submit.pack(options.recipe, options.compute, options.root, options.until, archive)
+        client, job = submit.submit(options.address, archive, command, options.recipe.name)
     say(f"Submitted as {job}: {command}")
     if options.no_wait:
         print(job)

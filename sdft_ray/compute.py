@@ -14,7 +14,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from sdft_ray.errors import UserError, problem
-from sdft_ray.recipe import Section, load_section, validate
+from sdft_ray.recipe import LocalPath, Section, load_section, validate
 
 SECTIONS = {"loss": "score", "draft": "distill", "speed": "evaluate"}
 """Sections that stages without one of their own are computed by."""
@@ -137,7 +137,7 @@ class Train(Section):
     """Tokens of that sequence at most, for memory; at least train.max_tokens. Absent: as many as its rows have."""
     gradient_checkpointing: bool = False
     """Less memory for activations, a third more time."""
-    deepspeed: str | None = None
+    deepspeed: LocalPath | None = None
     """A DeepSpeed JSON, see configs/deepspeed; it is handed over as it is and must not set what a recipe decides."""
     checkpoint_every_steps: int = Field(10, gt=0)
     keep_checkpoints: int = Field(2, gt=0)

@@ -24,6 +24,7 @@ from sdft_ray.artifacts import Stage
 from sdft_ray.cluster import count_places, ray_cluster
 from sdft_ray.compute import SECTIONS, Compute
 from sdft_ray.errors import StageFailed, UserError, problem
+from sdft_ray.objects import is_store
 from sdft_ray.recipe import HubModel, Recipe
 from sdft_ray.storage import Storage
 
@@ -165,7 +166,7 @@ def _cluster(needs: Mapping[str, tuple[int, int, float]], compute: Compute, plac
     yield from room(sizes, needs)
 
     mark = None
-    if "://" not in place and len(nodes) > 1:  # do all nodes see what one of them writes?
+    if not is_store(place) and len(nodes) > 1:  # do all nodes see what one of them writes?
         here = _storage(place, None, socket.gethostname())
         if here.status == "fail":
             yield here

@@ -6,9 +6,11 @@ grows, shrinks and goes with it. The text is a template with comments: a person 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 import shlex
+import unicodedata
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,12 @@ import yaml
 
 from sdft_ray.compute import Compute, Node
 from sdft_ray.errors import UserError, problem
+from sdft_ray.objects import is_store
 from sdft_ray.recipe import load_recipe, read_yaml, validate
 from sdft_ray.submit import on_cluster, require_shared, with_shipped
 from sdft_ray.sweep import is_sweep
 
+_NAME_CHARACTERS = 47  # of a RayJob: KubeRay makes those of its cluster and services from it
 _GB_A_CPU = 8  # memory asked for where nobody said: an 8B model in bfloat16 is 16 GB, and a GPU has four CPUs or more
 
 
@@ -42,11 +46,11 @@ def render(recipe: Path, compute: Path | None, root: str, until: str | None, ima
     data["ray"] = {**data["ray"], "largest_node": pod.model_dump(mode="json")}
     command = ["sdft", "run", "/etc/sdft/recipe.yaml", "--compute", "/etc/sdft/compute.yaml", "--root", root]
     return _template().render(
-        name=re.sub(r"[^a-z0-9]+", "-", recipe.stem.lower()).strip("-")[:40],
+        name=job_name(recipe.stem),
         recipe=recipe.read_text(encoding="utf-8"),
         compute=yaml.safe_dump(data, sort_keys=False),
         root=root,
-        is_path="://" not in root,
+        is_path=not is_store(root),
         entrypoint=shlex.join([*command, *(["--until", until] if until else [])]),
         image=image,
         ray=metadata.version("ray"),
@@ -55,6 +59,23 @@ def render(recipe: Path, compute: Path | None, root: str, until: str | None, ima
         memory=pod.cpus * _GB_A_CPU,
         replicas=replicas,
     )
+
+
+def job_name(name: str) -> str:
+    """Return the name of a recipe's RayJob: letters, digits and hyphens, which KubeRay and Kubernetes take.
+
+    A recipe's name that changes on the way, or is cut, gets a few digits of its hash: no two recipes share a job.
+
+    >>> job_name("gsm8k"), job_name("Größe_2.5")
+    ('sdft-gsm8k', 'sdft-groe-2-5-ad79b0')
+    """
+    plain = unicodedata.normalize("NFKD", name.lower()).encode("ascii", "ignore").decode()
+    plain = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
+    if plain and plain == name and len(f"sdft-{name}") <= _NAME_CHARACTERS:
+        return f"sdft-{name}"
+    digits = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:6]
+    kept = f"sdft-{plain}"[: _NAME_CHARACTERS - len(digits) - 1].rstrip("-")
+    return f"{kept}-{digits}"
 
 
 def worker_pods(plan: Compute) -> tuple[Node, int]:

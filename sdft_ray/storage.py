@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from sdft_ray import artifacts, lease
 from sdft_ray.artifacts import MANIFEST, Stage
 from sdft_ray.errors import UserError, problem
-from sdft_ray.objects import Objects
+from sdft_ray.objects import Objects, is_store
 from sdft_ray.progress import say
 
 Status = Literal["done", "partial", "missing"]
@@ -41,7 +41,7 @@ class Storage:
     """Artifacts under one root: a directory, or an object store."""
 
     def __init__(self, root: str) -> None:
-        self._objects = Objects(root) if "://" in root else None
+        self._objects = Objects(root) if is_store(root) else None
         self.root = _copy_of(self._objects.uri) if self._objects else Path(root).expanduser().resolve()
         """The directory on this node: the root itself, or this node's copy of the object store."""
         self.uri = self._objects.uri if self._objects else str(self.root)
@@ -373,7 +373,7 @@ def probe(root: str) -> None:
     name, data = f"probes/{uuid.uuid4().hex}", uuid.uuid4().bytes
     where = f"{root} from {socket.gethostname()}"
     try:
-        if "://" in root:
+        if is_store(root):
             objects = Objects(root)
             objects.write(name, data)
             found = objects.read(name)
@@ -386,7 +386,7 @@ def probe(root: str) -> None:
             path.unlink()
     except OSError as error:
         store = "Check bucket, endpoint, network and credentials"
-        do = store if "://" in root else "Give a directory that every node may write"
+        do = store if is_store(root) else "Give a directory that every node may write"
         raise UserError(problem(where, error.strerror or str(error), do)) from None
     if found != data:
         raise UserError(problem(where, "does not give back what was written", "Use another root")) from None

@@ -3,35 +3,40 @@
 In: a recipe or sweep file, a compute file, the address of the cluster's dashboard. Out: a job that runs the chain
 there, and its exit code. This package travels, and with it what the recipe names here: rows, texts, a small model.
 What is large belongs under the root, which every node sees: a job is uploaded whole and held in the head's memory.
+The job is a zip file of ours: from a directory Ray would leave out what a `.gitignore` in it names, weights included.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import ntpath
 import os
 import shlex
-import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile, ZipInfo
 
 import yaml
 
+from sdft_ray.artifacts import source_files
 from sdft_ray.cluster import TOKEN
 from sdft_ray.compute import Compute
 from sdft_ray.errors import StageFailed, UserError, problem
+from sdft_ray.objects import is_store
 from sdft_ray.progress import say
 from sdft_ray.recipe import load_recipe, load_section, read_yaml
 from sdft_ray.sweep import Sweep, is_sweep
 
 MAX_MB = 90  # Ray's dashboard takes uploads of up to 100 MiB
 _PATHS = ("path", "text", "deepspeed")  # keys of recipes and compute files whose values are local paths
+_FREE = ("options", "template_options")  # keys below which a user's own keys stand
 
 
-def pack(recipe: Path, compute: Path | None, root: str, until: str | None, bundle: Path) -> str:
-    """Write all that a job needs into the directory `bundle`, which will be the job's; return its shell command.
+def pack(recipe: Path, compute: Path | None, root: str, until: str | None, archive: Path) -> str:
+    """Write all that a job needs into the zip file `archive`, which becomes its directory; return its shell command.
 
     Raises UserError for mistakes in the files, for what is too large to travel, and for a root that nodes cannot share.
     """
@@ -52,25 +57,50 @@ def pack(recipe: Path, compute: Path | None, root: str, until: str | None, bundl
         load_recipe(path)
         files[place] = read_yaml(path)
     shipped: dict[Path, str] = {}
-    for place, values in files.items():
-        target = bundle / place
-        target.parent.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(with_shipped(values, "", root, shipped), sort_keys=False, allow_unicode=True)
-        target.write_text(text, encoding="utf-8")
+    texts = {place: _as_text(with_shipped(values, "", root, shipped)) for place, values in files.items()}
     _require_small(shipped, root)
-    for source, place in shipped.items():
-        target = bundle / place
-        target.parent.mkdir(parents=True)
-        shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
+    _write(archive, texts, {**_package(), **shipped})
     stop = ["--until", until] if until else []
     return shlex.join(
         ["python", "-m", "sdft_ray.cli", *command, "--compute", "compute/compute.yaml", "--root", root, *stop]
     )
 
 
+def _as_text(values: Any) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _package() -> dict[Path, str]:
+    """Return the files of this package with their places in the job."""
+    here = Path(__file__).parent
+    files = [file for file in source_files(here) if file.suffix != ".pyc"]
+    return {file: file.relative_to(here.parent).as_posix() for file in files}
+
+
+def _write(archive: Path, texts: Mapping[str, str], shipped: Mapping[Path, str]) -> None:
+    """Write texts, files and directories to their places in a zip file.
+
+    Equal contents make equal bytes: Ray calls what it uploads by its hash, and does not upload it again.
+    """
+    with ZipFile(archive, "w") as packed:
+        for place, text in texts.items():
+            packed.writestr(_entry(place), text)
+        for source, place in shipped.items():
+            for file in source_files(source):
+                packed.writestr(_entry((Path(place) / file.relative_to(source)).as_posix()), file.read_bytes())
+
+
+def _entry(place: str) -> ZipInfo:
+    if ntpath.splitdrive(place)[0] or "\\" in place:
+        raise UserError(problem(place, "has a name that Ray does not unpack", "Rename it, without : and \\"))
+    entry = ZipInfo(place)
+    entry.external_attr = 0o644 << 16
+    return entry
+
+
 def require_shared(root: str) -> None:
     """Raise UserError where a root means another place on every machine."""
-    if "://" not in root and not Path(root).is_absolute():
+    if not is_store(root) and not Path(root).is_absolute():
         what = f"{root} is relative, and a job has no directory of its own that lasts"
         raise UserError(problem("--root", what, "Give an absolute path that every node sees, or an s3:// URI"))
 
@@ -89,6 +119,8 @@ def with_shipped(value: Any, key: str, root: str, shipped: dict[Path, str]) -> A
     A file keeps its name, which goes into the names of artifacts. What lies under the root stays where it is, and so
     does an absolute path that is not here: it is on the nodes, or the job says that it is not.
     """
+    if key in _FREE:
+        return value
     if isinstance(value, Mapping):
         inner = {name: key if name == "values" else str(name).rpartition(".")[2] for name in value}
         return {name: with_shipped(each, inner[name], root, shipped) for name, each in value.items()}
@@ -101,7 +133,7 @@ def with_shipped(value: Any, key: str, root: str, shipped: dict[Path, str]) -> A
         if Path(value).is_absolute():
             return value
         raise UserError(problem(key, f"{value} does not exist", "Check the path: it is relative to where you are"))
-    if "://" not in root and path.is_relative_to(root):
+    if not is_store(root) and path.is_relative_to(root):
         return value
     return shipped.setdefault(path, f"files/{len(shipped)}/{path.name}")
 
@@ -112,25 +144,24 @@ def _require_small(shipped: Mapping[Path, str], root: str) -> None:
         largest = max(sizes, key=lambda path: sizes[path])
         what = f"{sizes[largest]:.0f} MB; {MAX_MB} MB in all travel with a job"
         do = f"Put it under {root} and give that path"
-        if "://" in root:
+        if is_store(root):
             do = "Put it on a path that every node sees, or name a pinned hub repository"
         raise UserError(problem(str(largest), what, do))
 
 
 def size_mb(path: Path) -> float:
-    """Return the size of a file, or of all files in a directory."""
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file()) / 1e6
+    """Return the size of a file, or of the files in a directory that count."""
+    return sum(file.stat().st_size for file in source_files(path)) / 1e6
 
 
-def submit(address: str, bundle: Path, command: str, name: str) -> tuple[Any, str]:
+def submit(address: str, archive: Path, command: str, name: str) -> tuple[Any, str]:
     """Start a packed job on the cluster whose dashboard is at `address`; return a client and the job's id."""
     client = connect(address)
-    environment = {"working_dir": str(bundle), "py_modules": [str(Path(__file__).parent)]}
+    environment = {"working_dir": str(archive)}
     try:
         return client, client.submit_job(entrypoint=command, runtime_env=environment, metadata={"recipe": name})
     except RuntimeError as error:
-        raise UserError(problem(address, f"refuses the job ({_first_line(error)})", "Mend this")) from None
+        raise UserError(problem(address, f"refuses the job ({_first_line(error)})", "Fix this")) from None
 
 
 def connect(address: str) -> Any:

@@ -107,6 +107,10 @@ def test_load_compute_for_a_running_cluster_is_not_bound_by_this_machine(load):
             {"distill": {"tensor_parallel_size": 2, "gpus": 1}},
             "distill: tensor_parallel_size 2 is more than the 1 gpus of an actor. Raise gpus to 2.",
         ),
+        (
+            {"train": {"deepspeed": "gs://bucket/zero.json"}},
+            "train.deepspeed: gs://bucket/zero.json is an address, and a path is needed. Copy it to a directory",
+        ),
         ({"score": {"actors": 0}}, "score.actors: got 0; expected greater than 0. Change this value."),
     ],
 )

@@ -1,5 +1,6 @@
 """The RayJob that is printed has KubeRay's fields, what the compute file asks for, and no secret."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -76,3 +77,34 @@ def test_manifest_of_files_on_this_machine_or_of_this_machines_cores_is_refused(
         manifest.render(tmp_path / "recipe.yaml", COMPUTE, "/shared/a", None, "image")
     with pytest.raises(UserError, match="--root: artifacts is relative"):
         manifest.render(RECIPE, COMPUTE, "artifacts", None, "image")
+
+
+@pytest.mark.parametrize(
+    "stem",
+    [
+        *("gsm8k", "1b", "Größe_2.5", "日本語", "__", "-", "--x--", "a b", "v1.0-rc.1", "a" * 39 + "-b", "a" * 300),
+        *("x" * 42, "x" * 43, "name-" * 12, ".yaml", "UPPER", "\udcff"),
+    ],
+)
+def test_job_of_any_recipe_name_has_a_name_that_kubernetes_takes(stem):
+    name = manifest.job_name(stem)
+    assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name)  # RFC 1035, which KubeRay asks for
+    assert len(name) <= 47  # KubeRay's MaxRayJobNameLength
+
+
+def test_jobs_of_different_recipe_names_have_different_names():
+    stems = ["a-b", "a_b", "a.b", "A-b", "-a-b", "日本", "中国", "x" * 60 + "1", "x" * 60 + "2", "x" * 60]
+    assert len({manifest.job_name(stem) for stem in stems}) == len(stems)
+    assert manifest.job_name("a_b") == manifest.job_name("a_b")
+    assert manifest.job_name("gsm8k-7b") == "sdft-gsm8k-7b"
+
+
+def test_manifest_of_a_recipe_with_an_unusual_name_calls_its_objects_by_one_valid_name(tmp_path):
+    recipe = tmp_path / f"{'Llama_3.1 Größe ' * 6}.yaml"
+    recipe.write_text(RECIPE.read_text())
+    files, job = yaml.safe_load_all(manifest.render(recipe, COMPUTE, "/shared/a", None, "image"))
+    name = manifest.job_name(recipe.stem)
+    assert (files["metadata"]["name"], job["metadata"]["name"]) == (name, name)
+    pods = [job["spec"]["rayClusterSpec"]["headGroupSpec"], *job["spec"]["rayClusterSpec"]["workerGroupSpecs"]]
+    for pod in pods:
+        assert pod["template"]["spec"]["volumes"][0]["configMap"]["name"] == name

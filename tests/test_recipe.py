@@ -90,6 +90,20 @@ def load_text(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> Recip
         ({"distill": {"top_p": 2}}, "distill.top_p: got 2; expected less than or equal to 1. Change this value."),
         ({"train": {"method": "lroa"}}, "train.method: got \"lroa\"; expected 'lora' or 'full'. Change this value."),
         ({"model": {"path": 3}}, "model.path: got 3; expected a valid string. Change this value."),
+        (
+            {"model": {"path": "s3:/bucket/model"}},
+            "model.path: s3:/bucket/model is an address, and a path is needed. Copy it to a directory and give that "
+            "path.",
+        ),
+        (
+            {"rows": {"path": "file:///data/rows.jsonl", "fields": {"prompt": "q", "response": "a"}}},
+            "rows.path: file:///data/rows.jsonl is an address, and a path is needed. Write /data/rows.jsonl.",
+        ),
+        (
+            {"prune": {"blocks": 2, "calibration": {"text": "https://host/texts.txt"}}},
+            "prune.calibration.text: https://host/texts.txt is an address, and a path is needed. Copy it to a "
+            "directory and give that path.",
+        ),
         ({"prune": {}}, "prune.blocks: is missing. Add it."),
         ({"model": {"repo": "a/b"}}, "model.revision: is missing. Add it."),
         (

@@ -216,14 +216,34 @@ def test_lock_of_another_stage_is_free(storage, start_holder):
 @pytest.mark.parametrize(
     ("root", "what"),
     [
-        ("file:///tmp/x", "file:// is no kind of store that is known"),
+        ("", "--root: is empty"),
+        ("ftp://host/x", "ftp:// is no kind of store that is known"),
+        ("s3:/bucket/x", "s3:/bucket/x is neither a directory nor a URI. Write s3://bucket/x."),
+        ("s3:bucket/x/", "Write s3://bucket/x."),
+        ("s3//bucket/x", "Write s3://bucket/x."),
+        ("s3:///bucket/x", "Write s3://bucket/x."),
+        ("S3://bucket/X", "Write s3://bucket/X."),
+        (" s3://bucket/x", "Write s3://bucket/x."),
+        ("s3a://bucket/x", "Write s3://bucket/x."),
+        ("gs:/bucket/x", "Write gs://bucket/x."),
+        ("GCS://bucket/x", "Write gs://bucket/x."),
+        ("az:container/x", "Write az://container/x."),
+        ("file:///tmp/a%20b", "Write /tmp/a b."),
+        ("file:/tmp/x", "Write /tmp/x."),
         ("s3://", "names no bucket"),
         ("s3://key:secret@bucket/x", "the URI holds credentials"),
+        ("s3:/key:secret@bucket/x", "the URI holds credentials"),
     ],
 )
 def test_storage_at_a_uri_that_cannot_be_a_root_is_refused(root, what):
     line = complaint(Storage, root)
     assert what in line and "secret" not in line
+
+
+@pytest.mark.parametrize("name", ["s3", "run:1", "results:new/x", "a//b", "at@home"])
+def test_storage_in_a_directory_whose_name_looks_like_an_address_is_that_directory(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Storage(name).root == tmp_path / name
 
 
 @pytest.mark.parametrize("name", ["../../outside", "/etc/passwd", "a/../../b"])

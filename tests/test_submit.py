@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import requests
 import yaml
+from ray._private.runtime_env.packaging import unzip_package
 
-from sdft_ray import submit
+from sdft_ray import manifest, submit
+from sdft_ray.artifacts import hash_source
 from sdft_ray.errors import UserError
 
 TOKEN = "0f" * 32
@@ -73,7 +75,32 @@ def sdft(*arguments: object, cwd: Path, token: str | None = TOKEN) -> subprocess
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
 
 
+def ignore_everything(folder: Path) -> None:
+    """Put a recipe's files where everything that Ray's packer looks at says to leave them out."""
+    for file in (".gitignore", ".rayignore"):
+        (folder / file).write_text("*\n")
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    model = folder / "venv"  # Ray leaves out directories of this name wherever they are
+    shutil.copytree(recipe["model"]["path"], model)
+    (model / ".gitignore").write_text("*.safetensors\n*.json\n")
+    (model / ".rayignore").write_text("*.jinja\n")
+    (model / ".git" / "lfs").mkdir(parents=True)
+    with (model / ".git" / "lfs" / "object").open("wb") as twice:
+        twice.truncate(200_000_000)  # sparse; a clone of a hub's repository holds its weights twice
+    recipe["model"]["path"] = str(model)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+
+def pack(recipe: str, root: object, folder: Path) -> tuple[str, Path]:
+    """Pack a recipe; return the command and the job's directory as a node unpacks it."""
+    archive = folder / "job.zip"
+    command = submit.pack(Path(recipe), None, str(root), None, archive)
+    unzip_package(archive, folder / "job", remove_top_level_directory=False, unlink_zip=False)
+    return command, folder / "job"
+
+
 def test_submitted_recipe_is_built_with_its_files_and_not_built_again(head, folder):
+    ignore_everything(folder)
     arguments = ("submit", "recipe.yaml", "--address", head, "--root", folder / "root", "--until", "cut")
     first = sdft(*arguments, cwd=folder)
     assert first.returncode == 0, first.stdout + first.stderr
@@ -123,15 +150,71 @@ def test_pack_ships_local_files_under_their_names_and_leaves_what_nodes_see(fold
     shutil.copy("texts.txt", root / "shared.txt")
     axes = {"rows.path": ["rows.jsonl"], "prune.calibration": [{"text": str(root / "shared.txt")}, {"text": "boolq"}]}
     (folder / "sweep.yaml").write_text(yaml.safe_dump({"recipe": "recipe.yaml", "axes": axes}))
-    bundle = tmp_path / "bundle"
-    command = submit.pack(Path("sweep.yaml"), None, str(root), None, bundle)
+    command, job = pack("sweep.yaml", root, tmp_path)
     assert command.split()[2:5] == ["sdft_ray.cli", "sweep", "sweep.yaml"]
-    packed = yaml.safe_load((bundle / "sweep.yaml").read_text())
+    packed = yaml.safe_load((job / "sweep.yaml").read_text())
     (rows,) = packed["axes"]["rows.path"]
-    assert (bundle / rows).read_text() == (folder / "rows.jsonl").read_text() and Path(rows).name == "rows.jsonl"
+    assert (job / rows).read_text() == (folder / "rows.jsonl").read_text() and Path(rows).name == "rows.jsonl"
     assert packed["axes"]["prune.calibration"] == [{"text": str(root / "shared.txt")}, {"text": "boolq"}]
-    inner = yaml.safe_load((bundle / packed["recipe"][0]).read_text())
-    assert (bundle / inner["model"]["path"] / "config.json").is_file()
+    inner = yaml.safe_load((job / packed["recipe"][0]).read_text())
+    assert (job / inner["model"]["path"] / "config.json").is_file()
+
+
+def test_pack_ships_what_ignore_files_name_and_the_package_but_nothing_hidden(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    ignore_everything(folder)
+    os.utime(folder / "rows.jsonl", (0, 0))  # older than a zip file can say
+    _, job = pack("recipe.yaml", "/r", tmp_path)
+    packed = yaml.safe_load((job / "recipe.yaml").read_text())
+    model = job / packed["model"]["path"]
+    assert {file.name for file in model.rglob("*")} == {
+        file.name for file in (folder / "venv").iterdir() if not file.name.startswith(".")
+    }
+    assert (model / "model.safetensors").read_bytes() == (folder / "venv" / "model.safetensors").read_bytes()
+    assert hash_source(model) == hash_source(folder / "venv")  # the same artifacts there as here
+    assert (job / packed["rows"]["path"]).is_file() and (job / packed["prune"]["calibration"]["text"]).is_file()
+    assert (job / "sdft_ray" / "rayjob.yaml.jinja").is_file() and not list(job.rglob("*.pyc"))
+
+
+def test_pack_of_the_same_files_is_the_same_package(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    first, second = tmp_path / "first.zip", tmp_path / "second.zip"
+    submit.pack(Path("recipe.yaml"), None, "/r", None, first)
+    (folder / "rows.jsonl").touch()
+    submit.pack(Path("recipe.yaml"), None, "/r", None, second)
+    assert first.read_bytes() == second.read_bytes()  # Ray uploads it once
+
+
+def test_pack_leaves_a_users_own_options_alone(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    recipe = yaml.safe_load(Path("recipe.yaml").read_text())
+    options = {"text": "rows.jsonl", "path": "nowhere"}
+    recipe["distill"] = {"template_options": options}
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    _, job = pack("recipe.yaml", "/r", tmp_path)
+    assert yaml.safe_load((job / "recipe.yaml").read_text())["distill"]["template_options"] == options
+
+
+def test_pack_of_a_name_that_ray_does_not_unpack_is_refused(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    shutil.copy("rows.jsonl", "rows\\old.jsonl")
+    recipe = yaml.safe_load(Path("recipe.yaml").read_text())
+    recipe["rows"]["path"] = "rows\\old.jsonl"
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(UserError, match=r"has a name that Ray does not unpack\. Rename it"):
+        submit.pack(Path("recipe.yaml"), None, "/r", None, tmp_path / "job.zip")
+
+
+@pytest.mark.parametrize(
+    ("root", "right"), [("s3:/b/x", "s3://b/x"), ("S3://b/x", "s3://b/x"), ("file:///shared/x", "/shared/x")]
+)
+def test_root_that_is_spelled_wrongly_is_refused_with_the_right_spelling(folder, tmp_path, root, right):
+    for refuse in (
+        lambda: submit.pack(folder / "recipe.yaml", None, root, None, tmp_path / "job.zip"),
+        lambda: manifest.render(folder / "recipe.yaml", None, root, None, "image"),
+    ):
+        with pytest.raises(UserError, match=rf"^--root: .*\. Write {right}\.$"):
+            refuse()
 
 
 def test_pack_of_a_large_file_says_to_put_it_under_the_root(folder, tmp_path, monkeypatch):
@@ -139,4 +222,4 @@ def test_pack_of_a_large_file_says_to_put_it_under_the_root(folder, tmp_path, mo
     with (folder / "rows.jsonl").open("a") as rows:
         rows.truncate(200_000_000)  # sparse
     with pytest.raises(UserError, match=r"rows.jsonl: 200 MB; 90 MB in all travel with a job. Put it under /r and"):
-        submit.pack(Path("recipe.yaml"), None, "/r", None, tmp_path / "bundle")
+        submit.pack(Path("recipe.yaml"), None, "/r", None, tmp_path / "job.zip")
