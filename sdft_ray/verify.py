@@ -211,7 +211,7 @@ def _check_tensors(model: Model) -> Finding:
     """The files hold exactly the tensors that the config asks for, each once and where the index says."""
     from safetensors import safe_open
 
-    from sdft_ray.stages.cut import require_loadable
+    from sdft_ray.directory import require_loadable
 
     lies: dict[str, str] = {}
     for shard in weight_files(model.directory):

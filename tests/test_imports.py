@@ -11,6 +11,7 @@ ORDER = [
     {"recipe", "compute", "progress", "shards", "objects", "lease"},
     {"artifacts", "storage", "ledger", "sources", "cluster"},
     {"core"},
+    {"directory"},
     {"stages"},
     {"pipeline"},
     {"sweep"},

@@ -8,7 +8,6 @@ kept tensor is the base's bit by bit, and the loader, run without weights, misse
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdft_ray.artifacts import remember_hash, write_atomically
 from sdft_ray.core.surgery import PER_BLOCK, block_of, name_blocks, prune_config, rename_tensor, require_choosable
+from sdft_ray.directory import require_loadable, tensor_places, write_companions
 from sdft_ray.errors import UserError, problem
 from sdft_ray.shards import StoredTensor, copy_tensors, same_bytes
 from sdft_ray.sources import WEIGHTS_INDEX, read_json, stored_tensors
@@ -25,20 +25,7 @@ from sdft_ray.stages.score import read_measured
 if TYPE_CHECKING:
     from sdft_ray.core.similarity import Choice
 
-VERSION = 2
-# Everything else that belongs to a model; weights and config are rewritten, other formats and caches stay behind.
-_COMPANIONS = (
-    "generation_config.json",
-    "tokenizer*",
-    "chat_template*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "additional_chat_templates/*",
-    "LICENSE*",
-    "NOTICE*",
-)
+VERSION = 3
 _THREADS = 4  # more do not make a disk faster
 
 
@@ -124,7 +111,7 @@ def remove_blocks(base: Path, directory: Path, removed: Sequence[int]) -> Parame
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_atomically(directory / WEIGHTS_INDEX, json.dumps(index, indent=2))
     write_atomically(directory / "config.json", json.dumps(pruned, indent=2) + "\n")
-    copy_companions(base, directory)
+    write_companions(base, directory)
     require_same_tensors(base, directory, removed)
     _require_per_block_lists(directory)
     after = require_loadable(directory)
@@ -137,15 +124,6 @@ def remove_blocks(base: Path, directory: Path, removed: Sequence[int]) -> Parame
     if after != before - gone:
         raise RuntimeError(f"{directory}: has {after} parameters (expected {before} of the base less {gone})")
     return Parameters(before, after)
-
-
-def copy_companions(base: Path, directory: Path) -> None:
-    """Copy what belongs to a model beside its weights and config: tokenizer, chat template, licence, …"""
-    for pattern in _COMPANIONS:
-        for path in filter(Path.is_file, base.glob(pattern)):
-            copy = directory / path.relative_to(base)
-            copy.parent.mkdir(exist_ok=True)
-            shutil.copy2(path, copy)
 
 
 def _require_blocks(base: Path, held: Mapping[Path, Mapping[str, StoredTensor]], blocks: int) -> None:
@@ -166,11 +144,6 @@ def require_same_tensors(base: Path, directory: Path, removed: Sequence[int]) ->
         for name, same in zip(kept, pool.map(lambda name: same_bytes(*kept[name], *written[name]), kept), strict=True):
             if not same:
                 raise RuntimeError(f"{directory}: {name} differs from the base's")
-
-
-def tensor_places(directory: Path) -> dict[str, tuple[Path, StoredTensor]]:
-    """Return the file and the bytes of every tensor of a model."""
-    return {name: (path, tensor) for path, held in stored_tensors(directory).items() for name, tensor in held.items()}
 
 
 def _require_per_block_lists(directory: Path) -> None:
@@ -242,35 +215,3 @@ def explicit_config(base: Path) -> dict[str, Any]:
         for key, value in computed.items()
         if isinstance(value, list) and len(value) == blocks and config.get(key) is None
     }
-
-
-def require_loadable(directory: Path) -> int:
-    """Return the parameter count after proving that the files are exactly the tensors that the config asks for."""
-    import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
-
-    from sdft_ray.progress import quiet_transformers
-
-    quiet_transformers()
-    found = {
-        name: torch.empty(tensor.shape, device="meta")
-        for name, (_, tensor) in tensor_places(directory).items()
-        if rename_tensor(name, ())
-    }
-    config = AutoConfig.from_pretrained(directory)
-    # The loader itself, which also knows the names that files have and the model has not (each expert by itself).
-    model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-        None,
-        config=config,
-        state_dict=found,
-        device_map="meta",
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # to be named below instead
-    )
-    wrong = [f"{name} is missing" for name in info["missing_keys"]]
-    wrong += [f"{name} is not in the model" for name in info["unexpected_keys"]]
-    wrong += [f"{name} is {tuple(a)} in the files, {tuple(b)} in the model" for name, a, b in info["mismatched_keys"]]
-    wrong += info["error_msgs"]
-    if wrong:
-        raise RuntimeError(f"{directory}: {min(wrong)}")
-    return int(model.num_parameters())

@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 from sdft_ray.artifacts import remember_hash
 from sdft_ray.core.surgery import block_of
+from sdft_ray.directory import require_loadable, tensor_places, write_companions
 from sdft_ray.errors import UserError, problem
 from sdft_ray.shards import StoredTensor, write_tensors
 from sdft_ray.sources import WEIGHTS_INDEX, read_json, stored_tensors
 from sdft_ray.stages import Work
-from sdft_ray.stages.cut import copy_companions, require_loadable, tensor_places
 
 if TYPE_CHECKING:
     import torch
 
     from sdft_ray.core.merging import Alike
 
-VERSION = 1
+VERSION = 2
 # Weights of models that grew out of one have cosines above 0.9; those of two unlike blocks are near 0.
 _SAME_ORIGIN = 0.5
 _NO_MATTER = ("dtype", "torch_dtype", "transformers_version", "use_cache", "_name_or_path")
@@ -80,7 +80,7 @@ def merge_models(
     for name in ("config.json", WEIGHTS_INDEX):
         if (first / name).is_file():
             shutil.copy2(first / name, directory / name)
-    copy_companions(first, directory)
+    write_companions(first, directory)
     changed = {name: min(found.cosines) for name, found in facts.items() if not found.identical}
     return {
         "parameters": require_loadable(directory),

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+LOGITS = "logits"
+"""Stands among kept weights by the side of their names: the logits (K V) that these weights give, of rank 0."""
 
 
 def trainable(engine: Any) -> list[tuple[str, Any]]:
@@ -25,9 +27,12 @@ def trainable(engine: Any) -> list[tuple[str, Any]]:
     ]
 
 
-def share_of_weights(engine: Any) -> dict[str, Any]:
-    """Return this worker's share of the trained weights in float32, each tensor whole; all workers must call it."""
-    return dict(_share(engine, None))
+def share_of_weights(engine: Any, logits: Any) -> dict[str, Any]:
+    """Return this worker's share of the trained weights in float32, each tensor whole; all workers must call it.
+
+    On rank 0 with the logits that they give, which prove the model that is written from them.
+    """
+    return dict(_share(engine, None)) | ({LOGITS: logits} if engine.global_rank == 0 else {})
 
 
 def save_state(engine: Any, folder: Path, best: Mapping[str, Any]) -> None:
@@ -48,14 +53,14 @@ def load_state(engine: Any, folder: Path, steps: int) -> dict[str, Any]:
     files = [safe_open(path, framework="pt") for path in sorted(folder.glob("state-*.safetensors"))]
     where = {key: file for file in files for key in file.keys()}  # noqa: SIM118 - not a dict
     _make_moments(engine, steps)
-    best = {}
+    mine = {LOGITS} if engine.global_rank == 0 else set()
     for number, (name, parameter) in enumerate(trainable(engine)):
         _set(engine, parameter, None, where[f"weight/{name}"].get_tensor(f"weight/{name}"))
         for moment in MOMENTS:
             _set(engine, parameter, moment, where[f"{moment}/{name}"].get_tensor(f"{moment}/{name}"))
-        if f"best/{name}" in where and _is_mine(engine, number):
-            best[name] = where[f"best/{name}"].get_tensor(f"best/{name}")
-    return best
+        if _is_mine(engine, number):
+            mine.add(name)
+    return {name: where[key].get_tensor(key) for name in mine if (key := f"best/{name}") in where}
 
 
 def newest_checkpoint(folder: Path, bring: Callable[[str], None]) -> str | None:

@@ -22,15 +22,15 @@ from sdft_ray import compute, recipe
 from sdft_ray.artifacts import write_atomically
 from sdft_ray.core.prompts import TrainingRow, encode_row
 from sdft_ray.core.surgery import older_rope
+from sdft_ray.directory import require_loadable, require_same_logits, write_companions
 from sdft_ray.errors import StageFailed, UserError, nearest, problem
 from sdft_ray.progress import say
 from sdft_ray.sources import read_json
 from sdft_ray.stages import Work, worker
-from sdft_ray.stages.cut import require_loadable
 from sdft_ray.stages.rows import read_split, read_training_rows
-from sdft_ray.stages.state import steps_in
+from sdft_ray.stages.state import LOGITS, steps_in
 
-VERSION = 3
+VERSION = 4
 
 
 def build(work: Work) -> dict[str, Any]:
@@ -64,18 +64,14 @@ def build(work: Work) -> dict[str, Any]:
     work.storage.publish(work.resumable / "train.parquet", work.resumable / "validation.parquet")
     result = _fit(work, given)
     if "failed" in result:
-        work.storage.drop(work.resumable / "result.json")  # a rerun tries again from the last checkpoint
-        named = [ids[i] for i in result["rows"]]
-        some = ", ".join(named[:16]) + (f" and {len(named) - 16} more" if len(named) > 16 else "")
-        kept = f"The last training checkpoint is kept in {work.storage.told(work.resumable)}"
-        do = f"Look at them, or lower train.lr. {kept}"
-        raise StageFailed(problem("train", f"{result['failed']}, on rows {some}", do))
+        raise _give_up(work, result, ids)
     wall_seconds = time.monotonic() - begun
     for folder in ("tuned", "tensorboard"):
         work.storage.bring(work.resumable / folder)
-    _write_model(work, base)
+    logits = _write_model(work, base)
     parameters = require_loadable(work.directory)
     assert parameters == total, f"{total} parameters were loaded, {parameters} written"
+    difference = require_same_logits(work.directory, worker.proof_rows(rows), logits, settings["dtype"])
     history = result["history"]
     write_atomically(work.directory / "losses.json", json.dumps(history))
     shutil.copytree(work.resumable / "tensorboard", work.directory / "tensorboard", dirs_exist_ok=True)
@@ -95,11 +91,23 @@ def build(work: Work) -> dict[str, Any]:
         "trainable_parameters": trainable,
         "adapters_on": adapted,
         "parameters": parameters,
+        "logits_differ_by": difference,
         "first_loss": history[0]["loss"],
         "final_loss": history[-1]["loss"],
         "validation_loss": next((r["validation_loss"] for r in reversed(history) if "validation_loss" in r), None),
         "example": example,
     }
+
+
+def _give_up(work: Work, result: Mapping[str, Any], ids: Sequence[str]) -> StageFailed:
+    """Return the error of a training whose loss is no number; a rerun tries again from the last checkpoint."""
+    work.storage.drop(work.resumable / "result.json")
+    named = [ids[i] for i in result["rows"]]
+    some = ", ".join(named[:16]) + (f" and {len(named) - 16} more" if len(named) > 16 else "")
+    kept = f"The last training checkpoint is kept in {work.storage.told(work.resumable)}"
+    return StageFailed(
+        problem("train", f"{result['failed']}, on rows {some}", f"Look at them, or lower train.lr. {kept}")
+    )
 
 
 def _inputs(work: Work, kind: str) -> list[Path]:
@@ -199,13 +207,14 @@ def _require_own_checkpoints(work: Work) -> None:
 
 
 def outline_model(base: Path, settings: Mapping[str, Any]) -> Any:
-    """Return the model as it will be trained, without weights; raise UserError for LoRA targets that match nothing."""
+    """Return the model as it will be trained, without weights; raise UserError for LoRA targets that do not fit it."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
-        layers = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        kinds = (torch.nn.Linear, torch.nn.Embedding)
+        layers = {name: module.weight for name, module in model.named_modules() if isinstance(module, kinds)}
         try:
             outline, refused = worker.adapt(model, settings), ""
         except ValueError as error:
@@ -216,14 +225,29 @@ def outline_model(base: Path, settings: Mapping[str, Any]) -> Any:
     if outline:  # what peft took for the experts of a mixture, which are no linear layers, it has put elsewhere
         asked &= outline.peft_config["default"].target_modules
     for target in sorted(asked):
-        if not any(name == target or name.endswith(f".{target}") for name in layers):
-            what = f"the model has no linear layer {target}"
-            raise UserError(
-                problem("train.lora.targets", what, nearest(target, {n.rpartition(".")[2] for n in layers}))
-            )
+        _require_own_weights(target, layers)
     if refused:  # experts take no dropout, and gate and up, one tensor, go together
         raise UserError(problem("train.lora", f"peft says: {refused}", "Set dropout: 0, or other targets"))
     return outline
+
+
+def _require_own_weights(target: str, layers: Mapping[str, Any]) -> None:
+    """Raise UserError where a LoRA target names no layer of a model, or one that shares its weights with another.
+
+    peft changes such weights at one of the two ends, and no model that keeps them tied can hold the result. Untied, a
+    pruned model would grow again, and vLLM reads no head of its own for cohere and gemma2.
+    """
+    named = {name for name in layers if name == target or name.endswith(f".{target}")}
+    if not named:
+        short = {name.rpartition(".")[2] for name in layers}
+        raise UserError(
+            problem("train.lora.targets", f"the model has no linear layer {target}", nearest(target, short))
+        )
+    for name, weight in layers.items():
+        tied = [other for other in named if other != name and layers[other] is weight]
+        if tied:
+            what = f"{target} has the weights of {name} (tie_word_embeddings), and an adapter would part the two"
+            raise UserError(problem("train.lora.targets", what, f"Leave {target} out, or set train.method: full"))
 
 
 def count_parameters(outline: Any) -> tuple[int, int]:
@@ -407,13 +431,13 @@ def _set_torn_list_aside(folder: Path) -> None:
 # --- the model ------------------------------------------------------------------------------------------------
 
 
-def _write_model(work: Work, base: Path) -> None:
+def _write_model(work: Work, base: Path) -> Any:
     """Write the tuned model as a plain Hugging Face directory, and for LoRA the adapter beside it.
 
     One copy of the model and one tensor are in memory: the trained weights come from the workers' files one by one.
+    Return the logits (K V) that the workers computed with these weights.
     """
-    from safetensors import safe_open
-    from transformers import AutoTokenizer
+    from transformers import GenerationConfig
 
     from sdft_ray.progress import quiet_transformers
 
@@ -421,16 +445,33 @@ def _write_model(work: Work, base: Path) -> None:
     settings = work.settings["train"]
     # Merged in the precision of training: float32 keeps the whole update, bfloat16 rounds it with the weights.
     model = worker.load_model(str(base), settings)
-    untouched = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for path in sorted((work.resumable / "tuned").glob("*.safetensors")):
-        with safe_open(path, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dict
-                untouched.pop(name).data.copy_(tensors.get_tensor(name))
-    assert not untouched, f"the workers wrote no {', '.join(sorted(untouched)[:3])}"
+    logits = _load_tuned(model, work.resumable / "tuned")
     if settings["method"] == "lora":
-        model.save_pretrained(work.directory / "adapter")
+        # Embeddings with an adapter are the pruned model's, which stays the adapter's base.
+        model.save_pretrained(work.directory / "adapter", save_embedding_layers=False)
         model = model.merge_and_unload()
+    model.generation_config = GenerationConfig()  # the base's is copied: transformers saves none that it finds odd
     model.save_pretrained(work.directory)
     config = read_json(work.directory / "config.json")  # in transformers 5's spelling of RoPE alone
     write_atomically(work.directory / "config.json", json.dumps(config | older_rope(config), indent=2) + "\n")
-    AutoTokenizer.from_pretrained(base).save_pretrained(work.directory)
+    (work.directory / "generation_config.json").unlink()
+    write_companions(base, work.directory)
+    return logits
+
+
+def _load_tuned(model: Any, folder: Path) -> Any:
+    """Put the trained weights into a model; return the logits (K V) that lie beside them."""
+    from safetensors import safe_open
+
+    logits = None
+    untouched = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                if name == LOGITS:
+                    logits = tensors.get_tensor(name)
+                else:
+                    untouched.pop(name).data.copy_(tensors.get_tensor(name))
+    untouched |= {LOGITS: None} if logits is None else {}
+    assert not untouched, f"the workers wrote no {', '.join(sorted(untouched)[:3])}"
+    return logits

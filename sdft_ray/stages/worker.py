@@ -49,6 +49,7 @@ def train_worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     rows, validation = EncodedRows(folder / "train.parquet"), list(EncodedRows(folder / "validation.parquet"))
+    proof = proof_rows(rows)
     engine = start_engine(load_trainable(str(config["model"]()), settings, plan), settings, plan, config["deepspeed"])
     pass_tokens = plan["pass_tokens"] or plan["micro_batch"] * settings["max_tokens"]
     steps = schedule(len(rows), settings["epochs"], settings["global_batch_size"], settings["seed"])
@@ -85,7 +86,7 @@ def train_worker(config: dict[str, Any]) -> None:
             passes = plan_passes([len(row.ids) for row in validation], workers, plan["micro_batch"], pass_tokens)[rank]
             record["validation_loss"] = mean_loss(engine, validation, passes)
             if settings["keep"] == "best" and best_step(history) == step + 1:
-                best = share_of_weights(engine)
+                best = share_of_weights(engine, _logits(engine, proof))
         tokens += sum(len(row.ids) for row in chosen)
         if log is not None:
             _tell(log, config["ticker"], history, tokens / (time.monotonic() - begun), engine)
@@ -99,7 +100,8 @@ def train_worker(config: dict[str, Any]) -> None:
                 # Every worker hands over its share; Ray drops checkpoints that are not whole.
                 ray.train.report({"step": step + 1}, checkpoint=ray.train.Checkpoint.from_directory(state))
 
-    kept = best if settings["keep"] == "best" and best_step(history) else share_of_weights(engine)
+    best_is_kept = settings["keep"] == "best" and best_step(history)
+    kept = best if best_is_kept else share_of_weights(engine, _logits(engine, proof))
     storage.publish(_save_tuned(kept, folder / "tuned", rank))
     peak = torch.tensor(float(peak_bytes(engine)), device=engine.device, dtype=torch.float64)
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
@@ -146,6 +148,12 @@ def gave_up(history: Sequence[Mapping[str, Any]], patience: int | None) -> bool:
     return sum("validation_loss" in record for record in history if record["step"] > best) >= patience
 
 
+def proof_rows(rows: Sequence[TrainingRow]) -> list[TrainingRow]:
+    """Return the few short rows, with loss on few tokens, whose logits must be the same before and after writing."""
+    short = [row.ids[:64] for row in rows[:4]]
+    return [TrainingRow(ids, max(1, len(ids) - 4)) for ids in short]
+
+
 # --- model and engine -----------------------------------------------------------------------------------------
 
 
@@ -177,7 +185,7 @@ def adapt(model: Any, settings: Mapping[str, Any]) -> Any:
 
 
 def load_trainable(base: str, settings: Mapping[str, Any], plan: Mapping[str, Any]) -> Any:
-    """Return a module from packed rows to the summed loss of their trained tokens."""
+    """Return a module from packed rows to the summed loss of their trained tokens, or to the logits of those."""
     import torch
 
     from sdft_ray.core.rowwise import drop_by_row, keep_within_rows
@@ -195,19 +203,23 @@ def load_trainable(base: str, settings: Mapping[str, Any], plan: Mapping[str, An
             super().__init__()
             self.model = model
 
-        def forward(self, packed: Any, keys: Sequence[str]) -> Any:
+        def forward(self, packed: Any, keys: Sequence[str], as_logits: bool = False) -> Any:
             rows.starts, rows.keys = packed.starts, keys
             device = next(self.model.parameters()).device
             # Only the K trained positions go through the head: the vocabulary is the widest layer of a small model.
-            logits = self.model(
-                input_ids=packed.input_ids.to(device),
-                position_ids=packed.position_ids.to(device),
-                logits_to_keep=packed.keep.to(device),
-                use_cache=False,
-            ).logits  # (1, K, V)
-            return torch.nn.functional.cross_entropy(
-                logits[0].float(), packed.targets.to(logits.device), reduction="sum"
-            )
+            logits = (
+                self.model(
+                    input_ids=packed.input_ids.to(device),
+                    position_ids=packed.position_ids.to(device),
+                    logits_to_keep=packed.keep.to(device),
+                    use_cache=False,
+                )
+                .logits[0]
+                .float()
+            )  # (K V)
+            if as_logits:
+                return logits
+            return torch.nn.functional.cross_entropy(logits, packed.targets.to(logits.device), reduction="sum")
 
     return ResponseLoss()
 
@@ -313,6 +325,19 @@ def _forward(engine: Any, rows: Sequence[TrainingRow], keys: Sequence[str], plac
     chosen = places or [min(range(len(rows)), key=lambda i: len(rows[i].ids))]
     loss = engine(pack_rows([rows[i] for i in chosen]), [keys[i] for i in chosen])
     return loss if places else loss * 0.0
+
+
+def _logits(engine: Any, rows: Sequence[TrainingRow]) -> Any:
+    """Return the logits (K V) of rows, outside training; all workers must call it."""
+    import torch
+
+    from sdft_ray.core.packing import pack_rows
+
+    engine.eval()
+    with torch.no_grad():
+        logits = engine(pack_rows(rows), [""] * len(rows), as_logits=True)
+    engine.train()
+    return logits.cpu()
 
 
 def _trained_tokens(rows: Sequence[TrainingRow]) -> int:

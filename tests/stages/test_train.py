@@ -14,8 +14,9 @@ from events import read_events
 from faked import fill_disk
 from tiny import make_tiny_model, make_tokenizer
 
-from sdft_ray import compute
+from sdft_ray import compute, pipeline
 from sdft_ray.artifacts import Stage
+from sdft_ray.compute import load_compute
 from sdft_ray.errors import StageFailed, UserError
 from sdft_ray.progress import Progress
 from sdft_ray.recipe import Train, validate
@@ -98,6 +99,71 @@ def test_train_writes_a_plain_model_equal_to_base_plus_adapter(reference, tiny_m
         tuned = merged(ids).logits
     assert torch.allclose(adapted, tuned, atol=1e-4)
     assert not torch.allclose(untuned, tuned, atol=1e-2)
+
+
+def test_train_writes_the_companions_of_its_base_and_no_other(reference, tiny_model):
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        assert (reference[0].directory / name).read_bytes() == (tiny_model / name).read_bytes()
+    settings = json.loads((reference[0].directory / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens", "model.embed_tokens"])
+def test_train_lora_on_weights_that_are_tied_is_refused(tiny_model, tmp_path, target):
+    work = make_work(tmp_path, tiny_model, plan(), lora={"targets": ["q_proj", target]})
+    with pytest.raises(UserError, match=rf"train.lora.targets: {target} has the weights of .*train.method: full"):
+        train.build(work)
+
+
+@pytest.fixture(scope="module")
+def odd_base(tmp_path_factory) -> Path:
+    """A base that is not tied, with generation values that transformers loads and refuses to save."""
+    base = make_tiny_model(tmp_path_factory.mktemp("odd") / "base", tie_word_embeddings=False)
+    (base / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9}')
+    return base
+
+
+@pytest.mark.parametrize(
+    ("settings", "fields"),
+    [
+        ({"lora": {"targets": ["lm_head", "embed_tokens", "q_proj"]}}, {"gradient_checkpointing": True}),
+        pytest.param({"lora": {"targets": ["lm_head"]}}, {"workers": 2, "micro_batch": 4, "zero_stage": 3}, marks=FULL),
+        pytest.param(
+            {"lora": {"targets": ["embed_tokens"]}}, {"workers": 2, "micro_batch": 4, "zero_stage": 3}, marks=FULL
+        ),
+        pytest.param({"method": "full"}, {"workers": 2, "micro_batch": 4, "zero_stage": 3}, marks=FULL),
+        pytest.param({"lora": {"targets": "all-linear"}}, {"zero_stage": 0}, marks=FULL),
+    ],
+)
+def test_train_the_written_model_is_the_trained_one(ray_cluster, odd_base, tmp_path, settings, fields):
+    work = make_work(tmp_path, odd_base, plan(**fields), keep="last", **settings)
+    summary = train.build(work)
+    assert summary["final_loss"] < summary["first_loss"]
+    history = json.loads((work.directory / "losses.json").read_text())
+    assert validation_loss_of(work) == pytest.approx(history[-1]["validation_loss"], rel=1e-5)
+    assert summary["logits_differ_by"] < 1e-4
+    generation = json.loads((work.directory / "generation_config.json").read_text())
+    assert generation == {"temperature": 0.6, "top_p": 0.9, "eos_token_id": [2]}
+
+
+def test_train_a_written_tensor_that_is_wrong_is_found_and_nothing_is_kept(reference, tiny_model, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    work = make_work(tmp_path, tiny_model, plan())
+    shutil.copytree(reference[0].resumable, work.resumable, dirs_exist_ok=True)
+    handed_over = work.resumable / "tuned" / "tuned-00000.safetensors"
+    tensors = load_file(handed_over)
+    right = dict(tensors)
+    name = next(name for name in tensors if "layers.5.mlp.up_proj.lora_B" in name)
+    tensors[name] = tensors[name] * 1.1
+    save_file(tensors, handed_over)
+    with pytest.raises(
+        StageFailed, match=r"train: failed: RuntimeError: .*its logits are not those of the trained weights"
+    ):
+        pipeline.build([work.stage], load_compute(), work.storage)
+    assert work.storage.status(work.stage) != "done"
+    save_file(right, handed_over)  # what was trained is still there: it is written without training again
+    assert train.build(work)["logits_differ_by"] < 1e-4
 
 
 def test_train_two_workers_and_micro_batches_of_one_row_do_not_move_the_trajectory(reference, tiny_model, tmp_path):
