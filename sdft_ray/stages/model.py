@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sdft_ray.core.surgery import require_supported
+from sdft_ray.directory import spell_tokenizer_for_older
 from sdft_ray.sources import describe_directory, download_model
 from sdft_ray.stages import Work
 
@@ -37,6 +38,7 @@ def build(work: Work) -> dict[str, Any]:
     # bfloat16 is what such models were trained in; the quantised values need no more than its 8 bits.
     model.to(torch.bfloat16).save_pretrained(work.directory)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(work.directory)
+    spell_tokenizer_for_older(work.directory)
     return {
         "from": gguf.name,
         "architecture": model.config.model_type,

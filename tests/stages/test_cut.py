@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from tiny import make_tiny_model
 
 from sdft_ray.core.surgery import PER_BLOCK
+from sdft_ray.directory import require_loadable
 from sdft_ray.errors import UserError
-from sdft_ray.stages.cut import Parameters, model_card, remove_blocks, require_loadable, require_same_tensors
+from sdft_ray.stages.cut import Parameters, model_card, remove_blocks, require_same_tensors
 
 torch.set_num_threads(1)
 
@@ -287,6 +288,17 @@ def test_remove_blocks_copies_what_belongs_to_a_model_and_no_model_card(llama, t
     left = {path.relative_to(base).as_posix() for path in base.rglob("*") if path.is_file()}
     kept = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
     assert left - kept == {"README.md", "pytorch_model.bin"}
+
+
+def test_remove_blocks_writes_a_tokenizer_and_stops_that_older_tools_read(llama, tmp_path):
+    base = shutil.copytree(llama, tmp_path / "base")
+    (base / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": 0}')
+    directory = prune(base, tmp_path / "cut", [1])
+    generation, tokenizer = (
+        json.loads((directory / name).read_text()) for name in ("generation_config.json", "tokenizer_config.json")
+    )
+    assert generation == {"temperature": 0.6, "eos_token_id": [0, 2]}
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
 def test_model_card_says_what_was_removed_how_and_that_quality_is_not_restored():

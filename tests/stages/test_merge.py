@@ -78,6 +78,18 @@ def test_merge_of_two_models_is_a_whole_model_and_says_what_slerp_did(tuned, tmp
     assert {check.check for check in verify(Model("merged", tmp_path)) if check.status == "ok"} >= {"tensors", "cache"}
 
 
+def test_merge_writes_the_companions_of_the_first_parent(tuned, tmp_path):
+    first = shutil.copytree(tuned["sums"], tmp_path / "sums")
+    (first / "LICENSE").write_text("as you like")
+    (first / "generation_config.json").write_text('{"temperature": 0.6, "eos_token_id": 0}')
+    (out := tmp_path / "out").mkdir()
+    merge_models({"sums": first, "chats": tuned["chats"]}, out, HALFWAY)
+    for name in ("LICENSE", "tokenizer.json", "chat_template.jinja"):
+        assert (out / name).read_bytes() == (first / name).read_bytes()
+    assert json.loads((out / "generation_config.json").read_text()) == {"temperature": 0.6, "eos_token_id": [0, 2]}
+    assert json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
 def test_merge_with_a_number_for_each_block_goes_from_one_parent_to_the_other(tuned, tmp_path):
     merge_models(tuned, tmp_path, {"method": "slerp", "t": [0.0, 0.0, 0.0, 0.0, 1.0, 1.0]})
     one, other, merged = (held_by(model) for model in (*tuned.values(), tmp_path))
