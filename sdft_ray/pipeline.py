@@ -23,14 +23,14 @@ from concurrent.futures import Future, as_completed
 from pathlib import Path
 from typing import Any
 
-from sdft_ray import sources
+from sdft_ray import limits, sources
 from sdft_ray.artifacts import Stage, hash_source, slugify
 from sdft_ray.cluster import ray_cluster, require_room
 from sdft_ray.compute import Compute
 from sdft_ray.core import surgery
 from sdft_ray.errors import StageFailed, UserError, nearest, problem
 from sdft_ray.progress import Progress, duration, say
-from sdft_ray.recipe import Draft, FileRows, GymRows, HubRows, LocalModel, Merge, Recipe, Train
+from sdft_ray.recipe import Draft, FileRows, GymRows, HubModel, HubRows, LocalModel, Merge, Recipe, Train
 from sdft_ray.stages import (
     Validated,
     Work,
@@ -159,16 +159,28 @@ def _calibration(recipe: Recipe, own: Stage) -> tuple[list[dict[str, Any]], dict
     settings: list[dict[str, Any]] = []
     rows_stages: dict[str, Stage] = {}
     where: dict[str, str] = {}
+    names: list[str] = []
     for i, corpus in enumerate(recipe.prune.calibration):
         settings.append(corpus.model_dump(mode="json", exclude={"text", "rows"}))
         if corpus.rows is None:
             path = sources.calibration_file(corpus.text or "boolq")
             settings[-1]["sha256"] = hash_source(path)
-            where |= {f"texts_{i}": str(path), f"name_{i}": "boolq" if corpus.text == "boolq" else path.stem}
+            where[f"texts_{i}"] = str(path)
+            names.append("boolq" if corpus.text == "boolq" else path.stem)
         else:
             rows_stages[f"rows_{i}"] = own if corpus.rows == "own" else _rows_stage(corpus.rows, recipe.evaluate.preset)
-            where[f"name_{i}"] = rows_stages[f"rows_{i}"].slug
+            names.append(rows_stages[f"rows_{i}"].slug)
+    where |= {f"name_{i}": name for i, name in enumerate(_distinct(names))}
     return settings, rows_stages, where
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Return names of which none is there twice: a further `texts` is `texts-2`."""
+    found: list[str] = []
+    for name in names:
+        numbered = (f"{name}-{number}" for number in itertools.count(2))
+        found.append(next(each for each in itertools.chain([name], numbered) if each not in found))
+    return found
 
 
 def _rows_stage(source: GymRows | FileRows | HubRows, preset: str) -> Stage:
@@ -181,7 +193,7 @@ def _rows_stage(source: GymRows | FileRows | HubRows, preset: str) -> Stage:
         case HubRows():
             name = source.repo
     settings: dict[str, Any] = {"source": sources.rows_identity(source), "split": split}
-    where = {"source": source.model_dump_json()}
+    where = {"path": source.path} if isinstance(source, FileRows) else {}
     if source.decontaminate:
         files = {task: sources.offline_items_file(task) for task in source.decontaminate if preset == "offline"}
         where |= {f"task {task}": str(file) for task, file in files.items()}
@@ -233,22 +245,26 @@ def models(plan: Sequence[Stage]) -> dict[str, Stage]:
 def check(recipe: Recipe, compute: Compute) -> None:
     """Raise UserError for what can be known to be wrong before anything is built."""
     facts = sources.describe_model(recipe.model)
-    if facts:
-        surgery.require_supported(facts.architecture, "model")
-        protect = recipe.prune.protect
-        surgery.require_choosable(recipe.prune.blocks, protect.first, protect.last, facts.blocks)
     others = recipe.merge.others if recipe.merge else {}
+    if facts:
+        _require_prunable(recipe, facts)
     for name, other in others.items():
         if other.path is not None and facts:
-            _require_kin(f"merge.others.{name}.path", other.path, facts, recipe.prune.blocks)
+            _require_compatible(f"merge.others.{name}.path", other.path, facts, recipe.prune.blocks)
     if facts and recipe.merge and recipe.merge.slerp:
         merge.require_one_for_each(recipe.merge.slerp.t, facts.blocks - recipe.prune.blocks)
+    context, count = facts.context if facts else None, limits.token_counter(recipe.model)
+    limits.require_numbers(recipe, context)
     for source in (recipe.rows, *(other.rows for other in others.values())):
-        match source:
-            case FileRows():
-                sources.read_rows(source)
-            case GymRows():
-                sources.read_rows(source.model_copy(update={"limit": 1}))
+        if isinstance(source, GymRows):
+            sources.read_rows(source.model_copy(update={"limit": 1}))
+        if source is not None:
+            splits = limits.read_splits(source, recipe.train.rows)
+            if source is not recipe.rows:  # of others nothing is evaluated
+                splits["held_out"] = []
+            if context is not None:
+                limits.require_lengths(recipe, compute, splits, context, count)
+    limits.require_texts(recipe, count)
     if recipe.evaluate.preset == "harness":
         evaluate.require_known(recipe.evaluate.tasks)
     for arm in recipe.arms.names:
@@ -258,13 +274,24 @@ def check(recipe: Recipe, compute: Compute) -> None:
             train.require_fitting(recipe.train_settings(recipe.merge.arm, name), compute.train)
 
 
-def _require_kin(where: str, path: str, base: sources.ModelFacts, removed: int) -> None:
+def _require_prunable(recipe: Recipe, facts: sources.ModelFacts) -> None:
+    """Raise UserError for a model that is here and cannot be pruned as the recipe says."""
+    surgery.require_supported(facts.architecture, "model")
+    protect = recipe.prune.protect
+    surgery.require_choosable(recipe.prune.blocks, protect.first, protect.last, facts.blocks)
+    assert not isinstance(recipe.model, HubModel), "a hub model has no facts"
+    if (path := sources.model_path(recipe.model)).is_dir():
+        names = (name for tensors in sources.stored_tensors(path).values() for name in tensors)
+        surgery.require_blocks(path, names, facts.blocks)
+
+
+def _require_compatible(where: str, path: str, base: sources.ModelFacts, removed: int) -> None:
     """Raise UserError for a model that cannot have been tuned from this base without some blocks."""
     found = sources.describe_model(LocalModel(path=path))
     assert found, "a local model has facts"
-    expected = sources.ModelFacts(base.architecture, base.blocks - removed)
-    for field, got in dataclasses.asdict(found).items():
-        if got != (ours := getattr(expected, field)):
+    expected = {"architecture": base.architecture, "blocks": base.blocks - removed}
+    for field, ours in expected.items():
+        if (got := getattr(found, field)) != ours:
             do = "Give a model that was tuned from the same pruned model"
             raise UserError(problem(where, f"{field} is {got}, of the model that is pruned here {ours}", do))
 

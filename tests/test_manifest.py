@@ -70,7 +70,7 @@ def test_manifest_of_files_on_this_machine_or_of_this_machines_cores_is_refused(
     with pytest.raises(UserError, match=r"compute.score.cpus: auto means the cores of this machine\. Give a number"):
         manifest.render(RECIPE, None, "/shared/a", None, "image")
     recipe = yaml.safe_load(RECIPE.read_text())
-    (tmp_path / "texts.txt").write_text("One text.")
+    (tmp_path / "texts.txt").write_text("One text.\n\nAnother text.\n\nA third text.")
     recipe["prune"]["calibration"] = {"text": str(tmp_path / "texts.txt")}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     with pytest.raises(UserError, match=r"texts\.txt is a path of this machine, and a manifest carries no files"):

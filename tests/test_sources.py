@@ -95,10 +95,10 @@ def test_read_rows_puts_context_before_the_prompt_and_makes_the_answer_text(tmp_
     ("lines", "line", "what"),
     [
         ([GSM[0], '{"question": "x", \n'], 2, "is not JSON ("),
-        ([GSM[0], "\n", "not JSON\n"], 3, "is not JSON (Expecting value at column 1). Mend this line."),
+        ([GSM[0], "\n", "not JSON\n"], 3, "is not JSON (Expecting value at column 1). Fix this line"),
         ([GSM[0], "[1, 2]\n"], 2, "is not an object. Each line is one {...}."),
-        ([{"question": 3, "answer": "a"}], 1, "question is not text. Mend this row."),
-        ([GSM[0], {"question": "q", "answer": None}], 2, "answer is not text. Mend this row."),
+        ([{"question": 3, "answer": "a"}], 1, "question is a number, not text. Fix this row."),
+        ([GSM[0], {"question": "q", "answer": None}], 2, "answer is empty, not text. Fix this row."),
     ],
 )
 def test_read_rows_of_a_bad_line_names_file_and_line(tmp_path, lines, line, what):
@@ -119,16 +119,24 @@ def test_read_rows_without_a_column_suggests_the_nearest(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "line"),
     [
-        ("rows.json", b'{"question": "q"}', "{path}: is not a list. Give a list of objects, or a .jsonl file."),
+        (
+            "rows.json",
+            b'{"question": "q"}',
+            "{path}: is an object, not a list (of question). Give a list of objects, or a .jsonl file.",
+        ),
         ("rows.json", b'[{"question": "q", "answer": "a"}, 3]', "{path}:2: is not an object. Give a list of objects."),
-        ("rows.json", b"[\n1,\n", "{path}:3: is not JSON (Expecting value). Mend this line."),
-        ("rows.csv", b"a,b", "{path}: .csv is not known. Give a .json, .jsonl or .parquet file."),
+        ("rows.json", b"[\n1,\n", "{path}:3: is not JSON (Expecting value). Fix this line."),
+        (
+            "rows.csv",
+            b"a,b",
+            "{path}: is a .csv file, which is not known. Save it as a .json, .jsonl or .parquet file.",
+        ),
     ],
 )
 def test_read_rows_of_a_bad_file_is_one_clear_line(tmp_path, name, content, line):
     path = tmp_path / name
     path.write_bytes(content)
-    assert complaint(sources.read_rows, file_rows(path)) == line.format(path=path)
+    assert complaint(sources.read_rows, file_rows(path)).startswith(line.format(path=path))
 
 
 @pytest.mark.parametrize("name", ["rows.parquet", "rows.jsonl", "rows.json"])
@@ -195,7 +203,7 @@ def test_gym_rows_with_options_that_the_task_refuses_are_one_clear_line(options)
 
 
 def test_describe_directory_reads_architecture_and_blocks(model):
-    assert sources.describe_directory(model) == sources.ModelFacts("llama", 6)
+    assert sources.describe_directory(model) == sources.ModelFacts("llama", 6, context=2048)
 
 
 @pytest.mark.parametrize(
@@ -352,7 +360,7 @@ def test_model_stage_of_a_path_that_is_no_model_is_one_clear_line(tmp_path):
     )
 
 
-@pytest.mark.parametrize("content", [b"", b"no header", b"GGUF\x03\x00\x00\x00\x01"], ids=["empty", "other", "cut"])
+@pytest.mark.parametrize("content", [b"no header", b"GGUF\x03\x00\x00\x00\x01"], ids=["other", "cut"])
 def test_describe_model_refuses_a_gguf_file_that_cannot_be_read(tmp_path, content):
     (tmp_path / "model.gguf").write_bytes(content)
     with pytest.raises(UserError, match=r"model\.gguf: cannot be read as GGUF \(.*\)\. Download it again\.") as caught:

@@ -19,7 +19,7 @@ from sdft_ray.storage import Storage
 def folder(tiny_model, tmp_path):
     """A directory with a good recipe, whose sweep file a test writes."""
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"q": f"{i}?", "a": f"{i}"}) + "\n" for i in range(40)))
-    (tmp_path / "texts.txt").write_text("One text.")
+    (tmp_path / "texts.txt").write_text("One text.\n\nAnother text.\n\nA third text.")
     recipe = {
         "model": {"path": str(tiny_model)},
         "rows": {

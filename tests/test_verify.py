@@ -312,7 +312,7 @@ def test_command_verify_of_a_tuned_model_says_why_it_is_not_compared(right, base
 
 def test_command_verify_of_a_recipe_checks_the_models_that_are_built(base, sdft, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"q": f"{i}?", "a": f"{i}"}) + "\n" for i in range(9)))
-    (tmp_path / "texts.txt").write_text("One text.")
+    (tmp_path / "texts.txt").write_text("One text.\n\nAnother text.\n\nA third text.")
     recipe = {
         "model": {"path": str(base)},
         "rows": {

@@ -40,7 +40,7 @@ def make_tiny_model(directory: Path, architecture: str = "llama", **overrides: A
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "head_dim": 32,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": 2048,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,

@@ -7,7 +7,8 @@ mapping from names to bytes, and block numbers are part of the names.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from sdft_ray.errors import UserError, problem
@@ -54,6 +55,14 @@ def require_supported(architecture: str, where: str) -> None:
         reasons = [reason for reason, names in _REASONS.items() if architecture in names]
         what = f"cannot prune a {architecture} model: {' and '.join(reasons) or 'not proven to be right'}"
         raise UserError(problem(where, what, f"Give one of these: {', '.join(ARCHITECTURES)}"))
+
+
+def require_blocks(model: Path, names: Iterable[str], blocks: int) -> None:
+    """Raise UserError where tensors have other blocks than the config says: which to remove is then a guess."""
+    found = {block_of(name) for name in names} - {None}
+    if found != set(range(blocks)):
+        what = f"its weights have {len(found)} blocks named model.layers.N, its config.json says {blocks}"
+        raise UserError(problem(str(model), what, "Give a model whose weights and config.json agree"))
 
 
 def require_choosable(size: int, first: int, last: int, blocks: int) -> None:

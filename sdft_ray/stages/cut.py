@@ -14,10 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdft_ray.artifacts import remember_hash, write_atomically
-from sdft_ray.core.surgery import PER_BLOCK, block_of, name_blocks, prune_config, rename_tensor, require_choosable
+from sdft_ray.core.surgery import (
+    PER_BLOCK,
+    block_of,
+    name_blocks,
+    prune_config,
+    rename_tensor,
+    require_blocks,
+    require_choosable,
+)
 from sdft_ray.directory import require_loadable, tensor_places, write_companions
-from sdft_ray.errors import UserError, problem
-from sdft_ray.shards import StoredTensor, copy_tensors, same_bytes
+from sdft_ray.shards import copy_tensors, same_bytes
 from sdft_ray.sources import WEIGHTS_INDEX, read_json, stored_tensors
 from sdft_ray.stages import Work
 from sdft_ray.stages.score import read_measured
@@ -93,7 +100,7 @@ def remove_blocks(base: Path, directory: Path, removed: Sequence[int]) -> Parame
     """
     held = stored_tensors(base)
     config = explicit_config(base)
-    _require_blocks(base, held, config["num_hidden_layers"])
+    require_blocks(base, (name for tensors in held.values() for name in tensors), config["num_hidden_layers"])
     pruned = prune_config(config, removed)
     before = require_loadable(base)
     renamed = {
@@ -124,14 +131,6 @@ def remove_blocks(base: Path, directory: Path, removed: Sequence[int]) -> Parame
     if after != before - gone:
         raise RuntimeError(f"{directory}: has {after} parameters (expected {before} of the base less {gone})")
     return Parameters(before, after)
-
-
-def _require_blocks(base: Path, held: Mapping[Path, Mapping[str, StoredTensor]], blocks: int) -> None:
-    """Raise UserError where the weights have other blocks than the config: which ones to remove is then a guess."""
-    found = {block_of(name) for tensors in held.values() for name in tensors} - {None}
-    if found != set(range(blocks)):
-        what = f"its weights have {len(found)} blocks named model.layers.N, its config.json says {blocks}"
-        raise UserError(problem(str(base), what, "Give a model whose weights and config.json agree"))
 
 
 def require_same_tensors(base: Path, directory: Path, removed: Sequence[int]) -> None:

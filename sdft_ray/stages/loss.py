@@ -20,7 +20,7 @@ from sdft_ray.errors import UserError, problem
 from sdft_ray.stages import Work
 from sdft_ray.stages.score import measure, read_corpora, read_measured
 
-VERSION = 1
+VERSION = 2
 
 
 def build(work: Work) -> dict[str, Any]:
@@ -32,10 +32,11 @@ def build(work: Work) -> dict[str, Any]:
 
     candidates = rank_candidates(work)
     corpora = read_corpora(work)
+    assert len({corpus.name for corpus in corpora}) == len(corpora), "losses are kept by the names of corpora"
     for corpus in corpora:
         if not corpus.held_back:
             what = f"{corpus.name} has no text left to hold back for the loss"
-            do = "Give 3 texts or more, or set prune.metric: angular and prune.candidates: 0"
+            do = "Give 3 texts of two tokens or more, or set prune.metric: angular and prune.candidates: 0"
             raise UserError(problem("prune.calibration", what, do))
     removed = [candidate["blocks"] for candidate in candidates]
     texts = [[(text.ids, text.content_from) for text in corpus.held_back] for corpus in corpora]

@@ -1,18 +1,23 @@
 """Stage `model`: the base model as a plain Hugging Face directory that every node can read.
 
 In: one .gguf file, or a pinned hub model. Out: safetensors, config, tokenizer, chat template, generation config; of a
-GGUF dequantised to bfloat16. A model that is such a directory already is used where it lies and never comes here.
+GGUF dequantised to bfloat16, where no tensor may be missing or left over. A model that is such a directory already is
+used where it lies and never comes here.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdft_ray.core.surgery import require_supported
 from sdft_ray.directory import spell_tokenizer_for_older
-from sdft_ray.sources import describe_directory, download_model
+from sdft_ray.errors import UserError, problem
+from sdft_ray.sources import describe_directory, download_model, gguf_field, read_gguf
 from sdft_ray.stages import Work
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 VERSION = 1
 
@@ -31,9 +36,17 @@ def build(work: Work) -> dict[str, Any]:
 
     quiet_transformers()
     gguf = Path(work.stage.where["gguf"])
-    model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    model, info = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+        output_loading_info=True,
     )
+    if missing := sorted(info["missing_keys"]):
+        what = f"has nothing for {missing[0]} ({len(missing)} tensors of the model are missing)"
+        raise UserError(problem(str(gguf), what, "Download it again, whole"))
+    _require_all_taken(gguf, model)
     vars(model.config).pop("quantization_config", None)  # it is a plain model from here on
     # bfloat16 is what such models were trained in; the quantised values need no more than its 8 bits.
     model.to(torch.bfloat16).save_pretrained(work.directory)
@@ -46,3 +59,19 @@ def build(work: Work) -> dict[str, Any]:
         "parameters": model.num_parameters(),
         "dtype": "bfloat16",
     }
+
+
+def _require_all_taken(gguf: Path, model: PreTrainedModel) -> None:
+    """Raise UserError for a file with tensors that the loaded model has no place for: transformers drops them.
+
+    One of them, rope_freqs.weight, is how Llama 3.1 and later stretch their positions.
+    """
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    architecture = gguf_field(gguf, "general.architecture")
+    (known,) = (each for each, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    names = get_tensor_name_map(known, model.config.num_hidden_layers)
+    taken = {names.get_name(name, (".weight", ".bias")) for name in model.state_dict()}
+    if dropped := sorted(tensor.name for tensor in read_gguf(gguf).tensors if tensor.name not in taken):
+        what = f"holds {dropped[0]}, which transformers does not take ({len(dropped)} such tensors)"
+        raise UserError(problem(str(gguf), what, "Give the model as a directory with safetensors"))

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
+from sdft_ray.artifacts import Stage
 from sdft_ray.core.decontamination import Overlap, find_overlaps
 from sdft_ray.core.selection import read_answer
 from sdft_ray.errors import UserError, problem
@@ -24,18 +26,20 @@ from sdft_ray.recipe import RowSource
 from sdft_ray.sources import read_rows, read_task_texts
 from sdft_ray.stages import Work
 
-VERSION = 1
+VERSION = 2
+_ANSWERS = {"number": "numbers", "math": "expressions", "choice": "letters"}
 SPLITS = ("held_out", "validation", "train")
 
 
 def build(work: Work) -> dict[str, Any]:
     """Write the three splits, and the list of what was left out of them as a benchmark's."""
-    source: RowSource = TypeAdapter(RowSource).validate_json(work.stage.where["source"])
-    tasks = {task: read_task_texts(task, work.stage.where.get(f"task {task}")) for task in source.decontaminate}
+    source, chosen = source_of(work.stage), work.settings.get("decontaminate", {"tasks": (), "ngram": 1})
+    tasks = {task: read_task_texts(task, work.stage.where.get(f"task {task}")) for task in chosen["tasks"]}
     raw = read_rows(source)
-    overlaps = find_overlaps({row_id(*_content(row)): _content(row) for row in raw}, tasks, source.ngram)
+    overlaps = find_overlaps({row_id(*_content(row)): _content(row) for row in raw}, tasks, chosen["ngram"])
     clean = leave_out(raw, overlaps)
-    splits, counts = split_rows(clean, source.answer, source.seed, source.held_out, source.validation)
+    lost = len(raw) - len(clean)
+    splits, counts = split_rows(clean, source.answer, source.seed, source.held_out, source.validation, lost)
     write_splits(work.directory, splits)
     write_overlaps(work.directory, overlaps)
     held = Counter(overlap.task for overlap in overlaps)
@@ -43,9 +47,19 @@ def build(work: Work) -> dict[str, Any]:
         "rows": {name: len(splits[name]) for name in SPLITS},
         **counts,
         "read": len(raw),
-        "decontaminated": len(raw) - len(clean),
+        "decontaminated": lost,
         "decontaminated_by_task": {task: held[task] for task in tasks},
     }
+
+
+def source_of(stage: Stage) -> RowSource:
+    """Return the source of a rows stage: what is hashed of it, and where its file lies now."""
+    content = {key: value for key, value in stage.settings["source"].items() if key not in ("sha256", "version")}
+    place = {key: value for key, value in stage.where.items() if key == "path"}
+    source: RowSource = TypeAdapter(RowSource).validate_json(
+        json.dumps({**content, **place, **stage.settings["split"]})
+    )
+    return source
 
 
 def leave_out(raw: Sequence[dict[str, Any]], overlaps: Sequence[Overlap]) -> list[dict[str, Any]]:
@@ -75,42 +89,57 @@ def write_splits(directory: Path, splits: dict[str, list[dict[str, Any]]]) -> No
 
 
 def split_rows(
-    raw: list[dict[str, Any]], checker: str, seed: int, held_out: int, validation: int
+    raw: list[dict[str, Any]], checker: str, seed: int, held_out: int, validation: int, decontaminated: int = 0
 ) -> tuple[dict[str, list[dict[str, Any]]], dict[str, int]]:
     """Return the rows of each split, with id and final answer, and how many rows were left out and why.
 
     A row before: {"prompt": "2 + 2?", "reference": "4", "answer": None}. After: the same with `id` (a content hash)
     and answer "4". Left out: rows with a blank prompt or reference, rows whose prompt came before (none may
-    stand in two splits), and, where answers are checked, rows that have none.
+    stand in two splits), and, where answers are checked, rows that have none. `decontaminated` rows are gone already.
     """
     seen: dict[str, dict[str, Any]] = {}
-    duplicates = unanswered = blank = 0
+    counts = {"read": len(raw), "blank": 0, "duplicate_prompts": 0, "without_answer": 0}
     for row in raw:
         if not row["prompt"].strip() or not row["reference"].strip():
-            blank += 1
+            counts["blank"] += 1
             continue
         answer = None
         if checker != "none":
             answer = read_answer(checker, row["reference"], row["answer"])
             if answer is None:
-                unanswered += 1
+                counts["without_answer"] += 1
                 continue
         key = " ".join(row["prompt"].split())
         if key in seen:
-            duplicates += 1
+            counts["duplicate_prompts"] += 1
             continue
         seen[key] = {**row, "answer": answer, "id": row_id(row["prompt"], row["reference"])}
     rows = sorted(seen.values(), key=lambda row: hashlib.sha256(f"{seed}:{row['id']}".encode()).digest())
     first_train = held_out + validation
     if len(rows) <= first_train:
-        what = f"{len(rows)} usable rows (of {len(raw)}) leave none to train on after {held_out} held-out and "
-        raise UserError(problem("rows", f"{what}{validation} validation rows", "Give more rows or hold out fewer"))
+        of = f"of {len(raw) + decontaminated}{_name_lost(counts, checker, decontaminated)}"
+        what = f"{len(rows)} usable rows ({of}) leave none to train on after {held_out} held-out and "
+        do = "Give more rows or hold out fewer"
+        if len(rows) + counts["without_answer"] > first_train:
+            do = "Set rows.answer to what the answers are, or rows.fields.answer to the column that holds them"
+        raise UserError(problem("rows", f"{what}{validation} validation rows", do))
     splits = {
         "held_out": rows[:held_out],
         "validation": rows[held_out:first_train],
         "train": rows[first_train:],
     }
-    return splits, {"read": len(raw), "blank": blank, "duplicate_prompts": duplicates, "without_answer": unanswered}
+    return splits, counts
+
+
+def _name_lost(counts: Mapping[str, int], checker: str, decontaminated: int) -> str:
+    """Return why rows are not usable, for an error that counts those which are."""
+    lost = {
+        f"answers are no {_ANSWERS.get(checker)}": counts["without_answer"],
+        "rows have a blank prompt or response": counts["blank"],
+        "prompts came before": counts["duplicate_prompts"],
+        "rows hold items of a benchmark": decontaminated,
+    }
+    return "".join(f"; {count} {reason}" for reason, count in lost.items() if count)
 
 
 def row_id(prompt: str, reference: str) -> str:

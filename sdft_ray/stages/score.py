@@ -22,7 +22,7 @@ from sdft_ray.sources import read_calibration, read_json
 from sdft_ray.stages import Work
 from sdft_ray.stages.rows import read_split
 
-VERSION = 2
+VERSION = 3
 _TEXTS = "texts.safetensors"
 
 
@@ -57,7 +57,7 @@ def build(work: Work) -> dict[str, Any]:
     corpora = read_corpora(work)
     found = measure(work, Scorer, [[(t.ids, first[c.positions](t)) for t in c.measured] for c in corpora])
     for blame in (blame for each in found for blame in each["blame"] if blame):
-        raise UserError(problem("model", blame, "Mend the weights; if they are whole, try prune.dtype: float32"))
+        raise UserError(problem("model", blame, "Fix the weights; if they are whole, try prune.dtype: float32"))
     distances = [torch.from_numpy(np.stack(each["distances"])).float() for each in found]  # (B, L+1, L+1) each
     influences = [torch.from_numpy(np.stack(each["influences"])).float() for each in found]  # (B, L) each
     kept = {f"distances.{i}": each for i, each in enumerate(distances)}
@@ -133,6 +133,10 @@ def read_corpora(work: Work) -> list[Corpus]:
         else:
             path = Path(work.stage.where[f"texts_{i}"])
             texts = [Text(tokenizer(text)["input_ids"]) for text in read_calibration(path, wanted["field"], count)]
+        texts = [text for text in texts if len(text.ids) > 1]  # nothing predicts the only token of a text
+        if not texts:
+            place = work.stage.where.get(f"texts_{i}", work.stage.where[f"name_{i}"])
+            raise UserError(problem("prune.calibration", f"{place} has no text of two tokens", "Give longer texts"))
         held_back = wanted["held_back"] if len(texts) == count else min(wanted["held_back"], len(texts) // 3)
         measured = texts[: min(wanted["limit"], len(texts) - held_back)]
         corpora.append(

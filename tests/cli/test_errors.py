@@ -14,7 +14,7 @@ from command import sdft
 def folder(tiny_model, tmp_path):
     """A directory with a good recipe; a test spoils one thing."""
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"q": f"{i}?", "a": f"{i}"}) + "\n" for i in range(9)))
-    (tmp_path / "texts.txt").write_text("One text.")
+    (tmp_path / "texts.txt").write_text("One text.\n\nAnother text.\n\nA third text.")
     recipe = {
         "model": {"path": str(tiny_model)},
         "rows": {"path": "rows.jsonl", "fields": {"prompt": "q", "response": "a"}, "held_out": 2, "validation": 2},

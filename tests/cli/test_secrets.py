@@ -20,7 +20,7 @@ def test_planted_secrets_are_in_no_file_and_no_output(tiny_model, tmp_path, monk
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     rows = [{"q": f"What is {i} + {i}?", "a": f"{2 * i}"} for i in range(9)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "texts.txt").write_text("One text.")
+    (tmp_path / "texts.txt").write_text("One text.\n\nAnother text.\n\nA third text.")
     (tmp_path / "hub.yaml").write_text(
         yaml.safe_dump(
             recipe := {

@@ -19,7 +19,7 @@ def recipe(tiny_model, tmp_path) -> dict:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"q": f"{i}?", "a": f"{i}"}) + "\n" for i in range(9)))
     texts = tmp_path / "texts.jsonl"
-    texts.write_text(json.dumps({"text": "Some text.", "other": "Other text."}) + "\n")
+    texts.write_text("".join(json.dumps({"text": f"Some text {i}.", "other": f"Other {i}."}) + "\n" for i in range(3)))
     short = {
         "model": {"path": str(tiny_model)},
         "rows": {
@@ -197,7 +197,7 @@ def test_every_shipped_config_loads_and_plans(tmp_path):
 
 def test_rows_of_a_gym_are_built_from_the_plan(tiny_model, tmp_path):
     texts = tmp_path / "texts.txt"
-    texts.write_text("Some text.")
+    texts.write_text("Some text.\n\nMore text.\n\nA third text.")
     recipe = validate(
         Recipe,
         {

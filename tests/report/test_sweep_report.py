@@ -22,7 +22,7 @@ ITEMS = 20
 @pytest.fixture
 def plan(tiny_model, tmp_path):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"q": f"{i}?", "a": f"{i}"}) + "\n" for i in range(40)))
-    (tmp_path / "texts.txt").write_text("One text.")
+    (tmp_path / "texts.txt").write_text("One text.\n\nAnother text.\n\nA third text.")
     recipe = {
         "model": {"path": str(tiny_model)},
         "rows": {"path": str(tmp_path / "rows.jsonl"), "fields": {"prompt": "q", "response": "a"}, "held_out": 1},

@@ -51,7 +51,7 @@ def blurred(tiny_model, tmp_path_factory):
 def recipe(tiny_model, tmp_path) -> dict:
     rows, texts = tmp_path / "rows.jsonl", tmp_path / "texts.txt"
     rows.write_text("".join(json.dumps({"q": f"What is {i} + {i}?", "a": f"{2 * i}"}) + "\n" for i in range(1, 13)))
-    texts.write_text("Some text.")
+    texts.write_text("Some text.\n\nMore text.\n\nA third text.")
     fields = {"prompt": "q", "response": "a"}
     return {
         "model": {"path": str(tiny_model)},

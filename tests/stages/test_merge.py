@@ -155,7 +155,7 @@ def recipe(tiny_model, tmp_path) -> dict:
     for name in ("sums", "chats"):
         rows = [{"q": f"{name} {i}?", "a": f"{i}"} for i in range(20)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "texts.txt").write_text("Some text.\n\nMore text.")
+    (tmp_path / "texts.txt").write_text("Some text.\n\nMore text.\n\nA third text.")
     rows = {"fields": {"prompt": "q", "response": "a"}, "held_out": 2, "validation": 2}
     return {
         "model": {"path": str(tiny_model)},

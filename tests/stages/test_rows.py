@@ -11,8 +11,10 @@ from sdft_ray import pipeline, sources
 from sdft_ray.compute import load_compute
 from sdft_ray.errors import UserError
 from sdft_ray.recipe import Recipe, validate
-from sdft_ray.stages.rows import SPLITS, read_split, split_rows, write_splits
+from sdft_ray.stages.rows import SPLITS, read_split, source_of, split_rows, write_splits
 from sdft_ray.storage import Storage
+
+BLANK = [{"prompt": "why?", "reference": " ", "answer": None}]
 
 
 def raw_rows(count: int) -> list[dict]:
@@ -110,15 +112,44 @@ def test_split_rows_ids_stand_for_prompt_and_reference():
 
 
 @pytest.mark.parametrize(
-    ("raw", "usable"), [(raw_rows(5), 5), (raw_rows(3), 3), ([*raw_rows(5), *raw_rows(5)], 5), ([], 0)]
+    ("raw", "usable", "lost"),
+    [
+        (raw_rows(5), 5, ""),
+        (raw_rows(3), 3, ""),
+        ([*raw_rows(5), *raw_rows(5)], 5, "; 5 prompts came before"),
+        (
+            [*raw_rows(2), {"prompt": "why?", "reference": " ", "answer": None}],
+            2,
+            "; 1 rows have a blank prompt or response",
+        ),
+        ([], 0, ""),
+    ],
 )
-def test_split_rows_that_leave_none_to_train_on_is_one_clear_line(raw, usable):
+def test_split_rows_that_leave_none_to_train_on_say_why(raw, usable, lost):
     with pytest.raises(UserError) as error:
         split(raw)
     assert str(error.value) == (
-        f"rows: {usable} usable rows (of {len(raw)}) leave none to train on after 3 held-out and 2 validation rows. "
-        "Give more rows or hold out fewer."
+        f"rows: {usable} usable rows (of {len(raw)}{lost}) leave none to train on after 3 held-out and 2 validation "
+        "rows. Give more rows or hold out fewer."
     )
+
+
+@pytest.mark.parametrize(
+    ("checker", "answers", "what"),
+    [
+        ("choice", [*"012345"], "6 answers are no letters"),
+        ("number", ["yes", "no", "maybe", "so", "or", "not"], "6 answers are no numbers"),
+    ],
+)
+def test_split_rows_whose_answers_are_of_another_kind_say_so_and_what_to_set(checker, answers, what):
+    raw = [{"prompt": f"{i}?", "reference": "(B) y", "answer": answer} for i, answer in enumerate(answers)]
+    with pytest.raises(UserError, match=rf"^rows: 0 usable rows \(of 6; {what}\) leave none .*Set rows\.answer to"):
+        split(raw, checker=checker)
+
+
+def test_split_rows_counts_what_decontamination_left_out_among_the_reasons():
+    with pytest.raises(UserError, match=r"^rows: 2 usable rows \(of 9; 7 rows hold items of a benchmark\)"):
+        split_rows(raw_rows(2), "number", 0, 3, 2, decontaminated=7)
 
 
 def test_write_splits_reads_back_as_it_was_also_where_a_split_is_empty(tmp_path):
@@ -128,21 +159,26 @@ def test_write_splits_reads_back_as_it_was_also_where_a_split_is_empty(tmp_path)
     assert splits["validation"] == []
 
 
-def build_rows(tmp_path, tiny_model, raw: list[dict], **rows) -> tuple[dict, Storage]:
-    """Build the rows stage of a recipe on these rows; return its manifest's summary and where it lies."""
-    file, texts = tmp_path / "rows.jsonl", tmp_path / "texts.txt"
-    file.write_text("".join(json.dumps(row) + "\n" for row in raw))
-    texts.write_text("Some text.")
-    source = {"path": str(file), "fields": {"prompt": "prompt", "response": "reference"}, "held_out": 2, **rows}
-    recipe = validate(
+def make_recipe(tmp_path, tiny_model, source: dict) -> Recipe:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("Some text.\n\nMore text.\n\nA third text.")
+    return validate(
         Recipe,
         {
             "model": {"path": str(tiny_model)},
-            "rows": {**source, "validation": 2, "answer": "none"},
+            "rows": source,
             "prune": {"blocks": 2, "calibration": {"text": str(texts)}},
             "evaluate": {"tasks": ["sciq"]},
         },
     )
+
+
+def build_rows(tmp_path, tiny_model, raw: list[dict], **rows) -> tuple[dict, Storage]:
+    """Build the rows stage of a recipe on these rows; return its manifest's summary and where it lies."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in raw))
+    source = {"path": str(file), "fields": {"prompt": "prompt", "response": "reference"}, "held_out": 2, **rows}
+    recipe = make_recipe(tmp_path, tiny_model, {**source, "validation": 2, "answer": "none"})
     storage = Storage(str(tmp_path / "root"))
     pipeline.run(recipe, load_compute(), storage, until="rows")
     stage = next(stage for stage in pipeline.stages(recipe) if stage.name == "rows")
@@ -181,6 +217,22 @@ def test_rows_without_tasks_leave_out_none_and_keep_their_identity(tmp_path, tin
     assert pq.read_table(directory / "decontaminated.parquet").num_rows == 0
     _, same = build_rows(tmp_path, tiny_model, raw_rows(20) + gsm8k_test(5), ngram=8)
     assert same == directory
+
+
+@pytest.mark.parametrize("kind", ["path", "gym", "repo"])
+def test_rows_stage_holds_its_settings_once_beside_the_place_of_a_file(tmp_path, tiny_model, kind):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("{}")
+    fields = {"prompt": "q", "response": "a", "context": "c"}
+    source = {
+        "path": {"path": str(file), "fields": fields, "answer": "choice"},
+        "gym": {"gym": "chain_sum", "options": {"max_terms": 2}, "limit": 60},
+        "repo": {"repo": "a/b", "revision": "0" * 40, "split": "test", "fields": fields, "limit": 60},
+    }[kind]
+    recipe = make_recipe(tmp_path, tiny_model, {**source, "held_out": 3, "validation": 1, "seed": 7})
+    (stage,) = (stage for stage in pipeline.stages(recipe) if stage.name == "rows")
+    assert source_of(stage) == recipe.rows
+    assert stage.where == ({"path": str(file)} if kind == "path" else {})
 
 
 def test_rows_of_an_unknown_task_is_one_clear_line(tmp_path, tiny_model):
