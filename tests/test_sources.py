@@ -1,6 +1,8 @@
 """Where rows, models and texts come from, and how bad input is refused: with file, line and what to do."""
 
+import codecs
 import json
+import math
 import shlex
 import shutil
 import subprocess
@@ -9,6 +11,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_gguf import BLOCK, make_tiny_gguf
 
 from sdft_ray import sources
 from sdft_ray.errors import UserError
@@ -16,6 +19,7 @@ from sdft_ray.recipe import FileRows, GymRows, LocalModel, PackagedModel
 
 FIELDS = {"prompt": "question", "response": "answer"}
 GSM = [{"question": f"{i}?", "answer": f"#### {i}"} for i in range(5)]
+EXTRA = {"context": "context", "answer": "final"}
 HARD_SUMS = {"min_digits": 5, "max_digits": 5}
 
 
@@ -30,9 +34,9 @@ def model(tiny_model, tmp_path):
     return shutil.copytree(tiny_model, tmp_path / "model")
 
 
-def complaint(call, *arguments) -> str:
+def complaint(call, *arguments, **settings) -> str:
     with pytest.raises(UserError) as error:
-        call(*arguments)
+        call(*arguments, **settings)
     assert len(str(error.value).splitlines()) == 1
     return str(error.value)
 
@@ -144,6 +148,130 @@ def test_read_rows_of_a_file_of_other_bytes_names_it(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(b'[{"question": "caf\xe9"}]')
     assert complaint(sources.read_rows, file_rows(path)).startswith(str(path))
+
+
+@pytest.mark.parametrize("missing", [float("nan"), None, "", "  "])
+def test_read_rows_of_no_context_is_the_prompt_alone(tmp_path, missing):
+    row = {"question": "What is 4 + 4?", "context": missing, "answer": "#### 8"}
+    (read,) = read_jsonl(tmp_path / "rows.jsonl", [row], fields={**FIELDS, "context": "context"})
+    assert read["prompt"] == "What is 4 + 4?"
+
+
+def test_read_rows_of_a_table_takes_its_missing_values_for_missing(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = {"question": ["q", "r"], "answer": ["a", "b"], "year": [math.nan, None], "final": [math.nan, 7.5]}
+    pq.write_table(pa.table(table), tmp_path / "rows.parquet")
+    fields = {**FIELDS, "context": "year", "answer": "final"}
+    rows = sources.read_rows(file_rows(tmp_path / "rows.parquet", fields=fields))
+    assert [(row["prompt"], row["answer"]) for row in rows] == [("q", None), ("r", "7.5")]
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "what"),
+    [
+        ("context", ["Ann came.", "Bob left."], "context is a list, not text"),
+        ("context", {"text": "Ann came."}, "context is an object, not text"),
+        ("context", 3, "context is a number, not text"),
+        ("context", True, "context is true, not text"),
+        ("final", ["3", "4"], "final is a list, not text or a number"),
+        ("final", {"value": 4}, "final is an object, not text or a number"),
+        ("final", False, "final is false, not text or a number"),
+        ("question", ["q"], "question is a list, not text"),
+        ("answer", math.nan, "answer is empty, not text"),
+    ],
+)
+def test_read_rows_of_what_is_no_text_names_file_line_and_kind(tmp_path, column, value, what):
+    path = tmp_path / "rows.jsonl"
+    good = {"question": "q", "answer": "a", "context": "c", "final": 4}
+    line = complaint(read_jsonl, path, [good, {**good, column: value}], fields={**FIELDS, **EXTRA})
+    assert line == f"{path}:2: {what}. Fix this row."
+
+
+@pytest.mark.parametrize(
+    ("key", "turns"),
+    [
+        ("messages", [{"role": "user", "content": "4 + 4?"}, {"role": "assistant", "content": "8"}]),
+        ("conversations", [{"from": "human", "value": "4 + 4?"}, {"from": "gpt", "value": "8"}]),
+        ("question", [{"role": "user", "content": "4 + 4?"}]),
+    ],
+)
+def test_read_rows_of_a_conversation_says_that_none_is_taken_and_what_to_give(tmp_path, key, turns):
+    path = tmp_path / "rows.jsonl"
+    line = complaint(read_jsonl, path, [{"answer": "8", key: turns}])
+    assert line.startswith(f"{path}:1: {key} is a conversation, and conversations are not taken yet. ")
+    assert "rows.fields" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.jsonl", b'%s{"question": "q", "answer": "a"}\n%s{"question": "r", "answer": "b"}\n%s'),
+        ("rows.json", b'%s[{"question": "q", "answer": "a"}, {"question": "r", "answer": "b"}]'),
+        ("ROWS.JSONL", b'%s{"question": "q", "answer": "a"}\r\n\r\n{"question": "r", "answer": "b"}'),
+    ],
+)
+def test_read_rows_does_not_mind_byte_order_marks_line_ends_and_capital_suffixes(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content.replace(b"%s", codecs.BOM_UTF8))
+    assert [row["prompt"] for row in sources.read_rows(file_rows(path))] == ["q", "r"]
+
+
+LINES = b'{"question": "q", "answer": "a"}\n{"question": "r", "answer": "b"}\n'
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("rows.json", LINES, "{path}: holds JSON lines, not a list. Rename it to end in .jsonl."),
+        ("rows.json", codecs.BOM_UTF8 + LINES, "{path}: holds JSON lines, not a list. Rename it to end in .jsonl."),
+        (
+            "rows.jsonl",
+            b'[{"question": "q"}]',
+            "{path}: is a JSON list, not one object a line. Rename it to end in .json.",
+        ),
+        ("rows.jsonl", b"[\n{}\n]", "{path}: is a JSON list, not one object a line. Rename it to end in .json."),
+        ("rows.jsonl", b'{\n"question": "q"\n}', "{path}:1: is not JSON (Expecting property name"),
+        (
+            "rows.json",
+            b'{"version": 1, "data": [{"question": "q"}]}',
+            "{path}: is an object, not a list (with a list in data). Save one list of objects by itself.",
+        ),
+        ("rows.json", b'"text"', "{path}: is not a list. Give a list of objects, or a .jsonl file."),
+        ("rows.jsonl", LINES.decode().encode("utf-16"), "{path}: is UTF-16 text. Save it as UTF-8."),
+        ("rows.json", "[]".encode("utf-16-le"), "{path}: is UTF-16 text. Save it as UTF-8."),
+        ("rows.jsonl", LINES.decode().encode("utf-32"), "{path}: is UTF-32 text. Save it as UTF-8."),
+        ("rows.jsonl", LINES + b'{"question": "caf\xe9"}', "{path}:3: is not UTF-8 text. Save the file as UTF-8."),
+        ("rows.jsonl", POINTER, "{path}: is a Git LFS pointer, not the file itself. Do: git lfs pull."),
+        ("rows.parquet", POINTER, "{path}: is a Git LFS pointer, not the file itself. Do: git lfs pull."),
+        (
+            "rows.jsonl.gz",
+            b"",
+            "{path}: is a .gz file, which is not known. Save it as a .json, .jsonl or .parquet file.",
+        ),
+        ("rows", LINES, "{path}: has no suffix that says what it is. Save it as a .json, .jsonl or .parquet file."),
+    ],
+)
+def test_read_rows_of_a_file_in_another_form_says_what_it_is_and_what_to_do(tmp_path, name, content, line):
+    path = tmp_path / name
+    path.write_bytes(content)
+    said = complaint(sources.read_rows, file_rows(path))
+    assert said.startswith(line.format(path=path)), said
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+@pytest.mark.parametrize("content", [b"", b" \n\n", codecs.BOM_UTF8])
+def test_read_rows_of_an_empty_file_is_none(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    assert sources.read_rows(file_rows(tmp_path / name)) == []
+
+
+def test_read_rows_of_a_directory_is_one_clear_line(tmp_path):
+    assert complaint(sources.read_rows, file_rows(tmp_path)).startswith(
+        f"rows.path: {tmp_path} is a directory. Give a "
+    )
 
 
 def test_read_rows_of_a_missing_file_is_one_clear_line(tmp_path):
@@ -335,6 +463,215 @@ def test_describe_directory_takes_a_chat_template_inside_the_tokenizer_config(mo
     assert sources.describe_directory(model).blocks == 6
 
 
+NAMED = [{"name": "rag", "template": "r"}, {"name": "tool_use", "template": "t"}]
+
+
+@pytest.mark.parametrize("inline", [None, "", " \n", [], {}, 3, {"default": None}], ids=repr)
+def test_describe_directory_of_a_chat_template_that_is_none_says_so(model, inline):
+    set_template(model, inline)
+    assert complaint(sources.describe_directory, model) == (
+        f"{model}: has no chat template. Give an instruction-tuned model."
+    )
+
+
+@pytest.mark.parametrize("inline", [NAMED, {"rag": "r", "tool_use": "t"}], ids=["list", "object"])
+def test_describe_directory_of_named_chat_templates_wants_a_default_among_them(model, inline):
+    set_template(model, inline)
+    assert complaint(sources.describe_directory, model) == (
+        f"{model}: has chat templates named rag, tool_use, and none named default. "
+        "Save the one to use as chat_template.jinja."
+    )
+    default = {"default": "d"} if isinstance(inline, dict) else [{"name": "default", "template": "d"}]
+    set_template(model, {**inline, **default} if isinstance(inline, dict) else [*inline, *default])
+    assert sources.describe_directory(model).blocks == 6
+
+
+def test_describe_directory_takes_chat_templates_of_files_before_the_inline_one(model):
+    template = (model / "chat_template.jinja").read_text()
+    set_template(model, template)
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "rag.jinja").write_text("r")
+    assert "templates named rag, and none named default" in complaint(sources.describe_directory, model)
+    (model / "chat_template.jinja").write_text(template)
+    assert sources.describe_directory(model).blocks == 6
+
+
+def test_describe_directory_of_a_template_for_processors_only_says_where_it_belongs(model):
+    set_template(model, None)
+    (model / "chat_template.json").write_text('{"chat_template": "c"}')
+    assert "has no chat template. Save the text inside chat_template.json" in complaint(
+        sources.describe_directory, model
+    )
+
+
+def set_template(model, inline):
+    (model / "chat_template.jinja").unlink(missing_ok=True)
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": inline}))
+
+
+COMPANIONS = ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+COMPANIONS += ["special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "model.safetensors"]
+
+
+@pytest.mark.parametrize("name", COMPANIONS)
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [(POINTER, "is a Git LFS pointer, not the file itself. Do: git lfs pull."), (b"", "is empty. Copy or download it")],
+    ids=["pointer", "empty"],
+)
+def test_describe_directory_of_a_file_that_only_stands_for_another_names_it(model, name, content, what):
+    (model / name).write_bytes(content)
+    assert complaint(sources.describe_directory, model).startswith(f"{model / name}: {what}")
+
+
+@pytest.mark.parametrize("name", [name for name in COMPANIONS if name.endswith(".json")])
+@pytest.mark.parametrize("spoil", [lambda text: text[: len(text) // 2], lambda _: "[]", lambda text: "\ufeff" + text])
+def test_describe_directory_of_a_damaged_json_file_names_it(model, name, spoil):
+    text = (model / name).read_text() if (model / name).exists() else '{"eos_token": "x"}'
+    (model / name).write_text(spoil(text))
+    assert complaint(sources.describe_directory, model).startswith(f"{model / name}:")
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 0.6, "top_p": 0.9}, {"eos_token_id": [1, 2]}, {}])
+def test_describe_directory_takes_a_generation_config_that_transformers_would_not_save(model, settings):
+    (model / "generation_config.json").write_text(json.dumps(settings))
+    assert sources.describe_directory(model).blocks == 6
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["with-config", "alone"])
+def test_describe_directory_of_an_adapter_says_to_merge_it_or_give_its_base(model, whole):
+    (model / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "own/base"}))
+    if not whole:
+        (model / "config.json").unlink()
+    assert complaint(sources.describe_directory, model) == (
+        f"{model}: holds an adapter, not a model (adapter_config.json). "
+        "Merge it first (peft's merge_and_unload), or give its base, own/base."
+    )
+
+
+def test_describe_directory_of_gguf_files_says_to_give_one(tmp_path):
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    line = f"{tmp_path}: is a folder of GGUF files. Give one of them: {tmp_path / 'a.gguf'}."
+    assert complaint(sources.describe_directory, tmp_path) == line
+
+
+def test_describe_directory_of_shards_without_an_index_names_the_index(sharded):
+    (sharded / "model.safetensors.index.json").unlink()
+    line = complaint(sources.describe_directory, sharded)
+    assert line.startswith(f"{sharded}: has shards of weights (model-00001-of-")
+    assert line.endswith("without model.safetensors.index.json, which says what is in them. Copy or download it, too.")
+
+
+def test_describe_directory_of_weights_under_another_name_says_which_is_expected(model):
+    (model / "model.safetensors").rename(model / "weights.safetensors")
+    assert complaint(sources.describe_directory, model).startswith(
+        f"{model}: has weights in weights.safetensors, which transformers does not look for (expected model.safeten"
+    )
+
+
+def test_describe_directory_of_two_layouts_says_who_reads_which(sharded, tiny_model):
+    shutil.copy(tiny_model / "model.safetensors", sharded)
+    line = complaint(sources.describe_directory, sharded)
+    assert line.startswith(f"{sharded}: holds model.safetensors, which transformers reads, and model.safetensors.index")
+    assert "names model-00001-of-" in line and line.endswith("and which vLLM reads. Remove one of the two.")
+    for shard in sharded.glob("model-*-of-*.safetensors"):
+        shard.unlink()
+    index = {"weight_map": dict.fromkeys(load_file(sharded / "model.safetensors"), "model.safetensors")}
+    (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert sources.describe_directory(sharded).blocks == 6
+
+
+@pytest.mark.parametrize(
+    "name", ["consolidated.safetensors", "original/consolidated.safetensors", "model.fp16.safetensors"]
+)
+def test_describe_directory_of_weights_that_only_vllm_would_read_names_them(model, name):
+    (model / name).parent.mkdir(exist_ok=True)
+    shutil.copy(model / "model.safetensors", model / name)
+    assert complaint(sources.describe_directory, model) == (
+        f"{model}: holds {name} beside model.safetensors, and vLLM would read that, too. Remove {name}."
+    )
+
+
+def test_describe_directory_takes_old_shards_that_the_index_does_not_name(sharded):
+    shutil.copy(next(sharded.glob("model-*-of-*.safetensors")), sharded / "model-00001-of-00099.safetensors")
+    assert sources.describe_directory(sharded).blocks == 6
+
+
+def test_describe_directory_of_a_tensor_in_two_files_names_both(sharded):
+    first, second, *_ = sorted(sharded.glob("model-*-of-*.safetensors"))
+    name, tensor = next(iter(load_file(first).items()))
+    save_file({**load_file(second), name: tensor}, second)
+    assert f"holds {name}, and so does " in complaint(sources.describe_directory, sharded)
+
+
+def test_describe_directory_of_a_weight_file_without_tensors_says_so(model):
+    save_file({}, model / "model.safetensors")
+    line = f"{model / 'model.safetensors'}: holds no tensors. Copy or download it again."
+    assert complaint(sources.describe_directory, model) == line
+
+
+# --- GGUF -----------------------------------------------------------------------------------------------------
+
+
+def test_describe_model_of_a_gguf_file_reads_architecture_blocks_and_context(tmp_path):
+    path = make_tiny_gguf(tmp_path / "model.gguf")
+    assert sources.describe_model(LocalModel(path=str(path))) == sources.ModelFacts("llama", 3, context=256)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "line"),
+    [
+        ("m.gguf", {"without": ["blk.1.attn_q.weight"]}, "lacks blk.1.attn_q.weight. Download it again, whole."),
+        (
+            "m.gguf",
+            {"without": [f"blk.2.{name}.weight" for name in BLOCK]},
+            "lacks blk.2.attn_k.weight and 8 more tensors",
+        ),
+        (
+            "m.gguf",
+            {"without": ["token_embd.weight", "output_norm.weight"]},
+            "lacks token_embd.weight and 1 more tensors",
+        ),
+        (
+            "m-00001-of-00003.gguf",
+            {},
+            "is one of 3 parts of a split GGUF file. Join them: llama-gguf-split --merge m-00001",
+        ),
+        (
+            "m.gguf",
+            {"fields": {"split.count": 2}},
+            "is one of 2 parts of a split GGUF file. Join them: llama-gguf-split",
+        ),
+        ("m.gguf", {"fields": {"general.type": "adapter"}}, "holds no model (general.type is adapter). Give the model"),
+        (
+            "m.gguf",
+            {"fields": {"llama.rope.scaling.type": "yarn"}},
+            "scales its positions (llama.rope.scaling.type is yarn)",
+        ),
+    ],
+    ids=["tensor", "block", "both-ends", "part-by-name", "part-by-field", "adapter", "scaled"],
+)
+def test_describe_model_of_a_gguf_file_that_would_load_as_another_model_says_why(tmp_path, name, options, line):
+    path = make_tiny_gguf(tmp_path / name, **options)
+    assert complaint(sources.describe_model, LocalModel(path=str(path))).startswith(f"{path}: {line}")
+
+
+def test_describe_model_of_a_gguf_file_cut_in_its_tensors_says_so(tmp_path):
+    path = make_tiny_gguf(tmp_path / "model.gguf")
+    path.write_bytes(path.read_bytes()[:-5000])
+    assert complaint(sources.describe_model, LocalModel(path=str(path))).startswith(f"{path}: cannot be read as GGUF (")
+
+
+@pytest.mark.parametrize(
+    ("content", "what"), [(POINTER, "is a Git LFS pointer, not the file itself. Do: git lfs pull."), (b"", "is empty.")]
+)
+def test_describe_model_of_a_gguf_file_that_only_stands_for_one_says_so(tmp_path, content, what):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(content)
+    assert complaint(sources.describe_model, LocalModel(path=str(path))).startswith(f"{path}: {what}")
+
+
 def test_describe_directory_with_a_broken_config_names_file_and_line(model):
     (model / "config.json").write_text('{"model_type": "llama",\n"x": }')
     assert complaint(sources.describe_directory, model).startswith(f"{model / 'config.json'}:2: is not JSON (")
@@ -415,6 +752,69 @@ def test_read_calibration_of_no_text_is_one_clear_line(tmp_path, content):
     assert complaint(sources.read_calibration, path, "text", 2) == (
         f"prune.calibration.text: {path} holds no text. Give a file with texts."
     )
+
+
+@pytest.mark.parametrize("name", ["texts.jsonl", "texts.json"])
+def test_read_calibration_leaves_out_what_is_no_text(tmp_path, name):
+    values = [None, math.nan, ["a", "b"], {"a": 1}, 3, True, "", "A real text."]
+    rows = [json.dumps({"text": value}) for value in values]
+    (tmp_path / name).write_text("\n".join(rows) if name.endswith("l") else f"[{', '.join(rows)}]")
+    assert sources.read_calibration(tmp_path / name, "text", 9) == ["A real text."]
+
+
+def test_read_calibration_of_numbers_only_names_the_column(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"year": 1999}\n')
+    line = f"prune.calibration.text: {path} holds no text in year. Give a file with texts."
+    assert complaint(sources.read_calibration, path, "year", 2) == line
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        (codecs.BOM_UTF8 + b"First text.\n\nSecond text.\n", ["First text.", "Second text."]),
+        (b"First\r\ntext.\r\n\r\nSecond text.\r\n", ["First\ntext.", "Second text."]),
+        (b"First text.\r\rSecond text.", ["First text.", "Second text."]),
+    ],
+    ids=["mark", "crlf", "cr"],
+)
+def test_read_calibration_of_paragraphs_does_not_mind_marks_and_line_ends(tmp_path, content, texts):
+    (tmp_path / "texts.txt").write_bytes(content)
+    assert sources.read_calibration(tmp_path / "texts.txt", "text", 9) == texts
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("texts.jsonl", b'{"text": "A text."}\n{"text": "half \\ud800 of one"}\n', ":2: holds half a character"),
+        ("texts.txt", b"A text.\n\nAt the\ncaf\xe9.\n", ":4: is not UTF-8 text. Save the file as UTF-8."),
+        (
+            "texts.jsonl",
+            b'{"text": "A text."}\n{"text": "caf\xe9"}\n',
+            ":2: is not UTF-8 text. Save the file as UTF-8.",
+        ),
+        ("texts.txt", "A text.".encode("utf-16"), ": is UTF-16 text. Save it as UTF-8."),
+        ("texts.txt", POINTER, ": is a Git LFS pointer, not the file itself. Do: git lfs pull."),
+    ],
+)
+def test_read_calibration_of_what_cannot_be_read_names_file_and_line(tmp_path, name, content, what):
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert complaint(sources.read_calibration, path, "text", 9).startswith(f"{path}{what}")
+
+
+def test_read_calibration_reads_no_further_than_the_texts_that_are_asked_for(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    path.write_bytes(b'{"text": "One."}\n{"text": "Two."}\nnot JSON\n')
+    assert sources.read_calibration(path, "text", 2) == ["One.", "Two."]
+
+
+@pytest.mark.parametrize("name", ["texts.arrow", "texts.csv", "texts"])
+def test_calibration_file_of_another_kind_is_one_clear_line(tmp_path, name):
+    (tmp_path / name).write_text("text")
+    line = complaint(sources.calibration_file, str(tmp_path / name))
+    assert line.startswith(f"prune.calibration.text: {tmp_path / name} ")
+    assert line.endswith(" Give boolq, or a .jsonl, .json, .parquet or .txt file.")
 
 
 def test_offline_task_file_of_an_unknown_task_suggests_the_nearest():
