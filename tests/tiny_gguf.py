@@ -24,7 +24,7 @@ def make_tiny_gguf(
     from gguf import GGUFWriter
 
     vocabulary = make_tokenizer().get_vocab()
-    tokens = sorted(vocabulary, key=vocabulary.__getitem__)
+    tokens = [*sorted(vocabulary, key=vocabulary.__getitem__), "ab"]  # a merge is wanted
     writer = GGUFWriter(str(path), "llama")
     writer.add_block_count(BLOCKS)
     writer.add_context_length(256)

@@ -1,0 +1,243 @@
+"""What does not fit together is found before anything is built: numbers, rows, calibration texts, lengths."""
+
+import json
+import shutil
+
+import pytest
+from tiny_gguf import make_tiny_gguf
+
+from sdft_ray import pipeline
+from sdft_ray.compute import Compute, load_compute
+from sdft_ray.errors import UserError
+from sdft_ray.recipe import Recipe, validate
+
+CONTEXT = 2048  # of the tiny model, whose tokens are bytes
+SHORT = {"distill": {"max_new_tokens": 100}, "evaluate": {"max_new_tokens": 100}, "train": {"max_tokens": 2048}}
+
+
+def row(number: int, prompt: int = 0, reference: int = 0) -> dict:
+    """A row whose texts have so many bytes more than they need."""
+    return {"q": f"{number}? {'p' * prompt}", "a": f"{'r' * reference} {number}"}
+
+
+@pytest.fixture
+def problems(tiny_model, tmp_path):
+    """Return what check finds wrong with a recipe of these rows and texts; the recipe is good but for what is given."""
+
+    def find(lines: list | None = None, texts: str = "One text.\n\nTwo texts.\n\nThree.", compute=None, **settings):
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines or map(row, range(9))))
+        (tmp_path / "texts.txt").write_text(texts)
+        source = {"path": str(tmp_path / "rows.jsonl"), "fields": {"prompt": "q", "response": "a"}}
+        recipe = {
+            "model": {"path": str(tiny_model)},
+            "rows": {**source, "held_out": 2, "validation": 2},
+            "prune": {"blocks": 2, "calibration": {"text": str(tmp_path / "texts.txt")}},
+            "evaluate": {"tasks": ["held_out"]},
+        }
+        for key, value in settings.items():
+            recipe[key] = recipe.get(key, {}) | value
+        try:
+            pipeline.check(validate(Recipe, recipe), compute or load_compute())
+        except UserError as error:
+            return list(error.problems)
+        return []
+
+    return find
+
+
+def test_check_of_what_fits_finds_nothing(problems):
+    assert problems() == []
+    assert problems(**SHORT) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "keys"),
+    [
+        ({"train": {"max_tokens": 2049}}, ["train.max_tokens"]),
+        ({"train": {"max_tokens": 2048}}, []),
+        ({"prune": {"calibration": {"text": "boolq", "max_tokens": 2049}}}, ["prune.calibration.max_tokens"]),
+        ({"distill": {"max_new_tokens": 2048}}, ["distill.max_new_tokens"]),
+        ({"distill": {"max_new_tokens": 2048}, "arms": {"sft": {}}}, []),
+        ({"evaluate": {"max_new_tokens": 2048}}, ["evaluate.max_new_tokens"]),
+        ({"evaluate": {"max_new_tokens": 2048, "tasks": ["sciq"]}}, []),
+        ({"draft": {"prompts": 2, "max_new_tokens": 2048}}, ["draft.max_new_tokens"]),
+        ({"distill": {"samples": 3, "temperature": 0}}, ["distill.samples"]),
+        ({"distill": {"samples": 3}}, []),
+        ({"distill": {"samples": 1, "temperature": 0}}, []),
+        (
+            {
+                "train": {"max_tokens": 9999},
+                "distill": {"samples": 2, "temperature": 0},
+                "evaluate": {"max_new_tokens": 9999},
+            },
+            ["distill.samples", "evaluate.max_new_tokens", "train.max_tokens"],
+        ),
+    ],
+)
+def test_check_of_numbers_finds_those_that_cannot_be(problems, settings, keys):
+    assert sorted(line.where for line in problems(**settings)) == keys
+
+
+def test_check_of_numbers_says_the_context_and_the_most_that_it_holds(problems):
+    (train,), (new,) = problems(train={"max_tokens": 4096}), problems(distill={"max_new_tokens": 4096})
+    assert train == "train.max_tokens: 4096 is more than the model's context of 2048 holds. Give at most 2048."
+    assert new == "distill.max_new_tokens: 4096 is more than the model's context of 2048 holds. Give at most 2047."
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "keys"),
+    [
+        ([row(i, prompt=1800) for i in range(9)], SHORT, []),
+        ([row(i, prompt=1960) for i in range(9)], {**SHORT, "arms": {"sft": {}}}, ["evaluate.max_new_tokens"]),
+        (
+            [row(i, prompt=1960) for i in range(9)],
+            {**SHORT, "evaluate": {"tasks": ["sciq"]}},
+            ["distill.max_new_tokens"],
+        ),
+        (
+            [row(i, reference=2100) for i in range(9)],
+            {**SHORT, "arms": {"sft": {}}, "train": {"max_tokens": 2048, "max_too_long_fraction": 1.0}},
+            ["rows"],
+        ),
+        ([row(i, prompt=600, reference=600) for i in range(9)], {"train": {"max_tokens": 1024}}, ["train.max_tokens"]),
+        (
+            [row(i, prompt=600, reference=600) for i in range(9)],
+            {"train": {"max_tokens": 1024}, "arms": {"distilled": {}}},
+            [],
+        ),
+        (
+            [row(i, prompt=1960) for i in range(9)],
+            {
+                **SHORT,
+                "evaluate": {"max_new_tokens": 50},
+                "arms": {"sft": {}},
+                "draft": {"max_new_tokens": 80, "prompts": 2, "models": ["pruned"]},
+            },
+            ["draft.max_new_tokens"],
+        ),
+    ],
+    ids=["fits", "held-out", "rewrites", "references", "training", "not-trained-on", "drafts"],
+)
+def test_check_of_rows_finds_those_that_do_not_fit_the_context(problems, rows, settings, keys):
+    assert sorted(line.where for line in problems(rows, **settings)) == keys
+
+
+def test_check_of_long_rows_counts_them_and_shows_one(problems):
+    (line,) = problems([row(i, prompt=1960) for i in range(9)], **{**SHORT, "arms": {"sft": {}}})
+    assert line.startswith(
+        "evaluate.max_new_tokens: 100 of the model's context of 2048 leaves 1948 tokens to a prompt: "
+        "2 of 2 are longer, such as '"
+    )
+
+
+@pytest.mark.parametrize(("allowed", "keys"), [(0.1, ["distill.max_new_tokens"]), (0.3, [])])
+def test_check_of_rewrites_allows_the_share_that_may_fail(problems, allowed, keys):
+    long = [row(i, prompt=2100) for i in range(6)]
+    settings = {**SHORT, "evaluate": {"tasks": ["sciq"]}, "arms": {"distilled": {}}}
+    settings["distill"] = {"max_new_tokens": 100, "max_failed_fraction": allowed}
+    assert [line.where for line in problems([*long, *map(row, range(6, 34))], **settings)] == keys
+
+
+def test_check_of_rewrites_minds_the_engines_own_limit(problems):
+    compute = Compute.model_validate({"distill": {"engine": {"max_model_len": 600}}})
+    settings = {**SHORT, "arms": {"distilled": {}}}
+    assert problems([row(i, prompt=480) for i in range(9)], **settings) == []
+    (line,) = problems([row(i, prompt=480) for i in range(9)], compute=compute, **settings)
+    assert line.where == "distill.max_new_tokens" and "compute.distill.engine.max_model_len" in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ({"train": {"rows": 5}}, None),
+        ({"train": {"rows": 6}}, "train.rows"),
+        ({"rows": {"held_out": 8}}, "rows"),
+        ({"rows": {"limit": 4}}, "rows"),
+    ],
+)
+def test_check_of_too_few_rows_finds_it(problems, settings, key):
+    assert [line.where for line in problems(**settings)] == ([key] if key else [])
+
+
+def test_check_of_a_gym_with_too_few_rows_finds_it(tiny_model, tmp_path):
+    recipe = {
+        "model": {"path": str(tiny_model)},
+        "rows": {"gym": "chain_sum", "limit": 60, "held_out": 40, "validation": 20},
+        "prune": {"blocks": 2},
+        "evaluate": {"tasks": ["held_out"]},
+    }
+    with pytest.raises(
+        UserError, match=r"^rows\.limit: 60 leaves none to train on after 40 held-out and 20 validation"
+    ):
+        pipeline.check(validate(Recipe, recipe), load_compute())
+    with pytest.raises(UserError, match=r"^train\.rows: 9 is more than the 5 training rows there are\."):
+        recipe["rows"]["limit"] = 65
+        pipeline.check(validate(Recipe, {**recipe, "train": {"rows": 9}}), load_compute())
+
+
+@pytest.mark.parametrize(
+    ("texts", "prune", "usable"),
+    [
+        ("One text.\n\nTwo texts.", {}, 2),
+        ("One text.\n\nTwo texts.", {"metric": "angular", "candidates": 0}, None),
+        ("\n\n".join("ABCDEFGHI"), {}, 0),
+        ("\n\n".join("ABCDEFGHI"), {"metric": "angular", "candidates": 0}, 0),
+        ("A\n\nBB\n\nC\n\nDD\n\nEE", {}, None),
+        ("字\n\n字字\n\n詞", {}, None),
+    ],
+)
+def test_check_of_calibration_texts_wants_some_that_a_loss_can_be_taken_on(problems, texts, prune, usable):
+    found = problems(texts=texts, prune=prune)
+    assert [line.where for line in found] == ([] if usable is None else ["prune.calibration.text"])
+    assert all(f"texts.txt has {usable} texts of two tokens or more (expected " in line for line in found)
+
+
+def test_check_reads_calibration_files_as_far_as_they_are_used(problems, tmp_path):
+    lines = b"".join(b'{"text": "Text %d."}\n' % i for i in range(9))
+    (tmp_path / "own.jsonl").write_bytes(lines + b'{"text": "half \\ud800 of one"}\n')
+    corpus = {"text": str(tmp_path / "own.jsonl"), "limit": 6}
+    (line,) = problems(prune={"calibration": [corpus]})
+    assert line.startswith(f"{tmp_path / 'own.jsonl'}:10: holds half a character")
+    assert problems(prune={"calibration": [corpus | {"held_back": 3}]}) == []
+
+
+def test_check_reads_the_rows_that_calibration_takes(problems, tmp_path):
+    (tmp_path / "own.jsonl").write_text('{"q": ["a"], "a": "b"}\n')
+    rows = {"path": str(tmp_path / "own.jsonl"), "fields": {"prompt": "q", "response": "a"}}
+    (line,) = problems(prune={"calibration": [{"rows": rows}]})
+    assert line.where == f"{tmp_path / 'own.jsonl'}:1"
+
+
+def test_check_of_a_model_with_other_blocks_than_its_config_says_finds_it(problems, tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 7}))
+    (line,) = problems(model={"path": str(model)})
+    assert line.startswith(f"{model}: its weights have 6 blocks named model.layers.N, its config.json says 7.")
+
+
+def test_check_of_a_gguf_model_knows_its_context_and_its_tokens(problems, tmp_path):
+    model = {"path": str(make_tiny_gguf(tmp_path / "model.gguf"))}
+    keys = {"train": {"max_tokens": 256}, "distill": {"max_new_tokens": 20}, "evaluate": {"max_new_tokens": 20}}
+    calibration = {"text": "boolq", "max_tokens": 99}
+    good = {"model": model, "prune": {"blocks": 1, "calibration": calibration}, "arms": {"sft": {}}, **keys}
+    assert problems(**good) == []
+    assert [line.where for line in problems(**good | {"train": {"max_tokens": 257}})] == ["train.max_tokens"]
+    found = problems([row(i, prompt=240) for i in range(9)], **good)
+    assert [line.where for line in found] == ["evaluate.max_new_tokens"]
+
+
+def test_corpora_with_one_name_are_numbered(tiny_model, tmp_path):
+    corpora = []
+    for folder, name in (("a", "texts"), ("b", "texts"), ("c", "texts-2"), ("d", "texts")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{name}.txt").write_text(f"Text {folder}.")
+        corpora.append({"text": str(tmp_path / folder / f"{name}.txt")})
+    recipe = {
+        "model": {"path": str(tiny_model)},
+        "rows": {"gym": "chain_sum", "limit": 100},
+        "prune": {"blocks": 2, "calibration": corpora},
+        "evaluate": {"tasks": ["sciq"]},
+    }
+    (stage,) = (stage for stage in pipeline.stages(validate(Recipe, recipe)) if stage.name == "loss")
+    assert [stage.where[f"name_{i}"] for i in range(4)] == ["texts", "texts-2", "texts-2-2", "texts-3"]
