@@ -117,9 +117,9 @@ def _lengths(recipe: Recipe, compute: Compute, splits: Splits, context: int) -> 
     new, held_out, train = _new_tokens(recipe), splits[HELD_OUT], splits["train"][: recipe.train.rows]
     prompts, do = [row["prompt"] for row in held_out], "Lower it, or shorten these rows"
 
-    def leaves(key: str, most: int, extra: int = 0) -> tuple[int, str]:
+    def leaves(key: str, most: int, extra: int = 0, of: str = "the model's context") -> tuple[int, str]:
         left = most - new[key] - extra
-        return left, f"{new[key]} of the model's context of {most} leaves {left} tokens to a prompt"
+        return left, f"{new[key]} tokens of {of}, which is {most}, leave {left} to a prompt"
 
     if "evaluate" in new:
         yield _Length("evaluate.max_new_tokens", prompts, *leaves("evaluate", context), do)
@@ -131,9 +131,10 @@ def _lengths(recipe: Recipe, compute: Compute, splits: Splits, context: int) -> 
     if "distill" in new:
         template = recipe.distill.template or (OPEN if recipe.rows.answer == "none" else CHECKABLE)
         prompts = [rewrite_instruction(row["prompt"], row["reference"], template) for row in train]
-        most = min(context, compute.distill.engine.max_model_len or context)
-        allowed = recipe.distill.max_failed_fraction
-        yield _Length("distill.max_new_tokens", prompts, *leaves("distill", most), do, allowed)
+        allowed, of = recipe.distill.max_failed_fraction, "the model's context"
+        if (own := compute.distill.engine.max_model_len) and own < context:
+            context, of = own, "compute.distill.engine.max_model_len"
+        yield _Length("distill.max_new_tokens", prompts, *leaves("distill", context, of=of), do, allowed)
     if recipe.arms.sft is not None:
         texts = [f"{row['prompt']}\n{row['reference']}" for row in train]
         what = f"{recipe.train.max_tokens} is too few for more rows than train.max_too_long_fraction allows"

@@ -125,7 +125,7 @@ def test_check_of_rows_finds_those_that_do_not_fit_the_context(problems, rows, s
 def test_check_of_long_rows_counts_them_and_shows_one(problems):
     (line,) = problems([row(i, prompt=1960) for i in range(9)], **{**SHORT, "arms": {"sft": {}}})
     assert line.startswith(
-        "evaluate.max_new_tokens: 100 of the model's context of 2048 leaves 1948 tokens to a prompt: "
+        "evaluate.max_new_tokens: 100 tokens of the model's context, which is 2048, leave 1948 to a prompt: "
         "2 of 2 are longer, such as '"
     )
 

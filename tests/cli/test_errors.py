@@ -85,6 +85,45 @@ def test_check_of_a_torn_line_names_file_and_line(folder):
     assert done.stderr.startswith("rows.jsonl:10: is not JSON")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "settings", "line"),
+    [
+        ("rows.jsonl", b'{"q": "1?", "a": "1"}\n{"q": ["2?"], "a": "2"}\n', [], "rows.jsonl:2: q is a list, not text."),
+        (
+            "rows.jsonl",
+            b'{"messages": [{"role": "user", "content": "1?"}]}',
+            [],
+            "rows.jsonl:1: messages is a conversation,",
+        ),
+        ("rows.json", b'{"q": "1?"}\n{"q": "2?"}', ["rows.path=rows.json"], "rows.json: holds JSON lines, not a list."),
+        ("texts.txt", b"One text.\n\nTwo caf\xe9s.\n\nThree.", [], "texts.txt:3: is not UTF-8 text."),
+        ("texts.txt", b"A\n\nB\n\nC\n\nD", [], "prune.calibration.text: texts.txt has 0 texts of two tokens or more"),
+        ("t.jsonl", b'{"text": "a \\ud800"}', ["prune.calibration.text=t.jsonl"], "t.jsonl:1: holds half a character"),
+        (
+            "rows.jsonl",
+            b'{"q": "1?", "a": "1"}\n' * 9,
+            [],
+            "rows: 1 usable rows (of 9; 8 prompts came before) leave none",
+        ),
+        (
+            "rows.jsonl",
+            b'{"q": "%s", "a": "1"}' % (b"1" * 3000),
+            [],
+            "rows: 1 usable rows (of 1) leave none to train on",
+        ),
+        ("-", b"", ["train.max_tokens=5000"], "train.max_tokens: 5000 is more than the model's context of 2048 holds."),
+        ("-", b"", ["distill.samples=3", "distill.temperature=0"], "distill.samples: 3 is the same text 3 times at"),
+        ("-", b"", ["train.rows=6"], "train.rows: 6 is more than the 5 training rows there are."),
+    ],
+)
+def test_check_of_wrong_input_is_one_line(folder, name, content, settings, line):
+    if content:
+        (folder / name).write_bytes(content)
+    done = sdft("check", "recipe.yaml", *(x for s in settings for x in ("--set", s)), cwd=folder)
+    assert (done.returncode, done.stderr.count("\n"), done.stdout) == (2, 1, "")
+    assert done.stderr.startswith(line)
+
+
 def test_run_of_empty_rows_is_refused_before_anything_starts(folder):
     (folder / "rows.jsonl").write_text("")
     done = sdft("run", "recipe.yaml", cwd=folder)

@@ -56,12 +56,12 @@ SETTINGS = {
 def work(ray_cluster, tiny_model, tmp_path):
     """Return the loss stage's work on chat rows, its score being there already."""
 
-    def make(**settings):
+    def make(places=None, **settings):
         storage = Storage(str(tmp_path))
         plan = compute.Compute(score=compute.Score(cpus=1, batch_size=4))
         inputs = {"model": Stage("model", "tiny", 1, {}, location=tiny_model), "rows_0": make_tiny_rows(storage)}
-        where = {"name_0": "sums"}
-        measured = {key: SETTINGS[key] for key in ("dtype", "calibration")}
+        where = {"name_0": "sums", **(places or {})}
+        measured = {key: {**SETTINGS, **settings}[key] for key in ("dtype", "calibration")}
         scored = Stage("score", "tiny", 1, measured, inputs, where)
         if storage.status(scored) != "done":
             summary = score.build(Work(scored, storage, plan, Progress("score", "texts")))
@@ -81,6 +81,17 @@ def test_loss_ranks_candidates_by_loss_beside_distance_and_influence(work):
     assert summary["choice"]["blocks"] == tuple(found[0]["blocks"])
     assert summary["choice"]["value"] == pytest.approx(found[0]["loss"])
     assert summary["base_loss"] > 0
+
+
+def test_loss_of_two_corpora_keeps_the_losses_of_both(work, tmp_path):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n\n".join(f"A text of its own, number {i}." for i in range(9)) + "\n\nX\n\nY")
+    places = {"texts_1": str(texts), "name_1": "sums-2"}
+    found = loss.build(work(places, calibration=[*SETTINGS["calibration"]] * 2))
+    assert found["texts"] == {"sums": 5, "sums-2": 3}
+    for candidate in found["candidates"]:
+        assert candidate["loss"] == pytest.approx(sum(candidate["losses"].values()) / 2)
+        assert candidate["losses"]["sums"] != candidate["losses"]["sums-2"]
 
 
 def test_loss_of_every_span_is_measured_where_more_candidates_are_asked_for_than_there_are(work):

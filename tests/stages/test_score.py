@@ -224,9 +224,22 @@ def test_score_of_plain_texts_keeps_their_start(tiny_model, tmp_path):
     assert (whole.shortened, short.shortened) == (0, 20)
 
 
+def test_score_leaves_out_texts_of_one_token_which_nothing_predicts(tiny_model, tmp_path):
+    work = make_work(tmp_path, tiny_model, {"limit": 8, "held_back": 5})
+    texts = "".join(json.dumps({"text": text}) + "\n" for text in ("A", "BB", "C", "D", "EE", "FF", "G"))
+    (tmp_path / "texts_0.jsonl").write_text(texts)
+    (corpus,) = read_corpora(work)
+    assert [len(text.ids) for text in (*corpus.measured, *corpus.held_back)] == [2, 2, 2]
+    (tmp_path / "texts_0.jsonl").write_text('{"text": "A"}\n{"text": "B"}\n')
+    with pytest.raises(UserError, match=rf"^prune\.calibration: {tmp_path}/texts_0\.jsonl has no text of two tokens\."):
+        read_corpora(work)
+
+
 def test_score_of_more_tokens_than_the_context_is_refused(tiny_model, tmp_path):
-    with pytest.raises(UserError, match=r"^prune\.calibration\.max_tokens: 600 is more than .* context of 512\. Give"):
-        read_corpora(make_work(tmp_path, tiny_model, {"max_tokens": 600}))
+    with pytest.raises(
+        UserError, match=r"^prune\.calibration\.max_tokens: 3000 is more than .* context of 2048\. Give"
+    ):
+        read_corpora(make_work(tmp_path, tiny_model, {"max_tokens": 3000}))
 
 
 @pytest.mark.parametrize(
