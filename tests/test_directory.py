@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from tiny import make_tiny_model
 
-from sdft_ray.directory import spell_tokenizer_for_older, write_companions
+from sdft_ray.core.prompts import TrainingRow
+from sdft_ray.directory import require_same_logits, spell_tokenizer_for_older, write_companions
 
 END = 2  # <|im_end|> of the tiny tokenizer
 COMPANIONS = (
@@ -142,3 +143,55 @@ def test_write_companions_stops_where_the_template_ends_a_turn_and_not_at_the_to
     base = make_tiny_model(tmp_path / "base", eos_token_id=0)
     change(base / "tokenizer_config.json", eos_token="<|endoftext|>")
     assert generation_of(companions_of(base))["eos_token_id"] == [0, END]
+
+
+ROWS = [TrainingRow(list(range(3, 40)), 33), TrainingRow([50, 60, 70], 1)]
+
+
+def trained_logits(model: Path, dtype: str):
+    """Return what a forward pass over whole rows says at the positions before those with loss."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+    with torch.no_grad():
+        whole = [network(input_ids=torch.tensor([row.ids])).logits[0].float() for row in ROWS]
+    return torch.cat([whole[0][32:36], whole[1][0:2]])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_require_same_logits_of_the_same_model_says_how_far_they_are(tiny_model, dtype):
+    assert require_same_logits(tiny_model, ROWS, trained_logits(tiny_model, dtype), dtype) <= 1e-6
+
+
+def test_require_same_logits_in_bfloat16_allows_for_its_rounding_alone(tiny_model):
+    assert 1e-4 < require_same_logits(tiny_model, ROWS, trained_logits(tiny_model, "float32"), "bfloat16") < 0.1
+
+
+@pytest.mark.parametrize("factor", [1.001, 0.0, float("nan")])
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.5.mlp.down_proj.weight", "lm_head.weight"])
+def test_require_same_logits_of_a_written_tensor_that_is_wrong_fails(tmp_path, name, factor):
+    from safetensors.torch import load_file, save_file
+
+    base = make_tiny_model(tmp_path, tie_word_embeddings=False)
+    trained = trained_logits(base, "float32")
+    tensors = load_file(base / "model.safetensors")
+    tensors[name] = tensors[name] * factor
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match=f"{base}: its logits are not those of the trained weights"):
+        require_same_logits(base, ROWS, trained, "float32")
+
+
+def test_require_same_logits_of_a_head_that_lost_its_own_weights_fails(tmp_path):
+    """As an adapter on a tied head left it."""
+    base = make_tiny_model(tmp_path, tie_word_embeddings=False)
+    trained = trained_logits(base, "float32")
+    change(base / "config.json", tie_word_embeddings=True)
+    weights = base / "model.safetensors"
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(weights)
+    del tensors["lm_head.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(RuntimeError, match="relative difference 1"):
+        require_same_logits(base, ROWS, trained, "bfloat16")

@@ -68,6 +68,7 @@ def build(work: Work) -> dict[str, Any]:
     wall_seconds = time.monotonic() - begun
     for folder in ("tuned", "tensorboard"):
         work.storage.bring(work.resumable / folder)
+    say("train: writing the model, to compare its logits with those of the trained weights")
     logits = _write_model(work, base)
     parameters = require_loadable(work.directory)
     assert parameters == total, f"{total} parameters were loaded, {parameters} written"
