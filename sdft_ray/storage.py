@@ -1,6 +1,7 @@
 """Where artifacts lie: the only module that knows the root.
 
-In: stages and the files that they wrote. Out: finished artifacts under `{root}/{stage}/{slug}-{id}/`.
+In: stages and the files that they wrote. Out: finished artifacts under `{root}/{stage}/{slug}-{id}/`. Artifacts, pieces
+of work and ledgers are found by their ids: the slug is for people, and another name for a model or a file moves it.
 The root is a directory (a local one, or one that every node sees) or an object store. A stage works in a scratch
 directory with a stable name; `commit` writes the manifest last of all. In a directory it then moves the whole to its
 place in one rename. Of an object store every node has a copy on its own disk, in the same layout: stages work there,
@@ -23,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -37,31 +38,56 @@ Status = Literal["done", "partial", "missing"]
 _AT_ONCE = 8  # objects on the way at a time
 
 
+class _Listing(NamedTuple):
+    """What the root has in a folder."""
+
+    sizes: dict[str, int]
+    """Of an object store the bytes of every object below the folder, by key."""
+    names: dict[str, list[str]]
+    """The names of the directories in the folder, by the ids that they end in."""
+
+
 class Storage:
     """Artifacts under one root: a directory, or an object store."""
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, root: str, command: Sequence[str] | None = None) -> None:
         self._objects = Objects(root) if is_store(root) else None
         self.root = _copy_of(self._objects.uri) if self._objects else Path(root).expanduser().resolve()
         """The directory on this node: the root itself, or this node's copy of the object store."""
         self.uri = self._objects.uri if self._objects else str(self.root)
         """What people call the root."""
+        self._command = tuple(command or artifacts.command_here())
         self._verified: set[str] = set()
         self._manifests: dict[str, dict[str, Any]] = {}
+        self._keys: dict[str, str] = {}
+        """Of stages whose manifests were seen, by id."""
+        self._listings: dict[str, _Listing] | None = None
         self._leases: dict[str, lease.Lease] = {}
         self._fetching = threading.Lock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Let a worker have storage of the same root; it checks hashes for itself."""
-        return Storage, (self.uri,)
+        """Let a worker have storage of the same root, for the same command; it checks hashes for itself."""
+        return Storage, (self.uri, self._command)
+
+    @contextmanager
+    def survey(self) -> Iterator[None]:
+        """List each folder once for a look at many stages, during which this process builds nothing.
+
+        Nothing listed outlives it: what is done is decided anew under a stage's lock.
+        """
+        before, self._listings = self._listings, {}
+        try:
+            yield
+        finally:
+            self._listings = before
 
     def place(self, stage: Stage) -> Path:
         """Return where on this node the finished artifact lies or will lie; of an object store ask `files` for it."""
-        return stage.location or self.root / _key(stage)
+        return stage.location or self.root / self._key(stage)
 
     def where(self, stage: Stage) -> str:
         """Return where the finished artifact lies or will lie, for people."""
-        return str(stage.location) if stage.location else f"{self.uri}/{_key(stage)}"
+        return str(stage.location) if stage.location else f"{self.uri}/{self._key(stage)}"
 
     def told(self, path: Path) -> str:
         """Return where a piece of work lies, for people."""
@@ -72,20 +98,22 @@ class Storage:
 
         Raises UserError where a finished artifact lost or shortened a file: it is never rebuilt silently.
         """
-        if stage.location or _key(stage) in self._manifests:
+        if stage.location or (self._objects and stage.id in self._keys):
             return "done"
-        if manifest := self._read_manifest(_key(stage)):
-            if self._objects:
-                sizes = self._objects.list(_key(stage))
-                artifacts.check_sizes(self.where(stage), manifest, lambda path: sizes.get(f"{_key(stage)}/{path}"))
-                self._manifests[_key(stage)] = manifest
-            else:
-                artifacts.check_files(self.place(stage), manifest, hashes=False)
+        key = self._key(stage)
+        if self._objects:
+            sizes = self._list(stage.name).sizes
+            manifest = self._read_manifest(key) if f"{key}/{MANIFEST}" in sizes else None
+            if manifest:
+                artifacts.check_sizes(f"{self.uri}/{key}", manifest, lambda path: sizes.get(f"{key}/{path}"))
+                self._manifests[key] = manifest
+        elif manifest := self._read_manifest(key):
+            artifacts.check_files(self.root / key, manifest, hashes=False)
+        if manifest:
+            self._keys[stage.id] = key
             return "done"
-        begun = (self._scratch(stage), self._resumable(stage))
-        if any(path.exists() for path in begun):
-            return "partial"
-        return "partial" if self._objects and self._objects.list(self._name(self._resumable(stage))) else "missing"
+        begun = self._scratch(stage).exists() or stage.id in self._list(f"resumable/{stage.name}").names
+        return "partial" if begun else "missing"
 
     def fetch(self, stage: Stage) -> Path:
         """Return the directory on this node of a finished artifact after checking its hashes: in a directory once a
@@ -103,7 +131,7 @@ class Storage:
             do = "Give a directory that every node sees, or a model from a hub or package"
             raise UserError(problem("model.path", f"{stage.location} is not on {socket.gethostname()}", do))
         if self._objects and not stage.location:
-            return self._bring_artifact(_key(stage), pattern)
+            return self._bring_artifact(self._key(stage), pattern)
         return self.place(stage)
 
     def handle(self, stage: Stage) -> Callable[[], Path]:
@@ -114,8 +142,10 @@ class Storage:
 
     def manifest(self, stage: Stage) -> dict[str, Any]:
         """Return the manifest of a finished artifact."""
-        manifest = self._manifests.get(_key(stage)) or self._read_manifest(_key(stage))
+        key = self._key(stage)
+        manifest = self._manifests.get(key) or self._read_manifest(key)
         assert manifest is not None, f"{stage.directory_name} is not finished"
+        self._keys[stage.id] = key
         return manifest
 
     @contextmanager
@@ -141,8 +171,9 @@ class Storage:
         return _made(self._resumable(stage))
 
     def ledger(self, name: str) -> Path:
-        """Return a directory of rows that are generated once and for all; artifacts are views of it."""
-        return _made(self.root / "ledger" / name)
+        """Return a directory of rows that are generated once and for all, found by the id at the end of its name;
+        artifacts are views of it."""
+        return _made(self.root / "ledger" / self._called("ledger", name))
 
     def publish(self, *files: Path) -> None:
         """Make pieces of work durable under the root, where other nodes find them."""
@@ -194,26 +225,28 @@ class Storage:
 
         In a directory that is one rename. In an object store the files come first, and then the manifest.
         """
-        scratch, place = self._scratch(stage), self.place(stage)
+        scratch, key = self._scratch(stage), self._key(stage)
+        place = self.root / key
         for torn in scratch.rglob(".*.tmp"):  # of a write that a kill cut short
             torn.unlink()
         readable = scratch.stat().st_mode & 0o044  # as the user's umask has it
         for path in scratch.rglob("*"):  # safetensors writes files that only their owner may read
             path.chmod(path.stat().st_mode | readable)
-        artifacts.write_manifest(scratch, stage, summary, wall_seconds)
+        artifacts.write_manifest(scratch, stage, summary, wall_seconds, self._command)
         if self._objects:
-            self._store(stage, scratch)
+            self._store(stage, scratch, key)
             shutil.rmtree(place, ignore_errors=True)  # the copy of an artifact that was deleted from the store
         place.parent.mkdir(parents=True, exist_ok=True)
         scratch.rename(place)
         self.drop(self._resumable(stage))
         self._verified.add(stage.id)
+        self._keys[stage.id] = key
         return place
 
-    def _store(self, stage: Stage, scratch: Path) -> None:
+    def _store(self, stage: Stage, scratch: Path, key: str) -> None:
         """Store an artifact's files, and its manifest once all of them are there and nobody else is at work on it."""
         assert self._objects
-        objects, key = self._objects, _key(stage)
+        objects = self._objects
         held = self._leases.get(f"{stage.name}-{stage.id}")
         if held:
             held.require()
@@ -225,7 +258,7 @@ class Storage:
             held.require()
         if not objects.create(f"{key}/{MANIFEST}", (scratch / MANIFEST).read_bytes()):
             what = "was finished by another command meanwhile"
-            raise UserError(problem(self.where(stage), what, "Run the same command again to use it"))
+            raise UserError(problem(f"{self.uri}/{key}", what, "Run the same command again to use it"))
 
     def keep_trace(self, stage: Stage, trace: str) -> str:
         """Write a failure's stack trace and return where it is, as a sentence; nothing where even that fails."""
@@ -269,15 +302,16 @@ class Storage:
             there: Iterable[str] = self._objects.list()
         else:
             there = (self._name(path) for path in self.root.glob(f"*/*/{MANIFEST}"))
-        found = sorted(
-            key
-            for key, _, last in (path.rpartition("/") for path in there)
+        found = {
+            _id_in(key): key  # two directories of one id are as good as one
+            for key, _, last in (path.rpartition("/") for path in sorted(there, reverse=True))
             if last == MANIFEST and key.count("/") == 1 and len(name) >= 4 and _id_in(key).startswith(name)
-        )
+        }
         if len(found) == 1:
-            return self._bring_artifact(found[0], pattern) if self._objects else self.root / found[0]
+            (key,) = found.values()
+            return self._bring_artifact(key, pattern) if self._objects else self.root / key
         if found:
-            names = ", ".join(key.rpartition("/")[2] for key in found)
+            names = ", ".join(key.rpartition("/")[2] for key in sorted(found.values()))
             raise UserError(problem(name, f"means {len(found)} artifacts", f"Give more digits: {names}"))
         raise UserError(problem(name, f"is no artifact under {self.uri}", "See `sdft check RECIPE` for what there is"))
 
@@ -352,8 +386,46 @@ class Storage:
     def _name(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
 
+    def _key(self, stage: Stage) -> str:
+        """Return where below the root a stage's artifact lies, by whatever name, or will lie."""
+        known = self._keys.get(stage.id)
+        if known and (self._objects or (self.root / known).is_dir()):
+            return known
+        return f"{stage.name}/{self._called(stage.name, stage.directory_name)}"
+
+    def _called(self, folder: str, name: str) -> str:
+        """Return the name in a folder of the root of the directory whose id is that of a name; else that name.
+
+        Of several (roots have them from when artifacts were found by name) a finished one, and rather that name.
+        """
+        if not self._objects and (self.root / folder / name).is_dir():
+            return name
+        same = self._list(folder).names.get(_id_in(name), [])
+        if len(same) < 2:
+            return same[0] if same else name
+        return min(same, key=lambda each: (self._read_manifest(f"{folder}/{each}") is None, each != name, each))
+
+    def _list(self, folder: str) -> _Listing:
+        """Return what the root has in a folder; during a survey it is looked at once."""
+        if self._listings is not None and folder in self._listings:
+            return self._listings[folder]
+        if self._objects:
+            sizes = self._objects.list(folder)
+            there = {key.removeprefix(f"{folder}/").partition("/")[0] for key in sizes}
+        else:
+            sizes, place = {}, self.root / folder
+            there = {path.name for path in place.iterdir()} if place.is_dir() else set()
+        names: dict[str, list[str]] = {}
+        for name in there:
+            names.setdefault(_id_in(name), []).append(name)
+        listing = _Listing(sizes, names)
+        if self._listings is not None:
+            self._listings[folder] = listing
+        return listing
+
     def _scratch(self, stage: Stage) -> Path:
-        return self.root / "scratch" / _key(stage)
+        folder = self.root / "scratch" / stage.name  # on this node, whatever the root is
+        return next(iter(sorted(folder.glob(f"*-{stage.id}"))), folder / stage.directory_name)
 
     def _failure(self, stage: Stage) -> Path:
         return self.root / "failures" / f"{stage.name}-{stage.id}.reason.txt"
@@ -362,7 +434,8 @@ class Storage:
         return self.root / "failures" / sweep / f"{stage.id}.stopped.json"
 
     def _resumable(self, stage: Stage) -> Path:
-        return self.root / "resumable" / _key(stage)
+        folder = f"resumable/{stage.name}"
+        return self.root / folder / self._called(folder, stage.directory_name)
 
 
 def probe(root: str) -> None:
@@ -396,10 +469,6 @@ def _copy_of(uri: str) -> Path:
     """Return the directory of this node's copy of an object store; deleting it costs bringing things again."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "sdft_ray" / "roots" / f"{artifacts.slugify(uri)}-{artifacts.short_id(uri)}"
-
-
-def _key(stage: Stage) -> str:
-    return f"{stage.name}/{stage.directory_name}"
 
 
 def _id_in(key: str) -> str:

@@ -41,6 +41,7 @@ COMPUTE = {
 }
 STAGE = Stage("score", "tiny", 1, {"n": 1})
 GOOD_MANIFEST = {
+    "format": 1,
     "stage": STAGE.name,
     "id": STAGE.id,
     "slug": STAGE.slug,

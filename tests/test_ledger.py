@@ -2,9 +2,6 @@
 
 import shutil
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from sdft_ray import ledger
 
 
@@ -82,12 +79,3 @@ def test_compact_that_dies_before_it_has_deleted_doubles_nothing(tmp_path):
     ledger.compact(twice)
     assert everything(twice) == [*lines, line("000000000000000c")]
     assert len(list(twice.iterdir())) == 1
-
-
-def test_ledger_from_before_there_were_samples_holds_the_first_of_each_row(tmp_path):
-    old = {name: value for name, value in line("000000000000000a").items() if name != "sample"}
-    pq.write_table(pa.Table.from_pylist([old]), tmp_path / "part-0123456789ab-01234567.parquet")
-    assert everything(tmp_path) == [line("000000000000000a")]
-    ledger.write_piece(tmp_path, "new", [line("000000000000000a", sample=1)])
-    ledger.compact(tmp_path)
-    assert everything(tmp_path) == [line("000000000000000a"), line("000000000000000a", sample=1)]

@@ -1,5 +1,6 @@
 """A root in an object store: what is whole, what a fault leaves, who may build, and what other nodes see."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -19,6 +20,7 @@ from sdft_ray.objects import Objects
 from sdft_ray.storage import Storage, probe
 
 STAGE = Stage("train", "tiny", 1, {"n": 1})
+RENAMED = dataclasses.replace(STAGE, slug="renamed-model")
 FILES = {"model.bin": "m" * 9000, "inner/config.json": "{}"}
 
 
@@ -68,6 +70,40 @@ def test_artifact_is_whole_for_every_node_and_goes_through_every_status(s3, else
     assert there.where(STAGE) == f"{s3}/train/{STAGE.directory_name}"
     assert Objects(s3).list().keys() == {f"train/{STAGE.directory_name}/{name}" for name in (*FILES, MANIFEST)}
     assert pickle.loads(pickle.dumps(here)).fetch(STAGE) == here.fetch(STAGE)
+
+
+def test_artifact_and_pieces_of_work_are_found_by_their_ids_on_any_node(s3, elsewhere):
+    here, there = Storage(s3), elsewhere(s3)
+    ledger, resumable = here.ledger("tiny-0123456789ab"), here.resumable(STAGE)
+    for piece in (ledger / "part-1", resumable / "checkpoint"):
+        piece.write_text("1")
+        here.publish(piece)
+    assert there.status(RENAMED) == "partial"
+    for folder, name in ((there.ledger("renamed-0123456789ab"), "part-1"), (there.resumable(RENAMED), "checkpoint")):
+        there.bring(folder)
+        assert (folder / name).read_text() == "1"
+    build(here)
+    assert there.status(RENAMED) == "done" and read(there, RENAMED) == FILES
+    assert there.where(RENAMED) == f"{s3}/train/{STAGE.directory_name}"
+    assert pickle.loads(pickle.dumps(here)).fetch(RENAMED) == here.fetch(STAGE)
+
+
+def test_commit_under_another_name_ends_what_another_node_had_begun_to_store(s3, elsewhere):
+    Objects(s3).write(f"train/{STAGE.directory_name}/old.bin", b"of a commit that was cut short")
+    build(elsewhere(s3), RENAMED)
+    assert Objects(s3).list().keys() == {f"train/{STAGE.directory_name}/{name}" for name in (*FILES, MANIFEST)}
+    assert read(Storage(s3)) == FILES
+
+
+def test_survey_of_many_stages_lists_each_folder_of_a_store_once(s3, s3_proxy, elsewhere):
+    build(Storage(s3))
+    stages = [STAGE, *(Stage("train", "tiny", 1, {"n": n}) for n in range(2, 12))]
+    storage = elsewhere(s3)
+    s3_proxy.requests.clear()
+    with storage.survey():
+        assert [storage.status(stage) for stage in stages] == ["done"] + ["missing"] * 10
+        assert len({storage.where(stage) for stage in stages}) == 11
+    assert len(s3_proxy.requests) < len(stages), "two folders and one manifest, however many stages"
 
 
 def test_file_of_an_artifact_is_brought_alone_and_once(s3, s3_proxy, elsewhere):

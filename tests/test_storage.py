@@ -1,17 +1,21 @@
 """How far a stage is, what a kill leaves, and who may build."""
 
+import dataclasses
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
 
-from sdft_ray.artifacts import MANIFEST, Stage, read_manifest
+from sdft_ray.artifacts import FORMAT, MANIFEST, Stage, read_manifest
 from sdft_ray.errors import UserError
 from sdft_ray.storage import Storage
 
 STAGE = Stage("score", "tiny", 1, {"n": 1})
+RENAMED = dataclasses.replace(STAGE, slug="renamed-model")
 
 # Says when it holds the lock and what the holder before it had made by then; then waits for its end of input.
 HOLDER = """
@@ -63,6 +67,63 @@ def test_status_of_a_users_own_directory_is_done_and_it_lies_where_it_is(storage
     own = Stage("model", "own", 1, {"sha256": "ab"}, location=tmp_path)
     assert storage.status(own) == "done"
     assert storage.place(own) == storage.fetch(own) == tmp_path
+
+
+def test_artifact_is_found_by_its_id_whatever_the_model_or_file_is_called_now(storage):
+    place = build(storage)
+    for each in (storage, Storage(str(storage.root))):
+        assert each.status(RENAMED) == "done"
+        assert each.place(RENAMED) == each.fetch(RENAMED) == place and each.where(RENAMED) == str(place)
+        assert each.manifest(RENAMED)["slug"] == "tiny"
+    (place / "data.txt").unlink()
+    assert f"{place / 'data.txt'}: is missing" in complaint(Storage(str(storage.root)).status, RENAMED)
+
+
+def test_work_in_progress_is_found_by_its_id_and_ends_where_it_was_begun(storage):
+    (storage.scratch(STAGE) / "half.txt").write_text("half")
+    (storage.resumable(STAGE) / "checkpoint").write_text("1")
+    ledger = storage.ledger("tiny-0123456789ab")
+    (ledger / "part-1").write_text("rows")
+    again = Storage(str(storage.root))
+    assert again.status(RENAMED) == "partial"
+    assert (again.scratch(RENAMED) / "half.txt").read_text() == "half"
+    assert (again.resumable(RENAMED) / "checkpoint").read_text() == "1"
+    assert again.ledger("renamed-model-0123456789ab") == ledger
+    assert again.ledger("renamed-model-0123456789cd") != ledger
+    place = again.commit(RENAMED, {}, 0.1)
+    assert storage.status(STAGE) == "done" and storage.fetch(STAGE) == place
+    left = [path for name in ("scratch", "resumable") for path in (storage.root / name).rglob("*") if path.is_file()]
+    assert left == []
+
+
+def test_two_finished_directories_of_one_id_are_one_artifact(storage):
+    place = build(storage)
+    other = place.with_name(f"a-{STAGE.id}")  # as roots have them from when artifacts were found by name
+    shutil.copytree(place, other)
+    assert storage.place(STAGE) == place
+    third = Storage(str(storage.root))
+    assert third.status(RENAMED) == "done" and third.place(RENAMED) == third.find(STAGE.id) == other
+    (other / MANIFEST).unlink()
+    assert Storage(str(storage.root)).place(RENAMED) == Storage(str(storage.root)).find(STAGE.id) == place
+
+
+def test_survey_lists_each_folder_once_and_nothing_listed_outlives_it(storage, monkeypatch):
+    stages = [Stage("score", "tiny", 1, {"n": n}) for n in range(50)]
+    for stage in stages[:20]:
+        build(storage, dataclasses.replace(stage, slug="before"))
+    seen: list[str] = []
+    look = os.scandir
+    fresh, other = Storage(str(storage.root)), Storage(str(storage.root))
+    with monkeypatch.context() as patch, fresh.survey():
+        patch.setattr(os, "scandir", lambda path=".": seen.append(str(path)) or look(path))
+        patch.setattr(os, "listdir", lambda path=".": seen.append(str(path)) or [entry.name for entry in look(path)])
+        status = [fresh.status(stage) for stage in stages]
+        places = [fresh.where(stage) for stage in stages]
+    assert status == ["done"] * 20 + ["missing"] * 30
+    assert places[0] == str(storage.root / "score" / f"before-{stages[0].id}")
+    assert seen.count(str(storage.root / "score")) == 1
+    build(other, stages[30])
+    assert fresh.status(stages[30]) == "done"
 
 
 def test_scratch_is_found_again_as_it_was_left(storage):
@@ -244,6 +305,20 @@ def test_storage_at_a_uri_that_cannot_be_a_root_is_refused(root, what):
 def test_storage_in_a_directory_whose_name_looks_like_an_address_is_that_directory(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert Storage(name).root == tmp_path / name
+
+
+def test_manifest_of_a_newer_format_is_refused_and_one_without_is_of_the_first(storage):
+    place = build(storage)
+    manifest = read_manifest(place)
+    assert manifest["format"] == FORMAT == 1
+    (place / MANIFEST).write_text(json.dumps(manifest | {"format": FORMAT + 1}))
+    assert complaint(storage.status, STAGE) == (
+        f"{place / MANIFEST}: is of format 2, which is newer than this version of sdft_ray (it reads up to 1). "
+        "Upgrade sdft_ray."
+    )
+    del manifest["format"]
+    (place / MANIFEST).write_text(json.dumps(manifest))
+    assert storage.status(STAGE) == "done"
 
 
 @pytest.mark.parametrize("name", ["../../outside", "/etc/passwd", "a/../../b"])
