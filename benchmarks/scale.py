@@ -66,10 +66,10 @@ def measure(count: int, root: Path) -> None:
     recipe = load_recipe(Path("configs/recipes/demo.yaml"))
     model, *_ = pipeline.stages(recipe)
     storage = Storage(str(root))
-    settings = recipe.distill.model_dump(mode="json") | {"answer": "none", "rows": None, "shift_rows": 0}
-    stage = Stage(
-        "distill", f"rows-{count}", distill.VERSION, settings, {"model": model, "rows": rows_stage(count, root)}
-    )
+    settings = recipe.distill.model_dump(mode="json") | {"answer": "none", "rows": None}
+    gates = {name: settings.pop(name) for name in distill.GATES}
+    inputs = {"model": model, "rows": rows_stage(count, root)}
+    stage = Stage("distill", f"rows-{count}", distill.VERSION, settings, inputs, gates=gates)
     (root / "compute.yaml").write_text(json.dumps({"distill": {"actors": 2, "cpus": 1}}))
     distill.VllmEngine = FakeEngine  # type: ignore[misc,assignment]
     begun = time.monotonic()

@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from sdft_ray.errors import UserError, problem
 from sdft_ray.recipe import LocalPath, Section, load_section, validate
 
-SECTIONS = {"loss": "score", "draft": "distill", "speed": "evaluate"}
+SECTIONS = {"loss": "score", "nll": "distill", "draft": "distill", "speed": "evaluate"}
 """Sections that stages without one of their own are computed by."""
 
 Auto = Literal["auto"]
@@ -179,6 +179,7 @@ class Compute(Section):
             "loss": (self.score.actors, _settled(self.score.cpus), self.score.gpus),
             "distill": (self.distill.actors.min, _settled(self.distill.cpus), self.distill.gpus),
             "train": (self.train.workers.min, _settled(self.train.cpus), self.train.gpus),
+            "nll": (1, _settled(self.distill.cpus), self.distill.gpus),
             "draft": (1, _settled(self.distill.cpus), self.distill.gpus),
             "speed": (1, _settled(self.evaluate.cpus), self.evaluate.gpus),
             "evaluate": (1, _settled(self.evaluate.cpus), self.evaluate.gpus),

@@ -5,6 +5,7 @@ which is what `stages` says, and nothing is built that is there already.
 
     base model ──┬─ score ── loss ── cut ──┬─ train (sft, distilled)
                  └─ distill ───────────────┘            └── merge
+    nll: rewrites and references in the base's eyes
     draft: pruned, tuned and merged models for the base
     evaluate: base, pruned, tuned and merged models on every task
 """
@@ -18,7 +19,7 @@ import itertools
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from sdft_ray.stages import (
     loss,
     merge,
     model,
+    nll,
     rows,
     score,
     speed,
@@ -48,9 +50,12 @@ from sdft_ray.stages import (
 )
 from sdft_ray.storage import Storage
 
-STAGE_NAMES = ("model", "rows", "score", "loss", "cut", "distill", "train", "merge", "draft", "speed", "evaluate")
-_UNITS = {"score": "texts", "loss": "texts", "distill": "rows", "train": "steps", "merge": "tensors"}
-_ON_RAY = ("score", "loss", "distill", "train", "draft", "speed", "evaluate")
+STAGE_NAMES = (
+    "model", "rows", "score", "loss", "cut", "distill", "train", "merge", "nll", "draft", "speed", "evaluate"
+)  # fmt: skip
+_UNITS = {"score": "texts", "loss": "texts", "distill": "rows", "train": "steps", "merge": "tensors", "nll": "texts"}
+_ON_RAY = ("score", "loss", "distill", "train", "nll", "draft", "speed", "evaluate")
+_REQUIRE_GATES = {"distill": distill.require_gates, "train": train.require_gates}
 
 
 def stages(recipe: Recipe) -> tuple[Stage, ...]:
@@ -68,6 +73,8 @@ def stages(recipe: Recipe) -> tuple[Stage, ...]:
     if recipe.merge:
         models |= _merge_stages(recipe, recipe.merge, pruned, models[recipe.merge.arm], data)
     plan += [stage for stage in models.values() if stage is not base and stage is not pruned]
+    if recipe.distill.shift_rows:
+        plan += [_nll_stage(recipe, base, own["distilled"]) for own in data.values() if "distilled" in own]
     if recipe.draft:
         names = recipe.draft.models or ("pruned", *recipe.arms.names)
         plan += [_draft_stage(recipe.draft, name, base, models, all_rows) for name in names]
@@ -99,8 +106,9 @@ def _train_stage(settings: Train, arm: str, name: str, pruned: Stage, data: Sequ
     for i, own in enumerate(data):
         for kind in ("rows", "distilled") if arm == "distilled" else ("rows",):
             inputs[f"{kind}_{i}" if i else kind] = own[kind]
-    identity = {"arm": arm, "train": settings.model_dump(mode="json")}
-    return Stage("train", f"{pruned.slug}-{arm}", train.VERSION, identity, inputs, {"model": name})
+    identity = {"arm": arm, "train": settings.model_dump(mode="json", exclude={*train.GATES})}
+    gates = settings.model_dump(mode="json", include={*train.GATES})
+    return Stage("train", f"{pruned.slug}-{arm}", train.VERSION, identity, inputs, {"model": name}, gates)
 
 
 def _merge_stages(
@@ -205,11 +213,17 @@ def _rows_stage(source: GymRows | FileRows | HubRows, preset: str) -> Stage:
 
 def _distill_stage(recipe: Recipe, base: Stage, all_rows: Stage) -> Stage:
     settings = {
-        **recipe.distill.model_dump(mode="json"),
+        **recipe.distill.model_dump(mode="json", exclude={*distill.GATES, "shift_rows"}),
         "answer": all_rows.settings["split"]["answer"],
         "rows": recipe.train.rows,
     }
-    return Stage("distill", all_rows.slug, distill.VERSION, settings, {"model": base, "rows": all_rows})
+    gates = recipe.distill.model_dump(mode="json", include={*distill.GATES})
+    return Stage("distill", all_rows.slug, distill.VERSION, settings, {"model": base, "rows": all_rows}, gates=gates)
+
+
+def _nll_stage(recipe: Recipe, base: Stage, distilled: Stage) -> Stage:
+    settings = {"rows": recipe.distill.shift_rows, "dtype": recipe.distill.dtype, "seed": recipe.distill.seed}
+    return Stage("nll", distilled.slug, nll.VERSION, settings, {"model": base, "distilled": distilled})
 
 
 def _evaluate_stage(recipe: Recipe, task: str, who: str, examined: Stage, all_rows: Stage) -> Stage:
@@ -323,7 +337,8 @@ def build(plan: Sequence[Stage], compute: Compute, storage: Storage, validated: 
 
     `validated` is called with the step and the loss of every validation of a training.
     """
-    todo = [stage for stage in plan if storage.status(stage) != "done"]
+    todo, done = survey(plan, storage)
+    require_gates(done, storage)
     with contextlib.ExitStack() as stack:
         connected = False
         for group in _together(todo):
@@ -335,7 +350,23 @@ def build(plan: Sequence[Stage], compute: Compute, storage: Storage, validated: 
                     connected = True
                 require_room(compute, group[0].name)
             _build_group(group, storage, compute, validated)
-    return Built(tuple(todo), tuple(stage for stage in plan if stage not in todo))
+    return Built(tuple(todo), tuple(done))
+
+
+def survey(plan: Iterable[Stage], storage: Storage) -> tuple[list[Stage], list[Stage]]:
+    """Return the stages of a plan that are to be built and those that are done, each in the plan's order."""
+    found: tuple[list[Stage], list[Stage]] = [], []
+    with storage.survey():
+        for stage in plan:
+            found[storage.status(stage) == "done"].append(stage)
+    return found
+
+
+def require_gates(finished: Iterable[Stage], storage: Storage) -> None:
+    """Raise where the counts of a finished stage are above the recipe's gates: it was built when they were looser."""
+    for stage in finished:
+        if stage.gates:
+            _REQUIRE_GATES[stage.name](stage, storage.manifest(stage)["summary"])
 
 
 def _together(todo: Sequence[Stage]) -> Iterator[list[Stage]]:
@@ -348,14 +379,20 @@ def _together(todo: Sequence[Stage]) -> Iterator[list[Stage]]:
 def _build_group(group: Sequence[Stage], storage: Storage, compute: Compute, validated: Validated) -> None:
     if len(group) == 1:
         with Progress(group[0].name, _UNITS.get(group[0].name, "parts")) as progress:
-            _build(group[0], storage, compute, progress, validated)
+            _build(group[0], storage, compute, progress, validated, threading.Event())
         return
     with Progress(group[0].name, "tasks") as progress:
         progress.begin(len(group))
-        waiting = [_in_thread(_build, stage, storage, compute, Progress(stage.name, "parts")) for stage in group]
-        for done, future in enumerate(as_completed(waiting), 1):  # at the first failure the others end with the cluster
-            future.result()
-            progress.update(done)
+        stopped = threading.Event()
+        waiting = [
+            _in_thread(_build, stage, storage, compute, Progress(stage.name, "parts"), None, stopped) for stage in group
+        ]
+        try:
+            for done, future in enumerate(as_completed(waiting), 1):
+                future.result()
+                progress.update(done)
+        finally:  # at the first failure the others end: in a trial's process they would go on beside the next trial
+            stopped.set()
 
 
 def _in_thread(work: Callable[..., None], *arguments: Any) -> Future[None]:
@@ -373,15 +410,25 @@ def _in_thread(work: Callable[..., None], *arguments: Any) -> Future[None]:
     return future
 
 
-def _build(stage: Stage, storage: Storage, compute: Compute, progress: Progress, validated: Validated = None) -> None:
+def _build(
+    stage: Stage,
+    storage: Storage,
+    compute: Compute,
+    progress: Progress,
+    validated: Validated,
+    stopped: threading.Event,
+) -> None:
     """Build one stage under its lock, and say what came of it."""
     with storage.lock(f"{stage.name}-{stage.id}"):
         if storage.status(stage) == "done":  # built by another command while this one waited
+            require_gates([stage], storage)
+            return
+        if stopped.is_set():  # while this one waited
             return
         begun = time.monotonic()
         module = importlib.import_module(f"sdft_ray.stages.{stage.name}")
         try:
-            summary = module.build(Work(stage, storage, compute, progress, validated))
+            summary = module.build(Work(stage, storage, compute, progress, validated, stopped))
             # An evaluation says itself how long it took: this thread also waited for its turn on the cluster.
             seconds = summary.get("seconds", time.monotonic() - begun)
             storage.commit(stage, summary, seconds)
@@ -410,4 +457,5 @@ def _one_line(error: BaseException) -> str:
 
 def describe(plan: Sequence[Stage], storage: Storage) -> list[Mapping[str, Any]]:
     """Return, for each stage of a plan, what `sdft check` shows."""
-    return [{"stage": stage.name, "status": storage.status(stage), "directory": storage.where(stage)} for stage in plan]
+    with storage.survey():
+        return [{"stage": each.name, "status": storage.status(each), "directory": storage.where(each)} for each in plan]

@@ -302,11 +302,14 @@ class Distill(Section):
     samples: int = Field(1, gt=0)
     """Rewrites that are tried for a row: a further one is drawn only where none before it passed."""
     max_attempts: int = Field(3, gt=0)
-    """How often the engine is asked for a sample that ends in an error, over all runs; each run asks at least once."""
+    """How often the engine is asked for a sample that ends in an error, over all runs; each run asks at least once.
+    A gate: it moves no id."""
     shift_rows: int = Field(64, ge=0)
-    """Kept rows on which the base model's likelihood of reference and rewrite is measured."""
+    """Kept rows on which the stage `nll` measures the base model's likelihood of reference and rewrite; 0: no such
+    stage. Moves no other id."""
     max_failed_fraction: float = Field(0.01, ge=0, le=1)
-    """More rows than this ending in an engine error stop the stage (what was generated is kept)."""
+    """More rows than this ending in an engine error stop the command (what was generated is kept). A gate: it moves no
+    id, and is compared with what is there already, too."""
 
     @field_validator("template_options")
     @classmethod
@@ -356,7 +359,7 @@ class Train(Section):
     """What becomes of longer rows: they are left out, or keep their first max_tokens tokens (and are left out where
     that is all prompt). Both are counted."""
     max_too_long_fraction: float = Field(0.01, ge=0, le=1)
-    """More rows than this over max_tokens stop the stage."""
+    """More rows than this over max_tokens stop the command. A gate, as distill.max_failed_fraction is."""
     validate_every_steps: int = Field(10, gt=0)
     patience: int | None = Field(None, gt=0)
     """Validations without a new lowest loss after which training stops; it goes on to the end where absent."""

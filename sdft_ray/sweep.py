@@ -24,6 +24,7 @@ from sdft_ray.artifacts import Stage, short_id
 from sdft_ray.compute import Compute
 from sdft_ray.errors import UserError, problem
 from sdft_ray.recipe import Recipe, Section, load_recipe, load_section, read_yaml
+from sdft_ray.stages import distill, train
 from sdft_ray.storage import Storage
 
 DEPTH, SIZE, RECIPE = "prune.blocks", "train.rows", "recipe"
@@ -236,6 +237,8 @@ def _mistakes(cell: Cell) -> Iterator[str]:
         section, _, field = path.partition(".")
         if section == "evaluate":
             yield problem(f"axes.{path}", "every trial takes the same exams", "Set it in the recipe")
+        if field.rpartition(".")[2] in (*distill.GATES, *train.GATES, "shift_rows"):
+            yield problem(f"axes.{path}", "moves no number of a trial", "Set it in the recipe")
         if section == "draft":
             yield problem(f"axes.{path}", "every draft is tried in the same way", "Set it in the recipe")
         if not (path in (DEPTH, SIZE, RECIPE) or is_seed(path)) and cell.recipe.rows.validation == 0:

@@ -11,10 +11,8 @@ from __future__ import annotations
 import functools
 import json
 import os
-import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from sdft_ray import pipeline
@@ -44,10 +42,12 @@ def run(plan: Plan, compute: Compute, storage: Storage) -> pipeline.Built:
     """
     check(plan, compute)
     with storage.lock(plan.name):
-        trials = [trial for trial in plan.trials if is_open(trial, plan, storage)]
+        trials = open_trials(plan, storage)
         drafts = [d for d in plan.drafts if storage.losses_of_stopped(plan.name, d.inputs["draft"]) is None]
         wanted = [*plan.shared, *(stage for trial in trials for stage in (trial.train, *trial.exams)), *drafts]
-        todo = [stage for stage in wanted if storage.status(stage) != "done"]
+        todo, _ = pipeline.survey(wanted, storage)
+        _, there = pipeline.survey(stages_of(plan), storage)
+        pipeline.require_gates(there, storage)
         if todo:
             with ray_cluster(compute):
                 if drafts:
@@ -55,16 +55,21 @@ def run(plan: Plan, compute: Compute, storage: Storage) -> pipeline.Built:
                 _build_shared(plan, compute, storage)
                 _run_trials(_with_rivals(trials, plan, storage) if plan.asha else trials, plan, compute, storage)
                 _try_drafts([stage for stage in drafts if stage in todo], plan, compute, storage)
-    failed = [trial for trial in plan.trials if is_open(trial, plan, storage)]
+    failed = open_trials(plan, storage)
     lines = [f"{trial.name}: {storage.failure(trial.train)}" for trial in failed]
-    untried = [stage for stage in plan.drafts if storage.status(stage) != "done" and storage.failure(stage)]
+    untried = [stage for stage in pipeline.survey(plan.drafts, storage)[0] if storage.failure(stage)]
     lines += [f"{name_draft(stage, plan)}: {storage.failure(stage)}" for stage in untried]
     if lines:
         done = f"{len(plan.trials) - len(failed)} of {len(plan.trials)} trials are done"
         what = f"sweep: {len(lines)} failed, {done}. Run the same command again to try those once more."
         raise StageFailed("\n".join([*lines, what]))
-    there = [stage for stage in stages_of(plan) if stage not in todo and storage.status(stage) == "done"]
     return pipeline.Built(tuple(todo), tuple(there))
+
+
+def open_trials(plan: Plan, storage: Storage) -> list[Trial]:
+    """Return the trials that are neither finished nor stopped by the sweep."""
+    with storage.survey():
+        return [trial for trial in plan.trials if is_open(trial, plan, storage)]
 
 
 def is_open(trial: Trial, plan: Plan, storage: Storage) -> bool:
@@ -76,15 +81,15 @@ def _build_shared(plan: Plan, compute: Compute, storage: Storage) -> None:
     """Build what trials share; cuts and generation at once where the nodes hold scoring beside engines."""
     import ray
 
-    todo = [stage for stage in plan.shared if storage.status(stage) != "done"]
+    todo, _ = pipeline.survey(plan.shared, storage)
     cuts = [stage for stage in todo if stage.name in ("score", "loss", "cut")]
     generated = [stage for stage in todo if stage.name == "distill"]
     if cuts and generated and _is_room_for_both(compute):
         pipeline.build([stage for stage in todo if stage.name in ("model", "rows")], compute, storage)
         # In a process of its own: two runs of Ray Data in one get in each other's way (docs/footguns.md). On this node,
         # where the recipe's files are.
-        beside = ray.remote(num_cpus=0, max_calls=1, max_retries=0, scheduling_strategy=on_this_node())(_build_in)
-        cut = beside.remote(str(Path.cwd()), cuts, compute, storage)
+        beside = ray.remote(num_cpus=0, max_calls=1, max_retries=0, scheduling_strategy=on_this_node())(pipeline.build)
+        cut = beside.remote(cuts, compute, storage)
         pipeline.build(generated, compute, storage)
         try:
             ray.get(cut)
@@ -98,13 +103,6 @@ def _build_shared(plan: Plan, compute: Compute, storage: Storage) -> None:
     pipeline.build(plan.shared, compute, storage)
 
 
-def _build_in(directory: str, stages: Sequence[Stage], compute: Compute, storage: Storage) -> None:
-    """Build stages in a Ray worker as the command would in its own directory."""
-    os.chdir(directory)
-    sys.argv = ["sdft", "sweep"]  # what the manifests say
-    pipeline.build(stages, compute, storage)
-
-
 def _is_room_for_both(compute: Compute) -> bool:
     """Return whether the nodes that are there hold scoring beside generation. A pool that grows takes what there is."""
     needs, pool = compute.needs(), compute.distill.actors
@@ -114,7 +112,8 @@ def _is_room_for_both(compute: Compute) -> bool:
 def _with_rivals(trials: Sequence[Trial], plan: Plan, storage: Storage) -> list[Trial]:
     """Return trials after those that they are compared with and that need no more work: these tell their losses."""
     groups = {trial.compares_with for trial in trials}
-    ended = [trial for trial in plan.trials if trial.compares_with in groups and not is_open(trial, plan, storage)]
+    still_open = {trial.train.id for trial in open_trials(plan, storage)}
+    ended = [t for t in plan.trials if t.compares_with in groups and t.train.id not in still_open]
     return [*ended, *trials]
 
 
@@ -191,7 +190,6 @@ def _run_trial(
         if plan.asha:
             tune.report({STEP: step, LOSS: loss})
 
-    sys.argv = ["sdft", "sweep"]  # what the manifests say; a worker's own arguments say nothing to anyone
     trial = trials[config["trial"]]
     known = storage.losses_of_stopped(plan.name, trial.train)
     if storage.status(trial.train) == "done":

@@ -51,7 +51,7 @@ def test_sweep_of_depths_and_sizes_shares_everything_but_the_trials(folder):
     assert len(plan.cells) == 6 and len(plan.trials) == 12
     shared = names(plan.shared)
     assert {name: shared.count(name) for name in dict.fromkeys(shared)} == {
-        "model": 1, "rows": 1, "score": 1, "loss": 3, "cut": 3, "distill": 2, "evaluate": 2 * (1 + 3)
+        "model": 1, "rows": 1, "score": 1, "loss": 3, "cut": 3, "distill": 2, "nll": 2, "evaluate": 2 * (1 + 3)
     }  # fmt: skip
     assert all(names(trial.exams) == ["evaluate", "evaluate"] for trial in plan.trials)
     everything = sweep.stages_of(plan)
@@ -172,6 +172,12 @@ def test_sweep_of_a_recipe_with_a_mistake_says_the_recipes_own(folder):
     assert "prune.blcks: unknown key. Did you mean blocks?" in error.value.problems
 
 
+@pytest.mark.parametrize("path", ["distill.max_failed_fraction", "distill.shift_rows", "train.max_too_long_fraction"])
+def test_sweep_over_what_moves_no_number_of_a_trial_is_refused(folder, path):
+    with pytest.raises(UserError, match=rf"axes.{path}: moves no number of a trial. Set it in the recipe\."):
+        load(folder, {path: [0, 1]})
+
+
 def test_check_of_a_sweep_counts_what_is_shared_and_touches_nothing(folder):
     load(folder, {"prune.blocks": [2, 3, 4], "train.rows": [16, 32]})
     before = sorted(folder.rglob("*"))
@@ -182,10 +188,10 @@ def test_check_of_a_sweep_counts_what_is_shared_and_touches_nothing(folder):
     counts = {kind["stage"]: (kind["alone"], kind["sweep"]) for kind in found["stages"]}
     assert counts == {
         "rows": (6, 1), "score": (6, 1), "loss": (6, 3), "cut": (6, 3), "distill": (6, 2), "train": (12, 12),
-        "evaluate": (6 * 8, 8 + 24),
+        "nll": (6, 2), "evaluate": (6 * 8, 8 + 24),
     }  # fmt: skip
     shown = sdft("check", "sweep.yaml", cwd=folder).stdout
-    assert "6 recipes, 12 trials: 54 stages instead of 90 (60%), 0 of them done." in shown
+    assert "6 recipes, 12 trials: 56 stages instead of 96 (58%), 0 of them done." in shown
     assert sorted(folder.rglob("*")) == before
 
 

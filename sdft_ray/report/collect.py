@@ -31,7 +31,7 @@ FLOPS_TOKENS = 256  # the stated length at which forward FLOPs are counted
 def collect(recipe: Recipe, name: str, storage: Storage) -> dict[str, Any]:
     """Return everything a report of a finished recipe shows; raises UserError where a stage is not there yet."""
     plan = pipeline.stages(recipe)
-    missing = [stage for stage in plan if storage.status(stage) != "done"]
+    missing, _ = pipeline.survey(plan, storage)
     if missing:
         names = ", ".join(dict.fromkeys(stage.name for stage in missing))
         raise UserError(problem(name, f"is not finished (missing: {names})", f"Do: sdft run {name}"))
@@ -151,7 +151,7 @@ def count_cost(directory: Path, tokens: int = FLOPS_TOKENS) -> dict[str, float]:
 def _details(plan: Sequence[Stage], exams: Mapping[str, Mapping[str, Stage]], storage: Storage) -> dict[str, Any]:
     """Return what the page shows beside the table: distances, spans, losses, selection, examples, wall times."""
     found: dict[str, Any] = {"losses": {}, "losses_of_spans": None, "selection": None, "examples": [], "seconds": {}}
-    found |= {"speed": None, "merges": {}, "drafts": {}}
+    found |= {"nll": None, "speed": None, "merges": {}, "drafts": {}}
 
     @functools.cache  # merges have their parents in common
     def items(who: str) -> dict[str, list[float]]:
@@ -182,6 +182,8 @@ def _details(plan: Sequence[Stage], exams: Mapping[str, Mapping[str, Stage]], st
             case "distill" if found["selection"] is None:  # of a recipe's own rows, which are the first
                 found["selection"] = manifest["summary"]
                 found["examples"] = _examples(storage.files(stage, "train.parquet"))
+            case "nll" if found["nll"] is None:  # of the same rows
+                found["nll"] = manifest["summary"]
             case "train":
                 losses = _read(storage, stage, "losses.json")
                 found["losses"][stage.where["model"]] = {"curve": losses, **manifest["summary"]}

@@ -25,6 +25,7 @@ def render(report: dict[str, Any]) -> str:
         corpora=report["distances"]["corpora"],
         cut_line=table.cut_line(report["cut"], report["losses_of_spans"]),
         speed_line=table.speed_line(report["speed"]) if report["speed"] else None,
+        nll_line=table.nll_line(report["nll"]) if report["nll"] and report["nll"]["rows"] else None,
         difference_line=table.difference_line(report["comparison"]) if report["comparison"] else None,
         merge_lines=[table.merge_line(name, merged) for name, merged in report["merges"].items()],
         draft_columns=table.DRAFT_COLUMNS,

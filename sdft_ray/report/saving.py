@@ -23,7 +23,8 @@ def measure(plan: Plan, storage: Storage) -> dict[str, Any]:
     chains = [pipeline.stages(cell.recipe) for cell in plan.cells]
     once = {stage.id: stage for stage in stages_of(plan) if stage.location is None}
     alone = [stage for chain in chains for stage in chain if stage.location is None]
-    status = {key: storage.status(stage) for key, stage in once.items()}
+    with storage.survey():
+        status = {key: storage.status(stage) for key, stage in once.items()}
     seconds = {
         key: float(storage.manifest(stage)["provenance"]["wall_seconds"])
         for key, stage in once.items()

@@ -40,21 +40,22 @@ def collect(plan: Plan, name: str, storage: Storage) -> dict[str, Any]:
     }
     shared |= {stage.id: stage for chain in chains for stage in chain if stage.name == "speed"}
     needed = [*shared.values(), *(stage for each in exams.values() for stage in each.values())]
-    if missing := {stage.name for stage in needed if storage.status(stage) != "done"}:
+    if missing := {stage.name for stage in pipeline.survey(needed, storage)[0]}:
         what = f"has nothing to compare with yet (missing: {', '.join(sorted(missing))})"
         raise UserError(problem(name, what, f"Do: sdft sweep {name}"))
     speeds = {s.inputs["pruned"].id: s for chain in chains for s in chain if s.name == "speed"}
     base_of = {pipeline.models(chain)["pruned"].id: chain[0] for chain in chains}
     entries = []
-    for trial in plan.trials:
-        base = exams[base_of[trial.train.inputs["model"].id].id]
-        entries.append(_describe_trial(trial, plan.name, base, storage))
+    with storage.survey():
+        for trial in plan.trials:
+            base = exams[base_of[trial.train.inputs["model"].id].id]
+            entries.append(_describe_trial(trial, plan.name, base, storage))
+        tried, untried = _read_drafts(plan, storage)
     cuts = {stage.id: stage for stage in shared.values() if stage.name == "cut"}
     bases = {stage.id: stage for stage in base_of.values()}
     models = [(stage, "base", exams[key], exams[key]) for key, stage in bases.items()]
     models += [(stage, "pruned", exams[key], exams[base_of[key].id]) for key, stage in cuts.items()]
     groups = _group(entries)
-    tried, untried = _read_drafts(plan, storage)
     for entry in entries:
         entry["draft"] = _join_drafts(tried[entry["id"]]) if entry["id"] in tried else None
     return {

@@ -90,6 +90,17 @@ def show(report: dict[str, Any], console: Console) -> None:
             f"Rewrites: {selection['kept']} of {selection['rows']} rows kept"
             + (f"; the reference stays for {others}." if others else ".")
         )
+    if report["nll"] and report["nll"]["rows"]:
+        console.print(nll_line(report["nll"]))
+
+
+def nll_line(nll: Mapping[str, Any]) -> str:
+    """Return how likely the base model finds rewrites and references, and how long they are."""
+    each = (
+        f"{name} {nll[key]['nll_per_token']:.3f} ({nll[key]['mean_tokens']:.0f} tokens)"
+        for name, key in (("rewrites", "distilled"), ("references", "reference"))
+    )
+    return f"Negative log-likelihood a token under the base, {nll['rows']} kept rows: {', '.join(each)}."
 
 
 def cut_line(cut: Mapping[str, Any], losses: Mapping[str, Any] | None = None) -> str:

@@ -8,15 +8,18 @@ inside functions: planning reads every VERSION and must not load torch or ray.
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from sdft_ray.artifacts import Stage
 from sdft_ray.compute import Compute
+from sdft_ray.errors import StageFailed
 from sdft_ray.progress import Progress
 from sdft_ray.storage import Storage
 
+_LOOK_SECONDS = 0.5  # between two looks at whether work is stopped
 Validated = Callable[[int, float], None] | None
 
 
@@ -30,6 +33,8 @@ class Work:
     progress: Progress
     validated: Validated = None
     """Who hears of a training's validation losses while it runs."""
+    stopped: threading.Event = dataclasses.field(default_factory=threading.Event)
+    """Set when a stage that is built beside this one failed: nobody waits for this one any more."""
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -45,6 +50,16 @@ class Work:
     def resumable(self) -> Path:
         """A directory for pieces that let this stage go on after a kill."""
         return self.storage.resumable(self.stage)
+
+    def result(self, task: Any) -> Any:
+        """Return what a Ray task makes; end it, and raise StageFailed, where this work is stopped."""
+        import ray
+
+        while not ray.wait([task], timeout=_LOOK_SECONDS)[0]:
+            if self.stopped.is_set():
+                ray.cancel(task, force=True)
+                raise StageFailed(f"{self.stage.name}: stopped, because a stage beside it failed")
+        return ray.get(task)
 
     def input(self, name: str) -> Path:
         """Return the verified directory of an input's artifact."""

@@ -70,26 +70,10 @@ dropped. Made by sdft_ray after *Self-Data Distillation* (arXiv 2410.09982).
 
 Sampling: {sampling}; each sample of a row has its own seed. `messages` holds prompt and response as a conversation;
 `generated` is what the model wrote last, kept or not.
-{_describe_shift(summary["shift"])}
+
 ## Examples
 {"".join(_describe_example(row) for row in examples.values())}"""
     (directory / "README.md").write_text(text, encoding="utf-8")
-
-
-def _describe_shift(shift: Mapping[str, Any] | None) -> str:
-    if shift is None:
-        return ""
-    lines = "\n".join(
-        f"| {name} | {shift[name]['mean_tokens']:.1f} | {shift[name]['nll_per_token']:.3f} |"
-        for name in ("reference", "distilled")
-    )
-    return f"""
-On {shift["rows"]} rows with a kept rewrite, given the prompt alone:
-
-| response | mean tokens | negative log-likelihood per token under the model |
-|---|---|---|
-{lines}
-"""
 
 
 def _describe_example(row: Mapping[str, Any]) -> str:

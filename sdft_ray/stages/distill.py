@@ -5,6 +5,7 @@ came from and why; README.md, its dataset card. Ray Data drives actors that each
 finishes goes into the ledger in small atomic pieces before anything else happens to it, so no kill costs more than one
 piece an actor; the artifact is a view of that ledger. The ledger's identity covers teacher, prompt and sampling, not
 which rows were asked for: more rows, more samples, another checker or another filter never generate anything again.
+How many rows may fail is a gate: it moves no id, and the finished counts are compared with it.
 Rows pass through the driver in batches: its memory does not grow with their number.
 """
 
@@ -28,13 +29,16 @@ from sdft_ray import ledger as ledgers
 from sdft_ray.artifacts import Stage, short_id, write_atomically
 from sdft_ray.core.prompts import CHECKABLE, OPEN, RENDERING_VERSION, render_prompt, rewrite_instruction
 from sdft_ray.core.selection import COMPLETE, REASONS, Generation, Rules, select_response
-from sdft_ray.errors import StageFailed
-from sdft_ray.stages import Work, card, shift
+from sdft_ray.errors import StageFailed, problem
+from sdft_ray.stages import Work, card
 from sdft_ray.stages.engine import Engine, Request, VllmEngine
 from sdft_ray.stages.rows import training_batches
 from sdft_ray.storage import Storage
 
-VERSION = 2
+VERSION = 3
+GATES = ("max_failed_fraction", "max_attempts")
+"""Settings of the recipe's `distill` that do not belong to what is computed."""
+_FINISHED = "finished.json"  # the summary of a dataset that is whole and that its gate stopped
 _SAMPLING = ("temperature", "top_p", "max_new_tokens", "dtype", "seed")
 _COUNTS = ("done", "kept", "prompt_tokens", "tokens")
 _REQUEST_COLUMNS = ("id", "prompt", "reference", "answer")
@@ -44,9 +48,46 @@ _NARROWING = 16  # rows that more than one engine died on are tried in groups th
 
 
 def build(work: Work) -> dict[str, Any]:
-    """Generate what the ledger lacks, then select and write the dataset."""
-    ledger = work.storage.ledger(ledger_name(work))
-    with work.storage.lock(f"ledger-{ledger.name}"):  # recipes that ask for other rows share it
+    """Generate what the ledger lacks, then select and write the dataset.
+
+    A dataset that its gate stopped lies there: a looser gate finishes it at once, the same one asks for what failed
+    once more.
+    """
+    finished = work.resumable / _FINISHED
+    if finished.is_file() and (work.directory / "train.parquet").is_file():
+        summary = dict(json.loads(finished.read_text()))
+        if _failed_fraction(summary) <= _allowed(work.stage):
+            return summary
+    finished.unlink(missing_ok=True)
+    summary = _make_dataset(work)
+    if _failed_fraction(summary) > _allowed(work.stage):
+        write_atomically(finished, json.dumps(summary))
+    require_gates(work.stage, summary)
+    return summary
+
+
+def require_gates(stage: Stage, summary: Mapping[str, Any]) -> None:
+    """Raise StageFailed where more rows failed in the engine than the recipe allows."""
+    if _failed_fraction(summary) > _allowed(stage):
+        what = f"{summary['reasons']['error']} of {summary['rows']} rows failed in the engine"
+        what += f", mostly with: {summary['usual_error']}"
+        what += f" (got {_failed_fraction(summary):.2%}; expected at most {_allowed(stage):.2%})"
+        raise StageFailed(problem("distill.max_failed_fraction", what, "Raise it; what was generated is kept"))
+
+
+def _failed_fraction(summary: Mapping[str, Any]) -> float:
+    return float(summary["reasons"]["error"] / summary["rows"])
+
+
+def _allowed(stage: Stage) -> float:
+    return float(stage.gates["max_failed_fraction"])
+
+
+def _make_dataset(work: Work) -> dict[str, Any]:
+    """Generate what the ledger lacks and write the dataset; return its figures."""
+    identity = ledger_id(work)
+    with work.storage.lock(f"ledger-{identity}"):  # recipes that ask for other rows share it
+        ledger = work.storage.ledger(f"{work.stage.inputs['model'].slug}-{identity}")
         work.storage.bring(ledger)
         _tidy(work, ledger)
         # A name of its own: what another node has of an earlier run is not this.
@@ -62,7 +103,7 @@ def build(work: Work) -> dict[str, Any]:
             work.storage.bring(ledger, "part-*")
             _tidy(work, ledger)
         with ledgers.open_ledger(ledger) as lines_of:
-            summary = _write_dataset(work, lines_of, ledger)
+            summary = _write_dataset(work, lines_of)
     return {**summary, "ledger": ledger.name}
 
 
@@ -74,8 +115,8 @@ def _tidy(work: Work, ledger: Path) -> None:
     work.storage.mirror(ledger)
 
 
-def ledger_name(work: Work) -> str:
-    """Return the name of the ledger that these rows' generations go into."""
+def ledger_id(work: Work) -> str:
+    """Return the id of the ledger that these rows' generations go into."""
     identity = {
         "model": work.stage.inputs["model"].id,
         "rendering": RENDERING_VERSION,
@@ -83,7 +124,7 @@ def ledger_name(work: Work) -> str:
         "template_options": work.settings["template_options"],
         **{key: work.settings[key] for key in _SAMPLING},
     }
-    return f"{work.stage.inputs['model'].slug}-{short_id(identity)}"
+    return short_id(identity)
 
 
 def _template(settings: Mapping[str, Any]) -> str:
@@ -204,6 +245,7 @@ def _generate(work: Work, requests: Path, missing: int, ledger: Path) -> None:
             "storage": work.storage,
             "stage": work.stage,
             "settings": dict(work.settings),
+            "max_attempts": work.stage.gates["max_attempts"],
             "options": plan.engine.model_dump() | {"tensor_parallel_size": plan.tensor_parallel_size},
             "alone": pool.max == 1,
             "requests": requests.name,
@@ -264,7 +306,7 @@ def _died_on(ledger: Path) -> str:
     return f"the engine died {times} times over one batch, the last time on {rows}{said}"
 
 
-def _write_dataset(work: Work, lines_of: Callable[..., ledgers.Lines], ledger: Path) -> dict[str, Any]:
+def _write_dataset(work: Work, lines_of: Callable[..., ledgers.Lines]) -> dict[str, Any]:
     """Write train.parquet and its card; return the figures."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -272,7 +314,6 @@ def _write_dataset(work: Work, lines_of: Callable[..., ledgers.Lines], ledger: P
     counts: Counter[str] = Counter()
     messages: Counter[str] = Counter()
     generated = tokens = 0
-    chosen = shift.Sample(work.settings["shift_rows"], work.settings["seed"])
     examples: dict[str, dict[str, Any]] = {}
     schema = card.schema()
     with pq.ParquetWriter(work.directory / "train.parquet", schema) as file:
@@ -286,25 +327,17 @@ def _write_dataset(work: Work, lines_of: Callable[..., ledgers.Lines], ledger: P
             tokens += sum(line["tokens"] for made in lines.values() for line in made)
             for row in selected:
                 examples.setdefault(row["reason"], row)
-                if row["reason"] == "kept":
-                    chosen.offer(row)
             file.write_table(pa.Table.from_pylist([card.record(row) for row in selected], schema))
     rows = counts.total()
-    if counts["error"] / rows > work.settings["max_failed_fraction"]:
-        raise StageFailed(
-            f"distill: {counts['error']} of {rows} rows failed in the engine (allowed: "
-            f"{work.settings['max_failed_fraction']:.0%}), mostly: {messages.most_common(1)[0][0]}. "
-            f"{rows - counts['error']} generated rows are kept in {work.storage.told(ledger)}"
-        )
     summary = {
         "rows": rows,
         "kept": counts["kept"],
         "acceptance": counts["kept"] / rows,
         "reasons": {reason: counts[reason] for reason in REASONS},
+        "usual_error": messages.most_common(1)[0][0] if messages else None,
         "generations": generated,
         "generated_tokens": tokens,
         "mean_generated_tokens": tokens / generated,
-        "shift": _measure_shift(work, chosen.rows),
     }
     card.write(work.directory, work.stage, summary, examples)
     return summary
@@ -321,18 +354,6 @@ def _samples(lines: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str
     return [best[sample] for sample in sorted(best)]
 
 
-def _measure_shift(work: Work, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    import ray
-
-    if not rows:
-        return None
-    plan = work.compute.distill
-    device = "cuda" if plan.gpus else "cpu"
-    measure = ray.remote(num_cpus=plan.cpus, num_gpus=plan.gpus or None)(shift.measure)
-    found: dict[str, Any] = ray.get(measure.remote(work.handle("model"), work.settings["dtype"], device, rows))
-    return found
-
-
 # --- in the actors ----------------------------------------------------------------------------------------------
 
 
@@ -346,6 +367,7 @@ class Rewriter:
         storage: Storage,
         stage: Stage,
         settings: dict[str, Any],
+        max_attempts: int,
         options: dict[str, Any],
         alone: bool,
         requests: str,
@@ -358,7 +380,7 @@ class Rewriter:
         directory = str(model())
         self.engine = engine(directory, settings, options, alone)
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
-        self.settings, self.piece_rows = settings, piece_rows
+        self.settings, self.max_attempts, self.piece_rows = settings, max_attempts, piece_rows
         self.storage, self.ledger = storage, storage.ledger(ledger)
         self.requests = storage.resumable(stage) / requests
         storage.bring(self.requests.parent, requests)
@@ -439,8 +461,8 @@ class Rewriter:
             return None
         sample, failed = draw
         before = row["failed"] if sample == row["sample"] else 0
-        # Whatever happened in earlier runs, each run tries once: its cause may have been mended.
-        return sample if not failed or before + failed < self.settings["max_attempts"] else None
+        # Whatever happened in earlier runs, each run tries once: its cause may have been fixed.
+        return sample if not failed or before + failed < self.max_attempts else None
 
     def _request(self, row: Mapping[str, Any], sample: int) -> Request:
         instruction = rewrite_instruction(row["prompt"], row["reference"], _template(self.settings))

@@ -29,14 +29,14 @@ from sdft_ray.stages.rows import read_split
 
 VERSION = 1
 HELD_OUT = "held_out"
-FIRST = "the first that is higher for a better model"
 
 
 @dataclasses.dataclass(frozen=True)
 class Exam:
     """How a benchmark task is taken."""
 
-    metric: str
+    metric: str | None
+    """None: the first of the task's that is higher for a better model."""
     shots: int = 0
     revision: str | None = None
     """Commit of the task's dataset on the hub; without one the harness takes the newest."""
@@ -70,7 +70,7 @@ def exam(preset: str, task: str) -> Exam:
     """Return how a task is taken under a preset; raises UserError for a task that the preset does not have."""
     known = {"offline": OFFLINE, "openllm_v1": OPENLLM_V1}.get(preset)
     if known is None:
-        return Exam(FIRST)  # any task of the harness
+        return Exam(None)  # any task of the harness
     if task not in known:
         do = nearest(task, [*known, HELD_OUT])
         raise UserError(problem("evaluate.tasks", f"{task} is not in the {preset} preset", do))
@@ -91,7 +91,7 @@ def build(work: Work) -> dict[str, Any]:
 
     plan = work.compute.evaluate
     held_out = read_split(work.input("rows"), HELD_OUT) if work.settings["task"] == HELD_OUT else []
-    score, items = ray.get(
+    score, items = work.result(
         ray.remote(examine)
         .options(
             num_cpus=plan.cpus,
@@ -324,7 +324,7 @@ def _run_harness(
     results = found["results"][settings["task"]]
     everything = [sample for each in found["samples"].values() for sample in each]
     metric = settings["metric"]
-    if metric == FIRST:
+    if metric is None:
         better = found["higher_is_better"].get(settings["task"], {})
         metric = choose_metric(settings["task"], results, better, everything)
     name = metric.partition(",")[0]

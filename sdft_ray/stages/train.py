@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sdft_ray import compute, recipe
-from sdft_ray.artifacts import write_atomically
+from sdft_ray.artifacts import Stage, write_atomically
 from sdft_ray.core.prompts import TrainingRow, encode_row
 from sdft_ray.core.surgery import older_rope
 from sdft_ray.directory import require_loadable, require_same_logits, write_companions
@@ -31,6 +31,8 @@ from sdft_ray.stages.rows import read_split, read_training_rows
 from sdft_ray.stages.state import LOGITS, steps_in
 
 VERSION = 4
+GATES = ("max_too_long_fraction",)
+"""Settings of the recipe's `train` that do not belong to what is computed."""
 
 
 def build(work: Work) -> dict[str, Any]:
@@ -51,6 +53,7 @@ def build(work: Work) -> dict[str, Any]:
     source, column = ("distilled", "response") if work.settings["arm"] == "distilled" else ("rows", "reference")
     raw = [row for place in _inputs(work, source) for row in read_training_rows(place, settings["rows"])]
     rows, ids, counts = encode(tokenizer, raw, column, settings)
+    require_gates(work.stage, {"rows": len(rows), **counts})
     watched = [row for place in _inputs(work, "rows") for row in read_split(place, "validation")]
     validation, _, _ = encode(tokenizer, watched, "reference", settings, watched=True)
     require_vocabulary(base, tokenizer, [*rows, *validation])
@@ -287,7 +290,7 @@ def encode(
 ) -> tuple[list[TrainingRow], list[str], dict[str, int]]:
     """Return rows as token ids, their ids, and how many were too long; `watched` rows are not trained on.
 
-    Raises UserError where more rows are too long than the recipe allows, or none is left with a token to train.
+    Raises UserError where none is left with a token to train.
     """
     limit, fate = settings["max_tokens"], settings["too_long"]
     rows, ids, too_long, left_out = [], [], 0, 0
@@ -301,13 +304,22 @@ def encode(
             row = TrainingRow(row.ids[:limit], row.trained_from)  # without its end of turn: none is taught there
         rows.append(row)
         ids.append(line["id"])
-    if not watched and (too_long > settings["max_too_long_fraction"] * len(raw) or not rows):
+    if not watched and not rows:
         what = f"{too_long} of {len(raw)} rows are longer than {limit} tokens"
-        if too_long <= settings["max_too_long_fraction"] * len(raw):
+        if fate == "truncate":
             what += ", and none of them has a token with loss within those"
-        do = "Raise it, or raise train.max_too_long_fraction" if rows else "Raise it"
-        raise UserError(problem("train.max_tokens", what, do))
+        raise UserError(problem("train.max_tokens", what, "Raise it"))
     return rows, ids, {"rows_too_long": too_long, "rows_left_out": left_out}
+
+
+def require_gates(stage: Stage, counts: Mapping[str, Any]) -> None:
+    """Raise UserError where more rows were too long than the recipe allows."""
+    rows, too_long = counts["rows"] + counts["rows_left_out"], counts["rows_too_long"]
+    allowed = stage.gates["max_too_long_fraction"]
+    if too_long > allowed * rows:
+        what = f"{too_long} of {rows} rows are longer than {stage.settings['train']['max_tokens']} tokens"
+        what += f" (got {too_long / rows:.2%}; expected at most {allowed:.2%})"
+        raise UserError(problem("train.max_tokens", what, "Raise it, or raise train.max_too_long_fraction"))
 
 
 def require_vocabulary(base: Path, tokenizer: Any, rows: Sequence[TrainingRow]) -> None:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pin
 import pytest
 
 from sdft_ray import pipeline
@@ -74,8 +75,17 @@ FIXED = {
 }
 
 
+# What moves no number: gates, which finished counts are compared with, and how many rows a diagnostic looks at.
+GATES = {"distill.max_failed_fraction", "distill.max_attempts", "train.max_too_long_fraction"}
+DIAGNOSTICS = {"distill.shift_rows": "nll"}
+
+
 def final_ids(data: dict) -> list[str]:
     return [stage.id for stage in pipeline.stages(validate(Recipe, data)) if stage.name == "evaluate"]
+
+
+def all_ids(data: dict) -> set[tuple[str, str]]:
+    return {(stage.name, stage.id) for stage in pipeline.stages(validate(Recipe, data))}
 
 
 def with_leaf(data: dict, path: str, value) -> dict:
@@ -88,10 +98,10 @@ def with_leaf(data: dict, path: str, value) -> dict:
     return changed
 
 
-def test_every_recipe_leaf_moves_a_final_id(recipe):
+def test_every_recipe_leaf_that_can_change_a_number_moves_a_final_id(recipe):
     original, moved = final_ids(recipe), 0
     for path, value in leaves(recipe):
-        if path in FIXED or path.startswith("arms."):
+        if path in FIXED | GATES | {*DIAGNOSTICS} or path.startswith("arms."):
             continue
         if path == "rows.answer":  # held_out needs checkable rows
             changed = with_leaf(with_leaf(recipe, path, "none"), "evaluate.tasks", ["arc_easy"])
@@ -108,6 +118,22 @@ def test_every_recipe_leaf_moves_a_final_id(recipe):
         assert final_ids(with_leaf(recipe, path, other)) != original, path
         moved += 1
     assert moved > 35
+
+
+@pytest.mark.parametrize("path", sorted(GATES))
+def test_a_gate_moves_no_id_and_goes_with_its_stage(recipe, path):
+    name, _, field = path.partition(".")
+    changed = with_leaf(recipe, path, 1)
+    assert all_ids(changed) == all_ids(recipe)
+    gates = [stage.gates for stage in pipeline.stages(validate(Recipe, changed)) if stage.name == name]
+    assert gates and all(each[field] == 1 for each in gates)
+
+
+@pytest.mark.parametrize(("path", "stage"), DIAGNOSTICS.items())
+def test_a_diagnostic_moves_its_own_stage_alone_which_nothing_depends_on(recipe, path, stage):
+    more, none = all_ids(with_leaf(recipe, path, 65)), all_ids(with_leaf(recipe, path, 0))
+    assert {name for name, _ in more ^ all_ids(recipe)} == {name for name, _ in none ^ all_ids(recipe)} == {stage}
+    assert stage not in {name for name, _ in none}
 
 
 def test_every_way_to_choose_blocks_has_its_own_ids(recipe):
@@ -179,6 +205,17 @@ def test_a_moved_file_keeps_its_identity(recipe, tmp_path):
 def test_storage_root_and_cwd_are_in_no_identity(recipe, tmp_path):
     text = json.dumps([stage.lineage for stage in pipeline.stages(validate(Recipe, recipe))])
     assert str(tmp_path) not in text
+
+
+def test_ids_of_shipped_recipes_and_sweeps_are_the_pinned_ones():
+    assert pin.read_ids() == pin.plan_ids(), "an id moved: say so in CHANGELOG.md, and do: python -m tests.pin"
+
+
+def test_no_identity_holds_a_sentence(recipe):
+    harness = with_leaf(with_leaf(recipe, "evaluate.preset", "harness"), "evaluate.tasks", ["arc_easy", "held_out"])
+    for stage in pipeline.stages(validate(Recipe, harness)):
+        for path, value in leaves(stage.identity):
+            assert not isinstance(value, str) or " " not in value, (stage.name, path)
 
 
 def test_every_shipped_config_loads_and_plans(tmp_path):

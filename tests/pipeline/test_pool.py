@@ -58,7 +58,7 @@ SCRIPT = textwrap.dedent(
     def finished():
         return len(log.read_text().split())
 
-    work = make_work(folder, Path(sys.argv[2]), ROWS, answer="none", shift_rows=0)
+    work = make_work(folder, Path(sys.argv[2]), ROWS, answer="none")
     plan = {"actors": {"min": 1, "max": 3}, "cpus": 1, "batch_rows": 20, "piece_rows": 4}
     (folder / "compute.yaml").write_text(json.dumps({"ray": {"address": cluster.address}, "distill": plan}))
     compute = load_compute(folder / "compute.yaml")

@@ -12,7 +12,7 @@ import pytest
 from datasets import load_dataset
 from huggingface_hub import DatasetCard
 
-from sdft_ray import compute
+from sdft_ray import compute, pipeline
 from sdft_ray.artifacts import Stage
 from sdft_ray.core.selection import Generation
 from sdft_ray.errors import StageFailed
@@ -31,12 +31,10 @@ SETTINGS = {
     "strip_thinking": True,
     "filters": {"leak": True, "refusal": True, "repeated": True, "too_long": 4.0},
     "samples": 1,
-    "max_attempts": 3,
-    "shift_rows": 0,
-    "max_failed_fraction": 0.5,
     "answer": "number",
     "rows": None,
 }
+GATES = {"max_attempts": 3, "max_failed_fraction": 0.5}
 PLAN = compute.Compute(distill=compute.Distill(cpus=1, batch_rows=8, piece_rows=2))
 
 
@@ -83,21 +81,24 @@ def fake_engine(
     return FakeEngine
 
 
-def make_work(root: Path, model: Path, count: int, max_failures: int = 10, **settings) -> Work:
-    """Return the distill stage's work on `count` training rows, its inputs being there already."""
+def make_work(root: Path, model: Path, count: int, max_failures: int = 10, slug: str = "sums", **settings) -> Work:
+    """Return the distill stage's work on `count` training rows, its inputs being there already; `slug` is what people
+    call model and rows."""
     raw = [
         {"prompt": f"What is {i} + {i}?", "reference": f"It is {2 * i}.\n#### {2 * i}", "answer": None}
         for i in range(max(40, count + 4))
     ]
     splits, _ = rows.split_rows(raw, "number", 0, 2, 2)
     storage = Storage(str(root))
-    base = Stage("model", "tiny", 1, {}, location=model)
-    rows_stage = Stage("rows", "sums", 1, {})
+    base = Stage("model", slug, 1, {}, location=model)
+    rows_stage = Stage("rows", slug, 1, {})
     if storage.status(rows_stage) != "done":
         directory = storage.scratch(rows_stage)
         rows.write_splits(directory, splits)
         storage.commit(rows_stage, {}, 0.0)
-    stage = Stage("distill", "sums", 1, SETTINGS | {"rows": count} | settings, {"model": base, "rows": rows_stage})
+    gates = {name: settings.pop(name, usual) for name, usual in GATES.items()}
+    settings = SETTINGS | {"rows": count} | settings
+    stage = Stage("distill", slug, 1, settings, {"model": base, "rows": rows_stage}, gates=gates)
     plan = PLAN.distill.model_copy(update={"max_failures": max_failures})
     return Work(stage, storage, PLAN.model_copy(update={"distill": plan}), Progress("distill", "rows"))
 
@@ -116,17 +117,13 @@ def written(work: Work) -> list[dict]:
 
 def test_distill_every_row_kept_has_the_rewrite(ray_cluster, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(distill, "VllmEngine", fake_engine(tmp_path / "log"))
-    work = make_work(tmp_path, tiny_model, 20, shift_rows=4)
+    work = make_work(tmp_path, tiny_model, 20)
     summary = distill.build(work)
     assert summary["rows"] == summary["kept"] == 20
     for row in written(work):
         assert row["response"] == f"{row['answer']} is it"
         assert row["source"] == "distilled"
         assert [turn["content"] for turn in row["messages"]] == [row["prompt"], row["response"]]
-    assert summary["shift"]["rows"] == 4
-    assert all(summary["shift"][name]["nll_per_token"] > 0 for name in ("reference", "distilled"))
-    # One token a byte, and the end of the turn.
-    assert 8 <= summary["shift"]["distilled"]["mean_tokens"] <= 9 < summary["shift"]["reference"]["mean_tokens"]
     card = DatasetCard.load(work.directory / "README.md")
     assert card.data.license == "unknown" and "| kept | 20 |" in card.text
     for loaded in (
@@ -165,7 +162,7 @@ def test_distill_a_killed_actor_loses_no_row_and_doubles_none(ray_cluster, tiny_
     # 5 rows were finished, 4 of them in durable pieces of 2: only the fifth and the killed one come again.
     again = Counter(row for row, _, _ in logged(log))
     assert sum(count - 1 for count in again.values()) == 2
-    ledger = killed.storage.ledger(distill.ledger_name(killed))
+    (ledger,) = (killed.storage.root / "ledger").iterdir()
     pieces = [row["id"] for path in ledger.glob("*.parquet") for row in pq.read_table(path).to_pylist()]
     assert len(pieces) == len(set(pieces)) == 20
 
@@ -247,23 +244,60 @@ def test_distill_an_engine_that_always_breaks_ends_the_stage_and_keeps_the_rest(
     assert 0 < len(logged(tmp_path / "log2")) < 36
 
 
-def test_distill_too_many_errors_stop_the_stage_and_keep_the_rows(ray_cluster, tiny_model, tmp_path, monkeypatch):
+def test_distill_over_its_gate_stops_in_one_line_keeps_the_rows_and_asks_for_failed_ones_again(
+    ray_cluster, tiny_model, tmp_path, monkeypatch
+):
     monkeypatch.setattr(distill, "VllmEngine", fake_engine(tmp_path / "log", error_on="What is 1"))
     work = make_work(tmp_path, tiny_model, 36, max_failed_fraction=0.01)
-    with pytest.raises(StageFailed, match=r"rows failed in the engine .* prompt refused\. \d+ generated rows are kept"):
+    with pytest.raises(StageFailed) as failure:
         distill.build(work)
+    failed = sum(row["reason"] == "error" for row in written(work))
+    assert str(failure.value) == (
+        f"distill.max_failed_fraction: {failed} of 36 rows failed in the engine, mostly with: prompt refused "
+        f"(got {failed / 36:.2%}; expected at most 1.00%). Raise it; what was generated is kept."
+    )
     monkeypatch.setattr(distill, "VllmEngine", fake_engine(tmp_path / "log2"))
-    distill.build(work)
-    finished = len(logged(tmp_path / "log")) - len(logged(tmp_path / "log2"))
-    assert finished > 0
+    assert distill.build(work)["kept"] == 36
+    assert len(logged(tmp_path / "log2")) == failed
 
 
-def test_ledger_name_moves_with_sampling_but_not_with_rows_or_checks(tmp_path, tiny_model):
-    name = distill.ledger_name(make_work(tmp_path, tiny_model, 10))
-    assert distill.ledger_name(make_work(tmp_path, tiny_model, 20)) == name
-    assert distill.ledger_name(make_work(tmp_path, tiny_model, 10, max_failed_fraction=0.2)) == name
+def test_distill_over_its_gate_is_finished_at_once_by_a_looser_one_and_stopped_by_a_stricter_one_later(
+    ray_cluster, tiny_model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(distill, "VllmEngine", fake_engine(tmp_path / "log", error_on="What is 1"))
+    strict = make_work(tmp_path, tiny_model, 36, max_failed_fraction=0.01)
+    plan = compute.load_compute().model_copy(update={"distill": PLAN.distill})
+    with pytest.raises(StageFailed) as failure:
+        pipeline.build([strict.stage], plan, strict.storage)
+    asked = len(logged(tmp_path / "log"))
+    loose = make_work(tmp_path, tiny_model, 36, max_failed_fraction=0.9)
+    assert loose.stage.id == strict.stage.id
+    pipeline.build([loose.stage], plan, loose.storage)
+    assert len(logged(tmp_path / "log")) == asked, "no engine was needed"
+    assert loose.storage.manifest(loose.stage)["summary"]["reasons"]["error"] > 0
+    with pytest.raises(StageFailed) as again:
+        pipeline.build([strict.stage], plan, strict.storage)
+    assert str(again.value) == str(failure.value)
+
+
+def test_distill_finds_its_ledger_after_the_model_and_the_rows_got_other_names(
+    ray_cluster, tiny_model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(distill, "VllmEngine", fake_engine(tmp_path / "log"))
+    first = distill.build(make_work(tmp_path, tiny_model, 10))
+    renamed = make_work(tmp_path, tiny_model, 20, slug="renamed")
+    second = distill.build(renamed)
+    assert second["ledger"] == first["ledger"] and second["kept"] == 20
+    assert len(logged(tmp_path / "log")) == 20, "only the ten new rows were asked for"
+
+
+def test_ledger_moves_with_sampling_but_not_with_rows_names_or_checks(tmp_path, tiny_model):
+    name = distill.ledger_id(make_work(tmp_path, tiny_model, 10))
+    assert distill.ledger_id(make_work(tmp_path, tiny_model, 20)) == name
+    assert distill.ledger_id(make_work(tmp_path, tiny_model, 20, slug="renamed")) == name
+    assert distill.ledger_id(make_work(tmp_path, tiny_model, 10, max_failed_fraction=0.2)) == name
     for change in ({"temperature": 0.5}, {"seed": 1}, {"dtype": "bfloat16"}, {"template": "{prompt}{reference}"}):
-        assert distill.ledger_name(make_work(tmp_path, tiny_model, 10, **change)) != name
+        assert distill.ledger_id(make_work(tmp_path, tiny_model, 10, **change)) != name
 
 
 def test_sampling_seed_depends_on_row_and_recipe_seed_only():

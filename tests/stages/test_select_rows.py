@@ -73,6 +73,6 @@ def test_select_rows_keeps_the_first_sample_that_passes_and_tells_its_seed():
 def test_ledger_is_another_one_only_where_other_text_would_be_generated(tmp_path, change, moves):
     def name(settings) -> str:
         stage = Stage("distill", "sums", 1, settings, {"model": Stage("model", "tiny", 1, {})})
-        return distill.ledger_name(Work(stage, Storage(str(tmp_path)), Compute(), Progress("distill", "rows")))
+        return distill.ledger_id(Work(stage, Storage(str(tmp_path)), Compute(), Progress("distill", "rows")))
 
     assert (name(SETTINGS | change) != name(SETTINGS)) is moves

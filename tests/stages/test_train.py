@@ -1,5 +1,6 @@
 """The train stage on real Ray Train and DeepSpeed: what must not move the losses, and what a kill must not cost."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -45,8 +46,9 @@ def make_work(root: Path, model: Path, plan: compute.Train, **settings) -> Work:
         "train",
         "tiny",
         1,
-        {"arm": "sft", "train": chosen.model_dump(mode="json")},
+        {"arm": "sft", "train": chosen.model_dump(mode="json", exclude={*train.GATES})},
         {"model": base, "rows": rows_stage},
+        gates=chosen.model_dump(include={*train.GATES}),
     )
     return Work(stage, storage, compute.Compute(train=plan), Progress("train", "steps"))
 
@@ -379,11 +381,29 @@ def test_train_rows_over_max_tokens_are_refused_with_their_number(tiny_model, tm
         train.build(work)
 
 
+def test_train_gate_is_compared_with_the_counts_of_a_finished_artifact_as_before_training(tiny_model, tmp_path):
+    work = make_work(tmp_path, tiny_model, plan(), max_tokens=70, max_too_long_fraction=0.1)
+    with pytest.raises(UserError) as building:
+        train.build(work)
+    counts = {"rows": 23, "rows_too_long": 5, "rows_left_out": 5}
+    with pytest.raises(UserError) as finished:
+        train.require_gates(work.stage, counts)
+    assert (
+        str(building.value)
+        == str(finished.value)
+        == (
+            "train.max_tokens: 5 of 28 rows are longer than 70 tokens (got 17.86%; expected at most 10.00%). "
+            "Raise it, or raise train.max_too_long_fraction."
+        )
+    )
+    train.require_gates(dataclasses.replace(work.stage, gates={"max_too_long_fraction": 0.2}), counts)
+
+
 LONG = [{"id": "a", "prompt": "1?", "text": "1"}, {"id": "b", "prompt": "2?", "text": "2" * 99}]
 
 
 def test_encode_leaves_long_rows_out_or_truncates_them():
-    settings = {"max_tokens": 60, "too_long": "leave_out", "max_too_long_fraction": 0.5}
+    settings = {"max_tokens": 60, "too_long": "leave_out"}
     rows, ids, counts = train.encode(make_tokenizer(), LONG, "text", settings)
     assert (len(rows), ids, counts) == (1, ["a"], {"rows_too_long": 1, "rows_left_out": 1})
     rows, ids, counts = train.encode(make_tokenizer(), LONG, "text", settings | {"too_long": "truncate"})
@@ -393,7 +413,7 @@ def test_encode_leaves_long_rows_out_or_truncates_them():
 
 
 def test_encode_rows_that_truncation_leaves_without_loss_are_refused():
-    settings = {"max_tokens": 20, "too_long": "truncate", "max_too_long_fraction": 1.0}
+    settings = {"max_tokens": 20, "too_long": "truncate"}
     with pytest.raises(
         UserError, match="2 of 2 rows are longer than 20 tokens, and none of them has a token with loss"
     ):

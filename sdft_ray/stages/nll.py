@@ -1,0 +1,109 @@
+"""Stage `nll`: how far the rewrites lie from the references, in the base model's own eyes.
+
+In: the base model and the distilled rows. Out: nll.json: of a sample of the rows that keep their rewrite, the lengths
+of references and rewrites in tokens, and the mean negative log-likelihood of a token of each, given the prompt without
+the reference. The rewrites should be the likelier ones: that is what the method is about. Nothing depends on this
+stage, so measuring on more rows moves no other number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sdft_ray.artifacts import write_atomically
+from sdft_ray.core.prompts import TrainingRow, encode_row
+from sdft_ray.stages import Work
+from sdft_ray.stages.rows import training_batches
+
+VERSION = 1
+COLUMNS = {"reference": "reference", "distilled": "response"}
+_FORWARD_TOKENS = 2048  # of one forward pass: a few rows of a small model's data, hundreds of MB of logits at most
+
+
+def build(work: Work) -> dict[str, Any]:
+    """Write nll.json."""
+    rows = draw_rows(training_batches(work.input("distilled"), None), work.settings["rows"], work.settings["seed"])
+    work.progress.begin(len(COLUMNS) * len(rows))
+    found: dict[str, Any] = {"rows": len(rows)}
+    if rows:
+        sums = {name: {"rows": 0.0, "tokens": 0.0, "nll": 0.0} for name in COLUMNS}
+        for name, portion in _measure_on_ray(work, rows):
+            sums[name] = {key: value + portion[key] for key, value in sums[name].items()}
+            work.progress.update(int(sum(each["rows"] for each in sums.values())))
+        for name, each in sums.items():
+            found[name] = {"mean_tokens": each["tokens"] / len(rows), "nll_per_token": each["nll"] / each["tokens"]}
+    write_atomically(work.directory / "nll.json", json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def draw_rows(batches: Iterable[Sequence[Mapping[str, Any]]], count: int, seed: int) -> list[dict[str, str]]:
+    """Return some of the rows that keep their rewrite, drawn by their ids without regard to their order."""
+
+    def rank(row: Mapping[str, Any]) -> bytes:
+        return hashlib.sha256(f"shift:{seed}:{row['id']}".encode()).digest()
+
+    kept = (row for batch in batches for row in batch if row["reason"] == "kept")
+    return [
+        {name: row[name] for name in ("prompt", *COLUMNS.values())} for row in heapq.nsmallest(count, kept, key=rank)
+    ]
+
+
+def _measure_on_ray(work: Work, rows: Sequence[Mapping[str, str]]) -> Iterator[tuple[str, dict[str, float]]]:
+    import ray
+
+    plan = work.compute.distill
+    task = ray.remote(measure).options(
+        num_cpus=plan.cpus, num_gpus=plan.gpus or None, num_returns="streaming", name="nll"
+    )
+    for portion in task.remote(work.handle("model"), work.settings["dtype"], "cuda" if plan.gpus else "cpu", rows):
+        yield ray.get(portion)
+
+
+def measure(
+    model: Callable[[], Path], dtype: str, device: str, rows: Sequence[Mapping[str, str]]
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Yield, some rows at a time, whose responses they are and the sums of their tokens and of their losses in nats."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    directory = model()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).to(device).eval()
+    for name, column in COLUMNS.items():
+        for some in _portions([encode_row(tokenizer, row["prompt"], row[column]) for row in rows]):
+            tokens = sum(len(row.ids) - row.trained_from for row in some)
+            yield name, {"rows": len(some), "tokens": tokens, "nll": summed_loss(loaded, some)}
+
+
+def summed_loss(model: Any, rows: Sequence[TrainingRow]) -> float:
+    """Return the negative log-likelihood of all trained tokens of some rows, summed."""
+    import torch
+
+    from sdft_ray.core.packing import pack_rows
+
+    packed = pack_rows(rows)
+    with torch.inference_mode():
+        logits = model(
+            input_ids=packed.input_ids.to(model.device),
+            position_ids=packed.position_ids.to(model.device),
+            logits_to_keep=packed.keep.to(model.device),
+            use_cache=False,
+        ).logits  # (1, K, V)
+        targets = packed.targets.to(model.device)
+        return float(torch.nn.functional.cross_entropy(logits[0].float(), targets, reduction="sum"))
+
+
+def _portions(rows: Sequence[TrainingRow]) -> Iterator[list[TrainingRow]]:
+    portion: list[TrainingRow] = []
+    for row in rows:
+        if portion and sum(len(each.ids) for each in [*portion, row]) > _FORWARD_TOKENS:
+            yield portion
+            portion = []
+        portion.append(row)
+    if portion:
+        yield portion

@@ -1,0 +1,85 @@
+"""The likelihood of references and rewrites: which rows it is measured on, and that the measure is the usual loss."""
+
+import json
+import random
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sdft_ray import compute, pipeline
+from sdft_ray.artifacts import Stage
+from sdft_ray.progress import Progress
+from sdft_ray.stages import Work, nll
+from sdft_ray.storage import Storage
+
+torch.set_num_threads(1)
+
+ROWS = [
+    {
+        "id": f"{i:016x}",
+        "prompt": f"What is {i}?",
+        "reference": f"It is {i}." * (1 + i % 3),
+        "response": f"{i}, simply.",
+    }
+    for i in range(40)
+]
+
+
+def test_draw_rows_depends_on_the_rows_and_not_on_their_order_and_takes_only_kept_ones():
+    mixed = [{**row, "reason": "kept" if i % 4 else "leak"} for i, row in enumerate(ROWS)]
+    drawn = [
+        nll.draw_rows([order[:7], order[7:]], 5, seed=0)
+        for order in (mixed, random.Random(0).sample(mixed, len(mixed)))
+    ]
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 5
+    assert nll.draw_rows([mixed], 3, seed=0) == drawn[0][:3] != nll.draw_rows([mixed], 3, seed=1)
+    kept = {row["prompt"] for row in mixed if row["reason"] == "kept"}
+    assert {row["prompt"] for row in nll.draw_rows([mixed], 40, seed=0)} == kept
+
+
+@pytest.fixture
+def make_stage(tiny_model, tmp_path):
+    """Return the stage on distilled rows with these reasons, which are there already, and the storage."""
+
+    def make(reasons: list[str]) -> tuple[Stage, Storage]:
+        storage = Storage(str(tmp_path / "root"))
+        distilled = Stage("distill", "sums", 1, {"reasons": reasons})
+        rows = [{**row, "reason": reason} for row, reason in zip(ROWS, reasons, strict=True)]
+        pq.write_table(pa.Table.from_pylist(rows), storage.scratch(distilled) / "train.parquet")
+        storage.commit(distilled, {}, 0.0)
+        base = Stage("model", "tiny", 1, {}, location=tiny_model)
+        settings = {"rows": 64, "dtype": "float32", "seed": 0}
+        return Stage("nll", "sums", nll.VERSION, settings, {"model": base, "distilled": distilled}), storage
+
+    return make
+
+
+def test_nll_equals_the_models_own_loss_row_by_row(ray_cluster, tiny_model, make_stage):
+    stage, storage = make_stage(["kept"] * len(ROWS))
+    pipeline.build([stage], compute.load_compute(), storage)
+    found = json.loads((storage.fetch(stage) / "nll.json").read_text())
+    assert found == storage.manifest(stage)["summary"] and found["rows"] == len(ROWS)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    for name, column in (("reference", "reference"), ("distilled", "response")):
+        total = tokens = 0
+        for row in ROWS:
+            prompt = f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n"
+            before = len(tokenizer(prompt)["input_ids"])
+            ids = torch.tensor([tokenizer(f"{prompt}{row[column]}<|im_end|>")["input_ids"]])
+            labels = ids.clone()
+            labels[0, :before] = -100
+            with torch.inference_mode():
+                loss = model(input_ids=ids, labels=labels).loss.item()
+            total += loss * (ids.shape[1] - before)
+            tokens += ids.shape[1] - before
+        assert found[name]["nll_per_token"] == pytest.approx(total / tokens, abs=1e-4)
+        assert found[name]["mean_tokens"] == tokens / len(ROWS)
+
+
+def test_nll_where_no_rewrite_was_kept_measures_nothing(make_stage):
+    stage, storage = make_stage(["leak"] * len(ROWS))
+    work = Work(stage, storage, compute.Compute(), Progress("nll", "texts"))
+    assert nll.build(work) == {"rows": 0}
