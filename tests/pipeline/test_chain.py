@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -84,7 +85,7 @@ def test_chain_reports_four_models_in_the_promised_shape(chain):
 def test_chain_every_artifact_is_whole_and_its_files_are_the_listed_ones(chain):
     folder, _ = chain
     manifests = list((folder / "artifacts").glob("*/*/manifest.json"))
-    assert len(manifests) == 5 + 2 + 4 * 2  # rows, score, loss, cut, distill; train; evaluate
+    assert len(manifests) == 6 + 2 + 4 * 2  # rows, score, loss, cut, distill, nll; train; evaluate
     for path in manifests:
         manifest = read_manifest(path.parent)
         check_files(path.parent, manifest, hashes=True)
@@ -133,7 +134,7 @@ def test_chain_run_again_builds_nothing(chain):
     before = {path: path.stat().st_mtime_ns for path in (folder / "artifacts").rglob("manifest.json")}
     again = sdft("run", "recipe.yaml", cwd=folder)  # without the compute file: that never moves an id
     assert again.returncode == 0
-    assert "Nothing to do: all 16 artifacts are there already" in again.stderr
+    assert "Nothing to do: all 17 artifacts are there already" in again.stderr
     assert {path: path.stat().st_mtime_ns for path in (folder / "artifacts").rglob("manifest.json")} == before
 
 
@@ -146,10 +147,34 @@ def test_chain_another_depth_reuses_scoring_and_generation(chain):
         "rows": "done",
         "score": "done",
         "distill": "done",
+        "nll": "done",
         "loss": "missing",
         "cut": "missing",
         "train": "missing",
     }
+
+
+def test_chain_run_again_under_other_names_builds_nothing(chain, tiny_model, tmp_path):
+    folder, _ = chain
+    shutil.copytree(tiny_model, tmp_path / "another-model")
+    for name in ("sums.jsonl", "calibration.txt"):
+        shutil.copy(folder / name, tmp_path / f"other-{name}")
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe["model"]["path"] = "another-model"
+    recipe["rows"]["path"] = "other-sums.jsonl"
+    recipe["prune"]["calibration"]["text"] = "other-calibration.txt"
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    again = sdft("run", "recipe.yaml", "--root", folder / "artifacts", "--json", cwd=tmp_path)
+    assert again.returncode == 0 and "Nothing to do: all 17 artifacts are there already" in again.stderr, again.stderr
+    assert json.loads(again.stdout)["models"] == json.loads(chain[1].stdout)["models"]
+
+
+def test_chain_shows_how_likely_the_base_finds_rewrites_and_references(chain):
+    folder, _ = chain
+    nll = json.loads((artifact(folder, "nll") / "nll.json").read_text())
+    assert nll["rows"] == read_manifest(artifact(folder, "distill"))["summary"]["kept"]
+    line = "Negative log-likelihood a token under the base"
+    assert (line in (folder / "report.html").read_text()) == (nll["rows"] > 0), "random models keep few"
 
 
 def test_chain_page_is_one_file_without_network(chain):
@@ -176,7 +201,7 @@ def test_chain_a_damaged_artifact_is_an_error_and_is_not_rebuilt(chain):
         file.write_bytes(whole)
 
 
-@pytest.mark.parametrize("stage", ["rows", "score", "loss", "cut", "distill", "train", "evaluate"])
+@pytest.mark.parametrize("stage", ["rows", "score", "loss", "cut", "distill", "train", "nll", "evaluate"])
 def test_show_prints_any_artifact(chain, stage):
     folder, _ = chain
     directory = next((folder / "artifacts" / stage).iterdir())

@@ -17,8 +17,15 @@ from command import sdft
 from events import read_events
 from faked import finish, kill, wait_for
 
-from sdft_ray.artifacts import read_manifest
+from sdft_ray import pipeline
+from sdft_ray.artifacts import Stage, read_manifest
+from sdft_ray.cluster import require_room
+from sdft_ray.compute import Compute, cores, load_compute
+from sdft_ray.errors import StageFailed
 from sdft_ray.objects import Objects
+from sdft_ray.recipe import validate
+from sdft_ray.sources import offline_task_file
+from sdft_ray.storage import Storage
 
 
 def make_folder(folder: Path, tiny_model: Path, address: str, axes, asha=None, seconds_a_row=0, **more) -> Path:
@@ -90,6 +97,24 @@ def count_rays() -> int:
     return sum(process.info["name"] == "raylet" for process in psutil.process_iter(["name"]))
 
 
+def test_evaluations_end_with_the_one_beside_them_that_fails(ray_cluster, tiny_model, tmp_path):
+    storage, compute = Storage(str(tmp_path / "root")), load_compute()
+
+    def evaluation(task: str, model: Path) -> Stage:
+        settings = {"task": task, "dtype": "float32", "metric": "acc,none", "shots": 0, "limit": None}
+        where = {"file": str(offline_task_file(task))}
+        base = Stage("model", "tiny", 1, {"name": model.name}, location=model)
+        return Stage("evaluate", task, 1, settings | {"chat_template": False}, {"model": base}, where)
+
+    (tmp_path / "empty").mkdir()
+    failing, long = evaluation("arc_easy", tmp_path / "empty"), evaluation("hellaswag", tiny_model)  # 10,042 items
+    with pytest.raises(StageFailed, match="evaluate: failed"):
+        pipeline.build([failing, long], compute, storage)
+    everything = {"evaluate": {"cpus": cores()}, "ray": {"wait_seconds": 15}}
+    require_room(validate(Compute, compute.model_dump(mode="json") | everything), "evaluate")
+    assert storage.status(long) == "missing"
+
+
 @pytest.mark.full
 def test_sweep_whose_drafts_fail_names_each_and_keeps_the_rest(swept):
     folder, _, _ = swept
@@ -148,7 +173,7 @@ def test_sweep_artifacts_are_those_of_a_recipe_run_alone(swept):
     plan = json.loads(sdft("check", "recipe.yaml", "--json", "--compute", "compute.yaml", cwd=folder).stdout)
     assert {line["status"] for line in plan["stages"]} == {"done"}
     manifest = read_manifest(Path(report["trials"][0]["directory"]))
-    assert manifest["provenance"]["command"] == ["sdft", "sweep"]
+    assert manifest["provenance"]["command"] == ["script.py", "sweep"], "the driver's, though a worker wrote it"
     assert not list((folder / "artifacts" / "scratch").glob("sweep-*"))
 
 

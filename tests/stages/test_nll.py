@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sdft_ray import compute, pipeline
 from sdft_ray.artifacts import Stage
 from sdft_ray.progress import Progress
+from sdft_ray.report import table
 from sdft_ray.stages import Work, nll
 from sdft_ray.storage import Storage
 
@@ -83,3 +84,15 @@ def test_nll_where_no_rewrite_was_kept_measures_nothing(make_stage):
     stage, storage = make_stage(["leak"] * len(ROWS))
     work = Work(stage, storage, compute.Compute(), Progress("nll", "texts"))
     assert nll.build(work) == {"rows": 0}
+
+
+def test_nll_line_of_a_report_names_both_with_their_lengths():
+    found = {
+        "rows": 64,
+        "reference": {"mean_tokens": 126.4, "nll_per_token": 0.81234},
+        "distilled": {"mean_tokens": 201.6, "nll_per_token": 0.21},
+    }
+    assert table.nll_line(found) == (
+        "Negative log-likelihood a token under the base, 64 kept rows: rewrites 0.210 (202 tokens), "
+        "references 0.812 (126 tokens)."
+    )
