@@ -1,5 +1,6 @@
 """A tiny random chat model made from its config: seconds to make, real in every part."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,15 +57,15 @@ def make_tiny_model(directory: Path, architecture: str = "llama", **overrides: A
     return directory
 
 
-def make_tokenizer() -> Any:
-    """Return a tokenizer with one token a byte, which round-trips any text, and ChatML's marks."""
+def make_tokenizer(merges: Sequence[tuple[str, str]] = ()) -> Any:
+    """Return a tokenizer with one token a byte, which round-trips any text, and ChatML's marks; and one a merge."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    vocabulary = {token: i for i, token in enumerate(special + alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    vocabulary = {token: i for i, token in enumerate(special + alphabet + [a + b for a, b in merges])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
