@@ -146,10 +146,13 @@ def opening_ids(tokenizer: Any) -> tuple[int, ...]:
     return tuple(one.ids[one.trained_from : next(i for i, (a, b) in pairs if a != b)])
 
 
-def drop_opening(tokenizer: Any, ids: Sequence[int]) -> list[int]:
-    """Return generated tokens without what the template has before every response."""
+def read_generated(tokenizer: Any, ids: Sequence[int], text: str, opened: str) -> str:
+    """Return the text of generated token ids without what the template has before every response; where they do not
+    begin with that, behind the thought that the prompt `opened`."""
     opening = opening_ids(tokenizer)
-    return list(ids[len(opening) :] if tuple(ids[: len(opening)]) == opening else ids)
+    if opening and tuple(ids[: len(opening)]) == opening:
+        return text.removeprefix(tokenizer.decode(opening, skip_special_tokens=True))
+    return opened + text
 
 
 def opened_thought(tokenizer: Any, template_options: Mapping[str, Any] = _NO_THINKING) -> str:

@@ -27,7 +27,14 @@ from typing import Any
 
 from sdft_ray import ledger as ledgers
 from sdft_ray.artifacts import Stage, short_id, write_atomically
-from sdft_ray.core.prompts import CHECKABLE, OPEN, RENDERING_VERSION, render_prompt, rewrite_instruction
+from sdft_ray.core.prompts import (
+    CHECKABLE,
+    OPEN,
+    RENDERING_VERSION,
+    render_prompt,
+    require_trainable,
+    rewrite_instruction,
+)
 from sdft_ray.core.selection import COMPLETE, REASONS, Generation, Rules, select_response
 from sdft_ray.errors import StageFailed, problem
 from sdft_ray.stages import Work, card
@@ -85,6 +92,7 @@ def _allowed(stage: Stage) -> float:
 
 def _make_dataset(work: Work) -> dict[str, Any]:
     """Generate what the ledger lacks and write the dataset; return its figures."""
+    _require_trainable(work)
     identity = ledger_id(work)
     with work.storage.lock(f"ledger-{identity}"):  # recipes that ask for other rows share it
         ledger = work.storage.ledger(f"{work.stage.inputs['model'].slug}-{identity}")
@@ -105,6 +113,15 @@ def _make_dataset(work: Work) -> dict[str, Any]:
         with ledgers.open_ledger(ledger) as lines_of:
             summary = _write_dataset(work, lines_of)
     return {**summary, "ledger": ledger.name}
+
+
+def _require_trainable(work: Work) -> None:
+    """Raise UserError where the rewrites could not be trained on: before the first is generated."""
+    from transformers import AutoTokenizer
+
+    for pattern in ("*.json", "*.jinja", "*.txt", "tokenizer.model"):  # this node needs no weights
+        place = work.storage.files(work.stage.inputs["model"], pattern)
+    require_trainable(AutoTokenizer.from_pretrained(place))
 
 
 def _tidy(work: Work, ledger: Path) -> None:

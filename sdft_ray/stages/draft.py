@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdft_ray.artifacts import write_atomically
-from sdft_ray.core.prompts import render_prompt
+from sdft_ray.core.prompts import end_of_turn, render_prompt
 from sdft_ray.core.speculation import best_measured, worth
 from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.progress import say
@@ -30,7 +30,7 @@ from sdft_ray.stages.rows import read_split
 if TYPE_CHECKING:
     import torch
 
-VERSION = 1
+VERSION = 2
 METHOD = "draft_model"  # vLLM's name for it
 
 
@@ -71,7 +71,7 @@ def measure(
 ) -> dict[str, Any]:
     """Return acceptance and speeds of a draft; runs in a Ray worker of its own."""
     base, small = target(), draft()
-    ids = render_alike(base, small, prompts)
+    ids, end = render_alike(base, small, prompts)
     length = max(map(len, ids)) + settings["max_new_tokens"] + max(settings["tokens"]) + 1
     _require_context(base, length, settings["max_new_tokens"])
     fair = {
@@ -91,10 +91,8 @@ def measure(
         return LLM(**{**arguments, **more}, disable_log_stats=False)
 
     sampling = {name: settings[name] for name in ("temperature", "top_p")}
-    ways = {
-        "greedy": SamplingParams(temperature=0, max_tokens=settings["max_new_tokens"]),
-        "sampled": SamplingParams(**sampling, max_tokens=settings["max_new_tokens"]),
-    }
+    until = {"max_tokens": settings["max_new_tokens"], "stop_token_ids": [end]}
+    ways = {"greedy": SamplingParams(temperature=0, **until), "sampled": SamplingParams(**sampling, **until)}
     groups = [ids[i : i + settings["at_once"]] for i in range(0, len(ids), settings["at_once"])]
     alone, other = start(), start(model=str(small))
     race, _ = _take_turns(alone, other, groups, ways["greedy"])
@@ -115,15 +113,16 @@ def measure(
     return {"engine": "vllm", "method": METHOD, "prompts": len(ids), "cost": cost, **found}
 
 
-def render_alike(target: Path, draft: Path, prompts: Sequence[str]) -> list[list[int]]:
-    """Return the prompts as token ids; raises UserError where the two models do not mean the same by an id."""
+def render_alike(target: Path, draft: Path, prompts: Sequence[str]) -> tuple[list[list[int]], int]:
+    """Return the prompts and the end of turn as token ids; raises UserError where the two models do not mean the same
+    by an id."""
     from transformers import AutoTokenizer
 
     ours, theirs = (AutoTokenizer.from_pretrained(model) for model in (target, draft))
     if ours.get_vocab() != theirs.get_vocab():
         do = "Give a draft that was made from the base"
         raise UserError(problem("draft.models", f"{draft} has another tokenizer than {target}", do))
-    return [render_prompt(ours, prompt) for prompt in prompts]
+    return [render_prompt(ours, prompt) for prompt in prompts], end_of_turn(ours)
 
 
 def _require_context(model: Path, length: int, new: int) -> None:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from sdft_ray.core.prompts import end_of_turn, opened_thought, read_generated
 from sdft_ray.core.selection import Generation
 
 # Below this the order of two float32 logits is rounding: cached, batched and other kernels' sums differ by that much.
@@ -43,9 +44,11 @@ class VllmEngine:
 
     def __init__(self, model: str, settings: Mapping[str, Any], options: Mapping[str, Any], alone: bool) -> None:
         arguments = engine_arguments(model, settings["dtype"], options, alone)
+        from transformers import AutoTokenizer
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments, disable_log_stats=True))
         self.settings = settings
 
@@ -54,6 +57,7 @@ class VllmEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        end, opened = end_of_turn(self.tokenizer), opened_thought(self.tokenizer, self.settings["template_options"])
         waiting: dict[str, Request] = {}
         for request in requests:
             params = SamplingParams(
@@ -61,6 +65,7 @@ class VllmEngine:
                 top_p=self.settings["top_p"],
                 max_tokens=self.settings["max_new_tokens"],
                 seed=request.sampling_seed,
+                stop_token_ids=[end],
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
             try:
@@ -72,15 +77,16 @@ class VllmEngine:
         while waiting:
             for output in self.engine.step():
                 if output.finished:
-                    yield waiting.pop(output.request_id), self._generation(output)
+                    yield waiting.pop(output.request_id), self._generation(output, opened)
 
-    def _generation(self, output: Any) -> Generation:
+    def _generation(self, output: Any, opened: str) -> Generation:
         made, prompt_tokens = output.outputs[0], len(output.prompt_token_ids)
         if made.finish_reason == "length" and len(made.token_ids) < self.settings["max_new_tokens"]:
             # Cut off by the engine, not by the recipe: no setting of the compute file may decide what a row becomes.
             what = f"prompt of {prompt_tokens} tokens leaves too little of compute.distill.engine.max_model_len"
             return Generation(what, "error", prompt_tokens)
-        return Generation(made.text, made.finish_reason, prompt_tokens, len(made.token_ids))
+        text = read_generated(self.tokenizer, made.token_ids, made.text, opened)
+        return Generation(text, made.finish_reason, prompt_tokens, len(made.token_ids))
 
 
 def engine_arguments(model: str, dtype: str, options: Mapping[str, Any], alone: bool) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import numbers
@@ -21,13 +22,13 @@ from pathlib import Path
 from typing import Any
 
 from sdft_ray.artifacts import write_atomically
-from sdft_ray.core.prompts import encode_row, render_prompt
-from sdft_ray.core.selection import is_correct
+from sdft_ray.core.prompts import encode_rows, end_of_turn, opened_thought, opening_ids, read_generated
+from sdft_ray.core.selection import is_correct, strip_thoughts
 from sdft_ray.errors import UserError, nearest, problem
 from sdft_ray.stages import Work
 from sdft_ray.stages.rows import read_split
 
-VERSION = 1
+VERSION = 2
 HELD_OUT = "held_out"
 
 
@@ -244,21 +245,24 @@ def examine_held_out(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return exact match of greedily generated answers, and bits per byte of the references, on the held-out rows.
 
-    Bits per byte tell models apart where exact match is on the floor: they need no answer to be right.
+    What is generated begins where the loss of training begins, and its thoughts are no part of the answer. Bits per
+    byte tell models apart where exact match is on the floor: they need no answer to be right.
     """
     model, tokenizer = lm.model, lm.tokenizer
-    prompts = [render_prompt(tokenizer, row["prompt"]) for row in rows]
+    encoded = list(encode_rows(tokenizer, [(row["prompt"], row["reference"]) for row in rows]))
+    prompts = [row.ids[: row.trained_from] for row in encoded]
     texts = generate_greedily(model, tokenizer, prompts, max_new_tokens, batch_size)
-    encoded = [encode_row(tokenizer, row["prompt"], row["reference"]) for row in rows]
-    # The end of turn is the format's, not the reference's: it is left out of the reference's bits.
-    requests = [(row.ids[: row.trained_from], row.ids[row.trained_from : -1]) for row in encoded]
+    # What the template writes around a response is the format's, not the reference's: its bits are left out.
+    starts = [row.trained_from + len(opening_ids(tokenizer)) for row in encoded]
+    requests = [(row.ids[:start], row.ids[start:-1]) for row, start in zip(encoded, starts, strict=True)]
     likelihoods = score_requests(model, requests, lm.max_length, batch_size)
     items = []
     for row, text, (likelihood, _) in zip(rows, texts, likelihoods, strict=True):
+        answer = strip_thoughts(text)
         items.append(
             {
                 "id": row["id"],
-                "value": float(is_correct(checker, row["answer"], text)),
+                "value": float(answer is not None and is_correct(checker, row["answer"], answer)),
                 "generated": text,
                 "bits": -likelihood / math.log(2),
                 "bytes": len(row["reference"].encode()),
@@ -275,12 +279,22 @@ def examine_held_out(
 def generate_greedily(
     model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int
 ) -> list[str]:
-    """Return the greedy continuation of each prompt (token ids) as text; longest prompts first, padded left."""
-    import torch
+    """Return the greedy continuation of each prompt (token ids) up to its end of turn, with the thought that the prompt
+    opened; longest prompts first, padded left.
 
+    The model's own settings of generation, such as a penalty on repetition, are replaced for good.
+    """
+    import torch
+    from transformers import GenerationConfig
+
+    ends, opened = _read_ends(model, tokenizer), opened_thought(tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     texts: dict[int, str] = {}
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    # What a config leaves open is filled in from the model's own: it must not have one.
+    model.generation_config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=pad
+    )
     for begin in range(0, len(order), batch_size):
         batch = order[begin : begin + batch_size]
         width = max(len(prompts[i]) for i in batch)
@@ -289,12 +303,18 @@ def generate_greedily(
             [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch], device=model.device
         )
         with torch.inference_mode():
-            made = model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad
-            )
-        for i, tokens in zip(batch, made[:, width:], strict=True):
-            texts[i] = tokenizer.decode(tokens, skip_special_tokens=True)
+            made = model.generate(input_ids=ids, attention_mask=mask, generation_config=model.generation_config)
+        for i, tokens in zip(batch, made[:, width:].tolist(), strict=True):
+            tokens = list(itertools.takewhile(lambda token: token not in ends, tokens))
+            texts[i] = read_generated(tokenizer, tokens, tokenizer.decode(tokens, skip_special_tokens=True), opened)
     return [texts[i] for i in range(len(prompts))]
+
+
+def _read_ends(model: Any, tokenizer: Any) -> list[int]:
+    """Return the tokens that end a response: the chat template's own, and those that tokenizer and model name."""
+    named = [tokenizer.eos_token_id, model.generation_config.eos_token_id, model.config.eos_token_id]
+    ids = itertools.chain.from_iterable(each if isinstance(each, list) else [each] for each in named)
+    return list(dict.fromkeys([end_of_turn(tokenizer), *(i for i in ids if i is not None)]))
 
 
 def _run_harness(

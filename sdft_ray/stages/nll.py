@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sdft_ray.artifacts import write_atomically
-from sdft_ray.core.prompts import TrainingRow, encode_row
+from sdft_ray.core.prompts import TrainingRow, encode_rows
 from sdft_ray.stages import Work
 from sdft_ray.stages.rows import training_batches
 
@@ -75,7 +75,7 @@ def measure(
     tokenizer = AutoTokenizer.from_pretrained(directory)
     loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).to(device).eval()
     for name, column in COLUMNS.items():
-        for some in _portions([encode_row(tokenizer, row["prompt"], row[column]) for row in rows]):
+        for some in _portions(list(encode_rows(tokenizer, [(row["prompt"], row[column]) for row in rows]))):
             tokens = sum(len(row.ids) - row.trained_from for row in some)
             yield name, {"rows": len(some), "tokens": tokens, "nll": summed_loss(loaded, some)}
 

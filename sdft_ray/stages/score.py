@@ -11,12 +11,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sdft_ray.artifacts import write_atomically
-from sdft_ray.core.prompts import encode_row
+from sdft_ray.core.prompts import encode_rows, opening_ids
 from sdft_ray.errors import UserError, problem
 from sdft_ray.sources import read_calibration, read_json
 from sdft_ray.stages import Work
@@ -129,7 +129,7 @@ def read_corpora(work: Work) -> list[Corpus]:
             raise UserError(problem("prune.calibration.max_tokens", what, f"Give at most {context}"))
         count = wanted["limit"] + wanted["held_back"]
         if rows := work.stage.inputs.get(f"rows_{i}"):
-            texts = [_chat(tokenizer, row) for row in read_split(work.storage.fetch(rows), "train")[:count]]
+            texts = _read_chat(tokenizer, read_split(work.storage.fetch(rows), "train")[:count])
         else:
             path = Path(work.stage.where[f"texts_{i}"])
             texts = [Text(tokenizer(text)["input_ids"]) for text in read_calibration(path, wanted["field"], count)]
@@ -151,10 +151,11 @@ def read_corpora(work: Work) -> list[Corpus]:
     return corpora
 
 
-def _chat(tokenizer: Any, row: dict[str, Any]) -> Text:
-    encoded = encode_row(tokenizer, row["prompt"], row["reference"])
+def _read_chat(tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> list[Text]:
+    encoded = encode_rows(tokenizer, [(row["prompt"], row["reference"]) for row in rows])
+    opening = len(opening_ids(tokenizer))
     # Without the end of turn: a template's token is the same in every row and hardly a measure of anything.
-    return Text(encoded.ids[:-1], encoded.trained_from)
+    return [Text(row.ids[:-1], row.trained_from + opening) for row in encoded]
 
 
 def _shorten(text: Text, limit: int) -> Text:

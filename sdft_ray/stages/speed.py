@@ -17,7 +17,7 @@ from typing import Any
 from sdft_ray.artifacts import write_atomically
 from sdft_ray.stages import Work
 
-VERSION = 1
+VERSION = 2
 LENGTHS = {"prompt_tokens": 256, "new_tokens": 32, "runs": 5}
 
 
@@ -40,7 +40,7 @@ def measure(
 ) -> dict[str, Any]:
     """Return the tokens per second of both models, and their ratio in each pair of runs; runs in a Ray worker."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     from sdft_ray.progress import quiet_transformers
 
@@ -49,6 +49,8 @@ def measure(
         AutoModelForCausalLM.from_pretrained(model(), dtype=getattr(torch, settings["dtype"])).to(device).eval()
         for model in (base, pruned)
     ]
+    for model in models:  # one without a base's own: beams or a penalty on repetition would be measured too
+        model.generation_config = GenerationConfig(max_new_tokens=settings["new_tokens"], do_sample=False)
     ids = torch.arange(settings["prompt_tokens"], device=device)[None] % models[0].config.vocab_size
     mask, count = torch.ones_like(ids), settings["new_tokens"]
 
@@ -56,8 +58,7 @@ def measure(
         model(input_ids=ids, attention_mask=mask, logits_to_keep=1, use_cache=True)
 
     def decode(model: Any) -> None:
-        options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
-        model.generate(input_ids=ids[:, :1], attention_mask=mask[:, :1], **options)
+        model.generate(input_ids=ids[:, :1], attention_mask=mask[:, :1], generation_config=model.generation_config)
 
     with torch.inference_mode():
         return {

@@ -20,7 +20,7 @@ from typing import Any
 
 from sdft_ray import compute, recipe
 from sdft_ray.artifacts import Stage, write_atomically
-from sdft_ray.core.prompts import TrainingRow, encode_row
+from sdft_ray.core.prompts import TrainingRow, encode_rows, require_trainable
 from sdft_ray.core.surgery import older_rope
 from sdft_ray.directory import require_loadable, require_same_logits, write_companions
 from sdft_ray.errors import StageFailed, UserError, nearest, problem
@@ -50,6 +50,7 @@ def build(work: Work) -> dict[str, Any]:
     if adapted and bare:
         say(f"train: adapters on {', '.join(adapted)}; none on {', '.join(bare)}: no linear layers")
     tokenizer = AutoTokenizer.from_pretrained(base)
+    require_trainable(tokenizer)
     source, column = ("distilled", "response") if work.settings["arm"] == "distilled" else ("rows", "reference")
     raw = [row for place in _inputs(work, source) for row in read_training_rows(place, settings["rows"])]
     rows, ids, counts = encode(tokenizer, raw, column, settings)
@@ -294,8 +295,8 @@ def encode(
     """
     limit, fate = settings["max_tokens"], settings["too_long"]
     rows, ids, too_long, left_out = [], [], 0, 0
-    for line in raw:
-        row = encode_row(tokenizer, line["prompt"], line[column])
+    encoded = encode_rows(tokenizer, [(line["prompt"], line[column]) for line in raw])
+    for line, row in zip(raw, encoded, strict=True):
         if len(row.ids) > limit:
             too_long += 1
             if fate == "leave_out" or row.trained_from >= limit:

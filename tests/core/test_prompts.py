@@ -4,12 +4,12 @@ from tiny import CHAT_TEMPLATE, make_tokenizer
 from sdft_ray.core.prompts import (
     CHECKABLE,
     OPEN,
-    drop_opening,
     encode_row,
     encode_rows,
     end_of_turn,
     opened_thought,
     opening_ids,
+    read_generated,
     render_prompt,
     require_trainable,
     rewrite_instruction,
@@ -146,7 +146,6 @@ def test_encode_row_of_a_template_that_opens_a_thought_trains_its_end_before_the
     assert tokenizer.decode(row.ids[: row.trained_from]).endswith("<|im_start|>assistant\n<think>\n")
     assert tokenizer.decode(row.ids[row.trained_from :]) == "\n</think>\n\nIt is 4.<|im_end|>"
     assert tokenizer.decode(opening_ids(tokenizer)) == "\n</think>\n\n"
-    assert opened_thought(tokenizer) == "<think>\n"
 
 
 def test_encode_row_of_channels_trains_the_final_channel_and_its_own_end():
@@ -155,9 +154,24 @@ def test_encode_row_of_channels_trains_the_final_channel_and_its_own_end():
     assert tokenizer.decode(row.ids[: row.trained_from]) == "<|start|>user<|message|>2 + 2?<|end|><|start|>assistant"
     assert tokenizer.decode(row.ids[row.trained_from :]) == "<|channel|>final<|message|>It is 4.<|return|>"
     assert end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<|return|>")
-    assert tokenizer.decode(drop_opening(tokenizer, row.ids[row.trained_from :])) == "It is 4.<|return|>"
-    thoughts = tokenizer("<|channel|>analysis", add_special_tokens=False)["input_ids"]
-    assert drop_opening(tokenizer, thoughts) == thoughts
+
+
+@pytest.mark.parametrize(
+    ("template", "generated", "expected"),
+    [
+        (CHAT_TEMPLATE, "It is 4.", "It is 4."),
+        (OPENS_THOUGHTS, "\n</think>\n\nIt is 4.", "It is 4."),
+        (OPENS_THOUGHTS, "2 and 2.\n</think>\n\nIt is 4.", "<think>\n2 and 2.\n</think>\n\nIt is 4."),
+        (OPENS_THOUGHTS, "2 and 2, so 4", "<think>\n2 and 2, so 4"),
+        (CHANNELS, "<|channel|>final<|message|>It is 4.", "It is 4."),
+        (CHANNELS, "<|channel|>analysis<|message|>2 and 2", "analysis2 and 2"),
+    ],
+)
+def test_read_generated_tells_the_response_from_what_a_template_has_before_it(template, generated, expected):
+    tokenizer = with_template(template, "<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>")
+    ids = tokenizer(generated, add_special_tokens=False)["input_ids"]
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    assert read_generated(tokenizer, ids, text, opened_thought(tokenizer)) == expected
 
 
 def test_encode_row_of_a_template_that_strips_gives_the_stripped_response():

@@ -1,10 +1,17 @@
 """Exams: the harness is asked for what the recipe says, and our scores are its scores."""
 
-import pytest
+import types
 
+import pytest
+import torch
+from tiny import make_tiny_model, make_tokenizer
+
+from sdft_ray.core.prompts import encode_row, render_prompt
 from sdft_ray.errors import UserError
 from sdft_ray.sources import offline_task_file
 from sdft_ray.stages import evaluate
+
+torch.set_num_threads(1)
 
 HUB = {
     "arc_challenge": "allenai/ai2_arc",
@@ -91,3 +98,91 @@ def test_examine_in_float32_scores_exactly_what_plain_lm_eval_does(task, metric,
     }
     metric = exam.metric.partition(",")[0]
     assert [item["value"] for item in items] == [sample[metric] for sample in plain["samples"][task]]
+
+
+def test_generate_greedily_takes_the_likeliest_token_whatever_the_model_says_of_generation(tiny_model):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    prompts = [render_prompt(tokenizer, prompt) for prompt in ("2 + 2?", "What is the capital of France?")]
+    expected = []
+    for prompt in prompts:
+        ids = list(prompt)
+        with torch.inference_mode():
+            while (
+                len(ids) < len(prompt) + 12 and (token := int(model(torch.tensor([ids])).logits[0, -1].argmax())) != 2
+            ):
+                ids.append(token)
+        expected.append(tokenizer.decode(ids[len(prompt) :]))
+    assert any(expected)
+    model.generation_config.update(
+        do_sample=True, temperature=2.0, num_beams=3, repetition_penalty=5.0, no_repeat_ngram_size=1, max_length=3,
+        min_new_tokens=12, forced_eos_token_id=7, suppress_tokens=list(range(9, 99)), renormalize_logits=True,
+    )  # fmt: skip
+    assert evaluate.generate_greedily(model, tokenizer, prompts, 12, 2) == expected
+
+
+def test_generate_greedily_stops_at_the_templates_end_of_turn_and_at_the_models_own_ends(tiny_model):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    prompts = [render_prompt(tokenizer, "2 + 2?")]
+    (text,) = evaluate.generate_greedily(model, tokenizer, prompts, 12, 2)
+    ids = tokenizer(text)["input_ids"]
+    third = next(i for i, token in enumerate(ids) if i >= 3 and token not in ids[:i])
+    model.generation_config.eos_token_id = [ids[third]]
+    assert evaluate.generate_greedily(model, tokenizer, prompts, 12, 2) == [tokenizer.decode(ids[:third])]
+    model.generation_config.eos_token_id = None
+    mark = tokenizer.convert_ids_to_tokens(ids[third])
+    tokenizer.add_tokens([mark])  # as one that is not called special
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>\n", f"{mark}\n")
+    assert evaluate.generate_greedily(model, tokenizer, prompts, 12, 2) == [tokenizer.decode(ids[:third])]
+
+
+OPENS_THOUGHTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+)
+
+
+def test_held_out_answers_are_graded_without_thoughts_and_references_without_what_the_template_writes(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = OPENS_THOUGHTS
+    model = AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path, num_hidden_layers=2))
+    said = {
+        "a?": "\n</think>\n\n4<|im_end|>",
+        "b?": "4?\n</think>\n\n5<|im_end|>",
+        "c?": "4, 4, 4<|im_end|>",  # a thought without an end
+        "d?": "5?\n</think>\n\n4<|im_end|>",
+    }
+    learn_by_heart(model, [(render_prompt(tokenizer, p), tokenizer(text)["input_ids"]) for p, text in said.items()])
+    rows = [{"id": prompt, "prompt": prompt, "reference": "It is 4.", "answer": "4"} for prompt in said]
+    lm = types.SimpleNamespace(model=model, tokenizer=tokenizer, max_length=512)
+    _, items = evaluate.examine_held_out(lm, rows, "number", 32, 4)
+    assert {item["id"]: item["value"] for item in items} == {"a?": 1.0, "b?": 0.0, "c?": 0.0, "d?": 1.0}
+    assert [item["generated"] for item in items][::2] == ["4", "<think>\n4, 4, 4"]
+    for item, row in zip(items, rows, strict=True):
+        ids = encode_row(tokenizer, row["prompt"], "It is 4.").ids
+        with torch.inference_mode():
+            at = model(torch.tensor([ids])).logits[0].log_softmax(-1)[range(len(ids) - 1), ids[1:]]
+        # The last nine are the eight bytes of the reference and the end of turn.
+        assert item["bits"] == pytest.approx(-float(at[-9:-1].sum()) / torch.tensor(2.0).log().item(), rel=1e-4)
+
+
+def learn_by_heart(model, texts):
+    """Train a model until it gives the second part of each text after the first."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(400):
+        wrong = 0
+        for before, after in texts:
+            ids = torch.tensor([before + after])
+            logits = model(ids).logits[0, len(before) - 1 : -1]
+            wrong += int((logits.argmax(-1) != ids[0, len(before) :]).sum())
+            torch.nn.functional.cross_entropy(logits, ids[0, len(before) :]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if not wrong:
+            return
+    raise AssertionError("it did not learn")
