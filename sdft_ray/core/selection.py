@@ -11,9 +11,9 @@ import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from fractions import Fraction
 from typing import Any, Literal, get_args
 
+from sdft_ray.core.answers import final_choice, final_number, final_part, has_words, spell_plainly
 from sdft_ray.core.expressions import read_expression, same_expression
 
 Reason = Literal[
@@ -107,18 +107,53 @@ def _judge(row: Mapping[str, Any], text: str | None, finish_reason: str, rules: 
     return "kept" if checker.same(row["answer"], found) else "wrong_answer"
 
 
-# Where a template opens the thoughts itself, the rewrite holds their end only.
-_THOUGHTS = re.compile(r"\A\s*(?:<think>)?.*?</think>", re.DOTALL)
+# --- thoughts: what a rewrite holds beside its response -----------------------------------------------------------
+
+_THOUGHT = r"(?:[a-z]+[:_])?(?:think|thinking|thoughts?|reasoning|reflection)"
+# A tag is one where it stands at a line's start or behind a sentence, not in the middle of one that speaks of it.
+_THOUGHT_TAG = re.compile(
+    rf"(?P<open>(?<![^\s.!?>\]。！？][ \t])(?<![`'\"(“‘])(?:[<\[◁]{_THOUGHT}[>\]▷]"
+    rf"|<\|(?:begin_of_|start_){_THOUGHT}\|>|<\|channel>{_THOUGHT}\b))"
+    rf"|(?P<stray>(?<![ \t`'\"(“‘]))?(?:[<\[◁]/{_THOUGHT}[>\]▷]|<\|end_(?:of_)?{_THOUGHT}\|>|<channel\|>)"
+    r"(?P<alone>\s*\n\s*\n)?",
+    re.IGNORECASE,
+)
+# The channels of gpt-oss and what is left of them without special tokens; the process and response of Granite.
+_CHANNEL = r"<\|channel\|>\s*"
+_CHANNELS = re.compile(
+    rf"(?:<\|start\|>assistant\s*)?{_CHANNEL}(?:analysis|commentary|final)\b"
+    r"|(?:assistant)?analysis(?![\s.,:;!?'’)-]|[a-z]*\b)|analysis(?=.*assistantfinal)"
+    r"|final(?=[^\sa-z.,:;!?'’)-])|here(?:'s| is) my thought process:",
+    re.DOTALL,
+)
+_FINAL = re.compile(
+    rf"{_CHANNEL}final\b.*?<\|message\|>(?P<raw>.*?)(?:<\|(?:end|return|call)\|>|\Z)"
+    r"|(?:\A|assistant)final(?P<plain>.*)|here(?:'s| is) my response:(?P<response>.*)",
+    re.DOTALL | re.IGNORECASE,
+)
 
 
 def strip_thoughts(text: str) -> str | None:
-    """Return a text without the thoughts that it begins with; None where they do not end.
+    """Return a text without the thoughts in it; None where they do not end.
 
     >>> strip_thoughts("<think>4 and 4, hm.</think> It is 8."), strip_thoughts("It is 8."), strip_thoughts("<think>4")
     ('It is 8.', 'It is 8.', None)
     """
-    text = _THOUGHTS.sub("", text, count=1).strip()
-    return None if text.startswith("<think>") else text
+    text = text.strip()
+    if _CHANNELS.match(text):
+        final = _FINAL.search(text)
+        return final and next(part for part in final.groups() if part is not None).strip()
+    responses, start, inside = [""], 0, False
+    for tag in _THOUGHT_TAG.finditer(text):
+        if tag["open"]:
+            if not inside:
+                responses.append(text[start : tag.start()])
+            inside = True
+        elif inside or tag["stray"] is not None or tag["alone"]:
+            if not inside:  # a template opened the thoughts itself
+                responses.clear()
+            start, inside = tag.end(), False
+    return None if inside else "\n".join(filter(None, map(str.strip, [*responses, text[start:]])))
 
 
 # --- filters: whether a rewrite is unfit whatever it ends at ------------------------------------------------------
@@ -189,77 +224,35 @@ FILTERS: dict[Reason, Callable[[str, Mapping[str, Any], Any], bool]] = {
 
 # --- checkers: the final answer of a text -----------------------------------------------------------------------
 
-_INTEGER = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)"
-_NUMBER = re.compile(
-    # A hyphen is a sign unless it stands behind a number, a word or a bracket: then it subtracts or joins.
-    r"(?P<sign>(?<![\w)\].])(?<![\d)\]]\s)[-\u2212]\s?|(?<=[\d)\]]\s)[-\u2212](?=[\d.$€£]))?"
-    r"[$€£]?\s?(?P<sign2>(?<=[$€£])[-\u2212])?"
-    rf"(?P<whole>{_INTEGER}(?:\.\d+)?(?:[eE][-+]?\d{{1,3}}\b)?|(?<!\d)\.\d+)(?P<denominator>\s?/\s?\d+)?"
-)
-_BOXED = re.compile(r"\\boxed\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
-# The 2 of `12 m^2` or of `\text{cm}^2` belongs to the unit.
-_UNITS = re.compile(r"\\text\s*\{[^{}]*\}(?:\^\{?\d+\}?)?|(?<=[A-Za-z])\^\{?\d+\}?")
-_LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}")
-
-
-def final_number(text: str) -> Fraction | None:
-    """Return the number a text ends up at: in the last \\boxed{}, after the last `####`, else the last in the text.
-
-    None where there is none: a text without a number never equals another. Digits are never joined across white
-    space, and a hyphen after a digit or letter is no sign.
-
-    >>> [str(final_number(s)) for s in ("#### 1,234.50", "it is -3", "1/2 left", "50 %", "$5.00", "12 34", "none")]
-    ['2469/2', '-3', '1/2', '50', '5', '34', 'None']
-    """
-    text = _LATEX_FRACTION.sub(r"\1/\2", _UNITS.sub(" ", _final_part(text)))
-    matches = list(_NUMBER.finditer(text))
-    return _value(matches[-1]) if matches else None
-
-
-def _value(match: re.Match[str]) -> Fraction:
-    number = Fraction(match["whole"].replace(",", ""))
-    if match["denominator"]:
-        below = int(match["denominator"].strip(" /"))
-        if below:
-            number /= below
-    return -number if match["sign"] or match["sign2"] else number
-
-
-# A bare A or I is also a word: as an option it has a mark or the end of the line behind it.
-_OPTION = r"(?:[(\[]([A-J])[)\]]|\b([B-HJ])\b(?!['\u2019])|\b([AI])(?=\s*(?:[).,:;*_$}]|\n|\Z)))"
-_ANSWER_IS = re.compile(
-    r"(?i:\banswer|\bcorrect (?:option|choice|letter))[*_]*(?:\s+(?i:is|would be|must be|should be))?\s*[:=]?[*_\s]*"
-    rf"(?i:(?:the )?(?:option|choice|letter) )?[*_\"'`$]*{_OPTION}"
-)
-_ONLY_LETTER = re.compile(r"\W*(?:text|mathrm)?\W*([A-Ja-j])\W*")
-_FIRST_OR_BRACKETED = re.compile(r"(?m:^)\s*[*_]*([A-J])[.):]|[(\[]([A-J])[)\]]")
-
-
-def final_choice(text: str) -> str | None:
-    """Return the letter, A to J, that a text chooses; None where it names none, or several and no answer.
-
-    >>> [final_choice(s) for s in ("B", "(b)", "B. Paris", "The correct answer is (B)", "A dog", "(A) or (B)")]
-    ['B', 'B', 'B', 'B', None, None]
-    """
-    text = _final_part(text)
-    if match := _ONLY_LETTER.fullmatch(text):
-        return match[1].upper()
-    if named := _ANSWER_IS.findall(text):
-        return "".join(named[-1])
-    letters = {"".join(groups) for groups in _FIRST_OR_BRACKETED.findall(text)}
-    return letters.pop() if len(letters) == 1 else None
-
-
-def _final_part(text: str) -> str:
-    """Return the inside of the last \\boxed{}, else what stands behind the last `####`, else the text."""
-    if boxed := _BOXED.findall(text):
-        return str(boxed[-1])
-    return text.rpartition("####")[2]
+# A sum with letters in plain text: math-verify reads the 3 of `2 - 3/e`.
+_TERM = r"(?:\d+(?:\.\d+)?|(?<![^\W\d_])[A-Za-z](?![^\W\d_]))+(?:[*/^]-?\(*(?:\d+|[A-Za-z](?![^\W\d_]))+\)*)*"
+_SUM = re.compile(rf"(?<![\w.\\])[-+]?\(*{_TERM}(?:\)*\s?[-+]\s?\(*{_TERM})+\)*(?![\w\\])")
+_PLAIN_NUMBER = re.compile(r"-?\d+(?:/\d+)?")
+_LATEX_WORD = re.compile(r"\\text\s*\{[^{}]*\}|\\[A-Za-z]+|\b(?:sqrt|pi|ln|log|exp|sin|cos|tan)\b")
 
 
 def _final_expression(text: str) -> str | None:
-    # math-verify knows no `####`, and of several boxed expressions it takes the last itself.
-    return read_expression(text if "\\boxed" in text else _final_part(text))
+    """Return the expression that a text ends up at; a date or time as `number` reads it."""
+    if isinstance(whole := final_number(text), str):
+        return whole
+    part, marked = final_part(text)
+    part = spell_plainly(part)
+    if _PLAIN_NUMBER.fullmatch(part):
+        return part
+    boxes = text.count("\\boxed")
+    if boxes > 1:  # math-verify takes several that stand together as a set
+        return read_expression(spell_plainly(text))
+    latex = re.search(r"\$|\\[(\[]", part)
+    if boxes or not (latex or has_words(_LATEX_WORD.sub("", part))):
+        return read_expression(part, whole=True)
+    return read_expression(part if latex else _SUM.sub(lambda found: f"${found[0]}$", part))
+
+
+def _same_expression(answer: str, found: str) -> bool:
+    if answer == found:
+        return True
+    # As expressions two dates may have the same value.
+    return not any(isinstance(final_number(each), str) for each in (answer, found)) and same_expression(answer, found)
 
 
 def _number_text(text: str) -> str | None:
@@ -280,7 +273,7 @@ class Checker:
 # By the names of `rows.answer`; a new one is one more line here and one more name there.
 CHECKERS = {
     "number": Checker(_number_text),
-    "math": Checker(_final_expression, same_expression),
+    "math": Checker(_final_expression, _same_expression),
     "choice": Checker(final_choice),
 }
 

@@ -1,0 +1,279 @@
+"""The final answer of a text: a number, a date or time, or the letter of a choice.
+
+In: a text in any spelling that models use (LaTeX, several scripts, words behind the answer). Out: the answer in one
+spelling, None where there is none. Spellings are brought to one form before anything is read, so that every reader
+sees the same text; what cannot be read as a whole is never read by its last digits.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from fractions import Fraction
+
+# --- where the answer stands -------------------------------------------------------------------------------------
+
+_TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL | re.IGNORECASE)
+_WORD = r"(?!(?:[A-Z]{3}|Rs)\b)[^\W\d_]{2,}"  # no currency: USD 21, Rs. 500
+# `####` also opens headings: they begin with a word, or with a number of their own.
+_HEADING = re.compile(rf"[*_\s]*(?:{_WORD}|\d+[.):]\s+[^\W\d_])")
+
+
+def final_part(text: str) -> tuple[str, bool]:
+    r"""Return the part of a text that holds its answer, and whether it is marked as such.
+
+    Marked is the inside of the last \boxed{} or <answer>, or the line behind the last `####`; without one the part is
+    the text.
+
+    >>> final_part(r"So \boxed{\frac{1}{2}}."), final_part("#### 21\n\nHint: 4 were free."), final_part("It is 8.")
+    (('\\frac{1}{2}', True), ('21', True), ('It is 8.', False))
+    """
+    marked = False
+    if (boxed := _last_boxed(text)) is not None:
+        text, marked = boxed, True
+    if tagged := _TAGGED.findall(text):
+        text, marked = str(tagged[-1]), True
+    before, mark, behind = text.rpartition("####")
+    if mark:
+        line, _, rest = behind.strip().partition("\n")
+        if rest and _HEADING.match(line):
+            return behind, False
+        text, marked = line, True
+    return text.strip(), marked
+
+
+def has_words(text: str) -> bool:
+    """Return whether a text holds a word of two letters and more that names no currency."""
+    return re.search(_WORD, text) is not None
+
+
+def _last_boxed(text: str) -> str | None:
+    r"""Return the inside of the last \boxed{} that is not blank; one that never ends goes to the end of its line."""
+    for start in reversed([match.end() for match in re.finditer(r"\\(?:boxed|fbox)\s*", text)]):
+        if text[start : start + 1] != "{":
+            inside = text[start : start + 1]
+        else:
+            depth = 0
+            for brace in re.finditer(r"\\[{}]|[{}]", text[start:]):
+                depth += {"{": 1, "}": -1}.get(brace[0], 0)
+                if not depth:
+                    inside = text[start + 1 : start + brace.start()]
+                    break
+            else:
+                inside = text[start + 1 :].partition("\n")[0]
+        if inside.strip():
+            return inside
+    return None
+
+
+# --- one spelling ------------------------------------------------------------------------------------------------
+
+_INVISIBLE = dict.fromkeys([*range(0x200B, 0x2010), 0x2060, 0xFEFF])
+_AS_ASCII = str.maketrans("\u2044\u066b\u066c\u2212", "/.,-")
+_SUPERSCRIPT = re.compile("[\u207b\u00b9\u00b2\u00b3\u2070\u2074-\u2079]+")
+_VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e]")
+# A dash that touches a number is a minus; with a space behind it, it sets words apart.
+_DASH = re.compile(r"[\u2010-\u2013](?=[\d.$\u20ac\u00a3])")
+# What stands between groups of digits beside a comma: LaTeX's commas and spaces, no-break and thin ones, apostrophes.
+_SEPARATOR = re.compile(
+    r"(?<=\d)(?:(?:\{,\}|,?\\!)\s*(?=\d{2,3}(?!\d))|(?:\\[,:; ]|[~'\u2019\u00a0\u2009\u202f])(?=\d{3}(?!\d)))"
+)
+_INDIAN = re.compile(r"(?<![\d.,])\d{1,2}(?:,\d{2})+,\d{3}(?!\d)")
+# At most nine digits: an int of more than 4,300 is refused by Python, and no mixed number is that long.
+_MIXED = re.compile(r"(?<![\d./,^_])(\d{1,9})\s+(?:and\s+)?(\d{1,9})\s?/\s?(\d{1,9})(?![\d/])")
+
+
+def spell_plainly(text: str) -> str:
+    r"""Return a text with numbers in ASCII: digits, signs, commas between groups, mixed numbers as fractions.
+
+    >>> spell_plainly("\uff12\uff0c\uff13\uff14\uff15"), spell_plainly(r"7{,}250"), spell_plainly("3 1/2 cups")
+    ('2,345', '7,250', '7/2 cups')
+    """
+    if not text.isascii():
+        text = _SUPERSCRIPT.sub(r"^\g<0>", _VULGAR.sub(r" \g<0>", text.translate(_INVISIBLE)))
+        text = unicodedata.normalize("NFKC", _SEPARATOR.sub(",", text)).translate(_AS_ASCII)
+        text = re.sub(r"[^\W0-9a-zA-Z_]", lambda char: _digit(char[0]), _DASH.sub("-", text))
+    text = _INDIAN.sub(lambda number: number[0].replace(",", ""), _SEPARATOR.sub(",", text))
+    return _MIXED.sub(_improper, text)
+
+
+def _digit(char: str) -> str:
+    return str(unicodedata.decimal(char, char))
+
+
+def _improper(mixed: re.Match[str]) -> str:
+    whole, above, below = map(int, mixed.groups())
+    return f"{whole * below + above}/{below}" if above < below else mixed[0]
+
+
+# --- numbers, dates and times ------------------------------------------------------------------------------------
+
+# Python refuses to spell out more than 4,300 digits.
+_MOST_DIGITS = 4000
+_FRACTION = re.compile(r"\\[dtc]?frac" + 2 * r"\s*(?:\{\s*(-?[\d.,]+)\s*\}|(\d))")
+_DECIMAL_COMMA = re.compile(r"(?<![\d.,])(?:(\d{1,3}(?:\.\d{3})+),(\d+)|(0),(\d+)|(\d+),(\d{1,2}))(?!\d|,\d)")
+_GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:,\d{3})+|(?:\.\d{3}){2,})(?!\d)")
+_SPACED = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?!\d)")
+_HYPHENATED = re.compile(r"(?<![\d./,-])(\d{1,9})-(?=\d{1,9}/\d)")
+_SCIENTIFIC = re.compile(r"(?<=\d)\s*(?:\\times|\\cdot|[\u00d7x*\u22c5])\s*10\s?(?:\^|\*\*)\s?\{?([-+]?\d+)\}?")
+# What is no number: LaTeX's commands for text, and the 2 of `m^2`.
+_NO_NUMBER = re.compile(r"\\(?:text|math)[a-z]*|\\mbox|\\(?=\$)|(?<=[A-Za-z}])\s?\^\s?\{?\d+\}?")
+_SCALES = {"hundred": 2, "thousand": 3, "lakh": 5, "million": 6, "crore": 7, "billion": 9, "trillion": 12}
+_SCALES |= {"\u4e07": 4, "\u842c": 4, "\u4ebf": 8, "\u5104": 8}
+_MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
+_MONTH = r"(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sept?(?:ember)?"
+_MONTH += r"|Oct(?:ober)?|Nov(?:ember)?|Dec(?:ember)?)\b"
+_DAY = r"(?:0?[1-9]|[12]\d|3[01])(?:st|nd|rd|th)?(?![\d%]|[.,]\d)"
+# Without a year a month may be a name, and what follows a count: "June 5 apples", "In May 24 people came".
+_YEAR = r",?\s(?:19|20)\d\d(?!\d)"
+_DATE_OR_TIME = (
+    rf"(?P<iso>\d{{4}}(?P<mark>[-/.])\d\d?(?P=mark)\d\d?(?!\d)|\d{{4}}\s?\u5e74\s?\d\d?\s?\u6708\s?\d\d?(?=\s?\u65e5))"
+    r"|(?P<year_last>\d\d?(?P<mark2>[-/.])\d\d?(?P=mark2)(?:\d{4}|\d\d)(?![\d/-]))"
+    rf"|(?P<named>\b(?:{_MONTH}\.?\s{_DAY}|{_DAY}\.?\s(?:of\s)?{_MONTH}\.?|{_MONTH}){_YEAR}"
+    rf"|(?<![iI]n\s)\b(?:{_MONTH}\.?\s{_DAY}|{_DAY}\.?\s(?:of\s)?{_MONTH})(?!\s+[a-z]))"
+    r"|(?P<hour>\d+)(?::|h(?=\d\d(?!\d))|\s?[\u65f6\u6642\u70b9\u9ede]\s?)(?P<minutes>\d+(?::\d+)*)(?:\s?(?P<half>[aApP])\.?[mM]\b)?"
+    r"|(?P<chain>\d+(?:\.\d+){2,})"
+)
+_NUMBER = re.compile(
+    rf"(?<![A-Za-z\d])(?:{_DATE_OR_TIME})"
+    # A hyphen is a sign unless it stands behind a number, a word or a bracket: then it subtracts or joins.
+    r"|(?P<sign>(?<![\w)\].])(?<![\d)\]]\s)-\s?|(?<=[\d)\]]\s)-(?=[\d.$€£]))?"
+    r"[$€£¥₹₩₽]?\s?(?P<sign2>(?<=[$€£¥₹₩₽])-)?"
+    # The 2 of CO2 and m2 belongs to the word.
+    r"(?P<whole>(?:(?<![A-Za-z\d])|(?<=\b[A-Z]{3})|(?<=\bRs))\d+(?:\.\d+)?(?:[eE][-+]?\d+\b)?|(?<![\w.])\.\d+)"
+    r"(?:\s?(?:\^|\*\*)\s?\{?(?P<power>-?\d+)\}?)?(?:\s?/\s?(?P<below>-?\d+(?:\.\d+)?))?"
+    rf"(?:\s?(?P<scale>{'|'.join(_SCALES)})(?![a-z-]))?"
+)
+# What stands before the answer of a marked part: `5 * 4 =`, `x =`.
+_LEFT_SIDE = re.compile(r"(?:[^=A-Za-z\n]|(?<![A-Za-z])[A-Za-z](?![A-Za-z]))*(?<!\()=")
+_ANNOUNCED = re.compile(r"(?i:\banswer(?: is\b|[*_]*:))(?P<sentence>(?:[^.\n!]|\.(?=\d))+)")
+
+
+def final_number(text: str) -> Fraction | str | None:
+    """Return the number a text ends up at: where it is marked, else announced as the answer, else the last.
+
+    A date, a time, a ratio comes as text and is compared as a whole. None where there is none: a text without a
+    number never equals another. Digits are never joined across white space, and a hyphen after a digit or letter is
+    no sign.
+
+    >>> [str(final_number(s)) for s in ("#### 1,234.50", "it is -3", "1/2 left", "50 %", "$5.00", "12 34", "none")]
+    ['2469/2', '-3', '1/2', '50', '5', '34', 'None']
+    >>> [str(final_number(s)) for s in ("3 1/2 cups", "5,00,000", "10:30 pm", "July 9, 2031", "2.5 million")]
+    ['7/2', '500000', '22:30', '2031-07-09', '2500000']
+    """
+    part, marked = final_part(text)
+    part = _spell_numbers(part, marked)
+    if marked and (left := _LEFT_SIDE.match(part)):
+        part = part[left.end() :]
+    numbers = list(_NUMBER.finditer(part))
+    if not numbers:
+        return None
+    # A marked part that begins with a number is that number; words may stand behind it.
+    if marked and not has_words(part[: numbers[0].start()]):
+        return _value(numbers[0])
+    announced = [] if marked else list(_ANNOUNCED.finditer(part))
+    if announced and len(only := list(_NUMBER.finditer(part, *announced[-1].span("sentence")))) == 1:
+        return _value(only[0])
+    return _value(numbers[-1])
+
+
+def _spell_numbers(text: str, marked: bool) -> str:
+    """Return a text with every number in ASCII and its groups joined; across spaces only where that is meant."""
+    text = _SCIENTIFIC.sub(r"e\1", _HYPHENATED.sub(r"\1 ", _DECIMAL_COMMA.sub(_with_point, text)))
+    text = _NO_NUMBER.sub(" ", spell_plainly(text))
+    text = _GROUPED.sub(lambda number: re.sub("[.,]", "", number[0]), text)
+    # `10 000` is one number: none begins with a 0.
+    text = _SPACED.sub(lambda number: number[0].replace(" ", "" if marked or " 0" in number[0] else " "), text)
+    return _MIXED.sub(_improper, _FRACTION.sub(lambda parts: " {}/{}".format(*filter(None, parts.groups())), text))
+
+
+def _with_point(number: re.Match[str]) -> str:
+    whole, decimals = filter(None, number.groups())
+    return f"{whole.replace('.', '')}.{decimals}"
+
+
+def _value(match: re.Match[str]) -> Fraction | str | None:
+    """Return what a match of _NUMBER stands for; None where it is too large to be spelled out."""
+    if match["whole"] is None:
+        return _date_or_time(match)
+    if len(match[0]) > _MOST_DIGITS or re.search(r"[eE][-+]?\d{4}", match["whole"]):
+        return None
+    number, power = Fraction(match["whole"]), int(match["power"] or 1)
+    size = max(number.numerator.bit_length(), number.denominator.bit_length())
+    if size * abs(power) > 3 * _MOST_DIGITS or (power < 0 and not number):
+        return None
+    number **= power
+    if match["below"] and (below := Fraction(match["below"])):
+        number /= below
+    number *= 10 ** _SCALES.get(match["scale"], 0)
+    return -number if match["sign"] or match["sign2"] else number
+
+
+def _date_or_time(match: re.Match[str]) -> str:
+    """Return a date as YYYY-MM-DD, a time of day with 24 hours, anything else (a ratio, a version) as it is written."""
+    if match["hour"]:
+        hour = match["hour"].lstrip("0") or "0"
+        if match["half"] and len(hour) < 3:
+            hour = str(int(hour) % 12 + 12 * (match["half"] in "pP"))
+        return f"{hour}:{match['minutes']}"
+    parts = re.findall(r"\d+", match[0])
+    if match["named"]:
+        month = re.search(_MONTH, match[0])
+        assert month
+        year = [part for part in parts if len(part) == 4]
+        parts = [*year, str(_MONTHS.index(month[0][:3]) + 1), *(part for part in parts if len(part) < 4)]
+    elif match["year_last"]:
+        first, second, last = parts
+        # 3/4/2031 is the 4th of March, as in the US, 3.4.2031 the 3rd of April, as in Europe.
+        parts = [last, second, first] if match["mark2"] == "." or int(first) > 12 else [last, first, second]
+    return match["chain"] or "-".join(part.zfill(2) for part in parts)
+
+
+# --- choices -----------------------------------------------------------------------------------------------------
+
+# The words of several languages that name a letter as the answer, and those that may stand between.
+_NAMING = (
+    r"\banswer|\b(?:correct|right|best) (?:option|choice|letter)|\bI(?:'d| would| will)? (?:choose|pick|select|take)"
+    r"|\b(?:antwort|lösung|(?:richtig|korrekt)(?= ist)|ich (?:wähle|nehme)|réponse|je choisis|respuesta|elijo|resposta"
+    r"|escolho|risposta|scelgo|antwoord|odpowiedź|cevap|jawaban|đáp án|ответ|выбираю|відповідь|الإجابة|الجواب)"
+    r"|उत्तर|คำตอบ|答案|答え|回答|解答|正解|[选選](?![项項])|정답|답"
+)
+_BETWEEN = (
+    r"\b(?:is|would be|must be|should be|will be|the|correct|right|best|option|choice|letter|clearly|therefore|thus"
+    r"|ist|lautet|die|der|buchstabe|est|la|le|lettre|l'option|es|opción|letra|a|é|è|alternativa|opção|opzione|lettera"
+    r"|optie|adalah|là|вариант|буква|это|هي|هو)\b|है|คือ|应该是|應該是|是|应?为|應?為|[选選][项項擇择]?|選択肢|は|が|은|는"
+)
+_LATIN = r"A-Za-z0-9À-\u04ff"
+_CASE_ENDS = r"(?=\s*(?:[).,:;!?*_$}\]<\"。、]|\n|\Z|[\u2010-\u2015-]\s|[\u3040-\u9fff\uac00-\ud7af])"
+# A bare A or I, and a letter in lower case, are also words: as an option they have a mark or a reason behind them.
+_BECAUSE = r"|\s(?:because|since|as|weil|denn|car|parce|porque|perché|потому)\b)"
+_OPTION = (
+    rf"(?:[(\[]([A-Ja-j])[)\]]|([B-HJ])(?!['’+#]|-?[{_LATIN}])|([AI]){_CASE_ENDS}{_BECAUSE}|([a-j])(?!\.\w){_CASE_ENDS}))"
+    r"(?!\s*(?:or|and|und|oder|ou|y|[/&])\s*[(\[]?[A-J]\b)"
+)
+_NAMED = re.compile(
+    rf"(?i:{_NAMING})(?:[\s*_:=\"'`$>\u2010-\u2015-]|(?i:{_BETWEEN}))*(?<![{_LATIN}]){_OPTION}"
+    rf"|(?<![{_LATIN}])([A-J])[)\]*_]*\s*(?:(?:is|ist|est|es|é|è)(?: (?:the|die|la|a))? (?i:correct|right|best|richtig"
+    r"|korrekt|bonne|juste|certa|giusta)|(?:选项|選項)?是?(?:正确|正確)|が正|[이가] (?:정답|맞))"
+)
+_ONLY_LETTER = re.compile(r"(?:\\[a-z]+|[\W_])*([A-Ja-j])[\W_]*")
+_FIRST_OR_BRACKETED = re.compile(
+    r"(?m:^)[^\w\n]*([A-J])(?:[.):、]|[^\w\n]*(?m:$))|[(\[]([A-J])[)\]]"
+    r"|(?i:\b(?:option|choice|opción|opção|buchstabe|lettre)\s|[选選][项項]|選択肢)[\s*_]*([A-J])(?![A-Za-z])"
+    r"(?!\s(?:is|was)(?:n't| not| wrong| incorrect| false))"
+)
+
+
+def final_choice(text: str) -> str | None:
+    """Return the letter, A to J, that a text chooses; None where it names none, or several and no answer.
+
+    >>> [final_choice(s) for s in ("B", "(b)", "B. Paris", "The correct answer is (B)", "A dog", "(A) or (B)")]
+    ['B', 'B', 'B', 'B', None, None]
+    """
+    text = spell_plainly(final_part(text)[0])
+    if match := _ONLY_LETTER.fullmatch(text):
+        return match[1].upper()
+    if named := _NAMED.findall(text):
+        return "".join(named[-1]).upper()
+    letters = {"".join(groups) for groups in _FIRST_OR_BRACKETED.findall(text)}
+    return letters.pop() if len(letters) == 1 else None
