@@ -267,18 +267,32 @@ class Prune(Section):
         return self
 
 
+Phrase = Annotated[str, Field(min_length=1)]
+
+
 class Filters(Section):
     """Which rewrites are refused whatever they end at. What is truncated or empty always is: it teaches to stop in the
-    middle, or nothing."""
+    middle, or nothing. Refusals and leaks are known in English; give the phrases of other languages."""
 
     leak: bool = True
     """Speaks of the task of rewriting, in words that the row does not use."""
+    leak_phrases: tuple[Phrase, ...] = ()
+    """Further phrases that speak of it, in upper or lower case, for example [参考答案]."""
     refusal: bool = True
     """Refuses to answer, where the reference does not."""
+    refusal_phrases: tuple[Phrase, ...] = ()
+    """Further phrases that refuse, anywhere in a text, in upper or lower case, for example [no puedo ayudarte]."""
     repeated: bool = True
     """Runs in circles, where the reference does not."""
     too_long: float | None = Field(4.0, gt=0)
     """Has more than this many times the reference's characters, and more than 1,000; null switches it off."""
+
+    @model_validator(mode="after")
+    def _phrases_are_used(self) -> Self:
+        for name in ("leak", "refusal"):
+            if getattr(self, f"{name}_phrases") and not getattr(self, name):
+                raise ValueError(f"{name}_phrases do nothing where {name} is false. Remove them, or set {name}: true")
+        return self
 
 
 class Distill(Section):
@@ -297,7 +311,7 @@ class Distill(Section):
     template_options: dict[str, JsonValue] = {"enable_thinking": False}
     """What the chat template is asked for in rewriting prompts; a template ignores what it does not know."""
     strip_thinking: bool = True
-    """Take <think>…</think> off a rewrite before it is checked and trained on."""
+    """Take the thoughts (<think>…</think> and the like) off a rewrite before it is checked and trained on."""
     filters: Filters = Filters()
     samples: int = Field(1, gt=0)
     """Rewrites that are tried for a row: a further one is drawn only where none before it passed."""

@@ -33,7 +33,7 @@ def final_part(text: str) -> tuple[str, bool]:
         text, marked = boxed, True
     if tagged := _TAGGED.findall(text):
         text, marked = str(tagged[-1]), True
-    before, mark, behind = text.rpartition("####")
+    _, mark, behind = text.rpartition("####")
     if mark:
         line, _, rest = behind.strip().partition("\n")
         if rest and _HEADING.match(line):
@@ -92,12 +92,12 @@ def spell_plainly(text: str) -> str:
     if not text.isascii():
         text = _SUPERSCRIPT.sub(r"^\g<0>", _VULGAR.sub(r" \g<0>", text.translate(_INVISIBLE)))
         text = unicodedata.normalize("NFKC", _SEPARATOR.sub(",", text)).translate(_AS_ASCII)
-        text = re.sub(r"[^\W0-9a-zA-Z_]", lambda char: _digit(char[0]), _DASH.sub("-", text))
+        text = re.sub(r"[^\W0-9a-zA-Z_]", lambda char: _ascii_digit(char[0]), _DASH.sub("-", text))
     text = _INDIAN.sub(lambda number: number[0].replace(",", ""), _SEPARATOR.sub(",", text))
     return _MIXED.sub(_improper, text)
 
 
-def _digit(char: str) -> str:
+def _ascii_digit(char: str) -> str:
     return str(unicodedata.decimal(char, char))
 
 
@@ -116,11 +116,12 @@ _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:,\d{3})+|(?:\.\d{3}){2,})(?!\d)"
 _SPACED = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?!\d)")
 _HYPHENATED = re.compile(r"(?<![\d./,-])(\d{1,9})-(?=\d{1,9}/\d)")
 _SCIENTIFIC = re.compile(r"(?<=\d)\s*(?:\\times|\\cdot|[\u00d7x*\u22c5])\s*10\s?(?:\^|\*\*)\s?\{?([-+]?\d+)\}?")
-# What is no number: LaTeX's commands for text, and the 2 of `m^2`.
-_NO_NUMBER = re.compile(r"\\(?:text|math)[a-z]*|\\mbox|\\(?=\$)|(?<=[A-Za-z}])\s?\^\s?\{?\d+\}?")
-_SCALES = {"hundred": 2, "thousand": 3, "lakh": 5, "million": 6, "crore": 7, "billion": 9, "trillion": 12}
-_SCALES |= {"\u4e07": 4, "\u842c": 4, "\u4ebf": 8, "\u5104": 8}
-_MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
+# What is no number: LaTeX's commands for text, the 2 of `m^2`, the 3 of `Week 3:210 pages`.
+_NO_NUMBER = re.compile(
+    r"\b(?:Step|Day|Week|Month|Year|Part|Case|Round|Question|Problem)\s\d+:(?=\d)"
+    r"|\\[,;:! ]|\\(?:text|math)[a-z]*|\\mbox|\\(?=\$)|(?<=[A-Za-z}])\s?\^\s?\{?\d+\}?"
+)
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _MONTH = r"(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sept?(?:ember)?"
 _MONTH += r"|Oct(?:ober)?|Nov(?:ember)?|Dec(?:ember)?)\b"
 _DAY = r"(?:0?[1-9]|[12]\d|3[01])(?:st|nd|rd|th)?(?![\d%]|[.,]\d)"
@@ -135,17 +136,18 @@ _DATE_OR_TIME = (
     r"|(?P<chain>\d+(?:\.\d+){2,})"
 )
 _NUMBER = re.compile(
-    rf"(?<![A-Za-z\d])(?:{_DATE_OR_TIME})"
+    rf"(?=[-.\d$€£¥₹₩₽JFMASOND])(?:(?<![A-Za-z\d])(?:{_DATE_OR_TIME})"
     # A hyphen is a sign unless it stands behind a number, a word or a bracket: then it subtracts or joins.
     r"|(?P<sign>(?<![\w)\].])(?<![\d)\]]\s)-\s?|(?<=[\d)\]]\s)-(?=[\d.$€£]))?"
-    r"[$€£¥₹₩₽]?\s?(?P<sign2>(?<=[$€£¥₹₩₽])-)?"
+    r"(?:[$€£¥₹₩₽]\s?)?(?P<sign2>(?<=[$€£¥₹₩₽])-)?"
     # The 2 of CO2 and m2 belongs to the word.
     r"(?P<whole>(?:(?<![A-Za-z\d])|(?<=\b[A-Z]{3})|(?<=\bRs))\d+(?:\.\d+)?(?:[eE][-+]?\d+\b)?|(?<![\w.])\.\d+)"
-    r"(?:\s?(?:\^|\*\*)\s?\{?(?P<power>-?\d+)\}?)?(?:\s?/\s?(?P<below>-?\d+(?:\.\d+)?))?"
-    rf"(?:\s?(?P<scale>{'|'.join(_SCALES)})(?![a-z-]))?"
+    r"(?:\s?(?:\^|\*\*)\s?\{?(?P<power>-?\d+)\}?)?(?:\s?/\s?(?P<below>-?\d+(?:\.\d+)?))?)"
 )
 # What stands before the answer of a marked part: `5 * 4 =`, `x =`.
 _LEFT_SIDE = re.compile(r"(?:[^=A-Za-z\n]|(?<![A-Za-z])[A-Za-z](?![A-Za-z]))*(?<!\()=")
+_DIGIT = re.compile("[\\d\u00bc-\u00be\u2150-\u215e]")
+_SENTENCE_END = re.compile(rf"(?<=[a-z\d)%][.!?])\s+(?=[A-Z])(?!{_MONTH})|\n")
 _ANNOUNCED = re.compile(r"(?i:\banswer(?: is\b|[*_]*:))(?P<sentence>(?:[^.\n!]|\.(?=\d))+)")
 
 
@@ -158,33 +160,48 @@ def final_number(text: str) -> Fraction | str | None:
 
     >>> [str(final_number(s)) for s in ("#### 1,234.50", "it is -3", "1/2 left", "50 %", "$5.00", "12 34", "none")]
     ['2469/2', '-3', '1/2', '50', '5', '34', 'None']
-    >>> [str(final_number(s)) for s in ("3 1/2 cups", "5,00,000", "10:30 pm", "July 9, 2031", "2.5 million")]
-    ['7/2', '500000', '22:30', '2031-07-09', '2500000']
+    >>> [str(final_number(s)) for s in ("3 1/2 cups", "5,00,000", "10:30 pm", "July 9, 2031")]
+    ['7/2', '500000', '22:30', '2031-07-09']
     """
     part, marked = final_part(text)
-    part = _spell_numbers(part, marked)
-    if marked and (left := _LEFT_SIDE.match(part)):
+    if marked:
+        return _first_or_last(part)
+    for announced in reversed(list(_ANNOUNCED.finditer(part))):
+        if len(numbers := _find_numbers(announced["sentence"])) == 1:
+            return _value(numbers[0])
+    for sentence in reversed(_SENTENCE_END.split(part)):
+        if _DIGIT.search(sentence) and (numbers := _find_numbers(_end(sentence)) or _find_numbers(sentence)):
+            return _value(numbers[-1])
+    return None
+
+
+def _end(sentence: str) -> str:
+    """Return the end of a sentence from a hundred characters before its last digit: no answer is read from before."""
+    last = max(map(sentence.rfind, "0123456789"))
+    return sentence[sentence.rfind(" ", 0, max(0, last - 100)) + 1 :]
+
+
+def _first_or_last(part: str) -> Fraction | str | None:
+    """Return the number that a marked part begins with, words may stand behind it; else its last."""
+    part = _SPACED.sub(lambda number: number[0].replace(" ", ""), part)
+    if left := _LEFT_SIDE.match(part):
         part = part[left.end() :]
-    numbers = list(_NUMBER.finditer(part))
+    numbers = _find_numbers(part)
     if not numbers:
         return None
-    # A marked part that begins with a number is that number; words may stand behind it.
-    if marked and not has_words(part[: numbers[0].start()]):
-        return _value(numbers[0])
-    announced = [] if marked else list(_ANNOUNCED.finditer(part))
-    if announced and len(only := list(_NUMBER.finditer(part, *announced[-1].span("sentence")))) == 1:
-        return _value(only[0])
-    return _value(numbers[-1])
+    first = numbers[0]
+    return _value(numbers[-1] if has_words(first.string[: first.start()]) else first)
 
 
-def _spell_numbers(text: str, marked: bool) -> str:
-    """Return a text with every number in ASCII and its groups joined; across spaces only where that is meant."""
-    text = _SCIENTIFIC.sub(r"e\1", _HYPHENATED.sub(r"\1 ", _DECIMAL_COMMA.sub(_with_point, text)))
-    text = _NO_NUMBER.sub(" ", spell_plainly(text))
+def _find_numbers(text: str) -> list[re.Match[str]]:
+    """Return the matches of _NUMBER in a text whose numbers are in ASCII, their groups joined."""
+    text = spell_plainly(_HYPHENATED.sub(r"\1 ", _DECIMAL_COMMA.sub(_with_point, text)))
+    text = _NO_NUMBER.sub(" ", _SCIENTIFIC.sub(r"e\1", text))
     text = _GROUPED.sub(lambda number: re.sub("[.,]", "", number[0]), text)
     # `10 000` is one number: none begins with a 0.
-    text = _SPACED.sub(lambda number: number[0].replace(" ", "" if marked or " 0" in number[0] else " "), text)
-    return _MIXED.sub(_improper, _FRACTION.sub(lambda parts: " {}/{}".format(*filter(None, parts.groups())), text))
+    text = _SPACED.sub(lambda number: number[0].replace(" ", "" if " 0" in number[0] else " "), text)
+    text = _MIXED.sub(_improper, _FRACTION.sub(lambda parts: " {}/{}".format(*filter(None, parts.groups())), text))
+    return list(_NUMBER.finditer(text))
 
 
 def _with_point(number: re.Match[str]) -> str:
@@ -205,7 +222,6 @@ def _value(match: re.Match[str]) -> Fraction | str | None:
     number **= power
     if match["below"] and (below := Fraction(match["below"])):
         number /= below
-    number *= 10 ** _SCALES.get(match["scale"], 0)
     return -number if match["sign"] or match["sign2"] else number
 
 
@@ -232,14 +248,16 @@ def _date_or_time(match: re.Match[str]) -> str:
 # --- choices -----------------------------------------------------------------------------------------------------
 
 # The words of several languages that name a letter as the answer, and those that may stand between.
-_NAMING = (
+_NAMING = unicodedata.normalize(  # as the texts are
+    "NFKC",
     r"\banswer|\b(?:correct|right|best) (?:option|choice|letter)|\bI(?:'d| would| will)? (?:choose|pick|select|take)"
     r"|\b(?:antwort|lösung|(?:richtig|korrekt)(?= ist)|ich (?:wähle|nehme)|réponse|je choisis|respuesta|elijo|resposta"
     r"|escolho|risposta|scelgo|antwoord|odpowiedź|cevap|jawaban|đáp án|ответ|выбираю|відповідь|الإجابة|الجواب)"
-    r"|उत्तर|คำตอบ|答案|答え|回答|解答|正解|[选選](?![项項])|정답|답"
+    r"|उत्तर|คำตอบ|答案|答え|回答|解答|正解|[选選][择擇]?(?![项項])|정답|답",
 )
 _BETWEEN = (
     r"\b(?:is|would be|must be|should be|will be|the|correct|right|best|option|choice|letter|clearly|therefore|thus"
+    r"|correcta|correcte|correta|corretta"
     r"|ist|lautet|die|der|buchstabe|est|la|le|lettre|l'option|es|opción|letra|a|é|è|alternativa|opção|opzione|lettera"
     r"|optie|adalah|là|вариант|буква|это|هي|هو)\b|है|คือ|应该是|應該是|是|应?为|應?為|[选選][项項擇择]?|選択肢|は|が|은|는"
 )
@@ -248,7 +266,7 @@ _CASE_ENDS = r"(?=\s*(?:[).,:;!?*_$}\]<\"。、]|\n|\Z|[\u2010-\u2015-]\s|[\u304
 # A bare A or I, and a letter in lower case, are also words: as an option they have a mark or a reason behind them.
 _BECAUSE = r"|\s(?:because|since|as|weil|denn|car|parce|porque|perché|потому)\b)"
 _OPTION = (
-    rf"(?:[(\[]([A-Ja-j])[)\]]|([B-HJ])(?!['’+#]|-?[{_LATIN}])|([AI]){_CASE_ENDS}{_BECAUSE}|([a-j])(?!\.\w){_CASE_ENDS}))"
+    rf"(?:[(\[]([A-Ja-j])[)\]]|([B-HJ])(?!['\u2019+#]|-?[{_LATIN}])|([AI]){_CASE_ENDS}{_BECAUSE}|([a-j])(?!\.\w){_CASE_ENDS}))"
     r"(?!\s*(?:or|and|und|oder|ou|y|[/&])\s*[(\[]?[A-J]\b)"
 )
 _NAMED = re.compile(

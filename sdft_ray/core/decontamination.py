@@ -1,7 +1,8 @@
-"""Which rows a benchmark holds already: training on its items would make the exam a test of memory.
+"""Which rows a benchmark holds already: training on its items would make the evaluation a test of memory.
 
 In: the texts of rows and of tasks. Out: for each row and task that share a run of words, that run. Compared are plain
-words, without case and punctuation, through sets of hashes: one pass over the tasks and one over the rows.
+words, without case and punctuation (characters, where a script sets no spaces), through sets of hashes: one pass over
+the tasks and one over the rows.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping
+
+from sdft_ray.core.words import count_words, runs, split_unspaced
 
 # A task's text of fewer than n words counts where a row holds all of it. Shorter ones than this are everyday speech: in
 # 9,473 rows of GSM8K and Dolly those of 5 to 7 words were found 22 times, all by chance ("the position of the sun"),
@@ -32,8 +35,11 @@ def ngrams(text: str, n: int) -> Iterator[str]:
     >>> list(ngrams("It's 4, isn't it?", 4))
     ['it s 4 isn', 's 4 isn t', '4 isn t it']
     """
-    words = re.findall(r"\w+", text.lower())
-    return (" ".join(words[i : i + n]) for i in range(len(words) - n + 1))
+    return map(" ".join, runs(_split(text), n))
+
+
+def _split(text: str) -> list[str]:
+    return split_unspaced(re.findall(r"\w+", text.lower()))
 
 
 def find_overlaps(rows: Mapping[str, Iterable[str]], tasks: Mapping[str, Iterable[str]], n: int) -> list[Overlap]:
@@ -59,7 +65,7 @@ def _index(texts: Iterable[str], n: int) -> dict[int, set[int]]:
     """Return the hashes of what no row may hold, by their length in words."""
     known: dict[int, set[int]] = {}
     for text in texts:
-        size = min(n, len(re.findall(r"\w+", text)))
+        size = min(n, count_words(_split(text)))
         if size >= min(n, SHORTEST_WORDS):
             known.setdefault(size, set()).update(map(hash, ngrams(text, size)))
     return known

@@ -23,8 +23,11 @@ CPU_SECONDS = 5
 _one_at_a_time = threading.Lock()
 
 
-_CONSTANT = r"\\(?:math|text|operatorname|mathop)(?:rm|it|up)?\s*\{\s*(?P<name>e|i)\s*\}|\{\\rm\s+(?P<old_name>e|i)\s*\}"
-_UPRIGHT = re.compile(_CONSTANT + r"|\\(?:mathrm|text)\s*(?P<function>\{\s*(?:ln|log|exp|sin|cos|tan)\s*\})")
+# What is set upright is a unit to math-verify, and a comma inside of braces no LaTeX that it knows.
+_UPRIGHT = re.compile(
+    r"\\(?:mathrm|mathup|text|textrm|operatorname|mathop)\s*\{\s*(?:(e|i)|(ln|log|exp|sin|cos|tan))\s*\}|\{\\rm\s+(e|i)\s*\}"
+)
+_GROUPED = re.compile(r"(?<=(?<!\\)\{)\d{1,3}(?:,\d{3})+(?=\})")
 
 
 def read_expression(text: str, whole: bool = False) -> str | None:
@@ -35,10 +38,16 @@ def read_expression(text: str, whole: bool = False) -> str | None:
     >>> read_expression(r"So $x = 3$, and half of it is \boxed{\frac32}.")
     '\\frac{3}{2}'
     """
-    # What is set upright is a unit to math-verify.
-    text = _UPRIGHT.sub(lambda name: f" {name['name'] or name['old_name'] or chr(92) + name['function'].strip('{ }')} ", text)
+    text = _GROUPED.sub(lambda number: number[0].replace(",", ""), _UPRIGHT.sub(_set_in_italics, text))
     found: str | None = _ask("whole", rf"\boxed{{{text}}}") if whole else _ask("read", text)
     return found
+
+
+def _set_in_italics(name: re.Match[str]) -> str:
+    constant, function, old = name.groups()
+    if function:
+        return rf"\{function} "
+    return " " * name.string[: name.start()][-1:].isalpha() + (constant or old)
 
 
 def same_expression(answer: str, found: str) -> bool:
@@ -74,10 +83,7 @@ def _child() -> subprocess.Popen[str]:
 
 def _serve() -> None:
     """Answer one question a line until standard input ends."""
-    from latex2sympy2_extended import math_normalization
-
-    # Its own reaches over braces to the end: 2 - 3 and 2 + 3 divided by the same unit would both be cut to nothing.
-    math_normalization.unit_superscript_regex = re.compile(r"(\\(?:text|mbox)\s*\{[^{}]*\})(\^\d|\{\^\d\})?$")
+    _correct_units()
     logging.disable()  # of having no time limit
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     answers = {"read": _read, "whole": _read_whole, "same": _same}
@@ -87,6 +93,21 @@ def _serve() -> None:
         answer = answers[kind](*texts)
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(answer), flush=True)
+
+
+def _correct_units() -> None:
+    r"""Make math-verify take away units behind a number only.
+
+    Its own patterns reach over braces, take any character for the point of `a .`, and stop at no operator: of
+    `2 - \frac{3}{\text{e}}` and `x + a b` they leave `2 - \frac{3}{` and `x +`, and what is left of two may be equal.
+    """
+    from latex2sympy2_extended import math_normalization as its
+
+    its.unit_superscript_regex = re.compile(r"(\\(?:text|mbox)\s*\{[^{}]*\})(\^\d|\{\^\d\})?$")
+    units = "|".join(map(re.escape, sorted(its.units, key=len, reverse=True)))
+    its.units_regex = re.compile(
+        rf"^(-?(?:\\[a-zA-Z]+|[^a-zA-Z+-])*(?:[\d}}]|\\pi))\s*(?:(?:{units})(?:s|es)?(?![a-zA-Z])\s*)+$"
+    )
 
 
 def _read(text: str) -> str | None:
@@ -134,8 +155,8 @@ def _equal_where_real(first: Any, second: Any) -> bool:
         return False
     for signs in itertools.product((1, -1), repeat=len(symbols)):
         point = {symbol: sign * sympy.prime(i + 2) for i, (symbol, sign) in enumerate(zip(symbols, signs, strict=True))}
-        values = [each.subs(point).evalf() for each in (first, second)]
-        if all(value.is_real for value in values) and abs(values[0] - values[1]) > 1e-9:
+        parts = [part.subs(point).evalf() for each in (first, second) for part in (each, *each.atoms(sympy.Pow))]
+        if all(part.is_real for part in parts) and abs((first - second).subs(point).evalf()) > 1e-9:
             return False
     return True
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 from sdft_ray.core.answers import final_choice, final_number, final_part, has_words, spell_plainly
 from sdft_ray.core.expressions import read_expression, same_expression
+from sdft_ray.core.words import UNSPACED, runs, split_unspaced
 
 Reason = Literal[
     "kept",
@@ -52,7 +53,7 @@ class Rules:
     checker: str
     """A name in CHECKERS, or `none`."""
     filters: Mapping[str, Any]
-    """For each of FILTERS its setting; false or None switches it off."""
+    """For each of FILTERS its setting, false or None switches it off; for `leak` and `refusal` further phrases."""
     strip_thinking: bool = True
 
 
@@ -96,7 +97,7 @@ def _judge(row: Mapping[str, Any], text: str | None, finish_reason: str, rules: 
     if not text or (_ANNOUNCEMENT.fullmatch(text) and not row["reference"].rstrip().endswith(":")):
         return "empty"
     for reason, fails in FILTERS.items():
-        if rules.filters[reason] and fails(text, row, rules.filters[reason]):
+        if rules.filters[reason] and fails(text, row, rules.filters):
             return reason
     if rules.checker == "none":
         return "kept"
@@ -110,26 +111,28 @@ def _judge(row: Mapping[str, Any], text: str | None, finish_reason: str, rules: 
 # --- thoughts: what a rewrite holds beside its response -----------------------------------------------------------
 
 _THOUGHT = r"(?:[a-z]+[:_])?(?:think|thinking|thoughts?|reasoning|reflection)"
-# A tag is one where it stands at a line's start or behind a sentence, not in the middle of one that speaks of it.
+# A tag opens thoughts where it begins a line or follows a sentence, not in the middle of one that speaks of it. An end
+# without a beginning (a template may hold that) is not set off by a space, or has an empty line behind it.
 _THOUGHT_TAG = re.compile(
-    rf"(?P<open>(?<![^\s.!?>\]。！？][ \t])(?<![`'\"(“‘])(?:[<\[◁]{_THOUGHT}[>\]▷]"
-    rf"|<\|(?:begin_of_|start_){_THOUGHT}\|>|<\|channel>{_THOUGHT}\b))"
-    rf"|(?P<stray>(?<![ \t`'\"(“‘]))?(?:[<\[◁]/{_THOUGHT}[>\]▷]|<\|end_(?:of_)?{_THOUGHT}\|>|<channel\|>)"
-    r"(?P<alone>\s*\n\s*\n)?",
+    rf"(?=[<\[\u25c1])(?:"
+    rf"(?P<open>(?<![^\s.!?>\]\u3002\uff01\uff1f][ \t])(?<![`'\"(\u201c\u2018])(?:[<\u25c1]{_THOUGHT}[>\u25b7]"
+    rf"|(?-i:\[THINK\])|<\|(?:begin_of_|start_){_THOUGHT}\|>|<\|channel>{_THOUGHT}\b))"
+    rf"|(?P<unspaced>(?<![ \t`'\"(\u201c\u2018]))?(?:[<\u25c1]/{_THOUGHT}[>\u25b7]"
+    rf"|(?-i:\[/THINK\])|<\|end_(?:of_)?{_THOUGHT}\|>|<channel\|>)(?P<line>\s*\n\s*\n)?)",
     re.IGNORECASE,
 )
 # The channels of gpt-oss and what is left of them without special tokens; the process and response of Granite.
 _CHANNEL = r"<\|channel\|>\s*"
 _CHANNELS = re.compile(
     rf"(?:<\|start\|>assistant\s*)?{_CHANNEL}(?:analysis|commentary|final)\b"
-    r"|(?:assistant)?analysis(?![\s.,:;!?'’)-]|[a-z]*\b)|analysis(?=.*assistantfinal)"
-    r"|final(?=[^\sa-z.,:;!?'’)-])|here(?:'s| is) my thought process:",
+    r"|(?:assistant)?analysis(?![\s.,:;!?'\u2019)-]|[a-z]*\b)|analysis(?=.*assistantfinal)"
+    r"|final(?=[^\sa-z.,:;!?'\u2019)-])|(?i:here(?:'s| is) my thought process:)",
     re.DOTALL,
 )
 _FINAL = re.compile(
-    rf"{_CHANNEL}final\b.*?<\|message\|>(?P<raw>.*?)(?:<\|(?:end|return|call)\|>|\Z)"
-    r"|(?:\A|assistant)final(?P<plain>.*)|here(?:'s| is) my response:(?P<response>.*)",
-    re.DOTALL | re.IGNORECASE,
+    rf"{_CHANNEL}final\b[^<]*(?:<\|constrain\|>[^<]*)?<\|message\|>(?P<raw>.*?)(?:<\|(?:end|return|call)\|>|\Z)"
+    r"|(?:\A|assistant)final(?P<plain>.*)|(?i:here(?:'s| is) my response:)(?P<response>.*)",
+    re.DOTALL,
 )
 
 
@@ -149,7 +152,7 @@ def strip_thoughts(text: str) -> str | None:
             if not inside:
                 responses.append(text[start : tag.start()])
             inside = True
-        elif inside or tag["stray"] is not None or tag["alone"]:
+        elif inside or tag["unspaced"] is not None or tag["line"]:
             if not inside:  # a template opened the thoughts itself
                 responses.clear()
             start, inside = tag.end(), False
@@ -177,26 +180,35 @@ _REFUSAL = re.compile(
 _ALWAYS_SHORT_CHARS = 1000
 
 
-def speaks_of_rewriting(text: str, row: Mapping[str, Any], _: bool) -> bool:
+def speaks_of_rewriting(text: str, row: Mapping[str, Any], filters: Mapping[str, Any]) -> bool:
     """Return whether a rewrite speaks of its task in words that the row does not use itself."""
-    known = f"{row['prompt']}\n{row['reference']}".lower()
-    return any(match[0].lower() not in known for match in _LEAKS.finditer(text))
+    known = f"{row['prompt']}\n{row['reference']}".casefold()
+    phrases = [match[0] for match in _LEAKS.finditer(text)] + _find_phrases(filters.get("leak_phrases", ()), text)
+    return any(phrase.casefold() not in known for phrase in phrases)
 
 
-def refuses(text: str, row: Mapping[str, Any], _: bool) -> bool:
+def refuses(text: str, row: Mapping[str, Any], filters: Mapping[str, Any]) -> bool:
     """Return whether a rewrite refuses where the reference does not."""
-    rewrite_does, reference_does = (_REFUSAL.search(each.replace("\u2019", "'")) for each in (text, row["reference"]))
-    return rewrite_does is not None and reference_does is None
+    rewrite_does, reference_does = (
+        bool(_REFUSAL.search(each.replace("\u2019", "'")) or _find_phrases(filters.get("refusal_phrases", ()), each))
+        for each in (text, row["reference"])
+    )
+    return rewrite_does and not reference_does
 
 
-def runs_in_circles(text: str, row: Mapping[str, Any], _: bool) -> bool:
+def _find_phrases(phrases: Sequence[str], text: str) -> list[str]:
+    """Return the phrases that a text holds, in whatever case."""
+    return [phrase for phrase in phrases if phrase.casefold() in text.casefold()]
+
+
+def runs_in_circles(text: str, row: Mapping[str, Any], _: Mapping[str, Any]) -> bool:
     """Return whether a rewrite is repetitive where the reference is not."""
     return is_repetitive(text) and not is_repetitive(row["reference"])
 
 
-def is_too_long(text: str, row: Mapping[str, Any], times: float) -> bool:
-    """Return whether a rewrite has more than `times` the reference's characters, and more than a few."""
-    return len(text) > max(times * len(row["reference"]), _ALWAYS_SHORT_CHARS)
+def is_too_long(text: str, row: Mapping[str, Any], filters: Mapping[str, Any]) -> bool:
+    """Return whether a rewrite has more than `too_long` times the reference's characters, and more than a few."""
+    return len(text) > max(filters["too_long"] * len(row["reference"]), _ALWAYS_SHORT_CHARS)
 
 
 def is_repetitive(text: str, words: int = 4, times: int = 5) -> bool:
@@ -205,16 +217,16 @@ def is_repetitive(text: str, words: int = 4, times: int = 5) -> bool:
     >>> is_repetitive("so it is 4 and " * 20), is_repetitive("2 + 2 = 4. The answer is 4.")
     (True, False)
     """
-    tokens = text.split()
-    runs = Counter(tuple(tokens[i : i + words]) for i in range(len(tokens) - words + 1))
-    if not runs:
+    pieces = split_unspaced(text.split())
+    counts = Counter(runs(pieces, words))
+    if not counts:
         return False
-    most = runs.most_common(1)[0][1]
-    repeated = sum(count for count in runs.values() if count >= times)
-    return most >= times and repeated > len(tokens) / 2
+    most = counts.most_common(1)[0][1]
+    repeated = sum(count for count in counts.values() if count >= times)
+    return most >= times and repeated > len(pieces) / 2
 
 
-FILTERS: dict[Reason, Callable[[str, Mapping[str, Any], Any], bool]] = {
+FILTERS: dict[Reason, Callable[[str, Mapping[str, Any], Mapping[str, Any]], bool]] = {
     "leak": speaks_of_rewriting,
     "refusal": refuses,
     "repeated": runs_in_circles,
@@ -235,15 +247,14 @@ def _final_expression(text: str) -> str | None:
     """Return the expression that a text ends up at; a date or time as `number` reads it."""
     if isinstance(whole := final_number(text), str):
         return whole
-    part, marked = final_part(text)
-    part = spell_plainly(part)
+    part = spell_plainly(final_part(text)[0])
     if _PLAIN_NUMBER.fullmatch(part):
         return part
     boxes = text.count("\\boxed")
     if boxes > 1:  # math-verify takes several that stand together as a set
         return read_expression(spell_plainly(text))
     latex = re.search(r"\$|\\[(\[]", part)
-    if boxes or not (latex or has_words(_LATEX_WORD.sub("", part))):
+    if boxes or not (latex or has_words(_LATEX_WORD.sub("", part)) or UNSPACED.search(part)):
         return read_expression(part, whole=True)
     return read_expression(part if latex else _SUM.sub(lambda found: f"${found[0]}$", part))
 
@@ -266,15 +277,17 @@ class Checker:
 
     read: Callable[[str], str | None]
     """The final answer of a text, in one spelling; None where it has none."""
+    kind: str
+    """What the answers are, in the plural."""
     same: Callable[[str, str], bool] = operator.eq
     """Whether the row's answer and a found one are the same."""
 
 
 # By the names of `rows.answer`; a new one is one more line here and one more name there.
 CHECKERS = {
-    "number": Checker(_number_text),
-    "math": Checker(_final_expression, _same_expression),
-    "choice": Checker(final_choice),
+    "number": Checker(_number_text, "numbers"),
+    "math": Checker(_final_expression, "expressions", _same_expression),
+    "choice": Checker(final_choice, "letters"),
 }
 
 

@@ -20,14 +20,13 @@ from pydantic import TypeAdapter
 
 from sdft_ray.artifacts import Stage
 from sdft_ray.core.decontamination import Overlap, find_overlaps
-from sdft_ray.core.selection import read_answer
+from sdft_ray.core.selection import CHECKERS, read_answer
 from sdft_ray.errors import UserError, problem
 from sdft_ray.recipe import RowSource
 from sdft_ray.sources import read_rows, read_task_texts
 from sdft_ray.stages import Work
 
 VERSION = 2
-_ANSWERS = {"number": "numbers", "math": "expressions", "choice": "letters"}
 SPLITS = ("held_out", "validation", "train")
 
 
@@ -133,11 +132,12 @@ def split_rows(
 
 def _name_lost(counts: Mapping[str, int], checker: str, decontaminated: int) -> str:
     """Return why rows are not usable, for an error that counts those which are."""
+    kind = CHECKERS[checker].kind if checker in CHECKERS else "answers"
     lost = {
-        f"answers are no {_ANSWERS.get(checker)}": counts["without_answer"],
-        "rows have a blank prompt or response": counts["blank"],
+        f"answers were no {kind}": counts["without_answer"],
+        "rows had a blank prompt or response": counts["blank"],
         "prompts came before": counts["duplicate_prompts"],
-        "rows hold items of a benchmark": decontaminated,
+        "rows held items of a benchmark": decontaminated,
     }
     return "".join(f"; {count} {reason}" for reason, count in lost.items() if count)
 

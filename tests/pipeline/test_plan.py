@@ -51,6 +51,8 @@ OTHER = {
     "prune.calibration.0.positions": "all",
     "distill.dtype": "float32",
     "distill.template": "{prompt} {reference}",
+    "distill.filters.leak_phrases": ["given text"],
+    "distill.filters.refusal_phrases": ["no puedo"],
     "train.method": "full",
     "train.lora.targets": ["q_proj"],
     "train.schedule": "linear",

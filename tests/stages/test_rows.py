@@ -120,7 +120,7 @@ def test_split_rows_ids_stand_for_prompt_and_reference():
         (
             [*raw_rows(2), {"prompt": "why?", "reference": " ", "answer": None}],
             2,
-            "; 1 rows have a blank prompt or response",
+            "; 1 rows had a blank prompt or response",
         ),
         ([], 0, ""),
     ],
@@ -137,8 +137,8 @@ def test_split_rows_that_leave_none_to_train_on_say_why(raw, usable, lost):
 @pytest.mark.parametrize(
     ("checker", "answers", "what"),
     [
-        ("choice", [*"012345"], "6 answers are no letters"),
-        ("number", ["yes", "no", "maybe", "so", "or", "not"], "6 answers are no numbers"),
+        ("choice", [*"012345"], "6 answers were no letters"),
+        ("number", ["yes", "no", "maybe", "so", "or", "not"], "6 answers were no numbers"),
     ],
 )
 def test_split_rows_whose_answers_are_of_another_kind_say_so_and_what_to_set(checker, answers, what):
@@ -148,7 +148,7 @@ def test_split_rows_whose_answers_are_of_another_kind_say_so_and_what_to_set(che
 
 
 def test_split_rows_counts_what_decontamination_left_out_among_the_reasons():
-    with pytest.raises(UserError, match=r"^rows: 2 usable rows \(of 9; 7 rows hold items of a benchmark\)"):
+    with pytest.raises(UserError, match=r"^rows: 2 usable rows \(of 9; 7 rows held items of a benchmark\)"):
         split_rows(raw_rows(2), "number", 0, 3, 2, decontaminated=7)
 
 

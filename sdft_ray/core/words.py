@@ -1,0 +1,61 @@
+"""Words, also of scripts that set no spaces between them.
+
+In: a text cut into pieces at spaces or punctuation. Out: its runs of n words. Where a script has no spaces, characters
+are counted instead of looked up in a dictionary: two of Chinese or Japanese and four of Thai, Lao, Burmese or Khmer are
+about as much as a word elsewhere. Runs of other scripts are what they were without this.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+_TWO_A_WORD = (
+    r"\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9d\U00020000-\U0003ffff"
+)
+_FOUR_A_WORD = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
+UNSPACED = re.compile(f"[{_TWO_A_WORD}{_FOUR_A_WORD}]")
+_PIECE = re.compile(rf"{UNSPACED.pattern}|[^{UNSPACED.pattern[1:-1]}]+")
+_QUARTER = re.compile(f"[{_FOUR_A_WORD}]")
+
+
+def split_unspaced(pieces: Sequence[str]) -> list[str]:
+    """Return pieces of a text with every character of a script without spaces as one of its own.
+
+    >>> split_unspaced(["CO2", "和氧气"])
+    ['CO2', '和', '氧', '气']
+    """
+    return [part for piece in pieces for part in ([piece] if piece.isascii() else _PIECE.findall(piece))]
+
+
+def count_words(pieces: Sequence[str]) -> int:
+    """Return how many words the pieces of a text are."""
+    return sum(map(_quarters, pieces)) // 4
+
+
+def runs(pieces: Sequence[str], words: int) -> Iterator[tuple[str, ...]]:
+    """Yield every run of so many words, in order.
+
+    >>> list(runs(["a", "b", "c"], 2)), list(runs(["绿", "色", "植"], 1))
+    ([('a', 'b'), ('b', 'c')], [('绿', '色'), ('色', '植')])
+    """
+    if not UNSPACED.search("".join(pieces)):
+        yield from zip(*(pieces[i:] for i in range(words)), strict=False)
+        return
+    sizes = list(map(_quarters, pieces))
+    stop = size = 0
+    for start in range(len(pieces)):
+        while size < 4 * words and stop < len(pieces):
+            size += sizes[stop]
+            stop += 1
+        if size < 4 * words:
+            return
+        yield tuple(pieces[start:stop])
+        size -= sizes[start]
+
+
+def _quarters(piece: str) -> int:
+    """Return how many quarters of a word a piece is."""
+    if piece.isascii() or not UNSPACED.match(piece):
+        return 4
+    return 1 if _QUARTER.match(piece) else 2
