@@ -1,14 +1,11 @@
 """Which tests start a process (a command, Ray, an engine): read from what they use, so that new tests are sorted, too.
 
-In: the text of a test's file. Out: the marker `process`, which `make test-fast` leaves out. What slips through is
-refused as the test starts it: see `refuse_processes`.
+In: the text of a test's file. Out: the marker `process`, which `make test-fast` leaves out.
 """
 
 import ast
 import functools
-import sys
 from pathlib import Path
-from typing import Any
 
 STARTS = {"subprocess", "ray", "compare_with_vllm"}
 HERE = Path(__file__).parent
@@ -42,14 +39,3 @@ def _name(node: ast.AST) -> str:
         case ast.Name(id=name) | ast.arg(arg=name) | ast.alias(name=name) | ast.ImportFrom(module=str(name)):
             return name.partition(".")[0]
     return ""
-
-
-def refuse_processes() -> None:
-    """Let whatever starts a process in this one from now on fail."""
-
-    def refuse(event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "subprocess.Popen":
-            what = f"a test without the marker `process` starts {arguments[1]}"
-            raise AssertionError(f"{what}. Let it use a fixture or a helper that tests/processes.py knows.")
-
-    sys.addaudithook(refuse)

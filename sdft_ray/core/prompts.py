@@ -161,8 +161,8 @@ def opened_thought(tokenizer: Any, template_options: Mapping[str, Any] = _NO_THI
 
 
 def _unended_thought(text: str) -> str:
-    starts = (text[match.start() :] for match in re.finditer(r"[<\[]", text))
-    return next((start for start in starts if strip_thoughts(start) is None), "")
+    starts = [text[match.start() :] for match in re.finditer(r"[<\[]", text)]
+    return next((start for start in reversed(starts) if strip_thoughts(start) is None), "")
 
 
 # --- the template -------------------------------------------------------------------------------------------------
