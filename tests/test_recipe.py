@@ -143,6 +143,10 @@ def load_text(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> Recip
         ),
         ({"distill": {"filters": {"leaks": False}}}, "distill.filters.leaks: unknown key. Did you mean leak?"),
         (
+            {"distill": {"filters": {"leak": False, "leak_phrases": ["given text"]}}},
+            "distill.filters: leak_phrases do nothing where leak is false. Remove them, or set leak: true.",
+        ),
+        (
             {"rows": {"gym": "chain_sum", "limit": 10, "decontaminate": ["sciq", "sciq"]}},
             "rows.decontaminate: names a task twice. Change this value.",
         ),

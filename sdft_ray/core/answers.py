@@ -35,7 +35,8 @@ def final_part(text: str) -> tuple[str, bool]:
         text, marked = str(tagged[-1]), True
     _, mark, behind = text.rpartition("####")
     if mark:
-        line, _, rest = behind.strip().partition("\n")
+        behind = behind.strip()
+        line, _, rest = behind.partition("\n")
         if rest and _HEADING.match(line):
             return behind, False
         text, marked = line, True
@@ -108,8 +109,8 @@ def _improper(mixed: re.Match[str]) -> str:
 
 # --- numbers, dates and times ------------------------------------------------------------------------------------
 
-# Python refuses to spell out more than 4,300 digits.
-_MOST_DIGITS = 4000
+# Python refuses to spell out more than 4,300 digits, and a quotient may have those of both numbers.
+_MOST_DIGITS = 2000
 _FRACTION = re.compile(r"\\[dtc]?frac" + 2 * r"\s*(?:\{\s*(-?[\d.,]+)\s*\}|(\d))")
 _DECIMAL_COMMA = re.compile(r"(?<![\d.,])(?:(\d{1,3}(?:\.\d{3})+),(\d+)|(0),(\d+)|(\d+),(\d{1,2}))(?!\d|,\d)")
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:,\d{3})+|(?:\.\d{3}){2,})(?!\d)")
@@ -132,7 +133,8 @@ _DATE_OR_TIME = (
     r"|(?P<year_last>\d\d?(?P<mark2>[-/.])\d\d?(?P=mark2)(?:\d{4}|\d\d)(?![\d/-]))"
     rf"|(?P<named>\b(?:{_MONTH}\.?\s{_DAY}|{_DAY}\.?\s(?:of\s)?{_MONTH}\.?|{_MONTH}){_YEAR}"
     rf"|(?<![iI]n\s)\b(?:{_MONTH}\.?\s{_DAY}|{_DAY}\.?\s(?:of\s)?{_MONTH})(?!\s+[a-z]))"
-    r"|(?P<hour>\d+)(?::|h(?=\d\d(?!\d))|\s?[\u65f6\u6642\u70b9\u9ede]\s?)(?P<minutes>\d+(?::\d+)*)(?:\s?(?P<half>[aApP])\.?[mM]\b)?"
+    r"|(?P<hour>\d+)(?::|h(?=\d\d(?!\d))|\s?[\u65f6\u6642\u70b9\u9ede]\s?)(?P<minutes>\d+(?::\d+)*)"
+    r"(?:\s?(?P<half>[aApP])\.?[mM]\b)?"
     r"|(?P<chain>\d+(?:\.\d+){2,})"
 )
 _NUMBER = re.compile(
@@ -148,15 +150,18 @@ _NUMBER = re.compile(
 _LEFT_SIDE = re.compile(r"(?:[^=A-Za-z\n]|(?<![A-Za-z])[A-Za-z](?![A-Za-z]))*(?<!\()=")
 _DIGIT = re.compile("[\\d\u00bc-\u00be\u2150-\u215e]")
 _SENTENCE_END = re.compile(rf"(?<=[a-z\d)%][.!?])\s+(?=[A-Z])(?!{_MONTH})|\n")
-_ANNOUNCED = re.compile(r"(?i:\banswer(?: is\b|[*_]*:))(?P<sentence>(?:[^.\n!]|\.(?=\d))+)")
+_ANNOUNCED = re.compile(
+    r"(?i:\b(?:answer|antwort|réponse|respuesta|resposta|risposta|ответ)|答案|答え|정답)"
+    r"(?:\s(?:is|ist|est|es|é|è)\b|是|は|은|[*_]*\s?[:\uff1a])(?P<sentence>(?:[^.\n!\u3002]|\.(?=\d))+)"
+)
 
 
 def final_number(text: str) -> Fraction | str | None:
     """Return the number a text ends up at: where it is marked, else announced as the answer, else the last.
 
     A date, a time, a ratio comes as text and is compared as a whole. None where there is none: a text without a
-    number never equals another. Digits are never joined across white space, and a hyphen after a digit or letter is
-    no sign.
+    number never equals another. Digits are not joined across spaces (but for `10 000`), and a hyphen after a digit or
+    letter is no sign.
 
     >>> [str(final_number(s)) for s in ("#### 1,234.50", "it is -3", "1/2 left", "50 %", "$5.00", "12 34", "none")]
     ['2469/2', '-3', '1/2', '50', '5', '34', 'None']
@@ -165,23 +170,25 @@ def final_number(text: str) -> Fraction | str | None:
     """
     part, marked = final_part(text)
     if marked:
-        return _first_or_last(part)
+        return _read_marked(part)
     for announced in reversed(list(_ANNOUNCED.finditer(part))):
-        if len(numbers := _find_numbers(announced["sentence"])) == 1:
+        if numbers := _find_numbers(announced["sentence"]):
+            if len(numbers) > 1:
+                break
             return _value(numbers[0])
     for sentence in reversed(_SENTENCE_END.split(part)):
-        if _DIGIT.search(sentence) and (numbers := _find_numbers(_end(sentence)) or _find_numbers(sentence)):
+        if _DIGIT.search(sentence) and (numbers := _find_numbers(_cut_to_end(sentence)) or _find_numbers(sentence)):
             return _value(numbers[-1])
     return None
 
 
-def _end(sentence: str) -> str:
+def _cut_to_end(sentence: str) -> str:
     """Return the end of a sentence from a hundred characters before its last digit: no answer is read from before."""
     last = max(map(sentence.rfind, "0123456789"))
     return sentence[sentence.rfind(" ", 0, max(0, last - 100)) + 1 :]
 
 
-def _first_or_last(part: str) -> Fraction | str | None:
+def _read_marked(part: str) -> Fraction | str | None:
     """Return the number that a marked part begins with, words may stand behind it; else its last."""
     part = _SPACED.sub(lambda number: number[0].replace(" ", ""), part)
     if left := _LEFT_SIDE.match(part):
@@ -266,7 +273,8 @@ _CASE_ENDS = r"(?=\s*(?:[).,:;!?*_$}\]<\"。、]|\n|\Z|[\u2010-\u2015-]\s|[\u304
 # A bare A or I, and a letter in lower case, are also words: as an option they have a mark or a reason behind them.
 _BECAUSE = r"|\s(?:because|since|as|weil|denn|car|parce|porque|perché|потому)\b)"
 _OPTION = (
-    rf"(?:[(\[]([A-Ja-j])[)\]]|([B-HJ])(?!['\u2019+#]|-?[{_LATIN}])|([AI]){_CASE_ENDS}{_BECAUSE}|([a-j])(?!\.\w){_CASE_ENDS}))"
+    rf"(?:[(\[]([A-Ja-j])[)\]]|([B-HJ])(?!['\u2019+#]|-?[{_LATIN}])"
+    rf"|([AI]){_CASE_ENDS}{_BECAUSE}|([a-j])(?!\.\w){_CASE_ENDS}))"
     r"(?!\s*(?:or|and|und|oder|ou|y|[/&])\s*[(\[]?[A-J]\b)"
 )
 _NAMED = re.compile(

@@ -1,5 +1,5 @@
+# ruff: noqa: RUF001 (digits and marks of other scripts are what is tested)
 from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
 
 import pytest
 
@@ -7,105 +7,12 @@ from sdft_ray.core.selection import (
     Generation,
     Rules,
     Selected,
-    final_choice,
-    final_number,
     is_correct,
     is_repetitive,
     read_answer,
     select_response,
+    strip_thoughts,
 )
-
-
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [
-        ("The total is 1,234.50", "1234.5"),
-        ("it drops to -3", "-3"),
-        ("so \u22127 remains", "-7"),
-        ("half of it: 1/2", "1/2"),
-        ("that is 50 %", "50"),
-        ("that is 50%.", "50"),
-        ("she paid $5.00.", "5"),
-        ("a loss of -$5", "-5"),
-        ("\\boxed{42} is it, see step 3", "42"),
-        ("\\boxed{\\frac{3}{4}}", "3/4"),
-        ("9 apples\n#### 8", "8"),
-        ("#### 1,000\n", "1000"),
-        ("12 34", "34"),
-        ("10-3", "3"),
-        ("5 - 3", "3"),
-        ("5 -3", "-3"),
-        ("(2) - 4", "4"),
-        ("lists 5,1000", "1000"),
-        ("1,234,567", "1234567"),
-        ("the area is 12 m^2", "12"),
-        ("\\boxed{12\\text{ cm}^2}", "12"),
-        ("so \\frac{1}{2}", "1/2"),
-        ("1.5e3", "1500"),
-        ("take 3 eggs", "3"),
-        ("pages 3-4", "4"),
-        (".5", "0.5"),
-        ("007", "7"),
-        ("x = 3.", "3"),
-        ("1/0", "1"),
-    ],
-)
-def test_final_number_formats(text, number):
-    assert final_number(text) == Fraction(number)
-
-
-@pytest.mark.parametrize("text", ["", "none at all", "####", "\\boxed{}", "-", "$"])
-def test_final_number_absent_is_none(text):
-    assert final_number(text) is None
-
-
-@pytest.mark.parametrize(
-    ("text", "letter"),
-    [
-        ("B", "B"),
-        ("b", "B"),
-        ("(B)", "B"),
-        ("B.", "B"),
-        ("B. Paris", "B"),
-        ("B) Paris", "B"),
-        ("(B) Paris", "B"),
-        ("Answer: B", "B"),
-        ("**Answer:** B", "B"),
-        ("answer is **B**", "B"),
-        ("The correct answer is (B)", "B"),
-        ("The correct answer is B, because plants need light.", "B"),
-        ("The correct option is D.", "D"),
-        ("So the answer is option C.", "C"),
-        ("\\boxed{B}", "B"),
-        ("\\boxed{\\text{B}}", "B"),
-        ("It boils.\n#### C", "C"),
-        ("First I thought the answer is A. But the answer is C.", "C"),
-        ("A. It is wet. B. It is dry. The answer is A.", "A"),
-        ("Plants need light, so (C).", "C"),
-    ],
-)
-def test_final_choice_forms(text, letter):
-    assert final_choice(text) == letter
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "The answer is a dog.",
-        "Answer: A dog barks.",
-        "The answer is I think light.",
-        "I think so.",
-        "A dog.",
-        "It is (A) or (B).",
-        "A. wet\nB. dry",
-        "Plants need light.",
-        "The answer is Both.",
-        "The answer is B's.",
-    ],
-)
-def test_final_choice_words_are_no_letters(text):
-    assert final_choice(text) is None
 
 
 @pytest.mark.parametrize(
@@ -149,6 +56,69 @@ def test_read_answer_of_a_row(checker, reference, given, answer):
 )
 def test_is_correct_by_checker(checker, answer, text, correct):
     assert is_correct(checker, answer, text) is correct
+
+
+@pytest.mark.parametrize(
+    ("reference", "text", "correct"),
+    [
+        ("\\boxed{\\sqrt{3/m}}", "\\boxed{\\frac{\\sqrt3}{\\sqrt m}}", True),
+        ("\\boxed{|x|}", "\\boxed{x}", False),
+        ("\\boxed{|x|}", "\\boxed{\\sqrt{x^2}}", True),
+        ("\\boxed{\\sqrt{x^2}}", "\\boxed{x}", False),
+        ("\\boxed{\\sqrt{xy}}", "\\boxed{\\sqrt{x}\\sqrt{y}}", True),
+        ("#### 2 - 3/e", "#### 2 + 3/e", False),
+        ("So it is 2 - 3/e.", "So it is 2 + 3/e.", False),
+        ("So it is 2 - 3/e.", "\\boxed{2-\\frac{3}{\\mathrm{e}}}", True),
+        ("\\boxed{2-\\frac{3}{e}}", "\\boxed{2-\\frac{3}{\\mathrm{e}}}", True),
+        ("\\boxed{2-\\frac{3}{{\\rm e}}}", "\\boxed{2+\\frac{3}{{\\rm e}}}", False),
+        ("\\boxed{\\frac{30\\text{ km}}{2\\text{ h}}}", "\\boxed{\\frac{30\\text{ km}}{3\\text{ h}}}", False),
+        ("\\boxed{\\mathrm{ln}2}", "\\boxed{\\ln 2}", True),
+        ("#### 3 1/2", "It takes 8 1/2 hours.", False),
+        ("#### 3 1/2", "\\boxed{3.5}", True),
+        ("#### 3 1/2", "It takes 3 1/2 hours.", True),
+        ("\\boxed{3\\frac12}", "It takes 15.5 hours.", False),
+        ("#### 2031-07-09", "It was 1987-01-09.", False),
+        ("#### 2031-07-09", "\\boxed{2031-09-07}", False),
+        ("#### 10:30", "at 10:45", False),
+        ("#### 10:30", "at 10:30", True),
+        ("\\boxed{7{,}250}", "It is \\boxed{3{,}250}.", False),
+        ("\\boxed{5,00,000}", "500000", True),
+        ("\\boxed{\\frac{2,000}{7}}", "\\boxed{\\frac{2000}{7}}", True),
+        ("共 2，345 元", "2345", True),
+        ("#### 21\n\nHint: the first 4 were free.", "21", True),
+        ("#### 2x + 1", "2x + 2", False),
+        ("#### 2x + 1", "\\boxed{1+2x}", True),
+        ("So 2x + 1.", "So 3x + 1.", False),
+        ("#### 48 apples", "48", True),
+        ("\\boxed{x=3 \\text{ or } x=4}", "\\boxed{x=4 \\text{ or } x=3}", True),
+        ("\\boxed{\\frac{a}{b}", "\\boxed{\\frac{a}{b}}", True),
+        ("–9", "-9", True),
+        ("\\boxed{\\frac{1}{3}}", "\\boxed{0.333333}", True),
+        ("$x=1$ and $x=2$", "$x=1$ and $x=3$", False),
+        ("\\boxed{1}, \\boxed{2}", "\\boxed{1}, \\boxed{3}", False),
+        ("\\boxed{1'000}", "1000", True),
+        ("#### (1, 2)", "(2, 1)", False),
+        ("#### 1,234", "1234", True),
+        ("\\boxed{5 \\text{ m}}", "5", True),
+        ("The speed is 5 m/s.", "5", True),
+        ("#### 50%", "50", True),
+        ("\\boxed{\\pi}", "\\boxed{3.14159265}", True),
+        ("\\boxed{2\\mathrm{i}+1}", "\\boxed{1+2i}", True),
+        ("#### $\\frac{3}{4}$ hours", "0.75", True),
+        ("#### x^2", "#### x^3", False),
+        ("answer: 12", "\\boxed{12}", True),
+        ("<answer>2x</answer>", "\\boxed{2x}", True),
+        ("\\boxed{\\text{even}}", "\\boxed{\\text{odd}}", False),
+    ],
+)
+def test_is_correct_of_mathematics_in_other_spellings(reference, text, correct):
+    assert is_correct("math", read_answer("math", reference, None), text) is correct
+
+
+@pytest.mark.parametrize("checker", ["number", "math"])
+def test_read_answer_of_thousands_of_digits_is_no_error(checker):
+    answer = read_answer(checker, "#### " + "1" * 4400, None)
+    assert answer is None or not is_correct(checker, answer, "It is 5.")
 
 
 def test_is_correct_of_an_endless_expression_is_false_and_the_next_one_is_judged():
@@ -229,6 +199,90 @@ def test_select_response_keeps_the_first_sample_that_passes():
     assert select(ROW, *samples[:2]) == Selected(ROW["reference"], "reference", "wrong_answer")
 
 
+ANALYSIS = "<|channel|>analysis<|message|>6<|end|>"
+COMMENTARY = "<|start|>assistant<|channel|>commentary<|message|>x<|end|>"
+
+
+@pytest.mark.parametrize(
+    ("text", "response"),
+    [
+        ("<seed:think>6</seed:think>It is 12.", "It is 12."),
+        ("[THINK]6[/THINK]It is 12.", "It is 12."),
+        ("[THINK]6", None),
+        ("<thought>6</thought>\n\nIt is 12.", "It is 12."),
+        ("<reasoning>\n6\n</reasoning>\nIt is 12.", "It is 12."),
+        ("<Think>6</Think>It is 12.", "It is 12."),
+        ("◁think▷6◁/think▷It is 12.", "It is 12."),
+        ("<|begin_of_thought|>6<|end_of_thought|>\n\nIt is 12.", "It is 12."),
+        ("<|START_THINKING|>6<|END_THINKING|>It is 12.", "It is 12."),
+        ("<|channel>thought\n6<channel|>It is 12.", "It is 12."),
+        ("<think> hm </think> It is 12.", "It is 12."),
+        ("hm, 6 and 6.\n</think>\n\nIt is 12.", "It is 12."),
+        ("hm</think>It is 12.", "It is 12."),
+        ("hm. </think>\n\nIt is 12.", "It is 12."),
+        ("</think>\n\nIt is 12.", "It is 12."),
+        ("<think>\n\n</think>\n\nIt is 12.", "It is 12."),
+        ("It is 12.<think>or 13", None),
+        ("It is 12. <think>or 13?</think> It is 12.", "It is 12.\nIt is 12."),
+        ("<think>a</think> <think>b</think> It is 12.", "It is 12."),
+        ("<think>a<think>b</think>c</think>It is 12.", "It is 12."),
+        ("hm\n</think>", ""),
+        ("<think>6</think>", ""),
+        ("<think>", None),
+        ("<think>6 ends with </think> tag</think>It is 12.", "It is 12."),
+        (
+            "<|channel|>analysis<|message|>6<|end|><|start|>assistant<|channel|>final<|message|>It is 12.<|return|>",
+            "It is 12.",
+        ),
+        ("<|channel|>analysis<|message|>6", None),
+        ("<|channel|>final<|message|>It is 12.", "It is 12."),
+        (
+            "<|channel|>analysis<|message|>6<|end|><|start|>assistant<|channel|>commentary<|message|>x<|end|><|start|>assistant<|channel|>final <|constrain|>json<|message|>12",
+            "12",
+        ),
+        ("analysisAsked is 6+6. 12.assistantfinalIt is 12.", "It is 12."),
+        ("analysiswe need 12.assistantfinalIt is 12.", "It is 12."),
+        ("analysisAsked is", None),
+        ("analysisAsked.assistantcommentaryhmassistantfinalIt is 12.", "It is 12."),
+        ("finalIt is 12.", "It is 12."),
+        ("Here is my thought process: 6. Here is my response: It is 12.", "It is 12."),
+        ("Here is my thought process: 6.", None),
+        ("I think so. [THINK] no", None),
+        ("", ""),
+        ("<think>a</think>It is 12.<think>or 13?</think>It is 12.", "It is 12.\nIt is 12."),
+    ],
+)
+def test_strip_thoughts_of_every_kind(text, response):
+    assert strip_thoughts(text) == response
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "It wraps thoughts in <think> and </think> tags.",
+        "The tag `</think>` ends it.",
+        "Write <think>, then </think>.",
+        "A model ends its thoughts with </think>.",
+        'It says "</think>" then.',
+        "analysis of the data shows 12.",
+        "analysis: it is 12.",
+        "Analysis of it: 12.",
+        "final answer: 12",
+        "finally 12",
+        "Final: 12",
+        "analyses show 12",
+        "The <thought> of it",
+        "I [think] so [/think] ok",
+        "It is 12.",
+        "if a<think and b>think: x",
+        "It is 12. A model ends its thoughts with </think> and answers 12.",
+        "[Thoughts](notes.html) on it",
+    ],
+)
+def test_strip_thoughts_of_a_text_that_only_speaks_of_them_changes_nothing(text):
+    assert strip_thoughts(text) == text
+
+
 def test_select_response_thoughts_stay_where_the_recipe_says_so():
     text = "<think>4, 4</think>It is 8."
     assert select_response(ROW, [Generation(text, "stop")], Rules("number", FILTERS, False)).response == text
@@ -280,6 +334,16 @@ def test_select_response_words_that_refuse_nothing(text):
     assert select(OPEN_ROW, (text, "stop")).reason == "kept"
 
 
+def test_select_response_takes_phrases_of_other_languages():
+    refusal, leak = ("Lo siento, no puedo ayudarte.", "stop"), ("Die Musterl\u00f6sung sagt 4.", "stop")
+    phrases = {"refusal_phrases": ["NO PUEDO ayudarte"], "leak_phrases": ["Musterl\u00f6sung"]}
+    assert select(OPEN_ROW, refusal).reason == select(OPEN_ROW, leak).reason == "kept"
+    assert select(OPEN_ROW, refusal, **phrases).reason == "refusal"
+    assert select(OPEN_ROW, leak, **phrases).reason == "leak"
+    assert select({**OPEN_ROW, "reference": "No puedo ayudarte."}, refusal, **phrases).reason == "kept"
+    assert select({**OPEN_ROW, "prompt": "Wo ist die Musterl\u00f6sung?"}, leak, **phrases).reason == "kept"
+
+
 def test_select_response_a_reference_that_repeats_itself_allows_it():
     row = {**OPEN_ROW, "reference": "row, row, row your boat " * 8}
     assert select(row, ("row, row, row the boat " * 8, "stop")).reason == "kept"
@@ -289,3 +353,14 @@ def test_is_repetitive_lists_and_short_texts_are_not():
     assert not is_repetitive("")
     assert not is_repetitive("yes yes yes")
     assert not is_repetitive("\n".join(f"{i}. item {i} of the list" for i in range(30)))
+
+
+@pytest.mark.parametrize("loop", ["所以答案是四，", "答えは四です。", "ดังนั้นคำตอบคือสี่", "因此，", "그래서 답은 4이고 "])
+def test_is_repetitive_of_loops_without_spaces(loop):
+    assert is_repetitive(loop * 20)
+
+
+def test_is_repetitive_of_plain_chinese_is_false():
+    assert not is_repetitive(
+        "植物在白天吸收二氧化碳，用它和水制造糖和淀粉，同时放出氧气；到了夜里，它们和动物一样呼吸。"
+    )

@@ -1,0 +1,432 @@
+"""The final answer of a text, in every spelling that models and data sets use."""
+# ruff: noqa: RUF001 (digits and marks of other scripts are what is tested)
+
+import itertools
+from fractions import Fraction
+
+import pytest
+
+from sdft_ray import sources
+from sdft_ray.core.answers import final_choice, final_number, final_part
+from sdft_ray.core.selection import is_correct, read_answer
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("The total is 1,234.50", "1234.5"),
+        ("it drops to -3", "-3"),
+        ("so \u22127 remains", "-7"),
+        ("half of it: 1/2", "1/2"),
+        ("that is 50 %", "50"),
+        ("that is 50%.", "50"),
+        ("she paid $5.00.", "5"),
+        ("a loss of -$5", "-5"),
+        ("\\boxed{42} is it, see step 3", "42"),
+        ("\\boxed{\\frac{3}{4}}", "3/4"),
+        ("9 apples\n#### 8", "8"),
+        ("#### 1,000\n", "1000"),
+        ("12 34", "34"),
+        ("10-3", "3"),
+        ("5 - 3", "3"),
+        ("5 -3", "-3"),
+        ("(2) - 4", "4"),
+        ("lists 5,1000", "1000"),
+        ("1,234,567", "1234567"),
+        ("the area is 12 m^2", "12"),
+        ("\\boxed{12\\text{ cm}^2}", "12"),
+        ("so \\frac{1}{2}", "1/2"),
+        ("1.5e3", "1500"),
+        ("take 3 eggs", "3"),
+        ("pages 3-4", "4"),
+        (".5", "0.5"),
+        ("007", "7"),
+        ("x = 3.", "3"),
+        ("1/0", "1"),
+    ],
+)
+def test_final_number_formats(text, number):
+    assert final_number(text) == Fraction(number)
+
+
+@pytest.mark.parametrize("text", ["", "none at all", "####", "\\boxed{}", "-", "$"])
+def test_final_number_absent_is_none(text):
+    assert final_number(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("B", "B"),
+        ("b", "B"),
+        ("(B)", "B"),
+        ("B.", "B"),
+        ("B. Paris", "B"),
+        ("B) Paris", "B"),
+        ("(B) Paris", "B"),
+        ("Answer: B", "B"),
+        ("**Answer:** B", "B"),
+        ("answer is **B**", "B"),
+        ("The correct answer is (B)", "B"),
+        ("The correct answer is B, because plants need light.", "B"),
+        ("The correct option is D.", "D"),
+        ("So the answer is option C.", "C"),
+        ("\\boxed{B}", "B"),
+        ("\\boxed{\\text{B}}", "B"),
+        ("It boils.\n#### C", "C"),
+        ("First I thought the answer is A. But the answer is C.", "C"),
+        ("A. It is wet. B. It is dry. The answer is A.", "A"),
+        ("Plants need light, so (C).", "C"),
+    ],
+)
+def test_final_choice_forms(text, letter):
+    assert final_choice(text) == letter
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "The answer is a dog.",
+        "Answer: A dog barks.",
+        "The answer is I think light.",
+        "I think so.",
+        "A dog.",
+        "It is (A) or (B).",
+        "A. wet\nB. dry",
+        "Plants need light.",
+        "The answer is Both.",
+        "The answer is B's.",
+    ],
+)
+def test_final_choice_words_are_no_letters(text):
+    assert final_choice(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("\\boxed{3\\,\\frac{1}{2}}", "7/2"),
+        ("3½ cups", "7/2"),
+        ("½", "1/2"),
+        ("It takes 1 1/2 cups.", "3/2"),
+        ("2 1/2%", "5/2"),
+        ("-3 1/2", "-7/2"),
+        ("3-1/2 cups", "7/2"),
+        ("3 and 1/2 times", "7/2"),
+        ("3 5/2", "5/2"),
+        ("1.234,56 €", "30864/25"),
+        ("1.234.567", "1234567"),
+        ("1.234", "617/500"),
+        ("3,5", "7/2"),
+        ("0,125", "1/8"),
+        ("1'000", "1000"),
+        ("1’234’567.50", "2469135/2"),
+        ("\\boxed{12\\,345}", "12345"),
+        ("\\boxed{1\\ 000}", "1000"),
+        ("#### 10 000", "10000"),
+        ("Das sind 10 000 Euro.", "10000"),
+        ("5,00,000", "500000"),
+        ("1,23,45,678.50", "24691357/2"),
+        ("\\boxed{5{,}00{,}000}", "500000"),
+        ("₹5,00,000/-", "500000"),
+        ("Rs. 500", "500"),
+        ("Rs.500", "500"),
+        ("USD 21", "21"),
+        ("USD21", "21"),
+        ("US$5", "5"),
+        ("-\\$5", "-5"),
+        ("\\boxed{-\\$1{,}250.50}", "-2501/2"),
+        ("5€", "5"),
+        ("€5,50", "11/2"),
+        ("-€5", "-5"),
+        ("２，３４５", "2345"),
+        ("３．５", "7/2"),
+        ("٣", "3"),
+        ("١٬٢٣٤٫٥", "2469/2"),
+        ("−7", "-7"),
+        ("–9", "-9"),
+        ("3–4", "4"),
+        ("The sum – 9", "9"),
+        ("－9", "-9"),
+        ("it is —9", "9"),
+        (
+            "1e400",
+            "10000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000000",
+        ),
+        ("1e-3", "1/1000"),
+        ("2 \\times 10^5", "200000"),
+        ("2 × 10⁵", "200000"),
+        ("1.5*10^{-2}", "3/200"),
+        ("2^{10}", "1024"),
+        ("10^6", "1000000"),
+        ("12 m²", "12"),
+        ("12 m2", "12"),
+        ("\\boxed{12\\text{ cm}^2}", "12"),
+        ("\\boxed{12\\,\\mathrm{cm}^3}", "12"),
+        ("\\boxed{\\text{21 apples}}", "21"),
+        ("\\boxed{90^\\circ}", "90"),
+        ("21 kg of CO2", "21"),
+        ("50\\%", "50"),
+        ("５０％", "50"),
+        ("\\boxed{x_1 = 5}", "5"),
+        ("\\boxed{5 * 4 = 20}", "20"),
+        ("#### 21 (= 3 * 7)", "21"),
+        ("10:30", "10:30"),
+        ("09:30", "9:30"),
+        ("12:05 pm", "12:05"),
+        ("12:05 a.m.", "0:05"),
+        ("10:30 PM", "22:30"),
+        ("at 10h30", "10:30"),
+        ("10点30分", "10:30"),
+        ("10：30", "10:30"),
+        ("1:02:03", "1:02:03"),
+        ("ratio 3:4", "3:4"),
+        ("Week 3:210 pages", "210"),
+        ("Answer:30", "30"),
+        ("Answer: 30", "30"),
+        ("#### 2031-07-09", "2031-07-09"),
+        ("2031/7/9", "2031-07-09"),
+        ("3/4/2021", "2021-03-04"),
+        ("13/4/2021", "2021-04-13"),
+        ("9.7.2031", "2031-07-09"),
+        ("July 9, 2031", "2031-07-09"),
+        ("9 July 2031", "2031-07-09"),
+        ("the 9th of July, 2031", "2031-07-09"),
+        ("on July 9.", "07-09"),
+        ("It was May 2021.", "2021-05"),
+        ("2031年7月9日", "2031-07-09"),
+        ("In May 24 people came", "24"),
+        ("She gave June 5 apples", "5"),
+        ("3/4/21", "21-03-04"),
+        ("1.2.3", "1.2.3"),
+        ("#### 21\n\nHint: 4", "21"),
+        ("#### Step 3: Add\n4 + 4 = 8", "8"),
+        ("#### 3. Add\n4+4=8", "8"),
+        ("#### Final Answer\n21", "21"),
+        ("#### **21**\n\nHint 4", "21"),
+        ("#### $21 per 3 hours", "21"),
+        ("#### The answer is 21.\n\nThe 4 were free", "21"),
+        ("#### -5\nsee 3", "-5"),
+        ("**Answer: 21**\n\nNote: 4 were free.", "21"),
+        ("The final answer is 21. The first 4 were free.", "21"),
+        ("The answer is 3 + 4 = 7", "7"),
+        ("The answer is 10 times 2, which is 20", "20"),
+        ("<answer>21</answer> 4 left", "21"),
+        ("\\boxed{\\boxed{5}}", "5"),
+        ("\\boxed{5", "5"),
+        ("\\boxed{\\frac{1}{2}", "1/2"),
+        ("\\boxed 5 and 3", "5"),
+        ("\\fbox{5} 3", "5"),
+        ("\\boxed{} 5", "5"),
+        ("\\frac25", "2/5"),
+        ("\\dfrac{2}{5}", "2/5"),
+        ("\\frac 2 5", "2/5"),
+        ("\\frac2{5}", "2/5"),
+        ("-\\frac{3}{4}", "-3/4"),
+        ("\\frac{-3}{4}", "-3/4"),
+        ("\\frac{3}{-4}", "-3/4"),
+        ("\\frac{2\\,000}{7}", "2000/7"),
+        ("\\frac{2{,}000}{7}", "2000/7"),
+        ("\\frac{1.5}{2}", "3/4"),
+        ("10/2.5", "4"),
+        ("1/0", "1"),
+        ("1,000/7", "1000/7"),
+        ("1,5 und 2,5", "5/2"),
+        ("lists 5,1000", "1000"),
+        ("1,2,3", "3"),
+        ("(3,5)", "7/2"),
+        ("007", "7"),
+        ("5.", "5"),
+        ("$5.00.", "5"),
+        ("Total:21", "21"),
+        ("x=-3", "-3"),
+        ("共21元", "21"),
+        ("It is 21st", "21"),
+        ("5'10\"", "10"),
+        ("1,234,567.", "1234567"),
+        ("I have 3 1 2", "2"),
+        ("3/ 4", "3/4"),
+        ("21 %", "21"),
+        ("≈ 3.14", "157/50"),
+        ("~5", "5"),
+        ("21‰", "21"),
+        ("100 000 000", "100000000"),
+        ("A. 12", "12"),
+        ("$1,234.5 million", "2469/2"),
+        ("12\u202f345 \u20ac", "12345"),
+        ("12\xa0345", "12345"),
+        ("12\u2009345", "12345"),
+        ("12 345", "345"),
+        ("#### 12 345", "12345"),
+        ("答案是21。前4个免费。", "21"),
+        ("Antwort: 21\nDie ersten 4 waren frei", "21"),
+        ("共 2，345 元", "2345"),
+        ("30,\\!000", "30000"),
+        ("\\boxed{2{,}345{,}678}", "2345678"),
+        ("\\boxed{\\$7{,}250}", "7250"),
+        ("\\boxed{\\cfrac{2}{5}}", "2/5"),
+        ("\\boxed{\\frac{2,000}{7}}", "2000/7"),
+    ],
+)
+def test_final_number_other_spellings(text, answer):
+    assert str(final_number(text)) == answer
+
+
+@pytest.mark.parametrize(
+    "text", ["1" * 4400, "5 and " + "1" * 4400, "1/" + "1" * 4400, "0." + "1" * 4400, "1e4000", "9^999999"]
+)
+def test_final_number_too_large_to_spell_out_is_none(text):
+    assert final_number(text) is None
+
+
+@pytest.mark.parametrize(
+    ("reference", "text"),
+    [
+        ("\\boxed{7{,}250}", "It is \\boxed{3{,}250}."),
+        ("#### 3 1/2", "It takes 8 1/2 hours."),
+        ("\\boxed{3\\frac{1}{2}}", "It takes 15.5 hours."),
+        ("\\boxed{\\frac25}", "The answer is 25."),
+        ("#### 2031-07-09", "It was on 1987-01-09."),
+        ("#### July 9", "It was on May 9."),
+        ("#### 10:30", "At 9:30."),
+        ("#### 10:30 am", "At 10:30 pm."),
+        ("#### 3:4", "The ratio is 5:4."),
+        ("#### 5,00,000", "It is 6,00,000."),
+        ("#### 1.234,56", "It is 2.234,56."),
+        ("#### 3,5", "It is 2,5."),
+    ],
+)
+def test_numbers_that_end_alike_are_not_equal(reference, text):
+    answer = read_answer("number", reference, None)
+    assert is_correct("number", answer, reference)
+    assert not is_correct("number", answer, text)
+
+
+def test_final_number_of_all_gsm8k_answers_is_what_stands_behind_the_marks():
+    rows = list(sources.read_documents(sources.offline_items_file("gsm8k")))
+    assert len(rows) == 1319
+    for row in rows:
+        body, _, number = row["answer"].rpartition("####")
+        for text in (row["answer"], f"{body}\nSo the answer is {number.strip()}.", f"{body}\n\\boxed{{{number}}}"):
+            assert final_number(text) == Fraction(number.replace(",", "")), text
+    read = [read_answer("number", row["answer"], None) for row in rows]
+    agree = [is_correct("number", mine, other["answer"]) for mine, other in zip(read, rows[1:], strict=False)]
+    assert agree == [mine == other for mine, other in itertools.pairwise(read)]
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("I choose C", "C"),
+        ("Die Antwort ist C.", "C"),
+        ("Antwort C ist richtig", "C"),
+        ("Richtig ist C.", "C"),
+        ("Die richtige Antwort lautet (C).", "C"),
+        ("La réponse est C.", "C"),
+        ("Réponse : C", "C"),
+        ("La bonne réponse est la lettre C", "C"),
+        ("La respuesta es C", "C"),
+        ("La respuesta correcta es la C", "C"),
+        ("La respuesta correcta es la opción C.", "C"),
+        ("答えはCです", "C"),
+        ("正解はCです。", "C"),
+        ("正解：C", "C"),
+        ("정답은 C입니다", "C"),
+        ("정답: C", "C"),
+        ("Ответ: C", "C"),
+        ("Правильный ответ — C", "C"),
+        ("Ответ C, потому что", "C"),
+        ("答案是 C", "C"),
+        ("答案：C", "C"),
+        ("答案是A，因为", "A"),
+        ("答案是A因为冰", "A"),
+        ("选C", "C"),
+        ("选项C正确", "C"),
+        ("应该选择C", "C"),
+        ("故选：C。", "C"),
+        ("C is correct", "C"),
+        ("C is the right answer.", "C"),
+        ("Ｃ", "C"),
+        ("答案是（Ｃ）", "C"),
+        ("**C**", "C"),
+        ("C) Paris", "C"),
+        ("C、巴黎", "C"),
+        ("A resposta é C", "C"),
+        ("La risposta è A.", "A"),
+        ("Het antwoord is C", "C"),
+        ("Cevap: C", "C"),
+        ("answer: c", "C"),
+        ("the answer is c.", "C"),
+        ("answer: (c)", "C"),
+        ("Answer: a dog", None),
+        ("The answer is a dog.", None),
+        ("The answer is A or B", None),
+        ("The answer is B or C", None),
+        ("Option C is not right.", None),
+        ("Option A is wrong. Option B is right.", "B"),
+        ("The answer is not B.", None),
+        ("<answer>C</answer>", "C"),
+        ("<answer>\n(c)\n</answer>", "C"),
+        ("\\boxed{\\textbf{(B)}}", "B"),
+        ("\\boxed{\\mathrm{B}}", "B"),
+        ("#### C\n\nHint: (A) is wrong, (B) too.", "C"),
+        ("Plants need light.\nC", "C"),
+        ("The answer is (A) because", "A"),
+        ("The answer is C++", None),
+        ("The answer is C-14", None),
+        ("answer: e.g. ice", None),
+        ("C'est la vie", None),
+        ("Antwort: Die Sonne", None),
+        ("A", "A"),
+        ("I", "I"),
+        ("i think", None),
+        ("The answer is: **B) Paris**", "B"),
+        ("The correct answer is option A: ice", "A"),
+        ("Answer:\n\nB", "B"),
+        ("Therefore, the answer is $\\boxed{C}$", "C"),
+        ("So I take option C.", "C"),
+        ("I pick B", "B"),
+        ("I'd go with it", None),
+        ("The best choice is D", "D"),
+        ("The answer is clearly B.", "B"),
+        ("Câu trả lời là C", None),
+        ("Đáp án: C", "C"),
+        ("คำตอบคือ C", "C"),
+        ("الإجابة هي C", "C"),
+        ("उत्तर C है", "C"),
+        ("Option A", "A"),
+        ("option b", None),
+        ("B und C", None),
+        ("Weder A noch B", None),
+        ("The answer is I think light.", None),
+        ("Final Answer: D", "D"),
+        ("Correct: B", None),
+        ("(b)", "B"),
+        ("b) Paris", None),
+        ("B: Paris", "B"),
+        ("Dés que", None),
+    ],
+)
+def test_final_choice_in_several_languages(text, letter):
+    assert final_choice(text) == letter
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+        ("\\boxed{1} and \\boxed{2}", "2"),
+        ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
+        ("\\boxed{\\frac{a}{b}\nand more", "\\frac{a}{b}"),
+        ("<answer>5</answer> <answer>6", "6"),
+        ("#### 5\n\n#### 6\n\nHint: 4", "6"),
+        ("#### x = 5\nHint: 4", "x = 5"),
+    ],
+)
+def test_final_part_that_is_marked(text, part):
+    assert final_part(text) == (part, True)
+
+
+def test_final_part_of_a_text_with_headings_is_not_marked():
+    assert final_part("#### Step 2: Add\n4 + 4 = 8") == ("Step 2: Add\n4 + 4 = 8", False)
