@@ -109,6 +109,9 @@ def test_is_correct_by_checker(checker, answer, text, correct):
         ("answer: 12", "\\boxed{12}", True),
         ("<answer>2x</answer>", "\\boxed{2x}", True),
         ("\\boxed{\\text{even}}", "\\boxed{\\text{odd}}", False),
+        ("\\boxed{x + a b}", "\\boxed{x + a c}", False),
+        ("\\boxed{2 + t}", "\\boxed{2 + h}", False),
+        ("\\boxed{5 sq cm}", "5", True),
     ],
 )
 def test_is_correct_of_mathematics_in_other_spellings(reference, text, correct):
@@ -237,7 +240,7 @@ COMMENTARY = "<|start|>assistant<|channel|>commentary<|message|>x<|end|>"
         ("<|channel|>analysis<|message|>6", None),
         ("<|channel|>final<|message|>It is 12.", "It is 12."),
         (
-            "<|channel|>analysis<|message|>6<|end|><|start|>assistant<|channel|>commentary<|message|>x<|end|><|start|>assistant<|channel|>final <|constrain|>json<|message|>12",
+            f"{ANALYSIS}{COMMENTARY}<|start|>assistant<|channel|>final <|constrain|>json<|message|>12",
             "12",
         ),
         ("analysisAsked is 6+6. 12.assistantfinalIt is 12.", "It is 12."),
