@@ -118,9 +118,9 @@ def describe_gguf(path: Path) -> ModelFacts:
     fields = read_gguf(path).fields
     if (kind := _gguf_value(path, "general.type", "model")) != "model":
         raise UserError(problem(str(path), f"holds no model (general.type is {kind})", "Give the model itself"))
-    part = re.search(r"-(\d+)-of-(\d+)$", path.stem)
-    if (parts := int(_gguf_value(path, "split.count", part[2] if part else 1))) > 1:
-        do = f"Join them: llama-gguf-split --merge {path.name if part else 'FIRST.gguf'} WHOLE.gguf"
+    part = re.search(r"-\d+-of-(\d+)\.gguf$", path.name)
+    if (parts := int(_gguf_value(path, "split.count", part[1] if part else 1))) > 1:
+        do = "Join them, and give the whole: llama-gguf-split --merge FIRST_PART.gguf WHOLE.gguf"
         raise UserError(problem(str(path), f"is one of {parts} parts of a split GGUF file", do))
     architecture = gguf_field(path, "general.architecture")
     if not str(_gguf_value(path, "tokenizer.chat_template", "")).strip():
@@ -234,9 +234,7 @@ def _require_chat_template(directory: Path, inline: Any) -> None:
     files = {path.stem: path for path in (directory / "additional_chat_templates").glob("*.jinja")}
     if (default := directory / "chat_template.jinja").is_file():
         files["default"] = default
-    templates: dict[str, Any] = {
-        name: path.read_text(encoding="utf-8", errors="replace") for name, path in files.items()
-    }
+    templates: dict[str, Any] = {name: _read_text(path) for name, path in files.items()}
     if not files and isinstance(inline, dict):
         templates = inline
     elif not files and isinstance(inline, list):
@@ -288,7 +286,7 @@ def _weight_map(directory: Path) -> dict[str, str]:
     if not path.is_file():
         return {}
     files = _read_object(path).get("weight_map")
-    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
         raise UserError(problem(str(path), "has no weight_map", "Copy or download it again"))
     return files
 
@@ -536,7 +534,8 @@ def read_json(path: Path, missing: str = "does not exist") -> Any:
 
 
 def _read_text(path: Path) -> str:
-    """Return a file's text as every program reads it."""
+    """Return the text of a file that other programs read, too, and less kindly."""
+    require_whole(path)
     content = path.read_bytes()
     if content.startswith(codecs.BOM_UTF8):
         what = "begins with a byte-order mark, which other programs take for text"
@@ -545,8 +544,6 @@ def _read_text(path: Path) -> str:
 
 
 def _read_object(path: Path, missing: str = "does not exist") -> dict[str, Any]:
-    if path.is_file():
-        require_whole(path)
     value = read_json(path, missing)
     if not isinstance(value, dict):
         raise UserError(problem(str(path), "is not an object", "Copy or download it again"))

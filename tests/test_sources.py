@@ -539,6 +539,20 @@ def test_describe_directory_takes_a_generation_config_that_transformers_would_no
     assert sources.describe_directory(model).blocks == 6
 
 
+def test_describe_directory_of_an_empty_index_says_so(model):
+    (model / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    line = f"{model / 'model.safetensors.index.json'}: has no weight_map. Copy or download it again."
+    assert complaint(sources.describe_directory, model) == line
+
+
+@pytest.mark.parametrize("content", [codecs.BOM_UTF8 + b"{{ messages }}", b"caf\xe9", POINTER])
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/rag.jinja"])
+def test_describe_directory_of_a_chat_template_that_would_not_be_read_as_it_stands_names_it(model, name, content):
+    (model / name).parent.mkdir(exist_ok=True)
+    (model / name).write_bytes(content)
+    assert complaint(sources.describe_directory, model).startswith(f"{model / name}: ")
+
+
 @pytest.mark.parametrize("whole", [True, False], ids=["with-config", "alone"])
 def test_describe_directory_of_an_adapter_says_to_merge_it_or_give_its_base(model, whole):
     (model / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "own/base"}))
@@ -636,12 +650,12 @@ def test_describe_model_of_a_gguf_file_reads_architecture_blocks_and_context(tmp
         (
             "m-00001-of-00003.gguf",
             {},
-            "is one of 3 parts of a split GGUF file. Join them: llama-gguf-split --merge m-00001",
+            "is one of 3 parts of a split GGUF file. Join them",
         ),
         (
             "m.gguf",
             {"fields": {"split.count": 2}},
-            "is one of 2 parts of a split GGUF file. Join them: llama-gguf-split",
+            "is one of 2 parts of a split GGUF file. Join them",
         ),
         ("m.gguf", {"fields": {"general.type": "adapter"}}, "holds no model (general.type is adapter). Give the model"),
         (
