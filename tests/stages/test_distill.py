@@ -11,11 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 from huggingface_hub import DatasetCard
+from tiny import make_tiny_model
 
 from sdft_ray import compute, pipeline
 from sdft_ray.artifacts import Stage
 from sdft_ray.core.selection import Generation
-from sdft_ray.errors import StageFailed
+from sdft_ray.errors import StageFailed, UserError
 from sdft_ray.progress import Progress
 from sdft_ray.stages import Work, distill, rows
 from sdft_ray.storage import Storage
@@ -105,6 +106,16 @@ def make_work(root: Path, model: Path, count: int, max_failures: int = 10, slug:
 
 def rows_of(work: Work) -> list[dict]:
     return rows.read_training_rows(work.input("rows"), work.settings["rows"])
+
+
+def test_distill_refuses_a_template_without_a_training_sequence_before_it_generates(tmp_path):
+    model = make_tiny_model(tmp_path / "model")
+    template = (model / "chat_template.jinja").read_text()
+    (model / "chat_template.jinja").write_text(template.replace("assistant\n", "assistant\n<think>\n"))
+    work = make_work(tmp_path / "root", model, 4)
+    with pytest.raises(UserError, match=r"^model: its chat template's generation prompt ends in .*<think>"):
+        distill.build(work)
+    assert not list(work.storage.ledger(distill.ledger_name(work)).iterdir())
 
 
 def logged(log: Path) -> list[list]:

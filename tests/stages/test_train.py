@@ -420,6 +420,29 @@ def test_encode_rows_that_truncation_leaves_without_loss_are_refused():
         train.encode(make_tokenizer(), LONG, "text", settings)
 
 
+def test_marked_example_shows_what_a_template_has_around_a_response():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    settings = {"max_tokens": 600, "too_long": "leave_out", "max_too_long_fraction": 0.0}
+    encoded, _, _ = train.encode(tokenizer, LONG, "text", settings)
+    assert train.marked_example(tokenizer, encoded[0]) == {
+        "without_loss": "<|im_start|>user\n1?<|im_end|>\n<|im_start|>assistant\n<think>\n",
+        "with_loss": "\n</think>\n\n1<|im_end|>",
+    }
+
+
+def test_train_of_a_template_that_opens_thoughts_for_generation_only_is_refused(tmp_path):
+    base = make_tiny_model(tmp_path / "base")
+    template = (base / "chat_template.jinja").read_text()
+    (base / "chat_template.jinja").write_text(template.replace("assistant\n", "assistant\n<think>\n"))
+    with pytest.raises(UserError, match=r"^model: its chat template's generation prompt ends in .*<think>"):
+        train.build(make_work(tmp_path / "root", base, plan()))
+
+
 def test_train_a_tokenizer_with_more_tokens_than_the_model_is_refused(tiny_model, tmp_path):
     narrow = make_tiny_model(tmp_path / "narrow", vocab_size=100)
     with pytest.raises(UserError, match=r"the tokenizer has 259 tokens and the rows hold .+; the model knows 100"):
