@@ -92,7 +92,7 @@ def test_train_writes_a_plain_model_equal_to_base_plus_adapter(reference, tiny_m
 
 
 def largest_logit_difference(work: Work, base: Path) -> float:
-    """Return how far the tuned model is from its base with the adapter, which peft loads; the base alone is far off."""
+    """Return how far the tuned model is from its base with the adapter, as peft loads it."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
