@@ -7,7 +7,7 @@ import pytest
 import yaml
 from command import sdft
 
-from sdft_ray import sweep
+from sdft_ray import sweep, trials
 from sdft_ray.compute import load_compute
 from sdft_ray.errors import UserError
 from sdft_ray.report import saving
@@ -176,6 +176,20 @@ def test_sweep_of_a_recipe_with_a_mistake_says_the_recipes_own(folder):
 def test_sweep_over_what_moves_no_number_of_a_trial_is_refused(folder, path):
     with pytest.raises(UserError, match=rf"axes.{path}: moves no number of a trial. Set it in the recipe\."):
         load(folder, {path: [0, 1]})
+
+
+def test_sweep_whose_finished_training_is_over_a_stricter_gate_stops_before_it_builds_anything(folder):
+    plan, storage = load(folder, {"prune.blocks": [2]}), Storage(str(folder / "root"))
+    training = plan.trials[0].train
+    storage.scratch(training)
+    storage.commit(training, {"rows": 30, "rows_left_out": 6, "rows_too_long": 6}, 0.1)
+    with pytest.raises(UserError) as error:
+        trials.run(plan, load_compute(), storage)
+    assert str(error.value) == (
+        "train.max_tokens: 6 of 36 rows are longer than 1024 tokens (got 16.67%; expected at most 1.00%). "
+        "Raise it, or raise train.max_too_long_fraction."
+    )
+    assert [path.name for path in storage.root.iterdir() if path.name not in ("scratch", "locks")] == ["train"]
 
 
 def test_check_of_a_sweep_counts_what_is_shared_and_touches_nothing(folder):

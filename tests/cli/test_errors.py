@@ -179,7 +179,8 @@ def test_run_with_too_few_cpus_is_an_error_and_never_waits(folder):
         ("ctu", "--until: ctu is no stage. Did you mean cut?"),
         (
             "merge",
-            "--until: this recipe has no stage merge. It has model, rows, score, loss, cut, distill, train, evaluate.",
+            "--until: this recipe has no stage merge. "
+            "It has model, rows, score, loss, cut, distill, train, nll, evaluate.",
         ),
     ],
 )
@@ -209,7 +210,7 @@ def test_report_of_an_unfinished_recipe_says_what_is_missing(folder):
     done = sdft("report", "recipe.yaml", cwd=folder)
     assert done.returncode == 2
     assert (
-        "is not finished (missing: rows, score, loss, cut, distill, train, evaluate). Do: sdft run recipe.yaml."
+        "is not finished (missing: rows, score, loss, cut, distill, train, nll, evaluate). Do: sdft run recipe.yaml."
         in done.stderr
     )
 
