@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from processes import starts_process
+from processes import refuse_ray, starts_process
 
 pytest.register_assert_rewrite("faked")
 
@@ -13,6 +13,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def pytest_configure(config) -> None:
+    if "not process" in config.option.markexpr:
+        refuse_ray()
 
 
 def pytest_collection_modifyitems(items) -> None:

@@ -1,11 +1,14 @@
 """Which tests start a process (a command, Ray, an engine): read from what they use, so that new tests are sorted, too.
 
-In: the text of a test's file. Out: the marker `process`, which `make test-fast` leaves out.
+In: the text of a test's file. Out: the marker `process`, which `make test-fast` leaves out. Should one that
+starts Ray slip through, `refuse_ray` fails it.
 """
 
 import ast
 import functools
+import sys
 from pathlib import Path
+from typing import Any
 
 STARTS = {"subprocess", "ray", "compare_with_vllm"}
 HERE = Path(__file__).parent
@@ -39,3 +42,13 @@ def _name(node: ast.AST) -> str:
         case ast.Name(id=name) | ast.arg(arg=name) | ast.alias(name=name) | ast.ImportFrom(module=str(name)):
             return name.partition(".")[0]
     return ""
+
+
+def refuse_ray() -> None:
+    """Let whatever starts Ray in this process from now on fail."""
+
+    def refuse(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "subprocess.Popen" and str(arguments[0]).endswith("gcs_server"):
+            raise AssertionError("a test without the marker `process` starts Ray. Let it use the fixture ray_cluster.")
+
+    sys.addaudithook(refuse)
