@@ -3,6 +3,7 @@
 In: a model directory, of ours or of any other tool, and perhaps the base that it was cut from. Out: one `Check` each:
 ok with its figure, FAILED with the tensor or field, skipped with the reason. Nothing is taken on trust: which blocks
 are gone is read from the bytes, and the oracle, the base with those blocks skipped by hooks, shares no code with `cut`.
+Where blocks of the base are equal there are several such readings, of which the manifest may choose.
 """
 
 from __future__ import annotations
@@ -84,6 +85,9 @@ class _Skipped(Exception):
 
 
 Finding = tuple[str, dict[str, Any]]
+Blocks = dict[int | None, dict[str, str]]
+"""For each block, the hashes of its tensors by their names within the block; None holds the rest."""
+Block = tuple[int, dict[str, str]]
 
 
 # --- what to verify -------------------------------------------------------------------------------------------
@@ -336,18 +340,19 @@ def _check_base_tensors(model: Model) -> Finding:
     """Every block is, bit by bit, one of the base's, in the same order; every other tensor is the base's too."""
     assert model.base
     whole, cut = (_fingerprints(directory) for directory in (model.base, model.directory))
-    model.kept = _match_blocks(whole, cut)
+    said = ((read_manifest(model.directory) or {}).get("summary") or {}).get("removed")
+    model.kept, others = _match_blocks(model, whole, cut, said)
     for name in sorted(whole[None].keys() | cut[None].keys()):
         if whole[None].get(name) != cut[None].get(name):
             there = [name in whole[None], name in cut[None]]
             what = "differs from the base's" if all(there) else "is not in the base" if there[1] else "is missing"
             raise _Failed(f"{name} {what}")
     removed = _removed(model, len(whole) - 1)
-    said = ((read_manifest(model.directory) or {}).get("summary") or {}).get("removed", removed)
-    if said != removed:
+    if said not in (None, removed):
         raise _Failed(f"blocks {removed} of the base are gone, the manifest says {said}")
     tensors = sum(map(len, cut.values()))
     gone = f"blocks {name_blocks(removed)} are gone" if removed else "no block is gone"
+    gone += ", or equal ones" if others else ""
     return f"{tensors} tensors bitwise equal; {gone}", {"tensors": tensors, "removed": removed}
 
 
@@ -421,13 +426,13 @@ def _tensors(directory: Path, only: Sequence[str] = ()) -> Iterator[tuple[str, t
                     yield name, tensors.get_tensor(name)
 
 
-def _fingerprints(directory: Path) -> dict[int | None, dict[str, str]]:
-    """Return, for each block, the hashes of its tensors by their names within the block; None holds the rest."""
+def _fingerprints(directory: Path) -> Blocks:
+    """Return the hashes of all tensors of a model."""
     import torch
     from transformers import AutoConfig
 
     tied = AutoConfig.from_pretrained(directory, trust_remote_code=False).tie_word_embeddings
-    found: dict[int | None, dict[str, str]] = {None: {}}
+    found: Blocks = {None: {}}
     for name, tensor in _tensors(directory):
         # A buffer that old files stored and the config determines; a second copy that `ties` has compared.
         if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and tied):
@@ -440,26 +445,64 @@ def _fingerprints(directory: Path) -> dict[int | None, dict[str, str]]:
     return found
 
 
-def _match_blocks(whole: Mapping[int | None, dict[str, str]], cut: Mapping[int | None, dict[str, str]]) -> list[int]:
-    """Return which block of the base each block is; raises _Failed for one that is none of them, or out of order."""
-    blocks = sorted(block for block in cut if block is not None)
-    of_base = sorted(block for block in whole if block is not None)
-    same = {block: [b for b in of_base if whole[b] == cut[block]] for block in blocks}
-    kept: list[int] = []
-    for block in blocks:
-        if not same[block]:
-            nearest = max(of_base, key=lambda b: len(whole[b].items() & cut[block].items()))
-            where = min(name for name, _ in whole[nearest].items() ^ cut[block].items())
-            where = f"model.layers.{block}.{where}"
-            if not any(same.values()):
-                raise _Failed(f"no block equals any of the base's: block {block} differs in {where}")
-            raise _Failed(f"{where} differs; block {block} is nearest to the base's block {nearest}")
-        later = [b for b in same[block] if not kept or b > kept[-1]]
-        if not later:
-            what = f"block {block} is the base's block {same[block][0]}, behind block {block - 1}, its block {kept[-1]}"
-            raise _Failed(f"{what}: out of order, at model.layers.{block}")
-        kept.append(later[0])
-    return kept
+def _match_blocks(model: Model, whole: Blocks, cut: Blocks, said: list[int] | None) -> tuple[list[int], bool]:
+    """Return which block of the base each block is, and whether equal blocks of the base allow another reading.
+
+    The manifest's reading counts first, if the bytes allow it, then one that gives each block its kind in the config.
+    Raises _Failed for a block that is none of the base's, or out of order.
+    """
+    assert model.base
+    base, blocks = _in_order(whole), _in_order(cut)
+    first = _align(blocks, base)
+    if len(first) < len(blocks):
+        raise _Failed(_explain_mismatch(base, blocks, first))
+    others = _align(blocks[::-1], base[::-1])[::-1] != first
+    claimed = [(number, held) for number, held in base if number not in (said or ())]
+    if said is not None and [held for _, held in claimed] == [held for _, held in blocks]:
+        return [number for number, _ in claimed], others
+    of_kind = _align(_in_order(_add_kinds(cut, model.directory)), _in_order(_add_kinds(whole, model.base)))
+    return of_kind if len(of_kind) == len(blocks) else first, others
+
+
+def _in_order(blocks: Blocks) -> list[Block]:
+    held = [(number, tensors) for number, tensors in blocks.items() if number is not None]
+    return sorted(held, key=lambda block: block[0])
+
+
+def _align(blocks: Sequence[Block], base: Sequence[Block]) -> list[int]:
+    """Return, for each block, the first of the base's that equals it, behind the one before; as far as there are such.
+
+    >>> _align([(0, {"w": "a"}), (1, {"w": "a"})], [(0, {"w": "a"}), (1, {"w": "b"}), (2, {"w": "a"})])
+    [0, 2]
+    """
+    rest = iter(base)
+    found = (next((number for number, other in rest if other == held), None) for _, held in blocks)
+    return [number for number in found if number is not None]
+
+
+def _explain_mismatch(base: Sequence[Block], blocks: Sequence[Block], kept: Sequence[int]) -> str:
+    """Return what is wrong with the block behind those that were matched."""
+    block, held = blocks[len(kept)]
+    if equal := [number for number, other in base if other == held]:
+        what = f"block {block} is the base's block {' or '.join(map(str, equal))}"
+        return f"{what}, behind block {block - 1}, its block {kept[-1]}: out of order, at model.layers.{block}"
+    nearest, other = max(base, key=lambda each: len(each[1].items() & held.items()))
+    where = f"model.layers.{block}.{min(name for name, _ in other.items() ^ held.items())}"
+    if not any(held == other for _, held in blocks for _, other in base):
+        return f"no block equals any of the base's: block {block} differs in {where}"
+    return f"{where} differs; block {block} is nearest to the base's block {nearest}"
+
+
+def _add_kinds(blocks: Blocks, directory: Path) -> Blocks:
+    """Return the blocks with what the config's per-block lists say of each."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False).to_dict()
+    lists = {key: config[key] for key in PER_BLOCK if isinstance(config.get(key), list)}
+    return {
+        number: held if number is None else held | {key: str(kinds[number]) for key, kinds in lists.items()}
+        for number, held in blocks.items()
+    }
 
 
 def _removed(model: Model, blocks: int) -> list[int]:

@@ -223,6 +223,103 @@ def test_verify_of_a_nan_skips_what_would_compute_with_it(cut, base):
     assert (found["base logits"].status, found["base logits"].says) == ("skipped", "cache is not ok")
 
 
+# --- bases with equal blocks ----------------------------------------------------------------------------------
+
+
+def make_equal(base, directory, copies):
+    """Write a base in which some blocks have the tensors of others."""
+    shutil.copytree(base, directory)
+    weights = load_file(directory / "model.safetensors")
+    for to, source in copies.items():
+        for name in [name for name in weights if name.startswith(f"model.layers.{source}.")]:
+            weights[name.replace(f".{source}.", f".{to}.", 1)] = weights[name].clone()
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+EQUAL = {"neighbours": {2: 1}, "distant": {4: 0}, "three": {2: 1, 3: 1}, "all": dict.fromkeys(range(1, 6), 0)}
+
+
+@pytest.fixture(scope="module", params=EQUAL, ids=EQUAL)
+def repetitive(request, tmp_path_factory):
+    """A base without kinds of blocks, some of whose blocks are equal, bit by bit."""
+    plain = make_tiny_model(tmp_path_factory.mktemp("plain") / "model")
+    return make_equal(plain, tmp_path_factory.mktemp("equal") / "model", EQUAL[request.param])
+
+
+@pytest.mark.parametrize("removed", [(2,), (0, 3), (1, 2), (2, 3, 4)], ids=str)
+def test_right_cut_of_a_base_with_equal_blocks_is_ok_and_read_as_its_manifest_reads_it(removed, repetitive, tmp_path):
+    cut = prune(repetitive, tmp_path / "cut", removed)
+    assert failures(cut, repetitive) == {}
+    write_manifest(cut, Stage("cut", "tiny", 1, {}), {"removed": list(removed)}, 0.0)
+    found = verdicts(cut, repetitive)
+    assert {check.says for check in found.values() if check.status == "FAILED"} == set()
+    assert found["base tensors"].figures["removed"] == list(removed)
+
+
+def test_cut_of_a_base_with_equal_blocks_says_that_it_can_be_read_in_several_ways(tmp_path):
+    base = make_equal(make_tiny_model(tmp_path / "plain"), tmp_path / "base", {3: 2})
+    found = verdicts(prune(base, tmp_path / "either", (2,)), base)["base tensors"]
+    assert found.says.endswith("; blocks [3, 4) are gone, or equal ones")
+    found = verdicts(prune(base, tmp_path / "both", (2, 3)), base)["base tensors"]
+    assert found.says.endswith("; blocks [2, 4) are gone")
+
+
+def test_manifest_that_the_bytes_do_not_allow_fails_on_a_base_with_equal_blocks(tmp_path):
+    base = make_equal(make_tiny_model(tmp_path / "plain"), tmp_path / "base", {3: 2})
+    cut = prune(base, tmp_path / "cut", (2,))
+    for said in ([4], [2, 3], [], [2, 9]):
+        write_manifest(cut, Stage("cut", "tiny", 1, {}), {"removed": said}, 0.0)
+        assert failures(cut, base)["base tensors"].endswith(f" of the base are gone, the manifest says {said}")
+
+
+def arrange(base, directory, order):
+    """Write a model of the base's blocks in an order of one's own."""
+    cut = prune(base, directory, range(len(order), 6))
+    weights, whole = load_file(cut / "model.safetensors"), load_file(base / "model.safetensors")
+    for name in [name for name in weights if name.startswith("model.layers.")]:
+        number, _, rest = name.removeprefix("model.layers.").partition(".")
+        weights[name] = whole[f"model.layers.{order[int(number)]}.{rest}"].clone()
+    save_file(weights, cut / "model.safetensors", metadata={"format": "pt"})
+    return cut
+
+
+@pytest.mark.parametrize(
+    ("copies", "order", "says"),
+    [
+        ({2: 1}, (0, 2, 1, 4), None),  # equal blocks in each other's place are no other order
+        ({4: 0}, (4, 1, 2), None),
+        (dict.fromkeys(range(1, 6), 0), (5, 3, 3, 0, 1), None),
+        ({2: 1}, (0, 1, 2, 4, 3), "block 4 is the base's block 3, behind block 3, its block 4: out of order"),
+        ({4: 0}, (1, 0, 2, 3, 5), "block 2 is the base's block 2, behind block 1, its block 4: out of order"),
+        ({2: 1}, (0, 1, 1, 1), "block 3 is the base's block 1 or 2, behind block 2, its block 2: out of order"),
+        ({2: 1}, (1, 2, 0), "block 2 is the base's block 0, behind block 1, its block 2: out of order"),
+    ],
+    ids=str,
+)
+def test_order_of_blocks_is_judged_by_their_bytes_on_a_base_with_equal_blocks(copies, order, says, tmp_path):
+    base = make_equal(make_tiny_model(tmp_path / "plain"), tmp_path / "base", copies)
+    found = failures(arrange(base, tmp_path / "cut", order), base).get("base tensors")
+    assert found is None if says is None else says in found
+
+
+def test_altered_tensor_fails_on_a_base_with_equal_blocks(repetitive, tmp_path):
+    cut = prune(repetitive, tmp_path / "cut", (3,))
+    alter_an_element(cut)
+    assert f"{UP} differs" in failures(cut, repetitive)["base tensors"]
+
+
+@pytest.mark.parametrize("removed", [(2,), (3,)], ids=str)
+def test_equal_blocks_of_different_kinds_are_told_apart_by_the_config(removed, base, tmp_path):
+    whole = make_equal(base, tmp_path / "base", {3: 2})  # block 2 sees everything, block 3 a window
+    cut = prune(whole, tmp_path / "cut", removed)
+    found = verdicts(cut, whole)
+    assert [check.says for check in found.values() if check.status == "FAILED"] == []
+    assert found["base tensors"].figures["removed"] == list(removed)
+    in_json("config.json", layer_types=["sliding_attention"] * 5)(cut)
+    assert "layer_types is" in failures(cut, whole)["base config"]
+
+
 # --- tokens of two engines ------------------------------------------------------------------------------------
 
 
