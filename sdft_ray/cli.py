@@ -62,7 +62,7 @@ def _check(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from sdft_ray import pipeline, sweep
+    from sdft_ray import pipeline, precision, sweep
     from sdft_ray.costs import estimate_stages
 
     if sweep.is_sweep(options.recipe):
@@ -72,6 +72,7 @@ def _check(options: argparse.Namespace) -> None:
     pipeline.check(recipe, compute)
     stages = pipeline.stages(recipe)
     plan = pipeline.describe(stages, storage)
+    precision.say_slow(pipeline.survey(stages, storage)[0], compute)
     costs = estimate_stages(recipe, compute, stages, storage) if options.compute else []
     if options.json:
         estimates = [dataclasses.asdict(cost) for cost in costs]
@@ -191,12 +192,13 @@ def _show_report(options: argparse.Namespace, recipe: Any, storage: Any) -> None
 def _check_sweep(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from sdft_ray import sweep
+    from sdft_ray import pipeline, precision, sweep
     from sdft_ray.costs import estimate_sweep
     from sdft_ray.report import saving
 
     plan, compute, storage = _load_sweep(options)
     sweep.check(plan, compute)
+    precision.say_slow(pipeline.survey(sweep.stages_of(plan), storage)[0], compute)
     found = saving.measure(plan, storage)
     costs = estimate_sweep(plan, compute, storage) if options.compute else []
     if options.json:

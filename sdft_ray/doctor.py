@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from sdft_ray import pipeline, sources, storage
+from sdft_ray import pipeline, precision, sources, storage
 from sdft_ray.artifacts import Stage
 from sdft_ray.cluster import count_places, ray_cluster
 from sdft_ray.compute import SECTIONS, Compute
@@ -50,7 +50,7 @@ def examine(recipe: Recipe | None, compute: Compute, root: str) -> Iterator[Find
     """Yield what is found, the quick things first."""
     yield from environment(compute, os.environ)
     yield token_file(os.environ)
-    needs = compute.needs()
+    needs, fields = compute.needs(), dict[str, str]()
     if recipe:
         plan, checked = _recipe(recipe, compute)
         yield from checked
@@ -59,13 +59,14 @@ def examine(recipe: Recipe | None, compute: Compute, root: str) -> Iterator[Find
             names = {stage.name for stage in plan}
             needs = {stage: need for stage, need in needs.items() if stage in names}
             yield from _hub(plan, Storage(root))
+            fields = precision.half_fields((each for each in plan if not _is_done(each, Storage(root))), compute)
     place = Storage(root).uri  # absolute: the same for every node
     try:
         with ray_cluster(compute):
-            yield from _cluster(needs, compute, place)
+            yield from _cluster(needs, compute, place, fields)
     except (UserError, StageFailed) as error:
         yield from (Finding("ray", compute.ray.address, "fail", each.what, each.do) for each in error.args)
-        yield from _on_node(place, needed(), None)  # then this machine at least
+        yield from _on_node(place, needed(), None, fields)  # then this machine at least
 
 
 def environment(compute: Compute, variables: Mapping[str, str]) -> Iterator[Finding]:
@@ -154,7 +155,9 @@ def room(nodes: Sequence[Mapping[str, float]], needs: Mapping[str, tuple[int, in
             yield Finding("resources", stage, "fail", f"needs {wants}; no node holds one", do)
 
 
-def _cluster(needs: Mapping[str, tuple[int, int, float]], compute: Compute, place: str) -> Iterator[Finding]:
+def _cluster(
+    needs: Mapping[str, tuple[int, int, float]], compute: Compute, place: str, fields: Mapping[str, str]
+) -> Iterator[Finding]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -177,7 +180,8 @@ def _cluster(needs: Mapping[str, tuple[int, int, float]], compute: Compute, plac
     pending = {}
     for node in nodes:
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        task = look.options(scheduling_strategy=there).remote(place, needed(), mark and str(mark))
+        computes = fields if node["Resources"].get("CPU") else {}  # nothing runs on a head without CPUs
+        task = look.options(scheduling_strategy=there).remote(place, needed(), mark and str(mark), computes)
         pending[task] = node
     try:
         for task, node in pending.items():
@@ -209,13 +213,15 @@ def _authenticated(host: str, address: str, mode: str) -> Finding:
     return Finding("authentication", host, "warn" if address.startswith("127.") else "fail", what, do)
 
 
-def _look(place: str, requirements: Sequence[str], mark: str | None) -> tuple[list[Finding], str, str]:
+def _look(
+    place: str, requirements: Sequence[str], mark: str | None, fields: Mapping[str, str]
+) -> tuple[list[Finding], str, str]:
     """Look at the node that this runs on; return what is found, how its Ray authenticates, and its Python."""
-    found = list(_on_node(place, requirements, mark))
+    found = list(_on_node(place, requirements, mark, fields))
     return found, os.environ.get("RAY_AUTH_MODE", "").lower(), platform.python_version()
 
 
-def _on_node(place: str, requirements: Sequence[str], mark: str | None) -> Iterator[Finding]:
+def _on_node(place: str, requirements: Sequence[str], mark: str | None, fields: Mapping[str, str]) -> Iterator[Finding]:
     host = socket.gethostname()
     installed = {name: version for name in _names(requirements) if (version := _version(name))}
     wrong, missing = versions(requirements, installed)
@@ -240,6 +246,10 @@ def _on_node(place: str, requirements: Sequence[str], mark: str | None) -> Itera
     if not locks:
         yield Finding("compile lock", host, "ok", f"none in {folder}")
     yield from _space(place, host)
+    if fields and (slow := precision.find_slow(fields)):
+        yield Finding("precision", host, "warn", slow.what, f"Set {slow.where}: float32.")
+    elif fields:
+        yield Finding("precision", host, "ok", f"computes {' and '.join(sorted({*fields.values()}))} itself")
 
 
 def _names(requirements: Sequence[str]) -> list[str]:

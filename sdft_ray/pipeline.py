@@ -24,7 +24,7 @@ from concurrent.futures import Future, as_completed
 from pathlib import Path
 from typing import Any
 
-from sdft_ray import limits, sources
+from sdft_ray import limits, precision, sources
 from sdft_ray.artifacts import Stage, hash_source, slugify
 from sdft_ray.cluster import ray_cluster, require_room
 from sdft_ray.compute import Compute
@@ -329,6 +329,7 @@ def run(recipe: Recipe, compute: Compute, storage: Storage, until: str | None = 
             do = f"It has {', '.join(dict.fromkeys(names))}"
             raise UserError(problem("--until", f"this recipe has no stage {until}", do))
         plan = plan[: len(plan) - names[::-1].index(until)]
+    precision.say_slow(survey(plan, storage)[0], compute)
     return build(plan, compute, storage)
 
 

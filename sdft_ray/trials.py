@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sdft_ray import pipeline
+from sdft_ray import pipeline, precision
 from sdft_ray.artifacts import Stage
 from sdft_ray.cluster import (
     count_places,
@@ -49,6 +49,7 @@ def run(plan: Plan, compute: Compute, storage: Storage) -> pipeline.Built:
         _, there = pipeline.survey(stages_of(plan), storage)
         pipeline.require_gates(there, storage)
         if todo:
+            precision.say_slow(todo, compute)
             with ray_cluster(compute):
                 if drafts:
                     require_room(compute, "draft")

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "sdft_ray"
 ORDER = [
     {"errors", "__init__"},
     {"recipe", "compute", "progress", "shards", "objects", "lease", "readers"},
-    {"artifacts", "storage", "ledger", "sources", "cluster"},
+    {"artifacts", "storage", "ledger", "sources", "cluster", "precision"},
     {"core"},
     {"directory"},
     {"stages"},
