@@ -8,6 +8,7 @@ Nothing here knows where artifacts lie: that is `storage.py`.
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import hashlib
 import json
 import os
@@ -104,10 +105,11 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hash_source(path: Path) -> str:
+def hash_source(path: Path, without: Sequence[str] = ()) -> str:
     """Return the content hash of a user's own file or directory, remembered by path, size and mtime.
 
-    The memory lies in the user's cache directory: a hint only, harmless to delete.
+    Files whose names match a pattern of `without`, in any case, do not count. The memory lies in the user's cache
+    directory: a hint only, harmless to delete.
     """
     memory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdft_ray" / "hashes.json"
     try:
@@ -116,6 +118,8 @@ def hash_source(path: Path) -> str:
         known = {}
     found, fresh = {}, False
     for file in source_files(path):
+        if any(fnmatch.fnmatch(file.name.lower(), pattern) for pattern in without):
+            continue
         stat = file.stat()
         key = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
         if key not in known:

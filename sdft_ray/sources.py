@@ -72,6 +72,8 @@ _COMPANIONS = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json"),
     *("merges.txt", "chat_template.jinja"),
 )
+# Files of a model directory that move no number: to correct one costs nothing that was computed.
+_NO_NUMBERS = ("generation_config.json", "*.md", "*licen[cs]e*", "*notice*", "copying*", "*use_policy*")
 _COUNTS = ("num_hidden_layers", "max_position_embeddings")
 
 
@@ -95,7 +97,7 @@ def model_stage(source: ModelSource, version: int, where: str = "model.path") ->
         settings = {"repo": source.repo, "revision": source.revision}
         return Stage("model", slugify(source.repo), version, settings)
     path = model_path(source, where)
-    settings = {"sha256": hash_source(path)}
+    settings = {"sha256": hash_source(path, without=_NO_NUMBERS)}
     if path.is_file():
         return Stage("model", slugify(path.stem), version, settings, where={"gguf": str(path)})
     return Stage("model", slugify(path.name), version, settings, location=path.resolve())

@@ -230,6 +230,14 @@ def test_hash_source_of_a_directory_moves_with_content_and_names_and_not_with_it
     assert directory("f", {"config.json": "{}", "inner/x": "1", ".cache/z": "1", ".hidden": "2"}) == first
 
 
+def test_hash_source_leaves_out_what_it_is_told(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    first = hash_source(tmp_path, without=["*.md", "*licen[cs]e*"])
+    for name in ("README.md", "LICENCE.txt"):
+        (tmp_path / name).write_text("words")
+        assert hash_source(tmp_path, without=["*.md", "*licen[cs]e*"]) == first != hash_source(tmp_path)
+
+
 @pytest.mark.parametrize("memory", ["not JSON", "[]", "{}"])
 def test_hash_source_does_not_need_its_memory(tmp_path, memory):
     path = tmp_path / "rows.jsonl"

@@ -836,3 +836,17 @@ def test_offline_task_file_of_an_unknown_task_suggests_the_nearest():
         "evaluate.tasks: no offline files for arc_eazy. "
         "Did you mean arc_easy? Or set evaluate.preset: harness for tasks of a hub."
     )
+
+
+def test_model_is_known_by_what_moves_numbers_and_not_by_what_lies_beside_it(tiny_model, tmp_path):
+    directory = shutil.copytree(tiny_model, tmp_path / "model")
+    first = sources.model_stage(LocalModel(path=str(directory)), 1).id
+    for name, text in {
+        "generation_config.json": '{"temperature": 0.6}',
+        "README.md": "A card",
+        "LICENSE": "MIT",
+    }.items():
+        (directory / name).write_text(text)
+        assert sources.model_stage(LocalModel(path=str(directory)), 1).id == first
+    (directory / "chat_template.jinja").write_text("{{ messages }}")
+    assert sources.model_stage(LocalModel(path=str(directory)), 1).id != first

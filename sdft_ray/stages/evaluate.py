@@ -155,7 +155,9 @@ def _load(model: str, dtype: str, batch_size: int, device: str) -> Any:
 
     # On a CPU the context is the cost. A GPU is fed better by the harness's own large batches.
     kind = SharedContextLM if device == "cpu" else HFLM
-    return kind(pretrained=model, dtype=dtype, device=device, batch_size=batch_size)
+    lm = kind(pretrained=model, dtype=dtype, device=device, batch_size=batch_size)
+    lm.model.generation_config = _plain_generation(lm.model, lm.tokenizer)  # generating tasks of the harness take it
+    return lm
 
 
 def score_requests(
@@ -285,16 +287,13 @@ def generate_greedily(
     The model's own settings of generation, such as a penalty on repetition, are replaced for good.
     """
     import torch
-    from transformers import GenerationConfig
 
-    ends, opened = _read_ends(model, tokenizer), opened_thought(tokenizer)
+    opened = opened_thought(tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     texts: dict[int, str] = {}
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     # What a config leaves open is filled in from the model's own: it must not have one.
-    model.generation_config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=ends, pad_token_id=pad
-    )
+    model.generation_config = plain = _plain_generation(model, tokenizer)
+    ends, pad = plain.eos_token_id, plain.pad_token_id
     for begin in range(0, len(order), batch_size):
         batch = order[begin : begin + batch_size]
         width = max(len(prompts[i]) for i in batch)
@@ -303,18 +302,25 @@ def generate_greedily(
             [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch], device=model.device
         )
         with torch.inference_mode():
-            made = model.generate(input_ids=ids, attention_mask=mask, generation_config=model.generation_config)
+            made = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens)
         for i, tokens in zip(batch, made[:, width:].tolist(), strict=True):
             tokens = list(itertools.takewhile(lambda token: token not in ends, tokens))
             texts[i] = read_generated(tokenizer, tokens, tokenizer.decode(tokens, skip_special_tokens=True), opened)
     return [texts[i] for i in range(len(prompts))]
 
 
-def _read_ends(model: Any, tokenizer: Any) -> list[int]:
-    """Return the tokens that end a response: the chat template's own, and those that tokenizer and model name."""
-    named = [tokenizer.eos_token_id, model.generation_config.eos_token_id, model.config.eos_token_id]
+def _plain_generation(model: Any, tokenizer: Any) -> Any:
+    """Return greedy generation that ends at the chat template's end of turn and at what tokenizer and config name.
+
+    Nothing of the model's generation_config.json, which may ask for sampling or penalties, moves a score.
+    """
+    from transformers import GenerationConfig
+
+    named = [tokenizer.eos_token_id, model.config.eos_token_id]
     ids = itertools.chain.from_iterable(each if isinstance(each, list) else [each] for each in named)
-    return list(dict.fromkeys([end_of_turn(tokenizer), *(i for i in ids if i is not None)]))
+    ends = list(dict.fromkeys([end_of_turn(tokenizer), *(i for i in ids if i is not None)]))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
+    return GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=pad)
 
 
 def _run_harness(
