@@ -262,6 +262,7 @@ def check(recipe: Recipe, compute: Compute) -> None:
     others = recipe.merge.others if recipe.merge else {}
     if facts:
         _require_prunable(recipe, facts)
+        _require_generates(facts, compute)
     for name, other in others.items():
         if other.path is not None and facts:
             _require_compatible(f"merge.others.{name}.path", other.path, facts, recipe.prune.blocks)
@@ -297,6 +298,13 @@ def _require_prunable(recipe: Recipe, facts: sources.ModelFacts) -> None:
     if (path := sources.model_path(recipe.model)).is_dir():
         names = (name for tensors in sources.stored_tensors(path).values() for name in tensors)
         surgery.require_blocks(path, names, facts.blocks)
+
+
+def _require_generates(facts: sources.ModelFacts, compute: Compute) -> None:
+    """Raise UserError for a model of which vLLM's CPU build generates other text (docs/architectures.md)."""
+    if facts.architecture == "gpt_oss" and not compute.distill.gpus:
+        what = "vLLM's CPU build generates other text than gpt_oss"
+        raise UserError(problem("compute.distill.gpus", what, "Set gpus: 1 for each actor"))
 
 
 def _require_compatible(where: str, path: str, base: sources.ModelFacts, removed: int) -> None:

