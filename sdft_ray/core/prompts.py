@@ -137,6 +137,15 @@ def end_of_turn(tokenizer: Any) -> int:
     return _read_end(tokenizer, str(tokenizer.chat_template))[1]
 
 
+def response_ends(tokenizer: Any, named: int | Sequence[int] | None) -> list[int]:
+    """Return the tokens at which a response ends: the end of turn, the tokenizer's EOS, and those its config named.
+
+    Nothing of generation_config.json, so that what stands there moves no number.
+    """
+    ids = [named] if isinstance(named, int) else list(named or ())
+    return list(dict.fromkeys(i for i in (end_of_turn(tokenizer), tokenizer.eos_token_id, *ids) if i is not None))
+
+
 def opening_ids(tokenizer: Any) -> tuple[int, ...]:
     """Return the tokens that the model has to write before every response; mostly none."""
     if not _read_turn(tokenizer, str(tokenizer.chat_template)).opening:

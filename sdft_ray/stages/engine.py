@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from sdft_ray.core.prompts import end_of_turn, opened_thought, read_generated
+from sdft_ray.core.prompts import opened_thought, read_generated, response_ends
 from sdft_ray.core.selection import Generation
 
 # Below this the order of two float32 logits is rounding: cached, batched and other kernels' sums differ by that much.
@@ -44,11 +44,12 @@ class VllmEngine:
 
     def __init__(self, model: str, settings: Mapping[str, Any], options: Mapping[str, Any], alone: bool) -> None:
         arguments = engine_arguments(model, settings["dtype"], options, alone)
-        from transformers import AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
         self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.ends = response_ends(self.tokenizer, AutoConfig.from_pretrained(model).eos_token_id)
         self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments, disable_log_stats=True))
         self.settings = settings
 
@@ -57,7 +58,7 @@ class VllmEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        end, opened = end_of_turn(self.tokenizer), opened_thought(self.tokenizer, self.settings["template_options"])
+        opened = opened_thought(self.tokenizer, self.settings["template_options"])
         waiting: dict[str, Request] = {}
         for request in requests:
             params = SamplingParams(
@@ -65,7 +66,8 @@ class VllmEngine:
                 top_p=self.settings["top_p"],
                 max_tokens=self.settings["max_new_tokens"],
                 seed=request.sampling_seed,
-                stop_token_ids=[end],
+                ignore_eos=True,  # vLLM's own also holds those of generation_config.json
+                stop_token_ids=self.ends,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
             try:

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from sdft_ray.artifacts import write_atomically
-from sdft_ray.core.prompts import encode_rows, end_of_turn, opened_thought, opening_ids, read_generated
+from sdft_ray.cluster import use_assigned_cores
+from sdft_ray.core.prompts import encode_rows, opened_thought, opening_ids, read_generated, response_ends
 from sdft_ray.core.selection import is_correct, strip_thoughts
 from sdft_ray.errors import UserError, nearest, problem
 from sdft_ray.stages import Work
@@ -30,6 +31,8 @@ from sdft_ray.stages.rows import read_split
 
 VERSION = 2
 HELD_OUT = "held_out"
+# Answers that are generated at once for each sequence of a scoring pass: a step reads all weights for one token a row.
+_ROWS_A_SEQUENCE = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +137,7 @@ def examine(
     from sdft_ray.progress import quiet_transformers
 
     quiet_transformers()
+    use_assigned_cores()
     lm = _load(str(model()), settings["dtype"], batch_size, device)
     if settings["task"] == HELD_OUT:
         score, items = examine_held_out(lm, held_out, settings["answer"], settings["max_new_tokens"], batch_size)
@@ -294,8 +298,9 @@ def generate_greedily(
     # What a config leaves open is filled in from the model's own: it must not have one.
     model.generation_config = plain = _plain_generation(model, tokenizer)
     ends, pad = plain.eos_token_id, plain.pad_token_id
-    for begin in range(0, len(order), batch_size):
-        batch = order[begin : begin + batch_size]
+    rows_at_once = _ROWS_A_SEQUENCE * batch_size
+    for begin in range(0, len(order), rows_at_once):
+        batch = order[begin : begin + rows_at_once]
         width = max(len(prompts[i]) for i in batch)
         ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in batch], device=model.device)
         mask = torch.tensor(
@@ -310,15 +315,13 @@ def generate_greedily(
 
 
 def _plain_generation(model: Any, tokenizer: Any) -> Any:
-    """Return greedy generation that ends at the chat template's end of turn and at what tokenizer and config name.
+    """Return greedy generation up to where a response ends.
 
     Nothing of the model's generation_config.json, which may ask for sampling or penalties, moves a score.
     """
     from transformers import GenerationConfig
 
-    named = [tokenizer.eos_token_id, model.config.eos_token_id]
-    ids = itertools.chain.from_iterable(each if isinstance(each, list) else [each] for each in named)
-    ends = list(dict.fromkeys([end_of_turn(tokenizer), *(i for i in ids if i is not None)]))
+    ends = response_ends(tokenizer, model.config.eos_token_id)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     return GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=pad)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sdft_ray.artifacts import write_atomically
+from sdft_ray.cluster import use_assigned_cores
 from sdft_ray.errors import UserError, problem
 from sdft_ray.stages import Work
 from sdft_ray.stages.score import measure, read_corpora, read_measured
@@ -104,6 +105,7 @@ class LossMeter:
         import torch
         from transformers import AutoModelForCausalLM
 
+        use_assigned_cores()
         self.model = AutoModelForCausalLM.from_pretrained(model(), dtype=getattr(torch, dtype)).to(device).eval()
         self.candidates = candidates
 

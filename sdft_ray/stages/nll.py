@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sdft_ray.artifacts import write_atomically
+from sdft_ray.cluster import use_assigned_cores
 from sdft_ray.core.prompts import TrainingRow, encode_rows
 from sdft_ray.stages import Work
 from sdft_ray.stages.rows import training_batches
@@ -73,6 +74,7 @@ def measure(
 
     directory = model()
     tokenizer = AutoTokenizer.from_pretrained(directory)
+    use_assigned_cores()
     loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).to(device).eval()
     for name, column in COLUMNS.items():
         for some in _portions(list(encode_rows(tokenizer, [(row["prompt"], row[column]) for row in rows]))):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sdft_ray.artifacts import write_atomically
+from sdft_ray.cluster import use_assigned_cores
 from sdft_ray.core.prompts import encode_rows, opening_ids
 from sdft_ray.errors import UserError, problem
 from sdft_ray.sources import read_calibration, read_json
@@ -213,6 +214,7 @@ class Scorer:
         import torch
         from transformers import AutoModel
 
+        use_assigned_cores()
         self.model = AutoModel.from_pretrained(model(), dtype=getattr(torch, dtype)).to(device).eval()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:

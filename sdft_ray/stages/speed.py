@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sdft_ray.artifacts import write_atomically
+from sdft_ray.cluster import use_assigned_cores
 from sdft_ray.stages import Work
 
 VERSION = 2
@@ -45,6 +46,7 @@ def measure(
     from sdft_ray.progress import quiet_transformers
 
     quiet_transformers()
+    use_assigned_cores()
     models = [
         AutoModelForCausalLM.from_pretrained(model(), dtype=getattr(torch, settings["dtype"])).to(device).eval()
         for model in (base, pruned)

@@ -122,7 +122,7 @@ def test_generate_greedily_takes_the_likeliest_token_whatever_the_model_says_of_
     assert evaluate.generate_greedily(model, tokenizer, prompts, 12, 2) == expected
 
 
-def test_generate_greedily_stops_at_the_templates_end_of_turn_and_at_the_models_own_ends(tiny_model):
+def test_generate_greedily_stops_at_the_templates_end_of_turn_and_at_the_ends_that_the_config_names(tiny_model):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
@@ -130,9 +130,9 @@ def test_generate_greedily_stops_at_the_templates_end_of_turn_and_at_the_models_
     (text,) = evaluate.generate_greedily(model, tokenizer, prompts, 12, 2)
     ids = tokenizer(text)["input_ids"]
     third = next(i for i, token in enumerate(ids) if i >= 3 and token not in ids[:i])
-    model.generation_config.eos_token_id = [ids[third]]
+    model.config.eos_token_id = [tokenizer.eos_token_id, ids[third]]
     assert evaluate.generate_greedily(model, tokenizer, prompts, 12, 2) == [tokenizer.decode(ids[:third])]
-    model.generation_config.eos_token_id = None
+    model.config.eos_token_id = None
     mark = tokenizer.convert_ids_to_tokens(ids[third])
     tokenizer.add_tokens([mark])  # as one that is not called special
     tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>\n", f"{mark}\n")
