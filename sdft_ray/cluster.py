@@ -198,8 +198,8 @@ def use_assigned_cores() -> None:
     import ray
     import torch
 
-    if ray.is_initialized():
-        torch.set_num_threads(max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1))))
+    if ray.is_initialized() and (here := ray.get_runtime_context()).worker.mode == ray.WORKER_MODE:
+        torch.set_num_threads(max(1, int(here.get_assigned_resources().get("CPU", 1))))
 
 
 def on_this_node() -> Any:
