@@ -302,20 +302,23 @@ def _recipe(recipe: Recipe, compute: Compute) -> tuple[Sequence[Stage], list[Fin
 
 
 def _template(recipe: Recipe) -> Iterator[Finding]:
-    """Yield whether the chat template renders, for a model whose tokenizer is here."""
+    """Yield whether the chat template gives a training sequence, for a model whose tokenizer is here."""
     if isinstance(recipe.model, HubModel) or not (path := sources.model_path(recipe.model)).is_dir():
         return  # it comes with the download, or is made when a .gguf file is converted
     from transformers import AutoTokenizer
 
-    from sdft_ray.core.prompts import render_prompt
+    from sdft_ray.core.prompts import encode_row
 
     try:
-        tokens = len(render_prompt(AutoTokenizer.from_pretrained(path, trust_remote_code=False), "What is 2 + 2?"))
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokens = len(encode_row(tokenizer, "What is 2 + 2?", "4").ids)
+    except UserError as error:
+        yield Finding("tokenizer", path.name, "fail", error.args[0].what, error.args[0].do)
     except Exception as error:  # noqa: BLE001 - tokenizers and templates can fail in any way
-        what, do = f"cannot render a prompt ({_line(error)})", "Mend its tokenizer files or chat template."
+        what, do = f"cannot write a conversation ({_line(error)})", "Correct its tokenizer files or chat template."
         yield Finding("tokenizer", path.name, "fail", what, do)
     else:
-        yield Finding("tokenizer", path.name, "ok", f"the chat template makes {tokens} tokens of a short prompt")
+        yield Finding("tokenizer", path.name, "ok", f"the chat template makes {tokens} tokens of a short conversation")
 
 
 def _hub(plan: Sequence[Stage], place: Storage) -> Iterator[Finding]:
