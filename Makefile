@@ -1,6 +1,6 @@
 # make demo       sets up, runs the whole chain on a real small model, and verifies the models that it made
 # make test       sets up and runs the lean test suite: test-fast, and then what starts Ray and an engine
-# make test-fast  the tests that start no process: a minute at most
+# make test-fast  the tests that start neither Ray nor an engine and compute with few models: a minute
 # make test-all   the kill and ZeRO matrices, too
 # make check      lint, format and types
 # make audit      looks both locks up in OSV, the open database of advisories; needs a network
@@ -17,12 +17,12 @@ demo: $(STAMP)
 	@$(BIN)/sdft verify configs/recipes/demo.yaml
 
 test: test-fast
-	@echo "Testing what starts processes, with one Ray and one vLLM engine; make test-all has the rest."
-	@$(BIN)/python -m pytest -m "process and not full"
+	@echo "Testing what is heavy, with one Ray and one vLLM engine; make test-all has the rest."
+	@$(BIN)/python -m pytest -m "heavy and not full"
 
 test-fast: $(STAMP)
-	@echo "Testing what starts no process."
-	@$(BIN)/python -m pytest -m "not process and not full"
+	@echo "Testing what is light."
+	@$(BIN)/python -m pytest -m "not heavy and not full"
 
 test-all: $(STAMP)
 	@$(BIN)/python -m pytest

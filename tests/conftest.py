@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from processes import refuse_ray, starts_process
+from heavy import is_heavy, refuse_ray
 
 pytest.register_assert_rewrite("faked")
 
@@ -16,14 +16,14 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def pytest_configure(config) -> None:
-    if "not process" in config.option.markexpr:
+    if "not heavy" in config.option.markexpr:
         refuse_ray()
 
 
 def pytest_collection_modifyitems(items) -> None:
     for item in items:
-        if starts_process(item.path, {item.originalname, *item.fixturenames}):
-            item.add_marker("process")
+        if is_heavy(item.path, {item.originalname, *item.fixturenames}):
+            item.add_marker("heavy")
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,8 @@ from sdft_ray.stages.cut import remove_blocks
 from sdft_ray.storage import Storage
 from sdft_ray.verify import Model, verify
 
+pytestmark = pytest.mark.heavy
+
 torch.set_num_threads(1)
 
 REMOVED = (0, 2, 5)

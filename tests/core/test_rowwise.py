@@ -8,6 +8,8 @@ from sdft_ray.core.packing import pack_rows
 from sdft_ray.core.prompts import encode_row
 from sdft_ray.core.rowwise import CurrentRows, RowDropout, drop_by_row, keep_within_rows
 
+pytestmark = pytest.mark.heavy
+
 
 def some_rows():
     tokenizer = make_tokenizer()

@@ -15,6 +15,8 @@ from sdft_ray.directory import require_loadable
 from sdft_ray.errors import UserError
 from sdft_ray.stages.cut import Parameters, model_card, remove_blocks, require_same_tensors
 
+pytestmark = pytest.mark.heavy
+
 torch.set_num_threads(1)
 
 

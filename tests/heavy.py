@@ -1,7 +1,7 @@
-"""Which tests start a process (a command, Ray, an engine): read from what they use, so that new tests are sorted, too.
+"""Which tests are heavy (start a command, Ray or an engine, or run the harness): read from what they use.
 
-In: the text of a test's file. Out: the marker `process`, which `make test-fast` leaves out. Should one that
-starts Ray slip through, `refuse_ray` fails it.
+In: the text of a test's file. Out: the marker `heavy`, which `make test-fast` leaves out; files whose tests compute with
+many models have it themselves. Should a test that starts Ray slip through, `refuse_ray` fails it.
 """
 
 import ast
@@ -10,18 +10,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
-STARTS = {"subprocess", "ray", "compare_with_vllm"}
+HEAVY = {"subprocess", "ray", "compare_with_vllm", "lm_eval", "task_manager"}
 HERE = Path(__file__).parent
 
 
-def starts_process(file: Path, names: set[str]) -> bool:
-    """Return whether functions or fixtures of a test file, or what those use in turn, start a process."""
+def is_heavy(file: Path, names: set[str]) -> bool:
+    """Return whether functions or fixtures of a test file, or what those use in turn, are heavy."""
     uses = _read_uses(HERE / "conftest.py") | _read_uses(file)
     seen: set[str] = set()
     while new := names - seen:
         seen |= new
         names = names.union(*(uses.get(name, set()) for name in new))
-    return bool(seen & STARTS)
+    return bool(seen & HEAVY)
 
 
 @functools.cache
@@ -49,6 +49,6 @@ def refuse_ray() -> None:
 
     def refuse(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "subprocess.Popen" and str(arguments[0]).endswith("gcs_server"):
-            raise AssertionError("a test without the marker `process` starts Ray. Let it use the fixture ray_cluster.")
+            raise AssertionError("a test without the marker `heavy` starts Ray. Let it use the fixture ray_cluster.")
 
     sys.addaudithook(refuse)

@@ -1,7 +1,7 @@
 """Tests are sorted by what they start."""
 
 import pytest
-from processes import starts_process
+from heavy import is_heavy
 
 FILE = """
 import subprocess
@@ -27,7 +27,7 @@ def test_nothing(tmp_path): make_tiny_model(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["fixture", "helper", "directly", "import", "vllm", "nothing"])
-def test_what_starts_a_process_is_told_from_what_does_not(tmp_path, name):
+def test_what_is_heavy_is_told_from_what_is_not(tmp_path, name):
     file = tmp_path / "test_file.py"
     file.write_text(FILE)
-    assert starts_process(file, {f"test_{name}"}) == (name != "nothing")
+    assert is_heavy(file, {f"test_{name}"}) == (name != "nothing")
