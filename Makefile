@@ -22,7 +22,7 @@ test: test-fast
 
 test-fast: $(STAMP)
 	@echo "Testing what is light."
-	@$(BIN)/python -m pytest -m "not heavy and not full"
+	@$(BIN)/python -m pytest -n auto -m "not heavy and not full"
 
 test-all: $(STAMP)
 	@$(BIN)/python -m pytest

@@ -1,7 +1,7 @@
 """Which tests are heavy (start a command, Ray or an engine, or run the harness): read from what they use.
 
-In: the text of a test's file. Out: the marker `heavy`, which `make test-fast` leaves out; files whose tests compute with
-many models have it themselves. Should a test that starts Ray slip through, `refuse_ray` fails it.
+In: the text of a test's file. Out: the marker `heavy`, which `make test-fast` leaves out; files that compute with many
+models have it themselves. Should a test that starts Ray slip through, `refuse_ray` fails it.
 """
 
 import ast

@@ -56,7 +56,6 @@ def own_cache(tmp_path_factory, monkeypatch):
         {"a": {"b": [{"c": (1,)}]}},
         [{None: 1}],
     ],
-    ids=repr,
 )
 def test_canonical_json_of_what_is_not_plain_json_is_refused(value):
     with pytest.raises((TypeError, ValueError)):

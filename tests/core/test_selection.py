@@ -124,6 +124,7 @@ def test_read_answer_of_thousands_of_digits_is_no_error(checker):
     assert answer is None or not is_correct(checker, answer, "It is 5.")
 
 
+@pytest.mark.heavy
 def test_is_correct_of_an_endless_expression_is_false_and_the_next_one_is_judged():
     assert not is_correct("math", "5", "\\boxed{9^{9^{9^9}}}")
     assert is_correct("math", "5", "\\boxed{5}")

@@ -385,14 +385,14 @@ def test_train_gate_is_compared_with_the_counts_of_a_finished_artifact_as_before
     work = make_work(tmp_path, tiny_model, plan(), max_tokens=70, max_too_long_fraction=0.1)
     with pytest.raises(UserError) as building:
         train.build(work)
-    counts = {"rows": 23, "rows_too_long": 5, "rows_left_out": 5}
+    counts = {"rows": 25, "rows_too_long": 3, "rows_left_out": 3}
     with pytest.raises(UserError) as finished:
         train.require_gates(work.stage, counts)
     assert (
         str(building.value)
         == str(finished.value)
         == (
-            "train.max_tokens: 5 of 28 rows are longer than 70 tokens (got 17.86%; expected at most 10.00%). "
+            "train.max_tokens: 3 of 28 rows are longer than 70 tokens (got 10.71%; expected at most 10.00%). "
             "Raise it, or raise train.max_too_long_fraction."
         )
     )
