@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 QUIET_SECONDS = 15.0  # the longest without a line where nobody watches live: often enough to trust, never a flood
 _LIVE_SECONDS = 0.5
@@ -42,6 +42,10 @@ class Progress:
         self._live = sys.stderr.isatty()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep_showing, daemon=True)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Let Tune write its callbacks down; what it makes of that shows nothing."""
+        return Progress, (self.stage, self.unit, self.total)
 
     def __enter__(self) -> Self:
         self._thread.start()

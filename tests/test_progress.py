@@ -1,5 +1,6 @@
 """No stage is silent: a line comes by itself, whatever the stage does."""
 
+import pickle
 import time
 from collections.abc import Callable
 
@@ -48,3 +49,8 @@ def test_progress_says_what_an_earlier_run_finished(capsys):
     shown.begin(288, done=100)
     assert capsys.readouterr().err == "distill: 100 of 288 rows were there already\n"
     assert shown.line() == "distill: 100/288 rows, 0s"
+
+
+def test_progress_can_be_written_down_while_it_is_shown(capsys):
+    with Progress("sweep", "trials", total=3) as shown:
+        assert pickle.loads(pickle.dumps(shown)).line() == "sweep: 0/3 trials, 0s"
