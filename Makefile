@@ -18,7 +18,7 @@ demo: $(STAMP)
 
 test: test-fast
 	@echo "Testing what is heavy, with one Ray and one vLLM engine; make test-all has the rest."
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m "heavy and not full"
+	@$(BIN)/python -m pytest -m "heavy and not full"
 
 test-fast: $(STAMP)
 	@echo "Testing what is light."

@@ -20,13 +20,10 @@ def pytest_configure(config) -> None:
         refuse_ray()
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items) -> None:
     for item in items:
         if is_heavy(item.path, {item.originalname, *item.fixturenames}):
             item.add_marker("heavy")
-        # Side by side: one process has the Ray that tests share, and a file's fixtures are made once.
-        item.add_marker(pytest.mark.xdist_group("ray" if "ray_cluster" in item.fixturenames else item.path.name))
 
 
 @pytest.fixture(scope="session")
