@@ -18,7 +18,7 @@ from sdft_ray.artifacts import write_atomically
 from sdft_ray.core.prompts import TrainingRow, end_of_turn
 from sdft_ray.core.surgery import rename_tensor
 from sdft_ray.shards import StoredTensor
-from sdft_ray.sources import read_json, stored_tensors
+from sdft_ray.sources import LICENCES, read_json, stored_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ COMPANIONS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
     *("*.model", "*.tiktoken", "tekken.json"),  # vocabularies of SentencePiece, tiktoken and Mistral
     *("chat_template*", "additional_chat_templates/*", "generation_config.json"),
-    *("*license*", "*licence*", "*notice*", "copying*", "*use_policy*"),
+    *LICENCES,
 )
 _MOST_BYTES = 1 << 27  # the largest tokenizer.json of a well-known model has 34 MB; what is larger holds weights
 # How far logits may differ that are the same sums in another order, as a fraction of their spread (both root mean

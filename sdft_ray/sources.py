@@ -72,8 +72,10 @@ _COMPANIONS = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json"),
     *("merges.txt", "chat_template.jinja"),
 )
+LICENCES = ("*licen[cs]e*", "*notice*", "copying*", "*use_policy*")
+"""Names, in small letters, of the files that say under which terms a model is given."""
 # Files of a model directory that move no number: to correct one costs nothing that was computed.
-_NO_NUMBERS = ("generation_config.json", "*.md", "*licen[cs]e*", "*notice*", "copying*", "*use_policy*")
+_NO_NUMBERS = ("generation_config.json", "*.md", *LICENCES)
 _COUNTS = ("num_hidden_layers", "max_position_embeddings")
 
 
