@@ -14,6 +14,7 @@ import importlib.util
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from importlib import metadata
@@ -468,8 +469,11 @@ def _row_file(text: str) -> Path:
 
 
 def _gym_rows(source: GymRows) -> list[dict[str, Any]]:
-    import reasoning_gym
-    from reasoning_gym.factory import DATASETS
+    with warnings.catch_warnings():
+        # Python compiles a module where it is imported for the first time, and one of its dependencies is careless.
+        warnings.simplefilter("ignore", SyntaxWarning)
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
 
     if source.gym not in DATASETS:
         raise UserError(problem("rows.gym", f"{source.gym} is no task of reasoning-gym", nearest(source.gym, DATASETS)))
