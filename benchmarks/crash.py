@@ -37,11 +37,11 @@ from generate import make_recipe, read_gsm8k
 from report import print_figures
 
 from sdft_ray import pipeline
-from sdft_ray.compute import load_compute
 from sdft_ray.core.selection import Generation
+from sdft_ray.engine import Request, VllmEngine
+from sdft_ray.spec.compute import load_compute
 from sdft_ray.stages import distill
-from sdft_ray.stages.engine import Request, VllmEngine
-from sdft_ray.storage import Storage
+from sdft_ray.store.storage import Storage
 
 KINDS = {
     "actor": "an engine's actor",

@@ -23,8 +23,8 @@ from typing import Any
 
 from report import median_and_range, print_figures
 
-from sdft_ray.artifacts import list_files
 from sdft_ray.stages import cut
+from sdft_ray.store.manifest import list_files
 
 BLOCKS, REMOVED = 16, range(5, 9)
 WIDTH, VOCABULARY = 2048, 32_000

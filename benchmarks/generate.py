@@ -29,15 +29,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from report import median_and_range, print_figures
 
 from sdft_ray import pipeline
-from sdft_ray.artifacts import Stage
-from sdft_ray.compute import Compute, load_compute
-from sdft_ray.core.prompts import CHECKABLE, render_prompt, rewrite_instruction
+from sdft_ray.core.prompts import CHECKABLE, rewrite_instruction
 from sdft_ray.core.selection import Generation
-from sdft_ray.recipe import Recipe, validate
+from sdft_ray.data.chat import render_prompt
+from sdft_ray.engine import Request, VllmEngine, engine_arguments
+from sdft_ray.spec.compute import Compute, load_compute
+from sdft_ray.spec.recipe import Recipe
+from sdft_ray.spec.wording import validate
 from sdft_ray.stages import distill
-from sdft_ray.stages.engine import Request, VllmEngine, engine_arguments
 from sdft_ray.stages.rows import read_training_rows
-from sdft_ray.storage import Storage
+from sdft_ray.store.identity import Stage
+from sdft_ray.store.storage import Storage
 
 WAYS = ("stage", "raw_vllm", "transformers")
 

@@ -20,10 +20,11 @@ os.environ |= {"TQDM_DISABLE": "1", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": 
 
 from report import median_and_range, print_figures
 
-from sdft_ray import compute, costs, pipeline, recipe
-from sdft_ray.core import estimate
-from sdft_ray.core.prompts import TrainingRow
-from sdft_ray.storage import Storage
+from sdft_ray import pipeline
+from sdft_ray.core.rows import TrainingRow
+from sdft_ray.preflight import costs, memory
+from sdft_ray.spec import compute, loading, recipe, wording
+from sdft_ray.store.storage import Storage
 
 WORKERS, ROWS, TOKENS, PROMPT = 2, 2, 256, 128
 
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=("lora", "full"), default=("lora", "full"))
     parser.add_argument("--zero-stages", nargs="+", type=int, choices=range(4), default=range(4))
     options = parser.parse_args()
-    plan, storage = pipeline.stages(recipe.load_recipe(options.recipe))[:1], Storage(options.root)
+    plan, storage = pipeline.stages(loading.load_recipe(options.recipe))[:1], Storage(options.root)
     pipeline.build(plan, compute.load_compute(), storage)
     base = storage.place(plan[0])
     shape = costs.shape_of_directory(base)
@@ -51,8 +52,8 @@ def main() -> None:
             port = 29500 + zero_stage + 4 * (method == "full") + os.getpid() % 400
             multiprocessing.spawn(measure, (port, base, method, zero_stage, queue), nprocs=WORKERS)
             measured = max(queue.get() for _ in range(WORKERS))
-            trained = estimate.trainable_parameters(shape, method, recipe.Lora().rank, "all-linear")
-            expected = estimate.training_memory(
+            trained = memory.trainable_parameters(shape, method, recipe.Lora().rank, "all-linear")
+            expected = memory.training_memory(
                 shape,
                 trained,
                 workers=WORKERS,
@@ -85,13 +86,13 @@ def measure(rank: int, port: int, base: Path, method: str, zero_stage: int, queu
     import ray.train  # noqa: F401 - a real worker has it loaded
     import torch
 
-    from sdft_ray.stages import worker
+    from sdft_ray.stages.train import worker
 
     torch.set_num_threads(1)
     deepspeed.ops.__compatible_ops__ = {}
     torch.distributed.init_process_group("gloo")
     settings = recipe.Train(method="lora" if method == "lora" else "full").model_dump(mode="json")
-    plan = recipe.validate(compute.Train, {"zero_stage": zero_stage, "cpus": 1}).model_dump(mode="json")
+    plan = wording.validate(compute.Train, {"zero_stage": zero_stage, "cpus": 1}).model_dump(mode="json")
     engine = worker.start_engine(worker.load_trainable(str(base), settings, plan), settings, plan, {})
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
     rows = [TrainingRow([(7 * i + j) % 40_000 + 17 for j in range(TOKENS)], PROMPT) for i in range(ROWS * WORKERS)]

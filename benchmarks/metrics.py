@@ -22,14 +22,16 @@ os.environ["TQDM_DISABLE"] = "1"
 from report import print_figures
 
 from sdft_ray import pipeline
-from sdft_ray.artifacts import Stage
-from sdft_ray.compute import load_compute
 from sdft_ray.core.surgery import name_blocks
-from sdft_ray.recipe import Recipe, load_recipe, validate
-from sdft_ray.sources import read_json
+from sdft_ray.data.readers import read_json
+from sdft_ray.spec.compute import load_compute
+from sdft_ray.spec.loading import load_recipe
+from sdft_ray.spec.recipe import Recipe
+from sdft_ray.spec.wording import validate
 from sdft_ray.stages.cut import remove_blocks
 from sdft_ray.stages.score import read_measured
-from sdft_ray.storage import Storage
+from sdft_ray.store.identity import Stage
+from sdft_ray.store.storage import Storage
 
 SIZES = (2, 3, 4, 6)
 TASKS = ("arc_easy", "sciq", "piqa", "hellaswag")

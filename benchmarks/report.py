@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdft_ray.artifacts import provenance
+from sdft_ray.store.manifest import provenance
 
 
 def print_figures(benchmark: str, figures: Mapping[str, dict[str, Any] | float]) -> None:

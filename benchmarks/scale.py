@@ -26,13 +26,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from report import print_figures
 
 from sdft_ray import pipeline
-from sdft_ray.artifacts import Stage
-from sdft_ray.compute import load_compute
 from sdft_ray.core.selection import Generation
-from sdft_ray.recipe import load_recipe
+from sdft_ray.engine import Request
+from sdft_ray.spec.compute import load_compute
+from sdft_ray.spec.loading import load_recipe
 from sdft_ray.stages import distill, rows
-from sdft_ray.stages.engine import Request
-from sdft_ray.storage import Storage
+from sdft_ray.store.identity import Stage
+from sdft_ray.store.storage import Storage
 
 
 def main() -> None:

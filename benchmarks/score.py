@@ -23,10 +23,11 @@ os.environ["TQDM_DISABLE"] = "1"
 
 from report import median_and_range, print_figures
 
-from sdft_ray import pipeline, sources
-from sdft_ray.compute import load_compute
-from sdft_ray.recipe import load_recipe
-from sdft_ray.storage import Storage
+from sdft_ray import pipeline
+from sdft_ray.data import calibration
+from sdft_ray.spec.compute import load_compute
+from sdft_ray.spec.loading import load_recipe
+from sdft_ray.store.storage import Storage
 
 SIZES = (2, 4, 6, 8, 10)
 TOKENS, BATCH = 256, 8
@@ -87,7 +88,7 @@ def _batches(directory: Path, count: int) -> list[list[list[int]]]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    texts = sources.read_calibration(sources.calibration_file("boolq"), "text", count)
+    texts = calibration.read_calibration(calibration.calibration_file("boolq"), "text", count)
     ids = sorted((tokenizer(text)["input_ids"][:TOKENS] for text in texts), key=len, reverse=True)
     return [ids[i : i + BATCH] for i in range(0, len(ids), BATCH)]
 

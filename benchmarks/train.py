@@ -32,9 +32,10 @@ os.environ |= {"TQDM_DISABLE": "1", "DS_ACCELERATOR": "cpu"}
 import numpy as np
 from report import median_and_range, print_figures
 
-from sdft_ray import compute, pipeline, recipe
-from sdft_ray.core.prompts import TrainingRow
-from sdft_ray.storage import Storage
+from sdft_ray import pipeline
+from sdft_ray.core.rows import TrainingRow
+from sdft_ray.spec import compute, loading, recipe, wording
+from sdft_ray.store.storage import Storage
 
 # Tokens of Dolly's prompts and responses under SmolLM2's tokenizer and template, at these quantiles.
 QUANTILES = (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
@@ -59,7 +60,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=2, help="optimizer steps of one run")
     parser.add_argument("--threads", type=int, default=compute.cores())
     options = parser.parse_args()
-    plan, storage = pipeline.stages(recipe.load_recipe(options.recipe))[:1], Storage(options.root)
+    plan, storage = pipeline.stages(loading.load_recipe(options.recipe))[:1], Storage(options.root)
     pipeline.build(plan, compute.load_compute(), storage)
     base = storage.place(plan[0])
     count = options.batches * BATCH
@@ -150,7 +151,7 @@ def read_rows(base: Path, options: argparse.Namespace, count: int) -> list[Train
     """Return the first rows of a file that are no longer than MAX_TOKENS."""
     from transformers import AutoTokenizer
 
-    from sdft_ray.core.prompts import encode_row
+    from sdft_ray.data.chat import encode_row
 
     tokenizer = AutoTokenizer.from_pretrained(base)
     lines = (json.loads(line) for line in options.rows.read_text(encoding="utf-8").splitlines())
@@ -168,7 +169,7 @@ def start(base: Path, threads: int) -> dict[str, Callable[[Sequence[TrainingRow]
 
     from sdft_ray.core.packing import pack_rows, plan_passes
     from sdft_ray.progress import quiet_transformers
-    from sdft_ray.stages import worker
+    from sdft_ray.stages.train import worker
 
     quiet_transformers()
     torch.set_num_threads(threads)
@@ -176,7 +177,7 @@ def start(base: Path, threads: int) -> dict[str, Callable[[Sequence[TrainingRow]
     deepspeed.ops.__compatible_ops__ = {}
     torch.distributed.init_process_group("gloo")
     settings = recipe.Train().model_dump(mode="json")
-    plan = recipe.validate(compute.Train, {"workers": 1, "cpus": 1}).model_dump(mode="json")
+    plan = wording.validate(compute.Train, {"workers": 1, "cpus": 1}).model_dump(mode="json")
     engine = worker.start_engine(worker.load_trainable(str(base), settings, plan), settings, plan, {})
     packed_module = worker.load_trainable(str(base), settings, plan)
     padded_model = worker.adapt(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), settings)

@@ -62,10 +62,12 @@ def _check(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from sdft_ray import pipeline, precision, sweep
-    from sdft_ray.costs import estimate_stages
+    from sdft_ray import pipeline
+    from sdft_ray.preflight import precision
+    from sdft_ray.preflight.costs import estimate_stages
+    from sdft_ray.sweep import planning
 
-    if sweep.is_sweep(options.recipe):
+    if planning.is_sweep(options.recipe):
         _check_sweep(options)
         return
     recipe, compute, storage = _load(options)
@@ -117,9 +119,9 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from sdft_ray import sweep
+    from sdft_ray.sweep import planning
 
-    if sweep.is_sweep(options.recipe):
+    if planning.is_sweep(options.recipe):
         plan, _, storage = _load_sweep(options)
         _show_sweep(options, plan, storage)
         return
@@ -130,8 +132,8 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> None:
-    from sdft_ray import sweep, trials
     from sdft_ray.progress import say
+    from sdft_ray.sweep import planning, trials
 
     plan, compute, storage = _load_sweep(options)
     failed = None
@@ -139,7 +141,7 @@ def _sweep(options: argparse.Namespace) -> None:
         try:
             built = trials.run(plan, compute, storage)
         except StageFailed as error:
-            if not any(sweep.is_done(trial, storage) for trial in plan.trials):
+            if not any(planning.is_done(trial, storage) for trial in plan.trials):
                 raise
             failed = error
     if not failed and not built.new:
@@ -152,24 +154,24 @@ def _sweep(options: argparse.Namespace) -> None:
 def _submit(options: argparse.Namespace) -> int:
     import tempfile
 
-    from sdft_ray import manifest, submit
     from sdft_ray.progress import say
+    from sdft_ray.submit import job, kuberay
 
     if options.print_manifest:
-        print(manifest.render(options.recipe, options.compute, options.root, options.until, options.image), end="")
+        print(kuberay.render(options.recipe, options.compute, options.root, options.until, options.image), end="")
         return 0
     if not options.address:
         do = "Give the cluster's dashboard, for example http://127.0.0.1:8265"
         raise UserError(problem("--address", "is missing", do))
     with tempfile.TemporaryDirectory(prefix="sdft-submit-") as folder:
         archive = Path(folder) / "job.zip"
-        command = submit.pack(options.recipe, options.compute, options.root, options.until, archive)
-        client, job = submit.submit(options.address, archive, command, options.recipe.name)
-    say(f"Submitted as {job}: {command}")
+        command = job.pack(options.recipe, options.compute, options.root, options.until, archive)
+        client, number = job.submit(options.address, archive, command, options.recipe.name)
+    say(f"Submitted as {number}: {command}")
     if options.no_wait:
-        print(job)
+        print(number)
         return 0
-    return submit.follow(client, job, options.address)
+    return job.follow(client, number, options.address)
 
 
 def _show_report(options: argparse.Namespace, recipe: Any, storage: Any) -> None:
@@ -192,19 +194,20 @@ def _show_report(options: argparse.Namespace, recipe: Any, storage: Any) -> None
 def _check_sweep(options: argparse.Namespace) -> None:
     from rich.console import Console
 
-    from sdft_ray import pipeline, precision, sweep
-    from sdft_ray.costs import estimate_sweep
-    from sdft_ray.report import saving
+    from sdft_ray import pipeline
+    from sdft_ray.preflight import precision, savings
+    from sdft_ray.preflight.costs import estimate_sweep
+    from sdft_ray.sweep import planning
 
     plan, compute, storage = _load_sweep(options)
-    sweep.check(plan, compute)
-    precision.say_slow(pipeline.survey(sweep.stages_of(plan), storage)[0], compute)
-    found = saving.measure(plan, storage)
+    planning.check(plan, compute)
+    precision.say_slow(pipeline.survey(planning.stages_of(plan), storage)[0], compute)
+    found = savings.measure(plan, storage)
     costs = estimate_sweep(plan, compute, storage) if options.compute else []
     if options.json:
         print(json.dumps({**found, "estimates": [dataclasses.asdict(cost) for cost in costs]}, indent=1))
         return
-    saving.show(found, Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200))
+    savings.show(found, Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200))
     if costs:
         _show_costs(costs, "Estimate, the most of any recipe")
 
@@ -230,9 +233,9 @@ def _show_sweep(options: argparse.Namespace, plan: Any, storage: Any) -> None:
 
 
 def _load_sweep(options: argparse.Namespace) -> tuple[Any, Any, Any]:
-    from sdft_ray.compute import load_compute
-    from sdft_ray.storage import Storage
-    from sdft_ray.sweep import is_sweep, load_sweep
+    from sdft_ray.spec.compute import load_compute
+    from sdft_ray.store.storage import Storage
+    from sdft_ray.sweep.planning import is_sweep, load_sweep
 
     if not is_sweep(options.recipe):
         do = f"Do: sdft run {options.recipe}"
@@ -250,21 +253,21 @@ def _require_directory(option: str, file: Path | None, root: str) -> None:
 
 
 def _verify(options: argparse.Namespace) -> None:
-    from sdft_ray import verify
     from sdft_ray.progress import Progress
-    from sdft_ray.storage import Storage
+    from sdft_ray.store.storage import Storage
+    from sdft_ray.verify import checks, models
 
     results, failed = [], []
-    for model in verify.find_models(options.target, options.against, Storage(options.root)):
-        checks = []
+    for model in models.find_models(options.target, options.against, Storage(options.root)):
+        done = []
         with Progress(f"verify {model.name}") as progress:
-            for check in verify.verify(model, options.vllm):
-                checks.append(check)
+            for check in checks.verify(model, options.vllm):
+                done.append(check)
                 progress.enter(f"{check.check} {check.status}")
         if not options.json:
-            verify.show(model, checks)
-        results.append(verify.describe(model, checks))
-        if wrong := ", ".join(check.check for check in checks if check.status == "FAILED"):
+            checks.show(model, done)
+        results.append(checks.describe(model, done))
+        if wrong := ", ".join(check.check for check in done if check.status == "FAILED"):
             failed.append(f"{model.name} ({wrong})")
     if options.json:
         print(json.dumps(results, indent=1))
@@ -277,10 +280,10 @@ def _doctor(options: argparse.Namespace) -> int:
     from rich.markup import escape
     from rich.table import Table
 
-    from sdft_ray import doctor
-    from sdft_ray.compute import load_compute
+    from sdft_ray.preflight import doctor
     from sdft_ray.progress import Progress
-    from sdft_ray.recipe import load_recipe
+    from sdft_ray.spec.compute import load_compute
+    from sdft_ray.spec.loading import load_recipe
 
     recipe = load_recipe(options.recipe) if options.recipe else None
     with contextlib.redirect_stdout(sys.stderr), Progress("doctor"):
@@ -303,19 +306,19 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> None:
-    from sdft_ray.artifacts import read_manifest
-    from sdft_ray.report import describe
-    from sdft_ray.storage import Storage
+    from sdft_ray.report import show
+    from sdft_ray.store.manifest import read_manifest
+    from sdft_ray.store.storage import Storage
 
     directory = Storage(options.root).find(options.artifact, "*.json")
     manifest = read_manifest(directory) or {}
     if options.json:
         print(json.dumps(manifest, indent=1))
     else:
-        describe.show(directory, manifest)
+        show.show(directory, manifest)
     if options.plot:
+        from sdft_ray.data.readers import read_json
         from sdft_ray.report import plots
-        from sdft_ray.sources import read_json
 
         if manifest["stage"] != "score" or options.plot.suffix not in (".svg", ".png"):
             what = f"cannot draw {manifest['stage']} as {options.plot.suffix or 'a file without suffix'}"
@@ -327,7 +330,7 @@ def _diff(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from sdft_ray.recipe import leaves
+    from sdft_ray.spec.loading import leaves
 
     first, second = (dict(leaves(_values(name, options.root))) for name in (options.a, options.b))
     differing = [key for key in {**first, **second} if first.get(key, _ABSENT) != second.get(key, _ABSENT)]
@@ -348,9 +351,9 @@ _ABSENT = object()
 
 def _values(name: str, root: str) -> Any:
     """Return what identifies a recipe file or an artifact, as nested values."""
-    from sdft_ray.artifacts import MANIFEST, read_manifest
-    from sdft_ray.recipe import load_recipe
-    from sdft_ray.storage import Storage
+    from sdft_ray.spec.loading import load_recipe
+    from sdft_ray.store.manifest import MANIFEST, read_manifest
+    from sdft_ray.store.storage import Storage
 
     if Path(name).suffix in (".yaml", ".yml"):
         return load_recipe(Path(name))
@@ -359,10 +362,10 @@ def _values(name: str, root: str) -> Any:
 
 
 def _load(options: argparse.Namespace) -> tuple[Any, Any, Any]:
-    from sdft_ray.compute import load_compute
-    from sdft_ray.recipe import load_recipe
-    from sdft_ray.storage import Storage
-    from sdft_ray.sweep import is_sweep
+    from sdft_ray.spec.compute import load_compute
+    from sdft_ray.spec.loading import load_recipe
+    from sdft_ray.store.storage import Storage
+    from sdft_ray.sweep.planning import is_sweep
 
     if is_sweep(options.recipe):
         do = f"Do: sdft sweep {options.recipe}"

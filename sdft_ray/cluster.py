@@ -15,9 +15,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from sdft_ray.compute import SECTIONS, Compute, cores
 from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.progress import say
+from sdft_ray.spec.compute import SECTIONS, Compute, cores
 
 TOKEN = "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token"
 

@@ -24,14 +24,26 @@ from concurrent.futures import Future, as_completed
 from pathlib import Path
 from typing import Any
 
-from sdft_ray import limits, precision, sources
-from sdft_ray.artifacts import Stage, hash_source, slugify
 from sdft_ray.cluster import ray_cluster, require_room
-from sdft_ray.compute import Compute
 from sdft_ray.core import surgery
+from sdft_ray.data import benchmarks, calibration, readers
 from sdft_ray.errors import StageFailed, UserError, nearest, problem
+from sdft_ray.models import directory, sources
+from sdft_ray.preflight import limits, precision
 from sdft_ray.progress import Progress, duration, say
-from sdft_ray.recipe import Draft, FileRows, GymRows, HubModel, HubRows, LocalModel, Merge, Recipe, Train
+from sdft_ray.spec.compute import Compute
+from sdft_ray.spec.recipe import (
+    Draft,
+    FileRows,
+    GymRows,
+    HubModel,
+    HubRows,
+    LocalModel,
+    Merge,
+    Recipe,
+    Train,
+    require_depth,
+)
 from sdft_ray.stages import (
     Validated,
     Work,
@@ -48,7 +60,9 @@ from sdft_ray.stages import (
     speed,
     train,
 )
-from sdft_ray.storage import Storage
+from sdft_ray.store.files import hash_source
+from sdft_ray.store.identity import Stage, slugify
+from sdft_ray.store.storage import Storage
 
 STAGE_NAMES = (
     "model", "rows", "score", "loss", "cut", "distill", "train", "merge", "nll", "draft", "speed", "evaluate"
@@ -171,7 +185,7 @@ def _calibration(recipe: Recipe, own: Stage) -> tuple[list[dict[str, Any]], dict
     for i, corpus in enumerate(recipe.prune.calibration):
         settings.append(corpus.model_dump(mode="json", exclude={"text", "rows"}))
         if corpus.rows is None:
-            path = sources.calibration_file(corpus.text or "boolq")
+            path = calibration.calibration_file(corpus.text or "boolq")
             settings[-1]["sha256"] = hash_source(path)
             where[f"texts_{i}"] = str(path.absolute())  # workers are elsewhere
             names.append("boolq" if corpus.text == "boolq" else path.stem)
@@ -200,10 +214,10 @@ def _rows_stage(source: GymRows | FileRows | HubRows, preset: str) -> Stage:
             name = Path(source.path).stem
         case HubRows():
             name = source.repo
-    settings: dict[str, Any] = {"source": sources.rows_identity(source), "split": split}
+    settings: dict[str, Any] = {"source": readers.rows_identity(source), "split": split}
     where = {"path": source.path} if isinstance(source, FileRows) else {}
     if source.decontaminate:
-        files = {task: sources.offline_items_file(task) for task in source.decontaminate if preset == "offline"}
+        files = {task: benchmarks.offline_items_file(task) for task in source.decontaminate if preset == "offline"}
         where |= {f"task {task}": str(file) for task, file in files.items()}
         # What a hub's task holds is the harness's to say, as in evaluations.
         tasks = {task: hash_source(files[task]) if task in files else preset for task in source.decontaminate}
@@ -239,8 +253,8 @@ def _evaluate_stage(recipe: Recipe, task: str, who: str, examined: Stage, all_ro
         settings |= {"revision": exam.revision} if exam.revision else {}
         settings |= {"limit": wanted.limit, "chat_template": wanted.chat_template}
         if wanted.preset == "offline":
-            where["file"] = str(sources.offline_task_file(task))
-            settings["sha256"] = hash_source(sources.offline_task_file(task))
+            where["file"] = str(benchmarks.offline_task_file(task))
+            settings["sha256"] = hash_source(benchmarks.offline_task_file(task))
     return Stage("evaluate", slugify(f"{task}-{who}"), evaluate.VERSION, settings, inputs, where)
 
 
@@ -272,7 +286,7 @@ def check(recipe: Recipe, compute: Compute) -> None:
     limits.require_numbers(recipe, context)
     for source in (recipe.rows, *(other.rows for other in others.values())):
         if isinstance(source, GymRows):
-            sources.read_rows(source.model_copy(update={"limit": 1}))
+            readers.read_rows(source.model_copy(update={"limit": 1}))
         if source is not None:
             splits = limits.read_splits(source, recipe.train.rows)
             if source is not recipe.rows:  # of others nothing is evaluated
@@ -289,25 +303,24 @@ def check(recipe: Recipe, compute: Compute) -> None:
             train.require_fitting(recipe.train_settings(recipe.merge.arm, name), compute.train)
 
 
-def _require_prunable(recipe: Recipe, facts: sources.ModelFacts) -> None:
+def _require_prunable(recipe: Recipe, facts: directory.ModelFacts) -> None:
     """Raise UserError for a model that is here and cannot be pruned as the recipe says."""
     surgery.require_supported(facts.architecture, "model")
-    protect = recipe.prune.protect
-    surgery.require_choosable(recipe.prune.blocks, protect.first, protect.last, facts.blocks)
+    require_depth(recipe.prune.blocks, recipe.prune.protect, facts.blocks)
     assert not isinstance(recipe.model, HubModel), "a hub model has no facts"
     if (path := sources.model_path(recipe.model)).is_dir():
-        names = (name for tensors in sources.stored_tensors(path).values() for name in tensors)
+        names = (name for tensors in directory.stored_tensors(path).values() for name in tensors)
         surgery.require_blocks(path, names, facts.blocks)
 
 
-def _require_generates(facts: sources.ModelFacts, compute: Compute) -> None:
+def _require_generates(facts: directory.ModelFacts, compute: Compute) -> None:
     """Raise UserError for a model of which vLLM's CPU build generates other text (docs/architectures.md)."""
     if facts.architecture == "gpt_oss" and not compute.distill.gpus:
         what = "vLLM's CPU build generates other text than gpt_oss"
         raise UserError(problem("compute.distill.gpus", what, "Set gpus: 1 for each actor"))
 
 
-def _require_compatible(where: str, path: str, base: sources.ModelFacts, removed: int) -> None:
+def _require_compatible(where: str, path: str, base: directory.ModelFacts, removed: int) -> None:
     """Raise UserError for a model that cannot have been tuned from this base without some blocks."""
     found = sources.describe_model(LocalModel(path=path))
     assert found, "a local model has facts"

@@ -16,9 +16,9 @@ from typing import Any
 
 from tiny import make_tiny_model
 
-from sdft_ray.artifacts import provenance
 from sdft_ray.core.surgery import ARCHITECTURES, PER_BLOCK
 from sdft_ray.progress import quiet_transformers, say
+from sdft_ray.store.manifest import provenance
 
 # Blocks that differ in kind, so that a wrong order of layer_types changes the result.
 WINDOWED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3}
@@ -145,7 +145,7 @@ def _in_vllm(base: Path, directory: Path) -> str:
 
 
 def _compare_with_vllm(directory: Path) -> tuple[bool, str]:
-    from sdft_ray.agreement import compare_with_vllm
+    from sdft_ray.verify.agreement import compare_with_vllm
 
     try:
         found = compare_with_vllm(directory)

@@ -40,7 +40,7 @@ def ray_cluster():
     import ray
 
     from sdft_ray.cluster import ray_cluster
-    from sdft_ray.compute import load_compute
+    from sdft_ray.spec.compute import load_compute
 
     with ray_cluster(load_compute()):
         yield ray.get_runtime_context().gcs_address

@@ -9,9 +9,10 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from sdft_ray import pipeline, sweep
-from sdft_ray.artifacts import Stage, short_id
-from sdft_ray.recipe import load_recipe
+from sdft_ray import pipeline
+from sdft_ray.spec.loading import load_recipe
+from sdft_ray.store.identity import Stage, short_id
+from sdft_ray.sweep import planning
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PINNED = Path(__file__).with_name("pinned_ids.json")
@@ -24,7 +25,7 @@ def plan_ids() -> dict[str, list[str]]:
         plan = pipeline.stages(load_recipe(path))
         found[f"recipes/{path.stem}"] = [f"{stage.name}/{stage.directory_name}" for stage in plan]
     for path in sorted((CONFIGS / "sweeps").glob("*.yaml")):
-        found[f"sweeps/{path.stem}"] = _by_kind(sweep.stages_of(sweep.load_sweep(path)))
+        found[f"sweeps/{path.stem}"] = _by_kind(planning.stages_of(planning.load_sweep(path)))
     return found
 
 

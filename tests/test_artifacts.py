@@ -8,21 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from sdft_ray.artifacts import (
-    MANIFEST,
-    Stage,
-    canonical_json,
-    check_files,
-    hash_file,
-    hash_source,
-    list_files,
-    read_manifest,
-    remember_hash,
-    short_id,
-    slugify,
-    write_manifest,
-)
 from sdft_ray.errors import UserError
+from sdft_ray.store.files import hash_file, hash_source, remember_hash
+from sdft_ray.store.identity import Stage, canonical_json, short_id, slugify
+from sdft_ray.store.manifest import MANIFEST, check_files, list_files, read_manifest, write_manifest
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sdft_ray.compute import Engine, load_compute
 from sdft_ray.errors import UserError
+from sdft_ray.spec.compute import Engine, load_compute
 
 
 @pytest.fixture

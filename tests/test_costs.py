@@ -5,13 +5,15 @@ import json
 import pytest
 from tiny import make_tiny_model
 
-from sdft_ray import costs, pipeline
-from sdft_ray.compute import Compute
-from sdft_ray.core.estimate import trainable_parameters
-from sdft_ray.recipe import HubModel, PackagedModel, Recipe, validate
+from sdft_ray import pipeline
+from sdft_ray.preflight import costs
+from sdft_ray.preflight.memory import trainable_parameters
+from sdft_ray.spec.compute import Compute
+from sdft_ray.spec.recipe import HubModel, PackagedModel, Recipe
+from sdft_ray.spec.wording import validate
 from sdft_ray.stages import train
-from sdft_ray.storage import Storage
-from sdft_ray.sweep import load_sweep
+from sdft_ray.store.storage import Storage
+from sdft_ray.sweep.planning import load_sweep
 
 
 @pytest.mark.parametrize(("architecture", "fields"), [("llama", {}), ("qwen3_moe", {}), ("qwen3", {"head_dim": 64})])

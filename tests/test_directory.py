@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from tiny import make_tiny_model
 
-from sdft_ray.core.prompts import TrainingRow
-from sdft_ray.directory import require_same_logits, spell_tokenizer_for_older, write_companions
+from sdft_ray.core.rows import TrainingRow
+from sdft_ray.models.directory import require_same_logits, spell_tokenizer_for_older, write_companions
 
 END = 2  # <|im_end|> of the tiny tokenizer
 COMPANIONS = (

@@ -9,11 +9,11 @@ import pytest
 import yaml
 from command import sdft
 
-from sdft_ray import doctor
-from sdft_ray.artifacts import Stage
-from sdft_ray.compute import Compute, load_compute
-from sdft_ray.recipe import validate
-from sdft_ray.storage import Storage
+from sdft_ray.preflight import doctor
+from sdft_ray.spec.compute import Compute, load_compute
+from sdft_ray.spec.wording import validate
+from sdft_ray.store.identity import Stage
+from sdft_ray.store.storage import Storage
 
 
 def statuses(findings) -> dict[str, str]:

@@ -12,12 +12,16 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from sdft_ray import artifacts, sources
-from sdft_ray.artifacts import MANIFEST, Stage
-from sdft_ray.compute import load_compute
+from sdft_ray.data import readers
 from sdft_ray.errors import UserError
-from sdft_ray.recipe import FileRows, load_recipe
-from sdft_ray.storage import Storage
+from sdft_ray.models import directory
+from sdft_ray.spec.compute import load_compute
+from sdft_ray.spec.loading import load_recipe
+from sdft_ray.spec.recipe import FileRows
+from sdft_ray.store import files
+from sdft_ray.store.identity import Stage
+from sdft_ray.store.manifest import MANIFEST
+from sdft_ray.store.storage import Storage
 
 pytestmark = pytest.mark.heavy
 
@@ -176,12 +180,12 @@ def test_manifest_of_any_bytes_is_refused(artifact, content):
 @example("a/../../b")
 @example("/etc/passwd")
 def test_name_in_a_manifest_stays_in_its_directory(tmp_path, name):
-    if (path := attempt(artifacts.inside, tmp_path, name)) is not None:
+    if (path := attempt(files.inside, tmp_path, name)) is not None:
         assert path.resolve().is_relative_to(tmp_path.resolve())
 
 
 def read(path: Path) -> None:
-    rows = attempt(sources.read_rows, FileRows.model_validate({"path": str(path), "fields": FIELDS}))
+    rows = attempt(readers.read_rows, FileRows.model_validate({"path": str(path), "fields": FIELDS}))
     for row in rows or ():
         (row["prompt"] + row["reference"]).encode()
         assert row["answer"] is None or isinstance(row["answer"], str)
@@ -243,5 +247,5 @@ def test_model_directory_with_any_json_is_described_or_refused(tiny_model, tmp_p
     there = tmp_path / name
     there.unlink(missing_ok=True)
     there.write_text(json.dumps(value))
-    attempt(sources.describe_directory, tmp_path)
+    attempt(directory.describe_directory, tmp_path)
     there.unlink()

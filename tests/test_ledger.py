@@ -2,7 +2,7 @@
 
 import shutil
 
-from sdft_ray import ledger
+from sdft_ray.store import ledger
 
 
 def line(row_id: str, sample: int = 0, text: str = "made") -> dict:

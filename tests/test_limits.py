@@ -7,9 +7,10 @@ import pytest
 from tiny_gguf import make_tiny_gguf
 
 from sdft_ray import pipeline
-from sdft_ray.compute import Compute, load_compute
 from sdft_ray.errors import UserError
-from sdft_ray.recipe import Recipe, validate
+from sdft_ray.spec.compute import Compute, load_compute
+from sdft_ray.spec.recipe import Recipe
+from sdft_ray.spec.wording import validate
 
 CONTEXT = 2048  # of the tiny model, whose tokens are bytes
 SHORT = {"distill": {"max_new_tokens": 100}, "evaluate": {"max_new_tokens": 100}, "train": {"max_tokens": 2048}}

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sdft_ray import manifest
 from sdft_ray.errors import UserError
+from sdft_ray.submit import kuberay
 
 ROOT = Path(__file__).parents[1]
 RECIPE, COMPUTE = ROOT / "configs/recipes/gsm8k.yaml", ROOT / "configs/compute/gpu8.yaml"
@@ -28,14 +28,14 @@ CONTAINER = {"name", "image", "resources", "env", "envFrom", "volumeMounts", "se
 
 
 def test_the_manifest_in_jobs_is_what_is_printed():
-    assert (ROOT / "jobs/rayjob.yaml").read_text() == manifest.render(
+    assert (ROOT / "jobs/rayjob.yaml").read_text() == kuberay.render(
         RECIPE, COMPUTE, "/shared/artifacts", None, "sdft-ray:0.1.0"
     )
 
 
 @pytest.mark.parametrize("root", ["/shared/artifacts", "s3://bucket/artifacts"])
 def test_manifest_has_kuberays_fields_and_what_the_compute_file_asks_for(root):
-    files, job = yaml.safe_load_all(manifest.render(RECIPE, COMPUTE, root, "distill", "registry/image:1"))
+    files, job = yaml.safe_load_all(kuberay.render(RECIPE, COMPUTE, root, "distill", "registry/image:1"))
     assert yaml.safe_load(files["data"]["recipe.yaml"]) == yaml.safe_load(RECIPE.read_text())
     compute = yaml.safe_load(files["data"]["compute.yaml"])
     assert compute["ray"] == {"address": "auto", "wait_seconds": 1800, "largest_node": {"cpus": 4, "gpus": 1.0}}
@@ -68,15 +68,15 @@ def test_manifest_has_kuberays_fields_and_what_the_compute_file_asks_for(root):
 
 def test_manifest_of_files_on_this_machine_or_of_this_machines_cores_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"compute.score.cpus: auto means the cores of this machine\. Give a number"):
-        manifest.render(RECIPE, None, "/shared/a", None, "image")
+        kuberay.render(RECIPE, None, "/shared/a", None, "image")
     recipe = yaml.safe_load(RECIPE.read_text())
     (tmp_path / "texts.txt").write_text("One text.\n\nAnother text.\n\nA third text.")
     recipe["prune"]["calibration"] = {"text": str(tmp_path / "texts.txt")}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     with pytest.raises(UserError, match=r"texts\.txt is a path of this machine, and a manifest carries no files"):
-        manifest.render(tmp_path / "recipe.yaml", COMPUTE, "/shared/a", None, "image")
+        kuberay.render(tmp_path / "recipe.yaml", COMPUTE, "/shared/a", None, "image")
     with pytest.raises(UserError, match="--root: artifacts is relative"):
-        manifest.render(RECIPE, COMPUTE, "artifacts", None, "image")
+        kuberay.render(RECIPE, COMPUTE, "artifacts", None, "image")
 
 
 @pytest.mark.parametrize(
@@ -87,23 +87,23 @@ def test_manifest_of_files_on_this_machine_or_of_this_machines_cores_is_refused(
     ],
 )
 def test_job_of_any_recipe_name_has_a_name_that_kubernetes_takes(stem):
-    name = manifest.job_name(stem)
+    name = kuberay.job_name(stem)
     assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name)  # RFC 1035, which KubeRay asks for
     assert len(name) <= 47  # KubeRay's MaxRayJobNameLength
 
 
 def test_jobs_of_different_recipe_names_have_different_names():
     stems = ["a-b", "a_b", "a.b", "A-b", "-a-b", "日本", "中国", "x" * 60 + "1", "x" * 60 + "2", "x" * 60]
-    assert len({manifest.job_name(stem) for stem in stems}) == len(stems)
-    assert manifest.job_name("a_b") == manifest.job_name("a_b")
-    assert manifest.job_name("gsm8k-7b") == "sdft-gsm8k-7b"
+    assert len({kuberay.job_name(stem) for stem in stems}) == len(stems)
+    assert kuberay.job_name("a_b") == kuberay.job_name("a_b")
+    assert kuberay.job_name("gsm8k-7b") == "sdft-gsm8k-7b"
 
 
 def test_manifest_of_a_recipe_with_an_unusual_name_calls_its_objects_by_one_valid_name(tmp_path):
     recipe = tmp_path / f"{'Llama_3.1 Größe ' * 6}.yaml"
     recipe.write_text(RECIPE.read_text())
-    files, job = yaml.safe_load_all(manifest.render(recipe, COMPUTE, "/shared/a", None, "image"))
-    name = manifest.job_name(recipe.stem)
+    files, job = yaml.safe_load_all(kuberay.render(recipe, COMPUTE, "/shared/a", None, "image"))
+    name = kuberay.job_name(recipe.stem)
     assert (files["metadata"]["name"], job["metadata"]["name"]) == (name, name)
     pods = [job["spec"]["rayClusterSpec"]["headGroupSpec"], *job["spec"]["rayClusterSpec"]["workerGroupSpecs"]]
     for pod in pods:

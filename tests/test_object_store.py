@@ -13,11 +13,12 @@ import threading
 import pytest
 import s3fs
 
-from sdft_ray import lease
-from sdft_ray.artifacts import MANIFEST, Stage
 from sdft_ray.errors import StageFailed, UserError
-from sdft_ray.objects import Objects
-from sdft_ray.storage import Storage, probe
+from sdft_ray.store import lease
+from sdft_ray.store.identity import Stage
+from sdft_ray.store.manifest import MANIFEST
+from sdft_ray.store.objects import Objects
+from sdft_ray.store.storage import Storage, probe
 
 STAGE = Stage("train", "tiny", 1, {"n": 1})
 RENAMED = dataclasses.replace(STAGE, slug="renamed-model")

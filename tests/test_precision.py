@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sdft_ray import cli, doctor, pipeline, precision
-from sdft_ray.compute import Compute, load_compute
-from sdft_ray.recipe import load_recipe, validate
-from sdft_ray.storage import Storage
+from sdft_ray import cli, pipeline
+from sdft_ray.preflight import doctor, precision
+from sdft_ray.spec.compute import Compute, load_compute
+from sdft_ray.spec.loading import load_recipe
+from sdft_ray.spec.wording import validate
+from sdft_ray.store.storage import Storage
 
 SKYLAKE = frozenset({"fma", "avx2", "avx512f", "avx512bw", "avx512vl", "avx512dq"})
 SAPPHIRE_RAPIDS = SKYLAKE | {"avx512_bf16", "avx512_fp16", "amx_bf16", "amx_tile"}

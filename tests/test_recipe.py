@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from sdft_ray.errors import UserError
-from sdft_ray.recipe import Recipe, load_recipe
+from sdft_ray.spec.loading import load_recipe
+from sdft_ray.spec.recipe import Protect, Recipe, require_depth
 
 GOOD = {
     "model": {"path": "MODEL"},
@@ -323,3 +324,16 @@ def test_arms_may_not_change_the_rows(tmp_path):
     with pytest.raises(UserError) as error:
         load(tmp_path, {"arms": {"sft": {"rows": 3}}})
     assert str(error.value).startswith("arms.sft.rows: unknown key. ")
+
+
+@pytest.mark.parametrize(
+    ("depth", "first", "last", "line"),
+    [
+        (4, 0, 0, "prune.blocks: 4 removes every block of a 4-block model. Give 1 to 3."),
+        (3, 1, 1, "prune.protect: leaves 2 of 4 blocks to remove 3 from. Protect fewer, or remove fewer."),
+    ],
+)
+def test_require_depth_of_more_blocks_than_there_are_says_so(depth, first, last, line):
+    with pytest.raises(UserError) as caught:
+        require_depth(depth, Protect(first=first, last=last), 4)
+    assert str(caught.value) == line

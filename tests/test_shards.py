@@ -6,9 +6,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sdft_ray.artifacts import hash_file
 from sdft_ray.errors import UserError
-from sdft_ray.shards import copy_tensors, read_header, same_bytes
+from sdft_ray.models.shards import copy_tensors, read_header, same_bytes
+from sdft_ray.store.files import hash_file
 
 torch.set_num_threads(1)
 

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_gguf import BLOCK, make_tiny_gguf
 
-from sdft_ray import sources
+from sdft_ray.data import benchmarks, calibration, readers
 from sdft_ray.errors import UserError
-from sdft_ray.recipe import FileRows, GymRows, LocalModel, PackagedModel
+from sdft_ray.models import directory, sources
+from sdft_ray.spec.recipe import FileRows, GymRows, LocalModel, PackagedModel
 
 FIELDS = {"prompt": "question", "response": "answer"}
 GSM = [{"question": f"{i}?", "answer": f"#### {i}"} for i in range(5)]
@@ -47,7 +48,7 @@ def file_rows(path, **settings) -> FileRows:
 
 def read_jsonl(path, lines, **settings):
     path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
-    return sources.read_rows(file_rows(path, **settings))
+    return readers.read_rows(file_rows(path, **settings))
 
 
 # --- rows -----------------------------------------------------------------------------------------------------
@@ -70,7 +71,7 @@ def write_parquet(path):
 )
 def test_read_rows_is_the_same_from_every_kind_of_file(tmp_path, name, write):
     write(tmp_path / name)
-    assert sources.read_rows(file_rows(tmp_path / name)) == [
+    assert readers.read_rows(file_rows(tmp_path / name)) == [
         {"prompt": f"{i}?", "reference": f"#### {i}", "answer": None} for i in range(5)
     ]
 
@@ -140,14 +141,14 @@ def test_read_rows_without_a_column_suggests_the_nearest(tmp_path):
 def test_read_rows_of_a_bad_file_is_one_clear_line(tmp_path, name, content, line):
     path = tmp_path / name
     path.write_bytes(content)
-    assert complaint(sources.read_rows, file_rows(path)).startswith(line.format(path=path))
+    assert complaint(readers.read_rows, file_rows(path)).startswith(line.format(path=path))
 
 
 @pytest.mark.parametrize("name", ["rows.parquet", "rows.jsonl", "rows.json"])
 def test_read_rows_of_a_file_of_other_bytes_names_it(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(b'[{"question": "caf\xe9"}]')
-    assert complaint(sources.read_rows, file_rows(path)).startswith(str(path))
+    assert complaint(readers.read_rows, file_rows(path)).startswith(str(path))
 
 
 @pytest.mark.parametrize("missing", [float("nan"), None, "", "  "])
@@ -164,7 +165,7 @@ def test_read_rows_of_a_table_takes_its_missing_values_for_missing(tmp_path):
     table = {"question": ["q", "r"], "answer": ["a", "b"], "year": [math.nan, None], "final": [math.nan, 7.5]}
     pq.write_table(pa.table(table), tmp_path / "rows.parquet")
     fields = {**FIELDS, "context": "year", "answer": "final"}
-    rows = sources.read_rows(file_rows(tmp_path / "rows.parquet", fields=fields))
+    rows = readers.read_rows(file_rows(tmp_path / "rows.parquet", fields=fields))
     assert [(row["prompt"], row["answer"]) for row in rows] == [("q", None), ("r", "7.5")]
 
 
@@ -215,7 +216,7 @@ def test_read_rows_of_a_conversation_says_that_none_is_taken_and_what_to_give(tm
 def test_read_rows_does_not_mind_byte_order_marks_line_ends_and_capital_suffixes(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content.replace(b"%s", codecs.BOM_UTF8))
-    assert [row["prompt"] for row in sources.read_rows(file_rows(path))] == ["q", "r"]
+    assert [row["prompt"] for row in readers.read_rows(file_rows(path))] == ["q", "r"]
 
 
 LINES = b'{"question": "q", "answer": "a"}\n{"question": "r", "answer": "b"}\n'
@@ -257,7 +258,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n"
 def test_read_rows_of_a_file_in_another_form_says_what_it_is_and_what_to_do(tmp_path, name, content, line):
     path = tmp_path / name
     path.write_bytes(content)
-    said = complaint(sources.read_rows, file_rows(path))
+    said = complaint(readers.read_rows, file_rows(path))
     assert said.startswith(line.format(path=path)), said
 
 
@@ -265,11 +266,11 @@ def test_read_rows_of_a_file_in_another_form_says_what_it_is_and_what_to_do(tmp_
 @pytest.mark.parametrize("content", [b"", b" \n\n", codecs.BOM_UTF8])
 def test_read_rows_of_an_empty_file_is_none(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
-    assert sources.read_rows(file_rows(tmp_path / name)) == []
+    assert readers.read_rows(file_rows(tmp_path / name)) == []
 
 
 def test_read_rows_of_a_directory_is_one_clear_line(tmp_path):
-    assert complaint(sources.read_rows, file_rows(tmp_path)).startswith(
+    assert complaint(readers.read_rows, file_rows(tmp_path)).startswith(
         f"rows.path: {tmp_path} is a directory. Give a "
     )
 
@@ -277,24 +278,24 @@ def test_read_rows_of_a_directory_is_one_clear_line(tmp_path):
 def test_read_rows_of_a_missing_file_is_one_clear_line(tmp_path):
     path = tmp_path / "none.jsonl"
     line = f"rows.path: {path} does not exist. Give a .json, .jsonl or .parquet file."
-    assert complaint(sources.read_rows, file_rows(path)) == line
-    assert complaint(sources.rows_identity, file_rows(path)) == line
+    assert complaint(readers.read_rows, file_rows(path)) == line
+    assert complaint(readers.rows_identity, file_rows(path)) == line
 
 
 def test_rows_identity_of_a_file_moves_with_its_content_and_columns_and_not_with_its_place(tmp_path):
     paths = [tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
     for path, text in zip(paths, ("same", "same", "other"), strict=True):
         path.write_text(text)
-    same, moved, other = (sources.rows_identity(file_rows(path)) for path in paths)
+    same, moved, other = (readers.rows_identity(file_rows(path)) for path in paths)
     assert same == moved
     assert same != other
-    assert sources.rows_identity(file_rows(paths[0], fields={**FIELDS, "answer": "x"})) != same
+    assert readers.rows_identity(file_rows(paths[0], fields={**FIELDS, "answer": "x"})) != same
     assert str(tmp_path) not in json.dumps(same)
 
 
 def test_gym_rows_of_neighbouring_seeds_share_none():
     prompts = [
-        {row["prompt"] for row in sources.read_rows(GymRows(gym="chain_sum", limit=40, seed=seed, options=HARD_SUMS))}
+        {row["prompt"] for row in readers.read_rows(GymRows(gym="chain_sum", limit=40, seed=seed, options=HARD_SUMS))}
         for seed in (0, 1)
     ]
     assert [len(each) for each in prompts] == [40, 40]
@@ -303,27 +304,27 @@ def test_gym_rows_of_neighbouring_seeds_share_none():
 
 def test_gym_rows_of_a_larger_limit_begin_with_those_of_a_smaller():
     few, many = (
-        sources.read_rows(GymRows(gym="chain_sum", limit=limit, seed=3, options=HARD_SUMS)) for limit in (5, 12)
+        readers.read_rows(GymRows(gym="chain_sum", limit=limit, seed=3, options=HARD_SUMS)) for limit in (5, 12)
     )
     assert len(few) == 5
     assert many[:5] == few
 
 
 def test_gym_rows_are_checkable_by_their_own_answer():
-    for row in sources.read_rows(GymRows(gym="chain_sum", limit=5)):
+    for row in readers.read_rows(GymRows(gym="chain_sum", limit=5)):
         expression = row["prompt"].partition(":")[2].strip(" =")
         assert int(row["answer"]) == eval(expression)  # a sum that reasoning-gym wrote
         assert row["reference"] == row["answer"]
 
 
 def test_gym_rows_of_an_unknown_task_suggest_the_nearest():
-    line = complaint(sources.read_rows, GymRows(gym="chain_sums", limit=2))
+    line = complaint(readers.read_rows, GymRows(gym="chain_sums", limit=2))
     assert line == "rows.gym: chain_sums is no task of reasoning-gym. Did you mean chain_sum?"
 
 
 @pytest.mark.parametrize("options", [{"max_termz": 2}, {"min_terms": 5, "max_terms": 2}])
 def test_gym_rows_with_options_that_the_task_refuses_are_one_clear_line(options):
-    line = complaint(sources.read_rows, GymRows(gym="chain_sum", limit=2, options=options))
+    line = complaint(readers.read_rows, GymRows(gym="chain_sum", limit=2, options=options))
     assert line.startswith("rows.options: chain_sum refuses them (")
 
 
@@ -331,7 +332,7 @@ def test_gym_rows_with_options_that_the_task_refuses_are_one_clear_line(options)
 
 
 def test_describe_directory_reads_architecture_and_blocks(model):
-    assert sources.describe_directory(model) == sources.ModelFacts("llama", 6, context=2048)
+    assert directory.describe_directory(model) == directory.ModelFacts("llama", 6, context=2048)
 
 
 @pytest.mark.parametrize(
@@ -348,18 +349,18 @@ def test_describe_directory_reads_architecture_and_blocks(model):
 )
 def test_describe_directory_that_lacks_a_part_names_it(model, lost, line):
     (model / lost).unlink()
-    assert complaint(sources.describe_directory, model) == line.format(path=model)
+    assert complaint(directory.describe_directory, model) == line.format(path=model)
 
 
 def test_describe_directory_with_pickled_weights_gives_a_command_that_converts_them(model):
     state = load_file(model / "model.safetensors")
     (model / "model.safetensors").unlink()
     torch.save(state, model / "pytorch_model.bin")
-    line = complaint(sources.describe_directory, model)
+    line = complaint(directory.describe_directory, model)
     assert line.startswith(f"{model}: has pickled weights only, and a pickle can run code (expected *.safetensors). ")
     command = line.partition("Convert it: python -c ")[2].removesuffix(".")
     subprocess.run([sys.executable, "-c", *shlex.split(command)], check=True, capture_output=True)
-    assert sources.describe_directory(model).blocks == 6
+    assert directory.describe_directory(model).blocks == 6
     assert all(torch.equal(state[name], tensor) for name, tensor in load_file(model / "model.safetensors").items())
 
 
@@ -368,19 +369,19 @@ def test_code_that_a_model_brings_is_never_run(model, tmp_path):
     config = json.loads((model / "config.json").read_text())
     del config["tie_word_embeddings"]  # so that the library is asked for the default
     (model / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoConfig": "own.C"}}))
-    sources.describe_directory(model)
+    directory.describe_directory(model)
     settings = json.loads((model / "tokenizer_config.json").read_text())
     settings["auto_map"] = {"AutoTokenizer": ["own.C", None]}
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
     what = "asks for a tokenizer that is code of the model's own, which is never run (auto_map). Give a model whose"
-    assert what in complaint(sources.describe_directory, model)
+    assert what in complaint(directory.describe_directory, model)
     assert not (tmp_path / "ran").exists()
 
 
 def test_describe_directory_with_quantised_weights_says_so(model):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
-    assert complaint(sources.describe_directory, model) == (
+    assert complaint(directory.describe_directory, model) == (
         f"{model / 'config.json'}: its weights are quantised (mxfp4). Give the model as it was before, in bfloat16."
     )
 
@@ -388,7 +389,7 @@ def test_describe_directory_with_quantised_weights_says_so(model):
 def test_describe_directory_with_a_damaged_shard_names_it(model):
     path = model / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    assert complaint(sources.describe_directory, model).startswith(f"{path}: is damaged: its header tells of ")
+    assert complaint(directory.describe_directory, model).startswith(f"{path}: is damaged: its header tells of ")
 
 
 @pytest.fixture
@@ -406,7 +407,7 @@ def test_describe_directory_with_an_index_that_names_a_missing_tensor_says_which
     index = json.loads(path.read_text())
     file = sorted(set(index["weight_map"].values()))[1]
     path.write_text(json.dumps({"weight_map": index["weight_map"] | {"model.layers.9.up.weight": file}}))
-    assert complaint(sources.describe_directory, sharded) == (
+    assert complaint(directory.describe_directory, sharded) == (
         f"{path}: says that {file} holds model.layers.9.up.weight, which it does not. Copy or download the model again."
     )
 
@@ -415,7 +416,7 @@ def test_describe_directory_with_an_index_that_names_a_missing_file_says_which(s
     path = sharded / "model.safetensors.index.json"
     file = sorted(set(json.loads(path.read_text())["weight_map"].values()))[1]
     (sharded / file).unlink()
-    assert complaint(sources.describe_directory, sharded) == (
+    assert complaint(directory.describe_directory, sharded) == (
         f"{path}: names {file}, which is not beside it. Copy or download that file, too."
     )
 
@@ -423,7 +424,7 @@ def test_describe_directory_with_an_index_that_names_a_missing_file_says_which(s
 def test_describe_directory_with_an_index_that_is_none_says_so(sharded):
     path = sharded / "model.safetensors.index.json"
     path.write_text("[]")
-    assert complaint(sources.describe_directory, sharded) == f"{path}: is not an object. Copy or download it again."
+    assert complaint(directory.describe_directory, sharded) == f"{path}: is not an object. Copy or download it again."
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["tied-by-config", "tied-by-default"])
@@ -437,10 +438,10 @@ def test_describe_directory_of_a_tied_model_takes_an_equal_head_and_refuses_anot
     weights = load_file(path)
     head = weights["model.embed_tokens.weight"].clone()
     save_file(weights | {"lm_head.weight": head}, path)
-    assert sources.describe_directory(model).blocks == 6
+    assert directory.describe_directory(model).blocks == 6
     head[-1, -1] += 1
     save_file(weights | {"lm_head.weight": head}, path)
-    assert complaint(sources.describe_directory, model) == (
+    assert complaint(directory.describe_directory, model) == (
         f"{model / 'config.json'}: tie_word_embeddings is true, but lm_head.weight is not the embeddings. "
         "Set it to false, or take lm_head.weight out of the weights."
     )
@@ -452,7 +453,7 @@ def test_describe_directory_of_an_untied_model_takes_any_head(model):
     (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
     weights = load_file(path)
     save_file(weights | {"lm_head.weight": torch.zeros_like(weights["model.embed_tokens.weight"])}, path)
-    assert sources.describe_directory(model).blocks == 6
+    assert directory.describe_directory(model).blocks == 6
 
 
 def test_describe_directory_takes_a_chat_template_inside_the_tokenizer_config(model):
@@ -460,7 +461,7 @@ def test_describe_directory_takes_a_chat_template_inside_the_tokenizer_config(mo
     (model / "chat_template.jinja").unlink()
     config = json.loads((model / "tokenizer_config.json").read_text())
     (model / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": template}))
-    assert sources.describe_directory(model).blocks == 6
+    assert directory.describe_directory(model).blocks == 6
 
 
 NAMED = [{"name": "rag", "template": "r"}, {"name": "tool_use", "template": "t"}]
@@ -469,7 +470,7 @@ NAMED = [{"name": "rag", "template": "r"}, {"name": "tool_use", "template": "t"}
 @pytest.mark.parametrize("inline", [None, "", " \n", [], {}, 3, {"default": None}], ids=repr)
 def test_describe_directory_of_a_chat_template_that_is_none_says_so(model, inline):
     set_template(model, inline)
-    assert complaint(sources.describe_directory, model) == (
+    assert complaint(directory.describe_directory, model) == (
         f"{model}: has no chat template. Give an instruction-tuned model."
     )
 
@@ -477,13 +478,13 @@ def test_describe_directory_of_a_chat_template_that_is_none_says_so(model, inlin
 @pytest.mark.parametrize("inline", [NAMED, {"rag": "r", "tool_use": "t"}], ids=["list", "object"])
 def test_describe_directory_of_named_chat_templates_wants_a_default_among_them(model, inline):
     set_template(model, inline)
-    assert complaint(sources.describe_directory, model) == (
+    assert complaint(directory.describe_directory, model) == (
         f"{model}: has chat templates named rag, tool_use, and none named default. "
         "Save the one to use as chat_template.jinja."
     )
     default = {"default": "d"} if isinstance(inline, dict) else [{"name": "default", "template": "d"}]
     set_template(model, {**inline, **default} if isinstance(inline, dict) else [*inline, *default])
-    assert sources.describe_directory(model).blocks == 6
+    assert directory.describe_directory(model).blocks == 6
 
 
 def test_describe_directory_takes_chat_templates_of_files_before_the_inline_one(model):
@@ -491,16 +492,16 @@ def test_describe_directory_takes_chat_templates_of_files_before_the_inline_one(
     set_template(model, template)
     (model / "additional_chat_templates").mkdir()
     (model / "additional_chat_templates" / "rag.jinja").write_text("r")
-    assert "templates named rag, and none named default" in complaint(sources.describe_directory, model)
+    assert "templates named rag, and none named default" in complaint(directory.describe_directory, model)
     (model / "chat_template.jinja").write_text(template)
-    assert sources.describe_directory(model).blocks == 6
+    assert directory.describe_directory(model).blocks == 6
 
 
 def test_describe_directory_of_a_template_for_processors_only_says_where_it_belongs(model):
     set_template(model, None)
     (model / "chat_template.json").write_text('{"chat_template": "c"}')
     assert "has no chat template. Save the text inside chat_template.json" in complaint(
-        sources.describe_directory, model
+        directory.describe_directory, model
     )
 
 
@@ -522,7 +523,7 @@ COMPANIONS += ["special_tokens_map.json", "added_tokens.json", "chat_template.ji
 )
 def test_describe_directory_of_a_file_that_only_stands_for_another_names_it(model, name, content, what):
     (model / name).write_bytes(content)
-    assert complaint(sources.describe_directory, model).startswith(f"{model / name}: {what}")
+    assert complaint(directory.describe_directory, model).startswith(f"{model / name}: {what}")
 
 
 @pytest.mark.parametrize("name", [name for name in COMPANIONS if name.endswith(".json")])
@@ -530,19 +531,19 @@ def test_describe_directory_of_a_file_that_only_stands_for_another_names_it(mode
 def test_describe_directory_of_a_damaged_json_file_names_it(model, name, spoil):
     text = (model / name).read_text() if (model / name).exists() else '{"eos_token": "x"}'
     (model / name).write_text(spoil(text))
-    assert complaint(sources.describe_directory, model).startswith(f"{model / name}:")
+    assert complaint(directory.describe_directory, model).startswith(f"{model / name}:")
 
 
 @pytest.mark.parametrize("settings", [{"temperature": 0.6, "top_p": 0.9}, {"eos_token_id": [1, 2]}, {}])
 def test_describe_directory_takes_a_generation_config_that_transformers_would_not_save(model, settings):
     (model / "generation_config.json").write_text(json.dumps(settings))
-    assert sources.describe_directory(model).blocks == 6
+    assert directory.describe_directory(model).blocks == 6
 
 
 def test_describe_directory_of_an_empty_index_says_so(model):
     (model / "model.safetensors.index.json").write_text('{"weight_map": {}}')
     line = f"{model / 'model.safetensors.index.json'}: has no weight_map. Copy or download it again."
-    assert complaint(sources.describe_directory, model) == line
+    assert complaint(directory.describe_directory, model) == line
 
 
 @pytest.mark.parametrize("content", [codecs.BOM_UTF8 + b"{{ messages }}", b"caf\xe9", POINTER])
@@ -550,7 +551,7 @@ def test_describe_directory_of_an_empty_index_says_so(model):
 def test_describe_directory_of_a_chat_template_that_would_not_be_read_as_it_stands_names_it(model, name, content):
     (model / name).parent.mkdir(exist_ok=True)
     (model / name).write_bytes(content)
-    assert complaint(sources.describe_directory, model).startswith(f"{model / name}: ")
+    assert complaint(directory.describe_directory, model).startswith(f"{model / name}: ")
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["with-config", "alone"])
@@ -558,7 +559,7 @@ def test_describe_directory_of_an_adapter_says_to_merge_it_or_give_its_base(mode
     (model / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "own/base"}))
     if not whole:
         (model / "config.json").unlink()
-    assert complaint(sources.describe_directory, model) == (
+    assert complaint(directory.describe_directory, model) == (
         f"{model}: holds an adapter, not a model (adapter_config.json). "
         "Merge it first (peft's merge_and_unload), or give its base, own/base."
     )
@@ -567,33 +568,33 @@ def test_describe_directory_of_an_adapter_says_to_merge_it_or_give_its_base(mode
 def test_describe_directory_of_gguf_files_says_to_give_one(tmp_path):
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     line = f"{tmp_path}: is a folder of GGUF files. Give one of them: {tmp_path / 'a.gguf'}."
-    assert complaint(sources.describe_directory, tmp_path) == line
+    assert complaint(directory.describe_directory, tmp_path) == line
 
 
 def test_describe_directory_of_shards_without_an_index_names_the_index(sharded):
     (sharded / "model.safetensors.index.json").unlink()
-    line = complaint(sources.describe_directory, sharded)
+    line = complaint(directory.describe_directory, sharded)
     assert line.startswith(f"{sharded}: has shards of weights (model-00001-of-")
     assert line.endswith("without model.safetensors.index.json, which says what is in them. Copy or download it, too.")
 
 
 def test_describe_directory_of_weights_under_another_name_says_which_is_expected(model):
     (model / "model.safetensors").rename(model / "weights.safetensors")
-    assert complaint(sources.describe_directory, model).startswith(
+    assert complaint(directory.describe_directory, model).startswith(
         f"{model}: has weights in weights.safetensors, which transformers does not look for (expected model.safeten"
     )
 
 
 def test_describe_directory_of_two_layouts_says_who_reads_which(sharded, tiny_model):
     shutil.copy(tiny_model / "model.safetensors", sharded)
-    line = complaint(sources.describe_directory, sharded)
+    line = complaint(directory.describe_directory, sharded)
     assert line.startswith(f"{sharded}: holds model.safetensors, which transformers reads, and model.safetensors.index")
     assert "names model-00001-of-" in line and line.endswith("and which vLLM reads. Remove one of the two.")
     for shard in sharded.glob("model-*-of-*.safetensors"):
         shard.unlink()
     index = {"weight_map": dict.fromkeys(load_file(sharded / "model.safetensors"), "model.safetensors")}
     (sharded / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert sources.describe_directory(sharded).blocks == 6
+    assert directory.describe_directory(sharded).blocks == 6
 
 
 @pytest.mark.parametrize(
@@ -602,27 +603,27 @@ def test_describe_directory_of_two_layouts_says_who_reads_which(sharded, tiny_mo
 def test_describe_directory_of_weights_that_only_vllm_would_read_names_them(model, name):
     (model / name).parent.mkdir(exist_ok=True)
     shutil.copy(model / "model.safetensors", model / name)
-    assert complaint(sources.describe_directory, model) == (
+    assert complaint(directory.describe_directory, model) == (
         f"{model}: holds {name} beside model.safetensors, and vLLM would read that, too. Remove {name}."
     )
 
 
 def test_describe_directory_takes_old_shards_that_the_index_does_not_name(sharded):
     shutil.copy(next(sharded.glob("model-*-of-*.safetensors")), sharded / "model-00001-of-00099.safetensors")
-    assert sources.describe_directory(sharded).blocks == 6
+    assert directory.describe_directory(sharded).blocks == 6
 
 
 def test_describe_directory_of_a_tensor_in_two_files_names_both(sharded):
     first, second, *_ = sorted(sharded.glob("model-*-of-*.safetensors"))
     name, tensor = next(iter(load_file(first).items()))
     save_file({**load_file(second), name: tensor}, second)
-    assert f"holds {name}, and so does " in complaint(sources.describe_directory, sharded)
+    assert f"holds {name}, and so does " in complaint(directory.describe_directory, sharded)
 
 
 def test_describe_directory_of_a_weight_file_without_tensors_says_so(model):
     save_file({}, model / "model.safetensors")
     line = f"{model / 'model.safetensors'}: holds no tensors. Copy or download it again."
-    assert complaint(sources.describe_directory, model) == line
+    assert complaint(directory.describe_directory, model) == line
 
 
 # --- GGUF -----------------------------------------------------------------------------------------------------
@@ -630,7 +631,7 @@ def test_describe_directory_of_a_weight_file_without_tensors_says_so(model):
 
 def test_describe_model_of_a_gguf_file_reads_architecture_blocks_and_context(tmp_path):
     path = make_tiny_gguf(tmp_path / "model.gguf")
-    assert sources.describe_model(LocalModel(path=str(path))) == sources.ModelFacts("llama", 3, context=256)
+    assert sources.describe_model(LocalModel(path=str(path))) == directory.ModelFacts("llama", 3, context=256)
 
 
 @pytest.mark.parametrize(
@@ -688,7 +689,7 @@ def test_describe_model_of_a_gguf_file_that_only_stands_for_one_says_so(tmp_path
 
 def test_describe_directory_with_a_broken_config_names_file_and_line(model):
     (model / "config.json").write_text('{"model_type": "llama",\n"x": }')
-    assert complaint(sources.describe_directory, model).startswith(f"{model / 'config.json'}:2: is not JSON (")
+    assert complaint(directory.describe_directory, model).startswith(f"{model / 'config.json'}:2: is not JSON (")
 
 
 def test_model_stage_of_a_directory_lies_where_it_is_and_moves_with_its_content(model, tmp_path):
@@ -747,14 +748,14 @@ def test_model_stage_of_a_package_that_lacks_it_is_one_clear_line(package, file,
 def test_read_calibration_takes_the_first_distinct_texts(tmp_path, name, content):
     path = tmp_path / name
     path.write_text(content)
-    assert sources.read_calibration(path, "text", 9) == ["one\ntwo", "three", "four"]
-    assert sources.read_calibration(path, "text", 2) == ["one\ntwo", "three"]
+    assert calibration.read_calibration(path, "text", 9) == ["one\ntwo", "three", "four"]
+    assert calibration.read_calibration(path, "text", 2) == ["one\ntwo", "three"]
 
 
 def test_read_calibration_without_the_column_suggests_the_nearest(tmp_path):
     path = tmp_path / "texts.jsonl"
     path.write_text('{"texts": "a"}\n')
-    assert complaint(sources.read_calibration, path, "text", 2) == (
+    assert complaint(calibration.read_calibration, path, "text", 2) == (
         f"prune.calibration.field: {path}:1 has no text. Did you mean texts?"
     )
 
@@ -763,7 +764,7 @@ def test_read_calibration_without_the_column_suggests_the_nearest(tmp_path):
 def test_read_calibration_of_no_text_is_one_clear_line(tmp_path, content):
     path = tmp_path / "texts.txt"
     path.write_text(content)
-    assert complaint(sources.read_calibration, path, "text", 2) == (
+    assert complaint(calibration.read_calibration, path, "text", 2) == (
         f"prune.calibration.text: {path} holds no text. Give a file with texts."
     )
 
@@ -773,14 +774,14 @@ def test_read_calibration_leaves_out_what_is_no_text(tmp_path, name):
     values = [None, math.nan, ["a", "b"], {"a": 1}, 3, True, "", "A real text."]
     rows = [json.dumps({"text": value}) for value in values]
     (tmp_path / name).write_text("\n".join(rows) if name.endswith("l") else f"[{', '.join(rows)}]")
-    assert sources.read_calibration(tmp_path / name, "text", 9) == ["A real text."]
+    assert calibration.read_calibration(tmp_path / name, "text", 9) == ["A real text."]
 
 
 def test_read_calibration_of_numbers_only_names_the_column(tmp_path):
     path = tmp_path / "texts.jsonl"
     path.write_text('{"year": 1999}\n')
     line = f"prune.calibration.text: {path} holds no text in year. Give a file with texts."
-    assert complaint(sources.read_calibration, path, "year", 2) == line
+    assert complaint(calibration.read_calibration, path, "year", 2) == line
 
 
 @pytest.mark.parametrize(
@@ -794,7 +795,7 @@ def test_read_calibration_of_numbers_only_names_the_column(tmp_path):
 )
 def test_read_calibration_of_paragraphs_does_not_mind_marks_and_line_ends(tmp_path, content, texts):
     (tmp_path / "texts.txt").write_bytes(content)
-    assert sources.read_calibration(tmp_path / "texts.txt", "text", 9) == texts
+    assert calibration.read_calibration(tmp_path / "texts.txt", "text", 9) == texts
 
 
 @pytest.mark.parametrize(
@@ -814,25 +815,25 @@ def test_read_calibration_of_paragraphs_does_not_mind_marks_and_line_ends(tmp_pa
 def test_read_calibration_of_what_cannot_be_read_names_file_and_line(tmp_path, name, content, what):
     path = tmp_path / name
     path.write_bytes(content)
-    assert complaint(sources.read_calibration, path, "text", 9).startswith(f"{path}{what}")
+    assert complaint(calibration.read_calibration, path, "text", 9).startswith(f"{path}{what}")
 
 
 def test_read_calibration_reads_no_further_than_the_texts_that_are_asked_for(tmp_path):
     path = tmp_path / "texts.jsonl"
     path.write_bytes(b'{"text": "One."}\n{"text": "Two."}\nnot JSON\n')
-    assert sources.read_calibration(path, "text", 2) == ["One.", "Two."]
+    assert calibration.read_calibration(path, "text", 2) == ["One.", "Two."]
 
 
 @pytest.mark.parametrize("name", ["texts.arrow", "texts.csv", "texts"])
 def test_calibration_file_of_another_kind_is_one_clear_line(tmp_path, name):
     (tmp_path / name).write_text("text")
-    line = complaint(sources.calibration_file, str(tmp_path / name))
+    line = complaint(calibration.calibration_file, str(tmp_path / name))
     assert line.startswith(f"prune.calibration.text: {tmp_path / name} ")
     assert line.endswith(" Give boolq, or a .jsonl, .json, .parquet or .txt file.")
 
 
 def test_offline_task_file_of_an_unknown_task_suggests_the_nearest():
-    assert complaint(sources.offline_task_file, "arc_eazy") == (
+    assert complaint(benchmarks.offline_task_file, "arc_eazy") == (
         "evaluate.tasks: no offline files for arc_eazy. "
         "Did you mean arc_easy? Or set evaluate.preset: harness for tasks of a hub."
     )

@@ -10,9 +10,10 @@ import sys
 
 import pytest
 
-from sdft_ray.artifacts import FORMAT, MANIFEST, Stage, read_manifest
 from sdft_ray.errors import UserError
-from sdft_ray.storage import Storage
+from sdft_ray.store.identity import Stage
+from sdft_ray.store.manifest import FORMAT, MANIFEST, read_manifest
+from sdft_ray.store.storage import Storage
 
 STAGE = Stage("score", "tiny", 1, {"n": 1})
 RENAMED = dataclasses.replace(STAGE, slug="renamed-model")

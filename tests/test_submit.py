@@ -14,9 +14,9 @@ import requests
 import yaml
 from ray._private.runtime_env.packaging import unzip_package
 
-from sdft_ray import manifest, submit
-from sdft_ray.artifacts import hash_source
 from sdft_ray.errors import UserError
+from sdft_ray.store.files import hash_source
+from sdft_ray.submit import job, kuberay
 
 TOKEN = "0f" * 32
 
@@ -94,7 +94,7 @@ def ignore_everything(folder: Path) -> None:
 def pack(recipe: str, root: object, folder: Path) -> tuple[str, Path]:
     """Pack a recipe; return the command and the job's directory as a node unpacks it."""
     archive = folder / "job.zip"
-    command = submit.pack(Path(recipe), None, str(root), None, archive)
+    command = job.pack(Path(recipe), None, str(root), None, archive)
     unzip_package(archive, folder / "job", remove_top_level_directory=False, unlink_zip=False)
     return command, folder / "job"
 
@@ -179,9 +179,9 @@ def test_pack_ships_what_ignore_files_name_and_the_package_but_nothing_hidden(fo
 def test_pack_of_the_same_files_is_the_same_package(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     first, second = tmp_path / "first.zip", tmp_path / "second.zip"
-    submit.pack(Path("recipe.yaml"), None, "/r", None, first)
+    job.pack(Path("recipe.yaml"), None, "/r", None, first)
     (folder / "rows.jsonl").touch()
-    submit.pack(Path("recipe.yaml"), None, "/r", None, second)
+    job.pack(Path("recipe.yaml"), None, "/r", None, second)
     assert first.read_bytes() == second.read_bytes()  # Ray uploads it once
 
 
@@ -202,7 +202,7 @@ def test_pack_of_a_name_that_ray_does_not_unpack_is_refused(folder, tmp_path, mo
     recipe["rows"]["path"] = "rows\\old.jsonl"
     Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
     with pytest.raises(UserError, match=r"has a name that Ray does not unpack\. Rename it"):
-        submit.pack(Path("recipe.yaml"), None, "/r", None, tmp_path / "job.zip")
+        job.pack(Path("recipe.yaml"), None, "/r", None, tmp_path / "job.zip")
 
 
 @pytest.mark.parametrize(
@@ -210,8 +210,8 @@ def test_pack_of_a_name_that_ray_does_not_unpack_is_refused(folder, tmp_path, mo
 )
 def test_root_that_is_spelled_wrongly_is_refused_with_the_right_spelling(folder, tmp_path, root, right):
     for refuse in (
-        lambda: submit.pack(folder / "recipe.yaml", None, root, None, tmp_path / "job.zip"),
-        lambda: manifest.render(folder / "recipe.yaml", None, root, None, "image"),
+        lambda: job.pack(folder / "recipe.yaml", None, root, None, tmp_path / "job.zip"),
+        lambda: kuberay.render(folder / "recipe.yaml", None, root, None, "image"),
     ):
         with pytest.raises(UserError, match=rf"^--root: .*\. Write {right}\.$"):
             refuse()
@@ -222,4 +222,4 @@ def test_pack_of_a_large_file_says_to_put_it_under_the_root(folder, tmp_path, mo
     with (folder / "rows.jsonl").open("a") as rows:
         rows.truncate(200_000_000)  # sparse
     with pytest.raises(UserError, match=r"rows.jsonl: 200 MB; 90 MB in all travel with a job. Put it under /r and"):
-        submit.pack(Path("recipe.yaml"), None, "/r", None, tmp_path / "job.zip")
+        job.pack(Path("recipe.yaml"), None, "/r", None, tmp_path / "job.zip")

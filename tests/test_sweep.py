@@ -7,12 +7,12 @@ import pytest
 import yaml
 from command import sdft
 
-from sdft_ray import sweep, trials
-from sdft_ray.compute import load_compute
 from sdft_ray.errors import UserError
-from sdft_ray.report import saving
+from sdft_ray.preflight import savings
+from sdft_ray.spec.compute import load_compute
 from sdft_ray.stages.evaluate import OPENLLM_V1
-from sdft_ray.storage import Storage
+from sdft_ray.store.storage import Storage
+from sdft_ray.sweep import planning, trials
 
 
 @pytest.fixture
@@ -36,10 +36,10 @@ def folder(tiny_model, tmp_path):
     return tmp_path
 
 
-def load(folder: Path, axes, **more) -> sweep.Plan:
+def load(folder: Path, axes, **more) -> planning.Plan:
     path = folder / "sweep.yaml"
     path.write_text(yaml.safe_dump({"recipe": "recipe.yaml", "axes": axes, **more}))
-    return sweep.load_sweep(path)
+    return planning.load_sweep(path)
 
 
 def names(stages) -> list[str]:
@@ -54,7 +54,7 @@ def test_sweep_of_depths_and_sizes_shares_everything_but_the_trials(folder):
         "model": 1, "rows": 1, "score": 1, "loss": 3, "cut": 3, "distill": 2, "nll": 2, "evaluate": 2 * (1 + 3)
     }  # fmt: skip
     assert all(names(trial.exams) == ["evaluate", "evaluate"] for trial in plan.trials)
-    everything = sweep.stages_of(plan)
+    everything = planning.stages_of(plan)
     assert len({stage.id for stage in everything}) == len(everything)
 
 
@@ -70,7 +70,7 @@ def test_sweep_of_sizes_generates_at_the_largest_first(folder):
 def test_sweep_builds_inputs_before_what_needs_them(folder):
     plan = load(folder, {"prune.blocks": [3, 2], "train.rows": [16, 32]})
     there: set[str] = set()
-    for stage in sweep.stages_of(plan):
+    for stage in planning.stages_of(plan):
         assert {each.id for each in stage.inputs.values()} <= there, stage.name
         there.add(stage.id)
 
@@ -213,9 +213,12 @@ def test_check_of_a_sweep_counts_what_is_shared_and_touches_nothing(folder):
     ("command", "line"),
     [
         (["check", "sweep.yaml"], "axes.prune.blocks: 6 removes every block of a 6-block model. Give 1 to 5."),
-        (["run", "sweep.yaml"], "sweep.yaml: is a sweep, not a recipe. Do: sdft sweep sweep.yaml."),
+        (["run", "sweep.yaml"], "sweep.yaml: is a sweep, not a recipe. Do: sdft sweep planning.yaml."),
         (["sweep", "recipe.yaml"], "recipe.yaml: is a recipe, not a sweep. Do: sdft run recipe.yaml."),
-        (["report", "sweep.yaml", "--set", "train.lr=1"], "--set: is for recipes. Change sweep.yaml, or its recipe."),
+        (
+            ["report", "sweep.yaml", "--set", "train.lr=1"],
+            "--set: is for recipes. Change planning.yaml, or its recipe.",
+        ),
         (["report", "recipe.yaml", "--csv", "a.csv"], "--csv: recipe.yaml is a recipe, not a sweep. Use --json."),
         (["sweep", "nowhere.yaml"], "nowhere.yaml: cannot be read (No such file or directory). Check the path."),
     ],
@@ -232,15 +235,15 @@ def test_report_of_a_sweep_that_has_not_begun_says_what_to_do(folder):
     done = sdft("report", "sweep.yaml", cwd=folder)
     assert done.returncode == 2
     what = "has nothing to compare with yet (missing: cut, evaluate, rows, score)"
-    assert done.stderr == f"sweep.yaml: {what}. Do: sdft sweep sweep.yaml.\n"
+    assert done.stderr == f"sweep.yaml: {what}. Do: sdft sweep planning.yaml.\n"
 
 
 def test_every_shipped_sweep_plans_and_saves(tmp_path):
     files = sorted((Path(__file__).parents[1] / "configs" / "sweeps").glob("*.yaml"))
     assert [file.name for file in files] == ["depth.yaml", "draft.yaml", "paper.yaml", "small.yaml"]
     for file in files:
-        plan = sweep.load_sweep(file)
-        found = saving.measure(plan, Storage(str(tmp_path)))
+        plan = planning.load_sweep(file)
+        found = savings.measure(plan, Storage(str(tmp_path)))
         assert found["sweep"] < found["alone"] * 0.8
         counts = {kind["stage"]: kind["sweep"] for kind in found["stages"]}
         assert (counts["model"], counts["score"]) == (1, 1)
@@ -257,7 +260,7 @@ def test_check_of_the_paper_sweep_with_a_compute_file_estimates_what_each_stage_
 
 
 def test_paper_sweep_is_the_papers_setting():
-    plan = sweep.load_sweep(Path(__file__).parents[1] / "configs" / "sweeps" / "paper.yaml")
+    plan = planning.load_sweep(Path(__file__).parents[1] / "configs" / "sweeps" / "paper.yaml")
     assert len(plan.trials) == 5 * 4 * 2
     assert {cell.recipe.prune.blocks for cell in plan.cells} == {2, 4, 6, 8, 10}
     assert {cell.recipe.rows.repo for cell in plan.cells} == {
@@ -267,7 +270,7 @@ def test_paper_sweep_is_the_papers_setting():
         assert set(cell.recipe.evaluate.tasks) == set(OPENLLM_V1) and cell.recipe.evaluate.limit is None
     assert [stage.name for stage in plan.shared].count("distill") == 4
     compute = load_compute(Path(__file__).parents[1] / "configs" / "compute" / "gpu8.yaml")
-    sweep.check(plan, compute)
+    planning.check(plan, compute)
 
 
 def test_sweep_of_several_recipes_takes_the_same_exams_of_all(folder):

@@ -11,12 +11,14 @@ from safetensors.torch import load_file, save_file
 from tiny import make_tiny_model
 
 from sdft_ray import cli, pipeline
-from sdft_ray.agreement import NEAR_TIE, compare_tokens, compare_with_vllm
-from sdft_ray.artifacts import Stage, write_manifest
-from sdft_ray.recipe import load_recipe
+from sdft_ray.spec.loading import load_recipe
 from sdft_ray.stages.cut import remove_blocks
-from sdft_ray.storage import Storage
-from sdft_ray.verify import Model, verify
+from sdft_ray.store.identity import Stage
+from sdft_ray.store.manifest import write_manifest
+from sdft_ray.store.storage import Storage
+from sdft_ray.verify.agreement import NEAR_TIE, compare_tokens, compare_with_vllm
+from sdft_ray.verify.checks import verify
+from sdft_ray.verify.models import Model
 
 pytestmark = pytest.mark.heavy
 

@@ -80,8 +80,8 @@ def make_tokenizer(merges: Sequence[tuple[str, str]] = ()) -> Any:
 
 def make_tiny_rows(storage: Any) -> Any:
     """Return a rows stage whose artifact, made where it is missing, holds 36 training rows of sums."""
-    from sdft_ray.artifacts import Stage
     from sdft_ray.stages import rows
+    from sdft_ray.store.identity import Stage
 
     stage = Stage("rows", "sums", 1, {})
     if storage.status(stage) != "done":

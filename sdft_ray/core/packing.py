@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from sdft_ray.core.prompts import TrainingRow
+from sdft_ray.core.rows import TrainingRow
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,9 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from sdft_ray.core.answers import final_choice, final_number, final_part, has_words, spell_plainly
-from sdft_ray.core.expressions import read_expression, same_expression
-from sdft_ray.core.words import UNSPACED, runs, split_unspaced
+from sdft_ray.core.words import runs, split_unspaced
 
 Reason = Literal[
     "kept",
@@ -47,11 +45,23 @@ class Generation:
 
 
 @dataclasses.dataclass(frozen=True)
+class Checker:
+    """How responses are compared with a row's answer."""
+
+    read: Callable[[str], str | None]
+    """The final answer of a text, in one spelling; None where it has none."""
+    kind: str
+    """What the answers are, in the plural."""
+    same: Callable[[str, str], bool] = operator.eq
+    """Whether the row's answer and a found one are the same."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Rules:
     """By what a rewrite is judged."""
 
-    checker: str
-    """A name in CHECKERS, or `none`."""
+    checker: Checker | None
+    """Absent: a rewrite is not compared with an answer."""
     filters: Mapping[str, Any]
     """For each of FILTERS its setting, false or None switches it off; for `leak` and `refusal` further phrases."""
     strip_thinking: bool = True
@@ -99,13 +109,12 @@ def _judge(row: Mapping[str, Any], text: str | None, finish_reason: str, rules: 
     for reason, fails in FILTERS.items():
         if rules.filters[reason] and fails(text, row, rules.filters):
             return reason
-    if rules.checker == "none":
+    if rules.checker is None:
         return "kept"
-    checker = CHECKERS[rules.checker]
-    found = checker.read(text)
+    found = rules.checker.read(text)
     if found is None:
         return "no_answer"
-    return "kept" if checker.same(row["answer"], found) else "wrong_answer"
+    return "kept" if rules.checker.same(row["answer"], found) else "wrong_answer"
 
 
 # --- thoughts: what a rewrite holds beside its response -----------------------------------------------------------
@@ -232,71 +241,3 @@ FILTERS: dict[Reason, Callable[[str, Mapping[str, Any], Mapping[str, Any]], bool
     "repeated": runs_in_circles,
     "too_long": is_too_long,
 }
-
-
-# --- checkers: the final answer of a text -----------------------------------------------------------------------
-
-# A sum with letters in plain text: math-verify reads the 3 of `2 - 3/e`.
-_TERM = r"(?:\d+(?:\.\d+)?|(?<![^\W\d_])[A-Za-z](?![^\W\d_]))+(?:[*/^]-?\(*(?:\d+|[A-Za-z](?![^\W\d_]))+\)*)*"
-_SUM = re.compile(rf"(?<![\w.\\])[-+]?\(*{_TERM}(?:\)*\s?[-+]\s?\(*{_TERM})+\)*(?![\w\\])")
-_PLAIN_NUMBER = re.compile(r"-?\d+(?:/\d+)?")
-_LATEX_WORD = re.compile(r"\\text\s*\{[^{}]*\}|\\[A-Za-z]+|\b(?:sqrt|pi|ln|log|exp|sin|cos|tan)\b")
-
-
-def _final_expression(text: str) -> str | None:
-    """Return the expression that a text ends up at; a date or time as `number` reads it."""
-    if isinstance(whole := final_number(text), str):
-        return whole
-    part = spell_plainly(final_part(text)[0])
-    if _PLAIN_NUMBER.fullmatch(part):
-        return part
-    boxes = text.count("\\boxed")
-    if boxes > 1:  # math-verify takes several that stand together as a set
-        return read_expression(spell_plainly(text))
-    latex = re.search(r"\$|\\[(\[]", part)
-    if boxes or not (latex or has_words(_LATEX_WORD.sub("", part)) or UNSPACED.search(part)):
-        return read_expression(part, whole=True)
-    return read_expression(part if latex else _SUM.sub(lambda found: f"${found[0]}$", part))
-
-
-def _same_expression(answer: str, found: str) -> bool:
-    if answer == found:
-        return True
-    # As expressions two dates may have the same value.
-    return not any(isinstance(final_number(each), str) for each in (answer, found)) and same_expression(answer, found)
-
-
-def _number_text(text: str) -> str | None:
-    number = final_number(text)
-    return None if number is None else str(number)
-
-
-@dataclasses.dataclass(frozen=True)
-class Checker:
-    """How responses are compared with a row's answer."""
-
-    read: Callable[[str], str | None]
-    """The final answer of a text, in one spelling; None where it has none."""
-    kind: str
-    """What the answers are, in the plural."""
-    same: Callable[[str, str], bool] = operator.eq
-    """Whether the row's answer and a found one are the same."""
-
-
-# By the names of `rows.answer`; a new one is one more line here and one more name there.
-CHECKERS = {
-    "number": Checker(_number_text, "numbers"),
-    "math": Checker(_final_expression, "expressions", _same_expression),
-    "choice": Checker(final_choice, "letters"),
-}
-
-
-def read_answer(checker: str, reference: str, given: str | None) -> str | None:
-    """Return the answer of a row in its checker's spelling: of the column that gives it, else of the reference."""
-    return CHECKERS[checker].read(reference if given is None else rf"\boxed{{{given}}}")
-
-
-def is_correct(checker: str, answer: str, text: str) -> bool:
-    """Return whether a text ends at the answer."""
-    found = CHECKERS[checker].read(text)
-    return found is not None and CHECKERS[checker].same(answer, found)

@@ -65,16 +65,6 @@ def require_blocks(model: Path, names: Iterable[str], blocks: int) -> None:
         raise UserError(problem(str(model), what, "Give a model whose weights and config.json agree"))
 
 
-def require_choosable(size: int, first: int, last: int, blocks: int) -> None:
-    """Raise UserError unless `size` blocks can go from a model of which the first and last ones stay."""
-    if size >= blocks:
-        what = f"{size} removes every block of a {blocks}-block model"
-        raise UserError(problem("prune.blocks", what, f"Give 1 to {blocks - 1}"))
-    if size > blocks - first - last:
-        what = f"leaves {max(0, blocks - first - last)} of {blocks} blocks to remove {size} from"
-        raise UserError(problem("prune.protect", what, "Protect fewer, or remove fewer"))
-
-
 def require_removable(removed: Sequence[int], blocks: int) -> None:
     """Raise UserError unless `removed` is some blocks of the model, sorted and distinct, and not all of them."""
     if not removed or list(removed) != sorted({*removed} & {*range(blocks)}):
@@ -82,7 +72,7 @@ def require_removable(removed: Sequence[int], blocks: int) -> None:
         raise UserError(problem("removed blocks", what, f"Give some of 0 to {blocks - 1}"))
     if len(removed) == blocks:
         what = f"{blocks} removes every block of a {blocks}-block model"
-        raise UserError(problem("prune.blocks", what, f"Give 1 to {blocks - 1}"))
+        raise UserError(problem("removed blocks", what, f"Give at most {blocks - 1}"))
 
 
 def name_blocks(blocks: Sequence[int]) -> str:

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from sdft_ray import pipeline
-from sdft_ray.artifacts import Stage
 from sdft_ray.core.recovery import Score, mean_score, paired_differences, recovery, recovery_over_chance
+from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
-from sdft_ray.recipe import Recipe
-from sdft_ray.sources import read_json
+from sdft_ray.spec.recipe import Recipe
 from sdft_ray.stages.distill import REASONS
 from sdft_ray.stages.evaluate import read_items
 from sdft_ray.stages.rows import read_split
-from sdft_ray.storage import Storage
+from sdft_ray.store.identity import Stage
+from sdft_ray.store.storage import Storage
 
 _SCORE_FIELDS = ("metric", "value", "stderr", "n", "chance", "limited")
 _MORE_FIELDS = ("bits_per_byte", "other_metrics")

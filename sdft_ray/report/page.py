@@ -9,10 +9,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from sdft_ray.artifacts import MANIFEST
 from sdft_ray.core.surgery import name_blocks
 from sdft_ray.progress import duration
 from sdft_ray.report import plots, sweep, table
+from sdft_ray.store.manifest import MANIFEST
 
 
 def render(report: dict[str, Any]) -> str:

@@ -18,14 +18,14 @@ from rich.console import Console
 from rich.table import Table
 
 from sdft_ray import pipeline
-from sdft_ray.artifacts import Stage
 from sdft_ray.core.speculation import acceptance_error, best_measured, worth
 from sdft_ray.errors import UserError, problem
-from sdft_ray.recipe import leaves
 from sdft_ray.report import collect as one
 from sdft_ray.report.table import cut_line, interval, ratio, speed_line
-from sdft_ray.storage import Storage
-from sdft_ray.sweep import DEPTH, RECIPE, SIZE, Plan, Trial, is_done, is_seed, name_draft, say_stopped
+from sdft_ray.spec.loading import leaves
+from sdft_ray.store.identity import Stage
+from sdft_ray.store.storage import Storage
+from sdft_ray.sweep.planning import DEPTH, RECIPE, SIZE, Plan, Trial, is_done, is_seed, name_draft, say_stopped
 
 
 def collect(plan: Plan, name: str, storage: Storage) -> dict[str, Any]:

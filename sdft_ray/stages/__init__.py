@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sdft_ray.artifacts import Stage
-from sdft_ray.compute import Compute
 from sdft_ray.errors import StageFailed
 from sdft_ray.progress import Progress
-from sdft_ray.storage import Storage
+from sdft_ray.spec.compute import Compute
+from sdft_ray.store.identity import Stage
+from sdft_ray.store.storage import Storage
 
 _LOOK_SECONDS = 0.5  # between two looks at whether work is stopped
 Validated = Callable[[int, float], None] | None

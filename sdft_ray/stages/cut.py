@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from sdft_ray.artifacts import remember_hash, write_atomically
 from sdft_ray.core.surgery import (
     PER_BLOCK,
     block_of,
@@ -21,13 +20,15 @@ from sdft_ray.core.surgery import (
     prune_config,
     rename_tensor,
     require_blocks,
-    require_choosable,
 )
-from sdft_ray.directory import require_loadable, tensor_places, write_companions
-from sdft_ray.shards import copy_tensors, same_bytes
-from sdft_ray.sources import WEIGHTS_INDEX, read_json, stored_tensors
+from sdft_ray.data.readers import read_json
+from sdft_ray.models.directory import WEIGHTS_INDEX, require_loadable, stored_tensors, tensor_places, write_companions
+from sdft_ray.models.shards import copy_tensors, same_bytes
+from sdft_ray.spec.recipe import Protect, require_depth
+from sdft_ray.spec.wording import validate
 from sdft_ray.stages import Work
 from sdft_ray.stages.score import read_measured
+from sdft_ray.store.files import remember_hash, write_atomically
 
 if TYPE_CHECKING:
     from sdft_ray.core.similarity import Choice
@@ -72,7 +73,7 @@ def choose_removed(work: Work) -> Choice:
     settings = work.settings
     size, first, last = settings["blocks"], settings["protect"]["first"], settings["protect"]["last"]
     distances, influences = read_measured(work.input("score"))
-    require_choosable(size, first, last, influences[0].shape[1])
+    require_depth(size, validate(Protect, settings["protect"]), influences[0].shape[1])
     match settings["metric"]:
         case "loss":
             found = read_json(work.input("loss") / "losses.json")["choice"]

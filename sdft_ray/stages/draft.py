@@ -17,15 +17,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdft_ray.artifacts import write_atomically
-from sdft_ray.core.prompts import end_of_turn, render_prompt
 from sdft_ray.core.speculation import best_measured, worth
+from sdft_ray.data.chat import end_of_turn, render_prompt
+from sdft_ray.data.readers import read_json
+from sdft_ray.engine import NEAR_TIE, engine_arguments
 from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.progress import say
-from sdft_ray.sources import read_json
 from sdft_ray.stages import Work
-from sdft_ray.stages.engine import NEAR_TIE, engine_arguments
 from sdft_ray.stages.rows import read_split
+from sdft_ray.store.files import write_atomically
 
 if TYPE_CHECKING:
     import torch

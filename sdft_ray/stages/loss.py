@@ -15,11 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sdft_ray.artifacts import write_atomically
 from sdft_ray.cluster import use_assigned_cores
 from sdft_ray.errors import UserError, problem
 from sdft_ray.stages import Work
 from sdft_ray.stages.score import measure, read_corpora, read_measured
+from sdft_ray.store.files import write_atomically
 
 VERSION = 2
 

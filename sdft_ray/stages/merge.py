@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdft_ray.artifacts import remember_hash
 from sdft_ray.core.surgery import block_of
-from sdft_ray.directory import require_loadable, tensor_places, write_companions
+from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
-from sdft_ray.shards import StoredTensor, write_tensors
-from sdft_ray.sources import WEIGHTS_INDEX, read_json, stored_tensors
+from sdft_ray.models.directory import WEIGHTS_INDEX, require_loadable, stored_tensors, tensor_places, write_companions
+from sdft_ray.models.shards import StoredTensor, write_tensors
 from sdft_ray.stages import Work
+from sdft_ray.store.files import remember_hash
 
 if TYPE_CHECKING:
     import torch

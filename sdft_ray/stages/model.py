@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdft_ray.core.surgery import require_supported
-from sdft_ray.directory import spell_tokenizer_for_older
 from sdft_ray.errors import UserError, problem
-from sdft_ray.sources import describe_directory, download_model, gguf_field, read_gguf
+from sdft_ray.models.directory import describe_directory, spell_tokenizer_for_older
+from sdft_ray.models.sources import download_model, gguf_field, read_gguf
 from sdft_ray.stages import Work
 
 if TYPE_CHECKING:

@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdft_ray.artifacts import write_atomically
 from sdft_ray.cluster import use_assigned_cores
-from sdft_ray.core.prompts import TrainingRow, encode_rows
+from sdft_ray.core.rows import TrainingRow
+from sdft_ray.data.chat import encode_rows
 from sdft_ray.stages import Work
 from sdft_ray.stages.rows import training_batches
+from sdft_ray.store.files import write_atomically
 
 VERSION = 1
 COLUMNS = {"reference": "reference", "distilled": "response"}

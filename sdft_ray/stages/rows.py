@@ -18,13 +18,14 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from sdft_ray.artifacts import Stage
 from sdft_ray.core.decontamination import Overlap, find_overlaps
-from sdft_ray.core.selection import CHECKERS, read_answer
+from sdft_ray.data.benchmarks import read_task_texts
+from sdft_ray.data.checkers import CHECKERS, read_answer
+from sdft_ray.data.readers import read_rows
 from sdft_ray.errors import UserError, problem
-from sdft_ray.recipe import RowSource
-from sdft_ray.sources import read_rows, read_task_texts
+from sdft_ray.spec.recipe import RowSource
 from sdft_ray.stages import Work
+from sdft_ray.store.identity import Stage
 
 VERSION = 2
 SPLITS = ("held_out", "validation", "train")

@@ -15,13 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdft_ray.artifacts import write_atomically
 from sdft_ray.cluster import use_assigned_cores
-from sdft_ray.core.prompts import encode_rows, opening_ids
+from sdft_ray.data.calibration import read_calibration
+from sdft_ray.data.chat import encode_rows, opening_ids
+from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
-from sdft_ray.sources import read_calibration, read_json
 from sdft_ray.stages import Work
 from sdft_ray.stages.rows import read_split
+from sdft_ray.store.files import write_atomically
 
 VERSION = 3
 _TEXTS = "texts.safetensors"

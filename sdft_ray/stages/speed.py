@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sdft_ray.artifacts import write_atomically
 from sdft_ray.cluster import use_assigned_cores
 from sdft_ray.stages import Work
+from sdft_ray.store.files import write_atomically
 
 VERSION = 2
 LENGTHS = {"prompt_tokens": 256, "new_tokens": 32, "runs": 5}

@@ -6,9 +6,9 @@ from fractions import Fraction
 
 import pytest
 
-from sdft_ray import sources
 from sdft_ray.core.answers import final_choice, final_number, final_part
-from sdft_ray.core.selection import is_correct, read_answer
+from sdft_ray.data import benchmarks
+from sdft_ray.data.checkers import is_correct, read_answer
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_numbers_that_end_alike_are_not_equal(reference, text):
 
 
 def test_final_number_of_all_gsm8k_answers_is_what_stands_behind_the_marks():
-    rows = list(sources.read_documents(sources.offline_items_file("gsm8k")))
+    rows = list(benchmarks.read_documents(benchmarks.offline_items_file("gsm8k")))
     assert len(rows) == 1319
     for row in rows:
         body, _, number = row["answer"].rpartition("####")

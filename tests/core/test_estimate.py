@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from sdft_ray.core.estimate import Shape, activation_bytes, prune, trainable_parameters, training_memory
+from sdft_ray.preflight.memory import Shape, activation_bytes, prune, trainable_parameters, training_memory
 
 SHAPE = Shape(
     blocks=4,

@@ -1,7 +1,7 @@
 import pytest
 
 from sdft_ray.core.packing import pack_rows, plan_passes, schedule
-from sdft_ray.core.prompts import TrainingRow
+from sdft_ray.core.rows import TrainingRow
 
 
 def test_pack_rows_places_targets_one_behind_their_position():

@@ -1,9 +1,8 @@
 import pytest
 from tiny import CHAT_TEMPLATE, make_tokenizer
 
-from sdft_ray.core.prompts import (
-    CHECKABLE,
-    OPEN,
+from sdft_ray.core.prompts import CHECKABLE, OPEN, rewrite_instruction
+from sdft_ray.data.chat import (
     encode_row,
     encode_rows,
     end_of_turn,
@@ -12,7 +11,6 @@ from sdft_ray.core.prompts import (
     read_generated,
     render_prompt,
     require_trainable,
-    rewrite_instruction,
 )
 from sdft_ray.errors import UserError
 

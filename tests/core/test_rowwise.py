@@ -5,8 +5,8 @@ import torch
 from tiny import make_tiny_model, make_tokenizer
 
 from sdft_ray.core.packing import pack_rows
-from sdft_ray.core.prompts import encode_row
 from sdft_ray.core.rowwise import CurrentRows, RowDropout, drop_by_row, keep_within_rows
+from sdft_ray.data.chat import encode_row
 
 pytestmark = pytest.mark.heavy
 

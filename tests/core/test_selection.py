@@ -7,12 +7,11 @@ from sdft_ray.core.selection import (
     Generation,
     Rules,
     Selected,
-    is_correct,
     is_repetitive,
-    read_answer,
     select_response,
     strip_thoughts,
 )
+from sdft_ray.data.checkers import CHECKERS, is_correct, read_answer
 
 
 @pytest.mark.parametrize(
@@ -144,7 +143,7 @@ LOOP = "so it is 8 and " * 20
 
 def select(row, *generations, **changes):
     made = [Generation(*each) for each in generations]
-    return select_response(row, made, Rules("none" if row["answer"] is None else "number", FILTERS | changes))
+    return select_response(row, made, Rules(None if row["answer"] is None else CHECKERS["number"], FILTERS | changes))
 
 
 @pytest.mark.parametrize(
@@ -289,7 +288,7 @@ def test_strip_thoughts_of_a_text_that_only_speaks_of_them_changes_nothing(text)
 
 def test_select_response_thoughts_stay_where_the_recipe_says_so():
     text = "<think>4, 4</think>It is 8."
-    assert select_response(ROW, [Generation(text, "stop")], Rules("number", FILTERS, False)).response == text
+    assert select_response(ROW, [Generation(text, "stop")], Rules(CHECKERS["number"], FILTERS, False)).response == text
 
 
 def test_select_response_two_texts_without_numbers_are_not_equal():

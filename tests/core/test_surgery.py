@@ -4,7 +4,6 @@ from sdft_ray.core.surgery import (
     ARCHITECTURES,
     prune_config,
     rename_tensor,
-    require_choosable,
     require_removable,
     require_supported,
 )
@@ -88,19 +87,6 @@ def test_prune_config_writes_both_rope_spellings():
 def test_prune_config_refuses_a_per_block_list_it_does_not_know():
     with pytest.raises(UserError, match="heads_per_layer has one entry a block"):
         prune_config(CONFIG | {"heads_per_layer": [1, 2, 3, 4]}, [0])
-
-
-@pytest.mark.parametrize(
-    ("size", "first", "last", "line"),
-    [
-        (4, 0, 0, "prune.blocks: 4 removes every block of a 4-block model. Give 1 to 3."),
-        (3, 1, 1, "prune.protect: leaves 2 of 4 blocks to remove 3 from. Protect fewer, or remove fewer."),
-    ],
-)
-def test_require_choosable_of_more_than_there_is_says_so(size, first, last, line):
-    with pytest.raises(UserError) as caught:
-        require_choosable(size, first, last, 4)
-    assert str(caught.value) == line
 
 
 @pytest.mark.parametrize("removed", [[], [0, 1, 2, 3], [-1], [4], [2, 1], [1, 1]])

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from command import sdft
 
-from sdft_ray.artifacts import check_files, read_manifest
+from sdft_ray.store.manifest import check_files, read_manifest
 
 REASONS = {
     *("kept", "error", "truncated", "empty", "leak", "refusal", "repeated", "too_long"),

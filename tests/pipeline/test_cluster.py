@@ -19,7 +19,7 @@ import yaml
 from events import read_events
 from faked import count_asked, finish, kill, make_folder, outcome, require_same, start, wait_for
 
-from sdft_ray.artifacts import check_files
+from sdft_ray.store.manifest import check_files
 
 pytestmark = pytest.mark.full
 

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from faked import count_asked, fill_disk, finish, kill, make_folder, outcome, require_same, start, wait_for
 
-from sdft_ray.artifacts import check_files
-from sdft_ray.objects import Objects
-from sdft_ray.storage import Storage
+from sdft_ray.store.manifest import check_files
+from sdft_ray.store.objects import Objects
+from sdft_ray.store.storage import Storage
 
 RUN = ("run", "recipe.yaml", "--until", "train")
 PIECE, CHECKPOINT = "ledger/*/part-*.parquet", "resumable/train/*/ray_train*/checkpoint_*/progress.json"

@@ -7,9 +7,11 @@ import pin
 import pytest
 
 from sdft_ray import pipeline
-from sdft_ray.compute import Compute, load_compute
-from sdft_ray.recipe import Recipe, leaves, load_recipe, validate
-from sdft_ray.storage import Storage
+from sdft_ray.spec.compute import Compute, load_compute
+from sdft_ray.spec.loading import leaves, load_recipe
+from sdft_ray.spec.recipe import Recipe
+from sdft_ray.spec.wording import validate
+from sdft_ray.store.storage import Storage
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -18,14 +18,15 @@ from events import read_events
 from faked import finish, kill, wait_for
 
 from sdft_ray import pipeline
-from sdft_ray.artifacts import Stage, read_manifest
 from sdft_ray.cluster import require_room
-from sdft_ray.compute import Compute, cores, load_compute
+from sdft_ray.data.benchmarks import offline_task_file
 from sdft_ray.errors import StageFailed
-from sdft_ray.objects import Objects
-from sdft_ray.recipe import validate
-from sdft_ray.sources import offline_task_file
-from sdft_ray.storage import Storage
+from sdft_ray.spec.compute import Compute, cores, load_compute
+from sdft_ray.spec.wording import validate
+from sdft_ray.store.identity import Stage
+from sdft_ray.store.manifest import read_manifest
+from sdft_ray.store.objects import Objects
+from sdft_ray.store.storage import Storage
 
 
 def make_folder(folder: Path, tiny_model: Path, address: str, axes, asha=None, seconds_a_row=0, **more) -> Path:

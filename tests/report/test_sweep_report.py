@@ -10,11 +10,12 @@ import pytest
 import yaml
 from rich.console import Console
 
-from sdft_ray import pipeline, sweep
-from sdft_ray.artifacts import write_atomically
+from sdft_ray import pipeline
 from sdft_ray.report import plots
 from sdft_ray.report import sweep as report
-from sdft_ray.storage import Storage
+from sdft_ray.store.files import write_atomically
+from sdft_ray.store.storage import Storage
+from sdft_ray.sweep import planning
 
 ITEMS = 20
 
@@ -38,7 +39,7 @@ def plan(tiny_model, tmp_path):
         {"prune.blocks": [2], "arms.sft.lr": [1e-3]},
     ]
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"recipe": "recipe.yaml", "axes": axes}))
-    return sweep.load_sweep(tmp_path / "sweep.yaml")
+    return planning.load_sweep(tmp_path / "sweep.yaml")
 
 
 def write(storage: Storage, stage, summary: dict, files: dict[str, str]) -> None:
@@ -63,7 +64,7 @@ def write_exam(storage: Storage, stage, right: int) -> None:
     write(storage, stage, summary, {"items.jsonl": items})
 
 
-def write_shared(plan: sweep.Plan, storage: Storage, tiny_model: Path) -> None:
+def write_shared(plan: planning.Plan, storage: Storage, tiny_model: Path) -> None:
     """Write what all trials need; the base is right on 16 of 20 items, a model without n blocks on 16 - 2 n."""
     config = json.loads((tiny_model / "config.json").read_text())
     for stage in plan.shared:
@@ -84,7 +85,7 @@ def write_shared(plan: sweep.Plan, storage: Storage, tiny_model: Path) -> None:
                 write_exam(storage, stage, 16 - (2 * cut.settings["blocks"] if cut.name == "cut" else 0))
 
 
-def write_trial(trial: sweep.Trial, storage: Storage, right: int, validation_loss: float) -> None:
+def write_trial(trial: planning.Trial, storage: Storage, right: int, validation_loss: float) -> None:
     write(storage, trial.train, {"validation_loss": validation_loss}, {})
     for exam in trial.exams:
         write_exam(storage, exam, right)
@@ -101,7 +102,7 @@ def write_draft(storage: Storage, stage, accepted: int) -> None:
     write(storage, stage, {"cost": 0.5, "greedy": {"measured": measured}, "sampled": {"measured": measured}}, {})
 
 
-def seed_of(trial: sweep.Trial) -> int:
+def seed_of(trial: planning.Trial) -> int:
     return trial.train.settings["train"]["seed"]
 
 
@@ -200,6 +201,6 @@ def test_report_of_depths_has_each_pruned_model_with_its_blocks(collected):
 
 
 def test_pipeline_of_a_sweeps_cell_needs_nothing_but_the_sweeps_stages(plan):
-    known = {stage.id for stage in sweep.stages_of(plan)}
+    known = {stage.id for stage in planning.stages_of(plan)}
     for cell in plan.cells:
         assert {stage.id for stage in pipeline.stages(cell.recipe)} <= known

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from tiny import make_tiny_model
 
 from sdft_ray.core.surgery import PER_BLOCK
-from sdft_ray.directory import require_loadable
 from sdft_ray.errors import UserError
+from sdft_ray.models.directory import require_loadable
 from sdft_ray.stages.cut import Parameters, model_card, remove_blocks, require_same_tensors
 
 pytestmark = pytest.mark.heavy

@@ -13,13 +13,14 @@ from datasets import load_dataset
 from huggingface_hub import DatasetCard
 from tiny import make_tiny_model
 
-from sdft_ray import compute, pipeline
-from sdft_ray.artifacts import Stage
+from sdft_ray import pipeline
 from sdft_ray.core.selection import Generation
 from sdft_ray.errors import StageFailed, UserError
 from sdft_ray.progress import Progress
+from sdft_ray.spec import compute
 from sdft_ray.stages import Work, distill, rows
-from sdft_ray.storage import Storage
+from sdft_ray.store.identity import Stage
+from sdft_ray.store.storage import Storage
 
 SETTINGS = {
     "temperature": 1.0,

@@ -9,15 +9,16 @@ from tiny import make_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdft_ray import pipeline
-from sdft_ray.compute import load_compute
-from sdft_ray.core.prompts import render_prompt
+from sdft_ray.data.chat import render_prompt
 from sdft_ray.errors import StageFailed, UserError
-from sdft_ray.recipe import Recipe, validate
-from sdft_ray.report import saving
+from sdft_ray.preflight import savings
 from sdft_ray.report.table import draft_line, draft_rows
+from sdft_ray.spec.compute import load_compute
+from sdft_ray.spec.recipe import Recipe
+from sdft_ray.spec.wording import validate
 from sdft_ray.stages import draft
-from sdft_ray.storage import Storage
-from sdft_ray.sweep import Plan, load_sweep, name_draft, stages_of
+from sdft_ray.store.storage import Storage
+from sdft_ray.sweep.planning import Plan, load_sweep, name_draft, stages_of
 
 torch.set_num_threads(1)
 
@@ -204,7 +205,7 @@ def test_sweep_tries_each_pruned_model_once_and_each_trained_one_after_all_else(
         "draft distilled, blocks 2", "draft sft, blocks 2, lr 0.0002",
     ]  # fmt: skip
     assert stages_of(plan)[-8:] == plan.drafts
-    counts = {kind["stage"]: kind for kind in saving.measure(plan, Storage(str(tmp_path / "root")))["stages"]}
+    counts = {kind["stage"]: kind for kind in savings.measure(plan, Storage(str(tmp_path / "root")))["stages"]}
     assert (counts["draft"]["alone"], counts["draft"]["sweep"], counts["draft"]["missing"]) == (4 * 3, 8, 8)
     alone = pipeline.stages(plan.cells[0].recipe)
     assert [stage for stage in alone if stage.name == "draft"] == list(plan.drafts[:3]), "the same artifacts"

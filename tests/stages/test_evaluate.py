@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny import make_tiny_model, make_tokenizer
 
-from sdft_ray.core.prompts import encode_row, render_prompt
+from sdft_ray.data.benchmarks import offline_task_file
+from sdft_ray.data.chat import encode_row, render_prompt
 from sdft_ray.errors import UserError
-from sdft_ray.sources import offline_task_file
 from sdft_ray.stages import evaluate
 
 torch.set_num_threads(1)

@@ -7,13 +7,13 @@ import torch
 from architectures import logits_of
 from tiny import make_tiny_model, make_tiny_rows
 
-from sdft_ray import compute
-from sdft_ray.artifacts import Stage
 from sdft_ray.core.surgery import ARCHITECTURES
 from sdft_ray.errors import UserError
 from sdft_ray.progress import Progress
+from sdft_ray.spec import compute
 from sdft_ray.stages import Work, cut, loss, score
-from sdft_ray.storage import Storage
+from sdft_ray.store.identity import Stage
+from sdft_ray.store.storage import Storage
 
 torch.set_num_threads(1)
 

@@ -11,14 +11,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sdft_ray import pipeline
-from sdft_ray.compute import load_compute
 from sdft_ray.errors import UserError
-from sdft_ray.recipe import Recipe, validate
 from sdft_ray.report.table import merge_line
+from sdft_ray.spec.compute import load_compute
+from sdft_ray.spec.recipe import Recipe
+from sdft_ray.spec.wording import validate
 from sdft_ray.stages.merge import merge_models
-from sdft_ray.storage import Storage
-from sdft_ray.sweep import load_sweep
-from sdft_ray.verify import Model, verify
+from sdft_ray.store.storage import Storage
+from sdft_ray.sweep.planning import load_sweep
+from sdft_ray.verify.checks import verify
+from sdft_ray.verify.models import Model
 
 HALFWAY = {"method": "slerp", "t": 0.5}
 

@@ -8,12 +8,13 @@ from gguf import GGUFReader
 from safetensors.torch import load_file
 from tiny_gguf import make_tiny_gguf
 
-from sdft_ray import compute, sources
 from sdft_ray.errors import UserError
+from sdft_ray.models import sources
 from sdft_ray.progress import Progress
-from sdft_ray.recipe import LocalModel
+from sdft_ray.spec import compute
+from sdft_ray.spec.recipe import LocalModel
 from sdft_ray.stages import Work, model
-from sdft_ray.storage import Storage
+from sdft_ray.store.storage import Storage
 
 
 def make_work(root: Path, gguf: Path) -> Work:

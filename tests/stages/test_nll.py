@@ -9,12 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sdft_ray import compute, pipeline
-from sdft_ray.artifacts import Stage
+from sdft_ray import pipeline
 from sdft_ray.progress import Progress
 from sdft_ray.report import table
+from sdft_ray.spec import compute
 from sdft_ray.stages import Work, nll
-from sdft_ray.storage import Storage
+from sdft_ray.store.identity import Stage
+from sdft_ray.store.storage import Storage
 
 torch.set_num_threads(1)
 

@@ -7,12 +7,14 @@ import random
 import pyarrow.parquet as pq
 import pytest
 
-from sdft_ray import pipeline, sources
-from sdft_ray.compute import load_compute
+from sdft_ray import pipeline
+from sdft_ray.data import benchmarks
 from sdft_ray.errors import UserError
-from sdft_ray.recipe import Recipe, validate
+from sdft_ray.spec.compute import load_compute
+from sdft_ray.spec.recipe import Recipe
+from sdft_ray.spec.wording import validate
 from sdft_ray.stages.rows import SPLITS, read_split, source_of, split_rows, write_splits
-from sdft_ray.storage import Storage
+from sdft_ray.store.storage import Storage
 
 BLANK = [{"prompt": "why?", "reference": " ", "answer": None}]
 
@@ -186,7 +188,7 @@ def build_rows(tmp_path, tiny_model, raw: list[dict], **rows) -> tuple[dict, Sto
 
 
 def gsm8k_test(count: int) -> list[dict]:
-    documents = sources.read_documents(sources.offline_items_file("gsm8k"))
+    documents = benchmarks.read_documents(benchmarks.offline_items_file("gsm8k"))
     return [{"prompt": doc["question"], "reference": doc["answer"]} for doc in itertools.islice(documents, count)]
 
 

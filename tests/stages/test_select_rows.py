@@ -2,12 +2,12 @@
 
 import pytest
 
-from sdft_ray.artifacts import Stage
-from sdft_ray.compute import Compute
 from sdft_ray.progress import Progress
-from sdft_ray.recipe import Distill
+from sdft_ray.spec.compute import Compute
+from sdft_ray.spec.recipe import Distill
 from sdft_ray.stages import Work, distill
-from sdft_ray.storage import Storage
+from sdft_ray.store.identity import Stage
+from sdft_ray.store.storage import Storage
 
 SETTINGS = {**Distill().model_dump(mode="json"), "answer": "number", "rows": None}
 TEXTS = ["It is 2.", "<think>2</think>In my own words: 4.", "I cannot help with 6.", "It is 9.", ""]

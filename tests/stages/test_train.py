@@ -15,14 +15,17 @@ from events import read_events
 from faked import fill_disk
 from tiny import make_tiny_model, make_tokenizer
 
-from sdft_ray import compute, pipeline
-from sdft_ray.artifacts import Stage
-from sdft_ray.compute import load_compute
+from sdft_ray import pipeline
 from sdft_ray.errors import StageFailed, UserError
 from sdft_ray.progress import Progress
-from sdft_ray.recipe import Train, validate
-from sdft_ray.stages import Work, rows, state, train, worker
-from sdft_ray.storage import Storage
+from sdft_ray.spec import compute
+from sdft_ray.spec.compute import load_compute
+from sdft_ray.spec.recipe import Train
+from sdft_ray.spec.wording import validate
+from sdft_ray.stages import Work, rows, train
+from sdft_ray.stages.train import state, worker
+from sdft_ray.store.identity import Stage
+from sdft_ray.store.storage import Storage
 
 FULL = pytest.mark.full
 
@@ -526,15 +529,15 @@ def test_learning_rate_warms_up_to_its_peak_and_follows_the_schedule(schedule):
     ],
 )
 def test_train_a_mixture_of_experts_learns_and_verifies(ray_cluster, tmp_path, architecture, method, fields):
-    from sdft_ray import verify
+    from sdft_ray.verify import checks, models
 
     base = make_tiny_model(tmp_path / "base", architecture)
     work = make_work(tmp_path / "root", base, plan(**fields), method=method, lr=1e-3, lora={"rank": 4})
     summary = train.build(work)
     assert summary["final_loss"] < summary["first_loss"]
     assert ("mlp.experts.gate_up_proj" in summary["adapters_on"]) is (architecture == "qwen3_moe")
-    (found,) = verify.find_models(str(work.directory), None, work.storage)
-    assert [check for check in verify.verify(found) if check.status == "FAILED"] == []
+    (found,) = models.find_models(str(work.directory), None, work.storage)
+    assert [check for check in checks.verify(found) if check.status == "FAILED"] == []
 
 
 def test_lora_targets_of_a_mixture_are_what_peft_takes_for_its_experts(tmp_path):

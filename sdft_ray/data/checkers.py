@@ -1,0 +1,66 @@
+"""Checkers: how the final answer of a text is read and compared with a row's answer, by the names of `rows.answer`.
+
+In: texts. Out: answers in one spelling, and whether two are the same.
+"""
+
+from __future__ import annotations
+
+import re
+
+from sdft_ray.core.answers import final_choice, final_number, final_part, has_words, spell_plainly
+from sdft_ray.core.selection import Checker
+from sdft_ray.core.words import UNSPACED
+from sdft_ray.data.expressions import read_expression, same_expression
+
+# A sum with letters in plain text: math-verify reads the 3 of `2 - 3/e`.
+_TERM = r"(?:\d+(?:\.\d+)?|(?<![^\W\d_])[A-Za-z](?![^\W\d_]))+(?:[*/^]-?\(*(?:\d+|[A-Za-z](?![^\W\d_]))+\)*)*"
+_SUM = re.compile(rf"(?<![\w.\\])[-+]?\(*{_TERM}(?:\)*\s?[-+]\s?\(*{_TERM})+\)*(?![\w\\])")
+_PLAIN_NUMBER = re.compile(r"-?\d+(?:/\d+)?")
+_LATEX_WORD = re.compile(r"\\text\s*\{[^{}]*\}|\\[A-Za-z]+|\b(?:sqrt|pi|ln|log|exp|sin|cos|tan)\b")
+
+
+def _final_expression(text: str) -> str | None:
+    """Return the expression that a text ends up at; a date or time as `number` reads it."""
+    if isinstance(whole := final_number(text), str):
+        return whole
+    part = spell_plainly(final_part(text)[0])
+    if _PLAIN_NUMBER.fullmatch(part):
+        return part
+    boxes = text.count("\\boxed")
+    if boxes > 1:  # math-verify takes several that stand together as a set
+        return read_expression(spell_plainly(text))
+    latex = re.search(r"\$|\\[(\[]", part)
+    if boxes or not (latex or has_words(_LATEX_WORD.sub("", part)) or UNSPACED.search(part)):
+        return read_expression(part, whole=True)
+    return read_expression(part if latex else _SUM.sub(lambda found: f"${found[0]}$", part))
+
+
+def _same_expression(answer: str, found: str) -> bool:
+    if answer == found:
+        return True
+    # As expressions two dates may have the same value.
+    return not any(isinstance(final_number(each), str) for each in (answer, found)) and same_expression(answer, found)
+
+
+def _number_text(text: str) -> str | None:
+    number = final_number(text)
+    return None if number is None else str(number)
+
+
+# By the names of `rows.answer`; a new one is one more line here and one more name there.
+CHECKERS = {
+    "number": Checker(_number_text, "numbers"),
+    "math": Checker(_final_expression, "expressions", _same_expression),
+    "choice": Checker(final_choice, "letters"),
+}
+
+
+def read_answer(checker: str, reference: str, given: str | None) -> str | None:
+    """Return the answer of a row in its checker's spelling: of the column that gives it, else of the reference."""
+    return CHECKERS[checker].read(reference if given is None else rf"\boxed{{{given}}}")
+
+
+def is_correct(checker: str, answer: str, text: str) -> bool:
+    """Return whether a text ends at the answer."""
+    found = CHECKERS[checker].read(text)
+    return found is not None and CHECKERS[checker].same(answer, found)

@@ -1,0 +1,116 @@
+"""The engine that generates: vLLM, behind the one boundary where tests put a fake.
+
+In: requests of token ids, each with its own seed. Out: each with its generation as soon as it is finished. The engine
+lives in the process of the actor that holds it, so a killed actor leaves no engine behind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from sdft_ray.core.selection import Generation
+from sdft_ray.data.chat import opened_thought, read_generated, response_ends
+
+# Below this the order of two float32 logits is rounding: cached, batched and other kernels' sums differ by that much.
+NEAR_TIE = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One sample of a row as the engine gets it."""
+
+    id: str
+    sample: int
+    prompt_ids: list[int]
+    sampling_seed: int
+
+
+class Engine(Protocol):
+    """What an engine does."""
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Generation]]:
+        """Yield each request with its generation as soon as it is finished, in any order.
+
+        A request that cannot be served is yielded with finish_reason `error`; a broken engine raises.
+        """
+        ...
+
+
+class VllmEngine:
+    """vLLM behind the `Engine` boundary."""
+
+    def __init__(self, model: str, settings: Mapping[str, Any], options: Mapping[str, Any], alone: bool) -> None:
+        arguments = engine_arguments(model, settings["dtype"], options, alone)
+        from transformers import AutoConfig, AutoTokenizer
+        from vllm import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.ends = response_ends(self.tokenizer, AutoConfig.from_pretrained(model).eos_token_id)
+        self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments, disable_log_stats=True))
+        self.settings = settings
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Generation]]:
+        """Yield each request with its generation as it finishes; the engine batches continuously."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        opened = opened_thought(self.tokenizer, self.settings["template_options"])
+        waiting: dict[str, Request] = {}
+        for request in requests:
+            params = SamplingParams(
+                temperature=self.settings["temperature"],
+                top_p=self.settings["top_p"],
+                max_tokens=self.settings["max_new_tokens"],
+                seed=request.sampling_seed,
+                ignore_eos=True,  # vLLM's own also holds those of generation_config.json
+                stop_token_ids=self.ends,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            try:
+                self.engine.add_request(request.id, {"prompt_token_ids": request.prompt_ids}, params)
+            except ValueError as error:  # this row cannot be served, for example longer than the context
+                yield request, Generation(str(error), "error")
+                continue
+            waiting[request.id] = request
+        while waiting:
+            for output in self.engine.step():
+                if output.finished:
+                    yield waiting.pop(output.request_id), self._generation(output, opened)
+
+    def _generation(self, output: Any, opened: str) -> Generation:
+        made, prompt_tokens = output.outputs[0], len(output.prompt_token_ids)
+        if made.finish_reason == "length" and len(made.token_ids) < self.settings["max_new_tokens"]:
+            # Cut off by the engine, not by the recipe: no setting of the compute file may decide what a row becomes.
+            what = f"prompt of {prompt_tokens} tokens leaves too little of compute.distill.engine.max_model_len"
+            return Generation(what, "error", prompt_tokens)
+        text = read_generated(self.tokenizer, made.token_ids, made.text, opened)
+        return Generation(text, made.finish_reason, prompt_tokens, len(made.token_ids))
+
+
+def engine_arguments(model: str, dtype: str, options: Mapping[str, Any], alone: bool) -> dict[str, Any]:
+    """Return what vLLM's engine is made with, after setting the environment that it reads when it is imported.
+
+    alone: no other engine is on this machine.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
+    os.environ["HF_HUB_OFFLINE"] = "1"  # the model is a local directory
+    # vLLM leaves a core idle and pins its threads; two engines on one machine must not pin to the same cores.
+    os.environ["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
+    if not alone:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    from vllm.platforms import current_platform
+
+    named = {key: value for key, value in options.items() if value is not None}
+    kv_cache_gib = named.pop("kv_cache_gib")
+    if current_platform.is_cpu():
+        named.pop("gpu_memory_utilization")
+        named["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
+        # A prompt split over two steps would rewind its seeded generator, which only CUDA's can (docs/footguns.md).
+        named["enable_chunked_prefill"] = False
+    return {"model": model, "dtype": dtype, "generation_config": "vllm", **named}

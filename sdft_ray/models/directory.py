@@ -1,0 +1,383 @@
+"""A Hugging Face model directory as this package writes it: its companions, and the proof that it is the right model.
+
+In: a directory with weights and config.json, and the base that its model came from. Out: the base's tokenizer, chat
+template, generation config and licence beside them; or an error that names what is wrong. `cut`, `train` and `merge`
+all write through here, because a directory that any tool loads needs more than its weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdft_ray.core.rows import TrainingRow
+from sdft_ray.core.surgery import rename_tensor
+from sdft_ray.data.chat import end_of_turn
+from sdft_ray.data.readers import read_json, read_object, read_text, require_whole
+from sdft_ray.errors import UserError, problem
+from sdft_ray.models.shards import StoredTensor, read_header, same_bytes
+from sdft_ray.store.files import inside, write_atomically
+
+if TYPE_CHECKING:
+    import torch
+
+LICENCES = ("*licen[cs]e*", "*notice*", "copying*", "*use_policy*")
+"""Names, in small letters, of the files that say under which terms a model is given."""
+# What goes from a base to a model made of it, whatever the case. A list, because a user's directory holds anything:
+# weights in other formats, logs, the files of a training. Not the model card: it describes the base.
+COMPANIONS = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
+    *("*.model", "*.tiktoken", "tekken.json"),  # vocabularies of SentencePiece, tiktoken and Mistral
+    *("chat_template*", "additional_chat_templates/*", "generation_config.json"),
+    *LICENCES,
+)
+_MOST_BYTES = 1 << 27  # the largest tokenizer.json of a well-known model has 34 MB; what is larger holds weights
+# How far logits may differ that are the same sums in another order, as a fraction of their spread (both root mean
+# square). float32 keeps 7 digits, of which a deep model loses two. bfloat16 keeps 8 bits: a thousand roundings, one
+# after another, are 2^-9 * sqrt(1000) = 6 %, and merging adapters rounds once more. Measured on SmolLM2-135M with
+# adapters on all its linear layers: 2e-6 and 3 %.
+_SAME_LOGITS = {"float32": 1e-4, "bfloat16": 0.25}
+
+
+# --- companions -----------------------------------------------------------------------------------------------
+
+
+def write_companions(base: Path, directory: Path) -> None:
+    """Copy what belongs to a model beside its weights and config, byte for byte but for two things.
+
+    The tokenizer's settings are spelled so that transformers 4 reads them, too, and the generation config stops at the
+    end of an assistant's turn.
+    """
+    for path in _companions(base):
+        copy = directory / path.relative_to(base)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)  # not its mode: a hub's cache is read-only
+    spell_tokenizer_for_older(directory)
+    _add_end_of_turn(base, directory)
+
+
+def _companions(base: Path) -> list[Path]:
+    files = (path for path in (*base.iterdir(), *base.glob("additional_chat_templates/*")) if path.is_file())
+    return [
+        path
+        for path in files
+        if any(fnmatch.fnmatch(path.relative_to(base).as_posix().lower(), pattern) for pattern in COMPANIONS)
+        and path.stat().st_size <= _MOST_BYTES
+    ]
+
+
+def spell_tokenizer_for_older(directory: Path) -> None:
+    """Rewrite tokenizer_config.json where only transformers 5 could read it; 5 reads the older spelling alike."""
+    path = directory / "tokenizer_config.json"
+    settings = dict(read_json(path)) if path.is_file() else {}
+    older = dict(settings)
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        older["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):  # 4 expects a mapping under this name
+        older["additional_special_tokens"] = older.pop("extra_special_tokens")
+    if older != settings:
+        write_atomically(path, json.dumps(older, indent=2, ensure_ascii=False) + "\n")
+
+
+def _add_end_of_turn(base: Path, directory: Path) -> None:
+    """Make engines stop at the token that ends an assistant's turn, beside those at which they stop already.
+
+    Not by `GenerationConfig.save_pretrained`, which refuses what many models say (a temperature without do_sample).
+    """
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    end, path = end_of_turn(AutoTokenizer.from_pretrained(directory)), directory / "generation_config.json"
+    config = AutoConfig.from_pretrained(base).to_dict() | read_json(base / "config.json")
+    there = path.is_file()  # else what transformers makes of the config alone
+    settings = dict(read_json(path)) if there else GenerationConfig.from_model_config(config).to_diff_dict()
+    known = settings.get("eos_token_id", config.get("eos_token_id"))
+    stops = known if isinstance(known, list) else [] if known is None else [known]
+    if end not in stops or not there or "eos_token_id" not in settings:
+        settings["eos_token_id"] = stops if end in stops else [*stops, end]
+        settings.pop("_from_model_config", None)  # with it, transformers 4 would take the config's again
+        write_atomically(path, json.dumps(settings, indent=2) + "\n")
+
+
+# --- proofs ---------------------------------------------------------------------------------------------------
+
+
+def tensor_places(directory: Path) -> dict[str, tuple[Path, StoredTensor]]:
+    """Return the file and the bytes of every tensor of a model."""
+    return {name: (path, tensor) for path, held in stored_tensors(directory).items() for name, tensor in held.items()}
+
+
+def require_loadable(directory: Path) -> int:
+    """Return the parameter count after proving that the files are exactly the tensors that the config asks for."""
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    from sdft_ray.progress import quiet_transformers
+
+    quiet_transformers()
+    found = {
+        name: torch.empty(tensor.shape, device="meta")
+        for name, (_, tensor) in tensor_places(directory).items()
+        if rename_tensor(name, ())
+    }
+    config = AutoConfig.from_pretrained(directory)
+    # The loader itself, which also knows the names that files have and the model has not (each expert by itself).
+    model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+        None,
+        config=config,
+        state_dict=found,
+        device_map="meta",
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # to be named below instead
+    )
+    wrong = [f"{name} is missing" for name in info["missing_keys"]]
+    wrong += [f"{name} is not in the model" for name in info["unexpected_keys"]]
+    wrong += [f"{name} is {tuple(a)} in the files, {tuple(b)} in the model" for name, a, b in info["mismatched_keys"]]
+    wrong += info["error_msgs"]
+    if wrong:
+        raise RuntimeError(f"{directory}: {min(wrong)}")
+    return int(model.num_parameters())
+
+
+def require_same_logits(directory: Path, rows: Sequence[TrainingRow], trained: torch.Tensor, dtype: str) -> float:
+    """Return how far a model's logits are from those of the engine that trained it, after proving them the same.
+
+    `trained` is (K V), for the positions of `rows` that are predicted with loss. The figure is relative: the root mean
+    square of the differences by the logits' own spread.
+    """
+    logits = _compute_logits(directory, rows, dtype)
+    difference = float((logits - trained).square().mean().sqrt() / trained.std())
+    if not difference <= _SAME_LOGITS[dtype]:
+        what = f"its logits are not those of the trained weights (relative difference {difference:.1e}"
+        raise RuntimeError(f"{directory}: {what}; expected at most {_SAME_LOGITS[dtype]})")
+    return difference
+
+
+def _compute_logits(directory: Path, rows: Sequence[TrainingRow], dtype: str) -> torch.Tensor:
+    """Return logits (K V) of the model in a directory, row by row and without whatever training adds to a model."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
+    with torch.inference_mode():
+        found = [model(torch.tensor([row.ids]), use_cache=False).logits[0, row.trained_from - 1 : -1] for row in rows]
+    return torch.cat(found).float()
+
+
+_WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = f"{_WEIGHTS}.index.json"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# What transformers reads beside weights and config; of a damaged generation_config.json it says nothing at all.
+_COMPANIONS = (
+    *_TOKENIZER_FILES,
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json"),
+    *("merges.txt", "chat_template.jinja"),
+)
+_COUNTS = ("num_hidden_layers", "max_position_embeddings")
+
+
+# --- models ---------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFacts:
+    """What planning needs to know of a model, read from its headers."""
+
+    architecture: str
+    """`model_type` of its config, for example `llama`."""
+    blocks: int
+    context: int | None = None
+    """The most tokens of a sequence, where it says."""
+
+
+def describe_directory(directory: Path) -> ModelFacts:
+    """Return the facts of a Hugging Face model directory, refusing one that lacks a part the chain needs."""
+    _require_own_weights(directory)
+    config = read_object(directory / "config.json", missing="is no Hugging Face model directory")
+    _require_weights(directory, config)
+    if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
+        raise UserError(problem(str(directory), "has no tokenizer", "Put the model's tokenizer files beside it"))
+    settings: dict[str, Any] = {}
+    for path in (path for name in _COMPANIONS if (path := directory / name).is_file()):
+        require_whole(path)
+        if path.name == "tokenizer.json":
+            _require_tokenizer(path)
+        elif path.suffix == ".json":
+            value = read_object(path)
+            settings = value if path.name == "tokenizer_config.json" else settings
+    if "AutoTokenizer" in str(settings.get("auto_map")):
+        what = "asks for a tokenizer that is code of the model's own, which is never run (auto_map)"
+        do = "Give a model whose tokenizer transformers knows, or save it as tokenizer.json and remove auto_map"
+        raise UserError(problem(str(directory / "tokenizer_config.json"), what, do))
+    _require_chat_template(directory, settings.get("chat_template"))
+    blocks, context = (_count(directory / "config.json", config, name) for name in _COUNTS)
+    return ModelFacts(str(config.get("model_type")), blocks or 0, context)
+
+
+def _count(path: Path, config: Mapping[str, Any], name: str) -> int | None:
+    value = config.get(name)
+    if value is not None and type(value) is not int:
+        raise UserError(problem(str(path), f"{name} is {json.dumps(value)}, not a number", "Copy or download it again"))
+    return value
+
+
+def _require_own_weights(directory: Path) -> None:
+    """Raise UserError for a directory that names another model's weights, or is a folder of GGUF files."""
+    if (adapter := directory / "adapter_config.json").is_file():
+        base = read_object(adapter).get("base_model_name_or_path")
+        do = f"Merge it first (peft's merge_and_unload), or give its base{f', {base}' if base else ''}"
+        raise UserError(problem(str(directory), "holds an adapter, not a model (adapter_config.json)", do))
+    if not (directory / "config.json").is_file() and (files := sorted(directory.glob("*.gguf"))):
+        raise UserError(problem(str(directory), "is a folder of GGUF files", f"Give one of them: {files[0]}"))
+
+
+def _require_tokenizer(path: Path) -> None:
+    from tokenizers import Tokenizer
+
+    try:
+        Tokenizer.from_file(str(path))
+    except Exception as error:  # noqa: BLE001 - the library raises nothing more precise
+        what = f"cannot be read as a tokenizer ({' '.join(str(error).split())})"
+        raise UserError(problem(str(path), what, "Copy or download it again")) from None
+
+
+def _require_chat_template(directory: Path, inline: Any) -> None:
+    """Raise UserError unless there is one chat template, or one of several that is the default.
+
+    transformers takes the files, where there are any, instead of the one inside tokenizer_config.json.
+    """
+    files = {path.stem: path for path in (directory / "additional_chat_templates").glob("*.jinja")}
+    if (default := directory / "chat_template.jinja").is_file():
+        files["default"] = default
+    templates: dict[str, Any] = {name: read_text(path) for name, path in files.items()}
+    if not files and isinstance(inline, dict):
+        templates = inline
+    elif not files and isinstance(inline, list):
+        templates = {str(each.get("name")): each.get("template") for each in inline if isinstance(each, dict)}
+    elif not files and inline:
+        templates = {"default": inline}
+    if templates and "default" not in templates:
+        what = f"has chat templates named {', '.join(sorted(templates))}, and none named default"
+        raise UserError(problem(str(directory), what, "Save the one to use as chat_template.jinja"))
+    if not isinstance(template := templates.get("default"), str) or not template.strip():
+        do = "Give an instruction-tuned model"
+        if (directory / "chat_template.json").is_file():
+            do = "Save the text inside chat_template.json, which tokenizers do not read, as chat_template.jinja"
+        raise UserError(problem(str(directory), "has no chat template", do))
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """Return the safetensors files of a model: those its index names, else its one file, else none.
+
+    Raises UserError for an index that names a file which is not there.
+    """
+    if index := _weight_map(directory):
+        files = [inside(directory, name) for name in sorted(set(index.values()))]
+    else:
+        files = [path for path in [directory / _WEIGHTS] if path.is_file()]
+    for path in files:
+        if not path.is_file():
+            what = f"names {path.name}, which is not beside it"
+            raise UserError(problem(str(directory / WEIGHTS_INDEX), what, "Copy or download that file, too"))
+    return files
+
+
+def stored_tensors(directory: Path) -> dict[Path, dict[str, StoredTensor]]:
+    """Return what each weight file of a model holds, from the headers alone.
+
+    Raises UserError for a damaged file, and for an index that names a tensor which its file does not hold.
+    """
+    held = {path: read_header(path) for path in weight_files(directory)}
+    for name, file in _weight_map(directory).items():
+        if name not in held[directory / file]:
+            what = f"says that {file} holds {name}, which it does not"
+            raise UserError(problem(str(directory / WEIGHTS_INDEX), what, "Copy or download the model again"))
+    return held
+
+
+def _weight_map(directory: Path) -> dict[str, str]:
+    """Return which file holds which tensor by the index; nothing for a model in one file, which has no index."""
+    path = directory / WEIGHTS_INDEX
+    if not path.is_file():
+        return {}
+    files = read_object(path).get("weight_map")
+    if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+        raise UserError(problem(str(path), "has no weight_map", "Copy or download it again"))
+    return files
+
+
+def _require_weights(directory: Path, config: Mapping[str, Any]) -> None:
+    files = weight_files(directory)
+    if not files:
+        raise UserError(problem(str(directory), *_explain_no_weights(directory)))
+    _require_one_layout(directory, {path.name for path in files})
+    for path in files:
+        require_whole(path)
+    held = stored_tensors(directory)
+    places = {name: (path, tensor) for path, tensors in held.items() for name, tensor in tensors.items()}
+    for path, tensors in held.items():
+        if not tensors:
+            raise UserError(problem(str(path), "holds no tensors", "Copy or download it again"))
+        if twice := [name for name in tensors if places[name][0] != path]:
+            what = f"holds {twice[0]}, and so does {places[twice[0]][0].name}"
+            raise UserError(problem(str(path), what, "Copy or download the model again, into an empty directory"))
+    if config.get("quantization_config"):
+        settings = config["quantization_config"]
+        method = settings.get("quant_method", "somehow") if isinstance(settings, dict) else settings
+        do = "Give the model as it was before, in bfloat16"
+        raise UserError(problem(str(directory / "config.json"), f"its weights are quantised ({method})", do))
+    embeddings, head = (places.get(f"{name}.weight") for name in ("model.embed_tokens", "lm_head"))
+    if embeddings and head and _is_tied(directory, config) and not same_bytes(*embeddings, *head):
+        what = "tie_word_embeddings is true, but lm_head.weight is not the embeddings"
+        do = "Set it to false, or take lm_head.weight out of the weights"
+        raise UserError(problem(str(directory / "config.json"), what, do))
+
+
+def _explain_no_weights(directory: Path) -> tuple[str, str]:
+    """Return what is wrong with a directory without model.safetensors and without an index, and what to do."""
+    names = sorted(path.name for path in directory.glob("*.safetensors"))
+    if any(re.fullmatch(r"model-\d+-of-\d+\.safetensors", name) for name in names):
+        what = f"has shards of weights ({names[0]}, …) without {WEIGHTS_INDEX}, which says what is in them"
+        return what, "Copy or download it, too"
+    if names:
+        what = f"has weights in {', '.join(names)}, which transformers does not look for (expected {_WEIGHTS})"
+        return what, "Give the model in the layout of transformers"
+    if any(directory.glob("*.bin")):
+        what = "has pickled weights only, and a pickle can run code (expected *.safetensors)"
+        code = f"M.from_pretrained({str(directory)!r}, dtype='auto').save_pretrained({str(directory)!r})"
+        return what, f'Convert it: python -c "from transformers import AutoModelForCausalLM as M; {code}"'
+    return "has no weights (expected *.safetensors)", "Copy or download them, too"
+
+
+def _require_one_layout(directory: Path, read: set[str]) -> None:
+    """Raise UserError for weights of which transformers and vLLM would read different ones.
+
+    transformers takes model.safetensors before an index, vLLM what the index names; without an index vLLM takes every
+    *.safetensors, and before all of that consolidated*.safetensors, wherever below the directory.
+    """
+    indexed, whole = (directory / WEIGHTS_INDEX).is_file(), (directory / _WEIGHTS).is_file()
+    if indexed and whole and read != {_WEIGHTS}:
+        what = f"holds {_WEIGHTS}, which transformers reads, and {WEIGHTS_INDEX}, which names {', '.join(sorted(read))}"
+        raise UserError(problem(str(directory), f"{what} and which vLLM reads", "Remove one of the two"))
+    other = {path.relative_to(directory).as_posix() for path in directory.rglob("consolidated*.safetensors")}
+    if not indexed:
+        other |= {path.name for path in directory.glob("*.safetensors")}
+    other -= read
+    if other:
+        what = f"holds {', '.join(sorted(other))} beside {', '.join(sorted(read))}, and vLLM would read that, too"
+        raise UserError(problem(str(directory), what, f"Remove {', '.join(sorted(other))}"))
+
+
+def _is_tied(directory: Path, config: Mapping[str, Any]) -> bool:
+    if "tie_word_embeddings" in config:
+        return bool(config["tie_word_embeddings"])
+    from transformers import AutoConfig
+
+    return bool(
+        AutoConfig.from_pretrained(directory, trust_remote_code=False).tie_word_embeddings
+    )  # each architecture has its own default

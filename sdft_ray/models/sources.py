@@ -1,0 +1,153 @@
+"""Where models, rows, calibration texts and benchmark files come from: packages, local files, a hub.
+
+In: the source sections of a recipe. Out: paths, plain rows, and the content hashes that stand for them in ids.
+After this module nobody needs to know where something came from. Bad input is refused here, with file and line.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdft_ray.data.readers import (
+    package_file,
+    read_refusal,
+    require_whole,
+)
+from sdft_ray.errors import UserError, problem
+from sdft_ray.models.directory import LICENCES, ModelFacts, describe_directory
+from sdft_ray.spec.recipe import (
+    HubModel,
+    LocalModel,
+    ModelSource,
+    PackagedModel,
+)
+from sdft_ray.store.files import hash_source
+from sdft_ray.store.identity import Stage, slugify
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+
+
+# Files of a model directory that move no number: to correct one costs nothing that was computed.
+_NO_NUMBERS = ("generation_config.json", "*.md", *LICENCES)
+
+
+def model_stage(source: ModelSource, version: int, where: str = "model.path") -> Stage:
+    """Return the stage that stands for a model: a conversion (GGUF), a download, or a directory as it is."""
+    if isinstance(source, HubModel):
+        settings = {"repo": source.repo, "revision": source.revision}
+        return Stage("model", slugify(source.repo), version, settings)
+    path = model_path(source, where)
+    settings = {"sha256": hash_source(path, without=_NO_NUMBERS)}
+    if path.is_file():
+        return Stage("model", slugify(path.stem), version, settings, where={"gguf": str(path)})
+    return Stage("model", slugify(path.name), version, settings, location=path.resolve())
+
+
+def describe_model(source: ModelSource) -> ModelFacts | None:
+    """Return a model's facts from its headers; None for a hub model, whose headers come with the download.
+
+    Raises UserError for a directory that is not a chat model in safetensors.
+    """
+    if isinstance(source, HubModel):
+        return None
+    path = model_path(source)
+    return describe_directory(path) if path.is_dir() else describe_gguf(path)
+
+
+def describe_gguf(path: Path) -> ModelFacts:
+    """Return the facts of a GGUF file, refusing one that is not a whole chat model or that would load as another."""
+    require_whole(path)
+    fields = read_gguf(path).fields
+    if (kind := _gguf_value(path, "general.type", "model")) != "model":
+        raise UserError(problem(str(path), f"holds no model (general.type is {kind})", "Give the model itself"))
+    part = re.search(r"-\d+-of-(\d+)\.gguf$", path.name)
+    if (parts := int(_gguf_value(path, "split.count", part[1] if part else 1))) > 1:
+        do = "Join them, and give the whole: llama-gguf-split --merge FIRST_PART.gguf WHOLE.gguf"
+        raise UserError(problem(str(path), f"is one of {parts} parts of a split GGUF file", do))
+    architecture = gguf_field(path, "general.architecture")
+    if not str(_gguf_value(path, "tokenizer.chat_template", "")).strip():
+        raise UserError(problem(str(path), "has no chat template", "Give an instruction-tuned model"))
+    for name, neutral in (("rope.scaling.type", "none"), ("rope.scale_linear", 1)):
+        if (value := _gguf_value(path, f"{architecture}.{name}", neutral)) != neutral:
+            what = f"scales its positions ({architecture}.{name} is {value}), which transformers does not read"
+            raise UserError(problem(str(path), what, "Give the model as a directory with safetensors"))
+    blocks = int(gguf_field(path, f"{architecture}.block_count"))
+    _require_gguf_tensors(path, blocks)
+    context = f"{architecture}.context_length"
+    return ModelFacts(architecture, blocks, int(gguf_field(path, context)) if context in fields else None)
+
+
+def _require_gguf_tensors(path: Path, blocks: int) -> None:
+    """Raise UserError unless each block has the tensors that others have: transformers makes up what is missing."""
+    names = {tensor.name for tensor in read_gguf(path).tensors}
+    parts = {match[1] for name in names if (match := re.match(r"blk\.\d+\.(.+)", name))} or {"attn_norm.weight"}
+    expected = [f"blk.{i}.{part}" for i in range(min(blocks, len(names) + 1)) for part in sorted(parts)]
+    missing = [name for name in ("token_embd.weight", *expected, "output_norm.weight") if name not in names]
+    if missing:
+        more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
+        raise UserError(problem(str(path), f"lacks {missing[0]}{more}", "Download it again, whole"))
+
+
+def read_gguf(path: Path) -> GGUFReader:
+    """Return the header and the tensors of a GGUF file, which takes seconds once; raises UserError where it is none."""
+    there = path.stat()
+    return _read_gguf(path, there.st_size, there.st_mtime_ns)
+
+
+@functools.cache
+def _read_gguf(path: Path, size: int, changed: int) -> GGUFReader:
+    from gguf import GGUFReader
+
+    try:
+        return GGUFReader(path)
+    except Exception as error:  # noqa: BLE001 - a damaged file can fail it in any way
+        what = f"cannot be read as GGUF ({' '.join(str(error).split())})"
+        raise UserError(problem(str(path), what, "Download it again")) from None
+
+
+def gguf_field(path: Path, name: str) -> Any:
+    """Return a value of a GGUF file's header; raises UserError where it is not there."""
+    field = read_gguf(path).fields.get(name)
+    if field is None:
+        raise UserError(problem(str(path), f"has no {name} in its header", "Give a language model, whole"))
+    return field.contents()
+
+
+def _gguf_value(path: Path, name: str, default: Any) -> Any:
+    return gguf_field(path, name) if name in read_gguf(path).fields else default
+
+
+def model_path(source: PackagedModel | LocalModel, where: str = "model.path") -> Path:
+    """Return the file or directory of a model that is here; raises UserError at `where` the recipe names it."""
+    if isinstance(source, PackagedModel):
+        return package_file(source.package, source.file, "model")
+    path = Path(source.path).expanduser()
+    if not path.exists():
+        raise UserError(problem(where, f"{path} does not exist", "Give a model directory or a .gguf file"))
+    if path.is_file() and path.suffix != ".gguf":
+        raise UserError(problem(where, f"{path} is not a .gguf file", "Give the directory it lies in"))
+    return path
+
+
+def download_model(repo: str, revision: str, directory: Path) -> None:
+    """Write a hub model's safetensors, config and tokenizer into `directory`; raises UserError where it cannot."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
+
+    wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt", "LICENSE*"]
+    try:
+        snapshot_download(
+            repo,
+            revision=revision,
+            local_dir=directory,
+            allow_patterns=wanted,
+            ignore_patterns=["*/*", "consolidated*"],
+        )
+    except (HTTPError, LocalEntryNotFoundError) as error:
+        raise UserError(problem(repo, *read_refusal(error))) from None
+    shutil.rmtree(directory / ".cache", ignore_errors=True)  # the hub client's own notes

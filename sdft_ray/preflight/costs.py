@@ -1,0 +1,274 @@
+"""What a recipe will take before anything is paid for: memory of each process, steps, tokens.
+
+In: recipe, compute file, and headers of the model. Out: a line for each kind of stage, which `sdft check` shows. The
+arithmetic is core/memory.py; nothing heavy is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from sdft_ray import pipeline
+from sdft_ray.core.surgery import block_of
+from sdft_ray.data import readers
+from sdft_ray.models import sources
+from sdft_ray.models.directory import stored_tensors
+from sdft_ray.preflight import memory
+from sdft_ray.spec.compute import Compute, cores
+from sdft_ray.spec.recipe import HubModel, ModelSource, Recipe, Train
+from sdft_ray.spec.wording import validate
+from sdft_ray.store.identity import Stage
+from sdft_ray.store.storage import Storage
+from sdft_ray.sweep.planning import Plan
+
+# llama.cpp's names of the layers that may get an adapter.
+_GGUF = {
+    "attn_q": "q_proj",
+    "attn_k": "k_proj",
+    "attn_v": "v_proj",
+    "attn_output": "o_proj",
+    "ffn_gate": "gate_proj",
+    "ffn_up": "up_proj",
+    "ffn_down": "down_proj",
+}
+_GATE_OR_UP = ("gate_proj", "up_proj", "w1", "w3")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one stage takes."""
+
+    stage: str
+    work: str
+    """How much of what, in words."""
+    processes: int
+    gb: float | None
+    """Memory of each process; None where it is not known."""
+    parts: str = ""
+    """What the memory is for, in words."""
+    fits: bool | None = None
+    """Whether all processes fit this machine, or one a GPU; None where neither is known."""
+
+
+def estimate_sweep(plan: Plan, compute: Compute, storage: Storage) -> list[Cost]:
+    """Return, for each kind of stage, the most memory and the most work of any recipe of a sweep."""
+    found: dict[str, list[Cost]] = {}
+    for cell in plan.cells:
+        for cost in estimate_stages(cell.recipe, compute, pipeline.stages(cell.recipe), storage):
+            found.setdefault(cost.stage, []).append(cost)
+    return [
+        dataclasses.replace(max(costs, key=lambda cost: cost.gb or 0), work=max(costs, key=_amount).work)
+        for costs in found.values()
+    ]
+
+
+def _amount(cost: Cost) -> float:
+    """Return the number that a cost's work begins with; work without one has no bound that is known."""
+    amount = cost.work.partition(" ")[0]
+    return int(amount) if amount.isdecimal() else math.inf
+
+
+def estimate_stages(recipe: Recipe, compute: Compute, plan: tuple[Stage, ...], storage: Storage) -> list[Cost]:
+    """Return what each kind of stage takes; without memory where the model is not here yet."""
+    base = plan[0]
+    done = base.location or (storage.files(base) if storage.status(base) == "done" else None)
+    shape = shape_of_directory(done) if done else shape_of(recipe.model)
+    first, *_ = trained = [stage for stage in plan if stage.name == "train"]
+    return [
+        _score(recipe, compute, shape),
+        _distill(recipe, compute, shape, _training_rows(first, storage)),
+        *(_train(recipe, compute, shape, stage, storage) for stage in trained),
+        *_drafts(recipe, compute, shape, sum(stage.name == "draft" for stage in plan)),
+        _evaluate(recipe, compute, shape, len(pipeline.models(plan))),
+    ]
+
+
+def _score(recipe: Recipe, compute: Compute, shape: memory.Shape | None) -> Cost:
+    corpora, plan = recipe.prune.calibration, compute.score
+    texts = sum(corpus.limit for corpus in corpora)
+    longest = max(corpus.max_tokens for corpus in corpora)
+    bytes_each = (
+        None if shape is None else memory.holding_memory(shape, _bytes(recipe.prune.dtype), plan.batch_size * longest)
+    )
+    work = f"{texts} texts of up to {longest} tokens"
+    return _cost("score", work, plan.actors, bytes_each, "", compute, plan.gpus)
+
+
+def _distill(recipe: Recipe, compute: Compute, shape: memory.Shape | None, rows: int | None) -> Cost:
+    work = f"{rows or 'all training'} rows of up to {recipe.distill.max_new_tokens} new tokens"
+    weights = None if shape is None else _bytes(recipe.distill.dtype) * shape.parameters
+    return _engine("distill", work, compute.distill.actors.max, weights, compute)
+
+
+def _drafts(recipe: Recipe, compute: Compute, shape: memory.Shape | None, drafts: int) -> list[Cost]:
+    if not (wanted := recipe.draft):
+        return []
+    counts = ", ".join(map(str, wanted.tokens))
+    work = f"{drafts} models, {wanted.prompts} prompts of {wanted.max_new_tokens} new tokens, {counts} of them drafted"
+    weights = None
+    if shape is not None:  # the base alone and the base with its draft take turns
+        small = memory.prune(shape, recipe.prune.blocks)
+        weights = _bytes(wanted.dtype) * (2 * shape.parameters + small.parameters)
+    return [_engine("draft", work, 1, weights, compute)]
+
+
+def _engine(stage: str, work: str, processes: int, weights: int | None, compute: Compute) -> Cost:
+    """Return what processes with vLLM take: its part of a GPU, or themselves, their models' bytes and the KV cache."""
+    plan = compute.distill
+    if plan.gpus:
+        parts = f"vLLM takes {plan.engine.gpu_memory_utilization:.0%} of a GPU"
+        return _cost(stage, work, processes, None, parts, compute, plan.gpus)
+    cache = round(plan.engine.kv_cache_gib * 2**30)
+    each = weights and weights + memory.ENGINE_BYTES + cache
+    return _cost(stage, work, processes, each, f"of it KV cache {cache / 1e9:.1f}", compute, 0)
+
+
+def _train(recipe: Recipe, compute: Compute, shape: memory.Shape | None, stage: Stage, storage: Storage) -> Cost:
+    settings, plan = validate(Train, stage.settings["train"]), compute.train
+    rows, name = _training_rows(stage, storage), f"train ({stage.where['model']})"
+    steps = (
+        "steps unknown" if rows is None else f"{math.ceil(rows * settings.epochs / settings.global_batch_size)} steps"
+    )
+    tokens = min(plan.micro_batch * settings.max_tokens, plan.pass_tokens or plan.micro_batch * settings.max_tokens)
+    work = f"{steps} of {settings.global_batch_size} rows, up to {tokens} tokens a pass"
+    if shape is None:
+        return _cost(name, work, plan.workers.max, None, "", compute, plan.gpus)
+    pruned = memory.prune(shape, recipe.prune.blocks)
+    trained = memory.trainable_parameters(pruned, settings.method, settings.lora.rank, settings.lora.targets)
+    needs = memory.training_memory(
+        pruned,
+        trained,
+        workers=plan.workers.min,
+        zero_stage=plan.zero_stage,
+        half=settings.dtype == "bfloat16",
+        tokens=tokens,
+        loss_tokens=tokens // 2,  # not known before the rows are read
+        gradient_checkpointing=plan.gradient_checkpointing,
+    )
+    named = {"weights": needs.weights, "gradients": needs.gradients, "optimizer": needs.optimizer}
+    if plan.offload != "none" and plan.gpus:
+        named |= {"optimizer": 0}
+    if plan.offload == "all" and plan.gpus:
+        named |= {"weights": needs.weights - _bytes(settings.dtype) * pruned.parameters // plan.workers.min}
+    named |= {"activations": needs.activations}
+    parts = f"{trained / 1e6:.1f} of {pruned.parameters / 1e6:.1f} M parameters are trained; " + ", ".join(
+        f"{name} {value / 1e9:.2f}" for name, value in named.items()
+    )
+    each = sum(named.values()) + memory.PROCESS_BYTES
+    return _cost(name, work, plan.workers.max, each, parts, compute, plan.gpus)
+
+
+def _evaluate(recipe: Recipe, compute: Compute, shape: memory.Shape | None, models: int) -> Cost:
+    wanted, plan = recipe.evaluate, compute.evaluate
+    items = f"{wanted.limit} items" if wanted.limit else "all items"
+    work = f"{models} models x {len(wanted.tasks)} tasks, {items} each"
+    bytes_each = None if shape is None else memory.holding_memory(shape, _bytes(wanted.dtype), plan.batch_size * 256)
+    at_once = 1
+    if compute.ray.address == "local" and not plan.gpus:
+        assert plan.cpus != "auto", "load_compute settles auto"
+        at_once = max(1, min(cores() // plan.cpus, models * len(wanted.tasks)))
+    return _cost("evaluate", work, at_once, bytes_each, "", compute, plan.gpus)
+
+
+def _cost(stage: str, work: str, processes: int, each: int | None, parts: str, compute: Compute, gpus: float) -> Cost:
+    fits = None
+    if each is not None and gpus and compute.ray.gpu_memory_gb:
+        fits = each <= compute.ray.gpu_memory_gb * 1e9 * gpus
+    elif each is not None and not gpus and compute.ray.address == "local":
+        fits = each * processes <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Cost(stage, work, processes, each and round(each / 1e9, 2), parts, fits)
+
+
+def _bytes(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
+
+
+def _training_rows(stage: Stage, storage: Storage) -> int | None:
+    """Return how many rows will be trained on: at most that many where they are not read yet."""
+    total = 0
+    for kind, rows in stage.inputs.items():
+        if kind.partition("_")[0] != "rows":
+            continue
+        split = rows.settings["split"]
+        if stage.settings["train"]["rows"]:
+            total += stage.settings["train"]["rows"]
+        elif storage.status(rows) == "done":
+            total += int(storage.manifest(rows)["summary"]["rows"]["train"])
+        elif split["limit"]:
+            total += split["limit"] - split["held_out"] - split["validation"]
+        else:
+            return None
+    return total
+
+
+# --- the shape of a model, from headers -----------------------------------------------------------------------
+
+
+def shape_of(source: ModelSource) -> memory.Shape | None:
+    """Return a model's shape; None for a hub model that is not here yet."""
+    if isinstance(source, HubModel):
+        return None
+    path = sources.model_path(source)
+    return shape_of_directory(path) if path.is_dir() else _shape_of_gguf(path)
+
+
+def shape_of_directory(directory: Path) -> memory.Shape:
+    """Return the shape of a Hugging Face model directory."""
+    config = readers.read_json(directory / "config.json")
+    tensors = {name: tensor.shape for held in stored_tensors(directory).values() for name, tensor in held.items()}
+    heads = config["num_attention_heads"]
+    head = config.get("head_dim") or config["hidden_size"] // heads
+    experts = config.get("num_experts_per_tok")
+    inner = config.get("moe_intermediate_size") if experts else None
+    return _shape(
+        tensors,
+        width=config["hidden_size"],
+        kv_width=(config.get("num_key_value_heads") or heads) * head,
+        feed_forward=(inner or config["intermediate_size"]) * (experts or 1),
+        vocabulary=config["vocab_size"],
+    )
+
+
+def _shape_of_gguf(path: Path) -> memory.Shape:
+    architecture = sources.gguf_field(path, "general.architecture")
+
+    def number(name: str) -> int:
+        return int(sources.gguf_field(path, f"{architecture}.{name}"))
+
+    tensors: dict[str, tuple[int, ...]] = {}
+    for tensor in sources.read_gguf(path).tensors:
+        first, _, rest = tensor.name.removeprefix("blk.").partition(".")
+        named = rest.removesuffix(".weight")
+        name = f"model.layers.{first}.{_GGUF.get(named, named)}.weight" if first.isdigit() else tensor.name
+        tensors[name] = tuple(int(size) for size in reversed(tensor.shape))
+    width, heads = number("embedding_length"), number("attention.head_count")
+    return _shape(
+        tensors,
+        width=width,
+        kv_width=number("attention.head_count_kv") * width // heads,
+        feed_forward=number("feed_forward_length"),
+        vocabulary=tensors["token_embd.weight"][0],
+    )
+
+
+def _shape(tensors: Mapping[str, tuple[int, ...]], **sizes: int) -> memory.Shape:
+    numbers = {name: block_of(name) for name in tensors}
+    blocks = 1 + max(number for number in numbers.values() if number is not None)
+    in_blocks = sum(math.prod(tensors[name]) for name, number in numbers.items() if number is not None)
+    linear = tuple(
+        # In memory gate and up of an expert are one tensor, whose adapter is as wide as both.
+        (layer, tensors[name][1], tensors[name][0] * (2 if ".experts." in name and layer in _GATE_OR_UP else 1))
+        for name, number in numbers.items()
+        if number == 0 and len(tensors[name]) == 2 and (layer := name.split(".")[-2])
+    )
+    return memory.Shape(
+        blocks=blocks,
+        parameters=sum(math.prod(shape) for shape in tensors.values()),
+        block_parameters=in_blocks // blocks,
+        linear=linear,
+        **sizes,
+    )

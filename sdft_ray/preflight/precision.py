@@ -1,0 +1,98 @@
+"""Half precision on a CPU: which fields of a recipe ask for it, and how much slower it is where the CPU emulates it.
+
+In: the stages that are still to be built, and the compute file. Out: one line, or nothing. A CPU without instructions
+for bfloat16 computes the same numbers in plain loops, in PyTorch and in vLLM: nothing else says why a run takes long.
+Measuring imports torch, so the CPU's flags are read first.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import timeit
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from sdft_ray.errors import Problem, problem
+from sdft_ray.progress import say
+from sdft_ray.spec.compute import Compute
+from sdft_ray.store.identity import Stage
+
+_FIELDS = {
+    **{"score": "prune.dtype", "loss": "prune.dtype", "distill": "distill.dtype", "nll": "distill.dtype"},
+    **{"train": "train.dtype", "draft": "draft.dtype", "speed": "evaluate.dtype", "evaluate": "evaluate.dtype"},
+}
+# As Linux calls the instructions in /proc/cpuinfo: x86's, then ARM's.
+_FLAGS = {"bfloat16": {"avx512_bf16", "amx_bf16", "bf16"}, "float16": {"avx512_fp16", "amx_fp16", "asimdhp"}}
+# Variables that keep PyTorch and oneDNN from instructions that are there.
+_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+_SLOW = 1.5  # times as long as float32: less is noise on a busy machine, and not worth a line
+
+
+def say_slow(stages: Iterable[Stage], compute: Compute) -> None:
+    """Say in one line which fields make stages slow on this machine; of other machines this one knows nothing."""
+    if compute.ray.address == "local" and (line := find_slow(half_fields(stages, compute))):
+        say(line)
+
+
+def half_fields(stages: Iterable[Stage], compute: Compute) -> dict[str, str]:
+    """Return the recipe's fields that have stages compute in half precision on a CPU, with what they ask for."""
+    gpus = {name: need[2] for name, need in compute.needs().items()}
+    found = {}
+    for stage in stages:
+        dtype = stage.settings.get("train", stage.settings).get("dtype")
+        if dtype in _FLAGS and not gpus[stage.name]:
+            found[_FIELDS[stage.name]] = dtype
+    return dict(sorted(found.items()))
+
+
+def find_slow(fields: Mapping[str, str]) -> Problem | None:
+    """Return the line about fields that ask this machine's CPU for what it emulates; None where it emulates nothing."""
+    doubtful = {dtype for dtype in fields.values() if is_doubtful(dtype, read_flags(), os.environ)}
+    slow = {dtype: times for dtype in sorted(doubtful) if (times := measure_slowness(dtype)) >= _SLOW}
+    if not slow:
+        return None
+    where = ", ".join(field for field, dtype in fields.items() if dtype in slow)
+    what = f"{' and '.join(slow)} {'are' if len(slow) > 1 else 'is'} emulated on this CPU"
+    measured = " and ".join(f"{times:.1f}" for times in slow.values())
+    return problem(where, f"{what}: measured {measured} times slower than float32", "Set float32")
+
+
+def is_doubtful(dtype: str, flags: frozenset[str] | None, variables: Mapping[str, str]) -> bool:
+    """Return whether a CPU with these flags, None where they are not known, may have to emulate a dtype.
+
+    >>> is_doubtful("bfloat16", frozenset({"avx2"}), {})
+    True
+    """
+    return flags is None or not flags & _FLAGS[dtype] or any(variables.get(name) for name in _LIMITS)
+
+
+def read_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str] | None:
+    """Return what the first CPU's line of flags holds; None where there is no such line, as outside of Linux."""
+    try:
+        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return None
+
+
+@functools.cache
+def measure_slowness(dtype: str) -> float:
+    """Return how many times as long as in float32 a linear layer takes on one core, at a small model's sizes."""
+    import torch
+
+    def measure_seconds(kind: torch.dtype) -> float:
+        inputs, weights = torch.ones(512, 576, dtype=kind), torch.ones(1536, 576, dtype=kind)
+        # The first time is that of setting up.
+        return min(timeit.repeat(lambda: torch.nn.functional.linear(inputs, weights), number=1, repeat=4))
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return measure_seconds(getattr(torch, dtype)) / measure_seconds(torch.float32)
+    finally:
+        torch.set_num_threads(threads)

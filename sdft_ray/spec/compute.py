@@ -1,0 +1,232 @@
+"""Where and how it is computed: the typed form of one compute file.
+
+In: a YAML file, or nothing (the defaults fit one machine of two cores or more). Out: a frozen `Compute` with every
+`auto` settled.
+No field here may change a number beyond rounding; whatever could is recipe. None of it is ever hashed.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from sdft_ray.errors import UserError, problem
+from sdft_ray.spec.loading import load_section
+from sdft_ray.spec.section import LocalPath, Section
+from sdft_ray.spec.wording import validate
+
+SECTIONS = {"loss": "score", "nll": "distill", "draft": "distill", "speed": "evaluate"}
+"""Sections that stages without one of their own are computed by."""
+
+Auto = Literal["auto"]
+Count = Annotated[int, Field(gt=0)]
+
+
+class Node(Section):
+    """What one node holds."""
+
+    cpus: int = Field(gt=0)
+    gpus: float = Field(0, ge=0)
+
+
+class RayCluster(Section):
+    """Which Ray cluster does the work."""
+
+    address: str = "local"
+    """`local` starts one here for the time of the command; `auto` or an address joins a running one."""
+    wait_seconds: int = Field(600, ge=0)
+    """How long to wait for nodes that an autoscaler may still bring, or for others to finish."""
+    largest_node: Node | None = None
+    """The largest node that an autoscaler can bring, which Ray does not tell. Absent: the nodes there are count, and
+    what none of them can hold is an error at once."""
+    gpu_memory_gb: float | None = Field(None, gt=0)
+    """Memory of one GPU, for `sdft check` to say what fits."""
+
+
+class Score(Section):
+    """Actors that each hold the base model, for the stages score and loss."""
+
+    actors: int = Field(1, gt=0)
+    cpus: Count | Auto = "auto"
+    """CPUs of one actor; `auto` shares this machine's cores among the actors."""
+    gpus: float = Field(0, ge=0)
+    batch_size: int = Field(8, gt=0)
+    """Texts of one forward pass."""
+
+
+class Engine(Section):
+    """vLLM options that change speed and memory only; names are vLLM's own unless said otherwise."""
+
+    enforce_eager: bool = True
+    """Without compilation: on two cores compiled code is a twelfth faster and starts a minute later."""
+    max_num_seqs: int = Field(128, gt=0)
+    max_num_batched_tokens: int | None = Field(None, gt=0)
+    max_model_len: int | None = Field(None, gt=0)
+    kv_cache_gib: float = Field(2.0, gt=0)
+    """Memory of the KV cache on a CPU; a GPU takes gpu_memory_utilization instead."""
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    enable_prefix_caching: bool = True
+    block_size: int | None = Field(None, gt=0)
+    async_scheduling: bool | None = None
+    cpu_offload_gb: float | None = Field(None, ge=0)
+    """Weights held in a GPU machine's main memory, for models that a GPU is too small for."""
+    kv_offloading_size: float | None = Field(None, gt=0)
+    """GiB of main memory that the KV cache of a GPU may spill into."""
+    enable_expert_parallel: bool | None = None
+    safetensors_load_strategy: Literal["lazy", "eager", "prefetch"] | None = None
+
+
+class Pool(Section):
+    """A number of actors or workers that follows the room there is; a plain number stands for both ends."""
+
+    min: int = Field(1, gt=0)
+    max: int = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is more than max {self.max}. Lower min")
+        return self
+
+
+OneNumberOrPool = Annotated[Pool, BeforeValidator(lambda n: {"min": n, "max": n} if type(n) is int else n)]
+
+
+class Distill(Section):
+    """Actors that each hold a vLLM engine."""
+
+    actors: OneNumberOrPool = Pool(max=1)
+    """How many; {min: 1, max: 16} grows with the room that a cluster has and shrinks when rows run out."""
+    cpus: Count | Auto = "auto"
+    gpus: float = Field(0, ge=0)
+    tensor_parallel_size: int = Field(1, gt=0)
+    batch_rows: int = Field(2048, gt=0)
+    """Rows handed to an actor at once, fewer where there are too few for all actors. Its engine schedules them itself
+    and runs empty only at their end."""
+    piece_rows: int = Field(16, gt=0)
+    """Finished rows that are made durable together: the most that a kill can cost one actor."""
+    max_failures: int = Field(10, ge=0)
+    """Deaths of one actor, or over one batch, after which the stage fails; a row that kills its engine is found and set
+    aside after about 5."""
+    engine: Engine = Engine()
+
+    @model_validator(mode="after")
+    def _has_gpus_for_its_engine(self) -> Self:
+        if self.tensor_parallel_size > max(1, self.gpus):
+            what = f"{self.tensor_parallel_size} is more than the {self.gpus:g} gpus of an actor"
+            raise ValueError(f"tensor_parallel_size {what}. Raise gpus to {self.tensor_parallel_size}")
+        return self
+
+
+class Train(Section):
+    """Workers of Ray Train, and how DeepSpeed shares memory among them."""
+
+    workers: OneNumberOrPool = Pool(min=2, max=2)
+    """How many; {min: 1, max: 8} trains with as many as there is room for, and goes on from the last checkpoint with
+    others when that changes."""
+    cpus: Count | Auto = "auto"
+    gpus: float = Field(0, ge=0)
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """What DeepSpeed spreads over the workers: 1 the optimizer, 2 also gradients, 3 also weights."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What waits in main memory instead of a GPU's: the optimizer (zero_stage 1 to 3), or the weights too (3)."""
+    micro_batch: int = Field(8, gt=0)
+    """Rows that one worker takes through forward and backward together, packed into one sequence."""
+    pass_tokens: int | None = Field(None, gt=0)
+    """Tokens of that sequence at most, for memory; at least train.max_tokens. Absent: as many as its rows have."""
+    gradient_checkpointing: bool = False
+    """Less memory for activations, a third more time."""
+    deepspeed: LocalPath | None = None
+    """A DeepSpeed JSON, see configs/deepspeed; it is handed over as it is and must not set what a recipe decides."""
+    checkpoint_every_steps: int = Field(10, gt=0)
+    keep_checkpoints: int = Field(2, gt=0)
+    """Training checkpoints that are kept; they go when the stage is done."""
+    max_failures: int = Field(3, ge=0)
+    """Dead workers that are replaced before the stage fails."""
+
+    @model_validator(mode="after")
+    def _offloads_what_is_spread(self) -> Self:
+        least = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
+        if self.zero_stage < least:
+            raise ValueError(f"offload: {self.offload} needs zero_stage {least}, not {self.zero_stage}. Change either")
+        return self
+
+
+class Evaluate(Section):
+    """Ray tasks that each take one model through one exam."""
+
+    cpus: Count | Auto = 1
+    """CPUs of one (model, task); several run at once where there is room."""
+    gpus: float = Field(0, ge=0)
+    batch_size: int = Field(16, gt=0)
+    """Sequences of one forward pass."""
+
+
+class Compute(Section):
+    """One complete compute file."""
+
+    ray: RayCluster = RayCluster()
+    score: Score = Score()
+    distill: Distill = Distill()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+
+    def needs(self) -> dict[str, tuple[int, int, float]]:
+        """Return, for each stage, how many bundles of how many CPUs and GPUs it holds at once."""
+        return {
+            "score": (self.score.actors, _settled(self.score.cpus), self.score.gpus),
+            "loss": (self.score.actors, _settled(self.score.cpus), self.score.gpus),
+            "distill": (self.distill.actors.min, _settled(self.distill.cpus), self.distill.gpus),
+            "train": (self.train.workers.min, _settled(self.train.cpus), self.train.gpus),
+            "nll": (1, _settled(self.distill.cpus), self.distill.gpus),
+            "draft": (1, _settled(self.distill.cpus), self.distill.gpus),
+            "speed": (1, _settled(self.evaluate.cpus), self.evaluate.gpus),
+            "evaluate": (1, _settled(self.evaluate.cpus), self.evaluate.gpus),
+        }
+
+
+def cores() -> int:
+    """Return how many cores this process may use: the affinity mask, and in a container its CPU quota."""
+    mask = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(mask, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup v2, or no limit ("max")
+        return mask
+
+
+def load_compute(path: Path | None = None) -> Compute:
+    """Return the compute file at `path`, or the defaults, with every `auto` settled for this machine.
+
+    Raises UserError where a local cluster could never hold a stage: a silent wait helps nobody.
+    """
+    compute = load_section(Compute, path) if path else Compute()
+    here = cores()
+    data = compute.model_dump(mode="json")
+    for name, count in (("score", "actors"), ("distill", "actors"), ("train", "workers"), ("evaluate", None)):
+        if data[name]["cpus"] == "auto":
+            wanted = data[name][count] if count else 1
+            sharing = wanted["max"] if isinstance(wanted, dict) else wanted
+            data[name]["cpus"] = max(1, here // sharing)
+    compute = validate(Compute, data)
+    if compute.ray.address == "local":
+        short = [
+            problem(
+                f"compute.{name}",
+                f"{bundles} x {cpus} CPUs = {bundles * cpus} is more than the {here} cores of this machine",
+                f"Lower the number or the cpus of {name}, or give ray.address of a cluster",
+            )
+            for name, (bundles, cpus, _) in compute.needs().items()
+            if name not in SECTIONS and bundles * cpus > here
+        ]
+        if short:
+            raise UserError(*short)
+    return compute
+
+
+def _settled(cpus: int | Auto) -> int:
+    assert cpus != "auto", "load_compute settles auto before anything is asked for"
+    return cpus

@@ -1,0 +1,93 @@
+"""The typed form of one sweep file: a recipe, and axes of values for some of its fields."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, JsonValue, model_validator
+
+from sdft_ray.spec.section import Section
+
+
+class Axis(Section):
+    """The values that one recipe field takes: a list, or a range that values are drawn from."""
+
+    values: tuple[JsonValue, ...] | None = None
+    from_: int | float | None = Field(None, alias="from")
+    """Lower end of a range; with two whole numbers whole numbers are drawn."""
+    to: int | float | None = None
+    """Upper end of a range."""
+    scale: Literal["log", "linear"] = "linear"
+
+    @model_validator(mode="after")
+    def _is_one_kind(self) -> Self:
+        if self.values is None:
+            if self.from_ is None or self.to is None:
+                raise ValueError("gives no values. List them, or give from and to")
+            if self.from_ >= self.to:
+                raise ValueError(f"from {self.from_} is not below to {self.to}. Change either")
+            if self.scale == "log" and self.from_ <= 0:
+                raise ValueError(f"from {self.from_} has no logarithm. Raise it, or use scale: linear")
+        elif not self.values:
+            raise ValueError("has no values. Give at least one")
+        elif len({json.dumps(value) for value in self.values}) < len(self.values):
+            raise ValueError("names a value twice. Remove one")
+        return self
+
+    def draw(self, count: int, seed: str) -> tuple[int | float, ...]:
+        """Return `count` values of the range, to three digits: short enough to be typed into a recipe."""
+        assert self.from_ is not None and self.to is not None
+        low, high = (math.log(end) if self.scale == "log" else end for end in (self.from_, self.to))
+        places = random.Random(seed)
+        drawn = [low + (high - low) * places.random() for _ in range(count)]
+        numbers = [float(f"{math.exp(value) if self.scale == 'log' else value:.3g}") for value in drawn]
+        whole = isinstance(self.from_, int) and isinstance(self.to, int)
+        return tuple(round(number) for number in numbers) if whole else tuple(numbers)
+
+
+OneAxis = Annotated[Axis, BeforeValidator(lambda given: {"values": tuple(given)} if isinstance(given, list) else given)]
+Axes = dict[str, OneAxis]
+
+
+def _several(given: Any) -> Any:
+    """Return one thing as a tuple of one."""
+    return tuple(given) if isinstance(given, list) else (given,)
+
+
+class Asha(Section):
+    """Early stopping by validation loss (asynchronous successive halving), as Ray Tune does it."""
+
+    grace_steps: int = Field(gt=0)
+    """No trial is stopped before this step."""
+    reduction_factor: int = Field(3, gt=1)
+    """Of the trials that reach a rung the best one in so many goes on. Rungs are at grace_steps times its powers."""
+
+
+class Sweep(Section):
+    """One complete sweep file."""
+
+    recipe: Annotated[tuple[str, ...], BeforeValidator(_several)]
+    """A recipe file, relative to this one; or several, whose results stand side by side."""
+    axes: Annotated[tuple[Axes, ...], BeforeValidator(_several)]
+    """Recipe fields by their dotted paths, each with its values; lists are crossed. Several such mappings: all that any
+    of them makes."""
+    samples: int | None = Field(None, gt=0)
+    """Values drawn of the ranges, the same for every combination of listed values."""
+    seed: int = 0
+    """Moves what is drawn."""
+    asha: Asha | None = None
+    """Stops trials that do worse than others of the same arm, depth and size; without it all are trained to the end."""
+
+    @model_validator(mode="after")
+    def _draws_where_there_is_a_range(self) -> Self:
+        if not all(self.axes):
+            raise ValueError("axes: names no field. Give at least one")
+        ranges = [path for axes in self.axes for path, axis in axes.items() if axis.values is None]
+        if ranges and self.samples is None:
+            raise ValueError(f"samples: is missing. Say how many values of {ranges[0]} to draw")
+        if self.samples is not None and not ranges:
+            raise ValueError("samples: has no range to draw from. Remove it, or give an axis from and to")
+        return self

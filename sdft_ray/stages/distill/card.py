@@ -1,0 +1,98 @@
+"""The distilled dataset as others read it: its Arrow schema, and the card that says how it was made.
+
+In: selected rows and the figures of the stage. Out: records for train.parquet, and README.md with the front matter that
+dataset hubs read. `datasets.load_dataset("parquet", data_files=...)` and `load_dataset(DIRECTORY)` both load it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sdft_ray.store.identity import Stage
+
+_TEXTS = ("id", "prompt", "reference", "answer", "response", "source", "reason", "generated", "finish_reason")
+_COUNTS = ("sample", "prompt_tokens", "generated_tokens")
+# Licences of sources that are known by name; what a file holds, its owner knows.
+_LICENCES = {"openai/gsm8k": "mit", "databricks/databricks-dolly-15k": "cc-by-sa-3.0"}
+_SAMPLING = ("temperature", "top_p", "max_new_tokens", "samples", "dtype", "seed")
+
+
+def schema() -> Any:
+    """Return the columns of train.parquet."""
+    import pyarrow as pa
+
+    turn = pa.struct([("role", pa.string()), ("content", pa.string())])
+    return pa.schema(
+        [(name, pa.string()) for name in _TEXTS]
+        + [("messages", pa.list_(turn))]
+        + [(name, pa.int32()) for name in _COUNTS]
+        + [("sampling_seed", pa.int64())]
+    )
+
+
+def record(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a selected row with its conversation as chat messages."""
+    turns = (("user", row["prompt"]), ("assistant", row["response"]))
+    return {**row, "messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def write(directory: Path, stage: Stage, summary: Mapping[str, Any], examples: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write README.md."""
+    from huggingface_hub import DatasetCardData
+
+    rows = stage.inputs["rows"]
+    source = dict(rows.settings.get("source", {}))
+    licence = "apache-2.0" if "gym" in source else _LICENCES.get(source.get("repo", ""), "unknown")
+    front = DatasetCardData(
+        license=licence,
+        task_categories=["text-generation"],
+        tags=["self-data-distillation"],
+        configs=[{"config_name": "default", "data_files": "train.parquet"}],
+    )
+    name = " ".join(str(source[key]) for key in ("gym", "repo", "revision") if key in source) or rows.slug
+    sampling = ", ".join(f"{key} {stage.settings[key]}" for key in _SAMPLING)
+    reasons = "\n".join(f"| {reason} | {count} |" for reason, count in summary["reasons"].items() if count)
+    text = f"""---
+{front.to_yaml()}
+---
+
+# {stage.slug}, rewritten by {stage.inputs["model"].slug}
+
+{summary["rows"]} rows of {name} (licence of the source: {licence}). Where `source` is `distilled`, the response is the
+model's own rewrite of the reference, checked; else it is the reference, verbatim, and `reason` says why. No row was
+dropped. Made by sdft_ray after *Self-Data Distillation* (arXiv 2410.09982).
+
+| reason | rows |
+|---|---|
+{reasons}
+
+Sampling: {sampling}; each sample of a row has its own seed. `messages` holds prompt and response as a conversation;
+`generated` is what the model wrote last, kept or not.
+
+## Examples
+{"".join(_describe_example(row) for row in examples.values())}"""
+    (directory / "README.md").write_text(text, encoding="utf-8")
+
+
+def _describe_example(row: Mapping[str, Any]) -> str:
+    quoted = {name: _quote(row[name]) for name in ("prompt", "reference", "generated")}
+    return f"""
+**{row["reason"]}**. Prompt:
+
+{quoted["prompt"]}
+
+Reference:
+
+{quoted["reference"]}
+
+Generated:
+
+{quoted["generated"]}
+"""
+
+
+def _quote(text: str) -> str:
+    shown = text if len(text) <= 600 else text[:600] + " …"
+    return "\n".join(f"> {line}".rstrip() for line in shown.splitlines() or [""])

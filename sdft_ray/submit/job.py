@@ -1,0 +1,221 @@
+"""A recipe or sweep as a job of a running Ray cluster.
+
+In: a recipe or sweep file, a compute file, the address of the cluster's dashboard. Out: a job that runs the chain
+there, and its exit code. This package travels, and with it what the recipe names here: rows, texts, a small model.
+What is large belongs under the root, which every node sees: a job is uploaded whole and held in the head's memory.
+The job is a zip file of ours: from a directory Ray would leave out what a `.gitignore` in it names, weights included.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ntpath
+import os
+import shlex
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile, ZipInfo
+
+import yaml
+
+from sdft_ray.cluster import TOKEN
+from sdft_ray.errors import StageFailed, UserError, problem
+from sdft_ray.progress import say
+from sdft_ray.spec.compute import Compute
+from sdft_ray.spec.loading import load_recipe, load_section, read_yaml
+from sdft_ray.spec.sweep import Sweep
+from sdft_ray.store.files import source_files
+from sdft_ray.store.objects import is_store
+from sdft_ray.sweep.planning import is_sweep
+
+MAX_MB = 90  # Ray's dashboard takes uploads of up to 100 MiB
+_PATHS = ("path", "text", "deepspeed")  # keys of recipes and compute files whose values are local paths
+_FREE = ("options", "template_options")  # keys below which a user's own keys stand
+
+
+def pack(recipe: Path, compute: Path | None, root: str, until: str | None, archive: Path) -> str:
+    """Write all that a job needs into the zip file `archive`, which becomes its directory; return its shell command.
+
+    Raises UserError for mistakes in the files, for what is too large to travel, and for a root that nodes cannot share.
+    """
+    require_shared(root)
+    name = f"{recipe.stem}.yaml"
+    command = ["sweep", name] if is_sweep(recipe) else ["run", name]
+    if is_sweep(recipe):
+        if until:
+            raise UserError(problem("--until", "is for recipes", "Leave it out"))
+        sweep, data = load_section(Sweep, recipe), read_yaml(recipe)
+        inner = [recipe.parent / path for path in sweep.recipe]
+        data["recipe"] = [f"recipes/{i}/{path.name}" for i, path in enumerate(inner)]
+    else:
+        load_recipe(recipe)
+        data, inner = read_yaml(recipe), []
+    files = {name: data, "compute/compute.yaml": on_cluster(compute)}
+    for place, path in zip(data.get("recipe", []), inner, strict=True):
+        load_recipe(path)
+        files[place] = read_yaml(path)
+    shipped: dict[Path, str] = {}
+    texts = {place: _as_text(with_shipped(values, "", root, shipped)) for place, values in files.items()}
+    _require_small(shipped, root)
+    _write(archive, texts, {**_package(), **shipped})
+    stop = ["--until", until] if until else []
+    return shlex.join(
+        ["python", "-m", "sdft_ray.cli", *command, "--compute", "compute/compute.yaml", "--root", root, *stop]
+    )
+
+
+def _as_text(values: Any) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _package() -> dict[Path, str]:
+    """Return the files of this package with their places in the job."""
+    here = Path(__file__).parents[1]
+    files = [file for file in source_files(here) if file.suffix != ".pyc"]
+    return {file: file.relative_to(here.parent).as_posix() for file in files}
+
+
+def _write(archive: Path, texts: Mapping[str, str], shipped: Mapping[Path, str]) -> None:
+    """Write texts, files and directories to their places in a zip file.
+
+    Equal contents make equal bytes: Ray calls what it uploads by its hash, and does not upload it again.
+    """
+    with ZipFile(archive, "w") as packed:
+        for place, text in texts.items():
+            packed.writestr(_entry(place), text)
+        for source, place in shipped.items():
+            for file in source_files(source):
+                packed.writestr(_entry((Path(place) / file.relative_to(source)).as_posix()), file.read_bytes())
+
+
+def _entry(place: str) -> ZipInfo:
+    if ntpath.splitdrive(place)[0] or "\\" in place:
+        raise UserError(problem(place, "has a name that Ray does not unpack", "Rename it, without : and \\"))
+    entry = ZipInfo(place)
+    entry.external_attr = 0o644 << 16
+    return entry
+
+
+def require_shared(root: str) -> None:
+    """Raise UserError where a root means another place on every machine."""
+    if not is_store(root) and not Path(root).is_absolute():
+        what = f"{root} is relative, and a job has no directory of its own that lasts"
+        raise UserError(problem("--root", what, "Give an absolute path that every node sees, or an s3:// URI"))
+
+
+def on_cluster(compute: Path | None) -> dict[str, Any]:
+    """Return a checked compute file as plain data, for a job that joins the cluster it runs on."""
+    if compute:
+        load_section(Compute, compute)
+    data = read_yaml(compute) if compute else {}
+    return {**data, "ray": {**(data.get("ray") or {}), "address": "auto"}}
+
+
+def with_shipped(value: Any, key: str, root: str, shipped: dict[Path, str]) -> Any:
+    """Return plain data in which each local path is the one it will have in the job; note those in `shipped`.
+
+    A file keeps its name, which goes into the names of artifacts. What lies under the root stays where it is, and so
+    does an absolute path that is not here: it is on the nodes, or the job says that it is not.
+    """
+    if key in _FREE:
+        return value
+    if isinstance(value, Mapping):
+        inner = {name: key if name == "values" else str(name).rpartition(".")[2] for name in value}
+        return {name: with_shipped(each, inner[name], root, shipped) for name, each in value.items()}
+    if isinstance(value, list):
+        return [with_shipped(each, key, root, shipped) for each in value]
+    if key not in _PATHS or not isinstance(value, str) or value == "boolq":
+        return value
+    path = Path(os.path.abspath(Path(value).expanduser()))  # noqa: PTH100 - a link keeps its name
+    if not path.exists():
+        if Path(value).is_absolute():
+            return value
+        raise UserError(problem(key, f"{value} does not exist", "Check the path: it is relative to where you are"))
+    if not is_store(root) and path.is_relative_to(root):
+        return value
+    return shipped.setdefault(path, f"files/{len(shipped)}/{path.name}")
+
+
+def _require_small(shipped: Mapping[Path, str], root: str) -> None:
+    sizes = {path: size_mb(path) for path in shipped}
+    if sum(sizes.values()) > MAX_MB:
+        largest = max(sizes, key=lambda path: sizes[path])
+        what = f"{sizes[largest]:.0f} MB; {MAX_MB} MB in all travel with a job"
+        do = f"Put it under {root} and give that path"
+        if is_store(root):
+            do = "Put it on a path that every node sees, or name a pinned hub repository"
+        raise UserError(problem(str(largest), what, do))
+
+
+def size_mb(path: Path) -> float:
+    """Return the size of a file, or of the files in a directory that count."""
+    return sum(file.stat().st_size for file in source_files(path)) / 1e6
+
+
+def submit(address: str, archive: Path, command: str, name: str) -> tuple[Any, str]:
+    """Start a packed job on the cluster whose dashboard is at `address`; return a client and the job's id."""
+    client = connect(address)
+    environment = {"working_dir": str(archive)}
+    try:
+        return client, client.submit_job(entrypoint=command, runtime_env=environment, metadata={"recipe": name})
+    except RuntimeError as error:
+        raise UserError(problem(address, f"refuses the job ({_first_line(error)})", "Fix this")) from None
+
+
+def connect(address: str) -> Any:
+    """Return a client of the job API; raises UserError where nobody answers or the token is not right."""
+    # Ray lets these win over an address that is given.
+    for variable in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
+        os.environ.pop(variable, None)
+    import requests
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not address.startswith(("http://", "https://")):
+        what = f"{address} is not the address of a dashboard"
+        raise UserError(problem("--address", what, "Give for example http://127.0.0.1:8265"))
+    try:
+        return JobSubmissionClient(address)
+    except AuthenticationError:
+        what = "this cluster asks for a token, and yours is missing or wrong"
+        raise UserError(problem(address, what, f"Set {TOKEN}")) from None
+    except (ConnectionError, RuntimeError, requests.RequestException) as error:
+        do = "Check the address, and that the cluster runs"
+        raise UserError(problem(address, f"no Ray dashboard answers ({_first_line(error)})", do)) from None
+
+
+def follow(client: Any, job: str, address: str) -> int:
+    """Print a job's log until it ends, and return its exit code."""
+    import aiohttp
+
+    async def tail() -> None:
+        async for text in client.tail_job_logs(job):
+            print(text, end="", flush=True)
+
+    again = f"ray job logs --follow --address {address} {job}"
+    try:
+        asyncio.run(tail())
+        while not (info := client.get_job_info(job)).status.is_terminal():
+            time.sleep(0.5)
+    except KeyboardInterrupt:
+        say(f"The job goes on. Follow it: {again}; stop it: ray job stop --address {address} {job}")
+        raise
+    except (OSError, RuntimeError, aiohttp.ClientError) as error:
+        lost = f"submit: the connection to {address} is lost ({_first_line(error)})"
+        raise StageFailed(f"{lost}. Follow the job: {again}; or submit again, it goes on.") from None
+    if info.driver_exit_code is None:
+        if info.status == "SUCCEEDED":
+            return 0
+        raise StageFailed(
+            f"submit: job {job} {info.status.lower()}: {_first_line(info.message)}. Submit again to go on."
+        )
+    return info.driver_exit_code if info.driver_exit_code >= 0 else 128 - info.driver_exit_code
+
+
+def _first_line(error: object) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200].rstrip(".")

@@ -1,0 +1,269 @@
+"""A sweep: many recipes that differ in named fields, as one plan in which what they share stands once.
+
+In: a sweep file (a recipe, and axes of values for some of its fields). Out: the stages that several trials need, and
+then the trials, each of which trains one model and takes it through its exams (trials.py builds them). All that could
+be wrong with any cell is said here, before anything is built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sdft_ray import pipeline
+from sdft_ray.errors import UserError, problem
+from sdft_ray.spec.compute import Compute
+from sdft_ray.spec.loading import load_recipe, load_section, read_yaml
+from sdft_ray.spec.recipe import Recipe
+from sdft_ray.spec.sweep import Asha, Sweep
+from sdft_ray.stages import distill, train
+from sdft_ray.store.identity import Stage, short_id
+from sdft_ray.store.storage import Storage
+
+DEPTH, SIZE, RECIPE = "prune.blocks", "train.rows", "recipe"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One recipe of a sweep, and the values that make it."""
+
+    values: Mapping[str, Any]
+    recipe: Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """The training of one model, and its exams."""
+
+    train: Stage
+    exams: tuple[Stage, ...]
+    cell: Cell
+    """The first cell that needs it; where it lies in the sweep."""
+    values: Mapping[str, Any]
+    """What of the cell's values bears on it."""
+
+    @property
+    def arm(self) -> str:
+        return str(self.train.settings["arm"])
+
+    @property
+    def compares_with(self) -> tuple[Any, ...]:
+        """What trials have in common whose validation losses compare: the pruned model, the rows, arm and size."""
+        inputs = self.train.inputs
+        return inputs["model"].id, inputs["rows"].id, self.arm, self.train.settings["train"]["rows"]
+
+    @property
+    def name(self) -> str:
+        """The arm and the values, as a line of progress has them."""
+        return ", ".join([self.arm, *(f"{path.rpartition('.')[2]} {value}" for path, value in self.values.items())])
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a sweep builds: first what is shared, in this order, then the trials in any, then the drafts."""
+
+    cells: tuple[Cell, ...]
+    shared: tuple[Stage, ...]
+    trials: tuple[Trial, ...]
+    drafts: tuple[Stage, ...] = ()
+    """Pruned and trained models as drafts of the base: the last, one at a time, for they are measured in seconds."""
+    asha: Asha | None = None
+
+    @property
+    def name(self) -> str:
+        """What the sweep's own records go by: other trials make another sweep."""
+        return f"sweep-{short_id([trial.train.id for trial in self.trials])}"
+
+
+# --- from file to plan ----------------------------------------------------------------------------------------
+
+
+def is_sweep(path: Path) -> bool:
+    """Return whether a file is a sweep and not a recipe: it has axes."""
+    return "axes" in read_yaml(path)
+
+
+def load_sweep(path: Path) -> Plan:
+    """Return the plan of the sweep in `path`; raises UserError with every problem of the file at once."""
+    sweep = load_section(Sweep, path)
+    plan = dataclasses.replace(make_plan(expand(sweep, path.parent)), asha=sweep.asha)
+    if problems := list(_mistakes_of_asha(plan)) if plan.asha else []:
+        raise UserError(*problems)
+    return plan
+
+
+def expand(sweep: Sweep, folder: Path) -> tuple[Cell, ...]:
+    """Return one cell for each recipe and combination of values, in the order of the file."""
+    cells: list[Cell] = []
+    problems: dict[str, None] = {}
+    for file in sweep.recipe:
+        whole = load_recipe(folder / file)  # its own mistakes are its own
+        if whole.merge:
+            do = "Sweep it without merge, and merge what was best"
+            raise UserError(problem("recipe", f"{file} merges models, which trials alone do not have", do))
+        first = load_recipe(folder / sweep.recipe[0])
+        if whole.evaluate != first.evaluate:
+            what = f"{file} has other exams than {sweep.recipe[0]}, so their means do not compare"
+            raise UserError(problem("recipe", what, "Give both the same evaluate"))
+        if whole.draft != first.draft:
+            what = f"{file} tries drafts otherwise than {sweep.recipe[0]}, so their figures do not compare"
+            raise UserError(problem("recipe", what, "Give both the same draft"))
+        which = {RECIPE: Path(file).stem} if len(sweep.recipe) > 1 else {}
+        for values in _combinations(sweep):
+            overrides = [f"{path}={json.dumps(value)}" for path, value in values.items()]
+            try:
+                cell = Cell({**which, **values}, load_recipe(folder / file, overrides))
+            except UserError as error:
+                problems |= dict.fromkeys(_of_axis(line.removeprefix("--set "), values) for line in error.problems)
+                continue
+            problems |= dict.fromkeys(_mistakes(cell))
+            cells.append(cell)
+    if problems:
+        raise UserError(*problems)
+    return tuple(cells)
+
+
+def _combinations(sweep: Sweep) -> Iterator[dict[str, Any]]:
+    for axes in sweep.axes:
+        listed = {path: axis.values for path, axis in axes.items() if axis.values is not None}
+        # A seed for each axis: one more of them moves no other's values.
+        drawn = {
+            path: axis.draw(sweep.samples or 0, f"{sweep.seed}:{path}")
+            for path, axis in axes.items()
+            if axis.values is None
+        }
+        draws = [dict(zip(drawn, values, strict=True)) for values in zip(*drawn.values(), strict=True)] or [{}]
+        for values in itertools.product(*listed.values()):
+            for draw in draws:
+                yield {**dict(zip(listed, values, strict=True)), **draw}
+
+
+def _of_axis(line: str, values: Mapping[str, Any]) -> str:
+    """Return a problem of a recipe as one of the axis that made it."""
+    return f"axes.{line}" if any(line.startswith(path) for path in values) else line
+
+
+def _mistakes(cell: Cell) -> Iterator[str]:
+    """Yield a problem for each axis that cannot show what it is there for."""
+    for path in cell.values:
+        section, _, field = path.partition(".")
+        if section == "evaluate":
+            yield problem(f"axes.{path}", "every trial takes the same exams", "Set it in the recipe")
+        if field.rpartition(".")[2] in (*distill.GATES, *train.GATES, "shift_rows"):
+            yield problem(f"axes.{path}", "moves no number of a trial", "Set it in the recipe")
+        if section == "draft":
+            yield problem(f"axes.{path}", "every draft is tried in the same way", "Set it in the recipe")
+        if not (path in (DEPTH, SIZE, RECIPE) or is_seed(path)) and cell.recipe.rows.validation == 0:
+            what = f"without validation rows nothing says which {path} is best"
+            yield problem(f"axes.{path}", what, "Give rows.validation in the recipe, for example 16")
+        for arm in cell.recipe.arms.names if section == "train" else ():
+            own = getattr(cell.recipe.arms, arm).model_dump(exclude_none=True)
+            if (name := field.partition(".")[0]) in own:
+                do = f"Sweep arms.{arm}.{field} instead, or take {name} off the arm"
+                yield problem(f"axes.{path}", f"the arm {arm} has its own {name}", do)
+
+
+def _mistakes_of_asha(plan: Plan) -> Iterator[str]:
+    """Yield a problem for each reason why trials of a plan must not be stopped by comparing them."""
+    for path in dict.fromkeys(path for cell in plan.cells for path in cell.values):
+        if is_seed(path):
+            yield problem(f"axes.{path}", "asha would keep the lucky seeds", "Remove asha, or this axis")
+    if not all(cell.recipe.rows.validation for cell in plan.cells):
+        yield problem("asha", "there are no validation rows to compare by", "Give rows.validation, for example 16")
+    if max(Counter(trial.compares_with for trial in plan.trials).values()) < 2:
+        what = "no two trials have arm, depth and size in common, and losses of others do not compare"
+        yield problem("asha", what, "Remove it, or add an axis such as train.lr")
+
+
+def is_seed(path: str) -> bool:
+    """Return whether an axis repeats a trial instead of changing what it is."""
+    return path.endswith(".seed")
+
+
+def make_plan(cells: Sequence[Cell]) -> Plan:
+    """Return everything that the cells need, each stage once."""
+    shared: dict[str, Stage] = {}
+    trained: dict[str, Stage] = {}
+    exams: dict[str, dict[str, Stage]] = {}
+    drafts: dict[str, Stage] = {}
+    needed_by: dict[str, list[Cell]] = {}
+    for cell in cells:
+        for stage in pipeline.stages(cell.recipe):
+            model = stage.inputs.get("model")
+            if stage.name == "train":
+                trained.setdefault(stage.id, stage)
+                needed_by.setdefault(stage.id, []).append(cell)
+            elif stage.name == "evaluate" and model is not None and model.name == "train":
+                exams.setdefault(model.id, {}).setdefault(stage.id, stage)
+            elif stage.name == "draft":
+                drafts.setdefault(stage.id, stage)
+            else:
+                shared.setdefault(stage.id, stage)
+    trials = [
+        Trial(stage, tuple(exams[key].values()), needed_by[key][0], _common_values(needed_by[key]))
+        for key, stage in trained.items()
+    ]
+    return Plan(
+        tuple(cells), tuple(sorted(shared.values(), key=_in_order)), tuple(trials), drafts=tuple(drafts.values())
+    )
+
+
+def _in_order(stage: Stage) -> tuple[int, float]:
+    """Return a stage's place: as in one chain, and generation first at the largest size, which smaller ones share."""
+    rows = stage.settings["rows"] if stage.name == "distill" else 0
+    return pipeline.STAGE_NAMES.index(stage.name), -math.inf if rows is None else -rows
+
+
+def _common_values(cells: Sequence[Cell]) -> dict[str, Any]:
+    """Return the values that all cells of a trial have: another one's value does not bear on it."""
+    return {
+        path: value
+        for path, value in cells[0].values.items()
+        if all(path in cell.values and cell.values[path] == value for cell in cells)
+    }
+
+
+def check(plan: Plan, compute: Compute) -> None:
+    """Raise UserError for what can be known to be wrong with any cell before anything is built."""
+    problems: dict[str, None] = {}
+    for cell in plan.cells:
+        try:
+            pipeline.check(cell.recipe, compute)
+        except UserError as error:
+            problems |= dict.fromkeys(_of_axis(line, cell.values) for line in error.problems)
+    if problems:
+        raise UserError(*problems)
+
+
+def stages_of(plan: Plan) -> tuple[Stage, ...]:
+    """Return every stage of a sweep in an order in which they can be built."""
+    trained = (stage for trial in plan.trials for stage in (trial.train, *trial.exams))
+    return (*plan.shared, *trained, *plan.drafts)
+
+
+def name_draft(stage: Stage, plan: Plan) -> str:
+    """Return whose draft a stage tries, as a line of progress has it."""
+    model = stage.inputs["draft"]
+    names = {trial.train.id: trial.name for trial in plan.trials}
+    return f"draft {names[model.id] if model.id in names else 'pruned, blocks ' + str(model.settings['blocks'])}"
+
+
+def say_stopped(losses: Sequence[tuple[int, float]]) -> str:
+    """Return in words when a trial was stopped.
+
+    >>> say_stopped([(2, 3.5), (4, 3.25)])
+    'stopped at step 4, validation loss 3.250'
+    """
+    step, loss = losses[-1]
+    return f"stopped at step {step}, validation loss {loss:.3f}"
+
+
+def is_done(trial: Trial, storage: Storage) -> bool:
+    """Return whether a trial's model and all of its exams are there."""
+    return all(storage.status(stage) == "done" for stage in (trial.train, *trial.exams))

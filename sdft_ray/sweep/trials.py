@@ -1,0 +1,282 @@
+"""The trials of a sweep, under Ray Tune: as many side by side as the cluster holds.
+
+In: a sweep's plan. Out: an artifact for every stage in it, but for trials that failed or that `asha` stopped, which are
+written down with the reason. Drafts come last, one at a time: beside a trial their speeds would say nothing. Resuming
+is by artifacts, and Tune's own state is thrown away: what is finished is not submitted again, or only tells its losses
+to those that are compared with it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sdft_ray import pipeline
+from sdft_ray.cluster import count_places, fit_together, on_this_node, ray_cluster, require_room, resources_of_nodes
+from sdft_ray.errors import StageFailed, UserError
+from sdft_ray.preflight import precision
+from sdft_ray.progress import Progress, duration, say
+from sdft_ray.spec.compute import Compute
+from sdft_ray.spec.sweep import Asha
+from sdft_ray.store.identity import Stage
+from sdft_ray.store.storage import Storage
+from sdft_ray.sweep.planning import Plan, Trial, check, is_done, name_draft, say_stopped, stages_of
+
+STEP, LOSS = "step", "validation_loss"
+_FOR_EVER = 10**7  # seconds: a trial's room is there by construction, only other trials' exams are in it for a while
+
+
+def run(plan: Plan, compute: Compute, storage: Storage) -> pipeline.Built:
+    """Build everything that a sweep lacks; what is shared first, for no trial waits for another.
+
+    A trial or draft that fails does not hold up the others: StageFailed at the end names each with its reason.
+    """
+    check(plan, compute)
+    with storage.lock(plan.name):
+        trials = open_trials(plan, storage)
+        drafts = [d for d in plan.drafts if storage.losses_of_stopped(plan.name, d.inputs["draft"]) is None]
+        wanted = [*plan.shared, *(stage for trial in trials for stage in (trial.train, *trial.exams)), *drafts]
+        todo, _ = pipeline.survey(wanted, storage)
+        _, there = pipeline.survey(stages_of(plan), storage)
+        pipeline.require_gates(there, storage)
+        if todo:
+            precision.say_slow(todo, compute)
+            with ray_cluster(compute):
+                if drafts:
+                    require_room(compute, "draft")
+                _build_shared(plan, compute, storage)
+                _run_trials(_with_rivals(trials, plan, storage) if plan.asha else trials, plan, compute, storage)
+                _try_drafts([stage for stage in drafts if stage in todo], plan, compute, storage)
+    failed = open_trials(plan, storage)
+    lines = [f"{trial.name}: {storage.failure(trial.train)}" for trial in failed]
+    untried = [stage for stage in pipeline.survey(plan.drafts, storage)[0] if storage.failure(stage)]
+    lines += [f"{name_draft(stage, plan)}: {storage.failure(stage)}" for stage in untried]
+    if lines:
+        done = f"{len(plan.trials) - len(failed)} of {len(plan.trials)} trials are done"
+        what = f"sweep: {len(lines)} failed, {done}. Run the same command again to try those once more."
+        raise StageFailed("\n".join([*lines, what]))
+    return pipeline.Built(tuple(todo), tuple(there))
+
+
+def open_trials(plan: Plan, storage: Storage) -> list[Trial]:
+    """Return the trials that are neither finished nor stopped by the sweep."""
+    with storage.survey():
+        return [trial for trial in plan.trials if is_open(trial, plan, storage)]
+
+
+def is_open(trial: Trial, plan: Plan, storage: Storage) -> bool:
+    """Return whether a trial is neither finished nor stopped by the sweep."""
+    return not is_done(trial, storage) and storage.losses_of_stopped(plan.name, trial.train) is None
+
+
+def _build_shared(plan: Plan, compute: Compute, storage: Storage) -> None:
+    """Build what trials share; cuts and generation at once where the nodes hold scoring beside engines."""
+    import ray
+
+    todo, _ = pipeline.survey(plan.shared, storage)
+    cuts = [stage for stage in todo if stage.name in ("score", "loss", "cut")]
+    generated = [stage for stage in todo if stage.name == "distill"]
+    if cuts and generated and _is_room_for_both(compute):
+        pipeline.build([stage for stage in todo if stage.name in ("model", "rows")], compute, storage)
+        # In a process of its own: two runs of Ray Data in one get in each other's way (docs/footguns.md). On this node,
+        # where the recipe's files are.
+        beside = ray.remote(num_cpus=0, max_calls=1, max_retries=0, scheduling_strategy=on_this_node())(pipeline.build)
+        cut = beside.remote(cuts, compute, storage)
+        pipeline.build(generated, compute, storage)
+        try:
+            ray.get(cut)
+        except ray.exceptions.RayError as error:
+            if isinstance(cause := pipeline.below_ray(error), (UserError, StageFailed)):
+                raise cause from error
+        else:
+            for stage in cuts:
+                seconds = storage.manifest(stage)["provenance"]["wall_seconds"]
+                say(f"{stage.name}: {duration(seconds)}, {storage.where(stage)}")
+    pipeline.build(plan.shared, compute, storage)
+
+
+def _is_room_for_both(compute: Compute) -> bool:
+    """Return whether the nodes that are there hold scoring beside generation. A pool that grows takes what there is."""
+    needs, pool = compute.needs(), compute.distill.actors
+    return pool.min == pool.max and fit_together(resources_of_nodes(), needs["score"], needs["distill"])
+
+
+def _with_rivals(trials: Sequence[Trial], plan: Plan, storage: Storage) -> list[Trial]:
+    """Return trials after those that they are compared with and that need no more work: these tell their losses."""
+    groups = {trial.compares_with for trial in trials}
+    still_open = {trial.train.id for trial in open_trials(plan, storage)}
+    ended = [t for t in plan.trials if t.compares_with in groups and t.train.id not in still_open]
+    return [*ended, *trials]
+
+
+def _run_trials(trials: Sequence[Trial], plan: Plan, compute: Compute, storage: Storage) -> None:
+    """Run trials under Ray Tune, as many at a time as the cluster holds."""
+    if not trials:
+        return
+    # Read by Tune when it is imported or started. Ctrl-C is ours, and a trial stays in the directory of the command.
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints a table whatever its verbosity
+    from ray import tune
+
+    require_room(compute, "train")
+    require_room(compute, "evaluate")
+    place = storage.root / "scratch" / plan.name
+    storage.drop(place)  # of a run that was killed
+    patient = compute.model_copy(update={"ray": compute.ray.model_copy(update={"wait_seconds": _FOR_EVER})})
+    work = functools.partial(_run_trial, trials=tuple(trials), plan=plan, compute=patient, storage=storage)
+    for trial in trials:
+        storage.forget_failure(trial.train)
+    with Progress("sweep", "trials") as progress:
+        progress.begin(len(trials))
+        try:
+            tune.Tuner(
+                # Tune refuses a trial that needs nothing. Its CPUs are its workers', who ask for themselves.
+                tune.with_resources(work, {"memory": 1e6}),
+                param_space={"trial": tune.grid_search(list(range(len(trials))))},
+                tune_config=tune.TuneConfig(
+                    scheduler=_scheduler(plan.asha, trials) if plan.asha else None,
+                    max_concurrent_trials=trials_at_once(compute),
+                    reuse_actors=True,  # a process imports torch once
+                ),
+                run_config=tune.RunConfig(
+                    name="trials",
+                    **storage.for_ray(place),
+                    verbose=0,
+                    failure_config=tune.FailureConfig(max_failures=compute.train.max_failures),
+                    callbacks=[_watcher(trials, plan, storage, progress)],
+                ),
+            ).fit()
+        finally:
+            storage.drop(place)
+
+
+def _try_drafts(drafts: Sequence[Stage], plan: Plan, compute: Compute, storage: Storage) -> None:
+    """Measure drafts one after another; one whose model is not there is left out, and told."""
+    for stage in drafts:
+        storage.forget_failure(stage)
+        if storage.status(stage.inputs["draft"]) != "done":
+            say(f"{name_draft(stage, plan)}: left out, there is no such model")
+            continue
+        try:
+            pipeline.build([stage], compute, storage)
+        except (UserError, StageFailed) as error:
+            storage.keep_failure(stage, str(error))
+            say(f"{name_draft(stage, plan)}: FAILED: {error}")
+
+
+def trials_at_once(compute: Compute) -> int:
+    """Return how many trials the nodes that are there hold side by side: by their training, which needs most."""
+    workers, cpus, gpus = compute.needs()["train"]
+    return max(1, count_places(resources_of_nodes(), cpus, gpus) // workers)
+
+
+def _run_trial(
+    config: Mapping[str, int], trials: Sequence[Trial], plan: Plan, compute: Compute, storage: Storage
+) -> dict[str, Any]:
+    """Train and examine one model; runs in a Ray worker, on the cluster that is there."""
+    from ray import tune
+
+    def tell(step: int, loss: float) -> None:
+        if plan.asha:
+            tune.report({STEP: step, LOSS: loss})
+
+    trial = trials[config["trial"]]
+    known = storage.losses_of_stopped(plan.name, trial.train)
+    if storage.status(trial.train) == "done":
+        history = json.loads((storage.files(trial.train, "losses.json") / "losses.json").read_text())
+        known = [(record["step"], record[LOSS]) for record in history if LOSS in record]
+    try:
+        if known is None or storage.status(trial.train) == "done":
+            pipeline.build([trial.train, *trial.exams], compute, storage, validated=tell)
+    except (UserError, StageFailed) as error:  # a result of this trial, not a fault of its process: no second try
+        storage.keep_failure(trial.train, str(error))
+    for step, loss in known or ():
+        tell(step, loss)
+    return {"done": True}
+
+
+def _scheduler(asha: Asha, trials: Sequence[Trial]) -> Any:
+    """Return Tune's ASHA, one for each group of trials whose losses compare."""
+    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+
+    class WithinGroups(FIFOScheduler):
+        def __init__(self) -> None:
+            super().__init__()
+            self.groups = {
+                group: ASHAScheduler(
+                    time_attr=STEP,
+                    metric=LOSS,
+                    mode="min",
+                    grace_period=asha.grace_steps,
+                    reduction_factor=asha.reduction_factor,
+                    max_t=_FOR_EVER,
+                    stop_last_trials=False,
+                )
+                for group in dict.fromkeys(trial.compares_with for trial in trials)
+            }
+
+        def of(self, trial: Any) -> Any:
+            return self.groups[trials[trial.config["trial"]].compares_with]
+
+        def on_trial_add(self, controller: Any, trial: Any) -> None:
+            self.of(trial).on_trial_add(controller, trial)
+
+        def on_trial_result(self, controller: Any, trial: Any, result: Any) -> str:
+            return str(self.of(trial).on_trial_result(controller, trial, result))
+
+        def on_trial_complete(self, controller: Any, trial: Any, result: Any) -> None:
+            self.of(trial).on_trial_complete(controller, trial, result)
+
+        def on_trial_remove(self, controller: Any, trial: Any) -> None:
+            self.of(trial).on_trial_remove(controller, trial)
+
+    return WithinGroups()
+
+
+def _watcher(trials: Sequence[Trial], plan: Plan, storage: Storage, progress: Progress) -> Any:
+    """Return what says a line at the end of every trial and writes down why those without a model have none."""
+    from ray.tune import Callback
+
+    class Watcher(Callback):
+        def __init__(self) -> None:
+            self.begun: dict[int, float] = {}
+            self.losses: dict[int, list[tuple[int, float]]] = {}
+            self.ended = 0
+
+        def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            self.begun.setdefault(trial.config["trial"], time.monotonic())
+
+        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
+            if LOSS in result:
+                self.losses.setdefault(trial.config["trial"], []).append((result[STEP], result[LOSS]))
+
+        def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            number = trial.config["trial"]
+            train = mine[number].train
+            if storage.failure(train) is None and storage.status(train) != "done":
+                storage.keep_losses_of_stopped(plan.name, train, self.losses[number])
+            self.tell(number)
+
+        def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            lines = str(trial.get_error() or "its process died").strip().splitlines()
+            storage.keep_failure(mine[trial.config["trial"]].train, lines[-1])
+            self.tell(trial.config["trial"])
+
+        def tell(self, number: int) -> None:
+            trial, self.ended = mine[number], self.ended + 1
+            took = duration(time.monotonic() - self.begun[number])
+            if what := storage.failure(trial.train):
+                took = f"FAILED after {took}: {what}"
+            elif losses := storage.losses_of_stopped(plan.name, trial.train):
+                took = f"{say_stopped(losses)}, {took}"
+            say(f"trial {trial.name}: {took}")
+            progress.update(self.ended)
+
+    mine = trials
+    return Watcher()

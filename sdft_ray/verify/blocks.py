@@ -1,0 +1,116 @@
+"""Which blocks of a base a model still has, read from the bytes of its tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sdft_ray.core.surgery import PER_BLOCK
+from sdft_ray.models.directory import weight_files
+from sdft_ray.verify.models import Model
+
+if TYPE_CHECKING:
+    import torch
+
+
+BLOCK = re.compile(r"^model\.layers\.(\d+)\.(.+)")
+Blocks = dict[int | None, dict[str, str]]
+"""For each block, the hashes of its tensors by their names within the block; None holds the rest."""
+Block = tuple[int, dict[str, str]]
+
+
+class Failed(Exception):
+    """The check found something wrong; the message names it."""
+
+
+def tensors(directory: Path, only: Sequence[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield name and tensor, one in memory at a time."""
+    from safetensors import safe_open
+
+    for shard in weight_files(directory):
+        with safe_open(shard, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                if not only or name in only:
+                    yield name, tensors.get_tensor(name)
+
+
+def fingerprints(directory: Path) -> Blocks:
+    """Return the hashes of all tensors of a model."""
+    import torch
+    from transformers import AutoConfig
+
+    tied = AutoConfig.from_pretrained(directory, trust_remote_code=False).tie_word_embeddings
+    found: Blocks = {None: {}}
+    for name, tensor in tensors(directory):
+        # A buffer that old files stored and the config determines; a second copy that `ties` has compared.
+        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and tied):
+            continue
+        digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        match = BLOCK.match(name)
+        block, name = (int(match[1]), match[2]) if match else (None, name)
+        found.setdefault(block, {})[name] = digest.hexdigest()
+    return found
+
+
+def match_blocks(model: Model, whole: Blocks, cut: Blocks, said: list[int] | None) -> tuple[list[int], bool]:
+    """Return which block of the base each block is, and whether equal blocks of the base allow another reading.
+
+    The manifest's reading counts first, if the bytes allow it, then one that gives each block its kind in the config.
+    Raises Failed for a block that is none of the base's, or out of order.
+    """
+    assert model.base
+    base, blocks = _in_order(whole), _in_order(cut)
+    first = _align(blocks, base)
+    if len(first) < len(blocks):
+        raise Failed(_explain_mismatch(base, blocks, first))
+    others = _align(blocks[::-1], base[::-1])[::-1] != first
+    claimed = [(number, held) for number, held in base if number not in (said or ())]
+    if said is not None and [held for _, held in claimed] == [held for _, held in blocks]:
+        return [number for number, _ in claimed], others
+    of_kind = _align(_in_order(_add_kinds(cut, model.directory)), _in_order(_add_kinds(whole, model.base)))
+    return of_kind if len(of_kind) == len(blocks) else first, others
+
+
+def _in_order(blocks: Blocks) -> list[Block]:
+    held = [(number, tensors) for number, tensors in blocks.items() if number is not None]
+    return sorted(held, key=lambda block: block[0])
+
+
+def _align(blocks: Sequence[Block], base: Sequence[Block]) -> list[int]:
+    """Return, for each block, the first of the base's that equals it, behind the one before; as far as there are such.
+
+    >>> _align([(0, {"w": "a"}), (1, {"w": "a"})], [(0, {"w": "a"}), (1, {"w": "b"}), (2, {"w": "a"})])
+    [0, 2]
+    """
+    rest = iter(base)
+    found = (next((number for number, other in rest if other == held), None) for _, held in blocks)
+    return [number for number in found if number is not None]
+
+
+def _explain_mismatch(base: Sequence[Block], blocks: Sequence[Block], kept: Sequence[int]) -> str:
+    """Return what is wrong with the block behind those that were matched."""
+    block, held = blocks[len(kept)]
+    if equal := [number for number, other in base if other == held]:
+        what = f"block {block} is the base's block {' or '.join(map(str, equal))}"
+        return f"{what}, behind block {block - 1}, its block {kept[-1]}: out of order, at model.layers.{block}"
+    nearest, other = max(base, key=lambda each: len(each[1].items() & held.items()))
+    where = f"model.layers.{block}.{min(name for name, _ in other.items() ^ held.items())}"
+    if not any(held == other for _, held in blocks for _, other in base):
+        return f"no block equals any of the base's: block {block} differs in {where}"
+    return f"{where} differs; block {block} is nearest to the base's block {nearest}"
+
+
+def _add_kinds(blocks: Blocks, directory: Path) -> Blocks:
+    """Return the blocks with what the config's per-block lists say of each."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False).to_dict()
+    lists = {key: config[key] for key in PER_BLOCK if isinstance(config.get(key), list)}
+    return {
+        number: held if number is None else held | {key: str(kinds[number]) for key, kinds in lists.items()}
+        for number, held in blocks.items()
+    }

@@ -1,0 +1,363 @@
+"""`sdft verify`: proof that a model directory is what it claims to be, by its own files and against its base.
+
+In: a model directory, of ours or of any other tool, and perhaps the base that it was cut from. Out: one `Check` each:
+ok with its figure, FAILED with the tensor or field, skipped with the reason. Nothing is taken on trust: which blocks
+are gone is read from the bytes, and the oracle, the base with those blocks skipped by hooks, shares no code with `cut`.
+Where blocks of the base are equal there are several such readings, of which the manifest may choose.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from sdft_ray.core.surgery import PER_BLOCK, name_blocks, older_rope
+from sdft_ray.data.readers import read_json
+from sdft_ray.errors import UserError, problem
+from sdft_ray.models.directory import WEIGHTS_INDEX, weight_files
+from sdft_ray.progress import quiet_transformers
+from sdft_ray.store.manifest import check_files, read_manifest
+from sdft_ray.verify.agreement import (
+    NEAR_TIE,
+    compare_tokens,
+    compare_with_vllm,
+    compute_logits,
+    continue_greedily,
+    load_in_float32,
+    render_prompts,
+)
+from sdft_ray.verify.blocks import BLOCK, Failed, fingerprints, match_blocks, tensors
+from sdft_ray.verify.models import Model
+
+# Largest difference of logits that are the same sums in float32 in the same order: in fact 0 on one machine.
+SAME_LOGITS = 1e-4
+_OLDER_ROPE = ("rope_theta", "rope_local_base_freq", "partial_rotary_factor", "rope_scaling")
+# Config fields that need not be the base's: what counts blocks (tensors and per-block lists are compared instead), and
+# what no logit depends on.
+_OWN_FIELDS = (
+    *("num_hidden_layers", "max_window_layers", "sliding_window_pattern", "no_rope_layer_interval"),
+    *("mlp_only_layers", "decoder_sparse_step", "transformers_version", "dtype", "use_cache"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """What came of one check."""
+
+    check: str
+    status: Literal["ok", "FAILED", "skipped"]
+    says: str
+    figures: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class _Skipped(Exception):
+    """The check does not apply; the message says why."""
+
+
+Finding = tuple[str, dict[str, Any]]
+
+
+# --- the checks -----------------------------------------------------------------------------------------------
+
+
+def verify(model: Model, vllm: bool = False) -> Iterator[Check]:
+    """Yield what comes of each check, in order; one that needs a failed one is skipped."""
+    if vllm and importlib.util.find_spec("vllm") is None:
+        raise UserError(problem("--vllm", "vllm is not installed", "Install requirements/cpu.txt or gpu.txt"))
+    quiet_transformers()
+    status: dict[str, str] = {}
+    for name, (examine, needs) in _CHECKS.items():
+        lacking = next((need for need in needs if status[need] != "ok"), None)
+        if name == "vllm" and not vllm:
+            check = Check(name, "skipped", "not asked for: --vllm")
+        elif name.startswith("base") and not model.base:
+            check = Check(name, "skipped", model.alone)
+        elif lacking:
+            check = Check(name, "skipped", f"{lacking} is not ok")
+        else:
+            check = _examine(name, examine, model)
+        status[name] = check.status
+        yield check
+
+
+def _examine(name: str, examine: Callable[[Model], Finding], model: Model) -> Check:
+    try:
+        says, figures = examine(model)
+        return Check(name, "ok", says, figures)
+    except _Skipped as reason:
+        return Check(name, "skipped", str(reason))
+    except Failed as wrong:
+        return Check(name, "FAILED", str(wrong))
+    except Exception as error:  # noqa: BLE001 - whatever a library says of files that it cannot read is the finding
+        lines = str(error).strip().splitlines() or ["no reason given"]
+        return Check(name, "FAILED", f"{type(error).__name__}: {lines[0]}")
+
+
+def _check_hashes(model: Model) -> Finding:
+    """The files are the ones that the manifest lists."""
+    try:
+        manifest = read_manifest(model.directory)
+        if manifest is None:
+            raise _Skipped("there is no manifest.json")
+        check_files(model.directory, manifest, hashes=True)
+    except UserError as error:
+        raise Failed(str(error)) from None
+    size = sum(entry["bytes"] for entry in manifest["files"])
+    return f"{len(manifest['files'])} files, {size / 1e6:.1f} MB, as in the manifest", {"bytes": size}
+
+
+def _check_tensors(model: Model) -> Finding:
+    """The files hold exactly the tensors that the config asks for, each once and where the index says."""
+    from safetensors import safe_open
+
+    from sdft_ray.models.directory import require_loadable
+
+    lies: dict[str, str] = {}
+    for shard in weight_files(model.directory):
+        with safe_open(shard, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                if name in lies:
+                    raise Failed(f"{name} is in {lies[name]} and in {shard.name}")
+                lies[name] = shard.name
+    index = model.directory / WEIGHTS_INDEX
+    if index.is_file():
+        listed = read_json(index)["weight_map"]
+        for name in sorted(lies.keys() | listed.keys()):
+            if listed.get(name) != lies.get(name):
+                raise Failed(f"{name} is in {lies.get(name, 'no file')}, {index.name} says {listed.get(name)}")
+    try:
+        parameters = require_loadable(model.directory)
+    except RuntimeError as error:
+        raise Failed(str(error).removeprefix(f"{model.directory}: ")) from None
+    blocks = {int(match[1]) for name in lies if (match := BLOCK.match(name))}
+    says = f"{len(lies)} tensors, {parameters / 1e6:.1f}M parameters, blocks 0 to {max(blocks)}"
+    return says, {"tensors": len(lies), "parameters": parameters, "blocks": len(blocks)}
+
+
+def _check_config(model: Model) -> Finding:
+    """Every per-block list has an entry a block; the RoPE base stands where transformers 4 and 5 look for it."""
+    from transformers import AutoConfig
+
+    config = read_json(model.directory / "config.json")
+    blocks = config["num_hidden_layers"]
+    lists = [key for key in PER_BLOCK if isinstance(config.get(key), list)]
+    for key in lists:
+        if len(config[key]) != blocks:
+            raise Failed(f"{key} has {len(config[key])} entries, num_hidden_layers is {blocks}")
+    newer = {key: value for key, value in config.items() if key not in _OLDER_ROPE}
+    older = older_rope(newer)
+    for key, value in older.items():
+        if config.get(key) != value:
+            has = f"is {config[key]}" if key in config else "is not there"
+            raise Failed(f"{key} {has}, rope_parameters says {value}: transformers 4 reads only the first")
+    AutoConfig.from_pretrained(model.directory, trust_remote_code=False)
+    says = [f"{blocks} blocks", *(f"{key} has {blocks} entries" for key in lists)]
+    says += [f"{key} {value} in both spellings" for key, value in older.items()]
+    return "; ".join(says), {"blocks": blocks, "per_block": lists, "rope": older}
+
+
+def _check_ties(model: Model) -> Finding:
+    """`tie_word_embeddings` says of the output layer what the files say."""
+    import torch
+    from transformers import AutoConfig
+
+    tied = bool(AutoConfig.from_pretrained(model.directory, trust_remote_code=False).tie_word_embeddings)
+    ends = dict(tensors(model.directory, ("model.embed_tokens.weight", "lm_head.weight")))
+    head = ends.get("lm_head.weight")
+    if head is None and not tied:
+        raise Failed("tie_word_embeddings is false, but there is no lm_head.weight")
+    if head is not None and tied and not torch.equal(head, ends["model.embed_tokens.weight"]):
+        raise Failed("tie_word_embeddings is true, but lm_head.weight differs from model.embed_tokens.weight")
+    stored = "no lm_head.weight" if head is None else "lm_head.weight stored" + (", equal" if tied else "")
+    return f"tie_word_embeddings {str(tied).lower()}, {stored}", {"tied": tied}
+
+
+def _check_finite(model: Model) -> Finding:
+    """No tensor holds NaN or infinity."""
+    import torch
+
+    count = 0
+    for name, tensor in tensors(model.directory):
+        count += 1
+        if wrong := int((~torch.isfinite(tensor)).sum()):
+            raise Failed(f"{name} has {wrong} values that are NaN or infinite")
+    return f"no NaN or infinity in {count} tensors", {"tensors": count}
+
+
+def _check_tokenizer(model: Model) -> Finding:
+    """The tokenizer loads, has a chat template, and every id that it or the generation config names is embedded."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model.directory, trust_remote_code=False)
+    if not tokenizer.chat_template:
+        raise Failed("there is no chat template")
+    rows = read_json(model.directory / "config.json")["vocab_size"]
+    token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if highest >= rows:
+        raise Failed(f"token {token!r} has id {highest}, model.embed_tokens.weight has {rows} rows")
+    path = model.directory / "generation_config.json"
+    generation = read_json(path) if path.is_file() else read_json(model.directory / "config.json")
+    ids = {}
+    for key in ("eos_token_id", "pad_token_id"):
+        ids[key] = generation.get(key)
+        for number in ids[key] if isinstance(ids[key], list) else [ids[key]]:
+            if number is not None and not 0 <= number < rows:
+                raise Failed(f"{key} {number} is outside the vocabulary of {rows}")
+    says = f"ids up to {highest} of {rows}; eos {ids['eos_token_id']}, pad {ids['pad_token_id']}"
+    return says, {"highest_id": highest, "vocabulary": rows, **ids}
+
+
+def _check_cache(model: Model) -> Finding:
+    """Greedy generation with the KV cache is that without: the same tokens from the same logits."""
+    network = load_in_float32(model.directory)
+    prompts = render_prompts(model.directory)
+    made, cached = continue_greedily(network, prompts)
+    model.heard = [
+        (ids := prompt + new, compute_logits(network, ids)) for prompt, new in zip(prompts, made, strict=True)
+    ]
+    difference = max(
+        float((logits[len(prompt) - 1 : -1] - own).abs().max())
+        for (_, logits), prompt, own in zip(model.heard, prompts, cached, strict=True)
+    )
+    agreement = compare_tokens(prompts, made, [logits for _, logits in model.heard])
+    if agreement.differing:
+        raise Failed(f"with the cache {agreement.differing[0]}; {agreement.says()}")
+    if not difference < NEAR_TIE:
+        raise Failed(f"logits with and without cache differ by {difference:.2g} (limit {NEAR_TIE:g})")
+    return f"{agreement.says()}; logits differ by {difference:.2g}", {
+        "tokens": agreement.tokens,
+        "near_ties": list(agreement.near_ties),
+        "max_abs_difference": difference,
+    }
+
+
+def _check_base_tensors(model: Model) -> Finding:
+    """Every block is, bit by bit, one of the base's, in the same order; every other tensor is the base's too."""
+    assert model.base
+    whole, cut = (fingerprints(directory) for directory in (model.base, model.directory))
+    said = ((read_manifest(model.directory) or {}).get("summary") or {}).get("removed")
+    model.kept, others = match_blocks(model, whole, cut, said)
+    for name in sorted(whole[None].keys() | cut[None].keys()):
+        if whole[None].get(name) != cut[None].get(name):
+            there = [name in whole[None], name in cut[None]]
+            what = "differs from the base's" if all(there) else "is not in the base" if there[1] else "is missing"
+            raise Failed(f"{name} {what}")
+    removed = _removed(model, len(whole) - 1)
+    if said not in (None, removed):
+        raise Failed(f"blocks {removed} of the base are gone, the manifest says {said}")
+    tensors = sum(map(len, cut.values()))
+    gone = f"blocks {name_blocks(removed)} are gone" if removed else "no block is gone"
+    gone += ", or equal ones" if others else ""
+    return f"{tensors} tensors bitwise equal; {gone}", {"tensors": tensors, "removed": removed}
+
+
+def _check_base_config(model: Model) -> Finding:
+    """Every per-block list is the base's at the kept blocks, every other field the base's: short prompts see few."""
+    from transformers import AutoConfig
+
+    assert model.base
+    whole, cut = (
+        AutoConfig.from_pretrained(path, trust_remote_code=False).to_dict() for path in (model.base, model.directory)
+    )
+    compared = [
+        key for key in whole if key not in _OWN_FIELDS and not key.startswith("_") and not key.endswith("token_id")
+    ]
+    for key in compared:
+        expected = whole[key]
+        if key in PER_BLOCK and isinstance(expected, list):
+            expected = [expected[block] for block in model.kept]
+        if cut.get(key) != expected:
+            raise Failed(f"{key} is {cut.get(key)}, expected {expected}")
+    return f"{len(compared)} fields as in the base", {"fields": len(compared)}
+
+
+def _check_base_logits(model: Model) -> Finding:
+    """The base with the removed blocks skipped by hooks computes the same logits."""
+    assert model.base
+    network = load_in_float32(model.base)
+    with _skipping(network, _removed(model, len(network.model.layers))):
+        difference = max(float((compute_logits(network, ids) - logits).abs().max()) for ids, logits in model.heard)
+    says = f"logits differ by {difference:.2g} from the base's with these blocks skipped (limit {SAME_LOGITS:g})"
+    if not difference <= SAME_LOGITS:
+        raise Failed(says)
+    return says, {"max_abs_difference": difference, "limit": SAME_LOGITS}
+
+
+def _check_vllm(model: Model) -> Finding:
+    """vLLM loads the directory and says greedily what transformers says, both in float32."""
+    agreement = compare_with_vllm(model.directory)
+    if agreement.differing:
+        raise Failed(f"in vLLM {agreement.differing[0]}; {agreement.says()}")
+    return agreement.says(), {"tokens": agreement.tokens, "near_ties": list(agreement.near_ties)}
+
+
+# Each check with those that must be ok before it makes sense.
+_CHECKS: dict[str, tuple[Callable[[Model], Finding], tuple[str, ...]]] = {
+    "hashes": (_check_hashes, ()),
+    "tensors": (_check_tensors, ()),
+    "config": (_check_config, ()),
+    "ties": (_check_ties, ()),
+    "finite": (_check_finite, ()),
+    "tokenizer": (_check_tokenizer, ()),
+    "cache": (_check_cache, ("tensors", "finite", "tokenizer")),
+    "base tensors": (_check_base_tensors, ()),
+    "base config": (_check_base_config, ("base tensors",)),
+    "base logits": (_check_base_logits, ("cache", "base tensors")),
+    "vllm": (_check_vllm, ("tensors", "finite", "tokenizer")),
+}
+
+
+# --- tensors and blocks ---------------------------------------------------------------------------------------
+
+
+def _removed(model: Model, blocks: int) -> list[int]:
+    return [block for block in range(blocks) if block not in model.kept]
+
+
+@contextlib.contextmanager
+def _skipping(network: Any, removed: Sequence[int]) -> Iterator[None]:
+    """Make the `removed` blocks give back their input."""
+
+    def give_back_input(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> Any:
+        return args[0] if args else kwargs["hidden_states"]
+
+    layers = network.model.layers
+    hooks = [layers[block].register_forward_hook(give_back_input, with_kwargs=True) for block in removed]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# --- on the terminal ------------------------------------------------------------------------------------------
+
+
+def describe(model: Model, checks: Sequence[Check]) -> dict[str, Any]:
+    """Return what `--json` prints of a model."""
+    return {
+        "model": model.name,
+        "directory": str(model.directory),
+        "base": str(model.base) if model.base else None,
+        "ok": all(check.status != "FAILED" for check in checks),
+        "checks": [dataclasses.asdict(check) for check in checks],
+    }
+
+
+def show(model: Model, checks: Sequence[Check]) -> None:
+    """Print a model and one line for each check."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(Text(f"{model.name}: {model.directory}" + (f"\nagainst {model.base}" if model.base else "")))
+    table = Table("check", "result", "finding", box=None, pad_edge=False)
+    colours = {"ok": "green", "FAILED": "bold red", "skipped": "yellow"}
+    for check in checks:
+        table.add_row(check.check, Text(check.status, colours[check.status]), Text(check.says, overflow="fold"))
+    console.print(table)

@@ -1,0 +1,108 @@
+"""The models that `sdft verify` is asked about: from a recipe, an artifact or a directory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdft_ray import pipeline
+from sdft_ray.core.surgery import require_supported
+from sdft_ray.data.readers import read_json
+from sdft_ray.errors import UserError, problem
+from sdft_ray.models.directory import weight_files
+from sdft_ray.progress import say
+from sdft_ray.spec.loading import load_recipe
+from sdft_ray.store.manifest import read_manifest
+from sdft_ray.store.storage import Storage
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclasses.dataclass
+class Model:
+    """A model directory to verify, and what earlier checks learned for later ones."""
+
+    name: str
+    directory: Path
+    base: Path | None = None
+    alone: str = "no base is given: --against BASE"
+    """Why there is no base."""
+    kept: list[int] = dataclasses.field(default_factory=list, init=False)
+    """For each block, which one of the base's it is."""
+    heard: list[tuple[list[int], torch.Tensor]] = dataclasses.field(default_factory=list, init=False)
+    """Prompt and greedy continuation, and their logits (T V)."""
+
+
+# --- what to verify -------------------------------------------------------------------------------------------
+
+
+def find_models(target: str, against: str | None, storage: Storage) -> list[Model]:
+    """Return the models that a directory, an artifact's id or a recipe file means, each with its base."""
+    if Path(target).suffix in (".yaml", ".yml"):
+        if against:
+            raise UserError(problem("--against", "a recipe names its base itself", "Leave --against out"))
+        found = _recipe_models(Path(target), storage)
+    else:
+        base = _directory(against, storage) if against else None
+        found = [_one_model(_directory(target, storage), base, storage)]
+    for model in found:
+        config = _require_model(model.directory)
+        if model.base:
+            _require_kin(_require_model(model.base), config, model)
+    return found
+
+
+def _recipe_models(path: Path, storage: Storage) -> list[Model]:
+    stages = pipeline.models(pipeline.stages(load_recipe(path)))
+    base = storage.files(stages.pop("base"))
+    built = {name: stage for name, stage in stages.items() if storage.status(stage) == "done"}
+    if not built:
+        what = f"none of its models ({', '.join(stages)}) is built under {storage.uri}"
+        raise UserError(problem(str(path), what, f"Do: sdft run {path}"))
+    for name in stages.keys() - built.keys():
+        say(f"{name}: not built, so not verified")
+    return [dataclasses.replace(_one_model(storage.files(built[name]), base, storage), name=name) for name in built]
+
+
+def _one_model(directory: Path, base: Path | None, storage: Storage) -> Model:
+    """Return a model with the base that is given, or that its manifest names and the root holds."""
+    manifest = read_manifest(directory)
+    if manifest is None:
+        return Model(directory.name, directory, base)
+    stage, name = manifest["stage"], f"{manifest['stage']} {manifest['id']}"
+    if stage != "cut":
+        return Model(name, directory, alone=f"the weights of a `{stage}` artifact are its own")
+    if base is None:
+        wanted = manifest["identity"]["inputs"]["model"]
+        try:
+            base = storage.find(wanted)
+        except UserError:  # a base that is a directory of the user's own
+            return Model(name, directory, alone=f"its base {wanted} is not under {storage.uri}: --against BASE")
+    return Model(name, directory, base)
+
+
+def _directory(name: str, storage: Storage) -> Path:
+    return Path(name) if Path(name).is_dir() else storage.find(name)
+
+
+def _require_model(directory: Path) -> dict[str, Any]:
+    """Return config.json of a model directory whose layout is known; raises UserError for everything else."""
+    config: dict[str, Any] = read_json(directory / "config.json", missing="is no Hugging Face model directory")
+    require_supported(str(config.get("model_type")), str(directory))
+    if not weight_files(directory):
+        raise UserError(problem(str(directory), "has no weights (expected *.safetensors)", "Check the path"))
+    return config
+
+
+def _require_kin(base: Mapping[str, Any], config: Mapping[str, Any], model: Model) -> None:
+    """Raise UserError for a base that the model cannot have been cut from."""
+    do = f"Give the model that {model.directory} was cut from"
+    for key in ("model_type", "hidden_size"):
+        if base[key] != config[key]:
+            raise UserError(problem(str(model.base), f"has {key} {base[key]}, expected {config[key]}", do))
+    if base["num_hidden_layers"] < config["num_hidden_layers"]:
+        what = f"has {base['num_hidden_layers']} blocks, expected {config['num_hidden_layers']} or more"
+        raise UserError(problem(str(model.base), what, do))
