@@ -283,7 +283,7 @@ def drive(engine: str, rows: int, root: Path, log: Path) -> None:
         plan |= {"actors": 2, "cpus": 1}
     (root / "compute.yaml").write_text(json.dumps({"distill": plan}))
     recipe = make_recipe(root, answer="none", max_new_tokens=128)
-    stages = [stage for stage in pipeline.stages(recipe) if stage.name in ("model", "rows", "distill")]
+    stages = [stage for stage in pipeline.chain(recipe).in_order if stage.name in ("model", "rows", "distill")]
     pipeline.build(stages, load_compute(root / "compute.yaml"), Storage(str(root)))
 
 

@@ -114,7 +114,9 @@ def measure(way: str, root: Path, options: argparse.Namespace) -> None:
     """Generate all rows in one way, in this process alone, and print what came of it as a line of JSON."""
     recipe = make_recipe(root, max_new_tokens=options.max_new_tokens, dtype=options.dtype)
     compute, storage = load_compute(options.compute), Storage(str(root / "artifacts"))
-    plan = {stage.name: stage for stage in pipeline.stages(recipe) if stage.name in ("model", "rows", "distill")}
+    plan = {
+        stage.name: stage for stage in pipeline.chain(recipe).in_order if stage.name in ("model", "rows", "distill")
+    }
     inputs = {name: plan[name] for name in ("model", "rows")}
     pipeline.build(list(inputs.values()), compute, storage)
     inputs = {name: dataclasses.replace(stage, location=storage.place(stage)) for name, stage in inputs.items()}

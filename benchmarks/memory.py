@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=("lora", "full"), default=("lora", "full"))
     parser.add_argument("--zero-stages", nargs="+", type=int, choices=range(4), default=range(4))
     options = parser.parse_args()
-    plan, storage = pipeline.stages(loading.load_recipe(options.recipe))[:1], Storage(options.root)
+    plan, storage = pipeline.chain(loading.load_recipe(options.recipe)).in_order[:1], Storage(options.root)
     pipeline.build(plan, compute.load_compute(), storage)
     base = storage.place(plan[0])
     shape = costs.shape_of_directory(base)

@@ -56,7 +56,7 @@ def main() -> None:
         prune: dict[str, Any] = {"blocks": size, "metric": "loss", "candidates": EVERY, "calibration": calibration}
         prune["dtype"] = options.dtype
         exams = {"tasks": list(TASKS), "limit": options.limit}
-        return pipeline.stages(validate(Recipe, base | {"prune": prune, "evaluate": exams}))
+        return pipeline.chain(validate(Recipe, base | {"prune": prune, "evaluate": exams})).in_order
 
     plans = {(corpus, size): plan_of(corpus, size) for corpus in corpora for size in SIZES}
     measured = {

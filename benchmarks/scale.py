@@ -47,7 +47,7 @@ def main() -> None:
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         recipe = load_recipe(Path("configs/recipes/demo.yaml"))
-        pipeline.build(pipeline.stages(recipe)[:1], load_compute(), Storage(folder))
+        pipeline.build(pipeline.chain(recipe).in_order[:1], load_compute(), Storage(folder))
         for count in sorted(options.rows):
             again = [sys.executable, __file__, "--measure", str(count), folder]
             done = subprocess.run(again, stdout=subprocess.PIPE, text=True, check=True)
@@ -64,7 +64,7 @@ def measure(count: int, root: Path) -> None:
     write = [sys.executable, "-c", f"import scale; scale.write_rows({count}, {str(root)!r})"]
     subprocess.run(write, check=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)})
     recipe = load_recipe(Path("configs/recipes/demo.yaml"))
-    model, *_ = pipeline.stages(recipe)
+    model, *_ = pipeline.chain(recipe).in_order
     storage = Storage(str(root))
     settings = recipe.distill.model_dump(mode="json") | {"answer": "none", "rows": None}
     gates = {name: settings.pop(name) for name in distill.GATES}

@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--peak", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    plan, storage = pipeline.stages(load_recipe(options.recipe))[:1], Storage(options.root)
+    plan, storage = pipeline.chain(load_recipe(options.recipe)).in_order[:1], Storage(options.root)
     pipeline.build(plan, load_compute(), storage)
     directory = storage.place(plan[0])
     if options.peak:

@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=2, help="optimizer steps of one run")
     parser.add_argument("--threads", type=int, default=compute.cores())
     options = parser.parse_args()
-    plan, storage = pipeline.stages(loading.load_recipe(options.recipe))[:1], Storage(options.root)
+    plan, storage = pipeline.chain(loading.load_recipe(options.recipe)).in_order[:1], Storage(options.root)
     pipeline.build(plan, compute.load_compute(), storage)
     base = storage.place(plan[0])
     count = options.batches * BATCH

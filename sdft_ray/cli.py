@@ -15,18 +15,22 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdft_ray.errors import StageFailed, UserError, nearest, problem
 
+if TYPE_CHECKING:
+    from sdft_ray.engine import EngineFactory
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code of the process."""
+
+def main(arguments: Sequence[str] | None = None, engine: EngineFactory | None = None) -> int:
+    """Run one command and return the exit code of the process; `engine` replaces vLLM's."""
     # Before any library is loaded: their bars, hints and accelerator guesses are not our interface.
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # of the driver; workers set their own
     options = _parser().parse_args(arguments)
+    options.engine = engine
     code = 130
 
     def end(number: int, frame: Any) -> None:
@@ -64,6 +68,7 @@ def _check(options: argparse.Namespace) -> None:
 
     from sdft_ray import pipeline
     from sdft_ray.preflight import precision
+    from sdft_ray.preflight.checks import check
     from sdft_ray.preflight.costs import estimate_stages
     from sdft_ray.sweep import planning
 
@@ -71,11 +76,11 @@ def _check(options: argparse.Namespace) -> None:
         _check_sweep(options)
         return
     recipe, compute, storage = _load(options)
-    pipeline.check(recipe, compute)
-    stages = pipeline.stages(recipe)
-    plan = pipeline.describe(stages, storage)
-    precision.say_slow(pipeline.survey(stages, storage)[0], compute)
-    costs = estimate_stages(recipe, compute, stages, storage) if options.compute else []
+    check(recipe, compute)
+    chain = pipeline.chain(recipe)
+    plan = pipeline.describe(chain.in_order, storage)
+    precision.say_slow(pipeline.survey(chain.in_order, storage)[0], compute)
+    costs = estimate_stages(recipe, compute, chain, storage) if options.compute else []
     if options.json:
         estimates = [dataclasses.asdict(cost) for cost in costs]
         print(json.dumps({"stages": plan, "estimates": estimates} if options.compute else plan, indent=1))
@@ -107,11 +112,12 @@ def _show_costs(costs: Sequence[Any], title: str = "Estimate") -> None:
 
 def _run(options: argparse.Namespace) -> None:
     from sdft_ray import pipeline
+    from sdft_ray.engine import VllmEngine
     from sdft_ray.progress import say
 
     recipe, compute, storage = _load(options)
     with contextlib.redirect_stdout(sys.stderr):  # Ray prints notices of dead workers to stdout, which is for results
-        built = pipeline.run(recipe, compute, storage, options.until)
+        built = pipeline.run(recipe, compute, storage, options.until, options.engine or VllmEngine)
     if not built.new:
         say(f"Nothing to do: all {len(built.reused)} artifacts are there already under {storage.uri}.")
     if options.until in (None, "evaluate"):
@@ -132,6 +138,7 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> None:
+    from sdft_ray.engine import VllmEngine
     from sdft_ray.progress import say
     from sdft_ray.sweep import planning, trials
 
@@ -139,7 +146,7 @@ def _sweep(options: argparse.Namespace) -> None:
     failed = None
     with contextlib.redirect_stdout(sys.stderr):
         try:
-            built = trials.run(plan, compute, storage)
+            built = trials.run(plan, compute, storage, options.engine or VllmEngine)
         except StageFailed as error:
             if not any(planning.is_done(trial, storage) for trial in plan.trials):
                 raise

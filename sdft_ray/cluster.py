@@ -11,13 +11,15 @@ import math
 import os
 import signal
 import socket
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
 from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.progress import say
-from sdft_ray.spec.compute import SECTIONS, Compute, cores
+from sdft_ray.spec.compute import Compute, cores
 
 TOKEN = "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token"
 
@@ -141,16 +143,18 @@ def count_places(nodes: Iterable[Mapping[str, float]], cpus: int, gpus: float) -
     return sum(int(min(node.get("CPU", 0) // cpus, node.get("GPU", 0) // gpus if gpus else math.inf)) for node in nodes)
 
 
-def require_room(compute: Compute, stage: str) -> None:
-    """Return once what a stage needs is free; raise UserError after wait_seconds, saying what is there.
+def require_capacity(compute: Compute, section: str, stage: str) -> None:
+    """Return once what a stage needs, by its section of the compute file, is free.
+
+    Raises UserError after wait_seconds, with what is there.
 
     What no node can ever hold is an error at once. Otherwise a placement group asks: it counts what is free, and it is
     demand that an autoscaler answers with nodes.
     """
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    bundles, cpus, gpus = compute.needs()[stage]
-    where = f"compute.{SECTIONS.get(stage, stage)}"
+    bundles, cpus, gpus = compute.needs()[section]
+    where = f"compute.{section}"
     nodes = resources_of_nodes()
     sizes = [(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes]
     if coming := compute.ray.largest_node:
@@ -227,3 +231,34 @@ class _Ticker:
 
     def ask(self) -> dict[str, Any]:
         return self._state
+
+
+# --- threads and errors ---------------------------------------------------------------------------------------
+
+
+def in_thread(work: Callable[..., None], *arguments: Any) -> Future[None]:
+    """Return what comes of work in a thread that does not keep the process: an executor's is waited for at its end."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            work(*arguments)
+            future.set_result(None)
+        except BaseException as error:  # noqa: BLE001 - whoever asks for the result gets it
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def below_ray(error: BaseException) -> BaseException:
+    """Return what a worker raised, without the wrappers that Ray puts around it."""
+    while type(error).__name__ in ("SystemException", "UserCodeException") and (error.__cause__ or error.__context__):
+        error = error.__cause__ or error.__context__ or error
+    return getattr(error, "cause", None) or error
+
+
+def last_line(error: BaseException) -> str:
+    """Return an error's type and the last line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__

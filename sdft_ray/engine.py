@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from sdft_ray.core.selection import Generation
 from sdft_ray.data.chat import opened_thought, read_generated, response_ends
+from sdft_ray.spec.recipe import Distill
 
 # Below this the order of two float32 logits is rounding: cached, batched and other kernels' sums differ by that much.
 NEAR_TIE = 1e-3
@@ -39,11 +40,22 @@ class Engine(Protocol):
         ...
 
 
+class EngineFactory(Protocol):
+    """What starts an engine."""
+
+    def __call__(self, model: str, settings: Distill, options: Mapping[str, Any], alone: bool) -> Engine:
+        """Return an engine of the model in a directory.
+
+        options: vLLM's own, by its names. alone: no other engine is on this machine.
+        """
+        ...
+
+
 class VllmEngine:
     """vLLM behind the `Engine` boundary."""
 
-    def __init__(self, model: str, settings: Mapping[str, Any], options: Mapping[str, Any], alone: bool) -> None:
-        arguments = engine_arguments(model, settings["dtype"], options, alone)
+    def __init__(self, model: str, settings: Distill, options: Mapping[str, Any], alone: bool) -> None:
+        arguments = engine_arguments(model, settings.dtype, options, alone)
         from transformers import AutoConfig, AutoTokenizer
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
@@ -58,13 +70,13 @@ class VllmEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        opened = opened_thought(self.tokenizer, self.settings["template_options"])
+        opened = opened_thought(self.tokenizer, self.settings.template_options)
         waiting: dict[str, Request] = {}
         for request in requests:
             params = SamplingParams(
-                temperature=self.settings["temperature"],
-                top_p=self.settings["top_p"],
-                max_tokens=self.settings["max_new_tokens"],
+                temperature=self.settings.temperature,
+                top_p=self.settings.top_p,
+                max_tokens=self.settings.max_new_tokens,
                 seed=request.sampling_seed,
                 ignore_eos=True,  # vLLM's own also holds those of generation_config.json
                 stop_token_ids=self.ends,
@@ -83,7 +95,7 @@ class VllmEngine:
 
     def _generation(self, output: Any, opened: str) -> Generation:
         made, prompt_tokens = output.outputs[0], len(output.prompt_token_ids)
-        if made.finish_reason == "length" and len(made.token_ids) < self.settings["max_new_tokens"]:
+        if made.finish_reason == "length" and len(made.token_ids) < self.settings.max_new_tokens:
             # Cut off by the engine, not by the recipe: no setting of the compute file may decide what a row becomes.
             what = f"prompt of {prompt_tokens} tokens leaves too little of compute.distill.engine.max_model_len"
             return Generation(what, "error", prompt_tokens)

@@ -17,9 +17,9 @@ import yaml
 SCRIPT = textwrap.dedent(
     """
     import sys, time
-    from sdft_ray import cli, lease
+    from sdft_ray import cli
+    from sdft_ray.store import lease
     from sdft_ray.core.selection import Generation
-    from sdft_ray.stages import distill
 
     class FakeEngine:
         def __init__(self, model, settings, options, alone):
@@ -32,9 +32,8 @@ SCRIPT = textwrap.dedent(
                 time.sleep(SECONDS_A_ROW)
                 yield request, Generation(f"seed {request.sampling_seed}", "stop", len(request.prompt_ids), 2)
 
-    distill.VllmEngine = FakeEngine
-    lease.BEAT_SECONDS, lease.EXPIRE_SECONDS = 0.5, 8.0
-    sys.exit(cli.main(sys.argv[1:]))
+        lease.BEAT_SECONDS, lease.EXPIRE_SECONDS = 0.5, 8.0
+    sys.exit(cli.main(sys.argv[1:], engine=FakeEngine))
     """
 )
 

@@ -22,7 +22,7 @@ def plan_ids() -> dict[str, list[str]]:
     """Return, for each recipe, each stage with its id; for each sweep, one id over those of each kind of stage."""
     found = {}
     for path in sorted((CONFIGS / "recipes").glob("*.yaml")):
-        plan = pipeline.stages(load_recipe(path))
+        plan = pipeline.chain(load_recipe(path)).in_order
         found[f"recipes/{path.stem}"] = [f"{stage.name}/{stage.directory_name}" for stage in plan]
     for path in sorted((CONFIGS / "sweeps").glob("*.yaml")):
         found[f"sweeps/{path.stem}"] = _by_kind(planning.stages_of(planning.load_sweep(path)))

@@ -61,7 +61,9 @@ def data(tiny_model, tmp_path) -> dict:
 def test_estimate_stages_names_steps_and_what_does_not_fit(data):
     recipe = validate(Recipe, data)
     gpus = validate(Compute, {"ray": {"address": "auto", "gpu_memory_gb": 0.5}, "train": {"gpus": 1, "cpus": 1}})
-    found = {cost.stage: cost for cost in costs.estimate_stages(recipe, gpus, pipeline.stages(recipe), Storage("x"))}
+    found = {
+        cost.stage: cost for cost in costs.estimate_stages(recipe, gpus, pipeline.chain(recipe).in_order, Storage("x"))
+    }
     assert found["train (sft)"].work.startswith("5 steps of 16 rows")
     assert found["train (sft)"].fits is False
     assert found["score"].fits is None, "what the nodes of another cluster hold is not known"
@@ -70,7 +72,7 @@ def test_estimate_stages_names_steps_and_what_does_not_fit(data):
     drafts = validate(Recipe, data | {"draft": {"tokens": [1, 2], "prompts": 5, "dtype": "float32"}})
     for kv_cache_gib, fits in ((1.0, True), (1e6, False)):
         here = validate(Compute, {"distill": {"cpus": 1, "engine": {"kv_cache_gib": kv_cache_gib}}})
-        *_, cost, _ = costs.estimate_stages(drafts, here, pipeline.stages(drafts), Storage("x"))
+        *_, cost, _ = costs.estimate_stages(drafts, here, pipeline.chain(drafts).in_order, Storage("x"))
         assert (cost.stage, cost.fits) == ("draft", fits)
         assert cost.work == "3 models, 5 prompts of 64 new tokens, 1, 2 of them drafted"
         assert cost.gb > kv_cache_gib * 1.07 + 0.8
@@ -86,7 +88,7 @@ def test_estimate_sweep_takes_the_most_of_any_recipe(data, tmp_path):
     assert found["distill"].work.startswith("32 rows") and found["train (sft)"].work.startswith("4 steps")
     data["prune"]["blocks"] = 1  # the fewest that go
     shallow = validate(Recipe, data)
-    alone = {c.stage: c for c in costs.estimate_stages(shallow, here, pipeline.stages(shallow), Storage("x"))}
+    alone = {c.stage: c for c in costs.estimate_stages(shallow, here, pipeline.chain(shallow).in_order, Storage("x"))}
     assert found["train (sft)"].gb == alone["train (sft)"].gb
 
 

@@ -8,6 +8,7 @@ from tiny_gguf import make_tiny_gguf
 
 from sdft_ray import pipeline
 from sdft_ray.errors import UserError
+from sdft_ray.preflight.checks import check
 from sdft_ray.spec.compute import Compute, load_compute
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.wording import validate
@@ -38,7 +39,7 @@ def problems(tiny_model, tmp_path):
         for key, value in settings.items():
             recipe[key] = recipe.get(key, {}) | value
         try:
-            pipeline.check(validate(Recipe, recipe), compute or load_compute())
+            check(validate(Recipe, recipe), compute or load_compute())
         except UserError as error:
             return list(error.problems)
         return []
@@ -170,10 +171,10 @@ def test_check_of_a_gym_with_too_few_rows_finds_it(tiny_model, tmp_path):
     with pytest.raises(
         UserError, match=r"^rows\.limit: 60 leaves none to train on after 40 held-out and 20 validation"
     ):
-        pipeline.check(validate(Recipe, recipe), load_compute())
+        check(validate(Recipe, recipe), load_compute())
     with pytest.raises(UserError, match=r"^train\.rows: 9 is more than the 5 training rows there are\."):
         recipe["rows"]["limit"] = 65
-        pipeline.check(validate(Recipe, {**recipe, "train": {"rows": 9}}), load_compute())
+        check(validate(Recipe, {**recipe, "train": {"rows": 9}}), load_compute())
 
 
 @pytest.mark.parametrize(
@@ -240,5 +241,5 @@ def test_corpora_with_one_name_are_numbered(tiny_model, tmp_path):
         "prune": {"blocks": 2, "calibration": corpora},
         "evaluate": {"tasks": ["sciq"]},
     }
-    (stage,) = (stage for stage in pipeline.stages(validate(Recipe, recipe)) if stage.name == "loss")
+    (stage,) = (stage for stage in pipeline.chain(validate(Recipe, recipe)).in_order if stage.name == "loss")
     assert [stage.where[f"name_{i}"] for i in range(4)] == ["texts", "texts-2", "texts-2-2", "texts-3"]

@@ -66,7 +66,7 @@ def test_half_fields_are_those_of_stages_that_the_compute_file_gives_no_gpu(dtyp
     compute = load_compute().model_dump(mode="json")
     for name in gpus:
         compute[name]["gpus"] = 1
-    plan = pipeline.stages(load_recipe(Path("recipe.yaml")))
+    plan = pipeline.chain(load_recipe(Path("recipe.yaml"))).in_order
     assert precision.half_fields(plan, validate(Compute, compute)) == fields
 
 

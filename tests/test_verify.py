@@ -429,7 +429,7 @@ def test_command_verify_of_a_recipe_checks_the_models_that_are_built(base, sdft,
     code, out, error = sdft("verify", "recipe.yaml")
     assert code == 2
     assert error.startswith("recipe.yaml: none of its models (pruned, sft, distilled) is built under ")
-    pruned = pipeline.models(pipeline.stages(load_recipe(tmp_path / "recipe.yaml")))["pruned"]
+    pruned = pipeline.chain(load_recipe(tmp_path / "recipe.yaml")).models["pruned"]
     place = prune(base, Storage(str(tmp_path / "artifacts")).place(pruned))
     write_manifest(place, pruned, {"removed": list(REMOVED)}, 0.0)
     code, out, error = sdft("verify", "recipe.yaml", "--json")

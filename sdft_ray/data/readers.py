@@ -17,8 +17,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pydantic import JsonValue
+
 from sdft_ray.errors import UserError, nearest, problem
 from sdft_ray.spec.recipe import Fields, FileRows, GymRows, HubRows, RowSource
+from sdft_ray.spec.section import Section
 from sdft_ray.store.files import hash_source
 
 ROW_FILE = "a .json, .jsonl or .parquet file"
@@ -191,17 +194,43 @@ def read_refusal(error: BaseException) -> tuple[str, str]:
 # --- rows -----------------------------------------------------------------------------------------------------
 
 
-def rows_identity(source: RowSource) -> dict[str, Any]:
+class GymContent(Section):
+    """Rows that reasoning-gym generates. The generator is the data: another version may make other rows."""
+
+    gym: str
+    options: dict[str, JsonValue]
+    version: str
+
+
+class FileContent(Section):
+    """Rows of a file."""
+
+    sha256: str
+    fields: Fields
+
+
+class HubContent(Section):
+    """Rows of a dataset on a hub."""
+
+    repo: str
+    revision: str
+    subset: str | None
+    split: str
+    fields: Fields
+
+
+RowsContent = GymContent | FileContent | HubContent
+
+
+def rows_content(source: RowSource) -> RowsContent:
     """Return what stands for the rows' content in ids: never a local path, always a hash, commit or generator."""
-    if isinstance(source, GymRows):
-        # The generator is the data: another version may make other rows.
-        return {"gym": source.gym, "options": dict(source.options), "version": metadata.version("reasoning-gym")}
-    fields = source.fields.model_dump(mode="json")
-    if isinstance(source, FileRows):
-        return {"sha256": hash_source(_row_file(source.path)), "fields": fields}
-    return {"repo": source.repo, "revision": source.revision, "subset": source.subset, "split": source.split} | {
-        "fields": fields
-    }
+    match source:
+        case GymRows():
+            return GymContent(gym=source.gym, options=source.options, version=metadata.version("reasoning-gym"))
+        case FileRows():
+            return FileContent(sha256=hash_source(_row_file(source.path)), fields=source.fields)
+        case HubRows():
+            return HubContent(**{name: getattr(source, name) for name in HubContent.model_fields})
 
 
 def read_rows(source: RowSource) -> list[dict[str, Any]]:

@@ -25,27 +25,13 @@ from sdft_ray.spec.recipe import (
     ModelSource,
     PackagedModel,
 )
-from sdft_ray.store.files import hash_source
-from sdft_ray.store.identity import Stage, slugify
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
 
 # Files of a model directory that move no number: to correct one costs nothing that was computed.
-_NO_NUMBERS = ("generation_config.json", "*.md", *LICENCES)
-
-
-def model_stage(source: ModelSource, version: int, where: str = "model.path") -> Stage:
-    """Return the stage that stands for a model: a conversion (GGUF), a download, or a directory as it is."""
-    if isinstance(source, HubModel):
-        settings = {"repo": source.repo, "revision": source.revision}
-        return Stage("model", slugify(source.repo), version, settings)
-    path = model_path(source, where)
-    settings = {"sha256": hash_source(path, without=_NO_NUMBERS)}
-    if path.is_file():
-        return Stage("model", slugify(path.stem), version, settings, where={"gguf": str(path)})
-    return Stage("model", slugify(path.name), version, settings, location=path.resolve())
+NO_NUMBERS = ("generation_config.json", "*.md", *LICENCES)
 
 
 def describe_model(source: ModelSource) -> ModelFacts | None:

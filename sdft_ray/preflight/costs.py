@@ -17,10 +17,11 @@ from sdft_ray.core.surgery import block_of
 from sdft_ray.data import readers
 from sdft_ray.models import sources
 from sdft_ray.models.directory import stored_tensors
+from sdft_ray.pipeline import Chain
 from sdft_ray.preflight import memory
 from sdft_ray.spec.compute import Compute, cores
-from sdft_ray.spec.recipe import HubModel, ModelSource, Recipe, Train
-from sdft_ray.spec.wording import validate
+from sdft_ray.spec.recipe import HubModel, ModelSource, Recipe
+from sdft_ray.stages import train
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 from sdft_ray.sweep.planning import Plan
@@ -58,7 +59,7 @@ def estimate_sweep(plan: Plan, compute: Compute, storage: Storage) -> list[Cost]
     """Return, for each kind of stage, the most memory and the most work of any recipe of a sweep."""
     found: dict[str, list[Cost]] = {}
     for cell in plan.cells:
-        for cost in estimate_stages(cell.recipe, compute, pipeline.stages(cell.recipe), storage):
+        for cost in estimate_stages(cell.recipe, compute, pipeline.chain(cell.recipe), storage):
             found.setdefault(cost.stage, []).append(cost)
     return [
         dataclasses.replace(max(costs, key=lambda cost: cost.gb or 0), work=max(costs, key=_amount).work)
@@ -72,18 +73,19 @@ def _amount(cost: Cost) -> float:
     return int(amount) if amount.isdecimal() else math.inf
 
 
-def estimate_stages(recipe: Recipe, compute: Compute, plan: tuple[Stage, ...], storage: Storage) -> list[Cost]:
+def estimate_stages(recipe: Recipe, compute: Compute, chain: Chain, storage: Storage) -> list[Cost]:
     """Return what each kind of stage takes; without memory where the model is not here yet."""
-    base = plan[0]
+    base = chain.base
     done = base.location or (storage.files(base) if storage.status(base) == "done" else None)
     shape = shape_of_directory(done) if done else shape_of(recipe.model)
-    first, *_ = trained = [stage for stage in plan if stage.name == "train"]
+    trained = chain.trained
+    first = next(iter(trained.values()))
     return [
         _score(recipe, compute, shape),
         _distill(recipe, compute, shape, _training_rows(first, storage)),
-        *(_train(recipe, compute, shape, stage, storage) for stage in trained),
-        *_drafts(recipe, compute, shape, sum(stage.name == "draft" for stage in plan)),
-        _evaluate(recipe, compute, shape, len(pipeline.models(plan))),
+        *(_train(recipe, compute, shape, name, stage, storage) for name, stage in trained.items()),
+        *_drafts(recipe, compute, shape, len(chain.drafts)),
+        _evaluate(recipe, compute, shape, len(chain.models)),
     ]
 
 
@@ -127,9 +129,16 @@ def _engine(stage: str, work: str, processes: int, weights: int | None, compute:
     return _cost(stage, work, processes, each, f"of it KV cache {cache / 1e9:.1f}", compute, 0)
 
 
-def _train(recipe: Recipe, compute: Compute, shape: memory.Shape | None, stage: Stage, storage: Storage) -> Cost:
-    settings, plan = validate(Train, stage.settings["train"]), compute.train
-    rows, name = _training_rows(stage, storage), f"train ({stage.where['model']})"
+def _train(
+    recipe: Recipe,
+    compute: Compute,
+    shape: memory.Shape | None,
+    model: str,
+    stage: Stage[train.Settings],
+    storage: Storage,
+) -> Cost:
+    settings, plan = stage.settings.train, compute.train
+    rows, name = _training_rows(stage, storage), f"train ({model})"
     steps = (
         "steps unknown" if rows is None else f"{math.ceil(rows * settings.epochs / settings.global_batch_size)} steps"
     )
@@ -187,19 +196,18 @@ def _bytes(dtype: str) -> int:
     return 4 if dtype == "float32" else 2
 
 
-def _training_rows(stage: Stage, storage: Storage) -> int | None:
+def _training_rows(stage: Stage[train.Settings], storage: Storage) -> int | None:
     """Return how many rows will be trained on: at most that many where they are not read yet."""
     total = 0
-    for kind, rows in stage.inputs.items():
-        if kind.partition("_")[0] != "rows":
-            continue
-        split = rows.settings["split"]
-        if stage.settings["train"]["rows"]:
-            total += stage.settings["train"]["rows"]
+    for key in stage.keys("rows"):
+        rows = stage.inputs[key]
+        split = rows.settings.split
+        if stage.settings.train.rows:
+            total += stage.settings.train.rows
         elif storage.status(rows) == "done":
             total += int(storage.manifest(rows)["summary"]["rows"]["train"])
-        elif split["limit"]:
-            total += split["limit"] - split["held_out"] - split["validation"]
+        elif split.limit:
+            total += split.limit - split.held_out - split.validation
         else:
             return None
     return total

@@ -22,11 +22,14 @@ from typing import Literal
 from sdft_ray import pipeline
 from sdft_ray.cluster import count_places, ray_cluster
 from sdft_ray.data import readers
+from sdft_ray.data.readers import HubContent
 from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.models import sources
 from sdft_ray.preflight import precision
-from sdft_ray.spec.compute import SECTIONS, Compute
+from sdft_ray.preflight.checks import check
+from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.recipe import HubModel, Recipe
+from sdft_ray.stages import model, rows
 from sdft_ray.store import storage
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.objects import is_store
@@ -60,7 +63,7 @@ def examine(recipe: Recipe | None, compute: Compute, root: str) -> Iterator[Find
         yield from checked
         if plan:
             yield from _template(recipe)
-            names = {stage.name for stage in plan}
+            names = {pipeline.MODULES[stage.name].NEEDS for stage in plan}
             needs = {stage: need for stage, need in needs.items() if stage in names}
             yield from _hub(plan, Storage(root))
             fields = precision.half_fields((each for each in plan if not _is_done(each, Storage(root))), compute)
@@ -147,7 +150,7 @@ def compile_locks(folder: Path) -> list[Path]:
 def room(nodes: Sequence[Mapping[str, float]], needs: Mapping[str, tuple[int, int, float]]) -> Iterator[Finding]:
     """Yield, for each stage, whether nodes with these resources can hold what it asks for."""
     for stage, (bundles, cpus, gpus) in needs.items():
-        section = f"compute.{SECTIONS.get(stage, stage)}"
+        section = f"compute.{stage}"
         wants = f"{bundles} x ({cpus} CPUs, {gpus:g} GPUs)"
         if (fit := count_places(nodes, cpus, gpus)) >= bundles:
             yield Finding("resources", stage, "ok", f"{wants} fit")
@@ -298,8 +301,8 @@ def _space(place: str, host: str) -> Iterator[Finding]:
 def _recipe(recipe: Recipe, compute: Compute) -> tuple[Sequence[Stage], list[Finding]]:
     """Return the recipe's stages, none where it is wrong, and what was found."""
     try:
-        pipeline.check(recipe, compute)
-        plan = pipeline.stages(recipe)
+        check(recipe, compute)
+        plan = pipeline.chain(recipe).in_order
     except UserError as error:
         return (), [Finding("recipe", each.where, "fail", each.what, each.do) for each in error.args]
     return plan, [Finding("recipe", "model and rows", "ok", "all that can be known before anything is built")]
@@ -329,9 +332,11 @@ def _hub(plan: Sequence[Stage], place: Storage) -> Iterator[Finding]:
     """Yield whether the hub gives what stages take from it; what is under the root already is not asked for."""
     taken: dict[tuple[str, str, str], Stage] = {}
     for stage in plan:
-        if stage.name in ("model", "rows") and "repo" in (source := stage.settings.get("source", stage.settings)):
-            kind = "model" if stage.name == "model" else "dataset"
-            taken[source["repo"], source["revision"], kind] = stage
+        match stage.settings:
+            case model.HubSettings(repo=repo, revision=revision):
+                taken[repo, revision, "model"] = stage
+            case rows.Settings(source=HubContent(repo=repo, revision=revision)):
+                taken[repo, revision, "dataset"] = stage
     for (repo, revision, kind), stage in sorted(taken.items(), key=lambda item: item[0]):
         name = f"{kind} {repo}"
         if _is_done(stage, place):

@@ -16,10 +16,10 @@ from sdft_ray.core.prompts import CHECKABLE, OPEN, rewrite_instruction
 from sdft_ray.data import calibration, readers
 from sdft_ray.errors import UserError, problem
 from sdft_ray.models import sources
+from sdft_ray.results import HELD_OUT, SPLITS
 from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.recipe import FileRows, HubModel, ModelSource, Recipe, RowSource
-from sdft_ray.stages.evaluate import HELD_OUT
-from sdft_ray.stages.rows import SPLITS, split_rows
+from sdft_ray.stages.rows import split_rows
 
 Splits = dict[str, list[dict[str, Any]]]
 Counter = Callable[[str], int]

@@ -12,16 +12,14 @@ import os
 import timeit
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from sdft_ray.errors import Problem, problem
 from sdft_ray.progress import say
 from sdft_ray.spec.compute import Compute
+from sdft_ray.stages import distill, draft, evaluate, loss, nll, score, speed, train
 from sdft_ray.store.identity import Stage
 
-_FIELDS = {
-    **{"score": "prune.dtype", "loss": "prune.dtype", "distill": "distill.dtype", "nll": "distill.dtype"},
-    **{"train": "train.dtype", "draft": "draft.dtype", "speed": "evaluate.dtype", "evaluate": "evaluate.dtype"},
-}
 # As Linux calls the instructions in /proc/cpuinfo: x86's, then ARM's.
 _FLAGS = {"bfloat16": {"avx512_bf16", "amx_bf16", "bf16"}, "float16": {"avx512_fp16", "amx_fp16", "asimdhp"}}
 # Variables that keep PyTorch and oneDNN from instructions that are there.
@@ -37,13 +35,25 @@ def say_slow(stages: Iterable[Stage], compute: Compute) -> None:
 
 def half_fields(stages: Iterable[Stage], compute: Compute) -> dict[str, str]:
     """Return the recipe's fields that have stages compute in half precision on a CPU, with what they ask for."""
-    gpus = {name: need[2] for name, need in compute.needs().items()}
-    found = {}
-    for stage in stages:
-        dtype = stage.settings.get("train", stage.settings).get("dtype")
-        if dtype in _FLAGS and not gpus[stage.name]:
-            found[_FIELDS[stage.name]] = dtype
-    return dict(sorted(found.items()))
+    asked = [place for stage in stages if (place := _find_dtype(stage.settings))]
+    on_gpus = {section for section, (_, _, gpus) in compute.needs().items() if gpus}
+    return dict(sorted((field, dtype) for field, dtype, needs in asked if dtype in _FLAGS and needs not in on_gpus))
+
+
+def _find_dtype(settings: Any) -> tuple[str, str, str] | None:
+    """Return the recipe's field that says in what precision a stage computes, what it says, and where it computes."""
+    match settings:
+        case score.Settings() | loss.Settings():
+            return "prune.dtype", settings.dtype, score.NEEDS
+        case distill.Settings() | nll.Settings():
+            return "distill.dtype", settings.dtype, distill.NEEDS
+        case train.Settings():
+            return "train.dtype", settings.train.dtype, train.NEEDS
+        case draft.Settings():
+            return "draft.dtype", settings.dtype, draft.NEEDS
+        case speed.Settings() | evaluate.HeldOutSettings() | evaluate.TaskSettings():
+            return "evaluate.dtype", settings.dtype, evaluate.NEEDS
+    return None
 
 
 def find_slow(fields: Mapping[str, str]) -> Problem | None:

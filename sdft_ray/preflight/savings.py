@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sdft_ray import pipeline
+from sdft_ray.stages import distill
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 from sdft_ray.sweep.planning import Plan, stages_of
@@ -20,7 +21,7 @@ from sdft_ray.sweep.planning import Plan, stages_of
 
 def measure(plan: Plan, storage: Storage) -> dict[str, Any]:
     """Return, for each kind of stage, how many a sweep has, how many its recipes alone have, and their seconds."""
-    chains = [pipeline.stages(cell.recipe) for cell in plan.cells]
+    chains = [pipeline.chain(cell.recipe).in_order for cell in plan.cells]
     once = {stage.id: stage for stage in stages_of(plan) if stage.location is None}
     alone = [stage for chain in chains for stage in chain if stage.location is None]
     with storage.survey():
@@ -31,7 +32,7 @@ def measure(plan: Plan, storage: Storage) -> dict[str, Any]:
         if status[key] == "done"
     }
     kinds = []
-    for name in pipeline.STAGE_NAMES:
+    for name in pipeline.MODULES:
         mine = [stage for stage in once.values() if stage.name == name]
         theirs = [stage for stage in alone if stage.name == name]
         if mine:
@@ -57,12 +58,16 @@ def _seconds_alone(stage: Stage, mine: Sequence[Stage], seconds: Mapping[str, fl
 
     A sweep generates at the largest size and then only selects: alone, a smaller size would take its share of rows.
     """
-    if stage.name == "distill":
-        family = [other for other in mine if {**other.settings, "rows": 0} == {**stage.settings, "rows": 0}]
-        sizes = [other.settings["rows"] for other in family]
-        if stage.settings["rows"] and None not in sizes:
-            return max(seconds[other.id] for other in family) * stage.settings["rows"] / max(sizes)
+    if isinstance(stage.settings, distill.Settings) and (rows := stage.settings.rows):
+        family = [other for other in mine if _at_all_sizes(other) == _at_all_sizes(stage)]
+        sizes = [other.settings.rows for other in family]
+        if None not in sizes:
+            return max(seconds[other.id] for other in family) * rows / max(sizes)
     return seconds[stage.id]
+
+
+def _at_all_sizes(stage: Stage[distill.Settings]) -> distill.Settings:
+    return stage.settings.model_copy(update={"rows": None})
 
 
 def _totals(kinds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

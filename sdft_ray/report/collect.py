@@ -14,12 +14,12 @@ from typing import Any
 
 from sdft_ray import pipeline
 from sdft_ray.core.recovery import Score, mean_score, paired_differences, recovery, recovery_over_chance
+from sdft_ray.core.selection import REASONS
 from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
+from sdft_ray.pipeline import Chain
+from sdft_ray.results import DISTANCES, HISTORY, ITEMS, read_history, read_items, read_split
 from sdft_ray.spec.recipe import Recipe
-from sdft_ray.stages.distill import REASONS
-from sdft_ray.stages.evaluate import read_items
-from sdft_ray.stages.rows import read_split
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 
@@ -30,20 +30,21 @@ FLOPS_TOKENS = 256  # the stated length at which forward FLOPs are counted
 
 def collect(recipe: Recipe, name: str, storage: Storage) -> dict[str, Any]:
     """Return everything a report of a finished recipe shows; raises UserError where a stage is not there yet."""
-    plan = pipeline.stages(recipe)
-    missing, _ = pipeline.survey(plan, storage)
+    chain = pipeline.chain(recipe)
+    missing, _ = pipeline.survey(chain.in_order, storage)
     if missing:
         names = ", ".join(dict.fromkeys(stage.name for stage in missing))
         raise UserError(problem(name, f"is not finished (missing: {names})", f"Do: sdft run {name}"))
-    exams = exams_of(plan)
+    stages = chain.in_order
     return {
         "recipe": name,
-        "models": _models(plan, storage),
-        "comparison": compare_arms({arm: [exams[arm]] for arm in recipe.arms.names}, storage),
+        "models": _models(chain, storage),
+        "comparison": compare_arms({arm: [chain.tasks_of(arm)] for arm in recipe.arms.names}, storage),
         "flops_tokens": FLOPS_TOKENS,
         "settings": recipe.model_dump(mode="json"),
-        "artifacts": [{"stage": stage.name, "id": stage.id, "directory": storage.where(stage)} for stage in plan],
-        **_details(plan, exams, storage),
+        "artifacts": [{"stage": stage.name, "id": stage.id, "directory": storage.where(stage)} for stage in stages],
+        **_times(stages, storage),
+        **_details(chain, storage),
     }
 
 
@@ -52,43 +53,33 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
     return {key: report[key] for key in ("recipe", "flops_tokens", "models", "comparison", "speed", "merges", "drafts")}
 
 
-def _models(plan: Sequence[Stage], storage: Storage) -> list[dict[str, Any]]:
-    """Return one entry a model of a plan, the base first."""
-    exams = exams_of(plan)
-    base = scores_of(exams["base"], storage)
+def _models(chain: Chain, storage: Storage) -> list[dict[str, Any]]:
+    """Return one entry a model of a chain, the base first."""
+    base = scores_of(chain.tasks_of("base"), storage)
     return [
         {
-            "model": who,
-            **describe_model(stage, exams[who], base, storage),
+            "model": name,
+            **describe_model(stage, chain.tasks_of(name), base, storage),
             **count_cost(storage.files(stage, "config.json")),
         }
-        for who, stage in pipeline.models(plan).items()
+        for name, stage in chain.models.items()
     ]
 
 
-def exams_of(plan: Sequence[Stage]) -> dict[str, dict[str, Stage]]:
-    """Return the exams of each model of a plan, by its name and the task's."""
-    found: dict[str, dict[str, Stage]] = {}
-    named = pipeline.models(plan)
-    for stage in plan:
-        if stage.name == "evaluate":
-            who = next(name for name, examined in named.items() if examined is stage.inputs["model"])
-            found.setdefault(who, {})[stage.settings["task"]] = stage
-    return found
-
-
-def scores_of(exams: Mapping[str, Stage], storage: Storage) -> list[Score]:
-    """Return what a model scored in each of its exams."""
-    summaries = {task: storage.manifest(stage)["summary"] for task, stage in exams.items()}
+def scores_of(evaluations: Mapping[str, Stage], storage: Storage) -> list[Score]:
+    """Return what a model scored in each of its evaluations."""
+    summaries = {task: storage.manifest(stage)["summary"] for task, stage in evaluations.items()}
     return [Score(task, **{field: found[field] for field in _SCORE_FIELDS}) for task, found in summaries.items()]
 
 
-def describe_model(stage: Stage, exams: Mapping[str, Stage], base: Sequence[Score], storage: Storage) -> dict[str, Any]:
+def describe_model(
+    stage: Stage, evaluations: Mapping[str, Stage], base: Sequence[Score], storage: Storage
+) -> dict[str, Any]:
     """Return a model's scores, their mean, and how much of the base's that is."""
-    mine = scores_of(exams, storage)
+    mine = scores_of(evaluations, storage)
     tasks = {score.task: {field: getattr(score, field) for field in _SCORE_FIELDS} for score in mine}
-    for task, exam in exams.items():
-        found = storage.manifest(exam)["summary"]
+    for task, evaluation in evaluations.items():
+        found = storage.manifest(evaluation)["summary"]
         tasks[task] |= {field: found[field] for field in _MORE_FIELDS if field in found}
     return {
         "id": stage.id,
@@ -100,14 +91,16 @@ def describe_model(stage: Stage, exams: Mapping[str, Stage], base: Sequence[Scor
     }
 
 
-def compare_arms(exams: Mapping[str, Sequence[Mapping[str, Stage]]], storage: Storage) -> dict[str, Any] | None:
+def compare_arms(evaluations: Mapping[str, Sequence[Mapping[str, Stage]]], storage: Storage) -> dict[str, Any] | None:
     """Return how much better the distilled arm does than sft on the same items; None where there is one arm only.
 
-    exams: of each arm, those of one model or of several that differ in their seeds; an item counts as their mean.
+    evaluations: of each arm, those of one model or of several that differ in their seeds; an item counts as their mean.
     """
-    if not (exams.get("distilled") and exams.get("sft")):
+    if not (evaluations.get("distilled") and evaluations.get("sft")):
         return None
-    each, mean = paired_differences(_item_values(exams["distilled"], storage), _item_values(exams["sft"], storage))
+    each, mean = paired_differences(
+        _item_values(evaluations["distilled"], storage), _item_values(evaluations["sft"], storage)
+    )
     return {
         "first": "distilled",
         "second": "sft",
@@ -120,7 +113,7 @@ def _item_values(models: Sequence[Mapping[str, Stage]], storage: Storage) -> dic
     """Return the value of every item of every task, as the mean over models."""
     found: dict[str, list[float]] = {}
     for task in models[0]:
-        each = [read_items(storage.files(exams[task], "items.jsonl")) for exams in models]
+        each = [read_items(storage.files(evaluations[task], ITEMS)) for evaluations in models]
         assert all([i["id"] for i in items] == [i["id"] for i in each[0]] for items in each), f"{task}: other items"
         found[task] = [sum(item["value"] for item in same) / len(same) for same in zip(*each, strict=True)]
     return found
@@ -148,45 +141,54 @@ def count_cost(directory: Path, tokens: int = FLOPS_TOKENS) -> dict[str, float]:
     return {"parameters": int(model.num_parameters()), "flops_per_token": counter.get_total_flops() / tokens}
 
 
-def _details(plan: Sequence[Stage], exams: Mapping[str, Mapping[str, Stage]], storage: Storage) -> dict[str, Any]:
-    """Return what the page shows beside the table: distances, spans, losses, selection, examples, wall times."""
-    found: dict[str, Any] = {"losses": {}, "losses_of_spans": None, "selection": None, "examples": [], "seconds": {}}
-    found |= {"nll": None, "speed": None, "merges": {}, "drafts": {}}
+def _times(stages: Sequence[Stage[Any]], storage: Storage) -> dict[str, Any]:
+    """Return the wall seconds of each kind of stage, and the provenance of the last."""
+    seconds: dict[str, float] = {}
+    provenance: dict[str, Any] = {}
+    for stage in stages:
+        if stage.location is None:
+            provenance = storage.manifest(stage)["provenance"]
+            seconds[stage.name] = seconds.get(stage.name, 0.0) + provenance["wall_seconds"]
+    return {"seconds": seconds, "provenance": provenance}
+
+
+def _details(chain: Chain, storage: Storage) -> dict[str, Any]:
+    """Return what the page shows beside the table: distances, spans, losses, selection, examples."""
+
+    def summary(stage: Stage[Any] | None) -> dict[str, Any] | None:
+        return None if stage is None else storage.manifest(stage)["summary"]
+
+    distilled = chain.distilled
+    return {
+        "distances": _read(storage, chain.score, DISTANCES),
+        "losses_of_spans": summary(chain.loss),
+        "cut": summary(chain.pruned),
+        "speed": summary(chain.speed),
+        "selection": summary(distilled),
+        "examples": _examples(storage.files(distilled, "train.parquet")) if distilled else [],
+        "nll": summary(chain.nll[0]) if chain.nll else None,
+        "losses": {
+            name: {"curve": read_history(storage.files(stage, HISTORY)), **storage.manifest(stage)["summary"]}
+            for name, stage in chain.trained.items()
+        },
+        "merges": _merges(chain, storage),
+        "drafts": {name: summary(stage) for name, stage in chain.drafts.items()},
+    }
+
+
+def _merges(chain: Chain, storage: Storage) -> dict[str, Any]:
+    """Return what each merged model gained over those that it was merged from."""
 
     @functools.cache  # merges have their parents in common
-    def items(who: str) -> dict[str, list[float]]:
-        return _item_values([exams[who]], storage)
+    def items(name: str) -> dict[str, list[float]]:
+        return _item_values([chain.tasks_of(name)], storage)
 
-    for stage in plan:
-        if stage.location is None:
-            manifest = storage.manifest(stage)
-            seconds = found["seconds"]
-            seconds[stage.name] = seconds.get(stage.name, 0.0) + manifest["provenance"]["wall_seconds"]
-            found["provenance"] = manifest["provenance"]
-        match stage.name:
-            case "score":
-                found["distances"] = _read(storage, stage, "distances.json")
-            case "loss":
-                found["losses_of_spans"] = manifest["summary"]
-            case "cut":
-                found["cut"] = manifest["summary"]
-            case "speed":
-                found["speed"] = manifest["summary"]
-            case "merge":
-                name, parents = stage.where["model"], [parent.where["model"] for parent in stage.inputs.values()]
-                others = [other for other in (*parents, "together") if other in exams]
-                against = {o: dataclasses.asdict(paired_differences(items(name), items(o))[1]) for o in others}
-                found["merges"][name] = {"models": parents, "against": against, **manifest["summary"]}
-            case "draft":
-                found["drafts"][stage.where["draft"]] = manifest["summary"]
-            case "distill" if found["selection"] is None:  # of a recipe's own rows, which are the first
-                found["selection"] = manifest["summary"]
-                found["examples"] = _examples(storage.files(stage, "train.parquet"))
-            case "nll" if found["nll"] is None:  # of the same rows
-                found["nll"] = manifest["summary"]
-            case "train":
-                losses = _read(storage, stage, "losses.json")
-                found["losses"][stage.where["model"]] = {"curve": losses, **manifest["summary"]}
+    found = {}
+    for name, stage in chain.merged.items():
+        parents = list(stage.settings.parents)
+        others = [other for other in (*parents, "together") if other in chain.models]
+        against = {o: dataclasses.asdict(paired_differences(items(name), items(o))[1]) for o in others}
+        found[name] = {"models": parents, "against": against, **storage.manifest(stage)["summary"]}
     return found
 
 

@@ -7,6 +7,8 @@ views of. Trials that are not there are listed too, with the reason where one fa
 from __future__ import annotations
 
 import csv
+import dataclasses
+import functools
 import io
 import json
 import statistics
@@ -23,6 +25,7 @@ from sdft_ray.errors import UserError, problem
 from sdft_ray.report import collect as one
 from sdft_ray.report.table import cut_line, interval, ratio, speed_line
 from sdft_ray.spec.loading import leaves
+from sdft_ray.stages.cut import Settings as CutSettings
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 from sdft_ray.sweep.planning import DEPTH, RECIPE, SIZE, Plan, Trial, is_done, is_seed, name_draft, say_stopped
@@ -30,57 +33,96 @@ from sdft_ray.sweep.planning import DEPTH, RECIPE, SIZE, Plan, Trial, is_done, i
 
 def collect(plan: Plan, name: str, storage: Storage) -> dict[str, Any]:
     """Return everything that the report of a sweep shows; raises UserError where there is no base to compare with."""
-    chains = [pipeline.stages(cell.recipe) for cell in plan.cells]
-    shared = {stage.id: stage for chain in chains for stage in chain if stage.name in ("rows", "score", "cut")}
-    exams = {
-        pipeline.models(chain)[who].id: each
-        for chain in chains
-        for who, each in one.exams_of(chain).items()
-        if who in ("base", "pruned")
-    }
-    shared |= {stage.id: stage for chain in chains for stage in chain if stage.name == "speed"}
-    needed = [*shared.values(), *(stage for each in exams.values() for stage in each.values())]
-    if missing := {stage.name for stage in pipeline.survey(needed, storage)[0]}:
-        what = f"has nothing to compare with yet (missing: {', '.join(sorted(missing))})"
-        raise UserError(problem(name, what, f"Do: sdft sweep {name}"))
-    speeds = {s.inputs["pruned"].id: s for chain in chains for s in chain if s.name == "speed"}
-    base_of = {pipeline.models(chain)["pruned"].id: chain[0] for chain in chains}
-    entries = []
+    untuned = _Untuned.of(plan)
+    untuned.require_done(name, storage)
     with storage.survey():
-        for trial in plan.trials:
-            base = exams[base_of[trial.train.inputs["model"].id].id]
-            entries.append(_describe_trial(trial, plan.name, base, storage))
+        entries = [_describe_trial(trial, plan.name, untuned.base_of(trial), storage) for trial in plan.trials]
         tried, untried = _read_drafts(plan, storage)
-    cuts = {stage.id: stage for stage in shared.values() if stage.name == "cut"}
-    bases = {stage.id: stage for stage in base_of.values()}
-    models = [(stage, "base", exams[key], exams[key]) for key, stage in bases.items()]
-    models += [(stage, "pruned", exams[key], exams[base_of[key].id]) for key, stage in cuts.items()]
     groups = _group(entries)
     for entry in entries:
         entry["draft"] = _join_drafts(tried[entry["id"]]) if entry["id"] in tried else None
+    depths = [(cut.settings.depth, key) for key, cut in untuned.cuts.items()]
     return {
         "sweep": name,
         "axes": list(dict.fromkeys(path for cell in plan.cells for path in cell.values)),
         "tasks": list(plan.cells[0].recipe.evaluate.tasks),
-        "models": [
-            {
-                "model": who,
-                "slug": stage.slug,
-                **(_describe_cut(stage, storage) if who == "pruned" else {"blocks": 0}),
-                "speed": storage.manifest(speeds[stage.id])["summary"] if stage.id in speeds else None,
-                **one.describe_model(stage, mine, one.scores_of(base, storage), storage),
-                **one.count_cost(storage.files(stage, "config.json")),
-            }
-            for stage, who, mine, base in models
-        ],
+        "models": untuned.describe(storage),
         "trials": entries,
         "groups": groups,
         "comparisons": _compare(groups, plan.trials, storage),
-        "drafts": _drafts(groups, entries, [(len(_removed(cut, storage)), cut.id) for cut in cuts.values()], tried),
+        "drafts": _drafts(groups, entries, depths, tried),
         "untried": untried,
-        "maps": _maps(cuts.values(), storage),
+        "maps": _maps(untuned.cuts.values(), storage),
         "flops_tokens": one.FLOPS_TOKENS,
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Untuned:
+    """The bases and pruned models of a sweep, by id, with what was measured of them."""
+
+    chains: tuple[pipeline.Chain, ...]
+
+    @classmethod
+    def of(cls, plan: Plan) -> _Untuned:
+        return cls(tuple(pipeline.chain(cell.recipe) for cell in plan.cells))
+
+    @functools.cached_property
+    def cuts(self) -> dict[str, Stage[CutSettings]]:
+        """The pruned models."""
+        return {chain.pruned.id: chain.pruned for chain in self.chains}
+
+    @functools.cached_property
+    def evaluations(self) -> dict[str, dict[str, Stage[Any]]]:
+        """For each base and pruned model its evaluations, by task."""
+        return {chain.models[name].id: chain.tasks_of(name) for chain in self.chains for name in ("base", "pruned")}
+
+    @functools.cached_property
+    def bases(self) -> dict[str, Stage[Any]]:
+        """For each pruned model its base."""
+        return {chain.pruned.id: chain.base for chain in self.chains}
+
+    @functools.cached_property
+    def speeds(self) -> dict[str, Stage[Any]]:
+        """For each pruned model that was timed, the stage."""
+        return {chain.pruned.id: chain.speed for chain in self.chains if chain.speed}
+
+    def base_of(self, trial: Trial) -> dict[str, Stage[Any]]:
+        """Return the evaluations of the base that a trial's model came from."""
+        return self.evaluations[self.bases[trial.train.inputs["model"].id].id]
+
+    def require_done(self, name: str, storage: Storage) -> None:
+        """Raise UserError where something is missing that trials are compared with."""
+        needed = {stage.id: stage for chain in self.chains for stage in (chain.rows, chain.score, chain.pruned)}
+        needed |= {stage.id: stage for stage in self.speeds.values()}
+        needed |= {stage.id: stage for each in self.evaluations.values() for stage in each.values()}
+        if missing := {stage.name for stage in pipeline.survey(needed.values(), storage)[0]}:
+            what = f"has nothing to compare with yet (missing: {', '.join(sorted(missing))})"
+            raise UserError(problem(name, what, f"Do: sdft sweep {name}"))
+
+    def describe(self, storage: Storage) -> list[dict[str, Any]]:
+        """Return one entry for each base, and for each pruned model."""
+        bases = {base.id: base for base in self.bases.values()}
+        return [
+            *(self._describe(base, base, "base", {"blocks": 0}, storage) for base in bases.values()),
+            *(
+                self._describe(cut, self.bases[key], "pruned", _describe_cut(cut, storage), storage)
+                for key, cut in self.cuts.items()
+            ),
+        ]
+
+    def _describe(
+        self, stage: Stage[Any], base: Stage[Any], name: str, more: Mapping[str, Any], storage: Storage
+    ) -> dict[str, Any]:
+        scores = one.scores_of(self.evaluations[base.id], storage)
+        return {
+            "model": name,
+            "slug": stage.slug,
+            **more,
+            "speed": storage.manifest(self.speeds[stage.id])["summary"] if stage.id in self.speeds else None,
+            **one.describe_model(stage, self.evaluations[stage.id], scores, storage),
+            **one.count_cost(storage.files(stage, "config.json")),
+        }
 
 
 def summary(report: dict[str, Any]) -> dict[str, Any]:
@@ -112,13 +154,9 @@ def _describe_trial(trial: Trial, sweep: str, base: Mapping[str, Stage], storage
         "reason": None,
         "validation_loss": manifest["summary"]["validation_loss"],
         "seconds": manifest["provenance"]["wall_seconds"],
-        **one.describe_model(trial.train, _exams(trial), one.scores_of(base, storage), storage),
+        **one.describe_model(trial.train, trial.evaluations, one.scores_of(base, storage), storage),
         **one.count_cost(storage.files(pruned, "config.json")),
     }
-
-
-def _exams(trial: Trial) -> dict[str, Stage]:
-    return {stage.settings["task"]: stage for stage in trial.exams}
 
 
 def _all_rows(trial: Trial, storage: Storage) -> int:
@@ -197,8 +235,8 @@ def _compare(groups: Sequence[Mapping[str, Any]], trials: Sequence[Trial], stora
     for recipe, _, blocks, rows in dict.fromkeys((point[0], None, *point[2:]) for point in chosen):
         points = {arm: (recipe, arm, blocks, rows) for arm in ("sft", "distilled")}
         both = {arm: chosen[point] for arm, point in points.items() if point in chosen}
-        exams = {arm: [_exams(trials[i]) for i in group["trials"]] for arm, group in both.items()}
-        if compared := one.compare_arms(exams, storage):
+        evaluations = {arm: [trials[i].evaluations for i in group["trials"]] for arm, group in both.items()}
+        if compared := one.compare_arms(evaluations, storage):
             seeds = {arm: len(group["trials"]) for arm, group in both.items()}
             found.append({"recipe": recipe, "blocks": blocks, "rows": rows, "seeds": seeds, **compared})
     return found

@@ -18,9 +18,6 @@ from sdft_ray.spec.loading import load_section
 from sdft_ray.spec.section import LocalPath, Section
 from sdft_ray.spec.wording import validate
 
-SECTIONS = {"loss": "score", "nll": "distill", "draft": "distill", "speed": "evaluate"}
-"""Sections that stages without one of their own are computed by."""
-
 Auto = Literal["auto"]
 Count = Annotated[int, Field(gt=0)]
 
@@ -175,15 +172,11 @@ class Compute(Section):
     evaluate: Evaluate = Evaluate()
 
     def needs(self) -> dict[str, tuple[int, int, float]]:
-        """Return, for each stage, how many bundles of how many CPUs and GPUs it holds at once."""
+        """Return how many bundles of how many CPUs and GPUs the stages of each section hold at once, at least."""
         return {
             "score": (self.score.actors, _settled(self.score.cpus), self.score.gpus),
-            "loss": (self.score.actors, _settled(self.score.cpus), self.score.gpus),
             "distill": (self.distill.actors.min, _settled(self.distill.cpus), self.distill.gpus),
             "train": (self.train.workers.min, _settled(self.train.cpus), self.train.gpus),
-            "nll": (1, _settled(self.distill.cpus), self.distill.gpus),
-            "draft": (1, _settled(self.distill.cpus), self.distill.gpus),
-            "speed": (1, _settled(self.evaluate.cpus), self.evaluate.gpus),
             "evaluate": (1, _settled(self.evaluate.cpus), self.evaluate.gpus),
         }
 
@@ -220,7 +213,7 @@ def load_compute(path: Path | None = None) -> Compute:
                 f"Lower the number or the cpus of {name}, or give ray.address of a cluster",
             )
             for name, (bundles, cpus, _) in compute.needs().items()
-            if name not in SECTIONS and bundles * cpus > here
+            if bundles * cpus > here
         ]
         if short:
             raise UserError(*short)

@@ -7,6 +7,8 @@ into an artifact id. Where and how something is computed belongs to `compute.py`
 
 from __future__ import annotations
 
+import functools
+import operator
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
@@ -281,6 +283,8 @@ class Filters(Section):
 class Distill(Section):
     """How the unpruned model rewrites the references. Defaults: the published code of SDFT (arXiv 2402.13669)."""
 
+    unhashed = ("max_attempts", "shift_rows", "max_failed_fraction")
+
     temperature: float = Field(0.95, ge=0)
     top_p: float = Field(0.7, gt=0, le=1)
     max_new_tokens: int = Field(512, gt=0)
@@ -337,6 +341,8 @@ class Lora(Section):
 
 class Train(Section):
     """How the pruned model is fine-tuned; the same for both arms unless an arm overrides it."""
+
+    unhashed = ("max_too_long_fraction",)
 
     method: Literal["lora", "full"] = "lora"
     lora: Lora = Lora()
@@ -568,10 +574,8 @@ class Recipe(Section):
         overrides = [getattr(self.arms, arm)]
         if other and self.merge:
             overrides.append(self.merge.others[other].train)
-        settings = self.train.model_dump()
-        for each in overrides:
-            settings |= each.model_dump(exclude_none=True)
-        return Train.model_validate(settings)
+        changes = [{name: value for name, value in each if value is not None} for each in overrides]
+        return Train(**functools.reduce(operator.or_, changes, dict(self.train)))
 
 
 def _require_distinct(names: tuple[str, ...]) -> tuple[str, ...]:

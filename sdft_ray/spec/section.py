@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from sdft_ray.store.objects import read_address
 
@@ -19,6 +15,31 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, strict=True, allow_inf_nan=False
     )
+    unhashed: ClassVar[tuple[str, ...]] = ()
+    """Fields that move no number, such as paths and gates: they are no part of an id."""
+    optional: ClassVar[tuple[str, ...]] = ()
+    """Fields that are no part of an id while they are None."""
+
+    def hashed(self) -> dict[str, Any]:
+        """Return what bears identity, as plain JSON."""
+        plain = self.model_dump(mode="json")
+        names = [name for name in type(self).model_fields if name not in self.unhashed and not self._is_absent(name)]
+        return {self._key(name): _hashed(getattr(self, name), plain[name]) for name in names}
+
+    def _key(self, name: str) -> str:
+        return type(self).model_fields[name].serialization_alias or name
+
+    def _is_absent(self, name: str) -> bool:
+        return name in self.optional and getattr(self, name) is None
+
+
+def _hashed(value: Any, plain: Any) -> Any:
+    """Return the plain form of a field, with what its sections leave out left out."""
+    if isinstance(value, Section):
+        return value.hashed()
+    if isinstance(value, tuple):
+        return [_hashed(*pair) for pair in zip(value, plain, strict=True)]
+    return plain
 
 
 def _require_path(value: str) -> str:

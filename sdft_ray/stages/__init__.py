@@ -1,8 +1,14 @@
-"""The Ray shell: one module a stage, all of one shape.
+"""The stages: one module each, all of one shape.
 
-Each has a VERSION (bump it when the meaning of its output changes) and a `build(work)` that reads its inputs'
-artifacts, writes files into `work.directory` and returns the manifest's summary, plain JSON. Heavy imports stand
-inside functions: planning reads every VERSION and must not load torch or ray.
+    VERSION     bump it when the meaning of the output changes
+    Settings    what it computes: a section; its hashed fields make the id
+    Summary     what its manifest keeps of the result
+    NEEDS       the section of the compute file that says what its workers take; None: it runs in the driver
+    UNIT        what its progress counts
+    stage       its place in a chain, from the recipe and its inputs
+    build       does the work in `work.directory`, and returns the summary
+
+Heavy imports stand inside functions: planning reads every module and must not load torch or ray.
 """
 
 from __future__ import annotations
@@ -11,23 +17,25 @@ import dataclasses
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+from sdft_ray.engine import EngineFactory, VllmEngine
 from sdft_ray.errors import StageFailed
 from sdft_ray.progress import Progress
 from sdft_ray.spec.compute import Compute
-from sdft_ray.store.identity import Stage
+from sdft_ray.store.identity import Hashed, Stage
 from sdft_ray.store.storage import Storage
 
 _LOOK_SECONDS = 0.5  # between two looks at whether work is stopped
 Validated = Callable[[int, float], None] | None
+S = TypeVar("S", bound=Hashed | Mapping[str, Any], covariant=True)
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class Work(Generic[S]):
     """What a stage gets to do its work with."""
 
-    stage: Stage
+    stage: Stage[S]
     storage: Storage
     compute: Compute
     progress: Progress
@@ -35,9 +43,11 @@ class Work:
     """Who hears of a training's validation losses while it runs."""
     stopped: threading.Event = dataclasses.field(default_factory=threading.Event)
     """Set when a stage that is built beside this one failed: nobody waits for this one any more."""
+    engine: EngineFactory = VllmEngine
+    """What generates."""
 
     @property
-    def settings(self) -> Mapping[str, Any]:
+    def settings(self) -> S:
         """The part of the recipe that this stage computes."""
         return self.stage.settings
 
@@ -64,6 +74,15 @@ class Work:
     def input(self, name: str) -> Path:
         """Return the verified directory of an input's artifact."""
         return self.storage.fetch(self.stage.inputs[name])
+
+    def inputs(self, name: str) -> list[Path]:
+        """Return the verified directories of inputs of one kind, of which there may be several."""
+        return [self.input(key) for key in self.stage.keys(name)]
+
+    def numbered_inputs(self, name: str) -> dict[int, Path]:
+        """Return the verified directories of inputs that are called by a kind and a number, by that number."""
+        keys = {f"{name}_{i}": i for i in range(len(self.stage.inputs))}
+        return {i: self.input(key) for key, i in keys.items() if key in self.stage.inputs}
 
     def handle(self, name: str) -> Callable[[], Path]:
         """Return what gives a worker, on whatever node, the verified directory of an input's artifact there."""

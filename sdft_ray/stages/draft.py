@@ -23,36 +23,50 @@ from sdft_ray.data.readers import read_json
 from sdft_ray.engine import NEAR_TIE, engine_arguments
 from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.progress import say
+from sdft_ray.results import DRAFT, SPECULATIVE_CONFIG, read_split
+from sdft_ray.spec.recipe import Draft
 from sdft_ray.stages import Work
-from sdft_ray.stages.rows import read_split
 from sdft_ray.store.files import write_atomically
+from sdft_ray.store.identity import Stage
 
 if TYPE_CHECKING:
     import torch
 
-VERSION = 2
+VERSION, NEEDS, UNIT = 2, "distill", "parts"
 METHOD = "draft_model"  # vLLM's name for it
 
 
-def build(work: Work) -> dict[str, Any]:
+class Settings(Draft):
+    """How a model is tried as a draft."""
+
+    unhashed = ("models", "name")
+    name: str
+    """What the report calls the model."""
+
+
+def stage(wanted: Draft, name: str, pruned: Stage, base: Stage, draft: Stage, rows: Stage) -> Stage[Settings]:
+    """Return the stage that tries the model of this name."""
+    settings = Settings(**dict(wanted) | {"tokens": tuple(sorted(wanted.tokens))}, name=name)
+    return Stage("draft", f"{pruned.slug}-{name}", VERSION, settings, {"model": base, "draft": draft, "rows": rows})
+
+
+def build(work: Work[Settings]) -> dict[str, Any]:
     """Write draft.json and speculative_config.json."""
     import ray
 
     plan = work.compute.distill
-    rows = read_split(work.input("rows"), "held_out")[: work.settings["prompts"]]
+    rows = read_split(work.input("rows"), "held_out")[: work.settings.prompts]
     options = plan.engine.model_dump() | {"tensor_parallel_size": plan.tensor_parallel_size}
     found: dict[str, Any] = ray.get(
         ray.remote(max_calls=1)(measure)  # an engine takes threads and environment of its process for good
         .options(num_cpus=plan.cpus, num_gpus=plan.gpus, name="draft")
-        .remote(
-            work.handle("model"), work.handle("draft"), [row["prompt"] for row in rows], dict(work.settings), options
-        )
+        .remote(work.handle("model"), work.handle("draft"), [row["prompt"] for row in rows], work.settings, options)
     )
     best = best_measured(found["greedy"]["measured"])
     base, draft = (work.storage.where(work.stage.inputs[name]) for name in ("model", "draft"))
     config = {"method": METHOD, "model": draft, "num_speculative_tokens": best["tokens"]}
-    write_atomically(work.directory / "draft.json", json.dumps(found, indent=1) + "\n")
-    write_atomically(work.directory / "speculative_config.json", json.dumps(config, indent=1) + "\n")
+    write_atomically(work.directory / DRAFT, json.dumps(found, indent=1) + "\n")
+    write_atomically(work.directory / SPECULATIVE_CONFIG, json.dumps(config, indent=1) + "\n")
     gained = f"{best['speedup']:.2f} times the base's tokens/s with {best['tokens']} drafted"
     serve = f"vllm serve {base} --speculative-config '{json.dumps(config)}'"
     notes = [] if plan.gpus else ["on a CPU for greedy requests only: docs/footguns.md"]
@@ -66,23 +80,23 @@ def measure(
     target: Callable[[], Path],
     draft: Callable[[], Path],
     prompts: Sequence[str],
-    settings: Mapping[str, Any],
+    settings: Settings,
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return acceptance and speeds of a draft; runs in a Ray worker of its own."""
     base, small = target(), draft()
     ids, end = render_alike(base, small, prompts)
-    length = max(map(len, ids)) + settings["max_new_tokens"] + max(settings["tokens"]) + 1
-    _require_context(base, length, settings["max_new_tokens"])
+    length = max(map(len, ids)) + settings.max_new_tokens + max(settings.tokens) + 1
+    _require_context(base, length, settings.max_new_tokens)
     fair = {
         # Two engines are alive at a time. A prompt that one of them has read before would be no fair race.
         "gpu_memory_utilization": options["gpu_memory_utilization"] / 2,
         "kv_cache_gib": options["kv_cache_gib"] / 2,
         "enable_prefix_caching": False,
-        "max_num_seqs": settings["at_once"],
+        "max_num_seqs": settings.at_once,
         "max_model_len": length,
     }
-    arguments = engine_arguments(str(base), settings["dtype"], {**options, **fair}, alone=True)
+    arguments = engine_arguments(str(base), settings.dtype, {**options, **fair}, alone=True)
     from vllm import LLM, SamplingParams  # after what it reads of the environment is set
 
     _mend_sampling()
@@ -90,21 +104,21 @@ def measure(
     def start(**more: Any) -> Any:
         return LLM(**{**arguments, **more}, disable_log_stats=False)
 
-    sampling = {name: settings[name] for name in ("temperature", "top_p")}
-    until = {"max_tokens": settings["max_new_tokens"], "stop_token_ids": [end]}
+    sampling = {"temperature": settings.temperature, "top_p": settings.top_p}
+    until = {"max_tokens": settings.max_new_tokens, "stop_token_ids": [end]}
     ways = {"greedy": SamplingParams(temperature=0, **until), "sampled": SamplingParams(**sampling, **until)}
-    groups = [ids[i : i + settings["at_once"]] for i in range(0, len(ids), settings["at_once"])]
+    groups = [ids[i : i + settings.at_once] for i in range(0, len(ids), settings.at_once)]
     alone, other = start(), start(model=str(small))
     race, _ = _take_turns(alone, other, groups, ways["greedy"])
     _end(other)
     cost = 1 / race["speedup"]
     found: dict[str, Any] = {way: {"measured": []} for way in ways}
-    for k in settings["tokens"]:
+    for k in settings.tokens:
         drafting = start(speculative_config={"method": METHOD, "model": str(small), "num_speculative_tokens": k})
         for way, params in ways.items():
             race, texts = _take_turns(alone, drafting, groups, params)
             if way == "greedy":
-                race["differing"] = compare_texts(base, settings["dtype"], ids, *texts)
+                race["differing"] = compare_texts(base, settings.dtype, ids, *texts)
             found[way]["measured"].append({"tokens": k, **race, **worth(race["drafts"], race["accepted"], cost)})
         _end(drafting)
     for figures in found.values():

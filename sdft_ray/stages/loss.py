@@ -10,21 +10,55 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from sdft_ray.cluster import use_assigned_cores
+from sdft_ray.data.calibration import CorpusSettings, read_corpora
 from sdft_ray.errors import UserError, problem
+from sdft_ray.results import CANDIDATES, read_measured
+from sdft_ray.spec.recipe import Protect, Prune
+from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
-from sdft_ray.stages.score import measure, read_corpora, read_measured
 from sdft_ray.store.files import write_atomically
+from sdft_ray.store.identity import Stage
+from sdft_ray.text_pool import measure
 
-VERSION = 2
+VERSION, NEEDS, UNIT = 2, "score", "texts"
 
 
-def build(work: Work) -> dict[str, Any]:
+class Settings(Section):
+    """Which spans are tried, and on what."""
+
+    dtype: str
+    calibration: tuple[CorpusSettings, ...]
+    depth: int = Field(serialization_alias="blocks")
+    contiguous: bool
+    protect: Protect
+    candidates: int
+
+
+def stage(
+    prune: Prune, corpora: tuple[CorpusSettings, ...], base: Stage, score: Stage, corpus_rows: Mapping[str, Stage]
+) -> Stage[Settings]:
+    """Return the stage; corpus_rows: the rows of corpora that are rows, by `rows_N` for the corpus N."""
+    settings = Settings(
+        dtype=prune.dtype,
+        calibration=corpora,
+        depth=prune.blocks,
+        contiguous=prune.contiguous,
+        protect=prune.protect,
+        candidates=prune.candidates,
+    )
+    inputs = {"model": base, "score": score, **corpus_rows}
+    return Stage("loss", f"{base.slug}-{prune.blocks}", VERSION, settings, inputs)
+
+
+def build(work: Work[Settings]) -> dict[str, Any]:
     """Write losses.json."""
     import numpy as np
     import torch
@@ -32,16 +66,17 @@ def build(work: Work) -> dict[str, Any]:
     from sdft_ray.core.similarity import choose
 
     candidates = rank_candidates(work)
-    corpora = read_corpora(work)
+    corpora = read_corpora(work.input("model"), work.settings.calibration, work.numbered_inputs("rows"))
     assert len({corpus.name for corpus in corpora}) == len(corpora), "losses are kept by the names of corpora"
     for corpus in corpora:
-        if not corpus.held_back:
+        if not corpus.loss_texts:
             what = f"{corpus.name} has no text left to hold back for the loss"
             do = "Give 3 texts of two tokens or more, or set prune.metric: angular and prune.candidates: 0"
             raise UserError(problem("prune.calibration", what, do))
     removed = [candidate["blocks"] for candidate in candidates]
-    texts = [[(text.ids, text.content_from) for text in corpus.held_back] for corpus in corpora]
-    found = measure(work, LossMeter, texts, candidates=[[], *removed])
+    texts = [[(text.ids, text.content_from) for text in corpus.loss_texts] for corpus in corpora]
+    model = {"model": work.handle("model"), "dtype": work.settings.dtype}
+    found = measure(LossMeter, texts, work.compute.score, work.progress, candidates=[[], *removed], **model)
     losses = [torch.from_numpy(np.stack(each["loss"])).double() for each in found]  # (B, 1 + C) each, the base first
     if not all(torch.isfinite(each).all() for each in losses):
         raise UserError(problem("model", "gives a loss of NaN on held-back texts", "Try prune.dtype: float32"))
@@ -51,26 +86,26 @@ def build(work: Work) -> dict[str, Any]:
         candidate["losses"] = {corpus.name: float(mean) for corpus, mean in zip(corpora, means[:, i], strict=True)}
     choice = choose([each[:, 1:] for each in losses], [tuple(blocks) for blocks in removed])
     result = {
-        "texts": {corpus.name: len(corpus.held_back) for corpus in corpora},
+        "texts": {corpus.name: len(corpus.loss_texts) for corpus in corpora},
         "base_loss": float(means[:, 0].mean()),
         "candidates": sorted(candidates, key=lambda candidate: candidate["loss"]),
         "choice": dataclasses.asdict(choice),
     }
-    write_atomically(work.directory / "losses.json", json.dumps(result))
+    write_atomically(work.directory / CANDIDATES, json.dumps(result))
     return result
 
 
-def rank_candidates(work: Work) -> list[dict[str, Any]]:
+def rank_candidates(work: Work[Settings]) -> list[dict[str, Any]]:
     """Return the sets of blocks that are worth a try: the best spans by distance, and the best by influence.
 
     Each with its distance and influence and its rank by them, from 1; a set that is no span has no rank.
     """
     from sdft_ray.core.similarity import choose_blocks, span_distances, span_influences
 
-    size, protect = work.settings["blocks"], work.settings["protect"]
+    size, protect = work.settings.depth, work.settings.protect
     distances, influences = read_measured(work.input("score"))
     blocks = influences[0].shape[1]
-    starts = range(protect["first"], blocks - size - protect["last"] + 1)
+    starts = range(protect.first, blocks - size - protect.last + 1)
 
     def costs(each: Sequence[Any], cost: Any) -> list[float]:
         return list(sum(cost(corpus, size).double().mean(dim=0) for corpus in each) / len(each))
@@ -80,7 +115,7 @@ def rank_candidates(work: Work) -> list[dict[str, Any]]:
         {start: rank for rank, start in enumerate(sorted(starts, key=lambda s: cost[s]), 1)}
         for cost in (by_distance, by_influence)
     ]
-    chosen = [start for start in starts if min(rank[start] for rank in ranks) <= work.settings["candidates"]]
+    chosen = [start for start in starts if min(rank[start] for rank in ranks) <= work.settings.candidates]
     found = [
         {
             "blocks": list(range(start, start + size)),
@@ -91,8 +126,8 @@ def rank_candidates(work: Work) -> list[dict[str, Any]]:
         }
         for start in chosen
     ]
-    if not work.settings["contiguous"]:
-        choice = choose_blocks(influences, size, protect["first"], protect["last"])
+    if not work.settings.contiguous:
+        choice = choose_blocks(influences, size, protect.first, protect.last)
         if all(list(choice.blocks) != candidate["blocks"] for candidate in found):
             found.append({"blocks": list(choice.blocks), "influence": choice.value})
     return found

@@ -11,39 +11,74 @@ import itertools
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from sdft_ray.core.surgery import block_of
 from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
 from sdft_ray.models.directory import WEIGHTS_INDEX, require_loadable, stored_tensors, tensor_places, write_companions
 from sdft_ray.models.shards import StoredTensor, write_tensors
+from sdft_ray.spec.recipe import Linear, Slerp
 from sdft_ray.stages import Work
 from sdft_ray.store.files import remember_hash
+from sdft_ray.store.identity import Stage
 
 if TYPE_CHECKING:
     import torch
 
     from sdft_ray.core.merging import Alike
 
-VERSION = 2
+VERSION, NEEDS, UNIT = 2, None, "tensors"
 # Weights of models that grew out of one have cosines above 0.9; those of two unlike blocks are near 0.
 _SAME_ORIGIN = 0.5
 _NO_MATTER = ("dtype", "torch_dtype", "transformers_version", "use_cache", "_name_or_path")
 _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
-def build(work: Work) -> dict[str, Any]:
+class SlerpSettings(Slerp):
+    """Two models, merged along the arc."""
+
+    unhashed = ("parents",)
+    method: Literal["slerp"] = "slerp"
+    parents: tuple[str, ...] = ()
+    """What the report calls the models, in the order of the inputs."""
+
+
+class LinearSettings(Linear):
+    """Models, merged into their mean."""
+
+    unhashed = ("parents",)
+    method: Literal["linear"] = "linear"
+    parents: tuple[str, ...] = ()
+    """What the report calls the models, in the order of the inputs."""
+
+
+Settings = SlerpSettings | LinearSettings
+
+
+def stage(how: Slerp | Linear, pruned: Stage, parents: Mapping[str, Stage]) -> Stage[Settings]:
+    """Return the stage; parents: the models that are merged, by their names."""
+    names = tuple(parents)
+    settings: Settings = (
+        SlerpSettings(t=how.t, parents=names)
+        if isinstance(how, Slerp)
+        else LinearSettings(weights=how.weights, parents=names)
+    )
+    inputs = {f"model_{i}": parent for i, parent in enumerate(parents.values())}
+    return Stage("merge", f"{pruned.slug}-{settings.method}", VERSION, settings, inputs)
+
+
+def build(work: Work[Settings]) -> dict[str, Any]:
     """Write the merged model."""
-    names = [stage.where["model"] for stage in work.stage.inputs.values()]
-    parents = {name: work.input(key) for name, key in zip(names, work.stage.inputs, strict=True)}
+    directories = work.numbered_inputs("model")
+    parents = {name: directories[i] for i, name in enumerate(work.settings.parents)}
     return merge_models(parents, work.directory, work.settings, work.progress.begin, work.progress.update)
 
 
 def merge_models(
     parents: Mapping[str, Path],
     directory: Path,
-    settings: Mapping[str, Any],
+    settings: Settings,
     begin: Callable[[int], None] = lambda total: None,
     update: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
@@ -65,10 +100,10 @@ def merge_models(
     def merged(shard: Path) -> Iterator[Any]:
         for name, tensor in held[shard].items():
             tensors = [_read_tensor(*place[name]) for place in places]
-            if settings["method"] == "slerp":
-                weights, facts[name] = slerp(tensors[0], tensors[1], _t_of(name, settings["t"]))
+            if isinstance(settings, SlerpSettings):
+                weights, facts[name] = slerp(tensors[0], tensors[1], _t_of(name, settings.t))
             else:
-                weights, facts[name] = mean(tensors, settings["weights"] or [1.0] * len(tensors))
+                weights, facts[name] = mean(tensors, settings.weights or [1.0] * len(tensors))
             _require_same_origin(name, tensor, facts[name], list(parents))
             yield weights.to(getattr(torch, _DTYPES[tensor.dtype])).view(torch.uint8).numpy()
             update(len(facts))

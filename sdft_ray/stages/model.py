@@ -13,29 +13,69 @@ from typing import TYPE_CHECKING, Any
 from sdft_ray.core.surgery import require_supported
 from sdft_ray.errors import UserError, problem
 from sdft_ray.models.directory import describe_directory, spell_tokenizer_for_older
-from sdft_ray.models.sources import download_model, gguf_field, read_gguf
+from sdft_ray.models.sources import NO_NUMBERS, download_model, gguf_field, model_path, read_gguf
+from sdft_ray.spec.recipe import HubModel, ModelSource
+from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
+from sdft_ray.store.files import hash_source
+from sdft_ray.store.identity import Stage, slugify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-VERSION = 1
+VERSION, NEEDS, UNIT = 1, None, "parts"
 
 
-def build(work: Work) -> dict[str, Any]:
+class HubSettings(Section):
+    """A model of a hub."""
+
+    repo: str
+    revision: str
+
+
+class FileSettings(Section):
+    """A model that is here: a directory as it is, or a .gguf file."""
+
+    unhashed = ("gguf",)
+    sha256: str
+    gguf: str | None = None
+    """Path of the file."""
+
+
+Settings = HubSettings | FileSettings
+
+
+def stage(source: ModelSource, where: str = "model.path") -> Stage[Settings]:
+    """Return the stage that stands for a model: a conversion (GGUF), a download, or a directory as it is.
+
+    Raises UserError at `where` the recipe names it for one that is not there.
+    """
+    if isinstance(source, HubModel):
+        settings = HubSettings(repo=source.repo, revision=source.revision)
+        return Stage("model", slugify(source.repo), VERSION, settings)
+    path = model_path(source, where)
+    sha256 = hash_source(path, without=NO_NUMBERS)
+    if path.is_file():
+        return Stage("model", slugify(path.stem), VERSION, FileSettings(sha256=sha256, gguf=str(path)))
+    return Stage("model", slugify(path.name), VERSION, FileSettings(sha256=sha256), location=path.resolve())
+
+
+def build(work: Work[Settings]) -> dict[str, Any]:
     """Download the model, or write the dequantised one."""
-    if "repo" in work.settings:
-        download_model(work.settings["repo"], work.settings["revision"], work.directory)
+    settings = work.settings
+    if isinstance(settings, HubSettings):
+        download_model(settings.repo, settings.revision, work.directory)
         facts = describe_directory(work.directory)
         require_supported(facts.architecture, "model")
-        return {"from": work.settings["repo"], "architecture": facts.architecture, "blocks": facts.blocks}
+        return {"from": settings.repo, "architecture": facts.architecture, "blocks": facts.blocks}
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     from sdft_ray.progress import quiet_transformers
 
     quiet_transformers()
-    gguf = Path(work.stage.where["gguf"])
+    assert settings.gguf, "a directory is never built"
+    gguf = Path(settings.gguf)
     model, info = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,

@@ -18,18 +18,36 @@ from typing import Any
 from sdft_ray.cluster import use_assigned_cores
 from sdft_ray.core.rows import TrainingRow
 from sdft_ray.data.chat import encode_rows
+from sdft_ray.results import NLL, training_batches
+from sdft_ray.spec.recipe import Distill
+from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
-from sdft_ray.stages.rows import training_batches
 from sdft_ray.store.files import write_atomically
+from sdft_ray.store.identity import Stage
 
-VERSION = 1
+VERSION, NEEDS, UNIT = 1, "distill", "texts"
 COLUMNS = {"reference": "reference", "distilled": "response"}
 _FORWARD_TOKENS = 2048  # of one forward pass: a few rows of a small model's data, hundreds of MB of logits at most
 
 
-def build(work: Work) -> dict[str, Any]:
+class Settings(Section):
+    """How many rows are measured, which, and how exactly."""
+
+    rows: int
+    dtype: str
+    seed: int
+
+
+def stage(wanted: Distill, base: Stage, distilled: Stage) -> Stage[Settings]:
+    """Return the stage."""
+    settings = Settings(rows=wanted.shift_rows, dtype=wanted.dtype, seed=wanted.seed)
+    return Stage("nll", distilled.slug, VERSION, settings, {"model": base, "distilled": distilled})
+
+
+def build(work: Work[Settings]) -> dict[str, Any]:
     """Write nll.json."""
-    rows = draw_rows(training_batches(work.input("distilled"), None), work.settings["rows"], work.settings["seed"])
+    batches = training_batches(work.input("distilled"), None)
+    rows = draw_rows(batches, work.settings.rows, work.settings.seed)
     work.progress.begin(len(COLUMNS) * len(rows))
     found: dict[str, Any] = {"rows": len(rows)}
     if rows:
@@ -39,7 +57,7 @@ def build(work: Work) -> dict[str, Any]:
             work.progress.update(int(sum(each["rows"] for each in sums.values())))
         for name, each in sums.items():
             found[name] = {"mean_tokens": each["tokens"] / len(rows), "nll_per_token": each["nll"] / each["tokens"]}
-    write_atomically(work.directory / "nll.json", json.dumps(found, indent=1) + "\n")
+    write_atomically(work.directory / NLL, json.dumps(found, indent=1) + "\n")
     return found
 
 
@@ -55,14 +73,14 @@ def draw_rows(batches: Iterable[Sequence[Mapping[str, Any]]], count: int, seed: 
     ]
 
 
-def _measure_on_ray(work: Work, rows: Sequence[Mapping[str, str]]) -> Iterator[tuple[str, dict[str, float]]]:
+def _measure_on_ray(work: Work[Settings], rows: Sequence[Mapping[str, str]]) -> Iterator[tuple[str, dict[str, float]]]:
     import ray
 
     plan = work.compute.distill
     task = ray.remote(measure).options(
         num_cpus=plan.cpus, num_gpus=plan.gpus or None, num_returns="streaming", name="nll"
     )
-    for portion in task.remote(work.handle("model"), work.settings["dtype"], "cuda" if plan.gpus else "cpu", rows):
+    for portion in task.remote(work.handle("model"), work.settings.dtype, "cuda" if plan.gpus else "cpu", rows):
         yield ray.get(portion)
 
 

@@ -10,33 +10,88 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from sdft_ray.core.decontamination import Overlap, find_overlaps
-from sdft_ray.data.benchmarks import read_task_texts
+from sdft_ray.data.benchmarks import offline_items_file, read_task_texts
 from sdft_ray.data.checkers import CHECKERS, read_answer
-from sdft_ray.data.readers import read_rows
+from sdft_ray.data.readers import RowsContent, read_rows, rows_content
 from sdft_ray.errors import UserError, problem
-from sdft_ray.spec.recipe import RowSource
+from sdft_ray.results import SPLITS
+from sdft_ray.spec.recipe import FileRows, GymRows, HubRows, RowSource
+from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
-from sdft_ray.store.identity import Stage
+from sdft_ray.store.files import hash_source
+from sdft_ray.store.identity import Stage, slugify
 
-VERSION = 2
-SPLITS = ("held_out", "validation", "train")
+VERSION, NEEDS, UNIT = 2, None, "parts"
 
 
-def build(work: Work) -> dict[str, Any]:
+class Split(Section):
+    """How rows are read and shared out."""
+
+    limit: int | None
+    held_out: int
+    validation: int
+    seed: int
+    answer: str
+
+
+class Decontamination(Section):
+    """The tasks whose items no row may hold."""
+
+    unhashed = ("files",)
+    tasks: dict[str, str]
+    """What stands for the items of each: the hash of their file, or the preset that says where they are."""
+    ngram: int
+    files: dict[str, str]
+    """Where the file of a task is, where it has one."""
+
+
+class Settings(Section):
+    """Which rows there are, and what each is for."""
+
+    unhashed, optional = ("origin",), ("decontaminate",)
+    source: RowsContent
+    split: Split
+    decontaminate: Decontamination | None = None
+    origin: RowSource
+    """Where the rows are read."""
+
+
+def stage(source: RowSource, preset: str) -> Stage[Settings]:
+    """Return the stage of a recipe's rows, whose benchmarks are those of an evaluation preset."""
+    name = source.gym if isinstance(source, GymRows) else _name(source)
+    split = Split(**{name: getattr(source, name) for name in Split.model_fields})
+    settings = Settings(
+        source=rows_content(source), split=split, decontaminate=_decontamination(source, preset), origin=source
+    )
+    return Stage("rows", slugify(name), VERSION, settings)
+
+
+def _name(source: FileRows | HubRows) -> str:
+    return source.repo if isinstance(source, HubRows) else Path(source.path).stem
+
+
+def _decontamination(source: RowSource, preset: str) -> Decontamination | None:
+    if not source.decontaminate:
+        return None
+    files = {task: offline_items_file(task) for task in source.decontaminate if preset == "offline"}
+    # What a hub's task holds is the harness's to say, as in evaluations.
+    tasks = {task: hash_source(files[task]) if task in files else preset for task in source.decontaminate}
+    return Decontamination(tasks=tasks, ngram=source.ngram, files={task: str(file) for task, file in files.items()})
+
+
+def build(work: Work[Settings]) -> dict[str, Any]:
     """Write the three splits, and the list of what was left out of them as a benchmark's."""
-    source, chosen = source_of(work.stage), work.settings.get("decontaminate", {"tasks": (), "ngram": 1})
-    tasks = {task: read_task_texts(task, work.stage.where.get(f"task {task}")) for task in chosen["tasks"]}
+    source = work.settings.origin
+    chosen = work.settings.decontaminate or Decontamination(tasks={}, ngram=1, files={})
+    tasks = {task: read_task_texts(task, chosen.files.get(task)) for task in chosen.tasks}
     raw = read_rows(source)
-    overlaps = find_overlaps({row_id(*_content(row)): _content(row) for row in raw}, tasks, chosen["ngram"])
+    overlaps = find_overlaps({row_id(*_content(row)): _content(row) for row in raw}, tasks, chosen.ngram)
     clean = leave_out(raw, overlaps)
     lost = len(raw) - len(clean)
     splits, counts = split_rows(clean, source.answer, source.seed, source.held_out, source.validation, lost)
@@ -50,16 +105,6 @@ def build(work: Work) -> dict[str, Any]:
         "decontaminated": lost,
         "decontaminated_by_task": {task: held[task] for task in tasks},
     }
-
-
-def source_of(stage: Stage) -> RowSource:
-    """Return the source of a rows stage: what is hashed of it, and where its file lies now."""
-    content = {key: value for key, value in stage.settings["source"].items() if key not in ("sha256", "version")}
-    place = {key: value for key, value in stage.where.items() if key == "path"}
-    source: RowSource = TypeAdapter(RowSource).validate_json(
-        json.dumps({**content, **place, **stage.settings["split"]})
-    )
-    return source
 
 
 def leave_out(raw: Sequence[dict[str, Any]], overlaps: Sequence[Overlap]) -> list[dict[str, Any]]:
@@ -150,32 +195,3 @@ def row_id(prompt: str, reference: str) -> str:
 
 def _content(row: dict[str, Any]) -> tuple[str, str]:
     return row["prompt"], row["reference"]
-
-
-def read_split(directory: Path, split: str) -> list[dict[str, Any]]:
-    """Return the rows of one split of a rows or distilled artifact."""
-    import pyarrow.parquet as pq
-
-    rows: list[dict[str, Any]] = pq.read_table(directory / f"{split}.parquet").to_pylist()
-    return rows
-
-
-def read_training_rows(directory: Path, count: int | None) -> list[dict[str, Any]]:
-    """Return the first `count` training rows, all where it is None; raises UserError where there are fewer."""
-    return [row for batch in training_batches(directory, count) for row in batch]
-
-
-def training_batches(directory: Path, count: int | None) -> Iterator[list[dict[str, Any]]]:
-    """Yield the first `count` training rows in order, some at a time; raises UserError where there are fewer."""
-    import pyarrow.parquet as pq
-
-    file = pq.ParquetFile(directory / "train.parquet")
-    left = file.metadata.num_rows if count is None else count
-    if left > file.metadata.num_rows:
-        what = f"{count} is more than the {file.metadata.num_rows} training rows there are"
-        raise UserError(problem("train.rows", what, "Lower it, or give more rows"))
-    for batch in file.iter_batches(1024):
-        yield batch.slice(0, left).to_pylist()
-        left -= min(left, len(batch))
-        if not left:
-            return

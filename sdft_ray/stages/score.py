@@ -9,61 +9,57 @@ as they pass by: transformers' own `hidden_states` end behind the final norm, an
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sdft_ray.cluster import use_assigned_cores
-from sdft_ray.data.calibration import read_calibration
-from sdft_ray.data.chat import encode_rows, opening_ids
-from sdft_ray.data.readers import read_json
+from sdft_ray.data.calibration import CorpusSettings, read_corpora
 from sdft_ray.errors import UserError, problem
+from sdft_ray.results import DISTANCES, TEXTS
+from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
-from sdft_ray.stages.rows import read_split
 from sdft_ray.store.files import write_atomically
+from sdft_ray.store.identity import Stage
+from sdft_ray.text_pool import measure
 
-VERSION = 3
-_TEXTS = "texts.safetensors"
-
-
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """One calibration text as the model sees it: content up to its last token, no end-of-turn mark."""
-
-    ids: list[int]
-    content_from: int = 0
-    """Index of the first token of the response of a chat row, else 0."""
+VERSION, NEEDS, UNIT = 3, "score", "texts"
 
 
-@dataclasses.dataclass(frozen=True)
-class Corpus:
-    """One corpus: the texts that are measured, and others that the loss is taken on."""
+class Settings(Section):
+    """What is measured, and how exactly."""
 
-    name: str
-    positions: str
-    measured: list[Text]
-    held_back: list[Text]
-    shortened: int
-    """Texts that were longer than max_tokens."""
+    dtype: str
+    calibration: tuple[CorpusSettings, ...]
 
 
-def build(work: Work) -> dict[str, Any]:
+def stage(
+    dtype: str, corpora: tuple[CorpusSettings, ...], base: Stage, corpus_rows: Mapping[str, Stage]
+) -> Stage[Settings]:
+    """Return the stage; corpus_rows: the rows of corpora that are rows, by `rows_N` for the corpus N."""
+    return Stage(
+        "score", base.slug, VERSION, Settings(dtype=dtype, calibration=corpora), {"model": base, **corpus_rows}
+    )
+
+
+def build(work: Work[Settings]) -> dict[str, Any]:
     """Write distances.json and texts.safetensors."""
     import numpy as np
     import torch
     from safetensors.torch import save_file
 
     first = {"last": lambda text: len(text.ids) - 1, "all": lambda _: 0, "response": lambda text: text.content_from}
-    corpora = read_corpora(work)
-    found = measure(work, Scorer, [[(t.ids, first[c.positions](t)) for t in c.measured] for c in corpora])
+    corpora = read_corpora(work.input("model"), work.settings.calibration, work.numbered_inputs("rows"))
+    texts = [[(t.ids, first[c.positions](t)) for t in c.measured] for c in corpora]
+    model = {"model": work.handle("model"), "dtype": work.settings.dtype}
+    found = measure(Scorer, texts, work.compute.score, work.progress, **model)
     for blame in (blame for each in found for blame in each["blame"] if blame):
         raise UserError(problem("model", blame, "Fix the weights; if they are whole, try prune.dtype: float32"))
     distances = [torch.from_numpy(np.stack(each["distances"])).float() for each in found]  # (B, L+1, L+1) each
     influences = [torch.from_numpy(np.stack(each["influences"])).float() for each in found]  # (B, L) each
     kept = {f"distances.{i}": each for i, each in enumerate(distances)}
-    save_file(kept | {f"influences.{i}": each for i, each in enumerate(influences)}, work.directory / _TEXTS)
+    save_file(kept | {f"influences.{i}": each for i, each in enumerate(influences)}, work.directory / TEXTS)
     summary: dict[str, Any] = {
         "blocks": influences[0].shape[1],
         "corpora": [
@@ -88,7 +84,7 @@ def build(work: Work) -> dict[str, Any]:
         for d, i in zip(distances, influences, strict=True)
     ]
     everything = {**summary, "corpora": [c | mean for c, mean in zip(summary["corpora"], means, strict=True)]}
-    write_atomically(work.directory / "distances.json", json.dumps(everything))
+    write_atomically(work.directory / DISTANCES, json.dumps(everything))
     return summary
 
 
@@ -105,107 +101,6 @@ def _choices(distances: Sequence[Any], influences: Sequence[Any]) -> dict[str, d
         metric: {str(size): dataclasses.asdict(choose_span(cost(size), size)) for size in sizes}
         for metric, cost in costs.items()
     }
-
-
-def read_measured(directory: Path) -> tuple[list[Any], list[Any]]:
-    """Return what a score artifact holds of each corpus: distances (B, L+1, L+1) and influences (B, L)."""
-    from safetensors.torch import load_file
-
-    kept = load_file(directory / _TEXTS)
-    corpora = range(len(kept) // 2)
-    return [kept[f"distances.{i}"] for i in corpora], [kept[f"influences.{i}"] for i in corpora]
-
-
-def read_corpora(work: Work) -> list[Corpus]:
-    """Return the corpora that the stage's settings name, as token ids."""
-    from transformers import AutoTokenizer
-
-    base = work.input("model")
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    context = read_json(base / "config.json").get("max_position_embeddings")
-    corpora = []
-    for i, wanted in enumerate(work.settings["calibration"]):
-        limit = wanted["max_tokens"]
-        if context and limit > context:
-            what = f"{limit} is more than the model's context of {context}"
-            raise UserError(problem("prune.calibration.max_tokens", what, f"Give at most {context}"))
-        count = wanted["limit"] + wanted["held_back"]
-        if rows := work.stage.inputs.get(f"rows_{i}"):
-            texts = _read_chat(tokenizer, read_split(work.storage.fetch(rows), "train")[:count])
-        else:
-            path = Path(work.stage.where[f"texts_{i}"])
-            texts = [Text(tokenizer(text)["input_ids"]) for text in read_calibration(path, wanted["field"], count)]
-        texts = [text for text in texts if len(text.ids) > 1]  # nothing predicts the only token of a text
-        if not texts:
-            place = work.stage.where.get(f"texts_{i}", work.stage.where[f"name_{i}"])
-            raise UserError(problem("prune.calibration", f"{place} has no text of two tokens", "Give longer texts"))
-        held_back = wanted["held_back"] if len(texts) == count else min(wanted["held_back"], len(texts) // 3)
-        measured = texts[: min(wanted["limit"], len(texts) - held_back)]
-        corpora.append(
-            Corpus(
-                work.stage.where[f"name_{i}"],
-                wanted["positions"],
-                [_shorten(text, limit) for text in measured],
-                [_shorten(text, limit) for text in texts[len(texts) - held_back :]],
-                sum(len(text.ids) > limit for text in measured),
-            )
-        )
-    return corpora
-
-
-def _read_chat(tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> list[Text]:
-    encoded = encode_rows(tokenizer, [(row["prompt"], row["reference"]) for row in rows])
-    opening = len(opening_ids(tokenizer))
-    # Without the end of turn: a template's token is the same in every row and hardly a measure of anything.
-    return [Text(row.ids[:-1], row.trained_from + opening) for row in encoded]
-
-
-def _shorten(text: Text, limit: int) -> Text:
-    """Return a text cut to `limit` tokens: plain text keeps its start, a chat row its end, where the response is."""
-    if text.content_from == 0:
-        return Text(text.ids[:limit])
-    cut = max(0, len(text.ids) - limit)
-    return Text(text.ids[cut:], max(0, text.content_from - cut))
-
-
-def measure(
-    work: Work, actor: Any, corpora: Sequence[Sequence[tuple[list[int], int]]], **arguments: Any
-) -> list[dict[str, list[Any]]]:
-    """Return what actors of a class find for the (ids, first) of each text: for each corpus, by name, in its order.
-
-    Batches are made here, of texts of like length: so they are the same whatever the number of actors.
-    """
-    import ray
-
-    plan = work.compute.score
-    texts = [text for corpus in corpora for text in corpus]
-    order = sorted(range(len(texts)), key=lambda i: -len(texts[i][0]))
-    batches = [order[i : i + plan.batch_size] for i in range(0, len(order), plan.batch_size)]
-    dataset = ray.data.from_items(
-        [{"index": batch, "texts": json.dumps([texts[i] for i in batch])} for batch in batches],
-        override_num_blocks=len(batches),
-    ).map(
-        actor,
-        fn_constructor_kwargs={
-            "model": work.handle("model"),
-            "dtype": work.settings["dtype"],
-            "device": "cuda" if plan.gpus else "cpu",
-            **arguments,
-        },
-        compute=ray.data.ActorPoolStrategy(size=plan.actors),
-        num_cpus=plan.cpus,
-        num_gpus=plan.gpus or None,
-    )
-    found: dict[int, dict[str, Any]] = {}
-    work.progress.begin(len(texts))
-    for batch in dataset.iter_rows():
-        for place, i in enumerate(batch.pop("index")):
-            found[int(i)] = {name: values[place] for name, values in batch.items()}
-        work.progress.update(len(found))
-    assert sorted(found) == list(range(len(texts))), "every text is measured once"
-    ordered = iter(found[i] for i in range(len(texts)))
-    each = [list(itertools.islice(ordered, len(corpus))) for corpus in corpora]
-    return [{name: [result[name] for result in results] for name in results[0]} for results in each]
 
 
 class Scorer:

@@ -15,14 +15,30 @@ from pathlib import Path
 from typing import Any
 
 from sdft_ray.cluster import use_assigned_cores
+from sdft_ray.results import SPEED
+from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
 from sdft_ray.store.files import write_atomically
+from sdft_ray.store.identity import Stage
 
-VERSION = 2
-LENGTHS = {"prompt_tokens": 256, "new_tokens": 32, "runs": 5}
+VERSION, NEEDS, UNIT = 2, "evaluate", "parts"
 
 
-def build(work: Work) -> dict[str, Any]:
+class Settings(Section):
+    """What is timed."""
+
+    dtype: str
+    prompt_tokens: int = 256
+    new_tokens: int = 32
+    runs: int = 5
+
+
+def stage(dtype: str, base: Stage, pruned: Stage) -> Stage[Settings]:
+    """Return the stage."""
+    return Stage("speed", pruned.slug, VERSION, Settings(dtype=dtype), {"model": base, "pruned": pruned})
+
+
+def build(work: Work[Settings]) -> dict[str, Any]:
     """Write speed.json."""
     import ray
 
@@ -30,15 +46,13 @@ def build(work: Work) -> dict[str, Any]:
     found: dict[str, Any] = ray.get(
         ray.remote(measure)
         .options(num_cpus=plan.cpus, num_gpus=plan.gpus, name="speed")
-        .remote(work.handle("model"), work.handle("pruned"), dict(work.settings), "cuda" if plan.gpus else "cpu")
+        .remote(work.handle("model"), work.handle("pruned"), work.settings, "cuda" if plan.gpus else "cpu")
     )
-    write_atomically(work.directory / "speed.json", json.dumps(found, indent=1) + "\n")
+    write_atomically(work.directory / SPEED, json.dumps(found, indent=1) + "\n")
     return found
 
 
-def measure(
-    base: Callable[[], Path], pruned: Callable[[], Path], settings: dict[str, Any], device: str
-) -> dict[str, Any]:
+def measure(base: Callable[[], Path], pruned: Callable[[], Path], settings: Settings, device: str) -> dict[str, Any]:
     """Return the tokens per second of both models, and their ratio in each pair of runs; runs in a Ray worker."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
@@ -48,13 +62,13 @@ def measure(
     quiet_transformers()
     use_assigned_cores()
     models = [
-        AutoModelForCausalLM.from_pretrained(model(), dtype=getattr(torch, settings["dtype"])).to(device).eval()
+        AutoModelForCausalLM.from_pretrained(model(), dtype=getattr(torch, settings.dtype)).to(device).eval()
         for model in (base, pruned)
     ]
     for model in models:  # one without a base's own: beams or a penalty on repetition would be measured too
-        model.generation_config = GenerationConfig(max_new_tokens=settings["new_tokens"], do_sample=False)
-    ids = torch.arange(settings["prompt_tokens"], device=device)[None] % models[0].config.vocab_size
-    mask, count = torch.ones_like(ids), settings["new_tokens"]
+        model.generation_config = GenerationConfig(max_new_tokens=settings.new_tokens, do_sample=False)
+    ids = torch.arange(settings.prompt_tokens, device=device)[None] % models[0].config.vocab_size
+    mask, count = torch.ones_like(ids), settings.new_tokens
 
     def prefill(model: Any) -> None:
         model(input_ids=ids, attention_mask=mask, logits_to_keep=1, use_cache=True)
@@ -64,8 +78,8 @@ def measure(
 
     with torch.inference_mode():
         return {
-            "prefill": _take_turns(prefill, models, ids.shape[1], settings["runs"], device),
-            "decode": _take_turns(decode, models, count, settings["runs"], device),
+            "prefill": _take_turns(prefill, models, ids.shape[1], settings.runs, device),
+            "decode": _take_turns(decode, models, count, settings.runs, device),
         }
 
 

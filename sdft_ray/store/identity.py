@@ -8,29 +8,28 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
+
+S = TypeVar("S", bound="Hashed | Mapping[str, Any]", covariant=True)
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class Stage(Generic[S]):
     """One unit of the chain: what it is to compute, and from which other stages' artifacts."""
 
     name: str
     slug: str
     """Says what it is, for people; never parsed."""
     version: int
-    settings: Mapping[str, Any]
-    """The part of the recipe that can change a number of this stage; plain JSON."""
-    inputs: Mapping[str, Stage] = dataclasses.field(default_factory=dict)
-    where: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """What the build needs and bears no identity: paths and sources, whose content stands in settings by its hash."""
-    gates: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Limits of the recipe that move no number and so bear no identity: the finished counts are compared with them."""
+    settings: S
+    """What it computes: a section (`spec/section.py`), which says which of its fields are hashed, or plain JSON."""
+    inputs: Mapping[str, Stage[Any]] = dataclasses.field(default_factory=dict)
     location: Path | None = None
     """Set where the result exists outside the root, such as a user's own model directory: never built."""
 
@@ -40,7 +39,7 @@ class Stage:
         return {
             "stage": self.name,
             "version": self.version,
-            "settings": dict(self.settings),
+            "settings": _plain(self.settings),
             "inputs": {name: stage.id for name, stage in sorted(self.inputs.items())},
         }
 
@@ -48,6 +47,11 @@ class Stage:
     def id(self) -> str:
         """The first 12 hex digits of sha256 over the canonical JSON of the identity."""
         return short_id(self.identity)
+
+    def keys(self, name: str) -> list[str]:
+        """Return the keys of inputs of one kind, of which there may be several: name, name_1, name_2 …"""
+        keys = itertools.chain([name], (numbered(name, i) for i in itertools.count(1)))
+        return list(itertools.takewhile(lambda key: key in self.inputs, keys))
 
     @property
     def lineage(self) -> dict[str, Any]:
@@ -57,6 +61,23 @@ class Stage:
     @property
     def directory_name(self) -> str:
         return f"{self.slug}-{self.id}"
+
+
+class Hashed(Protocol):
+    """What says which part of it bears identity."""
+
+    def hashed(self) -> dict[str, Any]:
+        """Return that part as plain JSON."""
+        ...
+
+
+def _plain(settings: Hashed | Mapping[str, Any]) -> dict[str, Any]:
+    return dict(settings) if isinstance(settings, Mapping) else settings.hashed()
+
+
+def numbered(name: str, i: int) -> str:
+    """Return the key of the input `i`, from 0, of several of one kind."""
+    return f"{name}_{i}" if i else name
 
 
 def canonical_json(value: Any) -> str:

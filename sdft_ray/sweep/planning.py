@@ -18,11 +18,12 @@ from typing import Any
 
 from sdft_ray import pipeline
 from sdft_ray.errors import UserError, problem
+from sdft_ray.preflight.checks import check as check_recipe
 from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.loading import load_recipe, load_section, read_yaml
-from sdft_ray.spec.recipe import Recipe
+from sdft_ray.spec.recipe import Distill, Recipe, Train
 from sdft_ray.spec.sweep import Asha, Sweep
-from sdft_ray.stages import distill, train
+from sdft_ray.stages import distill, evaluate, train
 from sdft_ray.store.identity import Stage, short_id
 from sdft_ray.store.storage import Storage
 
@@ -41,22 +42,28 @@ class Cell:
 class Trial:
     """The training of one model, and its exams."""
 
-    train: Stage
-    exams: tuple[Stage, ...]
+    train: Stage[train.Settings]
+    evaluations: Mapping[str, Stage[evaluate.Settings]]
+    """By task."""
     cell: Cell
     """The first cell that needs it; where it lies in the sweep."""
     values: Mapping[str, Any]
     """What of the cell's values bears on it."""
 
     @property
+    def stages(self) -> tuple[Stage[Any], ...]:
+        """The training and its evaluations."""
+        return self.train, *self.evaluations.values()
+
+    @property
     def arm(self) -> str:
-        return str(self.train.settings["arm"])
+        return self.train.settings.arm
 
     @property
     def compares_with(self) -> tuple[Any, ...]:
         """What trials have in common whose validation losses compare: the pruned model, the rows, arm and size."""
         inputs = self.train.inputs
-        return inputs["model"].id, inputs["rows"].id, self.arm, self.train.settings["train"]["rows"]
+        return inputs["model"].id, inputs["rows"].id, self.arm, self.train.settings.train.rows
 
     @property
     def name(self) -> str:
@@ -155,7 +162,7 @@ def _mistakes(cell: Cell) -> Iterator[str]:
         section, _, field = path.partition(".")
         if section == "evaluate":
             yield problem(f"axes.{path}", "every trial takes the same exams", "Set it in the recipe")
-        if field.rpartition(".")[2] in (*distill.GATES, *train.GATES, "shift_rows"):
+        if field.rpartition(".")[2] in (*Distill.unhashed, *Train.unhashed):
             yield problem(f"axes.{path}", "moves no number of a trial", "Set it in the recipe")
         if section == "draft":
             yield problem(f"axes.{path}", "every draft is tried in the same way", "Set it in the recipe")
@@ -188,36 +195,28 @@ def is_seed(path: str) -> bool:
 
 def make_plan(cells: Sequence[Cell]) -> Plan:
     """Return everything that the cells need, each stage once."""
-    shared: dict[str, Stage] = {}
-    trained: dict[str, Stage] = {}
-    exams: dict[str, dict[str, Stage]] = {}
-    drafts: dict[str, Stage] = {}
+    chains = [(cell, pipeline.chain(cell.recipe)) for cell in cells]
+    trained: dict[str, tuple[Stage[train.Settings], Mapping[str, Stage[evaluate.Settings]]]] = {}
     needed_by: dict[str, list[Cell]] = {}
-    for cell in cells:
-        for stage in pipeline.stages(cell.recipe):
-            model = stage.inputs.get("model")
-            if stage.name == "train":
-                trained.setdefault(stage.id, stage)
-                needed_by.setdefault(stage.id, []).append(cell)
-            elif stage.name == "evaluate" and model is not None and model.name == "train":
-                exams.setdefault(model.id, {}).setdefault(stage.id, stage)
-            elif stage.name == "draft":
-                drafts.setdefault(stage.id, stage)
-            else:
-                shared.setdefault(stage.id, stage)
+    for cell, chain in chains:
+        for name, stage in chain.trained.items():
+            trained.setdefault(stage.id, (stage, chain.tasks_of(name)))
+            needed_by.setdefault(stage.id, []).append(cell)
     trials = [
-        Trial(stage, tuple(exams[key].values()), needed_by[key][0], _common_values(needed_by[key]))
-        for key, stage in trained.items()
+        Trial(stage, evaluations, needed_by[key][0], _common_values(needed_by[key]))
+        for key, (stage, evaluations) in trained.items()
     ]
-    return Plan(
-        tuple(cells), tuple(sorted(shared.values(), key=_in_order)), tuple(trials), drafts=tuple(drafts.values())
-    )
+    drafts = {stage.id: stage for _, chain in chains for stage in chain.drafts.values()}
+    own = {*trained, *drafts, *(stage.id for trial in trials for stage in trial.evaluations.values())}
+    shared = {stage.id: stage for _, chain in chains for stage in chain.in_order if stage.id not in own}
+    in_order = tuple(sorted(shared.values(), key=_in_order))
+    return Plan(tuple(cells), in_order, tuple(trials), drafts=tuple(drafts.values()))
 
 
-def _in_order(stage: Stage) -> tuple[int, float]:
+def _in_order(stage: Stage[Any]) -> tuple[int, float]:
     """Return a stage's place: as in one chain, and generation first at the largest size, which smaller ones share."""
-    rows = stage.settings["rows"] if stage.name == "distill" else 0
-    return pipeline.STAGE_NAMES.index(stage.name), -math.inf if rows is None else -rows
+    rows = stage.settings.rows if isinstance(stage.settings, distill.Settings) else 0
+    return [*pipeline.MODULES].index(stage.name), -math.inf if rows is None else -rows
 
 
 def _common_values(cells: Sequence[Cell]) -> dict[str, Any]:
@@ -234,7 +233,7 @@ def check(plan: Plan, compute: Compute) -> None:
     problems: dict[str, None] = {}
     for cell in plan.cells:
         try:
-            pipeline.check(cell.recipe, compute)
+            check_recipe(cell.recipe, compute)
         except UserError as error:
             problems |= dict.fromkeys(_of_axis(line, cell.values) for line in error.problems)
     if problems:
@@ -243,7 +242,7 @@ def check(plan: Plan, compute: Compute) -> None:
 
 def stages_of(plan: Plan) -> tuple[Stage, ...]:
     """Return every stage of a sweep in an order in which they can be built."""
-    trained = (stage for trial in plan.trials for stage in (trial.train, *trial.exams))
+    trained = (stage for trial in plan.trials for stage in trial.stages)
     return (*plan.shared, *trained, *plan.drafts)
 
 
@@ -251,7 +250,7 @@ def name_draft(stage: Stage, plan: Plan) -> str:
     """Return whose draft a stage tries, as a line of progress has it."""
     model = stage.inputs["draft"]
     names = {trial.train.id: trial.name for trial in plan.trials}
-    return f"draft {names[model.id] if model.id in names else 'pruned, blocks ' + str(model.settings['blocks'])}"
+    return f"draft {names[model.id] if model.id in names else 'pruned, blocks ' + str(model.settings.depth)}"
 
 
 def say_stopped(losses: Sequence[tuple[int, float]]) -> str:
@@ -266,4 +265,4 @@ def say_stopped(losses: Sequence[tuple[int, float]]) -> str:
 
 def is_done(trial: Trial, storage: Storage) -> bool:
     """Return whether a trial's model and all of its exams are there."""
-    return all(storage.status(stage) == "done" for stage in (trial.train, *trial.exams))
+    return all(storage.status(stage) == "done" for stage in trial.stages)

@@ -9,19 +9,21 @@ to those that are compared with it.
 from __future__ import annotations
 
 import functools
-import json
 import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdft_ray import pipeline
-from sdft_ray.cluster import count_places, fit_together, on_this_node, ray_cluster, require_room, resources_of_nodes
+from sdft_ray.cluster import count_places, fit_together, on_this_node, ray_cluster, require_capacity, resources_of_nodes
+from sdft_ray.engine import EngineFactory, VllmEngine
 from sdft_ray.errors import StageFailed, UserError
 from sdft_ray.preflight import precision
 from sdft_ray.progress import Progress, duration, say
+from sdft_ray.results import HISTORY, read_history
 from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.sweep import Asha
+from sdft_ray.stages import cut, distill, draft, evaluate, loss, score, train
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 from sdft_ray.sweep.planning import Plan, Trial, check, is_done, name_draft, say_stopped, stages_of
@@ -30,7 +32,7 @@ STEP, LOSS = "step", "validation_loss"
 _FOR_EVER = 10**7  # seconds: a trial's room is there by construction, only other trials' exams are in it for a while
 
 
-def run(plan: Plan, compute: Compute, storage: Storage) -> pipeline.Built:
+def run(plan: Plan, compute: Compute, storage: Storage, engine: EngineFactory = VllmEngine) -> pipeline.Built:
     """Build everything that a sweep lacks; what is shared first, for no trial waits for another.
 
     A trial or draft that fails does not hold up the others: StageFailed at the end names each with its reason.
@@ -39,7 +41,7 @@ def run(plan: Plan, compute: Compute, storage: Storage) -> pipeline.Built:
     with storage.lock(plan.name):
         trials = open_trials(plan, storage)
         drafts = [d for d in plan.drafts if storage.losses_of_stopped(plan.name, d.inputs["draft"]) is None]
-        wanted = [*plan.shared, *(stage for trial in trials for stage in (trial.train, *trial.exams)), *drafts]
+        wanted = [*plan.shared, *(stage for trial in trials for stage in trial.stages), *drafts]
         todo, _ = pipeline.survey(wanted, storage)
         _, there = pipeline.survey(stages_of(plan), storage)
         pipeline.require_gates(there, storage)
@@ -47,8 +49,8 @@ def run(plan: Plan, compute: Compute, storage: Storage) -> pipeline.Built:
             precision.say_slow(todo, compute)
             with ray_cluster(compute):
                 if drafts:
-                    require_room(compute, "draft")
-                _build_shared(plan, compute, storage)
+                    require_capacity(compute, draft.NEEDS, "draft")
+                _build_shared(plan, compute, storage, engine)
                 _run_trials(_with_rivals(trials, plan, storage) if plan.asha else trials, plan, compute, storage)
                 _try_drafts([stage for stage in drafts if stage in todo], plan, compute, storage)
     failed = open_trials(plan, storage)
@@ -73,20 +75,20 @@ def is_open(trial: Trial, plan: Plan, storage: Storage) -> bool:
     return not is_done(trial, storage) and storage.losses_of_stopped(plan.name, trial.train) is None
 
 
-def _build_shared(plan: Plan, compute: Compute, storage: Storage) -> None:
+def _build_shared(plan: Plan, compute: Compute, storage: Storage, engine: EngineFactory) -> None:
     """Build what trials share; cuts and generation at once where the nodes hold scoring beside engines."""
     import ray
 
     todo, _ = pipeline.survey(plan.shared, storage)
-    cuts = [stage for stage in todo if stage.name in ("score", "loss", "cut")]
-    generated = [stage for stage in todo if stage.name == "distill"]
+    cuts = [stage for stage in todo if isinstance(stage.settings, score.Settings | loss.Settings | cut.Settings)]
+    generated = [stage for stage in todo if isinstance(stage.settings, distill.Settings)]
     if cuts and generated and _is_room_for_both(compute):
-        pipeline.build([stage for stage in todo if stage.name in ("model", "rows")], compute, storage)
+        pipeline.build(_inputs_of([*cuts, *generated]), compute, storage)
         # In a process of its own: two runs of Ray Data in one get in each other's way (docs/footguns.md). On this node,
         # where the recipe's files are.
         beside = ray.remote(num_cpus=0, max_calls=1, max_retries=0, scheduling_strategy=on_this_node())(pipeline.build)
         cut = beside.remote(cuts, compute, storage)
-        pipeline.build(generated, compute, storage)
+        pipeline.build(generated, compute, storage, engine=engine)
         try:
             ray.get(cut)
         except ray.exceptions.RayError as error:
@@ -96,7 +98,13 @@ def _build_shared(plan: Plan, compute: Compute, storage: Storage) -> None:
             for stage in cuts:
                 seconds = storage.manifest(stage)["provenance"]["wall_seconds"]
                 say(f"{stage.name}: {duration(seconds)}, {storage.where(stage)}")
-    pipeline.build(plan.shared, compute, storage)
+    pipeline.build(plan.shared, compute, storage, engine=engine)
+
+
+def _inputs_of(stages: Sequence[Stage[Any]]) -> list[Stage[Any]]:
+    """Return the models and rows that stages begin from."""
+    inputs = {stage.id: stage for each in stages for stage in each.inputs.values()}
+    return [stage for stage in inputs.values() if not stage.inputs]
 
 
 def _is_room_for_both(compute: Compute) -> bool:
@@ -124,8 +132,8 @@ def _run_trials(trials: Sequence[Trial], plan: Plan, compute: Compute, storage: 
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints a table whatever its verbosity
     from ray import tune
 
-    require_room(compute, "train")
-    require_room(compute, "evaluate")
+    require_capacity(compute, train.NEEDS, "train")
+    require_capacity(compute, evaluate.NEEDS, "evaluate")
     place = storage.root / "scratch" / plan.name
     storage.drop(place)  # of a run that was killed
     patient = compute.model_copy(update={"ray": compute.ray.model_copy(update={"wait_seconds": _FOR_EVER})})
@@ -189,15 +197,15 @@ def _run_trial(
     trial = trials[config["trial"]]
     known = storage.losses_of_stopped(plan.name, trial.train)
     if storage.status(trial.train) == "done":
-        history = json.loads((storage.files(trial.train, "losses.json") / "losses.json").read_text())
-        known = [(record["step"], record[LOSS]) for record in history if LOSS in record]
+        history = read_history(storage.files(trial.train, HISTORY))
+        known = [(record["step"], record["validation_loss"]) for record in history if "validation_loss" in record]
     try:
         if known is None or storage.status(trial.train) == "done":
-            pipeline.build([trial.train, *trial.exams], compute, storage, validated=tell)
+            pipeline.build(trial.stages, compute, storage, validated=tell)
     except (UserError, StageFailed) as error:  # a result of this trial, not a fault of its process: no second try
         storage.keep_failure(trial.train, str(error))
-    for step, loss in known or ():
-        tell(step, loss)
+    for step, value in known or ():
+        tell(step, value)
     return {"done": True}
 
 

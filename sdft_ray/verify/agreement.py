@@ -145,10 +145,11 @@ def _continue_in_vllm(directory: str, prompts: Sequence[list[int]]) -> list[list
     """Return NEW_TOKENS greedy tokens for each prompt."""
     from sdft_ray.engine import VllmEngine
     from sdft_ray.spec.compute import Engine
+    from sdft_ray.spec.recipe import Distill
 
     longest = max(map(len, prompts)) + NEW_TOKENS
     options = Engine(max_model_len=longest + 1, kv_cache_gib=0.5).model_dump() | {"tensor_parallel_size": 1}
-    engine = VllmEngine(directory, {"dtype": "float32"}, options, alone=False).engine
+    engine = VllmEngine(directory, Distill(dtype="float32"), options, alone=False).engine
     from vllm import SamplingParams  # after the engine has set what vLLM reads as it is imported
     from vllm.sampling_params import RequestOutputKind
 

@@ -85,11 +85,11 @@ DIAGNOSTICS = {"distill.shift_rows": "nll"}
 
 
 def final_ids(data: dict) -> list[str]:
-    return [stage.id for stage in pipeline.stages(validate(Recipe, data)) if stage.name == "evaluate"]
+    return [stage.id for stage in pipeline.chain(validate(Recipe, data)).in_order if stage.name == "evaluate"]
 
 
 def all_ids(data: dict) -> set[tuple[str, str]]:
-    return {(stage.name, stage.id) for stage in pipeline.stages(validate(Recipe, data))}
+    return {(stage.name, stage.id) for stage in pipeline.chain(validate(Recipe, data)).in_order}
 
 
 def with_leaf(data: dict, path: str, value) -> dict:
@@ -129,7 +129,7 @@ def test_a_gate_moves_no_id_and_goes_with_its_stage(recipe, path):
     name, _, field = path.partition(".")
     changed = with_leaf(recipe, path, 1)
     assert all_ids(changed) == all_ids(recipe)
-    gates = [stage.gates for stage in pipeline.stages(validate(Recipe, changed)) if stage.name == name]
+    gates = [stage.gates for stage in pipeline.chain(validate(Recipe, changed)).in_order if stage.name == name]
     assert gates and all(each[field] == 1 for each in gates)
 
 
@@ -147,7 +147,7 @@ def test_every_way_to_choose_blocks_has_its_own_ids(recipe):
             ("angular", True, 5), ("influence", True, 5), ("influence", False, 5), ("loss", True, 5), ("loss", True, 6)
         ]
     ]  # fmt: skip
-    plans = [pipeline.stages(validate(Recipe, recipe | {"prune": recipe["prune"] | way})) for way in ways]
+    plans = [pipeline.chain(validate(Recipe, recipe | {"prune": recipe["prune"] | way})).in_order for way in ways]
     ids = [{stage.name: stage.id for stage in plan} for plan in plans]
     assert len({each["cut"] for each in ids}) == len(ways)
     assert len({each["score"] for each in ids}) == 1, "one pass serves every way"
@@ -155,7 +155,7 @@ def test_every_way_to_choose_blocks_has_its_own_ids(recipe):
 
 def test_losses_of_candidates_are_measured_where_asked_for_and_bear_on_the_cut_only_where_they_choose(recipe):
     def cut_of(**prune):
-        plan = pipeline.stages(validate(Recipe, recipe | {"prune": recipe["prune"] | prune}))
+        plan = pipeline.chain(validate(Recipe, recipe | {"prune": recipe["prune"] | prune})).in_order
         return [stage.name for stage in plan].count("loss"), next(s.id for s in plan if s.name == "cut")
 
     assert cut_of(metric="angular", candidates=0)[0] == 0
@@ -169,7 +169,7 @@ def test_calibration_on_chat_rows_scores_after_their_rows_stage(recipe, tmp_path
     other.write_text('{"q": "1?", "a": "1"}\n')
     chats = [{"rows": "own"}, {"rows": {"path": str(other), "fields": {"prompt": "q", "response": "a"}}}]
     corpora = [*chats, {"text": recipe["prune"]["calibration"][0]["text"]}] if several else chats[0]
-    plan = pipeline.stages(validate(Recipe, recipe | {"prune": recipe["prune"] | {"calibration": corpora}}))
+    plan = pipeline.chain(validate(Recipe, recipe | {"prune": recipe["prune"] | {"calibration": corpora}})).in_order
     names = [stage.name for stage in plan]
     assert names.count("rows") == (2 if several else 1)
     scored = plan[names.index("score")]
@@ -178,22 +178,29 @@ def test_calibration_on_chat_rows_scores_after_their_rows_stage(recipe, tmp_path
 
 
 def test_an_arm_override_moves_only_that_arm(recipe):
-    before = {stage.slug: stage.id for stage in pipeline.stages(validate(Recipe, recipe)) if stage.name == "train"}
+    before = {
+        stage.slug: stage.id for stage in pipeline.chain(validate(Recipe, recipe)).in_order if stage.name == "train"
+    }
     changed = with_leaf(recipe, "arms.distilled.lr", 1e-5)
-    after = {stage.slug: stage.id for stage in pipeline.stages(validate(Recipe, changed)) if stage.name == "train"}
+    after = {
+        stage.slug: stage.id for stage in pipeline.chain(validate(Recipe, changed)).in_order if stage.name == "train"
+    }
     assert [name for name in before if before[name] != after[name]] == [name for name in before if "distilled" in name]
 
 
 def test_no_compute_leaf_is_part_of_any_identity(recipe):
     names = {path.rpartition(".")[2] for path, _ in leaves(Compute())} - {"tensor_parallel_size"}
-    for stage in pipeline.stages(validate(Recipe, recipe)):
+    for stage in pipeline.chain(validate(Recipe, recipe)).in_order:
         keys = {path.rpartition(".")[2] for path, _ in leaves(stage.identity)}
         assert not keys & (names - {"max_tokens"}), stage.name
 
 
 def test_depth_moves_neither_scoring_nor_generation(recipe):
     two, three = (
-        {stage.name: stage.id for stage in pipeline.stages(validate(Recipe, with_leaf(recipe, "prune.blocks", n)))}
+        {
+            stage.name: stage.id
+            for stage in pipeline.chain(validate(Recipe, with_leaf(recipe, "prune.blocks", n))).in_order
+        }
         for n in (2, 3)
     )
     assert {name for name in two if two[name] != three[name]} == {"loss", "cut", "train", "evaluate"}
@@ -207,7 +214,7 @@ def test_a_moved_file_keeps_its_identity(recipe, tmp_path):
 
 
 def test_storage_root_and_cwd_are_in_no_identity(recipe, tmp_path):
-    text = json.dumps([stage.lineage for stage in pipeline.stages(validate(Recipe, recipe))])
+    text = json.dumps([stage.lineage for stage in pipeline.chain(validate(Recipe, recipe)).in_order])
     assert str(tmp_path) not in text
 
 
@@ -217,7 +224,7 @@ def test_ids_of_shipped_recipes_and_sweeps_are_the_pinned_ones():
 
 def test_no_identity_holds_a_sentence(recipe):
     harness = with_leaf(with_leaf(recipe, "evaluate.preset", "harness"), "evaluate.tasks", ["arc_easy", "held_out"])
-    for stage in pipeline.stages(validate(Recipe, harness)):
+    for stage in pipeline.chain(validate(Recipe, harness)).in_order:
         for path, value in leaves(stage.identity):
             assert not isinstance(value, str) or " " not in value, (stage.name, path)
 
@@ -229,7 +236,7 @@ def test_every_shipped_config_loads_and_plans(tmp_path):
     for path in computes:
         load_compute(path)
     for path in recipes:
-        plan = pipeline.stages(load_recipe(path))
+        plan = pipeline.chain(load_recipe(path)).in_order
         chain = ("model", "rows", "score", "loss", "cut", "distill", "train")
         assert tuple(dict.fromkeys(stage.name for stage in plan if stage.name in chain)) == chain
         assert {line["status"] for line in pipeline.describe(plan, Storage(str(tmp_path)))} <= {"missing", "done"}
@@ -250,5 +257,5 @@ def test_rows_of_a_gym_are_built_from_the_plan(tiny_model, tmp_path):
     )
     storage = Storage(str(tmp_path / "root"))
     pipeline.run(recipe, load_compute(), storage, until="rows")
-    counts = storage.manifest(pipeline.stages(recipe)[1])["summary"]
+    counts = storage.manifest(pipeline.chain(recipe).in_order[1])["summary"]
     assert counts["read"] == 30 == sum(counts["rows"].values()) + counts["duplicate_prompts"]

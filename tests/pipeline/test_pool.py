@@ -43,8 +43,7 @@ SCRIPT = textwrap.dedent(
                     lines.write(request.id + "\\n")
                 yield request, Generation("made", "stop", len(request.prompt_ids), 3)
 
-    distill.VllmEngine = FakeEngine
-    cluster = Cluster(head_node_args={"num_cpus": 1, "include_dashboard": False}, initialize_head=True)
+        cluster = Cluster(head_node_args={"num_cpus": 1, "include_dashboard": False}, initialize_head=True)
     timeline = []
 
     def engines():

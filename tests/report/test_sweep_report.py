@@ -203,4 +203,4 @@ def test_report_of_depths_has_each_pruned_model_with_its_blocks(collected):
 def test_pipeline_of_a_sweeps_cell_needs_nothing_but_the_sweeps_stages(plan):
     known = {stage.id for stage in planning.stages_of(plan)}
     for cell in plan.cells:
-        assert {stage.id for stage in pipeline.stages(cell.recipe)} <= known
+        assert {stage.id for stage in pipeline.chain(cell.recipe).in_order} <= known

@@ -64,14 +64,14 @@ def recipe(tiny_model, tmp_path) -> dict:
 
 
 def drafts(recipe: dict) -> dict[str, pipeline.Stage]:
-    plan = pipeline.stages(validate(Recipe, recipe))
+    plan = pipeline.chain(validate(Recipe, recipe)).in_order
     return {stage.where["draft"]: stage for stage in plan if stage.name == "draft"}
 
 
 def test_draft_tells_acceptance_and_speeds_and_leaves_greedy_text_as_it_was(
     ray_cluster, recipe, tiny_model, blurred, tmp_path
 ):
-    plan = pipeline.stages(validate(Recipe, recipe))
+    plan = pipeline.chain(validate(Recipe, recipe)).in_order
     base, rows = plan[:2]
     other = pipeline.Stage("model", "blurred", 1, {"sha256": "b"}, location=blurred)
     inputs = {"model": base, "draft": other, "rows": rows}
@@ -160,7 +160,7 @@ def test_every_arm_and_the_pruned_model_are_tried_unless_named(recipe):
 
 def test_every_setting_of_a_draft_moves_its_id_and_no_exam(recipe):
     def ids(**changed):
-        plan = pipeline.stages(validate(Recipe, recipe | {"draft": recipe["draft"] | changed}))
+        plan = pipeline.chain(validate(Recipe, recipe | {"draft": recipe["draft"] | changed})).in_order
         return [stage.id for stage in plan if stage.name == "draft"], [s.id for s in plan if s.name == "evaluate"]
 
     before, exams = ids()
@@ -207,7 +207,7 @@ def test_sweep_tries_each_pruned_model_once_and_each_trained_one_after_all_else(
     assert stages_of(plan)[-8:] == plan.drafts
     counts = {kind["stage"]: kind for kind in savings.measure(plan, Storage(str(tmp_path / "root")))["stages"]}
     assert (counts["draft"]["alone"], counts["draft"]["sweep"], counts["draft"]["missing"]) == (4 * 3, 8, 8)
-    alone = pipeline.stages(plan.cells[0].recipe)
+    alone = pipeline.chain(plan.cells[0].recipe).in_order
     assert [stage for stage in alone if stage.name == "draft"] == list(plan.drafts[:3]), "the same artifacts"
     named = recipe | {"draft": {"models": ["distilled"], "prompts": 2}}
     assert len(sweep_of(named, tmp_path, [{"prune.blocks": [1, 2]}]).drafts) == 2

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from sdft_ray import pipeline
 from sdft_ray.errors import UserError
+from sdft_ray.preflight.checks import check
 from sdft_ray.report.table import merge_line
 from sdft_ray.spec.compute import load_compute
 from sdft_ray.spec.recipe import Recipe
@@ -175,14 +176,14 @@ def recipe(tiny_model, tmp_path) -> dict:
 
 
 def test_plan_of_a_merge_trains_each_parent_as_its_own_recipe_would(recipe):
-    plan = pipeline.stages(validate(Recipe, recipe))
+    plan = pipeline.chain(validate(Recipe, recipe)).in_order
     models = pipeline.models(plan)
     assert list(models) == ["base", "pruned", "distilled", "chats", "together", "slerp", "linear"]
     alone = {key: value for key, value in recipe.items() if key != "merge"}
-    own = pipeline.models(pipeline.stages(validate(Recipe, alone)))["distilled"]
+    own = pipeline.chain(validate(Recipe, alone)).models["distilled"]
     assert (models["distilled"].id, models["distilled"].slug) == (own.id, own.slug)
     alone |= {"rows": recipe["merge"]["others"]["chats"]["rows"], "evaluate": {"tasks": ["sciq"]}}
-    own = pipeline.models(pipeline.stages(validate(Recipe, alone)))["distilled"]
+    own = pipeline.chain(validate(Recipe, alone)).models["distilled"]
     assert (models["chats"].id, models["chats"].slug) == (own.id, own.slug)
     assert len({stage.id for stage in models.values()}) == len(models)
     for i, stage in enumerate(plan):
@@ -194,7 +195,7 @@ def test_plan_of_a_merge_trains_each_parent_as_its_own_recipe_would(recipe):
 def test_every_leaf_of_a_merge_moves_the_id_of_a_merged_model(recipe):
     def ids(**merge) -> set[str]:
         wanted = recipe | {"merge": recipe["merge"] | merge}
-        return {s.id for s in pipeline.stages(validate(Recipe, wanted)) if s.name == "merge"}
+        return {s.id for s in pipeline.chain(validate(Recipe, wanted)).in_order if s.name == "merge"}
 
     original = ids()
     assert len(ids(slerp={"t": 0.4}) - original) == 1 and len(ids(linear={"weights": [2, 1]}) - original) == 1
@@ -219,7 +220,7 @@ def test_every_leaf_of_a_merge_moves_the_id_of_a_merged_model(recipe):
 )
 def test_mistakes_in_a_merge_are_said_in_one_line(recipe, merge, says):
     with pytest.raises(UserError) as refused:
-        pipeline.check(validate(Recipe, recipe | {"merge": recipe["merge"] | merge}), load_compute())
+        check(validate(Recipe, recipe | {"merge": recipe["merge"] | merge}), load_compute())
     assert says in str(refused.value)
 
 
@@ -228,8 +229,8 @@ def test_merge_with_a_model_from_elsewhere_asks_for_its_number_of_blocks(recipe,
     with pytest.raises(
         UserError, match=r"merge\.others\.theirs\.path: blocks is 6, of the model that is pruned here 4"
     ):
-        pipeline.check(validate(Recipe, recipe), load_compute())
-    models = pipeline.models(pipeline.stages(validate(Recipe, recipe)))
+        check(validate(Recipe, recipe), load_compute())
+    models = pipeline.chain(validate(Recipe, recipe)).models
     assert models["theirs"].location == tiny_model and models["slerp"].inputs["model_1"] is models["theirs"]
 
 

@@ -183,7 +183,7 @@ def build_rows(tmp_path, tiny_model, raw: list[dict], **rows) -> tuple[dict, Sto
     recipe = make_recipe(tmp_path, tiny_model, {**source, "validation": 2, "answer": "none"})
     storage = Storage(str(tmp_path / "root"))
     pipeline.run(recipe, load_compute(), storage, until="rows")
-    stage = next(stage for stage in pipeline.stages(recipe) if stage.name == "rows")
+    stage = next(stage for stage in pipeline.chain(recipe).in_order if stage.name == "rows")
     return storage.manifest(stage)["summary"], storage.place(stage)
 
 
@@ -232,7 +232,7 @@ def test_rows_stage_holds_its_settings_once_beside_the_place_of_a_file(tmp_path,
         "repo": {"repo": "a/b", "revision": "0" * 40, "split": "test", "fields": fields, "limit": 60},
     }[kind]
     recipe = make_recipe(tmp_path, tiny_model, {**source, "held_out": 3, "validation": 1, "seed": 7})
-    (stage,) = (stage for stage in pipeline.stages(recipe) if stage.name == "rows")
+    (stage,) = (stage for stage in pipeline.chain(recipe).in_order if stage.name == "rows")
     assert source_of(stage) == recipe.rows
     assert stage.where == ({"path": str(file)} if kind == "path" else {})
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sdft_ray.data.readers import GymContent, HubContent, RowsContent
+from sdft_ray.stages.distill.draws import Settings
 from sdft_ray.store.identity import Stage
 
 _TEXTS = ("id", "prompt", "reference", "answer", "response", "source", "reason", "generated", "finish_reason")
@@ -38,21 +40,21 @@ def record(row: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, "messages": [{"role": role, "content": content} for role, content in turns]}
 
 
-def write(directory: Path, stage: Stage, summary: Mapping[str, Any], examples: Mapping[str, Mapping[str, Any]]) -> None:
+def write(
+    directory: Path, stage: Stage[Settings], summary: Mapping[str, Any], examples: Mapping[str, Mapping[str, Any]]
+) -> None:
     """Write README.md."""
     from huggingface_hub import DatasetCardData
 
     rows = stage.inputs["rows"]
-    source = dict(rows.settings.get("source", {}))
-    licence = "apache-2.0" if "gym" in source else _LICENCES.get(source.get("repo", ""), "unknown")
+    name, licence = _describe_source(rows.settings.source, rows.slug)
     front = DatasetCardData(
         license=licence,
         task_categories=["text-generation"],
         tags=["self-data-distillation"],
         configs=[{"config_name": "default", "data_files": "train.parquet"}],
     )
-    name = " ".join(str(source[key]) for key in ("gym", "repo", "revision") if key in source) or rows.slug
-    sampling = ", ".join(f"{key} {stage.settings[key]}" for key in _SAMPLING)
+    sampling = ", ".join(f"{key} {getattr(stage.settings, key)}" for key in _SAMPLING)
     reasons = "\n".join(f"| {reason} | {count} |" for reason, count in summary["reasons"].items() if count)
     text = f"""---
 {front.to_yaml()}
@@ -74,6 +76,17 @@ Sampling: {sampling}; each sample of a row has its own seed. `messages` holds pr
 ## Examples
 {"".join(_describe_example(row) for row in examples.values())}"""
     (directory / "README.md").write_text(text, encoding="utf-8")
+
+
+def _describe_source(source: RowsContent, slug: str) -> tuple[str, str]:
+    """Return the name of where rows come from, and its licence."""
+    match source:
+        case GymContent():
+            return source.gym, "apache-2.0"
+        case HubContent():
+            return f"{source.repo} {source.revision}", _LICENCES.get(source.repo, "unknown")
+        case _:
+            return slug, "unknown"
 
 
 def _describe_example(row: Mapping[str, Any]) -> str:

@@ -19,19 +19,22 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sdft_ray.cluster import use_assigned_cores
 from sdft_ray.core.selection import strip_thoughts
+from sdft_ray.data.benchmarks import offline_task_file
 from sdft_ray.data.chat import encode_rows, opened_thought, opening_ids, read_generated, response_ends
 from sdft_ray.data.checkers import is_correct
 from sdft_ray.errors import UserError, nearest, problem
+from sdft_ray.results import HELD_OUT, ITEMS, SCORE, read_split
+from sdft_ray.spec.recipe import Evaluate
+from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
-from sdft_ray.stages.rows import read_split
-from sdft_ray.store.files import write_atomically
+from sdft_ray.store.files import hash_source, write_atomically
+from sdft_ray.store.identity import Stage, slugify
 
-VERSION = 2
-HELD_OUT = "held_out"
+VERSION, NEEDS, UNIT = 2, "evaluate", "parts"
 # Answers that are generated at once for each sequence of a scoring pass: a step reads all weights for one token a row.
 _ROWS_A_SEQUENCE = 4
 
@@ -90,60 +93,105 @@ def require_known(tasks: Iterable[str]) -> None:
         raise UserError(*(problem("evaluate.tasks", f"lm-eval has no task {t}", nearest(t, names)) for t in unknown))
 
 
-def build(work: Work) -> dict[str, Any]:
+class HeldOutSettings(Section):
+    """The recipe's own held-out rows, answered greedily."""
+
+    task: Literal["held_out"] = "held_out"
+    dtype: str
+    max_new_tokens: int
+    answer: str
+
+
+class TaskSettings(Section):
+    """A benchmark task of lm-eval."""
+
+    unhashed, optional = ("file",), ("revision", "sha256")
+    task: str
+    dtype: str
+    metric: str | None
+    shots: int
+    revision: str | None = None
+    limit: int | None
+    chat_template: bool
+    sha256: str | None = None
+    """Of the file that holds the items, where one does."""
+    file: str | None = None
+    """Where that file is."""
+
+
+Settings = HeldOutSettings | TaskSettings
+
+
+def stage(wanted: Evaluate, task: str, name: str, model: Stage, rows: Stage) -> Stage[Settings]:
+    """Return the stage that takes the model of this name through a task."""
+    slug = slugify(f"{task}-{name}")
+    if task == HELD_OUT:
+        answer = rows.settings.split.answer
+        held_out = HeldOutSettings(dtype=wanted.dtype, max_new_tokens=wanted.max_new_tokens, answer=answer)
+        return Stage("evaluate", slug, VERSION, held_out, {"model": model, "rows": rows})
+    way = exam(wanted.preset, task)
+    file = offline_task_file(task) if wanted.preset == "offline" else None
+    settings = TaskSettings(
+        task=task,
+        dtype=wanted.dtype,
+        metric=way.metric,
+        shots=way.shots,
+        revision=way.revision,
+        limit=wanted.limit,
+        chat_template=wanted.chat_template,
+        sha256=hash_source(file) if file else None,
+        file=str(file) if file else None,
+    )
+    return Stage("evaluate", slug, VERSION, settings, {"model": model})
+
+
+def build(work: Work[Settings]) -> dict[str, Any]:
     """Write score.json and items.jsonl."""
     import ray
 
     plan = work.compute.evaluate
-    held_out = read_split(work.input("rows"), HELD_OUT) if work.settings["task"] == HELD_OUT else []
+    held_out = read_split(work.input("rows"), HELD_OUT) if work.settings.task == HELD_OUT else []
     score, items = work.result(
         ray.remote(examine)
         .options(
             num_cpus=plan.cpus,
             num_gpus=plan.gpus,
-            name=f"evaluate {work.settings['task']}",
+            name=f"evaluate {work.settings.task}",
             scheduling_strategy="DEFAULT",  # of a sweep, too: else the trial's own place, which has no CPU
         )
         .remote(
             work.handle("model"),
-            dict(work.settings),
-            dict(work.stage.where),
+            work.settings,
             held_out,
             plan.batch_size,
             "cuda" if plan.gpus else "cpu",
         )
     )
-    write_atomically(work.directory / "items.jsonl", "".join(json.dumps(item) + "\n" for item in items))
-    write_atomically(work.directory / "score.json", json.dumps(score, indent=1) + "\n")
+    write_atomically(work.directory / ITEMS, "".join(json.dumps(item) + "\n" for item in items))
+    write_atomically(work.directory / SCORE, json.dumps(score, indent=1) + "\n")
     return dict(score)
-
-
-def read_items(place: Path) -> list[dict[str, Any]]:
-    """Return the items of an evaluation: each with its id and its value, in the order of the task."""
-    return [json.loads(line) for line in (place / "items.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def examine(
     model: Callable[[], Path],
-    settings: dict[str, Any],
-    where: dict[str, str],
+    settings: Settings,
     held_out: list[dict[str, Any]],
     batch_size: int,
     device: str,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the score, with the seconds that it took, and the items of one task; runs in a Ray worker."""
     begun = time.monotonic()
-    if "file" in where or settings["task"] == HELD_OUT:
+    if isinstance(settings, HeldOutSettings) or settings.file:
         os.environ["HF_HUB_OFFLINE"] = "1"  # nothing may try, and time out on, a network
     from sdft_ray.progress import quiet_transformers
 
     quiet_transformers()
     use_assigned_cores()
-    lm = _load(str(model()), settings["dtype"], batch_size, device)
-    if settings["task"] == HELD_OUT:
-        score, items = examine_held_out(lm, held_out, settings["answer"], settings["max_new_tokens"], batch_size)
+    lm = _load(str(model()), settings.dtype, batch_size, device)
+    if isinstance(settings, HeldOutSettings):
+        score, items = examine_held_out(lm, held_out, settings.answer, settings.max_new_tokens, batch_size)
     else:
-        score, items = _run_harness(lm, settings, where)
+        score, items = _run_harness(lm, settings)
     return {**score, "seconds": round(time.monotonic() - begun, 2)}, items
 
 
@@ -327,36 +375,34 @@ def _plain_generation(model: Any, tokenizer: Any) -> Any:
     return GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=pad)
 
 
-def _run_harness(
-    lm: Any, settings: Mapping[str, Any], where: Mapping[str, str]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _run_harness(lm: Any, settings: TaskSettings) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     import lm_eval
 
-    manager = task_manager(_FOLDERS.get(settings["task"]))
+    manager = task_manager(_FOLDERS.get(settings.task))
     with tempfile.TemporaryDirectory() as folder:
-        task = settings["task"]
-        if "file" in where:
-            task = write_task(manager, task, _from_file(where["file"]), Path(folder))
-        elif "revision" in settings:
-            task = write_task(manager, task, {"dataset_kwargs": {"revision": settings["revision"]}}, Path(folder))
+        task = settings.task
+        if settings.file:
+            task = write_task(manager, task, _from_file(settings.file), Path(folder))
+        elif settings.revision:
+            task = write_task(manager, task, {"dataset_kwargs": {"revision": settings.revision}}, Path(folder))
         found = lm_eval.simple_evaluate(
             model=lm,
             tasks=[task],
-            num_fewshot=settings["shots"],
-            limit=settings["limit"],
-            apply_chat_template=settings["chat_template"],
+            num_fewshot=settings.shots,
+            limit=settings.limit,
+            apply_chat_template=settings.chat_template,
             task_manager=manager,
             log_samples=True,
             bootstrap_iters=0,
             use_cache=None,
             verbosity="ERROR",
         )
-    results = found["results"][settings["task"]]
+    results = found["results"][settings.task]
     everything = [sample for each in found["samples"].values() for sample in each]
-    metric = settings["metric"]
+    metric = settings.metric
     if metric is None:
-        better = found["higher_is_better"].get(settings["task"], {})
-        metric = choose_metric(settings["task"], results, better, everything)
+        better = found["higher_is_better"].get(settings.task, {})
+        metric = choose_metric(settings.task, results, better, everything)
     name = metric.partition(",")[0]
     samples = [sample for sample in everything if _of_filter(sample, metric)]
     sizes = [found["n-samples"][each] for each in found["samples"]]

@@ -1,0 +1,77 @@
+"""What can be known to be wrong with a recipe before anything is built.
+
+In: recipe and compute file. Out: nothing, or a UserError: what this finds would fail hours later.
+"""
+
+from __future__ import annotations
+
+from sdft_ray.core.surgery import require_blocks, require_supported
+from sdft_ray.data import readers
+from sdft_ray.errors import UserError, problem
+from sdft_ray.models import directory, sources
+from sdft_ray.preflight import limits
+from sdft_ray.spec.compute import Compute
+from sdft_ray.spec.recipe import GymRows, HubModel, LocalModel, Recipe, require_depth
+from sdft_ray.stages import evaluate, merge, train
+
+
+def check(recipe: Recipe, compute: Compute) -> None:
+    """Raise UserError for what can be known to be wrong before anything is built."""
+    facts = sources.describe_model(recipe.model)
+    others = recipe.merge.others if recipe.merge else {}
+    if facts:
+        _require_prunable(recipe, facts)
+        if recipe.arms.distilled or recipe.draft:
+            _require_generates(facts, compute)
+    for name, other in others.items():
+        if other.path is not None and facts:
+            _require_compatible(f"merge.others.{name}.path", other.path, facts, recipe.prune.blocks)
+    if facts and recipe.merge and recipe.merge.slerp:
+        merge.require_one_for_each(recipe.merge.slerp.t, facts.blocks - recipe.prune.blocks)
+    context, count = facts.context if facts else None, limits.token_counter(recipe.model)
+    limits.require_numbers(recipe, context)
+    for source in (recipe.rows, *(other.rows for other in others.values())):
+        if isinstance(source, GymRows):
+            readers.read_rows(source.model_copy(update={"limit": 1}))
+        if source is not None:
+            splits = limits.read_splits(source, recipe.train.rows)
+            if source is not recipe.rows:  # of others nothing is evaluated
+                splits["held_out"] = []
+            if context is not None:
+                limits.require_lengths(recipe, compute, splits, context, count)
+    limits.require_texts(recipe, count)
+    if recipe.evaluate.preset == "harness":
+        evaluate.require_known(recipe.evaluate.tasks)
+    for arm in recipe.arms.names:
+        train.require_fitting(recipe.train_settings(arm), compute.train)
+    for name, other in others.items():
+        if other.rows is not None and recipe.merge:
+            train.require_fitting(recipe.train_settings(recipe.merge.arm, name), compute.train)
+
+
+def _require_prunable(recipe: Recipe, facts: directory.ModelFacts) -> None:
+    """Raise UserError for a model that is here and cannot be pruned as the recipe says."""
+    require_supported(facts.architecture, "model")
+    require_depth(recipe.prune.blocks, recipe.prune.protect, facts.blocks)
+    assert not isinstance(recipe.model, HubModel), "a hub model has no facts"
+    if (path := sources.model_path(recipe.model)).is_dir():
+        names = (name for tensors in directory.stored_tensors(path).values() for name in tensors)
+        require_blocks(path, names, facts.blocks)
+
+
+def _require_generates(facts: directory.ModelFacts, compute: Compute) -> None:
+    """Raise UserError for a model of which vLLM's CPU build generates other text (docs/architectures.md)."""
+    if facts.architecture == "gpt_oss" and not compute.distill.gpus:
+        what = "vLLM's CPU build generates other text than gpt_oss"
+        raise UserError(problem("compute.distill.gpus", what, "Set gpus: 1 for each actor"))
+
+
+def _require_compatible(where: str, path: str, base: directory.ModelFacts, removed: int) -> None:
+    """Raise UserError for a model that cannot have been tuned from this base without some blocks."""
+    found = sources.describe_model(LocalModel(path=path))
+    assert found, "a local model has facts"
+    expected = {"architecture": base.architecture, "blocks": base.blocks - removed}
+    for field, ours in expected.items():
+        if (got := getattr(found, field)) != ours:
+            do = "Give a model that was tuned from the same pruned model"
+            raise UserError(problem(where, f"{field} is {got}, of the model that is pruned here {ours}", do))

@@ -1,0 +1,101 @@
+"""Which sample of a row is drawn next, and which one it keeps: functions of what was generated already.
+
+In: rows, and the lines that a ledger holds of them. Out: the next draw, or the selected response. Other settings select
+again and generate nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sdft_ray.core.prompts import CHECKABLE, OPEN
+from sdft_ray.core.selection import COMPLETE, REASONS, Generation, Rules, select_response
+from sdft_ray.data.checkers import CHECKERS
+from sdft_ray.spec.recipe import Distill
+
+
+class Settings(Distill):
+    """How rows are rewritten and judged."""
+
+    answer: str
+    """How their answers are checked."""
+    rows: int | None
+    """How many training rows, the first ones; all where absent."""
+
+
+def instruction_template(settings: Settings) -> str:
+    """Return the rewriting instruction: the recipe's own, else the one that suits how rows are checked."""
+    return settings.template or (OPEN if settings.answer == "none" else CHECKABLE)
+
+
+def sampling_seed(row_id: str, seed: int, sample: int = 0) -> int:
+    """Return the seed of one sample of a row: it depends on nothing but these and the recipe's seed."""
+    name = f"{seed}:{row_id}" + (f":{sample}" if sample else "")
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+
+
+def select_rows(
+    rows: Sequence[Mapping[str, Any]],
+    generations: Mapping[str, Sequence[Mapping[str, Any]]],
+    settings: Settings,
+) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Return every row with its selected response, and how many rows there are for each reason.
+
+    rows in = rows out, in the same order: each is trained on, with the first of its samples that passes, or with its
+    reference. A function of what is there already: other settings select again and generate nothing.
+    """
+    rules = Rules(CHECKERS.get(settings.answer), settings.filters.model_dump(), settings.strip_thinking)
+    selected = []
+    for row in rows:
+        samples = [
+            Generation(made["text"], made["finish_reason"], made["prompt_tokens"], made["tokens"])
+            for made in generations[row["id"]]
+        ]
+        chosen = select_response(row, samples, rules)
+        generation, made = samples[chosen.sample], generations[row["id"]][chosen.sample]
+        selected.append(
+            {
+                **row,
+                **dataclasses.asdict(chosen),
+                "generated": generation.text,
+                "finish_reason": generation.finish_reason,
+                "prompt_tokens": generation.prompt_tokens,
+                "generated_tokens": generation.tokens,
+                "sampling_seed": made["sampling_seed"],
+            }
+        )
+    counts = Counter(row["reason"] for row in selected)
+    assert len(selected) == len(rows) == counts.total(), "every row has exactly one reason"
+    return selected, {reason: counts[reason] for reason in REASONS}
+
+
+def next_draw(
+    row: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], settings: Settings, first: int = 0
+) -> tuple[int, int] | None:
+    """Return the sample of a row that is to be drawn next and how often that failed; None where nothing is left.
+
+    A sample is drawn only where none before it passes. `first`: the samples before it are known not to pass.
+    """
+    for sample in range(first, settings.samples):
+        mine = [line for line in lines if line["sample"] == sample]
+        complete = [line for line in mine if line["finish_reason"] in COMPLETE]
+        if not complete:
+            return sample, len(mine)
+        if select_rows([row], {row["id"]: complete[:1]}, settings)[1]["kept"]:
+            return None
+    return None
+
+
+def best_lines(lines: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
+    """Return one line for each of the first `count` samples of a row, in order: what was generated, else an error."""
+    best: dict[int, Mapping[str, Any]] = {}
+    for line in lines:
+        if line["sample"] >= count:  # of a recipe that drew more
+            continue
+        if line["sample"] not in best or line["finish_reason"] in COMPLETE:
+            best[line["sample"]] = line
+    return [best[sample] for sample in sorted(best)]

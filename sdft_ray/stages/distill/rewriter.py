@@ -1,0 +1,209 @@
+"""An actor with an engine: it turns requests into pieces of the ledger.
+
+In: the places of a batch in the file of requests. Out: pieces of the ledger, and how far the batch is. An actor may die
+at any line: what it had written is found by the next one that gets the batch, and a row that kills its engine is found
+by notes that dead processes leave.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import time
+import traceback
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sdft_ray.core.prompts import rewrite_instruction
+from sdft_ray.core.selection import Generation
+from sdft_ray.data.chat import render_prompt
+from sdft_ray.engine import EngineFactory, Request
+from sdft_ray.stages.distill.draws import (
+    Settings,
+    best_lines,
+    instruction_template,
+    next_draw,
+    sampling_seed,
+    select_rows,
+)
+from sdft_ray.stages.distill.requests import read_requests
+from sdft_ray.store import ledger as ledgers
+from sdft_ray.store.files import write_atomically
+from sdft_ray.store.identity import Stage
+from sdft_ray.store.storage import Storage
+
+COUNTS = ("done", "kept", "prompt_tokens", "tokens")
+_REPORT_SECONDS = 1.0  # between two reports of an actor to the driver
+_NARROWING = 16  # rows that more than one engine died on are tried in groups this many times smaller, down to one
+
+
+class Rewriter:
+    """An actor with an engine; turns a batch of requests into ledger pieces."""
+
+    def __init__(
+        self,
+        engine: EngineFactory,
+        model: Callable[[], Path],
+        storage: Storage,
+        stage: Stage[Settings],
+        options: Mapping[str, Any],
+        alone: bool,
+        requests: str,
+        ledger: str,
+        piece_rows: int,
+    ) -> None:
+        import ray
+        from transformers import AutoTokenizer
+
+        directory = str(model())
+        self.engine = engine(directory, stage.settings, options, alone)
+        self.tokenizer = AutoTokenizer.from_pretrained(directory)
+        self.settings, self.piece_rows = stage.settings, piece_rows
+        self.storage, self.ledger = storage, storage.ledger(ledger)
+        self.requests = storage.resumable(stage) / requests
+        storage.bring(self.requests.parent, requests)
+        self.actor = ray.get_runtime_context().get_actor_id()
+
+    def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Yield how far the batch is, now and then."""
+        import numpy as np
+
+        start, stop = batch["start"].item(), batch["stop"].item()
+        for counts in self._work_through(_Batch(read_requests(self.requests, start, stop), self.settings)):
+            yield {name: np.array([value]) for name, value in {"start": start, "actor": self.actor, **counts}.items()}
+
+    def _work_through(self, batch: _Batch) -> Iterator[dict[str, int]]:
+        """Draw what each row needs, in rounds: the same sample again, or one more, where the last draw failed."""
+        self.storage.bring(self.ledger, f"*-{batch.name}-*")
+        pieces = list(ledgers.read_batch(self.ledger, batch.name))
+        batch.find(itertools.chain.from_iterable(pieces))
+        deaths, poison = _read_deaths(self.ledger, batch.name)
+        for row_id in batch.without_lines(poison):
+            sample = batch.rows[row_id]["sample"]
+            batch.take(self._request(batch, row_id, sample), Generation("the engine died on this row", "error"))
+        draws = [(row_id, batch.next_sample(row_id, row_id in poison)) for row_id in batch.rows]
+        reported = time.monotonic()
+        for _ in pieces:  # Ray drops as many as it had from this batch before its actor died
+            yield self._store(batch)
+        while requests := [self._request(batch, row_id, draw) for row_id, draw in draws if draw is not None]:
+            draws = []
+            for group in _groups(requests, deaths, len(batch.rows)):
+                for request, generation in self._generate(batch, group):
+                    batch.take(request, generation)
+                    draws.append((request.id, batch.next_sample(request.id)))
+                    if len(batch.piece) < self.piece_rows:
+                        continue
+                    counts = self._store(batch)
+                    if time.monotonic() - reported > _REPORT_SECONDS:
+                        reported = time.monotonic()
+                        yield counts
+        yield self._store(batch)
+
+    def _store(self, batch: _Batch) -> dict[str, int]:
+        """Make durable what the engine has finished, and return how far the batch is."""
+        if batch.piece:
+            self.storage.publish(ledgers.write_piece(self.ledger, batch.name, batch.piece))
+            batch.piece.clear()
+        return batch.counts()
+
+    def _request(self, batch: _Batch, row_id: str, sample: int) -> Request:
+        row = batch.rows[row_id]
+        instruction = rewrite_instruction(row["prompt"], row["reference"], instruction_template(self.settings))
+        prompt_ids = render_prompt(self.tokenizer, instruction, self.settings.template_options)
+        return Request(row_id, sample, prompt_ids, sampling_seed(row_id, self.settings.seed, sample))
+
+    def _generate(self, batch: _Batch, group: Sequence[Request]) -> Iterator[tuple[Request, Generation]]:
+        """Yield what the engine makes of a group, with a note on disk for as long as it is at work on it.
+
+        A note that is still there says that the process died. An engine that raises ends its process too: nothing else
+        repairs it, and Ray starts a new one.
+        """
+        note = self.ledger / f".trying-{batch.name}-{uuid.uuid4().hex[:8]}"
+        ids = [request.id for request in group]
+        content = {"batch": batch.name, "ids": ids, "positions": [batch.rows[row_id]["position"] for row_id in ids]}
+        write_atomically(note, json.dumps(content | {"error": ""}))
+        self.storage.publish(note)
+        try:
+            yield from self.engine.generate(group)
+        except Exception as error:  # noqa: BLE001 - whatever a broken engine raises
+            write_atomically(note, json.dumps(content | {"error": f"{type(error).__name__}: {error}"}))
+            self.storage.publish(note)
+            traceback.print_exc()
+            os._exit(1)
+        self.storage.drop(note)
+
+
+class _Batch:
+    """The rows of one batch, and what was generated of them."""
+
+    def __init__(self, asked: Sequence[Mapping[str, Any]], settings: Settings) -> None:
+        self.rows = {row["id"]: row for row in asked}
+        # Pieces are named after their batch, so a batch that Ray hands out again after a kill finds what it wrote.
+        self.name = hashlib.sha256("".join(self.rows).encode()).hexdigest()[:12]
+        self.piece: list[dict[str, Any]] = []
+        """Lines that are not durable yet."""
+        self._settings = settings
+        self._lines: dict[str, list[dict[str, Any]]] = {row_id: [] for row_id in self.rows}
+        self._settled: dict[str, bool] = {}
+        """For each row that needs no engine any more, whether it keeps a rewrite."""
+
+    def find(self, lines: Iterator[dict[str, Any]]) -> None:
+        """Take in lines that the ledger holds."""
+        for line in lines:
+            self._lines[line["id"]].append(line)
+
+    def take(self, request: Request, generation: Generation) -> None:
+        """Take in what an engine made of a request."""
+        identity = {"id": request.id, "sample": request.sample, "sampling_seed": request.sampling_seed}
+        line = {**identity, **dataclasses.asdict(generation)}
+        self._lines[request.id].append(line)
+        self.piece.append(line)
+
+    def without_lines(self, row_ids: set[str]) -> set[str]:
+        """Return those of some rows of which there is nothing yet."""
+        return {row_id for row_id in row_ids if not self._lines[row_id]}
+
+    def next_sample(self, row_id: str, poison: bool = False) -> int | None:
+        """Return the sample that a row needs next; None where it needs none, failed too often or kills engines."""
+        row, lines = self.rows[row_id], self._lines[row_id]
+        draw = None if poison else next_draw(row, lines, self._settings, row["sample"])
+        if draw is not None:
+            sample, failed = draw
+            before = row["failed"] if sample == row["sample"] else 0
+            # Whatever happened in earlier runs, each run tries once: its cause may have been fixed.
+            if not failed or before + failed < self._settings.max_attempts:
+                return sample
+        samples = {row_id: best_lines(lines, self._settings.samples)}
+        self._settled[row_id] = bool(select_rows([row], samples, self._settings)[1]["kept"])
+        return None
+
+    def counts(self) -> dict[str, int]:
+        """Return how many rows need no engine any more, how many keep a rewrite, and tokens in and out."""
+        lines = list(itertools.chain.from_iterable(self._lines.values()))
+        tokens = {name: sum(line[name] for line in lines) for name in ("prompt_tokens", "tokens")}
+        return {"done": len(self._settled), "kept": sum(self._settled.values()), **tokens}
+
+
+def _read_deaths(ledger: Path, batch: str) -> tuple[Counter[str], set[str]]:
+    """Return how often a process died at work on each row of a batch, and the rows that it was alone with."""
+    notes = [json.loads(path.read_text()) for path in ledger.glob(f".trying-{batch}-*")]
+    deaths = Counter(row_id for note in notes for row_id in note["ids"])
+    return deaths, {note["ids"][0] for note in notes if len(note["ids"]) == 1}
+
+
+def _groups(requests: Sequence[Request], deaths: Mapping[str, int], rows: int) -> Iterator[list[Request]]:
+    """Yield requests in the groups that an engine gets them in: all at once, long ones first.
+
+    Those that more than one process died on come last and in smaller groups, to find the one that kills.
+    """
+    ordered = sorted(requests, key=lambda request: (deaths[request.id], -len(request.prompt_ids)))
+    for times, members in itertools.groupby(ordered, key=lambda request: deaths[request.id]):
+        size = max(1, rows // _NARROWING ** max(0, times - 1))
+        each = list(members)
+        yield from (each[i : i + size] for i in range(0, len(each), size))

@@ -1,0 +1,118 @@
+"""The model that is trained, with fresh adapters for LoRA: with weights, and as an outline without any.
+
+In: a model directory and the training settings. Out: a model, or a UserError for targets that do not fit it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdft_ray.errors import UserError, nearest, problem
+from sdft_ray.spec import recipe
+
+if TYPE_CHECKING:
+    pass
+
+
+def load_model(base: str, settings: recipe.Train) -> Any:
+    """Return the model that is trained: with fresh adapters for LoRA, else as it is."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(settings.seed)
+    return adapt(AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, settings.dtype)), settings)
+
+
+def adapt(model: Any, settings: recipe.Train) -> Any:
+    """Return a model with LoRA adapters where the settings ask for them."""
+    if settings.method == "full":
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    lora = settings.lora
+    targets = lora.targets if lora.targets == "all-linear" else list(lora.targets)
+    wanted = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, wanted)
+
+
+def outline_model(base: Path, settings: recipe.Train) -> Any:
+    """Return the model as it will be trained, without weights; raise UserError for LoRA targets that do not fit it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+        kinds = (torch.nn.Linear, torch.nn.Embedding)
+        layers = {name: module.weight for name, module in model.named_modules() if isinstance(module, kinds)}
+        try:
+            outline, refused = adapt(model, settings), ""
+        except ValueError as error:
+            outline, refused = None, str(error)
+    if settings.method == "full":
+        return outline
+    asked = set() if settings.lora.targets == "all-linear" else set(settings.lora.targets)
+    if outline:  # what peft took for the experts of a mixture, which are no linear layers, it has put elsewhere
+        asked &= outline.peft_config["default"].target_modules
+    for target in sorted(asked):
+        _require_own_weights(target, layers)
+    if refused:  # experts take no dropout, and gate and up, one tensor, go together
+        raise UserError(problem("train.lora", f"peft says: {refused}", "Set dropout: 0, or other targets"))
+    return outline
+
+
+def _require_own_weights(target: str, layers: Mapping[str, Any]) -> None:
+    """Raise UserError where a LoRA target names no layer of a model, or one that shares its weights with another.
+
+    peft changes such weights at one of the two ends, and no model that keeps them tied can hold the result. Untied, a
+    pruned model would grow again, and vLLM reads no head of its own for cohere and gemma2.
+    """
+    named = {name for name in layers if name == target or name.endswith(f".{target}")}
+    if not named:
+        short = {name.rpartition(".")[2] for name in layers}
+        raise UserError(
+            problem("train.lora.targets", f"the model has no linear layer {target}", nearest(target, short))
+        )
+    for name, weight in layers.items():
+        tied = [other for other in named if other != name and layers[other] is weight]
+        if tied:
+            what = f"{target} has the weights of {name} (tie_word_embeddings), and an adapter would part the two"
+            raise UserError(problem("train.lora.targets", what, f"Leave {target} out, or set train.method: full"))
+
+
+def count_parameters(outline: Any) -> tuple[int, int]:
+    """Return how many parameters are trained, and how many the model has without adapters."""
+    trained = sum(parameter.numel() for parameter in outline.parameters() if parameter.requires_grad)
+    frozen = sum(parameter.numel() for parameter in outline.parameters() if not parameter.requires_grad)
+    return trained, frozen or trained
+
+
+def name_adapters(outline: Any) -> tuple[list[str], list[str]]:
+    """Return which matrices of a block have adapters, and which others are no linear layers and have none.
+
+    Of qwen3_moe all have them, fused experts and router, too; of gpt_oss the experts and the router have none.
+    """
+    import torch
+    from peft.tuners.lora import LoraLayer
+
+    adapted = {
+        f"{name}.{getattr(module, 'parameter_name', 'weight')}"
+        for name, module in outline.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    linear = {name for name, module in outline.named_modules() if isinstance(module, torch.nn.Linear)}
+    matrices = {name for name, parameter in outline.named_parameters() if parameter.dim() > 1}
+    bare = {name for name in matrices if name.rpartition(".")[0] not in linear}
+
+    def in_block(names: set[str]) -> set[str]:
+        short = (name.partition(".layers.")[2].partition(".")[2].replace(".base_layer", "") for name in names)
+        return {name.removesuffix(".weight") for name in short if name}
+
+    return sorted(in_block(adapted)), sorted(in_block(bare) - in_block(adapted))

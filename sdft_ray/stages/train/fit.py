@@ -1,0 +1,140 @@
+"""The driver's side of a training: Ray Train's workers, watched from here.
+
+In: an assignment for the workers. Out: what rank 0 wrote down at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from sdft_ray.data.readers import read_json
+from sdft_ray.errors import StageFailed, problem
+from sdft_ray.results import Step
+from sdft_ray.spec import compute
+from sdft_ray.stages import Work
+from sdft_ray.stages.train.worker import RESULT, Assignment, train_worker
+
+_ASK_SECONDS = 1.0  # between two looks at how far the workers are
+
+
+def fit(work: Work[Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Run the workers and return what rank 0 wrote down at the end; `given` is the user's DeepSpeed JSON."""
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    from sdft_ray.cluster import ticker
+
+    if (work.resumable / RESULT).is_file():  # killed between the last step and the commit
+        return dict(read_json(work.resumable / RESULT))
+    work.storage.drop(work.resumable / "tuned")  # of other numbers of workers
+    _set_torn_list_aside(work.resumable)
+    watcher = _Watcher(work, ticker())
+    trainer = _make_trainer(work, given, watcher.ticker)
+    with _own_interrupt(), watcher:
+        try:
+            trainer.fit()
+        except SystemExit:  # Ray Train's own handler of Ctrl-C ends the process as if all were well
+            raise KeyboardInterrupt from None
+        except TrainingFailedError as error:
+            cause = str(error).strip().splitlines()[-1]
+            where = work.storage.told(work.resumable)
+            do = f"The last training checkpoint is kept in {where}; the same command goes on from it"
+            raise StageFailed(problem("train", cause, do)) from error
+    work.storage.bring(work.resumable, RESULT)
+    result: dict[str, Any] = read_json(work.resumable / RESULT)
+    watcher.report_validations(result.get("history", []))
+    return result
+
+
+def _make_trainer(work: Work[Any], given: dict[str, Any], ticker: Any) -> Any:
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    plan = work.compute.train
+    assignment = Assignment(work.storage, work.stage, work.settings.train, plan, given, work.handle("model"), ticker)
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"assignment": assignment},
+        scaling_config=ScalingConfig(
+            num_workers=_worker_count(plan),
+            use_gpu=bool(plan.gpus),
+            resources_per_worker={"CPU": plan.cpus, **({"GPU": plan.gpus} if plan.gpus else {})},
+        ),
+        # The same name and place: a rerun goes on from the last checkpoint by itself, in whatever layout.
+        run_config=RunConfig(
+            name="ray_train",
+            **work.storage.for_ray(work.resumable),
+            failure_config=FailureConfig(max_failures=plan.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=plan.keep_checkpoints),
+        ),
+    )
+
+
+def _worker_count(plan: compute.Train) -> int | tuple[int, int]:
+    least, most = plan.workers.min, plan.workers.max
+    return most if least == most else (least, most)
+
+
+class _Watcher:
+    """Shows how far the workers are, in a thread, and passes validation losses on."""
+
+    def __init__(self, work: Work[Any], ticker: Any) -> None:
+        self.ticker, self._work = ticker, work
+        self._finished = threading.Event()
+        self._reported: set[int] = set()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._finished.set()
+        self._thread.join()
+
+    def report_validations(self, history: Sequence[Step]) -> None:
+        """Pass on the validation losses that nobody has heard of yet."""
+        for record in history:
+            if self._work.validated and "validation_loss" in record and record["step"] not in self._reported:
+                self._reported.add(record["step"])
+                self._work.validated(record["step"], record["validation_loss"])
+
+    def _watch(self) -> None:
+        import ray
+
+        progress = self._work.progress
+        while not self._finished.wait(_ASK_SECONDS):
+            state = ray.get(self.ticker.ask.remote())
+            self.report_validations(state.get("validations", []))
+            if "begun" in state and state["begun"] != progress.done:
+                progress.begin(progress.total, state["begun"])
+            elif "step" in state:
+                progress.update(state["step"], state["note"])
+
+
+@contextlib.contextmanager
+def _own_interrupt() -> Iterator[None]:
+    """Put the handler of Ctrl-C back that Ray Train replaces."""
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, on_interrupt)
+
+
+def _set_torn_list_aside(folder: Path) -> None:
+    """Let Ray begin a new list of checkpoints where its own is torn.
+
+    It writes the list in place: a kill or a full disk at that moment leaves half of it, which it cannot read.
+    """
+    listed = folder / "ray_train" / "checkpoint_manager_snapshot.json"
+    try:
+        if listed.is_file():
+            json.loads(listed.read_text())
+    except ValueError:
+        listed.parent.rename(folder / f"ray_train-torn-{len(list(folder.glob('ray_train-torn-*')))}")

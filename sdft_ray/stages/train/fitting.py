@@ -1,0 +1,94 @@
+"""Whether recipe, compute file and a user's DeepSpeed JSON fit together: known before a worker starts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdft_ray.errors import UserError, problem
+from sdft_ray.spec import compute, recipe
+
+if TYPE_CHECKING:
+    pass
+
+
+# What a recipe or the compute file decides, by its name in DeepSpeed's JSON.
+_DECIDED = {
+    "optimizer": "train.lr and train.weight_decay",
+    "scheduler": "train.schedule",
+    "fp16": "train.dtype",
+    "amp": "train.dtype",
+    "torch_autocast": "train.dtype",
+    "data_types": "train.dtype",
+    "communication_data_type": "train.dtype",
+    "sequence_parallel_size": "nothing: a step is its rows",
+    "compression_training": "nothing: it would train another model",
+    "data_efficiency": "nothing: a step is its rows",
+    "curriculum_learning": "nothing: a step is its rows",
+}
+
+
+def require_fitting(settings: recipe.Train, plan: compute.Train) -> dict[str, Any]:
+    """Return the DeepSpeed JSON that was handed over; raise UserError where recipe and compute do not fit together."""
+    for workers in dict.fromkeys((plan.workers.min, plan.workers.max)):
+        _require_divisible(settings.global_batch_size, plan.micro_batch, workers)
+    if plan.pass_tokens is not None and plan.pass_tokens < settings.max_tokens:
+        what = f"{plan.pass_tokens} is less than train.max_tokens, {settings.max_tokens}: a row might not fit"
+        raise UserError(problem("compute.train.pass_tokens", what, "Raise it, or lower train.max_tokens"))
+    if settings.dtype == "bfloat16" and plan.zero_stage == 0:
+        what = "0 has no float32 weights beside the bfloat16 ones of train.dtype"
+        raise UserError(problem("compute.train.zero_stage", what, "Set 1, which only spreads the optimizer"))
+    return read_deepspeed(plan.deepspeed, settings, plan) if plan.deepspeed else {}
+
+
+def _require_divisible(global_batch_size: int, micro_batch: int, workers: int) -> None:
+    """Raise UserError unless a step's rows share out evenly over workers and micro-batches."""
+    per_round = workers * micro_batch
+    if global_batch_size % per_round:
+        what = f"{global_batch_size} is not a multiple of micro_batch {micro_batch} x {workers} workers = "
+        below = global_batch_size // per_round * per_round
+        sizes = f"{below} or {below + per_round}" if below else f"{per_round}"
+        do = f"Use {sizes}, or lower compute.train.micro_batch"
+        raise UserError(problem("train.global_batch_size", f"{what}{per_round}", do))
+
+
+def read_deepspeed(path: str, settings: recipe.Train, plan: compute.Train) -> dict[str, Any]:
+    """Return a DeepSpeed JSON; raise UserError where it sets what recipe or compute file decide, unless alike."""
+    where = f"compute.train.deepspeed: {path}"
+    try:
+        given = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(problem(where, f"is no JSON file that can be read ({error})", "Mend it")) from None
+    if not isinstance(given, dict):
+        raise UserError(problem(where, "is not a JSON object", "See configs/deepspeed for one"))
+    zero = given.get("zero_optimization", {})
+    must_be = {
+        "train_batch_size": (given.pop("train_batch_size", "auto"), settings.global_batch_size),
+        "train_micro_batch_size_per_gpu": (given.pop("train_micro_batch_size_per_gpu", "auto"), plan.micro_batch),
+        "gradient_accumulation_steps": (
+            given.pop("gradient_accumulation_steps", "auto"),
+            "what compute.train makes it",
+        ),
+        "gradient_clipping": (given.pop("gradient_clipping", "auto"), settings.max_grad_norm),
+        "bf16.enabled": (given.pop("bf16", {}).get("enabled", "auto"), settings.dtype == "bfloat16"),
+        "zero_optimization.stage": (zero.get("stage", "auto"), plan.zero_stage),
+    }
+    problems = [
+        problem(where, f"{name} is {json.dumps(got)}, but recipe and compute file say {json.dumps(ours)}", "Remove it")
+        for name, (got, ours) in must_be.items()
+        if got not in ("auto", ours)
+    ]
+    problems += [
+        problem(where, f"{name} is set; it is decided by {by}", "Remove it")
+        for name, by in _DECIDED.items()
+        if name in given
+    ]
+    for part in ("offload_optimizer", "offload_param"):
+        device = zero.get(part, {}).get("device", "none")
+        if device == "nvme":
+            what = f"zero_optimization.{part}.device nvme needs an operator that is compiled on first use"
+            problems.append(problem(where, what, "Use cpu"))
+    if problems:
+        raise UserError(*problems)
+    return given

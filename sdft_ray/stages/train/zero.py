@@ -1,0 +1,111 @@
+"""The DeepSpeed engine of one worker.
+
+In: a model directory, training settings, the compute plan and the user's JSON. Out: an engine whose forward pass gives
+the summed loss of packed rows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sdft_ray.spec import compute, recipe
+from sdft_ray.stages.train.adapters import load_model
+
+if TYPE_CHECKING:
+    pass
+
+
+def load_trainable(base: str, settings: recipe.Train, plan: compute.Train) -> Any:
+    """Return a module from packed rows to the summed loss of their trained tokens, or to the logits of those."""
+    import torch
+
+    from sdft_ray.core.rowwise import drop_by_row, keep_within_rows
+
+    model = load_model(base, settings)
+    rows = keep_within_rows(model.get_base_model() if settings.method == "lora" else model)
+    if settings.method == "lora" and settings.lora.dropout:
+        drop_by_row(model, settings.lora.dropout, rows)
+    if plan.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+
+    class ResponseLoss(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, packed: Any, keys: Sequence[str], as_logits: bool = False) -> Any:
+            rows.starts, rows.keys = packed.starts, keys
+            device = next(self.model.parameters()).device
+            # Only the K trained positions go through the head: the vocabulary is the widest layer of a small model.
+            logits = (
+                self.model(
+                    input_ids=packed.input_ids.to(device),
+                    position_ids=packed.position_ids.to(device),
+                    logits_to_keep=packed.keep.to(device),
+                    use_cache=False,
+                )
+                .logits[0]
+                .float()
+            )  # (K V)
+            if as_logits:
+                return logits
+            return torch.nn.functional.cross_entropy(logits, packed.targets.to(logits.device), reduction="sum")
+
+    return ResponseLoss()
+
+
+def start_engine(module: Any, settings: recipe.Train, plan: compute.Train, given: dict[str, Any]) -> Any:
+    """Return a DeepSpeed engine of a module; `given` is the user's JSON."""
+    import deepspeed
+    import torch
+
+    if plan.zero_stage == 3 and not plan.gpus:
+        _give_back_what_is_freed()
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    deepspeed.init_distributed(dist_backend="nccl" if plan.gpus else "gloo", verbose=False)
+    # torch's AdamW: DeepSpeed's own would be compiled on first use (docs/footguns.md).
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    config = deepspeed_config(settings, plan, given)
+    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
+    return engine
+
+
+def _give_back_what_is_freed() -> None:
+    """Let the C library return freed tensors to the system at once.
+
+    ZeRO-3 allocates weights anew for every use; what the library kept of them was a third of a worker's memory.
+    """
+    allocator = ctypes.CDLL(None)
+    if hasattr(allocator, "mallopt"):  # glibc's
+        allocator.mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD, in bytes; once set, it no longer grows by itself
+
+
+def deepspeed_config(
+    settings: recipe.Train, plan: compute.Train, given: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return DeepSpeed's configuration: the user's with what recipe and compute decide."""
+    half, given = settings.dtype == "bfloat16", given or {}
+    host = {"device": "cpu", "pin_memory": bool(plan.gpus)}
+    zero = {
+        "stage": plan.zero_stage,
+        **({"offload_optimizer": host} if plan.offload != "none" else {}),
+        **({"offload_param": host} if plan.offload == "all" else {}),
+    }
+    return {
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1 << 30,
+        **given,
+        "train_micro_batch_size_per_gpu": 1,  # one packed sequence
+        # How many there are differs from step to step, and set_gradient_accumulation_boundary tells the last; more than
+        # one makes DeepSpeed's offload add them up.
+        "gradient_accumulation_steps": 2,
+        # Under ZeRO-0 DeepSpeed clips but does not tell the norm; there take_step does both.
+        "gradient_clipping": settings.max_grad_norm if plan.zero_stage else 0.0,
+        "bf16": {"enabled": half},
+        **({"data_types": {"grad_accum_dtype": "fp32"}} if half else {}),
+        "zero_optimization": {**given.get("zero_optimization", {}), **zero},
+    }
