@@ -28,6 +28,7 @@ from sdft_ray.spec.loading import leaves
 from sdft_ray.stages.cut import Settings as CutSettings
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
+from sdft_ray.sweep import notes
 from sdft_ray.sweep.planning import DEPTH, RECIPE, SIZE, Plan, Trial, is_done, is_seed, name_draft, say_stopped
 
 
@@ -133,7 +134,7 @@ def summary(report: dict[str, Any]) -> dict[str, Any]:
 def _describe_trial(trial: Trial, sweep: str, base: Mapping[str, Stage], storage: Storage) -> dict[str, Any]:
     """Return where a trial lies in the sweep, how far it is and, where it is done, what came of it."""
     pruned, cell = trial.train.inputs["model"], trial.cell
-    stopped, reason = storage.losses_of_stopped(sweep, trial.train), storage.failure(trial.train)
+    stopped, reason = notes.read_stopped(storage, sweep, trial.train), notes.read_failure(storage, trial.train)
     status = "done" if is_done(trial, storage) else "stopped" if stopped else "failed" if reason else "missing"
     entry = {
         "arm": trial.arm,
@@ -252,7 +253,7 @@ def _read_drafts(plan: Plan, storage: Storage) -> tuple[dict[str, list[dict[str,
         if storage.status(stage) == "done":
             tried.setdefault(model.id, []).append(storage.manifest(stage)["summary"])
         elif storage.status(model) == "done":
-            reason = storage.failure(stage)
+            reason = notes.read_failure(storage, stage)
             status = "failed" if reason else "missing"
             untried.append({"draft": name_draft(stage, plan), "status": status, "reason": reason})
     return tried, untried

@@ -26,6 +26,7 @@ from sdft_ray.spec.sweep import Asha
 from sdft_ray.stages import cut, distill, draft, evaluate, loss, score, train
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
+from sdft_ray.sweep import notes
 from sdft_ray.sweep.planning import Plan, Trial, check, is_done, name_draft, say_stopped, stages_of
 
 STEP, LOSS = "step", "validation_loss"
@@ -40,7 +41,7 @@ def run(plan: Plan, compute: Compute, storage: Storage, engine: EngineFactory = 
     check(plan, compute)
     with storage.lock(plan.name):
         trials = open_trials(plan, storage)
-        drafts = [d for d in plan.drafts if storage.losses_of_stopped(plan.name, d.inputs["draft"]) is None]
+        drafts = [d for d in plan.drafts if notes.read_stopped(storage, plan.name, d.inputs["draft"]) is None]
         wanted = [*plan.shared, *(stage for trial in trials for stage in trial.stages), *drafts]
         todo, _ = pipeline.survey(wanted, storage)
         _, there = pipeline.survey(stages_of(plan), storage)
@@ -54,9 +55,9 @@ def run(plan: Plan, compute: Compute, storage: Storage, engine: EngineFactory = 
                 _run_trials(_with_rivals(trials, plan, storage) if plan.asha else trials, plan, compute, storage)
                 _try_drafts([stage for stage in drafts if stage in todo], plan, compute, storage)
     failed = open_trials(plan, storage)
-    lines = [f"{trial.name}: {storage.failure(trial.train)}" for trial in failed]
-    untried = [stage for stage in pipeline.survey(plan.drafts, storage)[0] if storage.failure(stage)]
-    lines += [f"{name_draft(stage, plan)}: {storage.failure(stage)}" for stage in untried]
+    lines = [f"{trial.name}: {notes.read_failure(storage, trial.train)}" for trial in failed]
+    untried = [stage for stage in pipeline.survey(plan.drafts, storage)[0] if notes.read_failure(storage, stage)]
+    lines += [f"{name_draft(stage, plan)}: {notes.read_failure(storage, stage)}" for stage in untried]
     if lines:
         done = f"{len(plan.trials) - len(failed)} of {len(plan.trials)} trials are done"
         what = f"sweep: {len(lines)} failed, {done}. Run the same command again to try those once more."
@@ -72,7 +73,7 @@ def open_trials(plan: Plan, storage: Storage) -> list[Trial]:
 
 def is_open(trial: Trial, plan: Plan, storage: Storage) -> bool:
     """Return whether a trial is neither finished nor stopped by the sweep."""
-    return not is_done(trial, storage) and storage.losses_of_stopped(plan.name, trial.train) is None
+    return not is_done(trial, storage) and notes.read_stopped(storage, plan.name, trial.train) is None
 
 
 def _build_shared(plan: Plan, compute: Compute, storage: Storage, engine: EngineFactory) -> None:
@@ -139,7 +140,7 @@ def _run_trials(trials: Sequence[Trial], plan: Plan, compute: Compute, storage: 
     patient = compute.model_copy(update={"ray": compute.ray.model_copy(update={"wait_seconds": _FOR_EVER})})
     work = functools.partial(_run_trial, trials=tuple(trials), plan=plan, compute=patient, storage=storage)
     for trial in trials:
-        storage.forget_failure(trial.train)
+        notes.forget_failure(storage, trial.train)
     with Progress("sweep", "trials") as progress:
         progress.begin(len(trials))
         try:
@@ -167,14 +168,14 @@ def _run_trials(trials: Sequence[Trial], plan: Plan, compute: Compute, storage: 
 def _try_drafts(drafts: Sequence[Stage], plan: Plan, compute: Compute, storage: Storage) -> None:
     """Measure drafts one after another; one whose model is not there is left out, and told."""
     for stage in drafts:
-        storage.forget_failure(stage)
+        notes.forget_failure(storage, stage)
         if storage.status(stage.inputs["draft"]) != "done":
             say(f"{name_draft(stage, plan)}: left out, there is no such model")
             continue
         try:
             pipeline.build([stage], compute, storage)
         except (UserError, StageFailed) as error:
-            storage.keep_failure(stage, str(error))
+            notes.keep_failure(storage, stage, str(error))
             say(f"{name_draft(stage, plan)}: FAILED: {error}")
 
 
@@ -195,7 +196,7 @@ def _run_trial(
             tune.report({STEP: step, LOSS: loss})
 
     trial = trials[config["trial"]]
-    known = storage.losses_of_stopped(plan.name, trial.train)
+    known = notes.read_stopped(storage, plan.name, trial.train)
     if storage.status(trial.train) == "done":
         history = read_history(storage.files(trial.train, HISTORY))
         known = [(record["step"], record["validation_loss"]) for record in history if "validation_loss" in record]
@@ -203,7 +204,7 @@ def _run_trial(
         if known is None or storage.status(trial.train) == "done":
             pipeline.build(trial.stages, compute, storage, validated=tell)
     except (UserError, StageFailed) as error:  # a result of this trial, not a fault of its process: no second try
-        storage.keep_failure(trial.train, str(error))
+        notes.keep_failure(storage, trial.train, str(error))
     for step, value in known or ():
         tell(step, value)
     return {"done": True}
@@ -267,21 +268,21 @@ def _watcher(trials: Sequence[Trial], plan: Plan, storage: Storage, progress: Pr
         def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
             number = trial.config["trial"]
             train = mine[number].train
-            if storage.failure(train) is None and storage.status(train) != "done":
-                storage.keep_losses_of_stopped(plan.name, train, self.losses[number])
+            if notes.read_failure(storage, train) is None and storage.status(train) != "done":
+                notes.keep_stopped(storage, plan.name, train, self.losses[number])
             self.tell(number)
 
         def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
             lines = str(trial.get_error() or "its process died").strip().splitlines()
-            storage.keep_failure(mine[trial.config["trial"]].train, lines[-1])
+            notes.keep_failure(storage, mine[trial.config["trial"]].train, lines[-1])
             self.tell(trial.config["trial"])
 
         def tell(self, number: int) -> None:
             trial, self.ended = mine[number], self.ended + 1
             took = duration(time.monotonic() - self.begun[number])
-            if what := storage.failure(trial.train):
+            if what := notes.read_failure(storage, trial.train):
                 took = f"FAILED after {took}: {what}"
-            elif losses := storage.losses_of_stopped(plan.name, trial.train):
+            elif losses := notes.read_stopped(storage, plan.name, trial.train):
                 took = f"{say_stopped(losses)}, {took}"
             say(f"trial {trial.name}: {took}")
             progress.update(self.ended)

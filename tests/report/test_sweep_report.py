@@ -15,7 +15,7 @@ from sdft_ray.report import plots
 from sdft_ray.report import sweep as report
 from sdft_ray.store.files import write_atomically
 from sdft_ray.store.storage import Storage
-from sdft_ray.sweep import planning
+from sdft_ray.sweep import notes, planning
 
 ITEMS = 20
 
@@ -115,7 +115,7 @@ def collected(plan, tiny_model, tmp_path):
         if "arms.sft.lr" in trial.values:
             write_trial(trial, storage, right=20, validation_loss=9.0)
         elif trial.cell.recipe.prune.blocks == 3 and trial.arm == "distilled":
-            storage.keep_failure(trial.train, "train: it broke")
+            notes.keep_failure(storage, trial.train, "train: it broke")
         elif trial.cell.recipe.prune.blocks == 2:
             write_trial(trial, storage, (12 if trial.arm == "sft" else 14) + seed_of(trial), 2.0)
     trained = {trial.train.id: trial for trial in plan.trials}
@@ -126,7 +126,7 @@ def collected(plan, tiny_model, tmp_path):
         elif model.settings["arm"] == "distilled" and storage.status(model) == "done":
             write_draft(storage, stage, 60 + 10 * seed_of(trained[model.id]))
         elif model.settings["arm"] == "sft" and "arms.sft.lr" in trained[model.id].values:
-            storage.keep_failure(stage, "draft: it broke")
+            notes.keep_failure(storage, stage, "draft: it broke")
     return report.collect(plan, "sweep.yaml", storage)
 
 

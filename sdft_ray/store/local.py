@@ -1,0 +1,85 @@
+"""A root that is a directory: a local one, or one that every node sees."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from sdft_ray.store.backend import Listing, by_id
+from sdft_ray.store.manifest import MANIFEST, check_files, read_manifest
+
+
+class Directory:
+    """Artifacts below a directory: what is written there is durable, and there for everyone."""
+
+    shared = True
+
+    def __init__(self, root: str) -> None:
+        self.root = Path(root).expanduser().resolve()
+        self.uri = str(self.root)
+
+    def list(self, folder: str) -> Listing:
+        """Return the directories in a folder."""
+        place = self.root / folder
+        return Listing({}, by_id(path.name for path in place.iterdir()) if place.is_dir() else {})
+
+    def manifests(self) -> Iterable[str]:
+        """Return the names of all manifests."""
+        return (path.relative_to(self.root).as_posix() for path in self.root.glob(f"*/*/{MANIFEST}"))
+
+    def read(self, name: str) -> bytes | None:
+        """Return the content of a file, or None where there is none."""
+        path = self.root / name
+        return path.read_bytes() if path.is_file() else None
+
+    def read_manifest(self, key: str) -> dict[str, Any] | None:
+        """Return the manifest of an artifact, or None where it is not finished."""
+        return read_manifest(self.root / key)
+
+    def finished(self, key: str, sizes: Callable[[], Mapping[str, int]]) -> dict[str, Any] | None:
+        """Return the manifest of an artifact whose files are there, with their sizes."""
+        if manifest := read_manifest(self.root / key):
+            check_files(self.root / key, manifest, hashes=False)
+        return manifest
+
+    def fetch(self, key: str, manifest: Mapping[str, Any], pattern: str, prove: bool) -> Path:
+        """Return an artifact's directory, with hashes compared where `prove` asks for it."""
+        if prove:
+            check_files(self.root / key, manifest, hashes=True)
+        return self.root / key
+
+    def publish(self, files: Iterable[Path]) -> None:
+        """Do nothing: files are where others find them."""
+
+    def bring(self, folder: Path, pattern: str) -> None:
+        """Do nothing: files are here."""
+
+    def mirror(self, folder: Path) -> None:
+        """Do nothing: there is one copy."""
+
+    def drop(self, path: Path) -> None:
+        """Do nothing: what is deleted here is deleted."""
+
+    def for_ray(self, folder: Path) -> dict[str, Any]:
+        """Return the path as Ray takes it."""
+        return {"storage_path": str(folder)}
+
+    @contextlib.contextmanager
+    def hold(self, name: str) -> Iterator[None]:
+        """Do nothing: a file lock reaches everyone who sees the directory."""
+        yield
+
+    def store(self, key: str, scratch: Path, lease: object) -> None:
+        """Do nothing: `Storage` moves the scratch directory to its place."""
+
+    def probe(self, name: str, data: bytes) -> bytes | None:
+        """Write, read and delete something small; return what was read."""
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        try:
+            return path.read_bytes()
+        finally:
+            path.unlink()

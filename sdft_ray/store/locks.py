@@ -1,0 +1,28 @@
+"""File locks: the one right to work on something, on one machine or one shared file system."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from sdft_ray.progress import say
+
+
+@contextmanager
+def file_lock(root: Path, name: str) -> Iterator[None]:
+    """Hold a lock below a root, which dies with its owner; whoever waits for it says so."""
+    folder = root / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / f"{name}.lock")
+    try:
+        lock.acquire(timeout=0.5)
+    except Timeout:
+        say(f"{name}: another command is at work on it; waiting")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

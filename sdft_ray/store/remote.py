@@ -1,0 +1,186 @@
+"""A root that is an object store: every node has a copy of what it needs on its own disk, in the same layout.
+
+Stages work in the copy; what is to last is put into the store, and whatever a node reads is brought once and compared
+with its hash.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import json
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from sdft_ray.errors import UserError, problem
+from sdft_ray.store import lease
+from sdft_ray.store.backend import Listing, by_id, id_in, made
+from sdft_ray.store.files import hash_file, inside, write_atomically
+from sdft_ray.store.identity import short_id, slugify
+from sdft_ray.store.locks import file_lock
+from sdft_ray.store.manifest import ALTERED, MANIFEST, check_sizes, damaged, parse_manifest, read_manifest
+from sdft_ray.store.objects import Objects
+
+_AT_ONCE = 8  # objects on the way at a time
+
+
+class ObjectStore:
+    """Artifacts below a URI, with a copy on this node."""
+
+    shared = False
+
+    def __init__(self, uri: str) -> None:
+        self._objects = Objects(uri)
+        self.uri = self._objects.uri
+        self.root = _copy_of(self.uri)
+
+    def list(self, folder: str) -> Listing:
+        """Return the objects below a folder, and the directories in it."""
+        sizes = self._objects.list(folder)
+        return Listing(sizes, by_id({key.removeprefix(f"{folder}/").partition("/")[0] for key in sizes}))
+
+    def manifests(self) -> Iterable[str]:
+        """Return the names of all manifests."""
+        return (key for key in self._objects.list() if key.endswith(f"/{MANIFEST}"))
+
+    def read(self, name: str) -> bytes | None:
+        """Return an object's content, or None where there is none."""
+        return self._objects.read(name)
+
+    def read_manifest(self, key: str) -> dict[str, Any] | None:
+        """Return the manifest of an artifact, or None where it is not finished."""
+        text = self._objects.read(f"{key}/{MANIFEST}")
+        return None if text is None else parse_manifest(f"{self.uri}/{key}", text)
+
+    def finished(self, key: str, sizes: Callable[[], Mapping[str, int]]) -> dict[str, Any] | None:
+        """Return the manifest of an artifact whose objects are there, with their sizes."""
+        listed = sizes()
+        manifest = self.read_manifest(key) if f"{key}/{MANIFEST}" in listed else None
+        if manifest:
+            check_sizes(f"{self.uri}/{key}", manifest, lambda path: listed.get(f"{key}/{path}"))
+        return manifest
+
+    def fetch(self, key: str, manifest: Mapping[str, Any], pattern: str, prove: bool) -> Path:
+        """Bring those files of an artifact that match and are not on this node yet, each compared with its hash."""
+        place = self.root / key
+        with file_lock(self.root, "bring-" + id_in(key)):
+            # An artifact that was deleted and built again is another one.
+            if read_manifest(place) != manifest:
+                shutil.rmtree(place, ignore_errors=True)
+                write_atomically(made(place) / MANIFEST, json.dumps(manifest))
+            matching = [entry for entry in manifest["files"] if fnmatch.fnmatch(entry["path"], pattern)]
+            _each(functools.partial(self._bring_proven, key), matching)
+        return place
+
+    def _bring_proven(self, key: str, entry: Mapping[str, Any]) -> None:
+        file, name = inside(self.root / key, entry["path"]), f"{key}/{entry['path']}"
+        if _bytes_of(file) == entry["bytes"]:
+            return
+        unproven = file.with_name(f".{file.name}.unproven")
+        self._objects.get(name, unproven)
+        if hash_file(unproven) != entry["sha256"]:
+            raise damaged(f"{self.uri}/{key}", entry["path"], ALTERED)
+        unproven.rename(file)
+
+    def publish(self, files: Iterable[Path]) -> None:
+        """Put pieces of work into the store."""
+        _each(lambda file: self._objects.put(file, self._name(file)), files)
+
+    def bring(self, folder: Path, pattern: str) -> None:
+        """Make this node's copy of a directory of work what the store has, as far as the names below it match.
+
+        What only this node has is of a run that was killed, and may have been done again elsewhere since: it goes.
+        """
+        name = self._name(folder)
+        with file_lock(self.root, "bring-" + name.replace("/", "-")):
+            listed = {key: size for key, size in self._objects.list(name).items() if _matches(key, name, pattern)}
+            for path in folder.rglob("*"):
+                if path.is_file() and _matches(self._name(path), name, pattern) and self._name(path) not in listed:
+                    path.unlink()
+            lacking = [key for key, size in listed.items() if _bytes_of(inside(self.root, key)) != size]
+            _each(lambda key: self._objects.get(key, self.root / key), lacking)
+
+    def mirror(self, folder: Path) -> None:
+        """Make a directory of work in the store what it is on this node: new pieces first, then what is gone goes."""
+        listed = self._objects.list(self._name(folder))
+        here = {self._name(path): path for path in folder.rglob("*") if path.is_file()}
+        self.publish(path for name, path in here.items() if listed.get(name) != path.stat().st_size)
+        self._objects.delete(listed.keys() - here.keys())
+
+    def drop(self, path: Path) -> None:
+        """Delete an object, or all below a directory."""
+        self._objects.delete([self._name(path), *self._objects.list(self._name(path))])
+
+    def for_ray(self, folder: Path) -> dict[str, Any]:
+        """Return the place in the store as Ray takes it."""
+        from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+        path = self._objects.path(self._name(folder))
+        return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(self._objects.filesystem))}
+
+    def hold(self, name: str) -> AbstractContextManager[lease.Lease]:
+        """Hold a lease: it dies with its owner a minute later, or at once for another driver on the same node."""
+        return lease.hold(self._objects, name, self._node())
+
+    def store(self, key: str, scratch: Path, lease: lease.Lease | None) -> None:
+        """Store an artifact's files, and its manifest once all of them are there and nobody else is at work on it."""
+        if lease:
+            lease.require()
+        files = [path for path in scratch.rglob("*") if path.is_file() and path != scratch / MANIFEST]
+        names = {f"{key}/{path.relative_to(scratch).as_posix()}": path for path in files}
+        self._objects.delete(self._objects.list(key).keys() - names.keys())  # of a commit that was cut short
+        _each(lambda name: self._objects.put(names[name], name), names)
+        if lease:
+            lease.require()
+        if not self._objects.create(f"{key}/{MANIFEST}", (scratch / MANIFEST).read_bytes()):
+            what = "was finished by another command meanwhile"
+            raise UserError(problem(f"{self.uri}/{key}", what, "Run the same command again to use it"))
+        shutil.rmtree(self.root / key, ignore_errors=True)  # the copy of an artifact that was deleted from the store
+
+    def probe(self, name: str, data: bytes) -> bytes | None:
+        """Write, read and delete something small; return what was read."""
+        self._objects.write(name, data)
+        found = self._objects.read(name)
+        self._objects.delete([name])
+        return found
+
+    def _node(self) -> str:
+        """Return a name that only processes share which the same file locks bind: one kernel and one directory."""
+        boot = Path("/proc/sys/kernel/random/boot_id")
+        machine = boot.read_text().strip() if boot.is_file() else socket.gethostname()
+        name = self.root / "node"
+        with file_lock(self.root, "node"):
+            if not name.is_file():
+                write_atomically(name, uuid.uuid4().hex)
+            return f"{name.read_text()}-{machine}"
+
+    def _name(self, path: Path) -> str:
+        return path.relative_to(self.root).as_posix()
+
+
+def _copy_of(uri: str) -> Path:
+    """Return the directory of this node's copy of an object store; deleting it costs bringing things again."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "sdft_ray" / "roots" / f"{slugify(uri)}-{short_id(uri)}"
+
+
+def _bytes_of(file: Path) -> int | None:
+    return file.stat().st_size if file.is_file() else None
+
+
+def _matches(key: str, folder: str, pattern: str) -> bool:
+    return fnmatch.fnmatch(key.removeprefix(f"{folder}/"), pattern)
+
+
+def _each(work: Callable[[Any], None], items: Iterable[Any]) -> None:
+    """Do something with each item, some at a time; the first error is raised."""
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for _ in pool.map(work, items):
+            pass
