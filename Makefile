@@ -17,8 +17,8 @@ demo: $(STAMP)
 	@$(BIN)/sdft verify configs/recipes/demo.yaml
 
 test: test-fast
-	@echo "Testing what is heavy, with one Ray and one vLLM engine; make test-all has the rest."
-	@$(BIN)/python -m pytest -m "heavy and not full"
+	@echo "Testing what is heavy, two files at a time; make test-all has the rest."
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "heavy and not full"
 
 test-fast: $(STAMP)
 	@echo "Testing what is light."
