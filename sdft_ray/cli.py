@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdft_ray import environment
 from sdft_ray.errors import StageFailed, UserError, nearest, problem
 
 if TYPE_CHECKING:
@@ -25,10 +26,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None, engine: EngineFactory | None = None) -> int:
     """Run one command and return the exit code of the process; `engine` replaces vLLM's."""
-    # Before any library is loaded: their bars, hints and accelerator guesses are not our interface.
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # of the driver; workers set their own
+    environment.for_command()
     options = _parser().parse_args(arguments)
     options.engine = engine
     code = 130

@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any
 
+from sdft_ray import environment
 from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.progress import say
 from sdft_ray.spec.compute import Compute, cores
@@ -30,18 +31,7 @@ def ray_cluster(compute: Compute) -> Iterator[None]:
 
     Where one is held already, by a sweep or by the worker that this runs in, that is the cluster.
     """
-    # Read by ray when it is imported or started. Progress is ours to show; usage reports are the user's to switch on.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else the core writes to our stderr
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    # What is still at work when Ray ends, after Ctrl-C, must not start another one.
-    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
-    # Of warnings, not the one about how many workers there are: they are kept on purpose (_connect).
-    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "worker processes have been started")
-    # On a busy machine a worker takes longer to start than the 60 s after which Ray gives it up; with the first one
-    # `ray.init` waits for ever (docs/footguns.md).
-    os.environ.setdefault("RAY_worker_register_timeout_seconds", "300")
+    environment.for_ray()
     import ray
     import ray.data
     import ray.train
@@ -63,22 +53,16 @@ def ray_cluster(compute: Compute) -> Iterator[None]:
     finally:
         ray.shutdown()
         if compute.ray.address == "local":
-            os.environ.pop("RAY_API_SERVER_ADDRESS", None)
+            environment.forget("RAY_API_SERVER_ADDRESS")
 
 
 def _connect(compute: Compute, quiet: dict[str, Any]) -> None:
     import ray
 
     if compute.ray.address == "local":
-        # The dashboard stays on, on loopback: Ray Train asks it who is dead. Workers must be told where it is: where
-        # several Rays share a machine they do not guess, and what a dead trainer held stays held (docs/footguns.md).
+        # The dashboard stays on, on loopback: Ray Train asks it who is dead.
         host, port = "127.0.0.1", _free_port()
-        os.environ["RAY_API_SERVER_ADDRESS"] = f"http://{host}:{port}"
-        # Nobody takes this node away: no process that asks for it at every training. And an end is seen sooner.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-        # A worker that has imported lm-eval is kept for the next exam: by default Ray ends what is idle for a second.
-        os.environ.setdefault("RAY_idle_worker_killing_time_threshold_ms", "30000")
+        environment.for_local_ray(f"http://{host}:{port}")
         dashboard: dict[str, Any] = {"include_dashboard": True, "dashboard_host": host, "dashboard_port": port}
         try:
             ray.init(address="local", num_cpus=cores(), **dashboard, **quiet)

@@ -7,10 +7,10 @@ lives in the process of the actor that holds it, so a killed actor leaves no eng
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+from sdft_ray import environment
 from sdft_ray.core.selection import Generation
 from sdft_ray.data.chat import opened_thought, read_generated, response_ends
 from sdft_ray.spec.recipe import Distill
@@ -108,14 +108,7 @@ def engine_arguments(model: str, dtype: str, options: Mapping[str, Any], alone: 
 
     alone: no other engine is on this machine.
     """
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ["VLLM_NO_USAGE_STATS"] = "1"
-    os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
-    os.environ["HF_HUB_OFFLINE"] = "1"  # the model is a local directory
-    # vLLM leaves a core idle and pins its threads; two engines on one machine must not pin to the same cores.
-    os.environ["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
-    if not alone:
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    environment.for_vllm(alone)
     from vllm.platforms import current_platform
 
     named = {key: value for key, value in options.items() if value is not None}

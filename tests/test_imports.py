@@ -9,8 +9,9 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "sdft_ray"
 # Each imports only what stands before it. A package stands for its modules, among which there is no circle.
 ORDER = (
-    *("errors", "progress", "store", "spec", "core", "data", "models", "cluster", "engine", "stages"),
-    *("preflight.precision", "preflight.limits", "pipeline", "sweep"),
+    *("errors", "environment", "progress", "store", "spec", "core", "data", "models", "results", "cluster", "engine"),
+    *("text_pool", "stages"),
+    *("preflight.precision", "preflight.limits", "preflight.checks", "pipeline", "sweep"),
     *("preflight.memory", "preflight.costs", "preflight.savings", "preflight.doctor"),
     *("report", "verify", "submit", "cli"),
 )

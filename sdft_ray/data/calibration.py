@@ -12,7 +12,6 @@ from sdft_ray.data.benchmarks import olmo_file, read_arrow
 from sdft_ray.data.chat import encode_rows, opening_ids
 from sdft_ray.data.readers import decode, describe_suffix, read_json, read_records, require_characters, require_text
 from sdft_ray.errors import UserError, nearest, problem
-from sdft_ray.results import read_split
 from sdft_ray.spec.recipe import Calibration
 from sdft_ray.spec.section import Section
 from sdft_ray.store.files import hash_source
@@ -83,6 +82,8 @@ def _calibration_values(path: Path, field: str) -> Iterator[tuple[int, Any]]:
             yield number, record[field]
 
 
+Rows = Sequence[Mapping[str, Any]]
+
 # --- corpora --------------------------------------------------------------------------------------------------
 
 
@@ -146,8 +147,8 @@ class Corpus:
     """Texts that were longer than max_tokens."""
 
 
-def read_corpora(base: Path, wanted: Sequence[CorpusSettings], rows: Mapping[int, Path]) -> list[Corpus]:
-    """Return corpora as token ids of the model in `base`; rows: where the rows of those that are rows are."""
+def read_corpora(base: Path, wanted: Sequence[CorpusSettings], rows: Mapping[int, Rows]) -> list[Corpus]:
+    """Return corpora as token ids of the model in `base`; rows: of those that are rows, by their number."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base)
@@ -159,10 +160,10 @@ def read_corpora(base: Path, wanted: Sequence[CorpusSettings], rows: Mapping[int
     return [_read_corpus(tokenizer, corpus, rows.get(i)) for i, corpus in enumerate(wanted)]
 
 
-def _read_corpus(tokenizer: Any, wanted: CorpusSettings, rows: Path | None) -> Corpus:
+def _read_corpus(tokenizer: Any, wanted: CorpusSettings, rows: Rows | None) -> Corpus:
     count = wanted.limit + wanted.held_back
     if rows:
-        texts = _read_chat(tokenizer, read_split(rows, "train")[:count])
+        texts = _read_chat(tokenizer, rows[:count])
     else:
         assert wanted.path, "a corpus is rows or a file of texts"
         plain = read_calibration(Path(wanted.path), wanted.field, count)

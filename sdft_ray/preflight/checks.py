@@ -12,7 +12,8 @@ from sdft_ray.models import directory, sources
 from sdft_ray.preflight import limits
 from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.recipe import GymRows, HubModel, LocalModel, Recipe, require_depth
-from sdft_ray.stages import evaluate, merge, train
+from sdft_ray.stages import merge, train
+from sdft_ray.stages.evaluate.presets import require_known
 
 
 def check(recipe: Recipe, compute: Compute) -> None:
@@ -41,7 +42,7 @@ def check(recipe: Recipe, compute: Compute) -> None:
                 limits.require_lengths(recipe, compute, splits, context, count)
     limits.require_texts(recipe, count)
     if recipe.evaluate.preset == "harness":
-        evaluate.require_known(recipe.evaluate.tasks)
+        require_known(recipe.evaluate.tasks)
     for arm in recipe.arms.names:
         train.require_fitting(recipe.train_settings(arm), compute.train)
     for name, other in others.items():

@@ -20,7 +20,7 @@ from pydantic import Field
 from sdft_ray.cluster import use_assigned_cores
 from sdft_ray.data.calibration import CorpusSettings, read_corpora
 from sdft_ray.errors import UserError, problem
-from sdft_ray.results import CANDIDATES, read_measured
+from sdft_ray.results import CANDIDATES, read_measured, read_split
 from sdft_ray.spec.recipe import Protect, Prune
 from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
@@ -66,7 +66,8 @@ def build(work: Work[Settings]) -> dict[str, Any]:
     from sdft_ray.core.similarity import choose
 
     candidates = rank_candidates(work)
-    corpora = read_corpora(work.input("model"), work.settings.calibration, work.numbered_inputs("rows"))
+    rows = {i: read_split(place, "train") for i, place in work.numbered_inputs("rows").items()}
+    corpora = read_corpora(work.input("model"), work.settings.calibration, rows)
     assert len({corpus.name for corpus in corpora}) == len(corpora), "losses are kept by the names of corpora"
     for corpus in corpora:
         if not corpus.loss_texts:

@@ -17,7 +17,7 @@ from typing import Any
 from sdft_ray.cluster import use_assigned_cores
 from sdft_ray.data.calibration import CorpusSettings, read_corpora
 from sdft_ray.errors import UserError, problem
-from sdft_ray.results import DISTANCES, TEXTS
+from sdft_ray.results import DISTANCES, TEXTS, read_split
 from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
 from sdft_ray.store.files import write_atomically
@@ -50,7 +50,8 @@ def build(work: Work[Settings]) -> dict[str, Any]:
     from safetensors.torch import save_file
 
     first = {"last": lambda text: len(text.ids) - 1, "all": lambda _: 0, "response": lambda text: text.content_from}
-    corpora = read_corpora(work.input("model"), work.settings.calibration, work.numbered_inputs("rows"))
+    rows = {i: read_split(place, "train") for i, place in work.numbered_inputs("rows").items()}
+    corpora = read_corpora(work.input("model"), work.settings.calibration, rows)
     texts = [[(t.ids, first[c.positions](t)) for t in c.measured] for c in corpora]
     model = {"model": work.handle("model"), "dtype": work.settings.dtype}
     found = measure(Scorer, texts, work.compute.score, work.progress, **model)

@@ -21,6 +21,7 @@ from zipfile import ZipFile, ZipInfo
 
 import yaml
 
+from sdft_ray import environment
 from sdft_ray.cluster import TOKEN
 from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.progress import say
@@ -158,9 +159,9 @@ def size_mb(path: Path) -> float:
 def submit(address: str, archive: Path, command: str, name: str) -> tuple[Any, str]:
     """Start a packed job on the cluster whose dashboard is at `address`; return a client and the job's id."""
     client = connect(address)
-    environment = {"working_dir": str(archive)}
+    place = {"working_dir": str(archive)}
     try:
-        return client, client.submit_job(entrypoint=command, runtime_env=environment, metadata={"recipe": name})
+        return client, client.submit_job(entrypoint=command, runtime_env=place, metadata={"recipe": name})
     except RuntimeError as error:
         raise UserError(problem(address, f"refuses the job ({_first_line(error)})", "Fix this")) from None
 
@@ -168,8 +169,7 @@ def submit(address: str, archive: Path, command: str, name: str) -> tuple[Any, s
 def connect(address: str) -> Any:
     """Return a client of the job API; raises UserError where nobody answers or the token is not right."""
     # Ray lets these win over an address that is given.
-    for variable in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
-        os.environ.pop(variable, None)
+    environment.forget("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
     import requests
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient

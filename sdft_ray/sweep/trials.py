@@ -9,12 +9,11 @@ to those that are compared with it.
 from __future__ import annotations
 
 import functools
-import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sdft_ray import pipeline
+from sdft_ray import environment, pipeline
 from sdft_ray.cluster import count_places, fit_together, on_this_node, ray_cluster, require_capacity, resources_of_nodes
 from sdft_ray.engine import EngineFactory, VllmEngine
 from sdft_ray.errors import StageFailed, UserError
@@ -126,11 +125,7 @@ def _run_trials(trials: Sequence[Trial], plan: Plan, compute: Compute, storage: 
     """Run trials under Ray Tune, as many at a time as the cluster holds."""
     if not trials:
         return
-    # Read by Tune when it is imported or started. Ctrl-C is ours, and a trial stays in the directory of the command.
-    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints a table whatever its verbosity
+    environment.for_tune()
     from ray import tune
 
     require_capacity(compute, train.NEEDS, "train")

@@ -10,13 +10,13 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sdft_ray import environment
 from sdft_ray.results import Step
 from sdft_ray.spec import compute, recipe
 from sdft_ray.stages.train.history import best_step, is_out_of_patience, learning_rate
@@ -191,7 +191,7 @@ class Training:
 
 def _set_up_deepspeed(plan: compute.Train) -> None:
     """Import DeepSpeed for this worker's device, without operators that it would compile."""
-    os.environ["DS_ACCELERATOR"] = "cuda" if plan.gpus else "cpu"  # not the driver's
+    environment.for_deepspeed(plan.gpus)
     import deepspeed
 
     # DeepSpeed would compile an operator that only its inference uses; a build that is killed leaves a lock that every

@@ -1,0 +1,130 @@
+"""A benchmark task of lm-eval: run with our model, read as one score and a value for each item."""
+
+from __future__ import annotations
+
+import numbers
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sdft_ray.errors import UserError, problem
+from sdft_ray.stages.evaluate.generation import plain_generation
+from sdft_ray.stages.evaluate.likelihoods import score_requests
+from sdft_ray.stages.evaluate.presets import FOLDERS, task_manager
+from sdft_ray.stages.evaluate.scores import make_score
+from sdft_ray.stages.evaluate.settings import TaskSettings
+
+
+def run_task(lm: Any, settings: TaskSettings) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    import lm_eval
+
+    manager = task_manager(FOLDERS.get(settings.task))
+    with tempfile.TemporaryDirectory() as folder:
+        task = settings.task
+        if settings.file:
+            task = write_task(manager, task, _from_file(settings.file), Path(folder))
+        elif settings.revision:
+            task = write_task(manager, task, {"dataset_kwargs": {"revision": settings.revision}}, Path(folder))
+        found = lm_eval.simple_evaluate(
+            model=lm,
+            tasks=[task],
+            num_fewshot=settings.shots,
+            limit=settings.limit,
+            apply_chat_template=settings.chat_template,
+            task_manager=manager,
+            log_samples=True,
+            bootstrap_iters=0,
+            use_cache=None,
+            verbosity="ERROR",
+        )
+    results = found["results"][settings.task]
+    everything = [sample for each in found["samples"].values() for sample in each]
+    metric = settings.metric
+    if metric is None:
+        better = found["higher_is_better"].get(settings.task, {})
+        metric = choose_metric(settings.task, results, better, everything)
+    name = metric.partition(",")[0]
+    samples = [sample for sample in everything if _of_filter(sample, metric)]
+    sizes = [found["n-samples"][each] for each in found["samples"]]
+    items = [
+        {"id": sample["doc_hash"], "task": each, "value": float(sample[name])}
+        for each, group in found["samples"].items()
+        for sample in group
+        if _of_filter(sample, metric) and name in sample
+    ]
+    score = make_score(
+        name,
+        [item["value"] for item in items],
+        chance=sum(map(_chance, samples)) / len(samples),
+        limited=any(size["effective"] < size["original"] for size in sizes),
+    )
+    others = {key: float(results[key]) for key in results if "," in key and "_stderr" not in key and key != metric}
+    # The harness's own aggregate is the value: a group may weigh its tasks, a metric need not be a mean of items.
+    return {**score, "value": float(results[metric]), "other_metrics": others}, items
+
+
+def choose_metric(
+    task: str, results: Iterable[str], higher_is_better: Mapping[str, bool | None], samples: Sequence[Mapping[str, Any]]
+) -> str:
+    """Return a task's first metric, as `name,filter`, that is higher for a better model and a number for each item:
+    means, recovery and paired intervals are of such ones. Raises UserError for a task without one."""
+    for key in results:
+        name = key.partition(",")[0]
+        values = [sample.get(name) for sample in samples if _of_filter(sample, key)]
+        if higher_is_better.get(name) and values and all(isinstance(value, numbers.Real) for value in values):
+            return key
+    what = f"{task} has no metric that is higher for a better model and known for each item"
+    raise UserError(problem("evaluate.tasks", what, "Take another task"))
+
+
+def _chance(sample: Mapping[str, Any]) -> float:
+    """Return what guessing scores on an item: by its number of choices, 0 where the answer is generated."""
+    if "mc2_targets" in sample["doc"]:  # TruthfulQA scores the probability of all true choices together
+        labels = sample["doc"]["mc2_targets"]["labels"]
+        return sum(labels) / len(labels)
+    choices = len(sample["arguments"])
+    return 1 / choices if choices > 1 else 0.0
+
+
+def write_task(manager: Any, task: str, changes: Mapping[str, Any], folder: Path) -> str:
+    """Return the path of a task file that is the harness's own task, or each task of its group, with some changes."""
+    import yaml
+
+    path = folder / f"{task}.yaml"
+    path.write_text(yaml.safe_dump({"include": str(manager.task_index[task].yaml_path), **changes}))
+    return str(path)
+
+
+def _from_file(file: str) -> dict[str, Any]:
+    """Return what makes a task read a local copy of its documents."""
+    return {
+        "dataset_path": "arrow",
+        "dataset_name": None,
+        "dataset_kwargs": {"data_files": {"validation": file}},
+        "training_split": None,
+        "validation_split": "validation",
+        "test_split": None,
+    }
+
+
+def _of_filter(sample: Mapping[str, Any], metric: str) -> bool:
+    return str(sample.get("filter", "none")) == metric.partition(",")[2]
+
+
+def load_model(model: str, dtype: str, batch_size: int, device: str) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    class SharedContextLM(HFLM):
+        """The harness's model, reading each item's context once for all of its choices."""
+
+        def _loglikelihood_tokens(
+            self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
+        ) -> list[tuple[float, bool]]:
+            return score_requests(self.model, [(r[1], r[2]) for r in requests], self.max_length, batch_size)
+
+    # On a CPU the context is the cost. A GPU is fed better by the harness's own large batches.
+    kind = SharedContextLM if device == "cpu" else HFLM
+    lm = kind(pretrained=model, dtype=dtype, device=device, batch_size=batch_size)
+    lm.model.generation_config = plain_generation(lm.model, lm.tokenizer)  # generating tasks of the harness take it
+    return lm

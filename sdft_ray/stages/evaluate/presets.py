@@ -1,0 +1,80 @@
+"""How benchmark tasks are taken: shots, metric and pinned data of each preset."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from sdft_ray.errors import UserError, nearest, problem
+from sdft_ray.results import HELD_OUT
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How a benchmark task is taken."""
+
+    metric: str | None
+    """None: the first of the task's that is higher for a better model."""
+    shots: int = 0
+    revision: str | None = None
+    """Commit of the task's dataset on the hub; without one the harness takes the newest."""
+
+
+# OpenLLM Leaderboard v1: shots and metrics of its published set-up. truthfulqa_mc2 alone: the bare tag also generates.
+OPENLLM_V1 = {
+    "arc_challenge": Way("acc_norm,none", 25, "210d026faf9955653af8916fad021475a3f00453"),
+    "hellaswag": Way("acc_norm,none", 10, "218ec52e09a7e7462a5400043bb9a69a41d06b76"),
+    "truthfulqa_mc2": Way("acc,none", 0, "741b8276f2d1982aa3d5b832d3ee81ed3b896490"),
+    "mmlu": Way("acc,none", 5, "c30699e8356da336a370243923dbaf21066bb9fe"),
+    "winogrande": Way("acc,none", 5, "01e74176c63542e6b0bcb004dcdea22d94fb67b5"),
+    "gsm8k": Way("exact_match,strict-match", 5, "e53f048856ff4f594e959d75785d2c2d37b678ee"),
+}
+
+
+# Zero-shot: the embedded files have no training split to take examples from.
+OFFLINE = {
+    "arc_easy": Way("acc,none"),
+    "arc_challenge": Way("acc_norm,none"),
+    "sciq": Way("acc,none"),
+    "piqa": Way("acc,none"),
+    "hellaswag": Way("acc_norm,none"),
+}
+
+
+# Where the harness keeps these tasks. Its whole index costs 12 seconds of CPU in every worker, one folder nothing.
+FOLDERS = {
+    **{task: task for task in ("gsm8k", "hellaswag", "piqa", "sciq", "winogrande")},
+    **{"arc_challenge": "arc", "arc_easy": "arc", "mmlu": "mmlu/default", "truthfulqa_mc2": "truthfulqa"},
+}
+
+
+def way_of(preset: str, task: str) -> Way:
+    """Return how a task is taken under a preset; raises UserError for a task that the preset does not have."""
+    known = {"offline": OFFLINE, "openllm_v1": OPENLLM_V1}.get(preset)
+    if known is None:
+        return Way(None)  # any task of the harness
+    if task not in known:
+        do = nearest(task, [*known, HELD_OUT])
+        raise UserError(problem("evaluate.tasks", f"{task} is not in the {preset} preset", do))
+    return known[task]
+
+
+def require_known(tasks: Iterable[str]) -> None:
+    """Raise UserError for a task that the harness does not have; reads its index of tasks."""
+    names = task_manager().all_tasks
+    unknown = [task for task in tasks if task != HELD_OUT and task not in names]
+    if unknown:
+        raise UserError(*(problem("evaluate.tasks", f"lm-eval has no task {t}", nearest(t, names)) for t in unknown))
+
+
+@functools.cache
+def task_manager(folder: str | None = None) -> Any:
+    """Return the harness's index of all its tasks, or of those in one of its folders."""
+    from lm_eval import tasks
+
+    if folder is None:
+        return tasks.TaskManager()
+    return tasks.TaskManager(include_defaults=False, include_path=str(Path(tasks.__file__).parent / folder))
