@@ -12,14 +12,13 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from sdft_ray import environment
 from sdft_ray.cluster import use_assigned_cores
 from sdft_ray.data.benchmarks import offline_task_file
 from sdft_ray.results import HELD_OUT, ITEMS, SCORE, read_split
 from sdft_ray.spec.recipe import Evaluate
-from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
 from sdft_ray.stages.evaluate.harness import load_model, run_task
 from sdft_ray.stages.evaluate.held_out import evaluate_held_out
