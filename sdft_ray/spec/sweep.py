@@ -15,12 +15,14 @@ from sdft_ray.spec.section import Section
 class Axis(Section):
     """The values that one recipe field takes: a list, or a range that values are drawn from."""
 
-    values: tuple[JsonValue, ...] | None = None
+    values: Annotated[tuple[JsonValue, ...], Field(strict=False)] | None = None
+    """The values, one after another; a plain list stands for them."""
     from_: int | float | None = Field(None, alias="from")
     """Lower end of a range; with two whole numbers whole numbers are drawn."""
     to: int | float | None = None
     """Upper end of a range."""
     scale: Literal["log", "linear"] = "linear"
+    """Whether values are drawn evenly from the range (`linear`) or from its logarithm (`log`)."""
 
     @model_validator(mode="after")
     def _is_one_kind(self) -> Self:
@@ -48,8 +50,16 @@ class Axis(Section):
         return tuple(round(number) for number in numbers) if whole else tuple(numbers)
 
 
-OneAxis = Annotated[Axis, BeforeValidator(lambda given: {"values": tuple(given)} if isinstance(given, list) else given)]
+_Values = Annotated[tuple[JsonValue, ...], Field(min_length=1)]
+OneAxis = Annotated[
+    Axis,
+    BeforeValidator(
+        lambda given: {"values": tuple(given)} if isinstance(given, list) else given,
+        json_schema_input_type=_Values | Axis,
+    ),
+]
 Axes = dict[str, OneAxis]
+_NotEmpty = Annotated[Axes, Field(min_length=1)]
 
 
 def _several(given: Any) -> Any:
@@ -69,15 +79,17 @@ class Asha(Section):
 class Sweep(Section):
     """One complete sweep file."""
 
-    recipe: Annotated[tuple[str, ...], BeforeValidator(_several)]
+    recipe: Annotated[tuple[str, ...], BeforeValidator(_several, json_schema_input_type=str | tuple[str, ...])]
     """A recipe file, relative to this one; or several, whose results stand side by side."""
-    axes: Annotated[tuple[Axes, ...], BeforeValidator(_several)]
+    axes: Annotated[
+        tuple[Axes, ...], BeforeValidator(_several, json_schema_input_type=_NotEmpty | tuple[_NotEmpty, ...])
+    ]
     """Recipe fields by their dotted paths, each with its values; lists are crossed. Several such mappings: all that any
     of them makes."""
     samples: int | None = Field(None, gt=0)
     """Values drawn of the ranges, the same for every combination of listed values."""
     seed: int = 0
-    """Moves what is drawn."""
+    """Seed of the values that are drawn of the ranges."""
     asha: Asha | None = None
     """Stops trials that do worse than others of the same arm, depth and size; without it all are trained to the end."""
 
