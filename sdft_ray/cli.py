@@ -1,4 +1,4 @@
-"""The command `sdft`: check, run, sweep, submit, report, verify, doctor, show, diff.
+"""The command `sdft`: check, run, sweep, submit, report, verify, doctor, show, diff, init, explain, schema.
 
 In: arguments. Out: results on stdout, progress on stderr, exit code 0 (done), 1 (a stage failed) or 2 (bad recipe or
 usage). Nothing heavy is imported at the top: `sdft --help` answers at once.
@@ -379,6 +379,28 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     return load_recipe(options.recipe, options.set), load_compute(options.compute), Storage(options.root)
 
 
+def _schema(options: argparse.Namespace) -> None:
+    from sdft_ray.spec import schema
+
+    print(schema.render(options.kind), end="")
+
+
+def _explain(options: argparse.Namespace) -> None:
+    from sdft_ray.spec import help
+
+    found = help.explain(options.key)
+    print(json.dumps(help.as_data(found), indent=1) if options.json else help.show(found))
+
+
+def _init(options: argparse.Namespace) -> None:
+    from sdft_ray.preflight import starter
+    from sdft_ray.progress import say
+
+    columns = starter.Columns(options.prompt, options.response, options.context, options.answer)
+    written = starter.write(options.model, options.rows, options.out, columns)
+    say(f"{written} Check it: sdft check {options.out}")
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         """Say a usage mistake in one line, with the nearest command."""
@@ -444,10 +466,22 @@ def _parser() -> argparse.ArgumentParser:
     diff = add("diff", _diff, "show which recipe values differ between two recipes or artifacts")
     diff.add_argument("a", metavar="A")
     diff.add_argument("b", metavar="B")
+    init = add("init", _init, "write a starter recipe, with comments, for a model and a file of rows")
+    init.add_argument("--model", required=True, metavar="M", help="a model directory, a .gguf file or a hub name")
+    init.add_argument("--rows", required=True, metavar="F", help="rows as .jsonl, .json or .parquet")
+    init.add_argument("--out", type=Path, default="recipe.yaml", metavar="F", help="recipe file (default: %(default)s)")
+    for column in ("prompt", "response", "context", "answer"):
+        init.add_argument(f"--{column}", metavar="COL", help=f"column of the {column}; else guessed from the names")
+    explain = add("explain", _explain, "explain a key of a recipe, compute or sweep file")
+    explain.add_argument("key", metavar="KEY", help="a dotted key, e.g. train.lr; or recipe, compute or sweep for all")
+    schema = add("schema", _schema, "print the JSON Schema of a recipe, compute or sweep file, for editors")
+    schema.add_argument("kind", nargs="?", default="recipe", choices=("recipe", "compute", "sweep"))
     return parser
 
 
-_COMMANDS = ("check", "run", "sweep", "submit", "report", "verify", "doctor", "show", "diff")
+_COMMANDS = (
+    *("check", "run", "sweep", "submit", "report", "verify", "doctor", "show", "diff", "init", "explain", "schema"),
+)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from sdft_ray import cli
+
 PACKAGE = Path(__file__).parents[1] / "sdft_ray"
 # Each imports only what stands before it. A package stands for its modules, among which there is no circle.
 ORDER = (
     *("errors", "environment", "progress", "store", "spec", "core", "data", "models", "results", "cluster", "engine"),
     *("text_pool", "stages"),
     *("preflight.precision", "preflight.limits", "preflight.checks", "pipeline", "sweep"),
-    *("preflight.memory", "preflight.costs", "preflight.savings", "preflight.doctor"),
+    *("preflight.memory", "preflight.costs", "preflight.savings", "preflight.doctor", "preflight.starter"),
     *("report", "verify", "submit", "cli"),
 )
 HEAVY = ("torch", "ray", "vllm", "deepspeed", "lm_eval", "transformers")
@@ -78,7 +80,15 @@ def test_planning_modules_load_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
+def test_spec_alone_loads_nothing_heavy():
+    names = sorted(name for name in MODULES if name.startswith("spec."))
+    code = f"import sys, {', '.join(f'sdft_ray.{name}' for name in names)}; "
+    code += f"print([m for m in {(*HEAVY, 'datasets', 'pyarrow', 'numpy')!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert len(names) > 5 and done.stdout.strip() == "[]"
+
+
 def test_help_lists_the_commands():
     done = subprocess.run([sys.executable, "-m", "sdft_ray.cli", "--help"], capture_output=True, text=True, check=True)
-    for command in ("check", "run", "sweep", "submit", "report", "verify", "doctor", "show", "diff"):
+    for command in cli._COMMANDS:
         assert f"    {command} " in done.stdout

@@ -1,0 +1,279 @@
+"""`sdft init`: a commented starter recipe for a model and a file of rows.
+
+In: a model directory, .gguf file or hub name, and a file of rows. Out: a recipe file that `sdft check` accepts. What is
+guessed (columns, how answers are checked, sizes) stands in a comment with its reason: a silent guess would train on
+the wrong column. What cannot be guessed is an error that names the option to give.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+
+from sdft_ray.core.answers import final_part, has_words
+from sdft_ray.data.checkers import read_answer
+from sdft_ray.data.readers import ROW_FILE, read_json, read_records, read_refusal, read_rows
+from sdft_ray.errors import UserError, nearest, problem
+from sdft_ray.models.sources import describe_model
+from sdft_ray.preflight import limits
+from sdft_ray.spec.recipe import Fields, FileRows, HubModel, LocalModel
+from sdft_ray.stages.rows import split_rows
+
+_MOST_ROWS = 1000  # enough to learn something in an hour or two on a CPU
+_GUESSES = {
+    "prompt": ("instruction", "question", "prompt", "problem", "query", "input", "user", "q"),
+    "response": (
+        *("response", "output", "completion", "solution", "generated_solution", "reference", "target"),
+        *("answer", "assistant", "a"),
+    ),
+    "context": ("context", "passage", "document", "input"),
+    "answer": ("expected_answer", "final_answer", "answer"),
+}
+"""Names of columns, the most telling first, by the fields that they are guessed for."""
+_FILL_IN = "FILL_IN"
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """The columns that the command line names; None where they are to be guessed."""
+
+    prompt: str | None = None
+    response: str | None = None
+    context: str | None = None
+    answer: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Model:
+    """What a starter recipe needs to know of a model, as far as it is known."""
+
+    name: str
+    revision: str | None = None
+    """The commit of a hub model; None where the hub did not answer."""
+    is_hub: bool = False
+    blocks: int | None = None
+    context: int | None = None
+
+
+def write(model: str, rows: str, out: Path, columns: Columns) -> str:
+    """Write a starter recipe to `out` and return what was decided, in one line.
+
+    Raises UserError where a file is there already, or where model or rows cannot be read or columns not guessed.
+    """
+    if out.exists():
+        raise UserError(problem(str(out), "is there already", "Give another --out, or remove it"))
+    if not out.absolute().parent.is_dir():
+        raise UserError(problem("--out", f"{out.parent} is no directory", "Make it, or give another path"))
+    fields, known = choose_columns(_row_file(rows), columns)
+    facts = _describe(model)
+    values = _describe_rows(rows, fields, facts) | _describe_depth(facts)
+    chosen = ", ".join(f"{key} {column}" for key, column in fields.items())
+    text = _render(
+        out=_scalar(str(out)),
+        repo=facts.is_hub,
+        model=_scalar(facts.name),
+        revision=facts.revision or _FILL_IN,
+        revision_note=_say_revision(facts),
+        rows=_scalar(rows),
+        fields={key: _scalar(column) for key, column in fields.items()},
+        columns_note=_say_columns(columns, fields, known),
+        **values,
+    )
+    with out.open("x", encoding="utf-8") as file:
+        file.write(text)
+    missing = f" Fill in model.revision: {_say_revision(facts)}" if facts.is_hub and not facts.revision else ""
+    return f"Wrote {out} with the columns {chosen}.{missing}"
+
+
+# --- columns --------------------------------------------------------------------------------------------------
+
+
+def choose_columns(path: Path, columns: Columns) -> tuple[dict[str, str], list[str]]:
+    """Return the column of each field, and all columns; raises UserError where a needed one cannot be guessed."""
+    records = [record for _, record in itertools.islice(read_records(path), _MOST_ROWS)]
+    if not records:
+        raise UserError(problem("--rows", f"{path} has no rows", f"Give {ROW_FILE} with rows"))
+    known = list(dict.fromkeys(name for record in records for name in record))
+    given = {key: name for key, name in dataclasses.asdict(columns).items() if name is not None}
+    if wrong := {key: name for key, name in given.items() if name not in known}:
+        do = {key: nearest(name, known) for key, name in wrong.items()}
+        raise UserError(*(problem(f"--{key}", f"{path} has no {name}", do[key]) for key, name in wrong.items()))
+    chosen: dict[str, str] = {}
+    for key, names in _GUESSES.items():
+        taken = {*chosen.values(), *given.values()}
+        free = [name for name in _texts(records, known, or_numbers=key == "answer") if name not in taken]
+        if (column := given.get(key) or _guess(names, free)) is not None:
+            chosen[key] = column
+    if missing := [key for key in ("prompt", "response") if key not in chosen]:
+        what = f"no column of {path} is known to be the {' or the '.join(missing)} (columns: {', '.join(known)})"
+        raise UserError(problem("--rows", what, f"Give {' and '.join(f'--{key} COL' for key in missing)}"))
+    return chosen, known
+
+
+def _texts(records: Sequence[Mapping[str, Any]], known: Sequence[str], or_numbers: bool) -> list[str]:
+    """Return the columns that hold text wherever they hold something, or, if asked for, numbers."""
+    kinds = {str, type(None)} | ({int, float} if or_numbers else set())
+    return [name for name in known if {type(record.get(name)) for record in records} <= kinds]
+
+
+def _guess(names: Sequence[str], columns: Sequence[str]) -> str | None:
+    """Return the first column of one of these names, in upper or lower case."""
+    lower = {column.lower(): column for column in reversed(columns)}
+    return next((lower[name] for name in names if name in lower), None)
+
+
+def _say_columns(given: Columns, fields: Mapping[str, str], known: Sequence[str]) -> str:
+    guessed = [key for key in fields if getattr(given, key) is None]
+    if not guessed:
+        return "Columns as they were given."
+    names = ", ".join(_scalar(name) for name in known)
+    return f"Columns of {', '.join(guessed)} guessed from: {names}. Check them."
+
+
+# --- rows -----------------------------------------------------------------------------------------------------
+
+
+def _describe_rows(rows: str, fields: Mapping[str, str], facts: _Model) -> dict[str, Any]:
+    """Return the values of a recipe that follow from the rows: sizes, lengths, and how answers are checked."""
+    source = FileRows(path=rows, fields=Fields(**fields), limit=_MOST_ROWS + 1)
+    raw = read_rows(source)
+    more, raw = len(raw) > _MOST_ROWS, raw[:_MOST_ROWS]
+    answer, note = guess_checker(raw)
+    usable = split_rows(raw, "none" if answer == "math" else answer, 0, 0, 0)[0]["train"]
+    held_out = 0 if answer == "none" else min(100, len(usable) // 10)
+    return {
+        "read": len(raw),
+        "usable": len(usable),
+        "limit": _MOST_ROWS if more else None,
+        "held_out": held_out,
+        "validation": min(32, len(usable) // 10),
+        "answer": answer,
+        "answer_note": note,
+        **_fit_lengths(usable, facts),
+    }
+
+
+def guess_checker(rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """Return how the answers of rows are checked, and why.
+
+    Only what is plainly an answer counts: one in a column of its own, one that is marked (`####`, \\boxed{}), or a
+    response without words. The last number of an essay is no answer.
+    """
+    some = rows[:200]
+    plain = [row for row in some if row["answer"] is not None or _is_plain(row["reference"])]
+    for checker, count in (("number", 200), ("choice", 200), ("math", 20)):  # expressions are slow to read
+        tried = plain[:count]
+        known = sum(read_answer(checker, row["reference"], row["answer"]) is not None for row in tried)
+        if len(plain) >= 0.9 * len(some) and known >= 0.9 * len(tried):
+            kind = {"number": "numbers", "choice": "letters", "math": "expressions"}[checker]
+            return checker, f"Guessed: {known} of the first {len(tried)} answers are {kind}."
+    return "none", "Guessed: the responses end in no marked number, letter or expression."
+
+
+def _is_plain(text: str) -> bool:
+    part, marked = final_part(text)
+    return marked or not has_words(part)
+
+
+def _fit_lengths(rows: Sequence[Mapping[str, Any]], facts: _Model) -> dict[str, int]:
+    """Return numbers of tokens that hold 99 % of the rows, as far as the model's context goes."""
+    source = HubModel(repo=facts.name, revision="0" * 40) if facts.is_hub else LocalModel(path=facts.name)
+    context, count = facts.context or 1 << 20, limits.token_counter(source)
+    whole = _longest([f"{row['prompt']}\n{row['reference']}" for row in rows], count)
+    response = _longest([row["reference"] for row in rows], count)
+    return {
+        "max_tokens": min(context, max(512, _power_of_two(whole + 64))),  # the chat template adds some
+        "new_tokens": max(1, min(context // 4, max(128, _power_of_two(response)))),
+        "calibration_tokens": min(context, 256),
+    }
+
+
+def _longest(texts: Sequence[str], count: limits.Counter) -> int:
+    """Return the length in tokens that 99 % of the texts do not exceed, counted in bytes where it is short in these."""
+    at = max(0, len(texts) - 1 - len(texts) // 100)
+    by_bytes = sorted(len(text.encode()) for text in texts)[at]
+    return by_bytes if by_bytes <= 128 else sorted(count(text) for text in texts)[at]
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << max(0, number - 1).bit_length()
+
+
+def _row_file(rows: str) -> Path:
+    path = Path(rows).expanduser()
+    if not path.is_file():
+        what = f"{path} {'is a directory' if path.is_dir() else 'does not exist'}"
+        raise UserError(problem("--rows", what, f"Give {ROW_FILE}"))
+    return path
+
+
+# --- model ----------------------------------------------------------------------------------------------------
+
+
+def _describe(model: str) -> _Model:
+    """Return what is known of a model: of a path from its headers, of a hub name from the hub if that answers."""
+    if Path(model).expanduser().exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
+        facts = describe_model(LocalModel(path=model))
+        assert facts is not None, "a path has headers"
+        return _Model(model, blocks=facts.blocks, context=facts.context)
+    return _look_up(model)
+
+
+def _look_up(repo: str) -> _Model:
+    """Return what the hub tells of a model; only its name where the hub does not answer."""
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    revision = None
+    try:
+        revision = HfApi().model_info(repo, timeout=10).sha
+        config = read_json(Path(hf_hub_download(repo, "config.json", revision=revision)))
+    except RepositoryNotFoundError as error:
+        if not isinstance(error, GatedRepoError):
+            raise UserError(problem("--model", f"{repo} {read_refusal(error)[0]}", read_refusal(error)[1])) from None
+        config = {}
+    except Exception:  # noqa: BLE001 - a hub that is not in reach can fail in any way, and the recipe says so
+        config = {}
+    return _Model(repo, revision, True, config.get("num_hidden_layers"), config.get("max_position_embeddings"))
+
+
+def _describe_depth(facts: _Model) -> dict[str, Any]:
+    if facts.blocks is None:
+        note = "About a quarter of the model's blocks is a start. How many it has was not known: check this number."
+        return {"blocks": 4, "blocks_note": note}
+    note = f"Number of blocks to remove: about a quarter of the model's {facts.blocks}."
+    return {"blocks": max(1, facts.blocks // 4), "blocks_note": note}
+
+
+def _say_revision(facts: _Model) -> str:
+    if facts.revision:
+        return "The newest when this file was written."
+    return f"The hub did not answer. Take the hash from: git ls-remote https://huggingface.co/{facts.name} HEAD"
+
+
+# --- text -----------------------------------------------------------------------------------------------------
+
+
+def _render(**values: Any) -> str:
+    rules = jinja2.Environment(
+        loader=jinja2.PackageLoader("sdft_ray", "preflight"),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return rules.get_template("recipe.yaml.jinja").render(values)
+
+
+def _scalar(text: str) -> str:
+    """Return a text as YAML on one line, in quotes unless it is plainly a word or a path."""
+    is_plain = re.fullmatch(r"(\.{0,2}/)?[A-Za-z_][\w./-]*", text) and yaml.safe_load(text) == text
+    return text if is_plain else json.dumps(text, ensure_ascii=not text.isprintable())

@@ -1,0 +1,89 @@
+"""`sdft explain KEY`: one field of a recipe, compute or sweep file, or the fields of a section.
+
+In: a key as people write it. Out: every field of that name with type, default and help, or a UserError with the
+nearest spelling. `train` stands in recipes and in compute files: both are shown, because the key does not say which.
+"""
+
+from __future__ import annotations
+
+import difflib
+import textwrap
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from sdft_ray.errors import UserError, nearest, problem
+from sdft_ray.spec.fields import NAME, Entry, entries, tree
+from sdft_ray.spec.schema import KINDS
+
+_WIDTH = 110
+
+
+def explain(key: str) -> list[Entry]:
+    """Return the entries that a key names, in recipe, compute and sweep files; raises UserError where there is none."""
+    wanted = [part for part in key.split(".") if not part.isdigit()]  # the place in a list
+    found = [entry for entry in _all() if any(_is_at(wanted, name) for name in _names(entry))]
+    if not found:
+        raise UserError(problem(key, "unknown key", _suggest(wanted)))
+    return found
+
+
+def show(found: Sequence[Entry]) -> str:
+    """Return entries as text: a section with its fields one line each, any other field with all that is known."""
+    return "\n\n".join("\n".join(_lines(entry)) for entry in found)
+
+
+def as_data(found: Sequence[Entry]) -> list[dict[str, Any]]:
+    """Return entries as plain data for `--json`."""
+    shown = ("kind", "path", "type", "default", "help")
+    return [
+        {name: getattr(entry, name) for name in shown}
+        | {"only_with": list(entry.only_with), "fields": [field.path for field in entry.fields]}
+        for entry in found
+    ]
+
+
+def _all() -> list[Entry]:
+    return [entry for kind in KINDS for entry in entries(tree(kind))]
+
+
+def _names(entry: Entry) -> set[str]:
+    """Return how people may name an entry: with the kind of file in front or without."""
+    plain = entry.path.removeprefix(f"{entry.kind}.")
+    return {entry.name, plain, f"{entry.kind}.{plain}"} - {""}
+
+
+def _is_at(wanted: Sequence[str], name: str) -> bool:
+    parts = name.split(".")
+    return len(parts) == len(wanted) and all(part in (NAME, want) for part, want in zip(parts, wanted, strict=True))
+
+
+def _suggest(wanted: Sequence[str]) -> str:
+    """Return the advice for an unknown key: the nearest of all paths, or of the names below what is known of it."""
+    key, paths = ".".join(wanted), {name: entry.path for entry in _all() for name in sorted(_names(entry))}
+    ends = [name for name in paths if name.endswith(f".{key}")]
+    if close := ends or difflib.get_close_matches(key, paths, 1, 0.75):
+        return f"Did you mean {paths[close[0]]}?"
+    for length in range(len(wanted) - 1, 0, -1):
+        above = [entry for entry in _all() if any(_is_at(wanted[:length], name) for name in _names(entry))]
+        if known := [field.path.rpartition(".")[2] for entry in above for field in entry.fields]:
+            return nearest(wanted[length], known)
+    return "List the keys: sdft explain recipe, sdft explain compute, sdft explain sweep"
+
+
+def _lines(entry: Entry) -> Iterator[str]:
+    yield f"{entry.name} ({entry.kind} file)" if entry.path != entry.kind else f"{entry.name} (file)"
+    if entry.path not in ("", entry.kind):
+        yield f"  type:     {entry.type}"
+        yield f"  default:  {'none, it is required' if entry.default is None else entry.default}"
+    if entry.only_with:
+        yield f"  only with {' or '.join(entry.only_with)}"
+    about = [text for text in entry.about if text != entry.help]
+    for text in (entry.help, *about):
+        yield from textwrap.wrap(text, _WIDTH, initial_indent="  ", subsequent_indent="  ")
+    width = max((len(field.path) for field in entry.fields), default=0)
+    for field in entry.fields:
+        yield f"  {field.path:<{width}}  {_first_sentence(field.help)}"
+
+
+def _first_sentence(text: str) -> str:
+    return text.partition(". ")[0].removesuffix(".") + "."
