@@ -23,6 +23,8 @@ from sdft_ray.errors import StageFailed, UserError, nearest, problem
 if TYPE_CHECKING:
     from sdft_ray.engine import EngineFactory
 
+Action = Callable[[argparse.Namespace], int | None]
+
 
 def main(arguments: Sequence[str] | None = None, engine: EngineFactory | None = None) -> int:
     """Run one command and return the exit code of the process; `engine` replaces vLLM's."""
@@ -397,8 +399,7 @@ def _init(options: argparse.Namespace) -> None:
     from sdft_ray.progress import say
 
     columns = starter.Columns(options.prompt, options.response, options.context, options.answer)
-    written = starter.write(options.model, options.rows, options.out, columns)
-    say(f"{written} Check it: sdft check {options.out}")
+    say(starter.write(options.model, options.rows, options.out, columns))
 
 
 class _Parser(argparse.ArgumentParser):
@@ -416,9 +417,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
-    def add(name: str, action: Callable[[argparse.Namespace], int | None], help_text: str) -> argparse.ArgumentParser:
+    def add_plain(name: str, action: Action, help_text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help_text, description=help_text)
         command.set_defaults(command=action)
+        return command
+
+    def add(name: str, action: Action, help_text: str) -> argparse.ArgumentParser:
+        command = add_plain(name, action, help_text)
         command.add_argument(
             "--root", default="./artifacts", metavar="D", help="directory of the artifacts (default: %(default)s)"
         )
@@ -466,15 +471,16 @@ def _parser() -> argparse.ArgumentParser:
     diff = add("diff", _diff, "show which recipe values differ between two recipes or artifacts")
     diff.add_argument("a", metavar="A")
     diff.add_argument("b", metavar="B")
-    init = add("init", _init, "write a starter recipe, with comments, for a model and a file of rows")
+    init = add_plain("init", _init, "write a starter recipe, with comments, for a model and a file of rows")
     init.add_argument("--model", required=True, metavar="M", help="a model directory, a .gguf file or a hub name")
     init.add_argument("--rows", required=True, metavar="F", help="rows as .jsonl, .json or .parquet")
     init.add_argument("--out", type=Path, default="recipe.yaml", metavar="F", help="recipe file (default: %(default)s)")
     for column in ("prompt", "response", "context", "answer"):
         init.add_argument(f"--{column}", metavar="COL", help=f"column of the {column}; else guessed from the names")
-    explain = add("explain", _explain, "explain a key of a recipe, compute or sweep file")
+    explain = add_plain("explain", _explain, "explain a key of a recipe, compute or sweep file")
     explain.add_argument("key", metavar="KEY", help="a dotted key, e.g. train.lr; or recipe, compute or sweep for all")
-    schema = add("schema", _schema, "print the JSON Schema of a recipe, compute or sweep file, for editors")
+    explain.add_argument("--json", action="store_true", help="print JSON instead of text")
+    schema = add_plain("schema", _schema, "print the JSON Schema of a recipe, compute or sweep file, for editors")
     schema.add_argument("kind", nargs="?", default="recipe", choices=("recipe", "compute", "sweep"))
     return parser
 

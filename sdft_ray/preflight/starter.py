@@ -89,8 +89,9 @@ def write(model: str, rows: str, out: Path, columns: Columns) -> str:
     )
     with out.open("x", encoding="utf-8") as file:
         file.write(text)
-    missing = f" Fill in model.revision: {_say_revision(facts)}" if facts.is_hub and not facts.revision else ""
-    return f"Wrote {out} with the columns {chosen}.{missing}"
+    is_open = facts.is_hub and not facts.revision
+    do = f"Fill in model.revision: {_how_to_pin(facts)}" if is_open else f"Check it: sdft check {out}"
+    return f"Wrote {out} with the columns {chosen}. {do}"
 
 
 # --- columns --------------------------------------------------------------------------------------------------
@@ -256,7 +257,11 @@ def _describe_depth(facts: _Model) -> dict[str, Any]:
 def _say_revision(facts: _Model) -> str:
     if facts.revision:
         return "The newest when this file was written."
-    return f"The hub did not answer. Take the hash from: git ls-remote https://huggingface.co/{facts.name} HEAD"
+    return f"The hub did not answer. Take the hash from: {_how_to_pin(facts)}"
+
+
+def _how_to_pin(facts: _Model) -> str:
+    return f"git ls-remote https://huggingface.co/{facts.name} HEAD"
 
 
 # --- text -----------------------------------------------------------------------------------------------------
