@@ -1,4 +1,4 @@
-"""What the README tells people to type exists and is understood."""
+"""What README and guide show to type exists and is understood."""
 
 import re
 import shlex
@@ -9,13 +9,16 @@ import pytest
 from sdft_ray import cli
 
 ROOT = Path(__file__).parents[2]
-BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+TEXT = (ROOT / "README.md").read_text() + (ROOT / "docs" / "guide.md").read_text()
+BLOCKS = re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
 LINES = [line.partition("  #")[0].strip() for block in BLOCKS for line in block.splitlines()]
 COMMANDS = [shlex.split(line) for line in LINES if line.startswith("sdft ")]
 
 
 def test_readme_shows_every_command():
-    assert {words[1] for words in COMMANDS} == {"check", "run", "sweep", "submit", "report", "verify", "show", "diff"}
+    assert {words[1] for words in COMMANDS} == {
+        *("check", "run", "sweep", "submit", "report", "verify", "doctor", "show", "diff")
+    }
 
 
 @pytest.mark.parametrize("words", COMMANDS, ids=" ".join)

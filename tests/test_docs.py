@@ -1,0 +1,99 @@
+"""What the documents point at is there: links, anchors, file names, the picture; and YAML files parse."""
+
+import json
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")] + sorted((ROOT / "docs").glob("*.md"))
+GENERATED = ROOT / "docs" / "reference.md"  # has a test of its own
+FURNITURE = [
+    *(ROOT / name for name in (".pre-commit-config.yaml", "CITATION.cff", "mkdocs.yml")),
+    *sorted((ROOT / ".github").rglob("*.yml")),
+]
+OF_OTHERS = {"commandr.py"}  # files of dependencies that the documents name
+FILE = re.compile(
+    r"(?<![\w./{-])((?:[\w-]+/)*[\w-]+\.py\b|(?:configs|docs|tests|jobs|requirements|benchmarks|tools)/[\w./-]*\w)"
+)
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the names that GitHub gives to a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", without_code(page.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def links(page: Path) -> list[str]:
+    found = re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text()))
+    return [link for link in found if not link.startswith(("http://", "https://"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_docs_relative_links_point_at_files_and_headings(page):
+    for link in links(page):
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        if target == GENERATED and not target.exists():
+            continue
+        assert target.exists(), f"{page.name}: {link} points at nothing"
+        assert not anchor or anchor in anchors(target), f"{page.name}: {link} has no such heading"
+
+
+def test_docs_links_of_the_site_stay_in_docs():
+    for page in (ROOT / "docs").glob("*.md"):
+        assert not [link for link in links(page) if link.startswith("..")], f"{page.name} links out of docs/"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_docs_named_files_exist(page):
+    for name in set(FILE.findall(page.read_text())) - OF_OTHERS - {"docs/reference.md"}:
+        assert any((folder / name).exists() for folder in (ROOT, ROOT / "sdft_ray")), f"{page.name} names {name}"
+
+
+def test_docs_site_has_every_page_and_no_other():
+    site = yaml.load((ROOT / "mkdocs.yml").read_text(), yaml.BaseLoader)
+    named = {page for entry in site["nav"] for page in entry.values()}
+    assert named == {page.name for page in (ROOT / "docs").glob("*.md")} | {GENERATED.name}
+
+
+def test_docs_picture_and_table_are_of_the_committed_figures():
+    figures = json.loads((ROOT / "docs" / "figures" / "demo.json").read_text())
+    picture = (ROOT / "docs" / "figures" / "demo.svg").read_text()
+    draw = runpy.run_path(str(ROOT / "tools" / "picture.py"))["draw"]
+    assert picture == draw(figures), "Do: python tools/picture.py"
+    for model in figures["models"]:
+        (line,) = re.findall(rf"^{model['model']}  .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+        values = [f"{100 * task['value']:.1f} ±{100 * task['stderr']:.1f}" for task in model["tasks"].values()]
+        for value in (*values, f"{100 * model['mean']:.1f}", f"{model['recovery']:.1f}"):
+            assert value in line
+
+
+@pytest.mark.parametrize("file", FURNITURE, ids=lambda file: file.name)
+def test_furniture_is_yaml_with_what_it_must_have(file):
+    content = yaml.load(file.read_text(), yaml.BaseLoader)
+    required = {
+        "ci.yml": {"on", "jobs"},
+        "CITATION.cff": {"cff-version", "message", "title", "authors"},
+        ".pre-commit-config.yaml": {"repos"},
+        "mkdocs.yml": {"site_name", "nav"},
+        "bug.yml": {"name", "description", "body"},
+        "feature.yml": {"name", "description", "body"},
+        "config.yml": {"blank_issues_enabled"},
+    }
+    assert required[file.name] <= content.keys()
+
+
+def test_workflow_runs_what_is_there():
+    jobs = yaml.load((ROOT / ".github/workflows/ci.yml").read_text(), yaml.BaseLoader)["jobs"]
+    commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    assert commands == [".ci/run", "make docs"]
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o100
+    assert re.search(r"^docs:", (ROOT / "Makefile").read_text(), re.MULTILINE)
