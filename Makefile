@@ -3,13 +3,14 @@
 # make test-fast  the tests that start neither Ray nor an engine and compute with few models: a minute
 # make test-all   the kill and ZeRO matrices, too
 # make check      lint, format and types
+# make docs       builds the site from docs/ into site/, in an environment of its own; a broken link fails it
 # make audit      looks both locks up in OSV, the open database of advisories; needs a network
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.set-up
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: demo test test-fast test-all check audit setup
+.PHONY: demo test test-fast test-all check docs audit setup
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -31,6 +32,16 @@ check: $(STAMP)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+DOCS := .cache/docs/bin
+docs: .cache/docs/.set-up
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
+.cache/docs/.set-up: requirements/docs.txt
+	@rm -rf .cache/docs && $(PYTHON) -m venv .cache/docs
+	@$(DOCS)/pip install --quiet --disable-pip-version-check --requirement requirements/docs.txt
+	@touch $@
 
 # In a virtual environment of its own, which is thrown away. Local builds are looked up as the release they were made of.
 audit:
