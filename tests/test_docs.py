@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sdft_ray.spec.recipe import Recipe
+from sdft_ray.spec.wording import validate
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")] + sorted((ROOT / "docs").glob("*.md"))
 GENERATED = ROOT / "docs" / "reference.md"  # has a test of its own
@@ -56,6 +59,11 @@ def test_docs_links_of_the_site_stay_in_docs():
 def test_docs_named_files_exist(page):
     for name in set(FILE.findall(page.read_text())) - OF_OTHERS - {"docs/reference.md"}:
         assert any((folder / name).exists() for folder in (ROOT, ROOT / "sdft_ray")), f"{page.name} names {name}"
+
+
+def test_readme_recipe_is_one_that_the_schema_accepts():
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert validate(Recipe, yaml.safe_load(text)).prune.blocks == 4
 
 
 def test_docs_site_has_every_page_and_no_other():
