@@ -35,7 +35,7 @@ check: $(STAMP)
 
 DOCS := .cache/docs/bin
 docs: .cache/docs/.set-up
-	@NO_MKDOCS_2_WARNING=1 $(DOCS)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/mkdocs build --strict
 	@echo "site/index.html"
 
 .cache/docs/.set-up: requirements/docs.txt
