@@ -13,7 +13,6 @@ from sdft_ray.spec.wording import validate
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")] + sorted((ROOT / "docs").glob("*.md"))
-GENERATED = ROOT / "docs" / "reference.md"  # has a test of its own
 FURNITURE = [
     *(ROOT / name for name in (".pre-commit-config.yaml", "CITATION.cff", "mkdocs.yml")),
     *sorted((ROOT / ".github").rglob("*.yml")),
@@ -44,8 +43,6 @@ def test_docs_relative_links_point_at_files_and_headings(page):
     for link in links(page):
         name, _, anchor = link.partition("#")
         target = (page.parent / name).resolve() if name else page
-        if target == GENERATED and not target.exists():
-            continue
         assert target.exists(), f"{page.name}: {link} points at nothing"
         assert not anchor or anchor in anchors(target), f"{page.name}: {link} has no such heading"
 
@@ -57,7 +54,7 @@ def test_docs_links_of_the_site_stay_in_docs():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_docs_named_files_exist(page):
-    for name in set(FILE.findall(page.read_text())) - OF_OTHERS - {"docs/reference.md"}:
+    for name in set(FILE.findall(page.read_text())) - OF_OTHERS:
         assert any((folder / name).exists() for folder in (ROOT, ROOT / "sdft_ray")), f"{page.name} names {name}"
 
 
@@ -69,7 +66,7 @@ def test_readme_recipe_is_one_that_the_schema_accepts():
 def test_docs_site_has_every_page_and_no_other():
     site = yaml.load((ROOT / "mkdocs.yml").read_text(), yaml.BaseLoader)
     named = {page for entry in site["nav"] for page in entry.values()}
-    assert named == {page.name for page in (ROOT / "docs").glob("*.md")} | {GENERATED.name}
+    assert named == {page.name for page in (ROOT / "docs").glob("*.md")}
 
 
 def test_docs_picture_and_table_are_of_the_committed_figures():

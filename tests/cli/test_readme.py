@@ -17,7 +17,7 @@ COMMANDS = [shlex.split(line) for line in LINES if line.startswith("sdft ")]
 
 def test_readme_shows_every_command():
     assert {words[1] for words in COMMANDS} == {
-        *("check", "run", "sweep", "submit", "report", "verify", "doctor", "show", "diff")
+        *("check", "run", "sweep", "submit", "report", "verify", "doctor", "show", "diff", "init", "explain", "schema")
     }
 
 
