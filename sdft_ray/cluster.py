@@ -79,7 +79,7 @@ def _connect(compute: Compute, quiet: dict[str, Any]) -> None:
         if server and number.isdecimal() and "://" not in server:
             # Ray itself tries for minutes where nobody listens, and of a wrong token it says only that it failed.
             socket.create_connection((server.strip("[]"), int(number)), 10).close()
-            ray._raylet.GcsClient(address=address)
+            ray._raylet.GcsClient(address=address)  # type: ignore[attr-defined]
         ray.init(address=address, **quiet)
     except ray.exceptions.AuthenticationError:
         what = "this cluster asks for a token, and yours is missing or wrong"

@@ -27,6 +27,7 @@ def measure(
     """
     import ray
 
+    assert plan.cpus != "auto", "load_compute settles auto"
     texts = [text for corpus in corpora for text in corpus]
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i][0]))
     batches = [order[i : i + plan.batch_size] for i in range(0, len(order), plan.batch_size)]

@@ -95,12 +95,11 @@ def _attend_at_once(
 
     ends = torch.tensor(starts, dtype=torch.int32, device=query.device)
     longest = max(end - begin for begin, end in itertools.pairwise(starts))
-    in_place = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (T, H, C)
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (T, H, C)
     reach = (-1 if window is None else window - 1, 0)
     grouped = query.shape[1] != key.shape[1]
-    mixed: torch.Tensor = varlen_attn(
-        *in_place, ends, ends, longest, longest, scale=scale, window_size=reach, enable_gqa=grouped
-    )
+    mixed = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scale, window_size=reach, enable_gqa=grouped)
+    assert isinstance(mixed, torch.Tensor), "a tuple comes only where more is asked for"
     return mixed[None]
 
 

@@ -57,12 +57,12 @@ def choose(costs: Sequence[torch.Tensor], alternatives: Sequence[tuple[int, ...]
     and so do corpora.
     """
     mean = _mean(costs)
-    order = mean.argsort(stable=True)
+    best, *others = mean.argsort(stable=True).tolist()
     return Choice(
-        alternatives[order[0]],
-        float(mean[order[0]]),
-        alternatives[order[1]] if len(order) > 1 else None,
-        float((_bootstrap(costs).argmin(dim=1) == order[0]).double().mean()),
+        alternatives[best],
+        float(mean[best]),
+        alternatives[others[0]] if others else None,
+        float((_bootstrap(costs).argmin(dim=1) == best).double().mean()),
     )
 
 

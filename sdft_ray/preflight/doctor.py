@@ -188,7 +188,7 @@ def _cluster(
     for node in nodes:
         there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         computes = fields if node["Resources"].get("CPU") else {}  # nothing runs on a head without CPUs
-        task = look.options(scheduling_strategy=there).remote(place, needed(), mark and str(mark), computes)
+        task = look.options(scheduling_strategy=there).remote(place, needed(), str(mark) if mark else None, computes)
         pending[task] = node
     try:
         for task, node in pending.items():

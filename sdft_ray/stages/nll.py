@@ -77,7 +77,7 @@ def _measure_on_ray(work: Work[Settings], rows: Sequence[Mapping[str, str]]) -> 
     import ray
 
     plan = work.compute.distill
-    task = ray.remote(measure).options(
+    task: Any = ray.remote(measure).options(
         num_cpus=plan.cpus, num_gpus=plan.gpus or None, num_returns="streaming", name="nll"
     )
     for portion in task.remote(work.handle("model"), work.settings.dtype, "cuda" if plan.gpus else "cpu", rows):

@@ -49,7 +49,7 @@ def fingerprints(directory: Path) -> Blocks:
         if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and tied):
             continue
         digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         match = BLOCK.match(name)
         block, name = (int(match[1]), match[2]) if match else (None, name)
         found.setdefault(block, {})[name] = digest.hexdigest()

@@ -142,6 +142,7 @@ def _generate(work: Work[Settings], requests: Path, missing: int, ledger: Path) 
     from ray.util.annotations import RayDeprecationWarning
 
     plan, pool = work.compute.distill, work.compute.distill.actors
+    assert plan.cpus != "auto", "load_compute settles auto"
     size = min(plan.batch_rows, -(-missing // pool.max))
     batches = [(start, min(start + size, missing)) for start in range(0, missing, size)]
     # The number of restarts has no parameter of its own yet (docs/footguns.md).

@@ -61,7 +61,7 @@ def _make_trainer(work: Work[Any], given: dict[str, Any], ticker: Any) -> Any:
         train_worker,
         train_loop_config={"assignment": assignment},
         scaling_config=ScalingConfig(
-            num_workers=_worker_count(plan),
+            num_workers=_worker_count(plan),  # type: ignore[arg-type] # a pair is elastic
             use_gpu=bool(plan.gpus),
             resources_per_worker={"CPU": plan.cpus, **({"GPU": plan.gpus} if plan.gpus else {})},
         ),
