@@ -16,8 +16,11 @@ from sdft_ray.stages import merge, train
 from sdft_ray.stages.evaluate.presets import require_known
 
 
-def check(recipe: Recipe, compute: Compute) -> None:
-    """Raise UserError for what can be known to be wrong before anything is built."""
+def check(recipe: Recipe, compute: Compute, read: limits.FileReader = limits.read_file) -> None:
+    """Raise UserError for what can be known to be wrong before anything is built.
+
+    read: reads a row file; who checks many recipes remembers what it returned.
+    """
     facts = sources.describe_model(recipe.model)
     others = recipe.merge.others if recipe.merge else {}
     if facts:
@@ -35,12 +38,12 @@ def check(recipe: Recipe, compute: Compute) -> None:
         if isinstance(source, GymRows):
             readers.read_rows(source.model_copy(update={"limit": 1}))
         if source is not None:
-            splits = limits.read_splits(source, recipe.train.rows)
+            splits = limits.read_splits(source, recipe.train.rows, read)
             if source is not recipe.rows:  # of others nothing is evaluated
                 splits["held_out"] = []
             if context is not None:
                 limits.require_lengths(recipe, compute, splits, context, count)
-    limits.require_texts(recipe, count)
+    limits.require_texts(recipe, count, read)
     if recipe.evaluate.preset == "harness":
         require_known(recipe.evaluate.tasks)
     for arm in recipe.arms.names:

@@ -22,6 +22,7 @@ from sdft_ray.spec.recipe import FileRows, HubModel, ModelSource, Recipe, RowSou
 from sdft_ray.stages.rows import split_rows
 
 Splits = dict[str, list[dict[str, Any]]]
+FileReader = Callable[[FileRows], Splits]
 Counter = Callable[[str], int]
 """Returns the number of tokens of a text."""
 
@@ -52,17 +53,24 @@ def _new_tokens(recipe: Recipe) -> dict[str, int]:
     return new | ({"draft": recipe.draft.max_new_tokens} if recipe.draft else {})
 
 
-def read_splits(source: RowSource, count: int | None = None) -> Splits:
+def read_file(source: FileRows) -> Splits:
+    """Return the splits of a file's rows; raises UserError where rows are too few for them.
+
+    It counts as usable what only the stage can know: rows with a mathematical answer (slow to read), and those that
+    decontamination leaves out.
+    """
+    checker = "none" if source.answer == "math" else source.answer
+    return split_rows(readers.read_rows(source), checker, source.seed, source.held_out, source.validation)[0]
+
+
+def read_splits(source: RowSource, count: int | None = None, read: FileReader = read_file) -> Splits:
     """Return the splits of a file's rows, empty ones where rows come from elsewhere.
 
-    Raises UserError where rows are too few for the splits, or for `count` to train on. It counts as usable what only
-    the stage can tell: rows with a mathematical answer (slow to read), and those that decontamination leaves out.
+    Raises UserError where rows are too few for the splits, or for `count` to train on.
     """
     splits: Splits = {name: [] for name in SPLITS}
     if isinstance(source, FileRows):
-        checker = "none" if source.answer == "math" else source.answer
-        raw = readers.read_rows(source)
-        splits, _ = split_rows(raw, checker, source.seed, source.held_out, source.validation)
+        splits = dict(read(source))
     first_train = source.held_out + source.validation
     most = len(splits["train"]) or (source.limit or math.inf) - first_train
     if most <= 0:
@@ -74,13 +82,13 @@ def read_splits(source: RowSource, count: int | None = None) -> Splits:
     return splits
 
 
-def require_texts(recipe: Recipe, count: Counter) -> None:
+def require_texts(recipe: Recipe, count: Counter, read: FileReader = read_file) -> None:
     """Raise UserError for a calibration corpus that cannot be read, or is too short to take a loss on."""
     needed = 3 if recipe.prune.candidates else 1  # a third is held back for the loss
     for corpus in recipe.prune.calibration:
         if corpus.rows is not None:
             if corpus.rows != "own":
-                read_splits(corpus.rows)
+                read_splits(corpus.rows, read=read)
             continue
         path = calibration.calibration_file(corpus.text or "boolq")
         texts = calibration.read_calibration(path, corpus.field, corpus.limit + corpus.held_back)

@@ -18,10 +18,11 @@ from typing import Any
 
 from sdft_ray import pipeline
 from sdft_ray.errors import UserError, problem
+from sdft_ray.preflight import limits
 from sdft_ray.preflight.checks import check as check_recipe
 from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.loading import load_recipe, load_section, read_yaml
-from sdft_ray.spec.recipe import Distill, Recipe, Train
+from sdft_ray.spec.recipe import Distill, FileRows, Recipe, Train
 from sdft_ray.spec.sweep import Asha, Sweep
 from sdft_ray.stages import distill, evaluate, train
 from sdft_ray.store.identity import Stage, short_id
@@ -231,9 +232,17 @@ def _common_values(cells: Sequence[Cell]) -> dict[str, Any]:
 def check(plan: Plan, compute: Compute) -> None:
     """Raise UserError for what can be known to be wrong with any cell before anything is built."""
     problems: dict[str, None] = {}
+    files: dict[str, limits.Splits] = {}
+
+    def read_once(source: FileRows) -> limits.Splits:
+        key = source.model_dump_json()
+        if key not in files:
+            files[key] = limits.read_file(source)
+        return files[key]
+
     for cell in plan.cells:
         try:
-            check_recipe(cell.recipe, compute)
+            check_recipe(cell.recipe, compute, read_once)
         except UserError as error:
             problems |= dict.fromkeys(_of_axis(line, cell.values) for line in error.problems)
     if problems:
