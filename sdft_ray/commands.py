@@ -1,0 +1,369 @@
+"""What the commands of `sdft` do: from parsed options to calls of the package, and what is printed.
+
+Results go to stdout, progress to stderr. Heavy imports stand inside functions: `sdft --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sdft_ray.errors import StageFailed, UserError, problem
+
+
+def check(options: argparse.Namespace) -> None:
+    """Validate a recipe or a sweep, and show what is done."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from sdft_ray import pipeline
+    from sdft_ray.preflight import precision
+    from sdft_ray.preflight.checks import check
+    from sdft_ray.preflight.costs import estimate_stages
+    from sdft_ray.sweep import planning
+
+    if planning.is_sweep(options.recipe):
+        _check_sweep(options)
+        return
+    recipe, compute, storage = _load(options)
+    check(recipe, compute)
+    chain = pipeline.chain(recipe)
+    plan = pipeline.describe(chain.in_order, storage)
+    precision.say_slow(pipeline.survey(chain.in_order, storage)[0], compute)
+    costs = estimate_stages(recipe, compute, chain, storage) if options.compute else []
+    if options.json:
+        estimates = [dataclasses.asdict(cost) for cost in costs]
+        print(json.dumps({"stages": plan, "estimates": estimates} if options.compute else plan, indent=1))
+        return
+    table = Table(box=None, pad_edge=False)
+    for column in ("stage", "status", "directory"):
+        table.add_column(column, overflow="fold")
+    for line in plan:
+        colour = {"done": "green", "partial": "yellow", "missing": ""}[line["status"]]
+        table.add_row(line["stage"], f"[{colour}]{line['status']}[/]" if colour else line["status"], line["directory"])
+    Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200).print(table)
+    if costs:
+        _show_costs(costs)
+
+
+def _show_costs(costs: Sequence[Any], title: str = "Estimate") -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, title=f"{title}, memory at the peak of each process", title_justify="left")
+    for column in ("stage", "work", "processes", "GB each", "fits", "of which, in GB"):
+        table.add_column(column, overflow="fold")
+    for cost in costs:
+        fits = {None: "-", True: "yes", False: "[red]no[/]"}[cost.fits]
+        gb = "-" if cost.gb is None else f"{cost.gb:.2f}"
+        table.add_row(cost.stage, cost.work, str(cost.processes), gb, fits, cost.parts)
+    Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200).print(table)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Build what a recipe lacks, then report."""
+    from sdft_ray import pipeline
+    from sdft_ray.engine import VllmEngine
+    from sdft_ray.progress import say
+
+    recipe, compute, storage = _load(options)
+    with contextlib.redirect_stdout(sys.stderr):  # Ray prints notices of dead workers to stdout, which is for results
+        built = pipeline.run(recipe, compute, storage, options.until, options.engine or VllmEngine)
+    if not built.new:
+        say(f"Nothing to do: all {len(built.reused)} artifacts are there already under {storage.uri}.")
+    if options.until in (None, "evaluate"):
+        _show_report(options, recipe, storage)
+
+
+def report(options: argparse.Namespace) -> None:
+    """Show what a recipe or a sweep has come to."""
+    from sdft_ray.sweep import planning
+
+    if planning.is_sweep(options.recipe):
+        plan, _, storage = _load_sweep(options)
+        _show_sweep(options, plan, storage)
+        return
+    if options.csv:
+        raise UserError(problem("--csv", f"{options.recipe} is a recipe, not a sweep", "Use --json"))
+    recipe, _, storage = _load(options)
+    _show_report(options, recipe, storage)
+
+
+def sweep(options: argparse.Namespace) -> None:
+    """Build what a sweep lacks, then report."""
+    from sdft_ray.engine import VllmEngine
+    from sdft_ray.progress import say
+    from sdft_ray.sweep import planning, trials
+
+    plan, compute, storage = _load_sweep(options)
+    failed = None
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            built = trials.run(plan, compute, storage, options.engine or VllmEngine)
+        except StageFailed as error:
+            if not any(planning.is_done(trial, storage) for trial in plan.trials):
+                raise
+            failed = error
+    if not failed and not built.new:
+        say(f"Nothing to do: all {len(built.reused)} artifacts are there already under {storage.uri}.")
+    _show_sweep(options, plan, storage)
+    if failed:
+        raise failed
+
+
+def submit(options: argparse.Namespace) -> int:
+    """Run a recipe or a sweep as a Ray job."""
+    import tempfile
+
+    from sdft_ray.progress import say
+    from sdft_ray.submit import job, kuberay
+
+    if options.print_manifest:
+        print(kuberay.render(options.recipe, options.compute, options.root, options.until, options.image), end="")
+        return 0
+    if not options.address:
+        do = "Give the cluster's dashboard, for example http://127.0.0.1:8265"
+        raise UserError(problem("--address", "is missing", do))
+    with tempfile.TemporaryDirectory(prefix="sdft-submit-") as folder:
+        archive = Path(folder) / "job.zip"
+        command = job.pack(options.recipe, options.compute, options.root, options.until, archive)
+        client, number = job.submit(options.address, archive, command, options.recipe.name)
+    say(f"Submitted as {number}: {command}")
+    if options.no_wait:
+        print(number)
+        return 0
+    return job.follow(client, number, options.address)
+
+
+def _show_report(options: argparse.Namespace, recipe: Any, storage: Any) -> None:
+    from rich.console import Console
+
+    from sdft_ray.progress import say
+    from sdft_ray.report import collect, page, table
+
+    report = collect.collect(recipe, str(options.recipe), storage)
+    if options.json:
+        print(json.dumps(collect.summary(report), indent=1))
+    else:
+        table.show(report, Console(width=None if sys.stdout.isatty() else 160))
+    if options.html:
+        options.html.parent.mkdir(exist_ok=True)
+        options.html.write_text(page.render(report), encoding="utf-8")
+        say(f"Report: {options.html}")
+
+
+def _check_sweep(options: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from sdft_ray import pipeline
+    from sdft_ray.preflight import precision, savings
+    from sdft_ray.preflight.costs import estimate_sweep
+    from sdft_ray.sweep import planning
+
+    plan, compute, storage = _load_sweep(options)
+    planning.check(plan, compute)
+    precision.say_slow(pipeline.survey(planning.stages_of(plan), storage)[0], compute)
+    found = savings.measure(plan, storage)
+    costs = estimate_sweep(plan, compute, storage) if options.compute else []
+    if options.json:
+        print(json.dumps({**found, "estimates": [dataclasses.asdict(cost) for cost in costs]}, indent=1))
+        return
+    savings.show(found, Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200))
+    if costs:
+        _show_costs(costs, "Estimate, the most of any recipe")
+
+
+def _show_sweep(options: argparse.Namespace, plan: Any, storage: Any) -> None:
+    from rich.console import Console
+
+    from sdft_ray.progress import say
+    from sdft_ray.report import page, sweep
+
+    report = sweep.collect(plan, str(options.recipe), storage)
+    if options.json:
+        print(json.dumps(sweep.summary(report), indent=1))
+    else:
+        sweep.show(report, Console(width=None if sys.stdout.isatty() else 160))
+    if options.csv:
+        options.csv.write_text(sweep.as_csv(report), encoding="utf-8")
+        say(f"Table: {options.csv}")
+    if options.html:
+        options.html.parent.mkdir(exist_ok=True)
+        options.html.write_text(page.render_sweep(report, options.html.parent), encoding="utf-8")
+        say(f"Report: {options.html}")
+
+
+def _load_sweep(options: argparse.Namespace) -> tuple[Any, Any, Any]:
+    from sdft_ray.spec.compute import load_compute
+    from sdft_ray.store.storage import Storage
+    from sdft_ray.sweep.planning import is_sweep, load_sweep
+
+    if not is_sweep(options.recipe):
+        do = f"Do: sdft run {options.recipe}"
+        raise UserError(problem(str(options.recipe), "is a recipe, not a sweep", do))
+    if getattr(options, "set", None):
+        raise UserError(problem("--set", "is for recipes", f"Change {options.recipe}, or its recipe"))
+    _require_directory("--html", getattr(options, "html", None), options.root)
+    _require_directory("--csv", getattr(options, "csv", None), options.root)
+    return load_sweep(options.recipe), load_compute(options.compute), Storage(options.root)
+
+
+def _require_directory(option: str, file: Path | None, root: str) -> None:
+    if file and not file.absolute().parent.is_dir() and file.parent != Path(root):
+        raise UserError(problem(option, f"{file.parent} is no directory", "Make it, or give another path"))
+
+
+def verify(options: argparse.Namespace) -> None:
+    """Prove models."""
+    from sdft_ray.progress import Progress
+    from sdft_ray.store.storage import Storage
+    from sdft_ray.verify import checks, models
+
+    results, failed = [], []
+    for model in models.find_models(options.target, options.against, Storage(options.root)):
+        done = []
+        with Progress(f"verify {model.name}") as progress:
+            for check in checks.verify(model, options.vllm):
+                done.append(check)
+                progress.enter(f"{check.check} {check.status}")
+        if not options.json:
+            checks.show(model, done)
+        results.append(checks.describe(model, done))
+        if wrong := ", ".join(check.check for check in done if check.status == "FAILED"):
+            failed.append(f"{model.name} ({wrong})")
+    if options.json:
+        print(json.dumps(results, indent=1))
+    if failed:
+        raise StageFailed(f"verify: failed: {'; '.join(failed)}")
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Look for what would keep a recipe from running."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from sdft_ray.preflight import doctor
+    from sdft_ray.progress import Progress
+    from sdft_ray.spec.compute import load_compute
+    from sdft_ray.spec.loading import load_recipe
+
+    recipe = load_recipe(options.recipe) if options.recipe else None
+    with contextlib.redirect_stdout(sys.stderr), Progress("doctor"):
+        findings = list(doctor.examine(recipe, load_compute(options.compute), options.root))
+    failed = any(finding.status == "fail" for finding in findings)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
+        return int(failed)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    table.add_column("check", no_wrap=True)
+    table.add_column("where", overflow="fold")
+    table.add_column("found", overflow="fold", ratio=1)
+    for finding in findings:
+        colour = {"ok": "green", "warn": "yellow", "fail": "red"}[finding.status]
+        what = escape(finding.what) + (f". [bold]{escape(finding.do)}[/]" if finding.do else "")
+        table.add_row(f"[{colour}]{finding.status}[/]", finding.check, escape(finding.where), what)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    return int(failed)
+
+
+def show(options: argparse.Namespace) -> None:
+    """Show one artifact."""
+    from sdft_ray.report import show
+    from sdft_ray.store.manifest import read_manifest
+    from sdft_ray.store.storage import Storage
+
+    directory = Storage(options.root).find(options.artifact, "*.json")
+    manifest = read_manifest(directory) or {}
+    if options.json:
+        print(json.dumps(manifest, indent=1))
+    else:
+        show.show(directory, manifest)
+    if options.plot:
+        from sdft_ray.data.readers import read_json
+        from sdft_ray.report import plots
+
+        if manifest["stage"] != "score" or options.plot.suffix not in (".svg", ".png"):
+            what = f"cannot draw {manifest['stage']} as {options.plot.suffix or 'a file without suffix'}"
+            raise UserError(problem("--plot", what, "Give a score artifact and a name in .svg or .png"))
+        plots.save(plots.distance_maps(read_json(directory / "distances.json")), options.plot)
+
+
+def diff(options: argparse.Namespace) -> None:
+    """Show which values differ."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from sdft_ray.spec.loading import leaves
+
+    first, second = (dict(leaves(_values(name, options.root))) for name in (options.a, options.b))
+    differing = [key for key in {**first, **second} if first.get(key, _ABSENT) != second.get(key, _ABSENT)]
+    if options.json:
+        print(json.dumps({key: [first.get(key), second.get(key)] for key in differing}, indent=1))
+        return
+    if not differing:
+        print("No value differs.")
+        return
+    table = Table("value", options.a, options.b, box=None, pad_edge=False)
+    for key in differing:
+        table.add_row(key, str(first.get(key, "-")), str(second.get(key, "-")))
+    Console().print(table)
+
+
+_ABSENT = object()
+
+
+def _values(name: str, root: str) -> Any:
+    """Return what identifies a recipe file or an artifact, as nested values."""
+    from sdft_ray.spec.loading import load_recipe
+    from sdft_ray.store.manifest import MANIFEST, read_manifest
+    from sdft_ray.store.storage import Storage
+
+    if Path(name).suffix in (".yaml", ".yml"):
+        return load_recipe(Path(name))
+    manifest = read_manifest(Storage(root).find(name, MANIFEST))
+    return (manifest or {})["lineage"]
+
+
+def _load(options: argparse.Namespace) -> tuple[Any, Any, Any]:
+    from sdft_ray.spec.compute import load_compute
+    from sdft_ray.spec.loading import load_recipe
+    from sdft_ray.store.storage import Storage
+    from sdft_ray.sweep.planning import is_sweep
+
+    if is_sweep(options.recipe):
+        do = f"Do: sdft sweep {options.recipe}"
+        raise UserError(problem(str(options.recipe), "is a sweep, not a recipe", do))
+    _require_directory("--html", getattr(options, "html", None), options.root)
+    return load_recipe(options.recipe, options.set), load_compute(options.compute), Storage(options.root)
+
+
+def schema(options: argparse.Namespace) -> None:
+    """Print a JSON Schema."""
+    from sdft_ray.spec import schema
+
+    print(schema.render(options.kind), end="")
+
+
+def explain(options: argparse.Namespace) -> None:
+    """Explain a key."""
+    from sdft_ray.spec import help
+
+    found = help.explain(options.key)
+    print(json.dumps(help.as_data(found), indent=1) if options.json else help.show(found))
+
+
+def init(options: argparse.Namespace) -> None:
+    """Write a starter recipe."""
+    from sdft_ray.preflight import starter
+    from sdft_ray.progress import say
+
+    columns = starter.Columns(options.prompt, options.response, options.context, options.answer)
+    say(starter.write(options.model, options.rows, options.out, columns))
