@@ -18,10 +18,10 @@ import itertools
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 from sdft_ray.cluster import below_ray, in_thread, last_line, ray_cluster, require_capacity
 from sdft_ray.data.calibration import CorpusSettings, describe_corpora
@@ -33,6 +33,7 @@ from sdft_ray.progress import Progress, duration, say
 from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.recipe import LocalModel, Merge, Recipe
 from sdft_ray.stages import (
+    StageModule,
     Validated,
     Work,
     cut,
@@ -50,20 +51,6 @@ from sdft_ray.stages import (
 )
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
-
-
-class StageModule(Protocol):
-    """What a module of `stages` has (stages/__init__.py)."""
-
-    @property
-    def VERSION(self) -> int: ...
-    @property
-    def NEEDS(self) -> str | None: ...
-    @property
-    def UNIT(self) -> str: ...
-    @property
-    def build(self) -> Callable[[Work[Any]], dict[str, Any]]: ...
-
 
 MODULES: dict[str, StageModule] = {
     "model": model,

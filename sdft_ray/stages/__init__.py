@@ -17,7 +17,7 @@ import dataclasses
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from sdft_ray.engine import EngineFactory, VllmEngine
 from sdft_ray.errors import StageFailed
@@ -87,3 +87,16 @@ class Work(Generic[S]):
     def handle(self, name: str) -> Callable[[], Path]:
         """Return what gives a worker, on whatever node, the verified directory of an input's artifact there."""
         return self.storage.handle(self.stage.inputs[name])
+
+
+class StageModule(Protocol):
+    """What each module has."""
+
+    @property
+    def VERSION(self) -> int: ...
+    @property
+    def NEEDS(self) -> str | None: ...
+    @property
+    def UNIT(self) -> str: ...
+    @property
+    def build(self) -> Callable[[Work[Any]], dict[str, Any]]: ...
