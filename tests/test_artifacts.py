@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sdft_ray.errors import UserError
+from sdft_ray.spec.section import Section
 from sdft_ray.store.files import hash_file, hash_source, remember_hash
 from sdft_ray.store.identity import Stage, canonical_json, short_id, slugify
 from sdft_ray.store.manifest import MANIFEST, check_files, list_files, read_manifest, write_manifest
@@ -89,10 +90,20 @@ def test_stage_id_moves_with_what_can_change_a_number():
     assert len({stage.id for stage in stages}) == len(stages)
 
 
+class Placed(Section):
+    """Settings of which one says only where something is."""
+
+    unhashed = ("texts",)
+    b: int
+    a: int
+    texts: str
+
+
 def test_stage_id_stays_where_only_names_and_places_differ(tmp_path):
     stage = Stage("score", "tiny", 1, {"a": 1, "b": 2})
-    same = Stage("score", "other-slug", 1, {"b": 2, "a": 1}, where={"texts": "/a/path"}, location=tmp_path)
+    same = Stage("score", "other-slug", 1, Placed(b=2, a=1, texts="/a/path"), location=tmp_path)
     assert same.id == stage.id
+    assert "/a/path" not in str(same.lineage)
 
 
 def test_stage_lineage_holds_the_settings_of_all_that_came_before():

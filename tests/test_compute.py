@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from sdft_ray import pipeline
 from sdft_ray.errors import UserError
-from sdft_ray.spec.compute import Engine, load_compute
+from sdft_ray.spec.compute import Compute, Engine, load_compute
 
 
 @pytest.fixture
@@ -31,12 +32,8 @@ def load(tmp_path, monkeypatch):
 def test_load_compute_without_a_file_settles_every_auto_for_this_machine(load, cores, score, train):
     assert load(cores).needs() == {
         "score": (1, score, 0),
-        "loss": (1, score, 0),
         "distill": (1, score, 0),
         "train": (2, train, 0),
-        "nll": (1, score, 0),
-        "draft": (1, score, 0),
-        "speed": (1, 1, 0),
         "evaluate": (1, 1, 0),
     }
 
@@ -45,14 +42,25 @@ def test_load_compute_shares_the_cores_among_actors_and_workers(load):
     data = {"score": {"actors": 2}, "distill": {"actors": 3}, "train": {"workers": 4}, "evaluate": {"cpus": "auto"}}
     assert {name: need[:2] for name, need in load(8, data).needs().items()} == {
         "score": (2, 4),
-        "loss": (2, 4),
         "distill": (3, 2),
         "train": (4, 2),
-        "nll": (1, 2),
-        "draft": (1, 2),
-        "speed": (1, 8),
         "evaluate": (1, 8),
     }
+
+
+def test_stages_whose_workers_share_a_section_of_the_compute_file_need_what_it_says():
+    needs = {name: module.NEEDS for name, module in pipeline.MODULES.items() if module.NEEDS}
+    assert needs == {
+        "score": "score",
+        "loss": "score",
+        "distill": "distill",
+        "train": "train",
+        "nll": "distill",
+        "draft": "distill",
+        "speed": "evaluate",
+        "evaluate": "evaluate",
+    }
+    assert {*needs.values()} == {*Compute.model_fields} - {"ray"}
 
 
 def test_load_compute_keeps_given_cpus(load):

@@ -9,9 +9,9 @@ from sdft_ray import pipeline
 from sdft_ray.preflight import costs
 from sdft_ray.preflight.memory import trainable_parameters
 from sdft_ray.spec.compute import Compute
-from sdft_ray.spec.recipe import HubModel, PackagedModel, Recipe
+from sdft_ray.spec.recipe import HubModel, PackagedModel, Recipe, Train
 from sdft_ray.spec.wording import validate
-from sdft_ray.stages import train
+from sdft_ray.stages.train.adapters import count_parameters, outline_model
 from sdft_ray.store.storage import Storage
 from sdft_ray.sweep.planning import load_sweep
 
@@ -24,7 +24,7 @@ def test_shape_of_directory_counts_parameters_as_the_model_does(tmp_path, archit
     lora = {"rank": 4, "alpha": 4, "dropout": 0.0, "targets": targets}
     if architecture == "qwen3_moe" and targets != "all-linear":
         lora["targets"] = ["q_proj"]  # its experts are no linear layers
-    trained, total = train.count_parameters(train.outline_model(base, {"method": "lora", "lora": lora}))
+    trained, total = count_parameters(outline_model(base, validate(Train, {"method": "lora", "lora": lora})))
     assert shape.parameters == total
     assert shape.blocks == 6
     if architecture != "qwen3_moe":  # there the blocks differ
@@ -61,9 +61,7 @@ def data(tiny_model, tmp_path) -> dict:
 def test_estimate_stages_names_steps_and_what_does_not_fit(data):
     recipe = validate(Recipe, data)
     gpus = validate(Compute, {"ray": {"address": "auto", "gpu_memory_gb": 0.5}, "train": {"gpus": 1, "cpus": 1}})
-    found = {
-        cost.stage: cost for cost in costs.estimate_stages(recipe, gpus, pipeline.chain(recipe).in_order, Storage("x"))
-    }
+    found = {cost.stage: cost for cost in costs.estimate_stages(recipe, gpus, pipeline.chain(recipe), Storage("x"))}
     assert found["train (sft)"].work.startswith("5 steps of 16 rows")
     assert found["train (sft)"].fits is False
     assert found["score"].fits is None, "what the nodes of another cluster hold is not known"
@@ -72,7 +70,7 @@ def test_estimate_stages_names_steps_and_what_does_not_fit(data):
     drafts = validate(Recipe, data | {"draft": {"tokens": [1, 2], "prompts": 5, "dtype": "float32"}})
     for kv_cache_gib, fits in ((1.0, True), (1e6, False)):
         here = validate(Compute, {"distill": {"cpus": 1, "engine": {"kv_cache_gib": kv_cache_gib}}})
-        *_, cost, _ = costs.estimate_stages(drafts, here, pipeline.chain(drafts).in_order, Storage("x"))
+        *_, cost, _ = costs.estimate_stages(drafts, here, pipeline.chain(drafts), Storage("x"))
         assert (cost.stage, cost.fits) == ("draft", fits)
         assert cost.work == "3 models, 5 prompts of 64 new tokens, 1, 2 of them drafted"
         assert cost.gb > kv_cache_gib * 1.07 + 0.8
@@ -88,7 +86,7 @@ def test_estimate_sweep_takes_the_most_of_any_recipe(data, tmp_path):
     assert found["distill"].work.startswith("32 rows") and found["train (sft)"].work.startswith("4 steps")
     data["prune"]["blocks"] = 1  # the fewest that go
     shallow = validate(Recipe, data)
-    alone = {c.stage: c for c in costs.estimate_stages(shallow, here, pipeline.chain(shallow).in_order, Storage("x"))}
+    alone = {c.stage: c for c in costs.estimate_stages(shallow, here, pipeline.chain(shallow), Storage("x"))}
     assert found["train (sft)"].gb == alone["train (sft)"].gb
 
 

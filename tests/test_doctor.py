@@ -11,8 +11,10 @@ from command import sdft
 
 from sdft_ray.preflight import doctor
 from sdft_ray.spec.compute import Compute, load_compute
+from sdft_ray.spec.recipe import HubModel, HubRows
 from sdft_ray.spec.wording import validate
-from sdft_ray.store.identity import Stage
+from sdft_ray.stages.model import stage as model_stage
+from sdft_ray.stages.rows import stage as rows_stage
 from sdft_ray.store.storage import Storage
 
 
@@ -191,7 +193,10 @@ def test_hub_is_asked_for_each_repository_and_nodes_for_a_root_in_an_object_stor
 
 def test_what_is_under_the_root_is_not_asked_for_again(tmp_path):
     place = Storage(str(tmp_path / "root"))
-    model, rows = (Stage(kind, "x", 1, {"repo": "a/b", "revision": "c" * 40}) for kind in ("model", "rows"))
+    pinned = {"repo": "a/b", "revision": "c" * 40}
+    source = {**pinned, "split": "all", "fields": {"prompt": "q", "response": "a"}}
+    model = model_stage(validate(HubModel, pinned))
+    rows = rows_stage(validate(HubRows, source), "offline")
     (place.scratch(model) / "weights").write_text("weights")
     place.commit(model, {}, 1.0)
     found = {finding.where: finding for finding in doctor._hub([model, rows], place)}

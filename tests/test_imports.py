@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from sdft_ray import cli
+from sdft_ray import pipeline
 
 PACKAGE = Path(__file__).parents[1] / "sdft_ray"
 # Each imports only what stands before it. A package stands for its modules, among which there is no circle.
@@ -51,6 +52,15 @@ def test_imports_point_one_way():
         for other in imported(path) & MODULES.keys():
             if "." in module or module in ORDER:
                 assert place(other) <= place(module), f"{module} imports {other}"
+
+
+def test_stages_import_no_other_stage():
+    stages = {module: path for module, path in MODULES.items() if module.startswith("stages.")}
+    own = {module: module.split(".")[1] for module in stages}
+    assert {*own.values()} == {*pipeline.MODULES}
+    for module, path in stages.items():
+        for other in imported(path) & stages.keys():
+            assert own[other] == own[module], f"{module} imports {other}"
 
 
 def test_imports_make_no_circle():

@@ -241,5 +241,5 @@ def test_corpora_with_one_name_are_numbered(tiny_model, tmp_path):
         "prune": {"blocks": 2, "calibration": corpora},
         "evaluate": {"tasks": ["sciq"]},
     }
-    (stage,) = (stage for stage in pipeline.chain(validate(Recipe, recipe)).in_order if stage.name == "loss")
-    assert [stage.where[f"name_{i}"] for i in range(4)] == ["texts", "texts-2", "texts-2-2", "texts-3"]
+    stage = pipeline.chain(validate(Recipe, recipe)).loss
+    assert [corpus.name for corpus in stage.settings.calibration] == ["texts", "texts-2", "texts-2-2", "texts-3"]

@@ -17,6 +17,7 @@ from sdft_ray.data import benchmarks, calibration, readers
 from sdft_ray.errors import UserError
 from sdft_ray.models import directory, sources
 from sdft_ray.spec.recipe import FileRows, GymRows, LocalModel, PackagedModel
+from sdft_ray.stages.model import stage as model_stage
 
 FIELDS = {"prompt": "question", "response": "answer"}
 GSM = [{"question": f"{i}?", "answer": f"#### {i}"} for i in range(5)]
@@ -44,6 +45,10 @@ def complaint(call, *arguments, **settings) -> str:
 
 def file_rows(path, **settings) -> FileRows:
     return FileRows.model_validate({"path": str(path), "fields": FIELDS, **settings})
+
+
+def rows_identity(path, **settings) -> dict:
+    return readers.rows_content(file_rows(path, **settings)).hashed()
 
 
 def read_jsonl(path, lines, **settings):
@@ -279,17 +284,17 @@ def test_read_rows_of_a_missing_file_is_one_clear_line(tmp_path):
     path = tmp_path / "none.jsonl"
     line = f"rows.path: {path} does not exist. Give a .json, .jsonl or .parquet file."
     assert complaint(readers.read_rows, file_rows(path)) == line
-    assert complaint(readers.rows_identity, file_rows(path)) == line
+    assert complaint(readers.rows_content, file_rows(path)) == line
 
 
 def test_rows_identity_of_a_file_moves_with_its_content_and_columns_and_not_with_its_place(tmp_path):
     paths = [tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
     for path, text in zip(paths, ("same", "same", "other"), strict=True):
         path.write_text(text)
-    same, moved, other = (readers.rows_identity(file_rows(path)) for path in paths)
+    same, moved, other = (rows_identity(path) for path in paths)
     assert same == moved
     assert same != other
-    assert readers.rows_identity(file_rows(paths[0], fields={**FIELDS, "answer": "x"})) != same
+    assert rows_identity(paths[0], fields={**FIELDS, "answer": "x"}) != same
     assert str(tmp_path) not in json.dumps(same)
 
 
@@ -693,21 +698,21 @@ def test_describe_directory_with_a_broken_config_names_file_and_line(model):
 
 
 def test_model_stage_of_a_directory_lies_where_it_is_and_moves_with_its_content(model, tmp_path):
-    stage = sources.model_stage(LocalModel(path=str(model)), 1)
+    stage = model_stage(LocalModel(path=str(model)))
     assert stage.location == model
     copy = shutil.copytree(model, tmp_path / "elsewhere")
-    assert sources.model_stage(LocalModel(path=str(copy)), 1).id == stage.id
+    assert model_stage(LocalModel(path=str(copy))).id == stage.id
     (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
-    assert sources.model_stage(LocalModel(path=str(copy)), 1).id != stage.id
+    assert model_stage(LocalModel(path=str(copy))).id != stage.id
 
 
 def test_model_stage_of_a_path_that_is_no_model_is_one_clear_line(tmp_path):
     missing, text = tmp_path / "none", tmp_path / "model.txt"
     text.write_text("hi")
-    assert complaint(sources.model_stage, LocalModel(path=str(missing)), 1) == (
+    assert complaint(model_stage, LocalModel(path=str(missing))) == (
         f"model.path: {missing} does not exist. Give a model directory or a .gguf file."
     )
-    assert complaint(sources.model_stage, LocalModel(path=str(text)), 1) == (
+    assert complaint(model_stage, LocalModel(path=str(text))) == (
         f"model.path: {text} is not a .gguf file. Give the directory it lies in."
     )
 
@@ -729,7 +734,7 @@ def test_describe_model_refuses_a_gguf_file_that_cannot_be_read(tmp_path, conten
     ],
 )
 def test_model_stage_of_a_package_that_lacks_it_is_one_clear_line(package, file, line):
-    assert complaint(sources.model_stage, PackagedModel(package=package, file=file), 1).startswith(line)
+    assert complaint(model_stage, PackagedModel(package=package, file=file)).startswith(line)
 
 
 # --- calibration texts and benchmark files ---------------------------------------------------------------------
@@ -841,13 +846,13 @@ def test_offline_task_file_of_an_unknown_task_suggests_the_nearest():
 
 def test_model_is_known_by_what_moves_numbers_and_not_by_what_lies_beside_it(tiny_model, tmp_path):
     directory = shutil.copytree(tiny_model, tmp_path / "model")
-    first = sources.model_stage(LocalModel(path=str(directory)), 1).id
+    first = model_stage(LocalModel(path=str(directory))).id
     for name, text in {
         "generation_config.json": '{"temperature": 0.6}',
         "README.md": "A card",
         "LICENSE": "MIT",
     }.items():
         (directory / name).write_text(text)
-        assert sources.model_stage(LocalModel(path=str(directory)), 1).id == first
+        assert model_stage(LocalModel(path=str(directory))).id == first
     (directory / "chat_template.jinja").write_text("{{ messages }}")
-    assert sources.model_stage(LocalModel(path=str(directory)), 1).id != first
+    assert model_stage(LocalModel(path=str(directory))).id != first

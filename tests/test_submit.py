@@ -173,7 +173,7 @@ def test_pack_ships_what_ignore_files_name_and_the_package_but_nothing_hidden(fo
     assert (model / "model.safetensors").read_bytes() == (folder / "venv" / "model.safetensors").read_bytes()
     assert hash_source(model) == hash_source(folder / "venv")  # the same artifacts there as here
     assert (job / packed["rows"]["path"]).is_file() and (job / packed["prune"]["calibration"]["text"]).is_file()
-    assert (job / "sdft_ray" / "rayjob.yaml.jinja").is_file() and not list(job.rglob("*.pyc"))
+    assert (job / "sdft_ray" / "submit" / "rayjob.yaml.jinja").is_file() and not list(job.rglob("*.pyc"))
 
 
 def test_pack_of_the_same_files_is_the_same_package(folder, tmp_path, monkeypatch):

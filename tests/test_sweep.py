@@ -53,7 +53,10 @@ def test_sweep_of_depths_and_sizes_shares_everything_but_the_trials(folder):
     assert {name: shared.count(name) for name in dict.fromkeys(shared)} == {
         "model": 1, "rows": 1, "score": 1, "loss": 3, "cut": 3, "distill": 2, "nll": 2, "evaluate": 2 * (1 + 3)
     }  # fmt: skip
-    assert all(names(trial.exams) == ["evaluate", "evaluate"] for trial in plan.trials)
+    for trial in plan.trials:
+        assert names(trial.evaluations.values()) == ["evaluate", "evaluate"]
+        assert [*trial.evaluations] == ["arc_easy", "held_out"]
+        assert trial.stages == (trial.train, *trial.evaluations.values())
     everything = planning.stages_of(plan)
     assert len({stage.id for stage in everything}) == len(everything)
 
@@ -61,7 +64,7 @@ def test_sweep_of_depths_and_sizes_shares_everything_but_the_trials(folder):
 def test_sweep_of_sizes_generates_at_the_largest_first(folder):
     def sizes(*rows):
         plan = load(folder, {"train.rows": list(rows)})
-        return [stage.settings["rows"] for stage in plan.shared if stage.name == "distill"]
+        return [stage.settings.rows for stage in plan.shared if stage.name == "distill"]
 
     assert sizes(8, 32, 16) == [32, 16, 8]
     assert sizes(8, None, 16) == [None, 16, 8], "all rows are the most"
@@ -213,12 +216,9 @@ def test_check_of_a_sweep_counts_what_is_shared_and_touches_nothing(folder):
     ("command", "line"),
     [
         (["check", "sweep.yaml"], "axes.prune.blocks: 6 removes every block of a 6-block model. Give 1 to 5."),
-        (["run", "sweep.yaml"], "sweep.yaml: is a sweep, not a recipe. Do: sdft sweep planning.yaml."),
+        (["run", "sweep.yaml"], "sweep.yaml: is a sweep, not a recipe. Do: sdft sweep sweep.yaml."),
         (["sweep", "recipe.yaml"], "recipe.yaml: is a recipe, not a sweep. Do: sdft run recipe.yaml."),
-        (
-            ["report", "sweep.yaml", "--set", "train.lr=1"],
-            "--set: is for recipes. Change planning.yaml, or its recipe.",
-        ),
+        (["report", "sweep.yaml", "--set", "train.lr=1"], "--set: is for recipes. Change sweep.yaml, or its recipe."),
         (["report", "recipe.yaml", "--csv", "a.csv"], "--csv: recipe.yaml is a recipe, not a sweep. Use --json."),
         (["sweep", "nowhere.yaml"], "nowhere.yaml: cannot be read (No such file or directory). Check the path."),
     ],
@@ -235,7 +235,7 @@ def test_report_of_a_sweep_that_has_not_begun_says_what_to_do(folder):
     done = sdft("report", "sweep.yaml", cwd=folder)
     assert done.returncode == 2
     what = "has nothing to compare with yet (missing: cut, evaluate, rows, score)"
-    assert done.stderr == f"sweep.yaml: {what}. Do: sdft sweep planning.yaml.\n"
+    assert done.stderr == f"sweep.yaml: {what}. Do: sdft sweep sweep.yaml.\n"
 
 
 def test_every_shipped_sweep_plans_and_saves(tmp_path):

@@ -74,7 +74,7 @@ def write_shared(plan: planning.Plan, storage: Storage, tiny_model: Path) -> Non
             case "score":
                 write(storage, stage, {}, {"distances.json": "{}"})
             case "cut":
-                gone = stage.settings["blocks"]
+                gone = stage.settings.depth
                 smaller = {**config, "num_hidden_layers": 6 - gone}
                 if "layer_types" in smaller:
                     smaller["layer_types"] = smaller["layer_types"][gone:]
@@ -82,12 +82,12 @@ def write_shared(plan: planning.Plan, storage: Storage, tiny_model: Path) -> Non
                 write(storage, stage, summary, {"config.json": json.dumps(smaller)})
             case "evaluate":
                 cut = stage.inputs["model"]
-                write_exam(storage, stage, 16 - (2 * cut.settings["blocks"] if cut.name == "cut" else 0))
+                write_exam(storage, stage, 16 - (2 * cut.settings.depth if cut.name == "cut" else 0))
 
 
 def write_trial(trial: planning.Trial, storage: Storage, right: int, validation_loss: float) -> None:
     write(storage, trial.train, {"validation_loss": validation_loss}, {})
-    for exam in trial.exams:
+    for exam in trial.evaluations.values():
         write_exam(storage, exam, right)
 
 
@@ -103,7 +103,7 @@ def write_draft(storage: Storage, stage, accepted: int) -> None:
 
 
 def seed_of(trial: planning.Trial) -> int:
-    return trial.train.settings["train"]["seed"]
+    return trial.train.settings.train.seed
 
 
 @pytest.fixture
@@ -123,9 +123,9 @@ def collected(plan, tiny_model, tmp_path):
         model = stage.inputs["draft"]
         if model.name == "cut":
             write_draft(storage, stage, 40)
-        elif model.settings["arm"] == "distilled" and storage.status(model) == "done":
+        elif model.settings.arm == "distilled" and storage.status(model) == "done":
             write_draft(storage, stage, 60 + 10 * seed_of(trained[model.id]))
-        elif model.settings["arm"] == "sft" and "arms.sft.lr" in trained[model.id].values:
+        elif model.settings.arm == "sft" and "arms.sft.lr" in trained[model.id].values:
             notes.keep_failure(storage, stage, "draft: it broke")
     return report.collect(plan, "sweep.yaml", storage)
 
