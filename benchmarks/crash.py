@@ -1,6 +1,6 @@
 """What kills cost: generation is killed at random moments in every way there is, and rerun until it is finished.
 
-    python benchmarks/crash.py                 # about 15 minutes; --kills 8 --real-kills 0 for a quick one
+    python -m benchmarks.crash                 # about 15 minutes; --kills 8 --real-kills 0 for a quick one
 
 Killed are an engine's actor, all actors, the driver, and Ray itself (raylet, GCS): only descendants of this process.
 The fake engine answers after seconds, many rows at once, as a real one does; the last kills meet vLLM with SmolLM2.
@@ -33,14 +33,14 @@ from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
-from generate import make_recipe, read_gsm8k
-from report import print_figures
 
+from benchmarks.generate import make_recipe, read_gsm8k
+from benchmarks.report import print_figures
 from sdft_ray import pipeline
 from sdft_ray.core.selection import Generation
 from sdft_ray.engine import Request, VllmEngine
 from sdft_ray.spec.compute import load_compute
-from sdft_ray.stages import distill
+from sdft_ray.spec.recipe import Distill
 from sdft_ray.store.storage import Storage
 
 KINDS = {
@@ -159,7 +159,7 @@ def restart(process: subprocess.Popen[bytes], *arguments: Any) -> subprocess.Pop
 
 def start(engine: str, rows: int, root: Path, log: Path) -> subprocess.Popen[bytes]:
     """Return a driver at work."""
-    script = [sys.executable, str(Path(__file__).resolve()), "--drive", engine, str(rows), str(root), str(log)]
+    script = [sys.executable, "-m", "benchmarks.crash", "--drive", engine, str(rows), str(root), str(log)]
     with (root / "output").open("ab") as errors:
         return subprocess.Popen(script, stdout=errors, stderr=errors)
 
@@ -244,7 +244,7 @@ def write_rows(engine: str, rows: int, root: Path) -> None:
 class FakeEngine:
     """Answers a row after seconds of its own, and works on many at once."""
 
-    def __init__(self, model: str, settings: Mapping[str, Any], options: Mapping[str, Any], alone: bool) -> None:
+    def __init__(self, model: str, settings: Distill, options: Mapping[str, Any], alone: bool) -> None:
         pass
 
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Generation]]:
@@ -277,14 +277,15 @@ def logged(engine: Any, log: Path) -> Any:
 
 def drive(engine: str, rows: int, root: Path, log: Path) -> None:
     """Generate, as `sdft run` does, with an engine that writes down what it finishes."""
-    distill.VllmEngine = logged({"fake": FakeEngine, "real": VllmEngine}[engine], log)  # type: ignore[misc]
+    factory = logged({"fake": FakeEngine, "real": VllmEngine}[engine], log)
     plan = {"batch_rows": 512, "piece_rows": PIECE_ROWS, "max_failures": 50, "engine": {"kv_cache_gib": 1.0}}
     if engine == "fake":
         plan |= {"actors": 2, "cpus": 1}
     (root / "compute.yaml").write_text(json.dumps({"distill": plan}))
-    recipe = make_recipe(root, answer="none", max_new_tokens=128)
-    stages = [stage for stage in pipeline.chain(recipe).in_order if stage.name in ("model", "rows", "distill")]
-    pipeline.build(stages, load_compute(root / "compute.yaml"), Storage(str(root)))
+    chain = pipeline.chain(make_recipe(root, answer="none", max_new_tokens=128))
+    assert chain.distilled
+    stages = [chain.base, chain.rows, chain.distilled]
+    pipeline.build(stages, load_compute(root / "compute.yaml"), Storage(str(root)), engine=factory)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How fast `cut` is against `cp` of the bytes that it keeps, and how much memory it takes: `python benchmarks/cut.py`.
+"""How fast `cut` is against `cp` of the bytes that it keeps, and how much memory it takes: `python -m benchmarks.cut`.
 
 In: nothing; a synthetic Llama of some gigabytes is written to a temporary directory and removed. Out: a table, and the
 figures as the last line. Runs of cp and of ours alternate, and what both read is in the page cache, so that neither
@@ -21,8 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from report import median_and_range, print_figures
-
+from benchmarks.report import median_and_range, print_figures
 from sdft_ray.stages import cut
 from sdft_ray.store.manifest import list_files
 
@@ -78,7 +77,10 @@ def measure(folder: Path, runs: int) -> None:
         without.append(copied / (ours - comparing))
         print(f"{run:>3}  {copied:>6.2f}  {ours:>6.2f}  {ours - comparing:>19.2f}  {copied / ours:>16.2f}", flush=True)
     done = subprocess.run(
-        [sys.executable, __file__, "--memory-of", str(base)], check=True, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "benchmarks.cut", "--memory-of", str(base)],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     above = float(done.stdout.split()[-1]) - largest / 1e6
     print(f"\nlargest shard: {largest / 1e6:.0f} MB; peak memory of the process: {above + largest / 1e6:.0f} MB")

@@ -1,4 +1,4 @@
-"""How long `make demo` takes once set up, here and on a CPU without bfloat16: `python benchmarks/demo.py`.
+"""How long `make demo` takes once set up, here and on a CPU without bfloat16: `python -m benchmarks.demo`.
 
 In: nothing, or another recipe. Out: the seconds of every kind of stage, and the figures as the last line. The recipe is
 run and its models verified in a root of their own, as the Makefile does, once as this machine is and once with
@@ -16,8 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from report import print_figures
-from sweep import seconds_by_stage
+from benchmarks.report import print_figures
+from benchmarks.sweep import seconds_by_stage
 
 AVX2 = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 

@@ -1,8 +1,8 @@
 """What vLLM's CPU build offers: how fast the stage generates with each engine option, beside the defaults.
 
-    python benchmarks/engine_options.py
+    python -m benchmarks.engine_options
 
-Runs `benchmarks/generate.py` for one option after the other, and all of them again in each round, so that a ratio is of
+Runs `benchmarks.generate` for one option after the other, and all of them again in each round, so that a ratio is of
 neighbours in time. The last line is JSON: `<option>_over_defaults` is the ratio of output tokens per second, steady
 state, without the engine's start; `<option>_start_seconds` is that start. Takes about 20 minutes on two cores.
 """
@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from report import median_and_range, print_figures
+
+from benchmarks.report import median_and_range, print_figures
 
 OPTIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "defaults": ({}, []),
@@ -63,7 +64,7 @@ def measure(name: str, rows: int, compute: Path) -> dict[str, float]:
     """Return tokens per second and seconds to start with one option."""
     section, words = OPTIONS[name]
     compute.write_text(yaml.safe_dump({"distill": section}))
-    generate = [sys.executable, str(Path(__file__).with_name("generate.py")), "--ways", "stage", "--runs", "1"]
+    generate = [sys.executable, "-m", "benchmarks.generate", "--ways", "stage", "--runs", "1"]
     generate += ["--rows", str(rows), "--compute", str(compute), *words]
     done = subprocess.run(generate, stdout=subprocess.PIPE, text=True, check=True)
     figures = json.loads(done.stdout.splitlines()[-1])["figures"]

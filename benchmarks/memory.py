@@ -1,6 +1,6 @@
 """What a training holds in memory, beside what `sdft check` says beforehand.
 
-    python benchmarks/memory.py
+    python -m benchmarks.memory
 
 Two workers on this machine's CPU, each a process, for LoRA and full fine-tuning under the four ZeRO stages. Measured is
 the peak of a worker's resident memory from when its engine stands, over three steps. The last line is JSON: the ratio
@@ -18,8 +18,7 @@ from typing import Any
 
 os.environ |= {"TQDM_DISABLE": "1", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
-from report import median_and_range, print_figures
-
+from benchmarks.report import median_and_range, print_figures
 from sdft_ray import pipeline
 from sdft_ray.core.rows import TrainingRow
 from sdft_ray.preflight import costs, memory
@@ -39,9 +38,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=("lora", "full"), default=("lora", "full"))
     parser.add_argument("--zero-stages", nargs="+", type=int, choices=range(4), default=range(4))
     options = parser.parse_args()
-    plan, storage = pipeline.chain(loading.load_recipe(options.recipe)).in_order[:1], Storage(options.root)
-    pipeline.build(plan, compute.load_compute(), storage)
-    base = storage.place(plan[0])
+    model, storage = pipeline.chain(loading.load_recipe(options.recipe)).base, Storage(options.root)
+    pipeline.build([model], compute.load_compute(), storage)
+    base = storage.place(model)
     shape = costs.shape_of_directory(base)
     print(f"{'':12}{'measured':>10}{'estimate':>10}  weights gradients optimizer activations process (GB)")
     ratios = []
@@ -86,19 +85,20 @@ def measure(rank: int, port: int, base: Path, method: str, zero_stage: int, queu
     import ray.train  # noqa: F401 - a real worker has it loaded
     import torch
 
-    from sdft_ray.stages.train import worker
+    from sdft_ray.stages.train import zero
+    from sdft_ray.stages.train.step import take_step
 
     torch.set_num_threads(1)
     deepspeed.ops.__compatible_ops__ = {}
     torch.distributed.init_process_group("gloo")
-    settings = recipe.Train(method="lora" if method == "lora" else "full").model_dump(mode="json")
-    plan = wording.validate(compute.Train, {"zero_stage": zero_stage, "cpus": 1}).model_dump(mode="json")
-    engine = worker.start_engine(worker.load_trainable(str(base), settings, plan), settings, plan, {})
+    settings = recipe.Train(method="lora" if method == "lora" else "full")
+    plan = wording.validate(compute.Train, {"zero_stage": zero_stage, "cpus": 1})
+    engine = zero.start_engine(zero.load_trainable(str(base), settings, plan), settings, plan, {})
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
     rows = [TrainingRow([(7 * i + j) % 40_000 + 17 for j in range(TOKENS)], PROMPT) for i in range(ROWS * WORKERS)]
     for step in range(3):
         keys = [f"{step}/{i}" for i in range(len(rows))]
-        worker.take_step(engine, rows, keys, [list(range(rank, len(rows), WORKERS))], 1.0)
+        take_step(engine, rows, keys, [list(range(rank, len(rows), WORKERS))], 1.0)
     found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert found, "the kernel tells VmHWM"
     queue.put(int(found[1]) * 1024)

@@ -1,4 +1,4 @@
-"""Our merge against mergekit's, of the same models: `python benchmarks/merge.py --mergekit PYTHON`.
+"""Our merge against mergekit's, of the same models: `python -m benchmarks.merge --mergekit PYTHON`.
 
 In: a Python that has mergekit (an environment of its own: it wants other versions than we do). Out: a table, and the
 figures as the last line. Two Llamas of one origin are written to a temporary directory and removed: some of their
@@ -16,9 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from report import median_and_range, print_figures
-
-from sdft_ray.stages.merge import merge_models
+from benchmarks.report import median_and_range, print_figures
+from sdft_ray.stages.merge import LinearSettings, Settings, SlerpSettings, merge_models
 
 T, WEIGHTS = 0.3, (1.0, 3.0)
 # Reads lines of (method, directory), answers each with the seconds that the merge took.
@@ -52,13 +51,13 @@ def measure(folder: Path, python: str, runs: int, width: int) -> None:
         [python, "-c", _OTHER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
     difference, figures = 0.0, {}
-    for method in ("slerp", "linear"):
+    ways: dict[str, Settings] = {"slerp": SlerpSettings(t=T), "linear": LinearSettings(weights=WEIGHTS)}
+    for method, settings in ways.items():
         speeds = []
         for run in range(runs + 1):
             ours, theirs = folder / f"ours-{method}-{run}", folder / f"theirs-{method}-{run}"
             ours.mkdir()
             begun = time.perf_counter()
-            settings = {"method": method, "t": T, "weights": WEIGHTS}
             facts = merge_models(dict(zip(("one", "other"), models, strict=True)), ours, settings)
             own_seconds = time.perf_counter() - begun
             their_seconds = run_mergekit(other, describe(method, models), theirs)

@@ -1,6 +1,6 @@
 """Which metric should choose the blocks: what each one removes, and what that costs in loss and in accuracy.
 
-    python benchmarks/metrics.py --corpus boolq --corpus texts.jsonl --root /tmp/metrics
+    python -m benchmarks.metrics --corpus boolq --corpus texts.jsonl --root /tmp/metrics
 
 Every metric chooses on every corpus for several sizes; the loss of every span on every corpus is measured, so that what
 a smaller number of candidates would choose is known as well. Each distinct set of blocks is cut once and examined,
@@ -13,23 +13,21 @@ import argparse
 import dataclasses
 import os
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 os.environ["TQDM_DISABLE"] = "1"
 
-from report import print_figures
-
+from benchmarks.report import print_figures
 from sdft_ray import pipeline
 from sdft_ray.core.surgery import name_blocks
 from sdft_ray.data.readers import read_json
+from sdft_ray.results import CANDIDATES, read_measured
 from sdft_ray.spec.compute import load_compute
 from sdft_ray.spec.loading import load_recipe
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.wording import validate
 from sdft_ray.stages.cut import remove_blocks
-from sdft_ray.stages.score import read_measured
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 
@@ -51,28 +49,27 @@ def main() -> None:
     storage, compute = Storage(options.root), load_compute()
     base = load_recipe(options.recipe).model_dump(mode="json")
 
-    def plan_of(corpus: str, size: int) -> tuple[Stage, ...]:
+    def plan_of(corpus: str, size: int) -> pipeline.Chain:
         calibration = {"text": corpus, "held_back": 16}
         prune: dict[str, Any] = {"blocks": size, "metric": "loss", "candidates": EVERY, "calibration": calibration}
         prune["dtype"] = options.dtype
         exams = {"tasks": list(TASKS), "limit": options.limit}
-        return pipeline.chain(validate(Recipe, base | {"prune": prune, "evaluate": exams})).in_order
+        return pipeline.chain(validate(Recipe, base | {"prune": prune, "evaluate": exams}))
 
     plans = {(corpus, size): plan_of(corpus, size) for corpus in corpora for size in SIZES}
-    measured = {
-        stage.id: stage for plan in plans.values() for stage in plan if stage.name in ("model", "score", "loss")
-    }
-    pipeline.build(list(measured.values()), compute, storage)
+    tried = {key: plan.loss for key, plan in plans.items() if plan.loss}
+    needed = [stage for key, loss in tried.items() for stage in (plans[key].base, plans[key].score, loss)]
+    pipeline.build(list({stage.id: stage for stage in needed}.values()), compute, storage)
 
-    losses = {key: read_json(storage.place(_named(plan, "loss")) / "losses.json") for key, plan in plans.items()}
+    losses = {key: read_json(storage.place(loss) / CANDIDATES) for key, loss in tried.items()}
     chosen = {
         (corpus, size, way): blocks
         for (corpus, size), plan in plans.items()
-        for way, blocks in _choices(losses[corpus, size], storage.place(_named(plan, "score")), size).items()
+        for way, blocks in _choices(losses[corpus, size], storage.place(plan.score), size).items()
     }
     some_plan = plans[corpora[0], SIZES[0]]
-    model = some_plan[0]
-    exams = [s for s in some_plan if s.name == "evaluate" and s.inputs["model"] is model]
+    model = some_plan.base
+    exams = [*some_plan.tasks_of("base").values()]
     examined = {"nothing": exams}
     for removed in sorted({tuple(blocks) for blocks in chosen.values()}):
         directory = Path(options.root) / "cut" / "-".join(map(str, removed))
@@ -80,7 +77,7 @@ def main() -> None:
             directory.mkdir(parents=True)
             remove_blocks(storage.place(model), directory, removed)
         cut = Stage("model", directory.name, 1, {"removed": list(removed)}, {"model": model}, location=directory)
-        slugs = [(exam, f"{exam.settings['task']}-{directory.name}") for exam in exams]
+        slugs = [(exam, f"{exam.settings.task}-{directory.name}") for exam in exams]
         examined[name_blocks(removed)] = [
             dataclasses.replace(exam, slug=slug, inputs={"model": cut}) for exam, slug in slugs
         ]
@@ -124,10 +121,6 @@ def _choices(losses: dict[str, Any], score: Path, size: int) -> dict[str, list[i
         tried = (c for c in candidates if min(c["distance_rank"], c["influence_rank"]) <= few)
         ways[f"loss, {few} candidates of each"] = next(tried)["blocks"]
     return ways | {"loss, every span": candidates[0]["blocks"]}
-
-
-def _named(plan: Sequence[Stage], name: str) -> Stage:
-    return next(stage for stage in plan if stage.name == name)
 
 
 if __name__ == "__main__":

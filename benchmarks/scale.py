@@ -1,6 +1,6 @@
 """What the distill stage itself costs when the engine costs nothing: the driver's memory, and rows per second.
 
-    python benchmarks/scale.py                   # 1,000 and 100,000 rows, about 10 minutes on two cores
+    python -m benchmarks.scale                   # 1,000 and 100,000 rows, about 10 minutes on two cores
 
 The fake engine answers at once, with texts as long as real ones. Each number of rows has a process of its own, whose
 peak memory is read at its end; what Ray and the actors hold is not in it. The last line is JSON:
@@ -23,13 +23,15 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from report import print_figures
-
+from benchmarks.report import print_figures
 from sdft_ray import pipeline
 from sdft_ray.core.selection import Generation
+from sdft_ray.data.readers import FileContent
 from sdft_ray.engine import Request
 from sdft_ray.spec.compute import load_compute
 from sdft_ray.spec.loading import load_recipe
+from sdft_ray.spec.recipe import Distill, FileRows
+from sdft_ray.spec.wording import validate
 from sdft_ray.stages import distill, rows
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
@@ -47,9 +49,9 @@ def main() -> None:
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         recipe = load_recipe(Path("configs/recipes/demo.yaml"))
-        pipeline.build(pipeline.chain(recipe).in_order[:1], load_compute(), Storage(folder))
+        pipeline.build([pipeline.chain(recipe).base], load_compute(), Storage(folder))
         for count in sorted(options.rows):
-            again = [sys.executable, __file__, "--measure", str(count), folder]
+            again = [sys.executable, "-m", "benchmarks.scale", "--measure", str(count), folder]
             done = subprocess.run(again, stdout=subprocess.PIPE, text=True, check=True)
             found[count] = json.loads(done.stdout.splitlines()[-1])
             print(f"{count} rows: {found[count]}", flush=True)
@@ -61,19 +63,14 @@ def main() -> None:
 
 def measure(count: int, root: Path) -> None:
     """Generate so many rows and print what it cost as a line of JSON."""
-    write = [sys.executable, "-c", f"import scale; scale.write_rows({count}, {str(root)!r})"]
-    subprocess.run(write, check=True, env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)})
+    write = [sys.executable, "-c", f"from benchmarks import scale; scale.write_rows({count}, {str(root)!r})"]
+    subprocess.run(write, check=True)
     recipe = load_recipe(Path("configs/recipes/demo.yaml"))
-    model, *_ = pipeline.chain(recipe).in_order
     storage = Storage(str(root))
-    settings = recipe.distill.model_dump(mode="json") | {"answer": "none", "rows": None}
-    gates = {name: settings.pop(name) for name in distill.GATES}
-    inputs = {"model": model, "rows": rows_stage(count, root)}
-    stage = Stage("distill", f"rows-{count}", distill.VERSION, settings, inputs, gates=gates)
+    stage = distill.stage(recipe.distill, pipeline.chain(recipe).base, rows_stage(count, root), None)
     (root / "compute.yaml").write_text(json.dumps({"distill": {"actors": 2, "cpus": 1}}))
-    distill.VllmEngine = FakeEngine  # type: ignore[misc,assignment]
     begun = time.monotonic()
-    pipeline.build([stage], load_compute(root / "compute.yaml"), storage)
+    pipeline.build([stage], load_compute(root / "compute.yaml"), storage, engine=FakeEngine)
     seconds = time.monotonic() - begun
     assert storage.manifest(stage)["summary"]["kept"] == count
     # Not getrusage: its maximum is inherited from the process that started this one.
@@ -85,7 +82,7 @@ def measure(count: int, root: Path) -> None:
 class FakeEngine:
     """Answers at once."""
 
-    def __init__(self, model: str, settings: Mapping[str, Any], options: Mapping[str, Any], alone: bool) -> None:
+    def __init__(self, model: str, settings: Distill, options: Mapping[str, Any], alone: bool) -> None:
         pass
 
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Generation]]:
@@ -95,9 +92,16 @@ class FakeEngine:
             yield request, Generation(words, "stop", len(request.prompt_ids), 120)
 
 
-def rows_stage(count: int, root: Path) -> Stage:
+def rows_stage(count: int, root: Path) -> Stage[rows.Settings]:
     """Return rows that are there already."""
-    return Stage("rows", "made", rows.VERSION, {"count": count}, location=root / f"rows-{count}")
+    file = {"path": "made.jsonl", "fields": {"prompt": "prompt", "response": "reference"}, "answer": "none"}
+    origin = validate(FileRows, file)
+    settings = rows.Settings(
+        source=FileContent(sha256=str(count), fields=origin.fields),
+        split=rows.Split(limit=None, held_out=0, validation=0, seed=0, answer=origin.answer),
+        origin=origin,
+    )
+    return Stage("rows", "made", rows.VERSION, settings, location=root / f"rows-{count}")
 
 
 def write_rows(count: int, root: str) -> None:

@@ -1,6 +1,6 @@
 """What scoring costs: one pass for every span of every size, beside a plain forward pass and beside the usual way.
 
-    python benchmarks/score.py
+    python -m benchmarks.score
 
 The usual way runs the model once for each number of blocks, with `output_hidden_states=True`. Same texts, same batches,
 alternating runs. The last line is JSON: `one_pass_over_forward` and `per_size_over_one_pass` are ratios of wall time,
@@ -21,8 +21,7 @@ from typing import Any
 
 os.environ["TQDM_DISABLE"] = "1"
 
-from report import median_and_range, print_figures
-
+from benchmarks.report import median_and_range, print_figures
 from sdft_ray import pipeline
 from sdft_ray.data import calibration
 from sdft_ray.spec.compute import load_compute
@@ -42,25 +41,25 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--peak", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    plan, storage = pipeline.chain(load_recipe(options.recipe)).in_order[:1], Storage(options.root)
-    pipeline.build(plan, load_compute(), storage)
-    directory = storage.place(plan[0])
+    model, storage = pipeline.chain(load_recipe(options.recipe)).base, Storage(options.root)
+    pipeline.build([model], load_compute(), storage)
+    directory = storage.place(model)
     if options.peak:
         print(_peak_mb(directory, options.peak))
         return
 
-    model, batches = _load(directory), _batches(directory, options.texts)
+    loaded, batches = _load(directory), _batches(directory, options.texts)
     for way in WAYS.values():  # once, to warm up
-        way(model, batches[:1])
+        way(loaded, batches[:1])
     seconds: dict[str, list[float]] = {name: [] for name in WAYS}
     for _ in range(options.runs):
         for name, way in WAYS.items():
             begun = time.perf_counter()
-            way(model, batches)
+            way(loaded, batches)
             seconds[name].append(time.perf_counter() - begun)
     for name, found in seconds.items():
         print(f"{name:14} " + "  ".join(f"{value:6.2f} s" for value in found))
-    command = [sys.executable, __file__, "--recipe", options.recipe, "--root", options.root, "--peak"]
+    command = [sys.executable, "-m", "benchmarks.score", "--recipe", options.recipe, "--root", options.root, "--peak"]
     peaks = {
         name: float(subprocess.run([*command, name], capture_output=True, text=True, check=True).stdout.split()[-1])
         for name in WAYS

@@ -1,4 +1,4 @@
-"""What a root in an object store costs against a local directory: `python benchmarks/storage.py`.
+"""What a root in an object store costs against a local directory: `python -m benchmarks.storage`.
 
 In: nothing; the tiny model, rows and recipe of benchmarks/sweep.py, and the S3-speaking server of the tests, on
 loopback. Out: seconds of the whole chain as a command, and the figures as the last line. Runs alternate, each with a
@@ -12,21 +12,18 @@ import argparse
 import importlib
 import os
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 
-from report import print_figures
-from sweep import seconds_of, write_inputs
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from benchmarks.report import print_figures
+from benchmarks.sweep import seconds_of, write_inputs
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=3, help="runs of each kind (default: %(default)s)")
     options = parser.parse_args()
-    s3 = importlib.import_module("s3")
+    s3 = importlib.import_module("tests.s3")
     with tempfile.TemporaryDirectory(prefix="storage-") as folder, s3.s3_server() as address:
         proxy = s3.Proxy(address)  # to count requests
         names = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}

@@ -1,4 +1,4 @@
-"""What a sweep costs against its recipes run one by one: `python benchmarks/sweep.py`.
+"""What a sweep costs against its recipes run one by one: `python -m benchmarks.sweep`.
 
 In: nothing; a tiny random model of 6 blocks and generated sums. Out: seconds of every kind of stage, and the figures
 as the last line. The sweep is 3 depths x 2 sizes x 2 arms, built by `sdft sweep` in a root of its own; then each of its
@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from report import print_figures
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from benchmarks.report import print_figures
 
 RECIPE: dict[str, Any] = {
     "rows": {"path": "sums.jsonl", "fields": {"prompt": "q", "response": "a"}, "held_out": 16, "validation": 8},
@@ -79,7 +78,7 @@ def measure(folder: Path) -> None:
 
 def write_inputs(folder: Path) -> None:
     """Write the model, the rows, the texts, the recipe, the sweep and the compute file."""
-    importlib.import_module("tiny").make_tiny_model(folder / "tiny", max_position_embeddings=2048)
+    importlib.import_module("tests.tiny").make_tiny_model(folder / "tiny", max_position_embeddings=2048)
     with (folder / "sums.jsonl").open("w") as lines:
         for i in range(280):
             lines.write(json.dumps({"q": f"What is {i} + {i}?", "a": f"{i} + {i} = {2 * i}\n#### {2 * i}"}) + "\n")

@@ -1,6 +1,6 @@
 """What training costs: the stage's steps beside a plain PyTorch loop on the same batches, and packing beside padding.
 
-    python benchmarks/train.py [--rows F.jsonl] [--prompt instruction --response response --context context]
+    python -m benchmarks.train [--rows F.jsonl] [--prompt instruction --response response --context context]
                                [--trl PYTHON]
 
 One worker of one thread a core, LoRA, float32, SmolLM2. Useful tokens are those of prompts and responses, no padding.
@@ -30,8 +30,8 @@ from typing import Any
 os.environ |= {"TQDM_DISABLE": "1", "DS_ACCELERATOR": "cpu"}
 
 import numpy as np
-from report import median_and_range, print_figures
 
+from benchmarks.report import median_and_range, print_figures
 from sdft_ray import pipeline
 from sdft_ray.core.rows import TrainingRow
 from sdft_ray.spec import compute, loading, recipe, wording
@@ -60,9 +60,9 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=2, help="optimizer steps of one run")
     parser.add_argument("--threads", type=int, default=compute.cores())
     options = parser.parse_args()
-    plan, storage = pipeline.chain(loading.load_recipe(options.recipe)).in_order[:1], Storage(options.root)
-    pipeline.build(plan, compute.load_compute(), storage)
-    base = storage.place(plan[0])
+    model, storage = pipeline.chain(loading.load_recipe(options.recipe)).base, Storage(options.root)
+    pipeline.build([model], compute.load_compute(), storage)
+    base = storage.place(model)
     count = options.batches * BATCH
     rows = read_rows(base, options, count) if options.rows else draw_rows(count)
     steps = [rows[i : i + BATCH] for i in range(0, count, BATCH)]
@@ -121,7 +121,7 @@ def start_trl(python: str, base: Path, steps: Sequence[Sequence[TrainingRow]], t
     }
     with tempfile.NamedTemporaryFile("w", suffix=".json", delete=False) as file:
         json.dump(given, file)
-    command = [python, "-W", "ignore", str(Path(__file__).with_name("train_trl.py")), file.name]
+    command = [python, "-W", "ignore", "-m", "benchmarks.train_trl", file.name]
     alone = {name: value for name, value in os.environ.items() if name not in WORKER}
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=alone)
     asked, answers = process.stdin, process.stdout
@@ -169,18 +169,20 @@ def start(base: Path, threads: int) -> dict[str, Callable[[Sequence[TrainingRow]
 
     from sdft_ray.core.packing import pack_rows, plan_passes
     from sdft_ray.progress import quiet_transformers
-    from sdft_ray.stages.train import worker
+    from sdft_ray.stages.train import zero
+    from sdft_ray.stages.train.adapters import adapt
+    from sdft_ray.stages.train.step import take_step
 
     quiet_transformers()
     torch.set_num_threads(threads)
     os.environ |= WORKER
     deepspeed.ops.__compatible_ops__ = {}
     torch.distributed.init_process_group("gloo")
-    settings = recipe.Train().model_dump(mode="json")
-    plan = wording.validate(compute.Train, {"workers": 1, "cpus": 1}).model_dump(mode="json")
-    engine = worker.start_engine(worker.load_trainable(str(base), settings, plan), settings, plan, {})
-    packed_module = worker.load_trainable(str(base), settings, plan)
-    padded_model = worker.adapt(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), settings)
+    settings = recipe.Train()
+    plan = wording.validate(compute.Train, {"workers": 1, "cpus": 1})
+    engine = zero.start_engine(zero.load_trainable(str(base), settings, plan), settings, plan, {})
+    packed_module = zero.load_trainable(str(base), settings, plan)
+    padded_model = adapt(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), settings)
 
     def adam(module: Any) -> Any:
         return torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-4)
@@ -191,7 +193,7 @@ def start(base: Path, threads: int) -> dict[str, Callable[[Sequence[TrainingRow]
         return plan_passes([len(row.ids) for row in rows], 1, MICRO_BATCH, MICRO_BATCH * MAX_TOKENS)[0]
 
     def stage(rows: Sequence[TrainingRow]) -> None:
-        worker.take_step(engine, rows, [""] * len(rows), passes(rows), 1.0)
+        take_step(engine, rows, [""] * len(rows), passes(rows), 1.0)
 
     def plain(rows: Sequence[TrainingRow]) -> None:
         for places in passes(rows):

@@ -7,13 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sdft_ray.errors import UserError, nearest, problem
 from sdft_ray.spec import recipe
-
-if TYPE_CHECKING:
-    pass
 
 
 def load_model(base: str, settings: recipe.Train) -> Any:

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sdft_ray.spec import compute, recipe
 from sdft_ray.stages.train.adapters import load_model
-
-if TYPE_CHECKING:
-    pass
 
 
 def load_trainable(base: str, settings: recipe.Train, plan: compute.Train) -> Any:
