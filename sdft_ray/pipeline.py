@@ -281,7 +281,7 @@ def _up_to(stages: Sequence[Stage[Any]], until: str) -> Sequence[Stage[Any]]:
     if until not in MODULES:
         raise UserError(problem("--until", f"{until} is no stage", nearest(until, MODULES)))
     if until not in names:
-        do = f"Give one of {', '.join(dict.fromkeys(names))}"
+        do = f"It has {', '.join(dict.fromkeys(names))}"
         raise UserError(problem("--until", f"this recipe has no stage {until}", do))
     return stages[: len(names) - names[::-1].index(until)]
 

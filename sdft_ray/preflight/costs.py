@@ -1,7 +1,7 @@
 """What a recipe will take before anything is paid for: memory of each process, steps, tokens.
 
 In: recipe, compute file, and headers of the model. Out: a line for each kind of stage, which `sdft check` shows. The
-arithmetic is core/memory.py; nothing heavy is imported.
+arithmetic is memory.py; nothing heavy is imported.
 """
 
 from __future__ import annotations

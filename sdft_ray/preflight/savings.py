@@ -66,8 +66,8 @@ def _seconds_alone(stage: Stage, mine: Sequence[Stage], seconds: Mapping[str, fl
     return seconds[stage.id]
 
 
-def _at_all_sizes(stage: Stage[distill.Settings]) -> distill.Settings:
-    return stage.settings.model_copy(update={"rows": None})
+def _at_all_sizes(stage: Stage[distill.Settings]) -> dict[str, Any]:
+    return {**stage.settings.hashed(), "rows": None}
 
 
 def _totals(kinds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -1,12 +1,16 @@
-"""Identity: what moves an id and what must not. Nothing is built here."""
+"""Identity: what moves an id and what must not. Nothing is built here but rows, and a stage of a test's own."""
 
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import pin
 import pytest
 
 from sdft_ray import pipeline
+from sdft_ray.preflight import precision
+from sdft_ray.report import show
 from sdft_ray.spec.compute import Compute, load_compute
 from sdft_ray.spec.loading import leaves, load_recipe
 from sdft_ray.spec.recipe import Recipe
@@ -245,6 +249,71 @@ def test_every_shipped_config_loads_and_plans(tmp_path):
         assert not list(tmp_path.iterdir()), "planning writes nothing under the root"
 
 
+# What a new kind of stage is: a file, and an entry in `pipeline.MODULES`.
+LONGEST = '''
+"""Stage `longest`: the longest prompts of the training rows."""
+
+import json
+
+from sdft_ray.results import read_split
+from sdft_ray.spec.section import Section
+from sdft_ray.store.identity import Stage
+
+VERSION, NEEDS, UNIT = 1, None, "rows"
+
+
+class Settings(Section):
+    """How many, and where nobody looks."""
+
+    unhashed = ("note",)
+    count: int
+    note: str = ""
+
+
+def stage(count, rows, note=""):
+    return Stage("longest", f"{rows.slug}-{count}", VERSION, Settings(count=count, note=note), {"rows": rows})
+
+
+def build(work):
+    prompts = sorted((row["prompt"] for row in read_split(work.input("rows"), "train")), key=len, reverse=True)
+    (work.directory / "longest.json").write_text(json.dumps(prompts[: work.settings.count]))
+    return {"longest": len(prompts[0]), "read": len(prompts)}
+'''
+
+
+@pytest.fixture
+def longest(tmp_path, monkeypatch):
+    """The module of a stage that the package does not know, entered where it looks its stages up."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "longest.py").write_text(LONGEST)
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    module = importlib.import_module("longest")
+    monkeypatch.setitem(pipeline.MODULES, "longest", module)
+    yield module
+    del sys.modules["longest"]
+
+
+def test_a_stage_of_its_own_file_and_an_entry_is_built_into_an_artifact(recipe, tmp_path, longest, capsys):
+    chain = pipeline.chain(validate(Recipe, recipe))
+    compute, storage = load_compute(), Storage(str(tmp_path / "root"))
+    added = longest.stage(2, chain.rows, note="/a/path")
+    assert added.id == longest.stage(2, chain.rows).id != longest.stage(3, chain.rows).id
+    built = pipeline.build([chain.rows, added], compute, storage)
+    assert [stage.name for stage in built.new] == ["rows", "longest"]
+    manifest = storage.manifest(added)
+    assert (manifest["stage"], manifest["id"], manifest["identity"]) == ("longest", added.id, added.identity)
+    assert manifest["identity"]["settings"] == {"count": 2}
+    assert manifest["identity"]["inputs"] == {"rows": chain.rows.id}
+    assert manifest["summary"] == {"longest": 2, "read": 4}
+    assert [entry["path"] for entry in manifest["files"]] == ["longest.json"]
+    assert len(json.loads((storage.place(added) / "longest.json").read_text())) == 2
+    assert pipeline.build([chain.rows, added], compute, storage).reused == (chain.rows, added)
+    assert [line["status"] for line in pipeline.describe([chain.rows, added], storage)] == ["done", "done"]
+    assert precision.half_fields([added], compute) == {}
+    show.show(storage.place(added), manifest)
+    assert f"longest {added.id}" in capsys.readouterr().out
+
+
 def test_rows_of_a_gym_are_built_from_the_plan(tiny_model, tmp_path):
     texts = tmp_path / "texts.txt"
     texts.write_text("Some text.\n\nMore text.\n\nA third text.")
@@ -259,5 +328,5 @@ def test_rows_of_a_gym_are_built_from_the_plan(tiny_model, tmp_path):
     )
     storage = Storage(str(tmp_path / "root"))
     pipeline.run(recipe, load_compute(), storage, until="rows")
-    counts = storage.manifest(pipeline.chain(recipe).in_order[1])["summary"]
+    counts = storage.manifest(pipeline.chain(recipe).rows)["summary"]
     assert counts["read"] == 30 == sum(counts["rows"].values()) + counts["duplicate_prompts"]
