@@ -63,8 +63,8 @@ def examine(recipe: Recipe | None, compute: Compute, root: str) -> Iterator[Find
         yield from checked
         if plan:
             yield from _template(recipe)
-            names = {pipeline.MODULES[stage.name].NEEDS for stage in plan}
-            needs = {stage: need for stage, need in needs.items() if stage in names}
+            asked = {pipeline.MODULES[stage.name].NEEDS for stage in plan}
+            needs = {section: need for section, need in needs.items() if section in asked}
             yield from _hub(plan, Storage(root))
             fields = precision.half_fields((each for each in plan if not _is_done(each, Storage(root))), compute)
     place = Storage(root).uri  # absolute: the same for every node
@@ -148,18 +148,17 @@ def compile_locks(folder: Path) -> list[Path]:
 
 
 def room(nodes: Sequence[Mapping[str, float]], needs: Mapping[str, tuple[int, int, float]]) -> Iterator[Finding]:
-    """Yield, for each stage, whether nodes with these resources can hold what it asks for."""
-    for stage, (bundles, cpus, gpus) in needs.items():
-        section = f"compute.{stage}"
+    """Yield, for each section of the compute file, whether nodes with these resources can hold its stages."""
+    for section, (bundles, cpus, gpus) in needs.items():
         wants = f"{bundles} x ({cpus} CPUs, {gpus:g} GPUs)"
         if (fit := count_places(nodes, cpus, gpus)) >= bundles:
-            yield Finding("resources", stage, "ok", f"{wants} fit")
+            yield Finding("resources", section, "ok", f"{wants} fit")
         elif fit:
-            do = f"Lower {section}, or add nodes; a stage waits ray.wait_seconds for them."
-            yield Finding("resources", stage, "fail", f"needs {wants}; {fit} fit", do)
+            do = f"Lower compute.{section}, or add nodes; a stage waits ray.wait_seconds for them."
+            yield Finding("resources", section, "fail", f"needs {wants}; {fit} fit", do)
         else:
-            do = f"Ask for less in {section}, or join a cluster with larger nodes."
-            yield Finding("resources", stage, "fail", f"needs {wants}; no node holds one", do)
+            do = f"Ask for less in compute.{section}, or join a cluster with larger nodes."
+            yield Finding("resources", section, "fail", f"needs {wants}; no node holds one", do)
 
 
 def _cluster(
