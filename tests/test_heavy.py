@@ -21,7 +21,7 @@ def test_helper(): run("check")
 def test_directly(): subprocess.run(["true"])
 def test_import(): import ray.data
 def test_vllm():
-    from sdft_ray.agreement import compare_with_vllm
+    from sdft_ray.verify.agreement import compare_with_vllm
 def test_nothing(tmp_path): make_tiny_model(tmp_path)
 """
 

@@ -243,7 +243,7 @@ def test_lease_that_is_not_renewed_runs_out_and_its_late_holder_cannot_commit(s3
 
 HOLDER = """
 import sys
-from sdft_ray.storage import Storage
+from sdft_ray.store.storage import Storage
 with Storage(sys.argv[1]).lock("train-1"):
     print("held", flush=True)
     sys.stdin.read()

@@ -22,8 +22,7 @@ RENAMED = dataclasses.replace(STAGE, slug="renamed-model")
 HOLDER = """
 import sys
 from pathlib import Path
-from sdft_ray.artifacts import Stage
-from sdft_ray.storage import Storage
+from sdft_ray.store.storage import Storage
 with Storage(sys.argv[1]).lock("score-1"):
     print("held", (Path(sys.argv[1]) / "made").exists(), flush=True)
     sys.stdin.read()
