@@ -6,8 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from sdft_ray import cli
-from sdft_ray import pipeline
+from sdft_ray import cli, pipeline
 
 PACKAGE = Path(__file__).parents[1] / "sdft_ray"
 # Each imports only what stands before it. A package stands for its modules, among which there is no circle.

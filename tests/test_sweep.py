@@ -10,7 +10,7 @@ from command import sdft
 from sdft_ray.errors import UserError
 from sdft_ray.preflight import savings
 from sdft_ray.spec.compute import load_compute
-from sdft_ray.stages.evaluate import OPENLLM_V1
+from sdft_ray.stages.evaluate.presets import OPENLLM_V1
 from sdft_ray.store.storage import Storage
 from sdft_ray.sweep import planning, trials
 
