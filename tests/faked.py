@@ -32,7 +32,7 @@ SCRIPT = textwrap.dedent(
                 time.sleep(SECONDS_A_ROW)
                 yield request, Generation(f"seed {request.sampling_seed}", "stop", len(request.prompt_ids), 2)
 
-        lease.BEAT_SECONDS, lease.EXPIRE_SECONDS = 0.5, 8.0
+    lease.BEAT_SECONDS, lease.EXPIRE_SECONDS = 0.5, 8.0
     sys.exit(cli.main(sys.argv[1:], engine=FakeEngine))
     """
 )

@@ -78,12 +78,25 @@ def make_tokenizer(merges: Sequence[tuple[str, str]] = ()) -> Any:
     )
 
 
+def rows_settings() -> Any:
+    """Return the settings of a rows stage on sums that were in no file."""
+    from sdft_ray.data.readers import FileContent
+    from sdft_ray.spec.recipe import FileRows
+    from sdft_ray.spec.wording import validate
+    from sdft_ray.stages import rows
+
+    split = {"held_out": 2, "validation": 2, "seed": 0, "answer": "number"}
+    origin = validate(FileRows, {"path": "sums.jsonl", "fields": {"prompt": "q", "response": "a"}, **split})
+    content = FileContent(sha256="0" * 64, fields=origin.fields)
+    return rows.Settings(source=content, split=rows.Split(limit=None, **split), origin=origin)
+
+
 def make_tiny_rows(storage: Any) -> Any:
     """Return a rows stage whose artifact, made where it is missing, holds 36 training rows of sums."""
     from sdft_ray.stages import rows
     from sdft_ray.store.identity import Stage
 
-    stage = Stage("rows", "sums", 1, {})
+    stage = Stage("rows", "sums", 1, rows_settings())
     if storage.status(stage) != "done":
         raw = [{"prompt": f"What is {i} + {i}?", "reference": f"It is {2 * i}." * 9, "answer": None} for i in range(40)]
         splits, _ = rows.split_rows(raw, "number", 0, 2, 2)

@@ -14,6 +14,7 @@ Heavy imports stand inside functions: planning reads every module and must not l
 from __future__ import annotations
 
 import dataclasses
+import re
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -81,8 +82,8 @@ class Work(Generic[S]):
 
     def numbered_inputs(self, name: str) -> dict[int, Path]:
         """Return the verified directories of inputs that are called by a kind and a number, by that number."""
-        keys = {f"{name}_{i}": i for i in range(len(self.stage.inputs))}
-        return {i: self.input(key) for key, i in keys.items() if key in self.stage.inputs}
+        found = (re.fullmatch(rf"{name}_(\d+)", key) for key in self.stage.inputs)  # not every number need be there
+        return {int(key[1]): self.input(key[0]) for key in found if key}
 
     def handle(self, name: str) -> Callable[[], Path]:
         """Return what gives a worker, on whatever node, the verified directory of an input's artifact there."""

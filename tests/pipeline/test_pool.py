@@ -22,8 +22,8 @@ SCRIPT = textwrap.dedent(
 
     sys.path.insert(0, str(Path(TESTS) / "stages"))
     from test_distill import make_work
-    from sdft_ray.compute import load_compute
-    from sdft_ray.cluster import ray_cluster, require_room
+    from sdft_ray.spec.compute import load_compute
+    from sdft_ray.cluster import ray_cluster, require_capacity
     from sdft_ray.core.selection import Generation
     from sdft_ray.stages import distill
 
@@ -43,7 +43,7 @@ SCRIPT = textwrap.dedent(
                     lines.write(request.id + "\\n")
                 yield request, Generation("made", "stop", len(request.prompt_ids), 3)
 
-        cluster = Cluster(head_node_args={"num_cpus": 1, "include_dashboard": False}, initialize_head=True)
+    cluster = Cluster(head_node_args={"num_cpus": 1, "include_dashboard": False}, initialize_head=True)
     timeline = []
 
     def engines():
@@ -57,12 +57,12 @@ SCRIPT = textwrap.dedent(
     def finished():
         return len(log.read_text().split())
 
-    work = make_work(folder, Path(sys.argv[2]), ROWS, answer="none")
+    work = make_work(folder, Path(sys.argv[2]), ROWS, answer="none", engine=FakeEngine)
     plan = {"actors": {"min": 1, "max": 3}, "cpus": 1, "batch_rows": 20, "piece_rows": 4}
     (folder / "compute.yaml").write_text(json.dumps({"ray": {"address": cluster.address}, "distill": plan}))
     compute = load_compute(folder / "compute.yaml")
     with ray_cluster(compute), ThreadPoolExecutor() as threads:
-        require_room(compute, "distill")
+        require_capacity(compute, "distill", "distill")
         building = threads.submit(distill.build, dataclasses.replace(work, compute=compute))
         until(lambda: finished() > 5 or building.done())
         timeline.append("two nodes come")

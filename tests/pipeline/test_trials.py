@@ -18,11 +18,12 @@ from events import read_events
 from faked import finish, kill, wait_for
 
 from sdft_ray import pipeline
-from sdft_ray.cluster import require_room
+from sdft_ray.cluster import require_capacity
 from sdft_ray.data.benchmarks import offline_task_file
 from sdft_ray.errors import StageFailed
 from sdft_ray.spec.compute import Compute, cores, load_compute
 from sdft_ray.spec.wording import validate
+from sdft_ray.stages import evaluate
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.manifest import read_manifest
 from sdft_ray.store.objects import Objects
@@ -102,17 +103,24 @@ def test_evaluations_end_with_the_one_beside_them_that_fails(ray_cluster, tiny_m
     storage, compute = Storage(str(tmp_path / "root")), load_compute()
 
     def evaluation(task: str, model: Path) -> Stage:
-        settings = {"task": task, "dtype": "float32", "metric": "acc,none", "shots": 0, "limit": None}
-        where = {"file": str(offline_task_file(task))}
+        settings = evaluate.TaskSettings(
+            task=task,
+            dtype="float32",
+            metric="acc,none",
+            shots=0,
+            limit=None,
+            chat_template=False,
+            file=str(offline_task_file(task)),
+        )
         base = Stage("model", "tiny", 1, {"name": model.name}, location=model)
-        return Stage("evaluate", task, 1, settings | {"chat_template": False}, {"model": base}, where)
+        return Stage("evaluate", task, 1, settings, {"model": base})
 
     (tmp_path / "empty").mkdir()
     failing, long = evaluation("arc_easy", tmp_path / "empty"), evaluation("hellaswag", tiny_model)  # 10,042 items
     with pytest.raises(StageFailed, match="evaluate: failed"):
         pipeline.build([failing, long], compute, storage)
     everything = {"evaluate": {"cpus": cores()}, "ray": {"wait_seconds": 15}}
-    require_room(validate(Compute, compute.model_dump(mode="json") | everything), "evaluate")
+    require_capacity(validate(Compute, compute.model_dump(mode="json") | everything), "evaluate", "evaluate")
     assert storage.status(long) == "missing"
 
 

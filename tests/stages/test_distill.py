@@ -1,5 +1,6 @@
 """The distill stage on real Ray Data, with a fake engine at the one boundary where a fake may stand."""
 
+import dataclasses
 import json
 import os
 import re
@@ -11,14 +12,18 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 from huggingface_hub import DatasetCard
-from tiny import make_tiny_model
+from tiny import make_tiny_model, rows_settings
 
 from sdft_ray import pipeline
 from sdft_ray.core.selection import Generation
+from sdft_ray.engine import EngineFactory, VllmEngine
 from sdft_ray.errors import StageFailed, UserError
 from sdft_ray.progress import Progress
+from sdft_ray.results import read_split, read_training_rows
 from sdft_ray.spec import compute
+from sdft_ray.spec.wording import validate
 from sdft_ray.stages import Work, distill, rows
+from sdft_ray.stages.distill.draws import sampling_seed
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 
@@ -33,10 +38,11 @@ SETTINGS = {
     "strip_thinking": True,
     "filters": {"leak": True, "refusal": True, "repeated": True, "too_long": 4.0},
     "samples": 1,
+    "max_attempts": 3,
+    "max_failed_fraction": 0.5,
     "answer": "number",
     "rows": None,
 }
-GATES = {"max_attempts": 3, "max_failed_fraction": 0.5}
 PLAN = compute.Compute(distill=compute.Distill(cpus=1, batch_rows=8, piece_rows=2))
 
 
@@ -83,7 +89,15 @@ def fake_engine(
     return FakeEngine
 
 
-def make_work(root: Path, model: Path, count: int, max_failures: int = 10, slug: str = "sums", **settings) -> Work:
+def make_work(
+    root: Path,
+    model: Path,
+    count: int,
+    max_failures: int = 10,
+    slug: str = "sums",
+    engine: EngineFactory = VllmEngine,
+    **settings,
+) -> Work:
     """Return the distill stage's work on `count` training rows, its inputs being there already; `slug` is what people
     call model and rows."""
     raw = [
@@ -93,20 +107,20 @@ def make_work(root: Path, model: Path, count: int, max_failures: int = 10, slug:
     splits, _ = rows.split_rows(raw, "number", 0, 2, 2)
     storage = Storage(str(root))
     base = Stage("model", slug, 1, {}, location=model)
-    rows_stage = Stage("rows", slug, 1, {})
+    rows_stage = Stage("rows", slug, 1, rows_settings())
     if storage.status(rows_stage) != "done":
         directory = storage.scratch(rows_stage)
         rows.write_splits(directory, splits)
         storage.commit(rows_stage, {}, 0.0)
-    gates = {name: settings.pop(name, usual) for name, usual in GATES.items()}
-    settings = SETTINGS | {"rows": count} | settings
-    stage = Stage("distill", slug, 1, settings, {"model": base, "rows": rows_stage}, gates=gates)
+    wanted = validate(distill.Settings, SETTINGS | {"rows": count} | settings)
+    stage = Stage("distill", slug, 1, wanted, {"model": base, "rows": rows_stage})
     plan = PLAN.distill.model_copy(update={"max_failures": max_failures})
-    return Work(stage, storage, PLAN.model_copy(update={"distill": plan}), Progress("distill", "rows"))
+    plans = PLAN.model_copy(update={"distill": plan})
+    return Work(stage, storage, plans, Progress("distill", "rows"), engine=engine)
 
 
 def rows_of(work: Work) -> list[dict]:
-    return rows.read_training_rows(work.input("rows"), work.settings["rows"])
+    return read_training_rows(work.input("rows"), work.settings.rows)
 
 
 def test_distill_refuses_a_template_without_a_training_sequence_before_it_generates(tmp_path):
@@ -127,9 +141,9 @@ def written(work: Work) -> list[dict]:
     return pq.read_table(work.directory / "train.parquet").to_pylist()
 
 
-def test_distill_every_row_kept_has_the_rewrite(ray_cluster, tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(distill, "VllmEngine", fake_engine(tmp_path / "log"))
-    work = make_work(tmp_path, tiny_model, 20)
+def test_distill_every_row_kept_has_the_rewrite(ray_cluster, tiny_model, tmp_path):
+    engine = fake_engine(tmp_path / "log")
+    work = make_work(tmp_path, tiny_model, 20, engine=engine)
     summary = distill.build(work)
     assert summary["rows"] == summary["kept"] == 20
     for row in written(work):
@@ -145,28 +159,28 @@ def test_distill_every_row_kept_has_the_rewrite(ray_cluster, tiny_model, tmp_pat
         assert loaded["train"]["id"] == [row["id"] for row in written(work)]
 
 
-def test_distill_growing_the_rows_generates_only_the_missing(ray_cluster, tiny_model, tmp_path, monkeypatch):
+def test_distill_growing_the_rows_generates_only_the_missing(ray_cluster, tiny_model, tmp_path):
     log = tmp_path / "log"
-    monkeypatch.setattr(distill, "VllmEngine", fake_engine(log))
-    distill.build(make_work(tmp_path, tiny_model, 10))
+    engine = fake_engine(log)
+    distill.build(make_work(tmp_path, tiny_model, 10, engine=engine))
     first = [row for row, _, _ in logged(log)]
-    grown = make_work(tmp_path, tiny_model, 30)
+    grown = make_work(tmp_path, tiny_model, 30, engine=engine)
     distill.build(grown)
     everything = [row for row, _, _ in logged(log)]
     assert len(first) == 10
     assert len(everything) == len(set(everything)) == 30
     assert [row["id"] for row in written(grown)][:10] == [
-        row["id"] for row in rows.read_split(grown.input("rows"), "train")[:10]
+        row["id"] for row in read_split(grown.input("rows"), "train")[:10]
     ]
 
 
-def test_distill_a_killed_actor_loses_no_row_and_doubles_none(ray_cluster, tiny_model, tmp_path, monkeypatch):
+def test_distill_a_killed_actor_loses_no_row_and_doubles_none(ray_cluster, tiny_model, tmp_path):
     calm_log, log = tmp_path / "calm.log", tmp_path / "killed.log"
-    monkeypatch.setattr(distill, "VllmEngine", fake_engine(calm_log))
-    calm = make_work(tmp_path / "calm", tiny_model, 20)
+    engine = fake_engine(calm_log)
+    calm = make_work(tmp_path / "calm", tiny_model, 20, engine=engine)
     distill.build(calm)
-    monkeypatch.setattr(distill, "VllmEngine", fake_engine(log, kill_after=6))
-    killed = make_work(tmp_path / "killed", tiny_model, 20)
+    engine = fake_engine(log, kill_after=6)
+    killed = make_work(tmp_path / "killed", tiny_model, 20, engine=engine)
     distill.build(killed)
     # The same rows, prompts, seeds and counts as without the kill.
     assert written(killed) == written(calm)
@@ -179,88 +193,84 @@ def test_distill_a_killed_actor_loses_no_row_and_doubles_none(ray_cluster, tiny_
     assert len(pieces) == len(set(pieces)) == 20
 
 
-def test_distill_rows_that_error_keep_their_reference_and_are_tried_again(
-    ray_cluster, tiny_model, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(distill, "VllmEngine", fake_engine(tmp_path / "log", error_on="What is 1"))
-    work = make_work(tmp_path, tiny_model, 36)
+def test_distill_rows_that_error_keep_their_reference_and_are_tried_again(ray_cluster, tiny_model, tmp_path):
+    engine = fake_engine(tmp_path / "log", error_on="What is 1")
+    work = make_work(tmp_path, tiny_model, 36, engine=engine)
     summary = distill.build(work)
     failed = [row for row in written(work) if row["prompt"].startswith("What is 1")]
     assert summary["reasons"]["error"] == len(failed) > 0
     assert summary["rows"] == 36 == summary["kept"] + len(failed)
     assert all(row["response"] == row["reference"] for row in failed)
-    monkeypatch.setattr(distill, "VllmEngine", fake_engine(tmp_path / "log2"))
+    work = dataclasses.replace(work, engine=fake_engine(tmp_path / "log2"))
     assert distill.build(work)["kept"] == 36
     assert len(logged(tmp_path / "log2")) == len(failed)
 
 
-def test_distill_a_batch_of_nothing_but_errors_is_tried_again(ray_cluster, tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(distill, "VllmEngine", fake_engine(tmp_path / "log", error_on="What is"))
-    work = make_work(tmp_path, tiny_model, 8, max_failed_fraction=1.0)
+def test_distill_a_batch_of_nothing_but_errors_is_tried_again(ray_cluster, tiny_model, tmp_path):
+    engine = fake_engine(tmp_path / "log", error_on="What is")
+    work = make_work(tmp_path, tiny_model, 8, max_failed_fraction=1.0, engine=engine)
     assert distill.build(work)["reasons"]["error"] == 8
-    monkeypatch.setattr(distill, "VllmEngine", fake_engine(tmp_path / "log2"))
+    work = dataclasses.replace(work, engine=fake_engine(tmp_path / "log2"))
     assert distill.build(work)["kept"] == 8
 
 
-def test_distill_more_samples_are_drawn_only_where_none_before_passed(ray_cluster, tiny_model, tmp_path, monkeypatch):
+def test_distill_more_samples_are_drawn_only_where_none_before_passed(ray_cluster, tiny_model, tmp_path):
     log = tmp_path / "log"
-    monkeypatch.setattr(distill, "VllmEngine", fake_engine(log, right_from=2))
-    one = make_work(tmp_path, tiny_model, 36)
+    engine = fake_engine(log, right_from=2)
+    one = make_work(tmp_path, tiny_model, 36, engine=engine)
     summary = distill.build(one)
     wrong = {row["id"] for row in written(one) if row["source"] == "reference"}
     assert len(wrong) == summary["reasons"]["no_answer"] == 36 - summary["kept"] > 0
-    three = make_work(tmp_path, tiny_model, 36, samples=4)
+    three = make_work(tmp_path, tiny_model, 36, samples=4, engine=engine)
     assert distill.build(three)["kept"] == 36
     assert {row["id"]: row["sample"] for row in written(three)} == {
         row["id"]: 2 if row["id"] in wrong else 0 for row in written(one)
     }
     again = [(row, seed) for row, _, seed in logged(log)][36:]
-    assert sorted(again) == sorted((row, distill.sampling_seed(row, 0, sample)) for row in wrong for sample in (1, 2))
+    assert sorted(again) == sorted((row, sampling_seed(row, 0, sample)) for row in wrong for sample in (1, 2))
     # Fewer samples again: the ledger has them all.
-    assert distill.build(make_work(tmp_path, tiny_model, 36, samples=2))["kept"] == summary["kept"]
+    assert distill.build(make_work(tmp_path, tiny_model, 36, samples=2, engine=engine))["kept"] == summary["kept"]
     assert len(logged(log)) == 36 + 2 * len(wrong)
 
 
-def test_distill_a_row_that_errors_is_tried_a_bounded_number_of_times(ray_cluster, tiny_model, tmp_path, monkeypatch):
+def test_distill_a_row_that_errors_is_tried_a_bounded_number_of_times(ray_cluster, tiny_model, tmp_path):
     log = tmp_path / "log"
-    monkeypatch.setattr(distill, "VllmEngine", fake_engine(log, error_on="What is 11"))
-    work = make_work(tmp_path, tiny_model, 36)
+    engine = fake_engine(log, error_on="What is 11")
+    work = make_work(tmp_path, tiny_model, 36, engine=engine)
     assert distill.build(work)["reasons"]["error"] == 1
     assert len(logged(log)) == 35 + 3, "three attempts in one run"
     distill.build(work)
     assert len(logged(log)) == 35 + 4, "a later run tries once: the cause may have been mended"
 
 
-def test_distill_a_row_that_kills_its_engine_is_found_and_set_aside(ray_cluster, tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(distill, "VllmEngine", fake_engine(tmp_path / "log", die_on="What is 11"))
-    work = make_work(tmp_path, tiny_model, 36)
+def test_distill_a_row_that_kills_its_engine_is_found_and_set_aside(ray_cluster, tiny_model, tmp_path):
+    engine = fake_engine(tmp_path / "log", die_on="What is 11")
+    work = make_work(tmp_path, tiny_model, 36, engine=engine)
     summary = distill.build(work)
     (failed,) = (row for row in written(work) if row["source"] == "reference")
     assert failed["prompt"] == "What is 11 + 11?" and failed["reason"] == "error"
     assert summary["rows"] == 36 == summary["kept"] + 1
 
 
-def test_distill_an_engine_that_always_breaks_ends_the_stage_and_keeps_the_rest(
-    ray_cluster, tiny_model, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(distill, "VllmEngine", fake_engine(tmp_path / "log", raise_on="What is 11"))
-    work = make_work(tmp_path, tiny_model, 36, max_failures=1)
+def test_distill_an_engine_that_always_breaks_ends_the_stage_and_keeps_the_rest(ray_cluster, tiny_model, tmp_path):
+    engine = fake_engine(tmp_path / "log", raise_on="What is 11")
+    work = make_work(tmp_path, tiny_model, 36, max_failures=1, engine=engine)
     rows = [row["prompt"] for row in rows_of(work)]
     with pytest.raises(StageFailed) as failure:
         distill.build(work)
     start, stop = map(int, re.search(r"on rows (\d+) to (\d+) of the training rows", str(failure.value)).groups())
     assert start <= rows.index("What is 11 + 11?") <= stop
     assert "the engine is broken" in str(failure.value)
-    monkeypatch.setattr(distill, "VllmEngine", fake_engine(tmp_path / "log2"))
+    work = dataclasses.replace(work, engine=fake_engine(tmp_path / "log2"))
     assert distill.build(work)["kept"] == 36
     assert 0 < len(logged(tmp_path / "log2")) < 36
 
 
 def test_distill_over_its_gate_stops_in_one_line_keeps_the_rows_and_asks_for_failed_ones_again(
-    ray_cluster, tiny_model, tmp_path, monkeypatch
+    ray_cluster, tiny_model, tmp_path
 ):
-    monkeypatch.setattr(distill, "VllmEngine", fake_engine(tmp_path / "log", error_on="What is 1"))
-    work = make_work(tmp_path, tiny_model, 36, max_failed_fraction=0.01)
+    engine = fake_engine(tmp_path / "log", error_on="What is 1")
+    work = make_work(tmp_path, tiny_model, 36, max_failed_fraction=0.01, engine=engine)
     with pytest.raises(StageFailed) as failure:
         distill.build(work)
     failed = sum(row["reason"] == "error" for row in written(work))
@@ -268,36 +278,34 @@ def test_distill_over_its_gate_stops_in_one_line_keeps_the_rows_and_asks_for_fai
         f"distill.max_failed_fraction: {failed} of 36 rows failed in the engine, mostly with: prompt refused "
         f"(got {failed / 36:.2%}; expected at most 1.00%). Raise it; what was generated is kept."
     )
-    monkeypatch.setattr(distill, "VllmEngine", fake_engine(tmp_path / "log2"))
+    work = dataclasses.replace(work, engine=fake_engine(tmp_path / "log2"))
     assert distill.build(work)["kept"] == 36
     assert len(logged(tmp_path / "log2")) == failed
 
 
 def test_distill_over_its_gate_is_finished_at_once_by_a_looser_one_and_stopped_by_a_stricter_one_later(
-    ray_cluster, tiny_model, tmp_path, monkeypatch
+    ray_cluster, tiny_model, tmp_path
 ):
-    monkeypatch.setattr(distill, "VllmEngine", fake_engine(tmp_path / "log", error_on="What is 1"))
+    engine = fake_engine(tmp_path / "log", error_on="What is 1")
     strict = make_work(tmp_path, tiny_model, 36, max_failed_fraction=0.01)
     plan = compute.load_compute().model_copy(update={"distill": PLAN.distill})
     with pytest.raises(StageFailed) as failure:
-        pipeline.build([strict.stage], plan, strict.storage)
+        pipeline.build([strict.stage], plan, strict.storage, engine=engine)
     asked = len(logged(tmp_path / "log"))
     loose = make_work(tmp_path, tiny_model, 36, max_failed_fraction=0.9)
     assert loose.stage.id == strict.stage.id
-    pipeline.build([loose.stage], plan, loose.storage)
+    pipeline.build([loose.stage], plan, loose.storage, engine=engine)
     assert len(logged(tmp_path / "log")) == asked, "no engine was needed"
     assert loose.storage.manifest(loose.stage)["summary"]["reasons"]["error"] > 0
     with pytest.raises(StageFailed) as again:
-        pipeline.build([strict.stage], plan, strict.storage)
+        pipeline.build([strict.stage], plan, strict.storage, engine=engine)
     assert str(again.value) == str(failure.value)
 
 
-def test_distill_finds_its_ledger_after_the_model_and_the_rows_got_other_names(
-    ray_cluster, tiny_model, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(distill, "VllmEngine", fake_engine(tmp_path / "log"))
-    first = distill.build(make_work(tmp_path, tiny_model, 10))
-    renamed = make_work(tmp_path, tiny_model, 20, slug="renamed")
+def test_distill_finds_its_ledger_after_the_model_and_the_rows_got_other_names(ray_cluster, tiny_model, tmp_path):
+    engine = fake_engine(tmp_path / "log")
+    first = distill.build(make_work(tmp_path, tiny_model, 10, engine=engine))
+    renamed = make_work(tmp_path, tiny_model, 20, slug="renamed", engine=engine)
     second = distill.build(renamed)
     assert second["ledger"] == first["ledger"] and second["kept"] == 20
     assert len(logged(tmp_path / "log")) == 20, "only the ten new rows were asked for"
@@ -313,6 +321,6 @@ def test_ledger_moves_with_sampling_but_not_with_rows_names_or_checks(tmp_path, 
 
 
 def test_sampling_seed_depends_on_row_and_recipe_seed_only():
-    assert distill.sampling_seed("a", 0) == distill.sampling_seed("a", 0)
-    assert len({distill.sampling_seed(row, seed, n) for row in "abc" for seed in (0, 1) for n in (0, 1, 2)}) == 18
-    assert distill.sampling_seed("a", 0) == 2649998842, "ledgers hold what was drawn with it"
+    assert sampling_seed("a", 0) == sampling_seed("a", 0)
+    assert len({sampling_seed(row, seed, n) for row in "abc" for seed in (0, 1) for n in (0, 1, 2)}) == 18
+    assert sampling_seed("a", 0) == 2649998842, "ledgers hold what was drawn with it"

@@ -17,21 +17,23 @@ from sdft_ray.spec.compute import load_compute
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.wording import validate
 from sdft_ray.stages import draft
+from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 from sdft_ray.sweep.planning import Plan, load_sweep, name_draft, stages_of
 
 torch.set_num_threads(1)
 
 PROMPTS = ["What is 1 + 1?", "What is 2 + 2?"]
-SETTINGS = {
-    "tokens": [1, 3],
-    "prompts": 2,
-    "at_once": 1,
-    "max_new_tokens": 24,
-    "temperature": 0.05,  # nearly greedy
-    "top_p": 0.95,
-    "dtype": "float32",
-}
+SETTINGS = draft.Settings(
+    name="blurred",
+    tokens=(1, 3),
+    prompts=2,
+    at_once=1,
+    max_new_tokens=24,
+    temperature=0.05,  # nearly greedy
+    top_p=0.95,
+    dtype="float32",
+)
 
 
 @pytest.fixture(scope="module")
@@ -63,21 +65,20 @@ def recipe(tiny_model, tmp_path) -> dict:
     }
 
 
-def drafts(recipe: dict) -> dict[str, pipeline.Stage]:
-    plan = pipeline.chain(validate(Recipe, recipe)).in_order
-    return {stage.where["draft"]: stage for stage in plan if stage.name == "draft"}
+def drafts(recipe: dict) -> dict[str, Stage]:
+    found = pipeline.chain(validate(Recipe, recipe)).drafts
+    assert list(found) == [stage.settings.name for stage in found.values()]
+    return dict(found)
 
 
 def test_draft_tells_acceptance_and_speeds_and_leaves_greedy_text_as_it_was(
     ray_cluster, recipe, tiny_model, blurred, tmp_path
 ):
-    plan = pipeline.chain(validate(Recipe, recipe)).in_order
-    base, rows = plan[:2]
-    other = pipeline.Stage("model", "blurred", 1, {"sha256": "b"}, location=blurred)
-    inputs = {"model": base, "draft": other, "rows": rows}
-    stage = pipeline.Stage("draft", "d", 1, SETTINGS, inputs, {"draft": "blurred"})
+    chain = pipeline.chain(validate(Recipe, recipe))
+    other = Stage("model", "blurred", 1, {"sha256": "b"}, location=blurred)
+    stage = Stage("draft", "d", 1, SETTINGS, {"model": chain.base, "draft": other, "rows": chain.rows})
     storage = Storage(str(tmp_path / "root"))
-    pipeline.build([rows, stage], load_compute(), storage)
+    pipeline.build([chain.rows, stage], load_compute(), storage)
     found = storage.manifest(stage)["summary"]
 
     for way in ("greedy", "sampled"):
@@ -109,7 +110,7 @@ def test_a_model_that_drafts_for_itself_is_always_accepted(ray_cluster, tiny_mod
 
     options = load_compute().distill.engine.model_dump() | {"tensor_parallel_size": 1}
     measure = ray.remote(max_calls=1)(draft.measure)
-    settings = SETTINGS | {"dtype": dtype, "tokens": [2], "at_once": 2}
+    settings = SETTINGS.model_copy(update={"dtype": dtype, "tokens": (2,), "at_once": 2})
     found = ray.get(measure.remote(lambda: tiny_model, lambda: tiny_model, PROMPTS, settings, options))
     for way in ("greedy", "sampled"):
         exact = dtype == "float32" and way == "greedy"
@@ -145,7 +146,7 @@ def test_a_draft_with_another_tokenizer_is_refused(tiny_model, tmp_path):
 
 
 def test_an_answer_longer_than_the_context_is_refused_before_an_engine_starts(tiny_model):
-    settings = SETTINGS | {"max_new_tokens": 100_000}
+    settings = SETTINGS.model_copy(update={"max_new_tokens": 100_000})
     with pytest.raises(
         UserError, match=r"draft\.max_new_tokens: .* and the model's context is \d+\. Lower it by \d+\."
     ):
@@ -160,8 +161,8 @@ def test_every_arm_and_the_pruned_model_are_tried_unless_named(recipe):
 
 def test_every_setting_of_a_draft_moves_its_id_and_no_exam(recipe):
     def ids(**changed):
-        plan = pipeline.chain(validate(Recipe, recipe | {"draft": recipe["draft"] | changed})).in_order
-        return [stage.id for stage in plan if stage.name == "draft"], [s.id for s in plan if s.name == "evaluate"]
+        chain = pipeline.chain(validate(Recipe, recipe | {"draft": recipe["draft"] | changed}))
+        return [stage.id for stage in chain.drafts.values()], [stage.id for stage in chain.evaluations.values()]
 
     before, exams = ids()
     for changed in [{"tokens": [1, 4]}, {"prompts": 3}, {"at_once": 2}, {"max_new_tokens": 8}, {"temperature": 1.0},
@@ -207,8 +208,8 @@ def test_sweep_tries_each_pruned_model_once_and_each_trained_one_after_all_else(
     assert stages_of(plan)[-8:] == plan.drafts
     counts = {kind["stage"]: kind for kind in savings.measure(plan, Storage(str(tmp_path / "root")))["stages"]}
     assert (counts["draft"]["alone"], counts["draft"]["sweep"], counts["draft"]["missing"]) == (4 * 3, 8, 8)
-    alone = pipeline.chain(plan.cells[0].recipe).in_order
-    assert [stage for stage in alone if stage.name == "draft"] == list(plan.drafts[:3]), "the same artifacts"
+    alone = pipeline.chain(plan.cells[0].recipe).drafts
+    assert list(alone.values()) == list(plan.drafts[:3]), "the same artifacts"
     named = recipe | {"draft": {"models": ["distilled"], "prompts": 2}}
     assert len(sweep_of(named, tmp_path, [{"prune.blocks": [1, 2]}]).drafts) == 2
 

@@ -67,15 +67,10 @@ def test_examine_in_float32_scores_exactly_what_plain_lm_eval_does(task, metric,
     from lm_eval.models.huggingface import HFLM
 
     exam, file = evaluate.OFFLINE[task], offline_task_file(task)
-    settings = {
-        "task": task,
-        "dtype": "float32",
-        "metric": metric,
-        "shots": 0,
-        "limit": 12,
-        "chat_template": False,
-    }
-    ours, items = evaluate.examine(lambda: tiny_model, settings, {"file": str(file)}, [], 8, "cpu")
+    settings = evaluate.TaskSettings(
+        task=task, dtype="float32", metric=metric, shots=0, limit=12, chat_template=False, file=str(file)
+    )
+    ours, items = evaluate.examine(lambda: tiny_model, settings, [], 8, "cpu")
     harness = evaluate.task_manager()
     (tmp_path / "plain.yaml").write_text(
         f"include: {harness.task_index[task].yaml_path}\ndataset_path: arrow\ndataset_name: null\n"

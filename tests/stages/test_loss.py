@@ -8,9 +8,11 @@ from architectures import logits_of
 from tiny import make_tiny_model, make_tiny_rows
 
 from sdft_ray.core.surgery import ARCHITECTURES
+from sdft_ray.data.calibration import CorpusSettings
 from sdft_ray.errors import UserError
 from sdft_ray.progress import Progress
 from sdft_ray.spec import compute
+from sdft_ray.spec.recipe import Protect
 from sdft_ray.stages import Work, cut, loss, score
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
@@ -42,31 +44,27 @@ def test_skipped_losses_equal_those_of_the_base_that_skips_by_hooks(architecture
     torch.testing.assert_close(loss.skipped_losses(model, TEXTS, FIRST, [[]])[:, 0], found[:, 0], atol=0, rtol=0)
 
 
-SETTINGS = {
-    "dtype": "float32",
-    "blocks": 2,
-    "contiguous": True,
-    "protect": {"first": 0, "last": 0},
-    "candidates": 2,
-    "calibration": [{"field": "text", "limit": 10, "held_back": 5, "max_tokens": 40, "positions": "last"}],
-}
+CORPUS = CorpusSettings(name="sums", field="text", limit=10, held_back=5, max_tokens=40, positions="last")
+SETTINGS = loss.Settings(
+    dtype="float32", calibration=(CORPUS,), depth=2, contiguous=True, protect=Protect(), candidates=2
+)
 
 
 @pytest.fixture
 def work(ray_cluster, tiny_model, tmp_path):
     """Return the loss stage's work on chat rows, its score being there already."""
 
-    def make(places=None, **settings):
+    def make(**changes):
         storage = Storage(str(tmp_path))
         plan = compute.Compute(score=compute.Score(cpus=1, batch_size=4))
         inputs = {"model": Stage("model", "tiny", 1, {}, location=tiny_model), "rows_0": make_tiny_rows(storage)}
-        where = {"name_0": "sums", **(places or {})}
-        measured = {key: {**SETTINGS, **settings}[key] for key in ("dtype", "calibration")}
-        scored = Stage("score", "tiny", 1, measured, inputs, where)
+        settings = SETTINGS.model_copy(update=changes)
+        measured = score.Settings(dtype=settings.dtype, calibration=settings.calibration)
+        scored = Stage("score", "tiny", 1, measured, inputs)
         if storage.status(scored) != "done":
             summary = score.build(Work(scored, storage, plan, Progress("score", "texts")))
             storage.commit(scored, summary, 0.0)
-        stage = Stage("loss", "tiny", 1, SETTINGS | settings, inputs | {"score": scored}, where)
+        stage = Stage("loss", "tiny", 1, settings, inputs | {"score": scored})
         return Work(stage, storage, plan, Progress("loss", "texts"))
 
     return make
@@ -86,8 +84,8 @@ def test_loss_ranks_candidates_by_loss_beside_distance_and_influence(work):
 def test_loss_of_two_corpora_keeps_the_losses_of_both(work, tmp_path):
     texts = tmp_path / "texts.txt"
     texts.write_text("\n\n".join(f"A text of its own, number {i}." for i in range(9)) + "\n\nX\n\nY")
-    places = {"texts_1": str(texts), "name_1": "sums-2"}
-    found = loss.build(work(places, calibration=[*SETTINGS["calibration"]] * 2))
+    second = CORPUS.model_copy(update={"name": "sums-2", "path": str(texts)})
+    found = loss.build(work(calibration=(CORPUS, second)))
     assert found["texts"] == {"sums": 5, "sums-2": 3}
     for candidate in found["candidates"]:
         assert candidate["loss"] == pytest.approx(sum(candidate["losses"].values()) / 2)
@@ -96,20 +94,22 @@ def test_loss_of_two_corpora_keeps_the_losses_of_both(work, tmp_path):
 
 def test_loss_of_every_span_is_measured_where_more_candidates_are_asked_for_than_there_are(work):
     assert len(loss.build(work(candidates=99))["candidates"]) == 5
-    protected = loss.build(work(candidates=99, protect={"first": 1, "last": 2}))["candidates"]
+    protected = loss.build(work(candidates=99, protect=Protect(first=1, last=2)))["candidates"]
     assert sorted(c["blocks"][0] for c in protected) == [1, 2]
 
 
 def test_loss_tries_what_influence_would_take_out_of_line(work):
-    found = [c["blocks"] for c in loss.build(work(contiguous=False, blocks=3))["candidates"]]
-    measured = work(contiguous=False, blocks=3)
-    chosen = cut_choice(measured, metric="influence", contiguous=False, blocks=3)
+    found = [c["blocks"] for c in loss.build(work(contiguous=False, depth=3))["candidates"]]
+    measured = work(contiguous=False, depth=3)
+    chosen = cut_choice(measured, metric="influence", contiguous=False, depth=3)
     assert list(chosen.blocks) in found
 
 
-def cut_choice(measured: Work, **settings):
+def cut_choice(measured: Work, metric: str, **changes):
     """What the cut stage would remove after a loss stage."""
-    stage = Stage("cut", "tiny", 1, {**SETTINGS, **settings}, {**measured.stage.inputs, "loss": measured.stage})
+    common = {name: getattr(SETTINGS, name) for name in ("depth", "contiguous", "protect")}
+    settings = cut.Settings(metric=metric, **common | changes)
+    stage = Stage("cut", "tiny", 1, settings, {**measured.stage.inputs, "loss": measured.stage})
     return cut.choose_removed(Work(stage, measured.storage, measured.compute, measured.progress))
 
 
@@ -125,4 +125,4 @@ def test_cut_by_loss_removes_the_candidate_of_lowest_loss(work):
 
 def test_cut_of_more_blocks_than_protection_leaves_is_refused(work):
     with pytest.raises(UserError, match=r"^prune\.protect: leaves 3 of 6 blocks to remove 4 from\. Protect fewer"):
-        cut_choice(work(), metric="angular", blocks=4, protect={"first": 1, "last": 2})
+        cut_choice(work(), metric="angular", depth=4, protect=Protect(first=1, last=2))

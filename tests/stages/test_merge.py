@@ -17,13 +17,14 @@ from sdft_ray.report.table import merge_line
 from sdft_ray.spec.compute import load_compute
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.wording import validate
-from sdft_ray.stages.merge import merge_models
+from sdft_ray.stages.merge import LinearSettings, SlerpSettings, merge_models
+from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 from sdft_ray.sweep.planning import load_sweep
 from sdft_ray.verify.checks import verify
 from sdft_ray.verify.models import Model
 
-HALFWAY = {"method": "slerp", "t": 0.5}
+HALFWAY = SlerpSettings(t=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_merge_writes_the_companions_of_the_first_parent(tuned, tmp_path):
 
 
 def test_merge_with_a_number_for_each_block_goes_from_one_parent_to_the_other(tuned, tmp_path):
-    merge_models(tuned, tmp_path, {"method": "slerp", "t": [0.0, 0.0, 0.0, 0.0, 1.0, 1.0]})
+    merge_models(tuned, tmp_path, SlerpSettings(t=(0.0, 0.0, 0.0, 0.0, 1.0, 1.0)))
     one, other, merged = (held_by(model) for model in (*tuned.values(), tmp_path))
     for block, parent in ((0, one), (3, one), (4, other), (5, other)):
         name = f"model.layers.{block}.mlp.up_proj.weight"
@@ -108,7 +109,7 @@ def test_merge_of_bfloat16_models_is_rounded_once(tuned, tmp_path):
         halves[name] = changed(model, tmp_path / name, **kept)
     out = tmp_path / "out"
     out.mkdir()
-    merge_models(halves, out, {"method": "linear", "weights": [1, 3]})
+    merge_models(halves, out, LinearSettings(weights=(1, 3)))
     one, other, merged = (held_by(model) for model in (*halves.values(), out))
     name = "model.layers.5.mlp.up_proj.weight"
     assert merged[name].dtype == torch.bfloat16
@@ -176,8 +177,8 @@ def recipe(tiny_model, tmp_path) -> dict:
 
 
 def test_plan_of_a_merge_trains_each_parent_as_its_own_recipe_would(recipe):
-    plan = pipeline.chain(validate(Recipe, recipe)).in_order
-    models = pipeline.models(plan)
+    chain = pipeline.chain(validate(Recipe, recipe))
+    plan, models = chain.in_order, chain.models
     assert list(models) == ["base", "pruned", "distilled", "chats", "together", "slerp", "linear"]
     alone = {key: value for key, value in recipe.items() if key != "merge"}
     own = pipeline.chain(validate(Recipe, alone)).models["distilled"]
@@ -195,7 +196,7 @@ def test_plan_of_a_merge_trains_each_parent_as_its_own_recipe_would(recipe):
 def test_every_leaf_of_a_merge_moves_the_id_of_a_merged_model(recipe):
     def ids(**merge) -> set[str]:
         wanted = recipe | {"merge": recipe["merge"] | merge}
-        return {s.id for s in pipeline.chain(validate(Recipe, wanted)).in_order if s.name == "merge"}
+        return {stage.id for stage in pipeline.chain(validate(Recipe, wanted)).merged.values()}
 
     original = ids()
     assert len(ids(slerp={"t": 0.4}) - original) == 1 and len(ids(linear={"weights": [2, 1]}) - original) == 1
@@ -235,11 +236,9 @@ def test_merge_with_a_model_from_elsewhere_asks_for_its_number_of_blocks(recipe,
 
 
 def test_merge_is_built_from_a_plan_and_kept_as_an_artifact(recipe, tuned, tmp_path):
-    first, other = (
-        pipeline.Stage("model", name, 1, {"sha256": name}, where={"model": name}, location=path)
-        for name, path in tuned.items()
-    )
-    stage = pipeline.Stage("merge", "m", 1, HALFWAY, {"model_0": first, "model_1": other}, {"model": "slerp"})
+    first, other = (Stage("model", name, 1, {"sha256": name}, location=path) for name, path in tuned.items())
+    halfway = HALFWAY.model_copy(update={"parents": tuple(tuned)})
+    stage = Stage("merge", "m", 1, halfway, {"model_0": first, "model_1": other})
     storage = Storage(str(tmp_path / "root"))
     pipeline.build([stage], load_compute(), storage)
     assert storage.status(stage) == "done" and storage.manifest(stage)["summary"]["tensors"] > 0

@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from tiny_gguf import make_tiny_gguf
 
 from sdft_ray.errors import UserError
-from sdft_ray.models import sources
 from sdft_ray.progress import Progress
 from sdft_ray.spec import compute
 from sdft_ray.spec.recipe import LocalModel
@@ -18,7 +17,7 @@ from sdft_ray.store.storage import Storage
 
 
 def make_work(root: Path, gguf: Path) -> Work:
-    stage = sources.model_stage(LocalModel(path=str(gguf)), model.VERSION)
+    stage = model.stage(LocalModel(path=str(gguf)))
     return Work(stage, Storage(str(root)), compute.Compute(), Progress("model", "parts"))
 
 

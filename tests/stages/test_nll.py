@@ -53,7 +53,7 @@ def make_stage(tiny_model, tmp_path):
         pq.write_table(pa.Table.from_pylist(rows), storage.scratch(distilled) / "train.parquet")
         storage.commit(distilled, {}, 0.0)
         base = Stage("model", "tiny", 1, {}, location=tiny_model)
-        settings = {"rows": 64, "dtype": "float32", "seed": 0}
+        settings = nll.Settings(rows=64, dtype="float32", seed=0)
         return Stage("nll", "sums", nll.VERSION, settings, {"model": base, "distilled": distilled}), storage
 
     return make

@@ -6,14 +6,16 @@ import random
 
 import pyarrow.parquet as pq
 import pytest
+from pydantic import TypeAdapter
 
 from sdft_ray import pipeline
 from sdft_ray.data import benchmarks
 from sdft_ray.errors import UserError
+from sdft_ray.results import SPLITS, read_split
 from sdft_ray.spec.compute import load_compute
-from sdft_ray.spec.recipe import Recipe
+from sdft_ray.spec.recipe import Recipe, RowSource
 from sdft_ray.spec.wording import validate
-from sdft_ray.stages.rows import SPLITS, read_split, source_of, split_rows, write_splits
+from sdft_ray.stages.rows import split_rows, write_splits
 from sdft_ray.store.storage import Storage
 
 BLANK = [{"prompt": "why?", "reference": " ", "answer": None}]
@@ -183,7 +185,7 @@ def build_rows(tmp_path, tiny_model, raw: list[dict], **rows) -> tuple[dict, Sto
     recipe = make_recipe(tmp_path, tiny_model, {**source, "validation": 2, "answer": "none"})
     storage = Storage(str(tmp_path / "root"))
     pipeline.run(recipe, load_compute(), storage, until="rows")
-    stage = next(stage for stage in pipeline.chain(recipe).in_order if stage.name == "rows")
+    stage = pipeline.chain(recipe).rows
     return storage.manifest(stage)["summary"], storage.place(stage)
 
 
@@ -232,9 +234,14 @@ def test_rows_stage_holds_its_settings_once_beside_the_place_of_a_file(tmp_path,
         "repo": {"repo": "a/b", "revision": "0" * 40, "split": "test", "fields": fields, "limit": 60},
     }[kind]
     recipe = make_recipe(tmp_path, tiny_model, {**source, "held_out": 3, "validation": 1, "seed": 7})
-    (stage,) = (stage for stage in pipeline.chain(recipe).in_order if stage.name == "rows")
-    assert source_of(stage) == recipe.rows
-    assert stage.where == ({"path": str(file)} if kind == "path" else {})
+    settings = pipeline.chain(recipe).rows.settings
+    assert settings.origin == recipe.rows
+    hashed = settings.hashed()
+    content = {key: value for key, value in hashed["source"].items() if key not in ("sha256", "version")}
+    place = {"path": str(file)} if kind == "path" else {}
+    held = json.dumps({**content, **place, **hashed["split"]})
+    assert TypeAdapter(RowSource).validate_json(held) == recipe.rows, "the place is all that is not hashed"
+    assert str(tmp_path) not in json.dumps(hashed)
 
 
 def test_rows_of_an_unknown_task_is_one_clear_line(tmp_path, tiny_model):

@@ -13,11 +13,14 @@ from safetensors.torch import load_file, save_file
 from tiny import make_tiny_model, make_tiny_rows
 
 from sdft_ray.core.surgery import ARCHITECTURES
+from sdft_ray.data import calibration
+from sdft_ray.data.calibration import Corpus, CorpusSettings
 from sdft_ray.errors import UserError
 from sdft_ray.progress import Progress
+from sdft_ray.results import read_measured
 from sdft_ray.spec import compute
 from sdft_ray.stages import Work, score
-from sdft_ray.stages.score import pass_by, read_corpora, read_measured
+from sdft_ray.stages.score import pass_by
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 
@@ -121,20 +124,25 @@ CORPUS = {"field": "text", "limit": 20, "held_back": 6, "max_tokens": 48, "posit
 def make_work(root: Path, model: Path, *corpora: dict, actors: int = 1, batch_size: int = 4) -> Work:
     """Return the score stage's work; a corpus with `rows: True` is a rows artifact, else a text file."""
     storage = Storage(str(root))
-    inputs, where = {"model": Stage("model", "tiny", 1, {}, location=model)}, {}
+    inputs, settings = {"model": Stage("model", "tiny", 1, {}, location=model)}, []
     for i, corpus in enumerate(corpora):
-        where[f"name_{i}"] = f"corpus {i}"
+        path = None
         if corpus.get("rows"):
             inputs[f"rows_{i}"] = make_tiny_rows(storage)
         else:
             path = root / f"texts_{i}.jsonl"
             texts = [f"Text {j} of corpus {i}, " + "and so on " * (j % 7) for j in range(corpus.get("count", 26))]
             path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-            where[f"texts_{i}"] = str(path)
-    settings = [CORPUS | {k: v for k, v in corpus.items() if k in CORPUS} for corpus in corpora]
-    stage = Stage("score", "tiny", 1, {"dtype": "float32", "calibration": settings}, inputs, where)
+        wanted = CORPUS | {k: v for k, v in corpus.items() if k in CORPUS}
+        settings.append(CorpusSettings(**wanted, name=f"corpus {i}", path=path and str(path)))
+    stage = Stage("score", "tiny", 1, score.Settings(dtype="float32", calibration=tuple(settings)), inputs)
     plan = compute.Compute(score=compute.Score(actors=actors, cpus=1, batch_size=batch_size))
     return Work(stage, storage, plan, Progress("score", "texts"))
+
+
+def read_corpora(work: Work) -> list[Corpus]:
+    """Return the corpora of a score stage as its build reads them."""
+    return calibration.read_corpora(work.input("model"), work.settings.calibration, work.numbered_inputs("rows"))
 
 
 @pytest.fixture
@@ -195,11 +203,11 @@ def test_score_summary_says_for_every_size_what_each_metric_and_each_corpus_woul
 
 def test_score_holds_back_texts_that_it_never_measures(tiny_model, tmp_path):
     corpus = read_corpora(make_work(tmp_path, tiny_model, {"limit": 8, "held_back": 5}))[0]
-    assert (len(corpus.measured), len(corpus.held_back)) == (8, 5)
-    assert not {tuple(t.ids) for t in corpus.measured} & {tuple(t.ids) for t in corpus.held_back}
+    assert (len(corpus.measured), len(corpus.loss_texts)) == (8, 5)
+    assert not {tuple(t.ids) for t in corpus.measured} & {tuple(t.ids) for t in corpus.loss_texts}
     (tmp_path / "short").mkdir()
     short = read_corpora(make_work(tmp_path / "short", tiny_model, {"count": 10}))[0]
-    assert (len(short.measured), len(short.held_back)) == (7, 3)
+    assert (len(short.measured), len(short.loss_texts)) == (7, 3)
 
 
 def test_score_of_chat_rows_ends_at_the_response_and_cuts_their_start(tiny_model, tmp_path):
@@ -217,6 +225,13 @@ def test_score_of_chat_rows_ends_at_the_response_and_cuts_their_start(tiny_model
     assert {t.content_from for t in short.measured} == {0}
 
 
+def test_score_finds_the_rows_of_a_corpus_behind_corpora_of_plain_texts(tiny_model, tmp_path):
+    first, second, chat = read_corpora(make_work(tmp_path, tiny_model, {}, {}, {"rows": True, "max_tokens": 400}))
+    assert (first.name, second.name, chat.name) == ("corpus 0", "corpus 1", "corpus 2")
+    assert {text.content_from > 0 for text in chat.measured} == {True}
+    assert {text.content_from for text in (*first.measured, *second.measured)} == {0}
+
+
 def test_score_of_plain_texts_keeps_their_start(tiny_model, tmp_path):
     whole = read_corpora(make_work(tmp_path, tiny_model, {"max_tokens": 400}))[0]
     short = read_corpora(make_work(tmp_path, tiny_model, {"max_tokens": 5}))[0]
@@ -229,7 +244,7 @@ def test_score_leaves_out_texts_of_one_token_which_nothing_predicts(tiny_model, 
     texts = "".join(json.dumps({"text": text}) + "\n" for text in ("A", "BB", "C", "D", "EE", "FF", "G"))
     (tmp_path / "texts_0.jsonl").write_text(texts)
     (corpus,) = read_corpora(work)
-    assert [len(text.ids) for text in (*corpus.measured, *corpus.held_back)] == [2, 2, 2]
+    assert [len(text.ids) for text in (*corpus.measured, *corpus.loss_texts)] == [2, 2, 2]
     (tmp_path / "texts_0.jsonl").write_text('{"text": "A"}\n{"text": "B"}\n')
     with pytest.raises(UserError, match=rf"^prune\.calibration: {tmp_path}/texts_0\.jsonl has no text of two tokens\."):
         read_corpora(work)

@@ -4,12 +4,13 @@ import pytest
 
 from sdft_ray.progress import Progress
 from sdft_ray.spec.compute import Compute
-from sdft_ray.spec.recipe import Distill
+from sdft_ray.spec.recipe import Filters
 from sdft_ray.stages import Work, distill
+from sdft_ray.stages.distill.draws import Settings, select_rows
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 
-SETTINGS = {**Distill().model_dump(mode="json"), "answer": "number", "rows": None}
+SETTINGS = Settings(answer="number", rows=None)
 TEXTS = ["It is 2.", "<think>2</think>In my own words: 4.", "I cannot help with 6.", "It is 9.", ""]
 ROWS = [
     {"id": f"r{i}", "prompt": f"{i} + {i}?", "reference": f"#### {2 * i}", "answer": str(2 * i)} for i in range(1, 6)
@@ -26,12 +27,16 @@ def generated(*texts: str) -> list[dict]:
 GENERATIONS = {row["id"]: generated(text) for row, text in zip(ROWS, TEXTS, strict=True)}
 
 
-def with_filters(**filters) -> dict:
-    return SETTINGS | {"filters": SETTINGS["filters"] | filters}
+def changed(**fields) -> Settings:
+    return SETTINGS.model_copy(update=fields)
+
+
+def with_filters(**filters) -> Settings:
+    return changed(filters=SETTINGS.filters.model_copy(update=filters))
 
 
 def test_select_rows_has_each_row_once_in_order_with_its_reason():
-    selected, counts = distill.select_rows(ROWS, GENERATIONS, SETTINGS)
+    selected, counts = select_rows(ROWS, GENERATIONS, SETTINGS)
     assert [row["id"] for row in selected] == [row["id"] for row in ROWS]
     assert [row["reason"] for row in selected] == ["kept", "leak", "refusal", "wrong_answer", "empty"]
     assert [row["response"] for row in selected] == ["It is 2.", *(row["reference"] for row in ROWS[1:])]
@@ -42,7 +47,7 @@ def test_select_rows_has_each_row_once_in_order_with_its_reason():
 
 
 def test_select_rows_with_a_filter_off_keeps_more_of_the_same_generations():
-    selected, counts = distill.select_rows(ROWS, GENERATIONS, with_filters(leak=False, refusal=False))
+    selected, counts = select_rows(ROWS, GENERATIONS, with_filters(leak=False, refusal=False))
     assert [row["response"] for row in selected][:3] == [
         "It is 2.",
         "In my own words: 4.",
@@ -52,27 +57,27 @@ def test_select_rows_with_a_filter_off_keeps_more_of_the_same_generations():
 
 
 def test_select_rows_unchecked_keeps_other_answers():
-    assert distill.select_rows(ROWS, GENERATIONS, SETTINGS | {"answer": "none"})[1]["kept"] == 2
+    assert select_rows(ROWS, GENERATIONS, changed(answer="none"))[1]["kept"] == 2
 
 
 def test_select_rows_keeps_the_first_sample_that_passes_and_tells_its_seed():
     samples = {**GENERATIONS, "r4": generated("It is 9.", "It is 8.", "8 it is.")}
-    row = distill.select_rows(ROWS, samples, SETTINGS)[0][3]
+    row = select_rows(ROWS, samples, SETTINGS)[0][3]
     assert (row["response"], row["reason"], row["sampling_seed"]) == ("It is 8.", "kept", 1)
 
 
 @pytest.mark.parametrize(
     ("change", "moves"),
     [
-        ({"filters": {"leak": False}}, False),
+        ({"filters": Filters(leak=False)}, False),
         ({"strip_thinking": False}, False),
         ({"answer": "math"}, False),
         ({"template_options": {"enable_thinking": True}}, True),
     ],
 )
 def test_ledger_is_another_one_only_where_other_text_would_be_generated(tmp_path, change, moves):
-    def name(settings) -> str:
+    def name(settings: Settings) -> str:
         stage = Stage("distill", "sums", 1, settings, {"model": Stage("model", "tiny", 1, {})})
         return distill.ledger_id(Work(stage, Storage(str(tmp_path)), Compute(), Progress("distill", "rows")))
 
-    assert (name(SETTINGS | change) != name(SETTINGS)) is moves
+    assert (name(changed(**change)) != name(SETTINGS)) is moves

@@ -8,7 +8,7 @@ torch.set_num_threads(1)
 
 def test_measure_tells_both_speeds_and_the_range_of_their_ratio(tiny_model, tmp_path):
     pruned = make_tiny_model(tmp_path / "pruned", num_hidden_layers=1)
-    settings = {"dtype": "float32", "prompt_tokens": 128, "new_tokens": 8, "runs": 3}
+    settings = speed.Settings(dtype="float32", prompt_tokens=128, new_tokens=8, runs=3)
     found = speed.measure(lambda: tiny_model, lambda: pruned, settings, "cpu")
     assert set(found) == {"prefill", "decode"}
     for kind in found.values():

@@ -1,6 +1,5 @@
 """The train stage on real Ray Train and DeepSpeed: what must not move the losses, and what a kill must not cost."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -23,7 +22,12 @@ from sdft_ray.spec.compute import load_compute
 from sdft_ray.spec.recipe import Train
 from sdft_ray.spec.wording import validate
 from sdft_ray.stages import Work, rows, train
-from sdft_ray.stages.train import state, worker
+from sdft_ray.stages.train import state
+from sdft_ray.stages.train.adapters import name_adapters, outline_model
+from sdft_ray.stages.train.fitting import require_fitting
+from sdft_ray.stages.train.history import learning_rate
+from sdft_ray.stages.train.rows import EncodedRows, encode, marked_example
+from sdft_ray.stages.train.zero import deepspeed_config
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 
@@ -45,14 +49,7 @@ def make_work(root: Path, model: Path, plan: compute.Train, **settings) -> Work:
         storage.commit(rows_stage, {}, 0.0)
     usual = {"global_batch_size": 8, "epochs": 2, "validate_every_steps": 3, "lora": {"rank": 4, "dropout": 0.1}}
     chosen = validate(Train, {"lr": 3e-3, "keep": "best"} | usual | settings)
-    stage = Stage(
-        "train",
-        "tiny",
-        1,
-        {"arm": "sft", "train": chosen.model_dump(mode="json", exclude={*train.GATES})},
-        {"model": base, "rows": rows_stage},
-        gates=chosen.model_dump(include={*train.GATES}),
-    )
+    stage = Stage("train", "tiny", 1, train.Settings(arm="sft", train=chosen), {"model": base, "rows": rows_stage})
     return Work(stage, storage, compute.Compute(train=plan), Progress("train", "steps"))
 
 
@@ -149,7 +146,7 @@ def test_train_the_written_model_is_the_trained_one(ray_cluster, odd_base, tmp_p
     history = json.loads((work.directory / "losses.json").read_text())
     assert validation_loss_of(work) == pytest.approx(history[-1]["validation_loss"], rel=1e-5)
     assert summary["logits_differ_by"] < 1e-4
-    if work.settings["train"]["method"] == "lora":
+    if work.settings.train.method == "lora":
         assert largest_logit_difference(work, odd_base) < 1e-4
     generation = json.loads((work.directory / "generation_config.json").read_text())
     assert generation == {"temperature": 0.6, "top_p": 0.9, "eos_token_id": [2]}
@@ -262,7 +259,7 @@ def test_train_goes_on_with_other_workers_and_zero_stage(reference, tiny_model, 
     if method == "full":
         alone = make_work(tmp_path / "alone", tiny_model, plan(), method=method, lr=1e-3)
         train.build(alone)
-    settings = alone.settings["train"]
+    settings = alone.settings.train.model_dump(mode="json")
     stopped = make_work(
         tmp_path / "moved", tiny_model, plan(**first, checkpoint_every_steps=1, max_failures=0), **settings
     )
@@ -349,7 +346,7 @@ def validation_loss_of(work: Work) -> float:
 
     model = AutoModelForCausalLM.from_pretrained(work.directory)
     total = count = 0.0
-    for row in worker.EncodedRows(work.resumable / "validation.parquet"):
+    for row in EncodedRows(work.resumable / "validation.parquet"):
         with torch.no_grad():
             logits = model(torch.tensor([row.ids])).logits[0, row.trained_from - 1 : -1]
         targets = torch.tensor(row.ids[row.trained_from :])
@@ -399,28 +396,30 @@ def test_train_gate_is_compared_with_the_counts_of_a_finished_artifact_as_before
             "Raise it, or raise train.max_too_long_fraction."
         )
     )
-    train.require_gates(dataclasses.replace(work.stage, gates={"max_too_long_fraction": 0.2}), counts)
+    looser = make_work(tmp_path, tiny_model, plan(), max_tokens=70, max_too_long_fraction=0.2)
+    assert looser.stage.id == work.stage.id
+    train.require_gates(looser.stage, counts)
 
 
 LONG = [{"id": "a", "prompt": "1?", "text": "1"}, {"id": "b", "prompt": "2?", "text": "2" * 99}]
 
 
 def test_encode_leaves_long_rows_out_or_truncates_them():
-    settings = {"max_tokens": 60, "too_long": "leave_out"}
-    rows, ids, counts = train.encode(make_tokenizer(), LONG, "text", settings)
+    settings = Train(max_tokens=60, too_long="leave_out")
+    rows, ids, counts = encode(make_tokenizer(), LONG, "text", settings)
     assert (len(rows), ids, counts) == (1, ["a"], {"rows_too_long": 1, "rows_left_out": 1})
-    rows, ids, counts = train.encode(make_tokenizer(), LONG, "text", settings | {"too_long": "truncate"})
+    rows, ids, counts = encode(make_tokenizer(), LONG, "text", Train(max_tokens=60, too_long="truncate"))
     assert (len(rows[1].ids), ids, counts) == (60, ["a", "b"], {"rows_too_long": 1, "rows_left_out": 0})
     end = make_tokenizer().convert_tokens_to_ids("<|im_end|>")
     assert (rows[0].ids[-1], rows[1].ids[-1] == end) == (end, False), "a row that was cut off teaches no end"
 
 
 def test_encode_rows_that_truncation_leaves_without_loss_are_refused():
-    settings = {"max_tokens": 20, "too_long": "truncate"}
+    settings = Train(max_tokens=20, too_long="truncate")
     with pytest.raises(
         UserError, match="2 of 2 rows are longer than 20 tokens, and none of them has a token with loss"
     ):
-        train.encode(make_tokenizer(), LONG, "text", settings)
+        encode(make_tokenizer(), LONG, "text", settings)
 
 
 def test_marked_example_shows_what_a_template_has_around_a_response():
@@ -430,9 +429,9 @@ def test_marked_example_shows_what_a_template_has_around_a_response():
         "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
     )
-    settings = {"max_tokens": 600, "too_long": "leave_out", "max_too_long_fraction": 0.0}
-    encoded, _, _ = train.encode(tokenizer, LONG, "text", settings)
-    assert train.marked_example(tokenizer, encoded[0]) == {
+    settings = Train(max_tokens=600, too_long="leave_out", max_too_long_fraction=0.0)
+    encoded, _, _ = encode(tokenizer, LONG, "text", settings)
+    assert marked_example(tokenizer, encoded[0]) == {
         "without_loss": "<|im_start|>user\n1?<|im_end|>\n<|im_start|>assistant\n<think>\n",
         "with_loss": "\n</think>\n\n1<|im_end|>",
     }
@@ -476,7 +475,7 @@ def test_train_checkpoints_of_another_training_are_refused(tiny_model, tmp_path)
 )
 def test_require_fitting_says_what_does_not_fit(fields, settings, expected):
     with pytest.raises(UserError) as error:
-        train.require_fitting(validate(Train, {"global_batch_size": 8, **settings}), plan(**fields))
+        require_fitting(validate(Train, {"global_batch_size": 8, **settings}), plan(**fields))
     assert expected in str(error.value)
 
 
@@ -498,7 +497,7 @@ def test_read_deepspeed_refuses_by_name_what_is_decided_elsewhere(tmp_path, give
     path = tmp_path / "deepspeed.json"
     path.write_text(json.dumps(given))
     with pytest.raises(UserError) as error:
-        train.require_fitting(Train(), plan(deepspeed=str(path)))
+        require_fitting(Train(), plan(deepspeed=str(path)))
     assert expected in str(error.value)
 
 
@@ -506,15 +505,15 @@ def test_read_deepspeed_hands_over_what_is_the_users_and_lets_equal_values_stand
     path = tmp_path / "deepspeed.json"
     zero = {"stage": "auto", "reduce_bucket_size": 1000}
     path.write_text(json.dumps({"train_batch_size": 16, "gradient_clipping": "auto", "zero_optimization": zero}))
-    given = train.require_fitting(Train(), plan(deepspeed=str(path)))
-    made = worker.deepspeed_config(Train().model_dump(), plan().model_dump(), given)
+    given = require_fitting(Train(), plan(deepspeed=str(path)))
+    made = deepspeed_config(Train(), plan(), given)
     assert made["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_learning_rate_warms_up_to_its_peak_and_follows_the_schedule(schedule):
-    settings = {"lr": 1.0, "warmup_fraction": 0.2, "schedule": schedule}
-    rates = [worker.learning_rate(step, 10, settings) for step in range(10)]
+    settings = Train(lr=1.0, warmup_fraction=0.2, schedule=schedule)
+    rates = [learning_rate(step, 10, settings) for step in range(10)]
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[-1] == pytest.approx({"cosine": 0.0381, "linear": 0.125, "constant": 1.0}[schedule], abs=1e-3)
 
@@ -544,9 +543,9 @@ def test_lora_targets_of_a_mixture_are_what_peft_takes_for_its_experts(tmp_path)
     base = make_tiny_model(tmp_path, "qwen3_moe", mlp_only_layers=[], decoder_sparse_step=1)
 
     def outline(**lora):
-        return train.outline_model(base, validate(Train, {"lora": lora}).model_dump(mode="json"))
+        return outline_model(base, validate(Train, {"lora": lora}))
 
-    adapted, bare = train.name_adapters(outline(targets=["down_proj", "q_proj"]))
+    adapted, bare = name_adapters(outline(targets=["down_proj", "q_proj"]))
     assert adapted == ["mlp.experts.down_proj", "self_attn.q_proj"]
     assert bare == ["mlp.experts.gate_up_proj", "mlp.gate"]
     with pytest.raises(UserError, match=r"train.lora: peft says: .* lora_dropout != 0.*Set dropout: 0"):
