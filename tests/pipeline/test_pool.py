@@ -20,7 +20,7 @@ SCRIPT = textwrap.dedent(
     import ray
     from ray.cluster_utils import Cluster
 
-    sys.path.insert(0, str(Path(TESTS) / "stages"))
+    sys.path[:0] = [TESTS, TESTS + "/stages"]
     from test_distill import make_work
     from sdft_ray.spec.compute import load_compute
     from sdft_ray.cluster import ray_cluster, require_capacity
