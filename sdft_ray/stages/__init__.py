@@ -14,7 +14,6 @@ Heavy imports stand inside functions: planning reads every module and must not l
 from __future__ import annotations
 
 import dataclasses
-import re
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -80,10 +79,10 @@ class Work(Generic[S]):
         """Return the verified directories of inputs of one kind, of which there may be several."""
         return [self.input(key) for key in self.stage.keys(name)]
 
-    def numbered_inputs(self, name: str) -> dict[int, Path]:
-        """Return the verified directories of inputs that are called by a kind and a number, by that number."""
-        found = (re.fullmatch(rf"{name}_(\d+)", key) for key in self.stage.inputs)  # not every number need be there
-        return {int(key[1]): self.input(key[0]) for key in found if key}
+    def numbered_inputs(self, name: str, count: int) -> dict[int, Path]:
+        """Return the verified directories of those inputs name_0, name_1 … up to a count that there are, by number."""
+        keys = {i: f"{name}_{i}" for i in range(count)}
+        return {i: self.input(key) for i, key in keys.items() if key in self.stage.inputs}
 
     def handle(self, name: str) -> Callable[[], Path]:
         """Return what gives a worker, on whatever node, the verified directory of an input's artifact there."""

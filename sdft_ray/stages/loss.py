@@ -66,8 +66,9 @@ def build(work: Work[Settings]) -> dict[str, Any]:
     from sdft_ray.core.similarity import choose
 
     candidates = rank_candidates(work)
-    rows = {i: read_split(place, "train") for i, place in work.numbered_inputs("rows").items()}
-    corpora = read_corpora(work.input("model"), work.settings.calibration, rows)
+    wanted = work.settings.calibration
+    rows = {i: read_split(place, "train") for i, place in work.numbered_inputs("rows", len(wanted)).items()}
+    corpora = read_corpora(work.input("model"), wanted, rows)
     assert len({corpus.name for corpus in corpora}) == len(corpora), "losses are kept by the names of corpora"
     for corpus in corpora:
         if not corpus.loss_texts:

@@ -70,7 +70,7 @@ def stage(how: Slerp | Linear, pruned: Stage, parents: Mapping[str, Stage]) -> S
 
 def build(work: Work[Settings]) -> dict[str, Any]:
     """Write the merged model."""
-    directories = work.numbered_inputs("model")
+    directories = work.numbered_inputs("model", len(work.settings.parents))
     parents = {name: directories[i] for i, name in enumerate(work.settings.parents)}
     return merge_models(parents, work.directory, work.settings, work.progress.begin, work.progress.update)
 

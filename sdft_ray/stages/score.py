@@ -50,8 +50,9 @@ def build(work: Work[Settings]) -> dict[str, Any]:
     from safetensors.torch import save_file
 
     first = {"last": lambda text: len(text.ids) - 1, "all": lambda _: 0, "response": lambda text: text.content_from}
-    rows = {i: read_split(place, "train") for i, place in work.numbered_inputs("rows").items()}
-    corpora = read_corpora(work.input("model"), work.settings.calibration, rows)
+    wanted = work.settings.calibration
+    rows = {i: read_split(place, "train") for i, place in work.numbered_inputs("rows", len(wanted)).items()}
+    corpora = read_corpora(work.input("model"), wanted, rows)
     texts = [[(t.ids, first[c.positions](t)) for t in c.measured] for c in corpora]
     model = {"model": work.handle("model"), "dtype": work.settings.dtype}
     found = measure(Scorer, texts, work.compute.score, work.progress, **model)

@@ -1,4 +1,4 @@
-"""Exams: the harness is asked for what the recipe says, and our scores are its scores."""
+"""Evaluations: the harness is asked for what the recipe says, and our scores are its scores."""
 
 import types
 
@@ -10,6 +10,7 @@ from sdft_ray.data.benchmarks import offline_task_file
 from sdft_ray.data.chat import encode_row, render_prompt
 from sdft_ray.errors import UserError
 from sdft_ray.stages import evaluate
+from sdft_ray.stages.evaluate import generation, harness, held_out, presets
 
 torch.set_num_threads(1)
 
@@ -35,16 +36,16 @@ def test_leaderboard_task_asks_the_hub_for_the_pinned_commit(task, tmp_path, mon
         raise Asked(asked["path"], asked.get("revision"))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    manager, exam = evaluate.task_manager(evaluate._FOLDERS[task]), evaluate.OPENLLM_V1[task]
-    assert len(exam.revision) == 40
-    path = evaluate.write_task(manager, task, {"dataset_kwargs": {"revision": exam.revision}}, tmp_path)
+    manager, way = presets.task_manager(presets.FOLDERS[task]), presets.OPENLLM_V1[task]
+    assert len(way.revision) == 40
+    path = harness.write_task(manager, task, {"dataset_kwargs": {"revision": way.revision}}, tmp_path)
     with pytest.raises(Asked) as asked:
         manager.load(path)
-    assert asked.value.args == (HUB[task], exam.revision)
+    assert asked.value.args == (HUB[task], way.revision)
 
 
 def test_leaderboard_has_the_published_shots():
-    assert {task: exam.shots for task, exam in evaluate.OPENLLM_V1.items()} == {
+    assert {task: way.shots for task, way in presets.OPENLLM_V1.items()} == {
         "arc_challenge": 25, "hellaswag": 10, "truthfulqa_mc2": 0, "mmlu": 5, "winogrande": 5, "gsm8k": 5
     }  # fmt: skip
 
@@ -53,12 +54,12 @@ def test_a_harness_task_is_scored_by_what_is_higher_for_a_better_model():
     results = ["alias", "perplexity,none", "perplexity_stderr,none", "f1,none", "acc,none", "acc,strict"]
     better = {"perplexity": False, "f1": True, "acc": True}
     samples = [{"filter": "none", "perplexity": -3.5, "f1": (1, 0), "acc": 1.0}]
-    assert evaluate.choose_metric("lambada", results, better, samples) == "acc,none"
+    assert harness.choose_metric("lambada", results, better, samples) == "acc,none"
     for nothing in ({}, {"perplexity": False, "f1": True}):
         with pytest.raises(
             UserError, match=r"evaluate\.tasks: lambada has no metric that is higher for a better model"
         ):
-            evaluate.choose_metric("lambada", results, nothing, samples)
+            harness.choose_metric("lambada", results, nothing, samples)
 
 
 @pytest.mark.parametrize(("task", "metric"), [("arc_easy", None), ("hellaswag", "acc_norm,none")])
@@ -66,14 +67,14 @@ def test_examine_in_float32_scores_exactly_what_plain_lm_eval_does(task, metric,
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    exam, file = evaluate.OFFLINE[task], offline_task_file(task)
+    way, file = presets.OFFLINE[task], offline_task_file(task)
     settings = evaluate.TaskSettings(
         task=task, dtype="float32", metric=metric, shots=0, limit=12, chat_template=False, file=str(file)
     )
-    ours, items = evaluate.examine(lambda: tiny_model, settings, [], 8, "cpu")
-    harness = evaluate.task_manager()
+    ours, items = evaluate.evaluate(lambda: tiny_model, settings, [], 8, "cpu")
+    manager = presets.task_manager()
     (tmp_path / "plain.yaml").write_text(
-        f"include: {harness.task_index[task].yaml_path}\ndataset_path: arrow\ndataset_name: null\n"
+        f"include: {manager.task_index[task].yaml_path}\ndataset_path: arrow\ndataset_name: null\n"
         f"dataset_kwargs: {{data_files: {{validation: {file}}}}}\ntraining_split: null\nvalidation_split: validation\n"
         "test_split: null\n"
     )
@@ -82,16 +83,16 @@ def test_examine_in_float32_scores_exactly_what_plain_lm_eval_does(task, metric,
         tasks=[str(tmp_path / "plain.yaml")],
         num_fewshot=0,
         limit=12,
-        task_manager=harness,
+        task_manager=manager,
         bootstrap_iters=0,
     )
     expected = plain["results"][task]
     assert 0 < ours["value"] < 1 and ours["n"] == 12 and ours["limited"]
-    assert ours["value"] == expected[exam.metric]
+    assert ours["value"] == expected[way.metric]
     assert ours["other_metrics"] == {
-        key: value for key, value in expected.items() if key in ("acc,none", "acc_norm,none") and key != exam.metric
+        key: value for key, value in expected.items() if key in ("acc,none", "acc_norm,none") and key != way.metric
     }
-    metric = exam.metric.partition(",")[0]
+    metric = way.metric.partition(",")[0]
     assert [item["value"] for item in items] == [sample[metric] for sample in plain["samples"][task]]
 
 
@@ -114,7 +115,7 @@ def test_generate_greedily_takes_the_likeliest_token_whatever_the_model_says_of_
         do_sample=True, temperature=2.0, num_beams=3, repetition_penalty=5.0, no_repeat_ngram_size=1, max_length=3,
         min_new_tokens=12, forced_eos_token_id=7, suppress_tokens=list(range(9, 99)), renormalize_logits=True,
     )  # fmt: skip
-    assert evaluate.generate_greedily(model, tokenizer, prompts, 12, 2) == expected
+    assert generation.generate_greedily(model, tokenizer, prompts, 12, 2) == expected
 
 
 def test_generate_greedily_stops_at_the_templates_end_of_turn_and_at_the_ends_that_the_config_names(tiny_model):
@@ -122,16 +123,16 @@ def test_generate_greedily_stops_at_the_templates_end_of_turn_and_at_the_ends_th
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
     prompts = [render_prompt(tokenizer, "2 + 2?")]
-    (text,) = evaluate.generate_greedily(model, tokenizer, prompts, 12, 2)
+    (text,) = generation.generate_greedily(model, tokenizer, prompts, 12, 2)
     ids = tokenizer(text)["input_ids"]
     third = next(i for i, token in enumerate(ids) if i >= 3 and token not in ids[:i])
     model.config.eos_token_id = [tokenizer.eos_token_id, ids[third]]
-    assert evaluate.generate_greedily(model, tokenizer, prompts, 12, 2) == [tokenizer.decode(ids[:third])]
+    assert generation.generate_greedily(model, tokenizer, prompts, 12, 2) == [tokenizer.decode(ids[:third])]
     model.config.eos_token_id = None
     mark = tokenizer.convert_ids_to_tokens(ids[third])
     tokenizer.add_tokens([mark])  # as one that is not called special
     tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>\n", f"{mark}\n")
-    assert evaluate.generate_greedily(model, tokenizer, prompts, 12, 2) == [tokenizer.decode(ids[:third])]
+    assert generation.generate_greedily(model, tokenizer, prompts, 12, 2) == [tokenizer.decode(ids[:third])]
 
 
 OPENS_THOUGHTS = (
@@ -155,7 +156,7 @@ def test_held_out_answers_are_graded_without_thoughts_and_references_without_wha
     learn_by_heart(model, [(render_prompt(tokenizer, p), tokenizer(text)["input_ids"]) for p, text in said.items()])
     rows = [{"id": prompt, "prompt": prompt, "reference": "It is 4.", "answer": "4"} for prompt in said]
     lm = types.SimpleNamespace(model=model, tokenizer=tokenizer, max_length=512)
-    _, items = evaluate.examine_held_out(lm, rows, "number", 32, 4)
+    _, items = held_out.evaluate_held_out(lm, rows, "number", 32, 4)
     assert {item["id"]: item["value"] for item in items} == {"a?": 1.0, "b?": 0.0, "c?": 0.0, "d?": 1.0}
     assert [item["generated"] for item in items][::2] == ["4", "<think>\n4, 4, 4"]
     for item, row in zip(items, rows, strict=True):

@@ -17,7 +17,7 @@ from sdft_ray.data import calibration
 from sdft_ray.data.calibration import Corpus, CorpusSettings
 from sdft_ray.errors import UserError
 from sdft_ray.progress import Progress
-from sdft_ray.results import read_measured
+from sdft_ray.results import read_measured, read_split
 from sdft_ray.spec import compute
 from sdft_ray.stages import Work, score
 from sdft_ray.stages.score import pass_by
@@ -142,7 +142,9 @@ def make_work(root: Path, model: Path, *corpora: dict, actors: int = 1, batch_si
 
 def read_corpora(work: Work) -> list[Corpus]:
     """Return the corpora of a score stage as its build reads them."""
-    return calibration.read_corpora(work.input("model"), work.settings.calibration, work.numbered_inputs("rows"))
+    wanted = work.settings.calibration
+    rows = {i: read_split(place, "train") for i, place in work.numbered_inputs("rows", len(wanted)).items()}
+    return calibration.read_corpora(work.input("model"), wanted, rows)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch
 from tiny import make_tiny_model
 
 from sdft_ray.core.surgery import ARCHITECTURES
-from sdft_ray.stages.evaluate import score_requests
+from sdft_ray.stages.evaluate.likelihoods import score_requests
 
 torch.set_num_threads(1)
 
