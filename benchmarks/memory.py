@@ -22,7 +22,7 @@ from benchmarks.report import median_and_range, print_figures
 from sdft_ray import pipeline
 from sdft_ray.core.rows import TrainingRow
 from sdft_ray.preflight import costs, memory
-from sdft_ray.spec import compute, loading, recipe, wording
+from sdft_ray.spec import compute, loading, wording
 from sdft_ray.store.storage import Storage
 
 WORKERS, ROWS, TOKENS, PROMPT = 2, 2, 256, 128
@@ -51,7 +51,7 @@ def main() -> None:
             port = 29500 + zero_stage + 4 * (method == "full") + os.getpid() % 400
             multiprocessing.spawn(measure, (port, base, method, zero_stage, queue), nprocs=WORKERS)
             measured = max(queue.get() for _ in range(WORKERS))
-            trained = memory.trainable_parameters(shape, method, recipe.Lora().rank, "all-linear")
+            trained = memory.trainable_parameters(shape, method, training.Lora().rank, "all-linear")
             expected = memory.training_memory(
                 shape,
                 trained,
@@ -91,7 +91,7 @@ def measure(rank: int, port: int, base: Path, method: str, zero_stage: int, queu
     torch.set_num_threads(1)
     deepspeed.ops.__compatible_ops__ = {}
     torch.distributed.init_process_group("gloo")
-    settings = recipe.Train(method="lora" if method == "lora" else "full")
+    settings = training.Train(method="lora" if method == "lora" else "full")
     plan = wording.validate(compute.Train, {"zero_stage": zero_stage, "cpus": 1})
     engine = zero.start_engine(zero.load_trainable(str(base), settings, plan), settings, plan, {})
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew

@@ -30,7 +30,8 @@ from sdft_ray.data.readers import FileContent
 from sdft_ray.engine import Request
 from sdft_ray.spec.compute import load_compute
 from sdft_ray.spec.loading import load_recipe
-from sdft_ray.spec.recipe import Distill, FileRows
+from sdft_ray.spec.recipe import Distill
+from sdft_ray.spec.sources import FileRows
 from sdft_ray.spec.wording import validate
 from sdft_ray.stages import distill, rows
 from sdft_ray.store.identity import Stage

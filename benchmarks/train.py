@@ -34,7 +34,7 @@ import numpy as np
 from benchmarks.report import median_and_range, print_figures
 from sdft_ray import pipeline
 from sdft_ray.core.rows import TrainingRow
-from sdft_ray.spec import compute, loading, recipe, wording
+from sdft_ray.spec import compute, loading, wording
 from sdft_ray.store.storage import Storage
 
 # Tokens of Dolly's prompts and responses under SmolLM2's tokenizer and template, at these quantiles.
@@ -109,7 +109,7 @@ def timed(way: Callable[[Sequence[TrainingRow]], None], steps: Sequence[Sequence
 
 def start_trl(python: str, base: Path, steps: Sequence[Sequence[TrainingRow]], threads: int) -> Callable[[], float]:
     """Return a way to have TRL take the same steps, in a process of its own that waits meanwhile."""
-    lora = recipe.Lora()
+    lora = training.Lora()
     given = {
         "model": str(base),
         "threads": threads,
@@ -178,7 +178,7 @@ def start(base: Path, threads: int) -> dict[str, Callable[[Sequence[TrainingRow]
     os.environ |= WORKER
     deepspeed.ops.__compatible_ops__ = {}
     torch.distributed.init_process_group("gloo")
-    settings = recipe.Train()
+    settings = training.Train()
     plan = wording.validate(compute.Train, {"workers": 1, "cpus": 1})
     engine = zero.start_engine(zero.load_trainable(str(base), settings, plan), settings, plan, {})
     packed_module = zero.load_trainable(str(base), settings, plan)

@@ -31,7 +31,8 @@ from sdft_ray.preflight import precision
 from sdft_ray.preflight.checks import check
 from sdft_ray.progress import Progress, duration, say
 from sdft_ray.spec.compute import Compute
-from sdft_ray.spec.recipe import LocalModel, Merge, Recipe
+from sdft_ray.spec.recipe import Merge, Recipe
+from sdft_ray.spec.sources import LocalModel
 from sdft_ray.stages import (
     StageModule,
     Validated,

@@ -9,7 +9,9 @@ from sdft_ray import pipeline
 from sdft_ray.preflight import costs
 from sdft_ray.preflight.memory import trainable_parameters
 from sdft_ray.spec.compute import Compute
-from sdft_ray.spec.recipe import HubModel, PackagedModel, Recipe, Train
+from sdft_ray.spec.recipe import Recipe
+from sdft_ray.spec.sources import HubModel, PackagedModel
+from sdft_ray.spec.training import Train
 from sdft_ray.spec.wording import validate
 from sdft_ray.stages.train.adapters import count_parameters, outline_model
 from sdft_ray.store.storage import Storage

@@ -11,7 +11,7 @@ from command import sdft
 
 from sdft_ray.preflight import doctor
 from sdft_ray.spec.compute import Compute, load_compute
-from sdft_ray.spec.recipe import HubModel, HubRows
+from sdft_ray.spec.sources import HubModel, HubRows
 from sdft_ray.spec.wording import validate
 from sdft_ray.stages.model import stage as model_stage
 from sdft_ray.stages.rows import stage as rows_stage

@@ -17,7 +17,7 @@ from sdft_ray.errors import UserError
 from sdft_ray.models import directory
 from sdft_ray.spec.compute import load_compute
 from sdft_ray.spec.loading import load_recipe
-from sdft_ray.spec.recipe import FileRows
+from sdft_ray.spec.sources import FileRows
 from sdft_ray.store import files
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.manifest import MANIFEST

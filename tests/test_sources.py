@@ -16,7 +16,7 @@ from tiny_gguf import BLOCK, make_tiny_gguf
 from sdft_ray.data import benchmarks, calibration, readers
 from sdft_ray.errors import UserError
 from sdft_ray.models import directory, sources
-from sdft_ray.spec.recipe import FileRows, GymRows, LocalModel, PackagedModel
+from sdft_ray.spec.sources import FileRows, GymRows, LocalModel, PackagedModel
 from sdft_ray.stages.model import stage as model_stage
 
 FIELDS = {"prompt": "question", "response": "answer"}

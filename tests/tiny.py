@@ -81,7 +81,7 @@ def make_tokenizer(merges: Sequence[tuple[str, str]] = ()) -> Any:
 def rows_settings() -> Any:
     """Return the settings of a rows stage on sums that were in no file."""
     from sdft_ray.data.readers import FileContent
-    from sdft_ray.spec.recipe import FileRows
+    from sdft_ray.spec.sources import FileRows
     from sdft_ray.spec.wording import validate
     from sdft_ray.stages import rows
 

@@ -12,8 +12,8 @@ from sdft_ray.data.benchmarks import olmo_file, read_arrow
 from sdft_ray.data.chat import encode_rows, opening_ids
 from sdft_ray.data.readers import decode, describe_suffix, read_json, read_records, require_characters, require_text
 from sdft_ray.errors import UserError, nearest, problem
-from sdft_ray.spec.recipe import Calibration
 from sdft_ray.spec.section import Section
+from sdft_ray.spec.sources import Calibration
 from sdft_ray.store.files import hash_source
 
 

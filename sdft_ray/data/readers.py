@@ -20,8 +20,8 @@ from typing import Any
 from pydantic import JsonValue
 
 from sdft_ray.errors import UserError, nearest, problem
-from sdft_ray.spec.recipe import Fields, FileRows, GymRows, HubRows, RowSource
 from sdft_ray.spec.section import Section
+from sdft_ray.spec.sources import Fields, FileRows, GymRows, HubRows, RowSource
 from sdft_ray.store.files import hash_source
 
 ROW_FILE = "a .json, .jsonl or .parquet file"

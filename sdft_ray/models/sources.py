@@ -19,12 +19,7 @@ from sdft_ray.data.readers import (
 )
 from sdft_ray.errors import UserError, problem
 from sdft_ray.models.directory import LICENCES, ModelFacts, describe_directory
-from sdft_ray.spec.recipe import (
-    HubModel,
-    LocalModel,
-    ModelSource,
-    PackagedModel,
-)
+from sdft_ray.spec.sources import HubModel, LocalModel, ModelSource, PackagedModel
 
 if TYPE_CHECKING:
     from gguf import GGUFReader

@@ -11,7 +11,8 @@ from sdft_ray.errors import UserError, problem
 from sdft_ray.models import directory, sources
 from sdft_ray.preflight import limits
 from sdft_ray.spec.compute import Compute
-from sdft_ray.spec.recipe import GymRows, HubModel, LocalModel, Recipe, require_depth
+from sdft_ray.spec.recipe import Recipe, require_depth
+from sdft_ray.spec.sources import GymRows, HubModel, LocalModel
 from sdft_ray.stages import merge, train
 from sdft_ray.stages.evaluate.presets import require_known
 

@@ -20,7 +20,8 @@ from sdft_ray.models.directory import stored_tensors
 from sdft_ray.pipeline import Chain
 from sdft_ray.preflight import memory
 from sdft_ray.spec.compute import Compute, cores
-from sdft_ray.spec.recipe import HubModel, ModelSource, Recipe
+from sdft_ray.spec.recipe import Recipe
+from sdft_ray.spec.sources import HubModel, ModelSource
 from sdft_ray.stages import train
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage

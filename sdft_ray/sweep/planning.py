@@ -22,8 +22,10 @@ from sdft_ray.preflight import limits
 from sdft_ray.preflight.checks import check as check_recipe
 from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.loading import load_recipe, load_section, read_yaml
-from sdft_ray.spec.recipe import Distill, FileRows, Recipe, Train
+from sdft_ray.spec.recipe import Distill, Recipe
+from sdft_ray.spec.sources import FileRows
 from sdft_ray.spec.sweep import Asha, Sweep
+from sdft_ray.spec.training import Train
 from sdft_ray.stages import distill, evaluate, train
 from sdft_ray.store.identity import Stage, short_id
 from sdft_ray.store.storage import Storage

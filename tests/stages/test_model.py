@@ -11,7 +11,7 @@ from tiny_gguf import make_tiny_gguf
 from sdft_ray.errors import UserError
 from sdft_ray.progress import Progress
 from sdft_ray.spec import compute
-from sdft_ray.spec.recipe import LocalModel
+from sdft_ray.spec.sources import LocalModel
 from sdft_ray.stages import Work, model
 from sdft_ray.store.storage import Storage
 

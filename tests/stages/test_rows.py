@@ -13,7 +13,8 @@ from sdft_ray.data import benchmarks
 from sdft_ray.errors import UserError
 from sdft_ray.results import SPLITS, read_split
 from sdft_ray.spec.compute import load_compute
-from sdft_ray.spec.recipe import Recipe, RowSource
+from sdft_ray.spec.recipe import Recipe
+from sdft_ray.spec.sources import RowSource
 from sdft_ray.spec.wording import validate
 from sdft_ray.stages.rows import split_rows, write_splits
 from sdft_ray.store.storage import Storage

@@ -19,7 +19,7 @@ from sdft_ray.errors import StageFailed, UserError
 from sdft_ray.progress import Progress
 from sdft_ray.spec import compute
 from sdft_ray.spec.compute import load_compute
-from sdft_ray.spec.recipe import Train
+from sdft_ray.spec.training import Train
 from sdft_ray.spec.wording import validate
 from sdft_ray.stages import Work, rows, train
 from sdft_ray.stages.train import state

@@ -23,7 +23,7 @@ from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.models.directory import require_loadable, require_same_logits
 from sdft_ray.progress import say
 from sdft_ray.results import HISTORY, read_split, read_training_rows
-from sdft_ray.spec import recipe
+from sdft_ray.spec import training
 from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
 from sdft_ray.stages.train.adapters import count_parameters, name_adapters, outline_model
@@ -44,11 +44,11 @@ class Settings(Section):
     """What the pruned model is trained on, and how."""
 
     arm: str
-    train: recipe.Train
+    train: training.Train
 
 
 def stage(
-    settings: recipe.Train, arm: str, pruned: Stage[Any], data: Sequence[Mapping[str, Stage[Any]]]
+    settings: training.Train, arm: str, pruned: Stage[Any], data: Sequence[Mapping[str, Stage[Any]]]
 ) -> Stage[Settings]:
     """Return the stage that trains in an arm, on one or several data together."""
     kinds = ("rows", "distilled") if arm == "distilled" else ("rows",)
@@ -129,7 +129,7 @@ class _Parts(NamedTuple):
     """Matrices of a block that have adapters."""
 
 
-def _look_at(base: Path, settings: recipe.Train) -> _Parts:
+def _look_at(base: Path, settings: training.Train) -> _Parts:
     outline = outline_model(base, settings)
     adapted, bare = name_adapters(outline)
     if adapted and bare:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from sdft_ray.errors import UserError, nearest, problem
-from sdft_ray.spec import recipe
+from sdft_ray.spec import training
 
 
-def load_model(base: str, settings: recipe.Train) -> Any:
+def load_model(base: str, settings: training.Train) -> Any:
     """Return the model that is trained: with fresh adapters for LoRA, else as it is."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -22,7 +22,7 @@ def load_model(base: str, settings: recipe.Train) -> Any:
     return adapt(AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, settings.dtype)), settings)
 
 
-def adapt(model: Any, settings: recipe.Train) -> Any:
+def adapt(model: Any, settings: training.Train) -> Any:
     """Return a model with LoRA adapters where the settings ask for them."""
     if settings.method == "full":
         return model
@@ -40,7 +40,7 @@ def adapt(model: Any, settings: recipe.Train) -> Any:
     return get_peft_model(model, wanted)
 
 
-def outline_model(base: Path, settings: recipe.Train) -> Any:
+def outline_model(base: Path, settings: training.Train) -> Any:
     """Return the model as it will be trained, without weights; raise UserError for LoRA targets that do not fit it."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

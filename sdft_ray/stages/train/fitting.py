@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdft_ray.errors import UserError, problem
-from sdft_ray.spec import compute, recipe
+from sdft_ray.spec import compute, training
 
 if TYPE_CHECKING:
     pass
@@ -29,7 +29,7 @@ _DECIDED = {
 }
 
 
-def require_fitting(settings: recipe.Train, plan: compute.Train) -> dict[str, Any]:
+def require_fitting(settings: training.Train, plan: compute.Train) -> dict[str, Any]:
     """Return the DeepSpeed JSON that was handed over; raise UserError where recipe and compute do not fit together."""
     for workers in dict.fromkeys((plan.workers.min, plan.workers.max)):
         _require_divisible(settings.global_batch_size, plan.micro_batch, workers)
@@ -53,7 +53,7 @@ def _require_divisible(global_batch_size: int, micro_batch: int, workers: int) -
         raise UserError(problem("train.global_batch_size", f"{what}{per_round}", do))
 
 
-def read_deepspeed(path: str, settings: recipe.Train, plan: compute.Train) -> dict[str, Any]:
+def read_deepspeed(path: str, settings: training.Train, plan: compute.Train) -> dict[str, Any]:
     """Return a DeepSpeed JSON; raise UserError where it sets what recipe or compute file decide, unless alike."""
     where = f"compute.train.deepspeed: {path}"
     try:

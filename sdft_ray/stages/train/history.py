@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sdft_ray.results import Step
-from sdft_ray.spec import recipe
+from sdft_ray.spec import training
 
 if TYPE_CHECKING:
     pass
 
 
-def learning_rate(step: int, steps: int, settings: recipe.Train) -> float:
+def learning_rate(step: int, steps: int, settings: training.Train) -> float:
     """Return the learning rate of a step (0-based): linear warm-up, then the schedule down to zero."""
     warmup = math.ceil(settings.warmup_fraction * steps)
     if step < warmup:

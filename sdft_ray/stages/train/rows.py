@@ -13,14 +13,14 @@ from sdft_ray.core.rows import TrainingRow
 from sdft_ray.data.chat import encode_rows
 from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
-from sdft_ray.spec import recipe
+from sdft_ray.spec import training
 
 if TYPE_CHECKING:
     pass
 
 
 def encode(
-    tokenizer: Any, raw: Sequence[Mapping[str, Any]], column: str, settings: recipe.Train, watched: bool = False
+    tokenizer: Any, raw: Sequence[Mapping[str, Any]], column: str, settings: training.Train, watched: bool = False
 ) -> tuple[list[TrainingRow], list[str], dict[str, int]]:
     """Return rows as token ids, their ids, and how many were too long; `watched` rows are not trained on.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sdft_ray.core.surgery import older_rope
 from sdft_ray.data.readers import read_json
 from sdft_ray.models.directory import write_companions
-from sdft_ray.spec import recipe
+from sdft_ray.spec import training
 from sdft_ray.stages.train.adapters import load_model
 from sdft_ray.stages.train.state import LOGITS
 from sdft_ray.store.files import write_atomically
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def write_model(base: Path, settings: recipe.Train, tuned: Path, directory: Path) -> torch.Tensor:
+def write_model(base: Path, settings: training.Train, tuned: Path, directory: Path) -> torch.Tensor:
     """Write the tuned model as a plain Hugging Face directory, and for LoRA the adapter beside it.
 
     One copy of the model and one tensor are in memory: the trained weights come from the workers' files one by one.

@@ -18,7 +18,7 @@ from typing import Any
 
 from sdft_ray import environment
 from sdft_ray.results import Step
-from sdft_ray.spec import compute, recipe
+from sdft_ray.spec import compute, training
 from sdft_ray.stages.train.history import best_step, is_out_of_patience, learning_rate
 from sdft_ray.stages.train.log import open_log, peak_bytes, report
 from sdft_ray.stages.train.rows import EncodedRows, proof_rows
@@ -37,7 +37,7 @@ class Assignment:
 
     storage: Storage
     stage: Stage[Any]
-    settings: recipe.Train
+    settings: training.Train
     plan: compute.Train
     deepspeed: dict[str, Any]
     """The user's JSON."""

@@ -10,11 +10,11 @@ import ctypes
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sdft_ray.spec import compute, recipe
+from sdft_ray.spec import compute, training
 from sdft_ray.stages.train.adapters import load_model
 
 
-def load_trainable(base: str, settings: recipe.Train, plan: compute.Train) -> Any:
+def load_trainable(base: str, settings: training.Train, plan: compute.Train) -> Any:
     """Return a module from packed rows to the summed loss of their trained tokens, or to the logits of those."""
     import torch
 
@@ -54,7 +54,7 @@ def load_trainable(base: str, settings: recipe.Train, plan: compute.Train) -> An
     return ResponseLoss()
 
 
-def start_engine(module: Any, settings: recipe.Train, plan: compute.Train, given: dict[str, Any]) -> Any:
+def start_engine(module: Any, settings: training.Train, plan: compute.Train, given: dict[str, Any]) -> Any:
     """Return a DeepSpeed engine of a module; `given` is the user's JSON."""
     import deepspeed
     import torch
@@ -81,7 +81,7 @@ def _give_back_what_is_freed() -> None:
 
 
 def deepspeed_config(
-    settings: recipe.Train, plan: compute.Train, given: Mapping[str, Any] | None = None
+    settings: training.Train, plan: compute.Train, given: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Return DeepSpeed's configuration: the user's with what recipe and compute decide."""
     half, given = settings.dtype == "bfloat16", given or {}

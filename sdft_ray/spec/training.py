@@ -1,0 +1,114 @@
+"""How models are fine-tuned: the common settings, and what an arm changes of them."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import (
+    Field,
+    model_validator,
+)
+
+from sdft_ray.spec.section import Section
+
+
+class Lora(Section):
+    """Low-rank adapters (peft)."""
+
+    rank: int = Field(8, gt=0)
+    """Rank of the two matrices of an adapter."""
+    alpha: int = Field(16, gt=0)
+    """Numerator of the adapters' scale, which is alpha / rank."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Probability that an input of an adapter is set to 0. The masks depend on seed, step and row alone, so no
+    compute setting and no kill changes them."""
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """`all-linear` (every linear layer but the head) or the names of modules. A line of the log says which got
+    an adapter."""
+
+
+class Train(Section):
+    """How the pruned model is fine-tuned; the same for both arms unless an arm overrides it."""
+
+    unhashed = ("max_too_long_fraction",)
+
+    method: Literal["lora", "full"] = "lora"
+    """What is trained: adapters, which are merged into the weights afterwards (`lora`), or all weights (`full`)."""
+    lora: Lora = Lora()
+    """The adapters; used where method is lora."""
+    rows: int | None = Field(None, gt=0)
+    """Training rows: a prefix of the one seeded order; all where absent."""
+    lr: float = Field(1e-4, gt=0)
+    """Learning rate of AdamW at its highest, after the warm-up."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate goes on after the warm-up: down to 0 along a cosine or a line, or constant."""
+    warmup_fraction: float = Field(0.03, ge=0, lt=1)
+    """Fraction of all optimizer steps in which the learning rate rises linearly to lr."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Weight decay of AdamW."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """The gradient of a step is scaled down to this norm where it is longer."""
+    epochs: int = Field(1, gt=0)
+    """Passes over the training rows."""
+    global_batch_size: int = Field(16, gt=0)
+    """Rows of one optimizer step, over all workers."""
+    max_tokens: int = Field(1024, gt=1)
+    """Tokens of the longest sequence (prompt and response)."""
+    too_long: Literal["leave_out", "truncate"] = "leave_out"
+    """What becomes of longer rows: they are left out, or keep their first max_tokens tokens (and are left out where
+    that is all prompt). Both are counted."""
+    max_too_long_fraction: float = Field(0.01, ge=0, le=1)
+    """More rows than this over max_tokens stop the command. A gate, as distill.max_failed_fraction is."""
+    validate_every_steps: int = Field(10, gt=0)
+    """Optimizer steps between two measurements of the validation loss."""
+    patience: int | None = Field(None, gt=0)
+    """Validations without a new lowest loss after which training stops; it goes on to the end where absent."""
+    keep: Literal["last", "best"] = "last"
+    """Which weights become the model: those of the last step, or those of the lowest validation loss."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of forward and backward pass."""
+    seed: int = 0
+    """Seed of the order of rows, of fresh adapters, and of dropout."""
+
+
+class ArmOverrides(Section):
+    """What one arm trains with instead of the common settings: any field of `train` but its rows."""
+
+    method: Literal["lora", "full"] | None = None
+    """Instead of train.method."""
+    lora: Lora | None = None
+    """Instead of train.lora, as a whole: fields that are left out take their defaults."""
+    lr: float | None = Field(None, gt=0)
+    """Instead of train.lr."""
+    schedule: Literal["cosine", "linear", "constant"] | None = None
+    """Instead of train.schedule."""
+    warmup_fraction: float | None = Field(None, ge=0, lt=1)
+    """Instead of train.warmup_fraction."""
+    weight_decay: float | None = Field(None, ge=0)
+    """Instead of train.weight_decay."""
+    max_grad_norm: float | None = Field(None, gt=0)
+    """Instead of train.max_grad_norm."""
+    epochs: int | None = Field(None, gt=0)
+    """Instead of train.epochs."""
+    global_batch_size: int | None = Field(None, gt=0)
+    """Instead of train.global_batch_size."""
+
+
+class Arms(Section):
+    """Which models are trained: on the references (`sft`), on the rewrites (`distilled`), or both."""
+
+    sft: ArmOverrides | None = None
+    """Train on the references, the baseline; {} trains it with the settings of `train`."""
+    distilled: ArmOverrides | None = None
+    """Train on the rewrites of the unpruned model; {} trains it with the settings of `train`."""
+
+    @model_validator(mode="after")
+    def _not_empty(self) -> Self:
+        if not self.names:
+            raise ValueError("give at least one of sft, distilled")
+        return self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The arms that are trained, the baseline first."""
+        return tuple(name for name in ("sft", "distilled") if getattr(self, name) is not None)
