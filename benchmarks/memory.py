@@ -22,7 +22,7 @@ from benchmarks.report import median_and_range, print_figures
 from sdft_ray import pipeline
 from sdft_ray.core.rows import TrainingRow
 from sdft_ray.preflight import costs, memory
-from sdft_ray.spec import compute, loading, wording
+from sdft_ray.spec import compute, loading, training, wording
 from sdft_ray.store.storage import Storage
 
 WORKERS, ROWS, TOKENS, PROMPT = 2, 2, 256, 128

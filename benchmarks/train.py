@@ -34,7 +34,7 @@ import numpy as np
 from benchmarks.report import median_and_range, print_figures
 from sdft_ray import pipeline
 from sdft_ray.core.rows import TrainingRow
-from sdft_ray.spec import compute, loading, wording
+from sdft_ray.spec import compute, loading, training, wording
 from sdft_ray.store.storage import Storage
 
 # Tokens of Dolly's prompts and responses under SmolLM2's tokenizer and template, at these quantiles.
