@@ -87,10 +87,10 @@ def _build_shared(plan: Plan, compute: Compute, storage: Storage, engine: Engine
         # In a process of its own: two runs of Ray Data in one get in each other's way (docs/footguns.md). On this node,
         # where the recipe's files are.
         beside = ray.remote(num_cpus=0, max_calls=1, max_retries=0, scheduling_strategy=on_this_node())(pipeline.build)
-        cut = beside.remote(cuts, compute, storage)
+        cutting = beside.remote(cuts, compute, storage)
         pipeline.build(generated, compute, storage, engine=engine)
         try:
-            ray.get(cut)
+            ray.get(cutting)
         except ray.exceptions.RayError as error:
             if isinstance(cause := pipeline.below_ray(error), (UserError, StageFailed)):
                 raise cause from error
