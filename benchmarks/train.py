@@ -167,7 +167,7 @@ def start(base: Path, threads: int) -> dict[str, Callable[[Sequence[TrainingRow]
     import torch
     from transformers import AutoModelForCausalLM
 
-    from sdft_ray.core.packing import pack_rows, plan_passes
+    from sdft_ray.core.packing import assign_passes, pack_rows
     from sdft_ray.progress import quiet_transformers
     from sdft_ray.stages.train import zero
     from sdft_ray.stages.train.adapters import adapt
@@ -190,7 +190,7 @@ def start(base: Path, threads: int) -> dict[str, Callable[[Sequence[TrainingRow]
     packed_adam, padded_adam = adam(packed_module), adam(padded_model)
 
     def passes(rows: Sequence[TrainingRow]) -> list[list[int]]:
-        return plan_passes([len(row.ids) for row in rows], 1, MICRO_BATCH, MICRO_BATCH * MAX_TOKENS)[0]
+        return assign_passes([len(row.ids) for row in rows], 1, MICRO_BATCH, MICRO_BATCH * MAX_TOKENS)[0]
 
     def stage(rows: Sequence[TrainingRow]) -> None:
         take_step(engine, rows, [""] * len(rows), passes(rows), 1.0)

@@ -1,7 +1,7 @@
-"""The two ways a command ends badly, and how each is said.
+"""The errors that end a command, and the form of their messages.
 
-In: what went wrong. Out: one line a person can act on, and the exit code of the process.
-A user's mistake never shows a stack trace; a failed stage names what was kept.
+In: the parts of a problem. Out: one line that a person can act on, and the exit code of the process.
+A user's mistake never shows a stack trace; a failed stage names the work that is kept.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class UserError(Exception):
     exit_code = 2
 
     def __init__(self, *problems: str) -> None:
-        assert problems, "a UserError says at least one problem"
+        assert problems, "a UserError names at least one problem"
         super().__init__(*problems)
         self.problems = problems
 
@@ -25,13 +25,13 @@ class UserError(Exception):
 
 
 class StageFailed(Exception):
-    """A stage that could not finish: exit code 1. The message says what was kept and how to go on."""
+    """A stage did not finish: exit code 1. The message names the work that is kept and the next command."""
 
     exit_code = 1
 
 
 class Problem(str):
-    """One line `where: what. Do this.`, which knows its parts."""
+    """One line `where: what. Do this.`, with its parts as attributes."""
 
     where: str
     what: str

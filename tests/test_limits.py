@@ -215,7 +215,7 @@ def test_check_of_a_model_with_other_blocks_than_its_config_says_finds_it(proble
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 7}))
     (line,) = problems(model={"path": str(model)})
-    assert line.startswith(f"{model}: its weights have 6 blocks named model.layers.N, its config.json says 7.")
+    assert line.startswith(f"{model}: its weights have 6 blocks named model.layers.N, its config.json has 7.")
 
 
 def test_check_of_a_gguf_model_knows_its_context_and_its_tokens(problems, tmp_path):

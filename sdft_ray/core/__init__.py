@@ -1,4 +1,4 @@
-"""The method itself: pure functions on tensors, strings and JSON. No ray, vllm, deepspeed or lm_eval here.
+"""The method: pure functions on tensors, strings and JSON. No ray, vllm, deepspeed or lm_eval here.
 
 Letters in shapes: L blocks, B rows, T tokens, D width, V vocabulary, K trained positions.
 """

@@ -1,8 +1,8 @@
 """The final answer of a text: a number, a date or time, or the letter of a choice.
 
-In: a text in any spelling that models use (LaTeX, several scripts, words behind the answer). Out: the answer in one
-spelling, None where there is none. Spellings are brought to one form before anything is read, so that every reader
-sees the same text; what cannot be read as a whole is never read by its last digits.
+In: a text in any spelling that models use (LaTeX, several scripts, words after the answer). Out: the answer in one
+spelling, None where there is none. Spellings are normalized before anything is read, so that every reader sees the
+same text; a number that cannot be read as a whole is never read by its last digits.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _HEADING = re.compile(rf"[*_\s]*(?:{_WORD}|\d+[.):]\s+[^\W\d_])")
 def final_part(text: str) -> tuple[str, bool]:
     r"""Return the part of a text that holds its answer, and whether it is marked as such.
 
-    Marked is the inside of the last \boxed{} or <answer>, or the line behind the last `####`; without one the part is
-    the text.
+    The inside of the last \boxed{} or <answer>, or the line after the last `####`, is marked; without one the part is
+    the whole text.
 
     >>> final_part(r"So \boxed{\frac{1}{2}}."), final_part("#### 21\n\nHint: 4 were free."), final_part("It is 8.")
     (('\\frac{1}{2}', True), ('21', True), ('It is 8.', False))
@@ -33,12 +33,12 @@ def final_part(text: str) -> tuple[str, bool]:
         text, marked = boxed, True
     if tagged := _TAGGED.findall(text):
         text, marked = str(tagged[-1]), True
-    _, mark, behind = text.rpartition("####")
+    _, mark, after = text.rpartition("####")
     if mark:
-        behind = behind.strip()
-        line, _, rest = behind.partition("\n")
+        after = after.strip()
+        line, _, rest = after.partition("\n")
         if rest and _HEADING.match(line):
-            return behind, False
+            return after, False
         text, marked = line, True
     return text.strip(), marked
 
@@ -75,7 +75,7 @@ _SUPERSCRIPT = re.compile("[\u207b\u00b9\u00b2\u00b3\u2070\u2074-\u2079]+")
 _VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e]")
 # A dash that touches a number is a minus; with a space behind it, it sets words apart.
 _DASH = re.compile(r"[\u2010-\u2013](?=[\d.$\u20ac\u00a3])")
-# What stands between groups of digits beside a comma: LaTeX's commas and spaces, no-break and thin ones, apostrophes.
+# Separators of groups of digits other than a comma: LaTeX's commas and spaces, no-break and thin ones, apostrophes.
 _SEPARATOR = re.compile(
     r"(?<=\d)(?:(?:\{,\}|,?\\!)\s*(?=\d{2,3}(?!\d))|(?:\\[,:; ]|[~'\u2019\u00a0\u2009\u202f])(?=\d{3}(?!\d)))"
 )
@@ -85,7 +85,7 @@ _MIXED = re.compile(r"(?<![\d./,^_])(\d{1,9})\s+(?:and\s+)?(\d{1,9})\s?/\s?(\d{1
 
 
 def spell_plainly(text: str) -> str:
-    r"""Return a text with numbers in ASCII: digits, signs, commas between groups, mixed numbers as fractions.
+    r"""Return a text with its numbers in ASCII: digits, signs, commas between groups, mixed numbers as fractions.
 
     >>> spell_plainly("\uff12\uff0c\uff13\uff14\uff15"), spell_plainly(r"7{,}250"), spell_plainly("3 1/2 cups")
     ('2,345', '7,250', '7/2 cups')
@@ -117,7 +117,7 @@ _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:,\d{3})+|(?:\.\d{3}){2,})(?!\d)"
 _SPACED = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?!\d)")
 _HYPHENATED = re.compile(r"(?<![\d./,-])(\d{1,9})-(?=\d{1,9}/\d)")
 _SCIENTIFIC = re.compile(r"(?<=\d)\s*(?:\\times|\\cdot|[\u00d7x*\u22c5])\s*10\s?(?:\^|\*\*)\s?\{?([-+]?\d+)\}?")
-# What is no number: LaTeX's commands for text, the 2 of `m^2`, the 3 of `Week 3:210 pages`.
+# Not numbers: LaTeX's commands for text, the 2 of `m^2`, the 3 of `Week 3:210 pages`.
 _NO_NUMBER = re.compile(
     r"\b(?:Step|Day|Week|Month|Year|Part|Case|Round|Question|Problem)\s\d+:(?=\d)"
     r"|\\[,;:! ]|\\(?:text|math)[a-z]*|\\mbox|\\(?=\$)|(?<=[A-Za-z}])\s?\^\s?\{?\d+\}?"
@@ -146,7 +146,7 @@ _NUMBER = re.compile(
     r"(?P<whole>(?:(?<![A-Za-z\d])|(?<=\b[A-Z]{3})|(?<=\bRs))\d+(?:\.\d+)?(?:[eE][-+]?\d+\b)?|(?<![\w.])\.\d+)"
     r"(?:\s?(?:\^|\*\*)\s?\{?(?P<power>-?\d+)\}?)?(?:\s?/\s?(?P<below>-?\d+(?:\.\d+)?))?)"
 )
-# What stands before the answer of a marked part: `5 * 4 =`, `x =`.
+# The left side of an equation in a marked part: `5 * 4 =`, `x =`.
 _LEFT_SIDE = re.compile(r"(?:[^=A-Za-z\n]|(?<![A-Za-z])[A-Za-z](?![A-Za-z]))*(?<!\()=")
 _DIGIT = re.compile("[\\d\u00bc-\u00be\u2150-\u215e]")
 _SENTENCE_END = re.compile(rf"(?<=[a-z\d)%][.!?])\s+(?=[A-Z])(?!{_MONTH})|\n")
@@ -157,7 +157,7 @@ _ANNOUNCED = re.compile(
 
 
 def final_number(text: str) -> Fraction | str | None:
-    """Return the number a text ends up at: where it is marked, else announced as the answer, else the last.
+    """Return the final number of a text: the marked one, else the one announced as the answer, else the last.
 
     A date, a time, a ratio comes as text and is compared as a whole. None where there is none: a text without a
     number never equals another. Digits are not joined across spaces (but for `10 000`), and a hyphen after a digit or
@@ -189,7 +189,7 @@ def _cut_to_end(sentence: str) -> str:
 
 
 def _read_marked(part: str) -> Fraction | str | None:
-    """Return the number that a marked part begins with, words may stand behind it; else its last."""
+    """Return the number at the start of a marked part, which words may follow; else its last."""
     part = _SPACED.sub(lambda number: number[0].replace(" ", ""), part)
     if left := _LEFT_SIDE.match(part):
         part = part[left.end() :]
@@ -217,7 +217,7 @@ def _with_point(number: re.Match[str]) -> str:
 
 
 def _value(match: re.Match[str]) -> Fraction | str | None:
-    """Return what a match of _NUMBER stands for; None where it is too large to be spelled out."""
+    """Return the value of a match of _NUMBER; None where it is too large to be spelled out."""
     if match["whole"] is None:
         return _date_or_time(match)
     if len(match[0]) > _MOST_DIGITS or re.search(r"[eE][-+]?\d{4}", match["whole"]):
@@ -291,7 +291,7 @@ _FIRST_OR_BRACKETED = re.compile(
 
 
 def final_choice(text: str) -> str | None:
-    """Return the letter, A to J, that a text chooses; None where it names none, or several and no answer.
+    """Return the letter, A to J, that a text chooses; None where it names none, or several without an answer.
 
     >>> [final_choice(s) for s in ("B", "(b)", "B. Paris", "The correct answer is (B)", "A dog", "(A) or (B)")]
     ['B', 'B', 'B', 'B', None, None]

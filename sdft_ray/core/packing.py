@@ -1,7 +1,7 @@
-"""Which rows make up a step, which forward passes a step is made of, and how rows become one sequence without padding.
+"""Choose the rows of each step and its forward passes, and pack rows into one sequence without padding.
 
-In: encoded rows. Out: tensors for one forward pass. Rows stand one after another in a single sequence; positions
-restart at each row; that nothing else crosses its ends is what core/rowwise.py sees to.
+In: encoded rows. Out: tensors for one forward pass. Rows stand one after another in a single sequence, and positions
+restart at each row; core/rowwise.py keeps attention and dropout within a row.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Packed:
     keep: torch.Tensor
     """(K,) positions whose next token is trained: only they go through the head."""
     targets: torch.Tensor
-    """(K,) those next tokens."""
+    """(K,) the next tokens of those positions."""
 
 
 def pack_rows(rows: Sequence[TrainingRow]) -> Packed:
@@ -62,20 +62,20 @@ def schedule(rows: int, epochs: int, global_batch_size: int, seed: int) -> list[
     return [order[i : i + global_batch_size].tolist() for i in range(0, len(order), global_batch_size)]
 
 
-def plan_passes(lengths: Sequence[int], workers: int, micro_batch: int, pass_tokens: int) -> list[list[list[int]]]:
-    """Return, for each worker, its forward passes over rows of these lengths; each pass lists places in `lengths`.
+def assign_passes(lengths: Sequence[int], workers: int, micro_batch: int, pass_tokens: int) -> list[list[list[int]]]:
+    """Return, for each worker, its forward passes over rows of these lengths; each pass lists indices of `lengths`.
 
-    A pass holds at most `micro_batch` rows and `pass_tokens` tokens, as few passes as best-fit decreasing finds. Every
+    A pass holds at most `micro_batch` rows and `pass_tokens` tokens; best-fit decreasing keeps passes few. Every
     worker gets equally many, the last ones maybe empty, and passes that run at the same time are about equally long.
 
-    >>> plan_passes([5, 1, 4, 2], workers=1, micro_batch=4, pass_tokens=7)
+    >>> assign_passes([5, 1, 4, 2], workers=1, micro_batch=4, pass_tokens=7)
     [[[0, 1], [2, 3]]]
-    >>> plan_passes([5, 1, 4, 2, 3], workers=2, micro_batch=3, pass_tokens=99)
+    >>> assign_passes([5, 1, 4, 2, 3], workers=2, micro_batch=3, pass_tokens=99)
     [[[0, 3, 1]], [[2, 4]]]
     """
     assert max(lengths) <= pass_tokens, f"a row of {max(lengths)} tokens is longer than a pass of {pass_tokens}"
     passes = _fit(lengths, [], micro_batch, pass_tokens, tight=True)
-    assert passes is not None, "best fit opens a new pass where no other has room"
+    assert passes is not None, "best fit opens a new pass where no other has capacity"
     count = -(-len(passes) // workers) * workers
     # The same number of passes, evened out, where that fits: workers wait for the slowest of them.
     passes = _fit(lengths, [[] for _ in range(count)], micro_batch, pass_tokens, tight=False) or passes
@@ -87,18 +87,18 @@ def plan_passes(lengths: Sequence[int], workers: int, micro_batch: int, pass_tok
 def _fit(
     lengths: Sequence[int], passes: list[list[int]], micro_batch: int, pass_tokens: int, tight: bool
 ) -> list[list[int]] | None:
-    """Return rows put into passes, longest first; into the fullest that has room and else a new one, or, where not
-    `tight`, into the emptiest and else nowhere (None)."""
+    """Return rows put into passes, longest first: into the fullest with capacity, else a new one; where not `tight`,
+    into the emptiest with capacity, else None."""
     filled = [0] * len(passes)
     for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        room = [n for n, rows in enumerate(passes) if len(rows) < micro_batch and filled[n] + lengths[i] <= pass_tokens]
-        if not room and not tight:
+        fits = [n for n, rows in enumerate(passes) if len(rows) < micro_batch and filled[n] + lengths[i] <= pass_tokens]
+        if not fits and not tight:
             return None
-        if not room:
+        if not fits:
             passes.append([])
             filled.append(0)
-            room = [len(passes) - 1]
-        chosen = (max if tight else min)(room, key=lambda n: filled[n])
+            fits = [len(passes) - 1]
+        chosen = (max if tight else min)(fits, key=lambda n: filled[n])
         passes[chosen].append(i)
         filled[chosen] += lengths[i]
     return passes

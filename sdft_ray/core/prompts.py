@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-# Part of the ledger's identity, beside the template's text: bump when prompts are rendered otherwise.
+# Part of the ledger's identity, beside the template's text: bump when rendering changes.
 RENDERING_VERSION = 2
 # For rows whose answer is checked: the model may find its own way, but must arrive. Both templates are the ones of
 # six that a 135M model followed best (docs/results.md).

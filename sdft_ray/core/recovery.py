@@ -1,7 +1,7 @@
-"""How much quality a model kept: means, recovery, and how sure a difference of two models is.
+"""Measures of the quality that a model kept: means, recovery, and the interval of a difference of two models.
 
 In: scores of tasks, values of items. Out: the figures of the recovery table. Recovery is mean(model) / mean(base),
-unweighted over tasks, as the paper has it; because a model that guesses also scores, the chance-corrected figure stands
+unweighted over tasks, as in the paper; because a model that guesses also scores, the chance-corrected figure stands
 beside it.
 """
 
@@ -24,7 +24,7 @@ class Score:
     stderr: float | None
     n: int
     chance: float
-    """What guessing scores, 0 for generated answers."""
+    """The score of guessing, 0 for generated answers."""
     limited: bool
 
 
@@ -40,7 +40,7 @@ def recovery(scores: Sequence[Score], base: Sequence[Score]) -> float | None:
 
 
 def recovery_over_chance(scores: Sequence[Score], base: Sequence[Score]) -> float | None:
-    """Return recovery of what lies above chance, or None where the base itself does not."""
+    """Return recovery of the scores above chance, or None where the base is not above chance."""
     chance = sum(score.chance for score in base) / len(base)
     below = mean_score(base) - chance
     return 100 * (mean_score(scores) - chance) / below if below > 0 else None
@@ -48,13 +48,13 @@ def recovery_over_chance(scores: Sequence[Score], base: Sequence[Score]) -> floa
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """How much better one model does than another on the same items, and the 95 % interval of that."""
+    """The advantage of one model over another on the same items, with its 95 % interval."""
 
     value: float
     low: float
     high: float
     n: int
-    """Items; of a mean over tasks, those of all tasks."""
+    """Items; of a mean over tasks, the items of all tasks."""
 
 
 def paired_differences(
@@ -63,19 +63,19 @@ def paired_differences(
     """Return first - second of each task, and of the unweighted mean over tasks, by a paired bootstrap over items.
 
     first, second: the value of every item of every task, in the same order. Items are drawn again task by task, the
-    same for both: what makes an item hard for either does not widen the interval.
+    same for both: the difficulty of an item does not widen the interval.
     """
     random = np.random.default_rng(seed)
-    each: dict[str, Difference] = {}
+    by_task: dict[str, Difference] = {}
     drawn = []
     for task, values in first.items():
         assert len(values) == len(second[task]) > 0, f"{task} has other items for the other model"
         gain = np.asarray(values, float) - np.asarray(second[task], float)
         means = np.array([gain[random.integers(0, len(gain), len(gain))].mean() for _ in range(draws)])
-        each[task] = _difference(float(gain.mean()), means, len(gain))
+        by_task[task] = _difference(float(gain.mean()), means, len(gain))
         drawn.append(means)
-    value = sum(found.value for found in each.values()) / len(each)
-    return each, _difference(value, np.mean(drawn, axis=0), sum(found.n for found in each.values()))
+    value = sum(difference.value for difference in by_task.values()) / len(by_task)
+    return by_task, _difference(value, np.mean(drawn, axis=0), sum(difference.n for difference in by_task.values()))
 
 
 def _difference(value: float, means: Any, n: int) -> Difference:

@@ -1,9 +1,9 @@
-"""What must not cross from row to row in a packed sequence: attention, and the randomness of dropout.
+"""Keep attention and the randomness of dropout within the rows of a packed sequence.
 
-In: a causal LM, and the rows of the sequence at work. Out: the same model, in which each row of a packed sequence is
-treated as if it stood alone. Both are held to the rows by ourselves: not every model of transformers makes its mask
-from the positions (gpt_oss does not), and PyTorch's dropout draws from the state of the process, which differs with the
-number of workers, with packing and after a resume.
+In: a causal LM, and the rows of the current sequence. Out: the same model, which treats each row as if it stood alone.
+This module does both itself: not every model of transformers makes its mask from the positions (gpt_oss does not), and
+PyTorch's dropout draws from the state of the process, which differs with the number of workers, with packing and after
+a resume.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from typing import Any
 
 import torch
 
-_ATTENTION = "sdft_rows"  # the name that transformers knows attend_within_rows by
+_ATTENTION = "sdft_rows"  # the name of attend_within_rows in transformers
 
 
 class CurrentRows:
-    """The rows (R) of the sequence at work; one object, which the layers of a model look at."""
+    """The rows (R) of the current sequence; one object, which all layers of a model read."""
 
     starts: Sequence[int] = ()
     """(R + 1) where each row starts, and the length of the sequence."""
     keys: Sequence[str] = ()
-    """What each row's dropout is told by: seed, step and row."""
+    """The key of each row's dropout: seed, step and row."""
 
 
 def keep_within_rows(model: Any) -> CurrentRows:
-    """Make a model attend within rows only, and return the object that tells it the rows."""
+    """Make a model attend within rows only, and return the object from which it reads the rows."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(_ATTENTION, attend_within_rows)  # without a mask function: transformers makes no mask
@@ -73,7 +73,7 @@ def _attend(module: Any, query: Any, key: Any, value: Any, window: int | None, o
 
         mask = None if window is None or length <= window else _window(length, window, query.device)
         return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
-    # Models with sinks or soft caps bring their own.
+    # Models with sinks or soft caps have their own.
     usual = sys.modules[type(module).__module__].eager_attention_forward
     seen = _window(length, window or length, query.device)
     mask = torch.zeros_like(seen, dtype=query.dtype).masked_fill(~seen, torch.finfo(query.dtype).min)

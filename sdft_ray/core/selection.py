@@ -1,7 +1,7 @@
-"""Which rewrites are kept: conditional selection, with a reason for every row that keeps its reference.
+"""Conditional selection of rewrites, with a reason for every row that keeps its reference.
 
-In: a row and what the unpruned model generated for it. Out: the response that is trained on, where it came from,
-and why. No row is dropped (arXiv 2410.09982): a rewrite that fails any check gives way to the reference, verbatim.
+In: a row and the generations of the unpruned model for it. Out: the response to train on, its source and the reason.
+No row is dropped (arXiv 2410.09982): a rewrite that fails any check gives way to the reference, verbatim.
 """
 
 from __future__ import annotations
@@ -29,39 +29,39 @@ Reason = Literal[
 ]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
-# Finish reasons of an engine that has done what it was asked: at its own end, or at max_new_tokens.
+# Finish reasons of an engine that finished: at the end of its text, or at max_new_tokens.
 COMPLETE = ("stop", "length")
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What the engine returned for one row."""
+    """One generation of the engine for a row."""
 
     text: str
     finish_reason: str
-    """One of COMPLETE, or why there is none, such as `error` (then `text` is the message)."""
+    """One of COMPLETE, or the reason for none, such as `error` (then `text` is the message)."""
     prompt_tokens: int = 0
     tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Checker:
-    """How responses are compared with a row's answer."""
+    """How to compare responses with a row's answer."""
 
     read: Callable[[str], str | None]
     """The final answer of a text, in one spelling; None where it has none."""
     kind: str
-    """What the answers are, in the plural."""
+    """A noun for the answers, in the plural."""
     same: Callable[[str, str], bool] = operator.eq
-    """Whether the row's answer and a found one are the same."""
+    """Whether the row's answer and that of a response are the same."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """By what a rewrite is judged."""
+    """The rules that a rewrite is judged by."""
 
     checker: Checker | None
-    """Absent: a rewrite is not compared with an answer."""
+    """Absent: rewrites are not compared with an answer."""
     filters: Mapping[str, Any]
     """For each of FILTERS its setting, false or None switches it off; for `leak` and `refusal` further phrases."""
     strip_thinking: bool = True
@@ -75,7 +75,7 @@ class Selected:
     source: Literal["distilled", "reference"]
     reason: Reason
     sample: int = 0
-    """Which of the row's generations was kept; the first where none was."""
+    """The index of the kept generation; 0 where none was kept."""
 
 
 def select_response(row: Mapping[str, Any], generations: Sequence[Generation], rules: Rules) -> Selected:
@@ -111,16 +111,16 @@ def _judge(row: Mapping[str, Any], text: str | None, finish_reason: str, rules: 
             return reason
     if rules.checker is None:
         return "kept"
-    found = rules.checker.read(text)
-    if found is None:
+    answer = rules.checker.read(text)
+    if answer is None:
         return "no_answer"
-    return "kept" if rules.checker.same(row["answer"], found) else "wrong_answer"
+    return "kept" if rules.checker.same(row["answer"], answer) else "wrong_answer"
 
 
-# --- thoughts: what a rewrite holds beside its response -----------------------------------------------------------
+# --- thoughts of a rewrite beside its response --------------------------------------------------------------------
 
 _THOUGHT = r"(?:[a-z]+[:_])?(?:think|thinking|thoughts?|reasoning|reflection)"
-# A tag opens thoughts where it begins a line or follows a sentence, not in the middle of one that speaks of it. An end
+# A tag opens thoughts where it begins a line or follows a sentence, not in the middle of one that mentions it. An end
 # without a beginning (a template may hold that) is not set off by a space, or has an empty line behind it.
 _THOUGHT_TAG = re.compile(
     rf"(?=[<\[\u25c1])(?:"
@@ -130,7 +130,7 @@ _THOUGHT_TAG = re.compile(
     rf"|(?-i:\[/THINK\])|<\|end_(?:of_)?{_THOUGHT}\|>|<channel\|>)(?P<line>\s*\n\s*\n)?)",
     re.IGNORECASE,
 )
-# The channels of gpt-oss and what is left of them without special tokens; the process and response of Granite.
+# The channels of gpt-oss and their remains without special tokens; the process and response of Granite.
 _CHANNEL = r"<\|channel\|>\s*"
 _CHANNELS = re.compile(
     rf"(?:<\|start\|>assistant\s*)?{_CHANNEL}(?:analysis|commentary|final)\b"
@@ -168,9 +168,9 @@ def strip_thoughts(text: str) -> str | None:
     return None if inside else "\n".join(filter(None, map(str.strip, [*responses, text[start:]])))
 
 
-# --- filters: whether a rewrite is unfit whatever it ends at ------------------------------------------------------
+# --- filters: reasons to refuse a rewrite whatever its answer -----------------------------------------------------
 
-# Phrases with which a rewrite speaks of the task of rewriting instead of answering (after arXiv 2402.13669).
+# Phrases by which a rewrite mentions the task of rewriting instead of answering (after arXiv 2402.13669).
 _LEAKS = re.compile(
     r"\b(?:reference|provided|given|your|above) (?:answer|response|solution)\b|\bin (?:my|your) own words\b|\brewrit",
     re.IGNORECASE,
@@ -189,18 +189,18 @@ _REFUSAL = re.compile(
 _ALWAYS_SHORT_CHARS = 1000
 
 
-def speaks_of_rewriting(text: str, row: Mapping[str, Any], filters: Mapping[str, Any]) -> bool:
-    """Return whether a rewrite speaks of its task in words that the row does not use itself."""
-    known = f"{row['prompt']}\n{row['reference']}".casefold()
+def mentions_rewriting(text: str, row: Mapping[str, Any], filters: Mapping[str, Any]) -> bool:
+    """Return whether a rewrite mentions its task in words that the row does not use."""
+    row_text = f"{row['prompt']}\n{row['reference']}".casefold()
     phrases = [match[0] for match in _LEAKS.finditer(text)] + _find_phrases(filters.get("leak_phrases", ()), text)
-    return any(phrase.casefold() not in known for phrase in phrases)
+    return any(phrase.casefold() not in row_text for phrase in phrases)
 
 
 def refuses(text: str, row: Mapping[str, Any], filters: Mapping[str, Any]) -> bool:
     """Return whether a rewrite refuses where the reference does not."""
     rewrite_does, reference_does = (
-        bool(_REFUSAL.search(each.replace("\u2019", "'")) or _find_phrases(filters.get("refusal_phrases", ()), each))
-        for each in (text, row["reference"])
+        bool(_REFUSAL.search(reply.replace("\u2019", "'")) or _find_phrases(filters.get("refusal_phrases", ()), reply))
+        for reply in (text, row["reference"])
     )
     return rewrite_does and not reference_does
 
@@ -210,7 +210,7 @@ def _find_phrases(phrases: Sequence[str], text: str) -> list[str]:
     return [phrase for phrase in phrases if phrase.casefold() in text.casefold()]
 
 
-def runs_in_circles(text: str, row: Mapping[str, Any], _: Mapping[str, Any]) -> bool:
+def repeats_itself(text: str, row: Mapping[str, Any], _: Mapping[str, Any]) -> bool:
     """Return whether a rewrite is repetitive where the reference is not."""
     return is_repetitive(text) and not is_repetitive(row["reference"])
 
@@ -236,8 +236,8 @@ def is_repetitive(text: str, words: int = 4, times: int = 5) -> bool:
 
 
 FILTERS: dict[Reason, Callable[[str, Mapping[str, Any], Mapping[str, Any]], bool]] = {
-    "leak": speaks_of_rewriting,
+    "leak": mentions_rewriting,
     "refusal": refuses,
-    "repeated": runs_in_circles,
+    "repeated": repeats_itself,
     "too_long": is_too_long,
 }

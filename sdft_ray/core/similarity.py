@@ -1,7 +1,7 @@
-"""How much each block and each span of blocks does to the residual stream, and which of them can go.
+"""Measure the effect of each block and span of blocks on the residual stream, and choose the blocks to remove.
 
 In: hidden states x(0)..x(L). Out: the angular distance of every span and the Block Influence of every block, the best
-choice for each size, and how sure that choice is. All spans come from the same L + 1 vectors, so one forward pass
+choice for each size, and its bootstrap agreement. All spans come from the same L + 1 vectors, so one forward pass
 serves every pruning depth.
 """
 
@@ -51,10 +51,10 @@ def span_influences(influences: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def choose(costs: Sequence[torch.Tensor], alternatives: Sequence[tuple[int, ...]]) -> Choice:
-    """Return the alternative (the blocks that would go) of least cost.
+    """Return the alternative (the blocks to remove) of least cost.
 
-    costs: for each corpus (B, C), what each of the C alternatives costs on each text. Texts of a corpus count the same,
-    and so do corpora.
+    costs: for each corpus (B, C), the cost of each of the C alternatives on each text. Texts of a corpus count the
+    same, and so do corpora.
     """
     mean = _mean(costs)
     best, *others = mean.argsort(stable=True).tolist()
@@ -89,13 +89,13 @@ def choose_blocks(influences: Sequence[torch.Tensor], size: int, first: int = 0,
 
     chosen = lowest(mean)
     order = mean.argsort(stable=True)
-    other = None
+    runner_up = None
     if len(order) > size:
-        other = tuple(sorted(first + int(i) for i in (*order[: size - 1], order[size])))
+        runner_up = tuple(sorted(first + int(i) for i in (*order[: size - 1], order[size])))
     return Choice(
         tuple(first + int(i) for i in chosen),
         float(mean[chosen].sum()),
-        other,
+        runner_up,
         float((lowest(samples) == chosen).all(dim=1).double().mean()),
     )
 
@@ -106,13 +106,13 @@ def _mean(costs: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _bootstrap(costs: Sequence[torch.Tensor], samples: int = 200, seed: int = 0) -> torch.Tensor:
-    """Return what `_mean` gives for resampled texts, (samples, S); every corpus is resampled by itself."""
+    """Return `_mean` of resampled texts, (samples, S); every corpus is resampled by itself."""
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    means = []
     for cost in costs:
         rows = len(cost)
         picks = torch.randint(rows, (samples, rows), generator=generator)
         weights = torch.zeros(samples, rows, dtype=torch.float64)
         weights.scatter_add_(1, picks, torch.ones_like(picks, dtype=torch.float64))
-        found.append(weights @ cost.double() / rows)
-    return torch.stack(found).mean(dim=0)
+        means.append(weights @ cost.double() / rows)
+    return torch.stack(means).mean(dim=0)

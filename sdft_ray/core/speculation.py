@@ -1,6 +1,6 @@
-"""What drafted tokens are worth: acceptance, expected speed-up, and the price at which a draft stops paying.
+"""The value of drafted tokens: acceptance, expected speed-up, and the cost at which a draft stops paying.
 
-In: how many calls of the target judged drafted tokens, and how often it accepted the first, the second, … In a call the
+In: the calls of the target that judged drafted tokens, and the accepted first, second, … tokens. In a call the
 draft proposes k tokens, one after another, and the target reads them all at once: it keeps those before the first that
 it refuses, and adds one of its own. Formulas are those of Leviathan et al. (arXiv 2211.17192, theorem 3.8), which take
 one acceptance probability a for every token, and a call of the target to cost the same for one token and for k + 1.
@@ -17,8 +17,8 @@ from typing import Any
 def acceptance(drafts: int, accepted: Sequence[int]) -> float:
     """Return a, the probability that a drafted token is accepted where all before it in its call were.
 
-    accepted: in how many of the `drafts` calls the first, the second, … token was accepted. A token behind a refused
-    one is not judged, so it does not count.
+    accepted: the number of the `drafts` calls in which the first, the second, … token was accepted. A token after a
+    refused one is not judged, so it does not count.
 
     >>> acceptance(100, [80, 40])
     0.6666666666666666
@@ -38,7 +38,7 @@ def acceptance_error(drafts: int, accepted: Sequence[int]) -> float:
 
 
 def accepted_share(drafts: int, accepted: Sequence[int]) -> float:
-    """Return the share of all drafted tokens that are accepted, those behind a refused one counted in.
+    """Return the share of all drafted tokens that are accepted, tokens after a refused one included.
 
     >>> accepted_share(100, [80, 40])
     0.6
@@ -47,7 +47,7 @@ def accepted_share(drafts: int, accepted: Sequence[int]) -> float:
 
 
 def tokens_per_call(drafts: int, accepted: Sequence[int]) -> float:
-    """Return the mean number of tokens that one call of the target brings, its own counted in.
+    """Return the mean number of tokens that one call of the target brings, its own included.
 
     >>> tokens_per_call(100, [80, 40])
     2.2
@@ -65,7 +65,7 @@ def expected_tokens(a: float, k: int) -> float:
 
 
 def expected_speedup(a: float, k: int, c: float) -> float:
-    """Return how much faster text comes than from the target alone; c: time of a draft's token over a target's.
+    """Return the expected speed-up over the target alone; c: time of a draft's token over a target's.
 
     >>> expected_speedup(0.5, 2, 0.25)
     1.1666666666666667
@@ -83,7 +83,7 @@ def break_even_cost(a: float, k: int) -> float:
 
 
 def worth(drafts: int, accepted: Sequence[int], c: float) -> dict[str, float]:
-    """Return what counts of accepted tokens say, and what they promise at a draft's cost of c."""
+    """Return the figures of counts of accepted tokens, and the speed-up that they predict at a draft's cost of c."""
     a, k = acceptance(drafts, accepted), len(accepted)
     return {
         "acceptance": a,
@@ -95,9 +95,9 @@ def worth(drafts: int, accepted: Sequence[int], c: float) -> dict[str, float]:
 
 
 def best_measured(measured: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Return what was measured with the number of drafted tokens that gained most.
+    """Return the measurement whose number of drafted tokens gained most.
 
     >>> best_measured([{"tokens": 1, "speedup": 1.2}, {"tokens": 4, "speedup": 0.9}])["tokens"]
     1
     """
-    return max(measured, key=lambda one: one["speedup"])
+    return max(measured, key=lambda measurement: measurement["speedup"])

@@ -1,7 +1,7 @@
-"""Removing blocks from a model's files: which tensors stay, under which names, with which config.
+"""Remove blocks from the tensor names and the config of a model.
 
-In: tensor names and a parsed config.json. Out: their pruned forms. The model is never built: a checkpoint is a
-mapping from names to bytes, and block numbers are part of the names.
+In: tensor names and a parsed config.json. Out: their pruned forms. The model is never built: its files are a mapping
+from names to bytes, and block numbers are part of the names.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ARCHITECTURES = (
     *("granite", "llama", "mistral", "mixtral", "nemotron", "olmo2", "olmo3", "olmoe", "phi3", "qwen2"),
     *("qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2"),
 )
-# Why some well-known ones are refused.
+# Reasons to refuse some well-known ones.
 _REASONS = {
     "its blocks share keys and values": ("gemma3n", "gemma3n_text", "gemma4", "gemma4_text"),
     "it mixes attention with other kinds of block in a pattern that depends on position": (
@@ -40,7 +40,7 @@ _REASONS = {
 # Config lists with one entry a block; a list of that length under another name is refused.
 PER_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers")
 _NOT_PER_BLOCK = ("architectures", "eos_token_id", "mlp_only_layers")
-# What a per-block list was computed from: beside the list it would describe another model.
+# Fields from which a per-block list was computed: beside the pruned list they would describe another model.
 _PATTERNS = {
     "sliding_window_pattern": "layer_types",
     "_sliding_window_pattern": "layer_types",
@@ -58,10 +58,10 @@ def require_supported(architecture: str, where: str) -> None:
 
 
 def require_blocks(model: Path, names: Iterable[str], blocks: int) -> None:
-    """Raise UserError where tensors have other blocks than the config says: which to remove is then a guess."""
-    found = {block_of(name) for name in names} - {None}
-    if found != set(range(blocks)):
-        what = f"its weights have {len(found)} blocks named model.layers.N, its config.json says {blocks}"
+    """Raise UserError where tensors have other blocks than the config: the choice of blocks would be a guess."""
+    numbers = {block_of(name) for name in names} - {None}
+    if numbers != set(range(blocks)):
+        what = f"its weights have {len(numbers)} blocks named model.layers.N, its config.json has {blocks}"
         raise UserError(problem(str(model), what, "Give a model whose weights and config.json agree"))
 
 
@@ -69,14 +69,14 @@ def require_removable(removed: Sequence[int], blocks: int) -> None:
     """Raise UserError unless `removed` is some blocks of the model, sorted and distinct, and not all of them."""
     if not removed or list(removed) != sorted({*removed} & {*range(blocks)}):
         what = f"{list(removed)} is no sorted list of distinct blocks of a {blocks}-block model"
-        raise UserError(problem("removed blocks", what, f"Give some of 0 to {blocks - 1}"))
+        raise UserError(problem("removed blocks", what, f"Give blocks from 0 to {blocks - 1}"))
     if len(removed) == blocks:
         what = f"{blocks} removes every block of a {blocks}-block model"
         raise UserError(problem("removed blocks", what, f"Give at most {blocks - 1}"))
 
 
 def name_blocks(blocks: Sequence[int]) -> str:
-    """Return how sorted blocks are written: a half-open span where they stand side by side, else a list.
+    """Return sorted blocks as text: a half-open span where they are contiguous, else a list.
 
     >>> name_blocks([9, 10, 11]), name_blocks([9, 13])
     ('[9, 12)', '9, 13')
@@ -87,7 +87,7 @@ def name_blocks(blocks: Sequence[int]) -> str:
 
 
 def rename_tensor(name: str, removed: Sequence[int]) -> str | None:
-    """Return a tensor's name after the `removed` blocks are gone, or None where it goes with them.
+    """Return a tensor's name without the `removed` blocks, or None where it belongs to one of them.
 
     >>> [rename_tensor(f"model.layers.{i}.mlp.up_proj.weight", [1, 2]) for i in (0, 2, 3)]
     ['model.layers.0.mlp.up_proj.weight', None, 'model.layers.1.mlp.up_proj.weight']
@@ -99,7 +99,7 @@ def rename_tensor(name: str, removed: Sequence[int]) -> str | None:
         return name
     if block in removed:
         return None
-    return _BLOCK.sub(f"model.layers.{block - sum(gone < block for gone in removed)}.", name)
+    return _BLOCK.sub(f"model.layers.{block - sum(other < block for other in removed)}.", name)
 
 
 def block_of(name: str) -> int | None:
@@ -111,8 +111,8 @@ def block_of(name: str) -> int | None:
 def prune_config(config: Mapping[str, Any], removed: Sequence[int]) -> dict[str, Any]:
     """Return config.json for the model without the `removed` blocks.
 
-    `config` has every per-block list spelled out: a pattern that is computed from a block's number would be computed
-    from its new number. Every such list loses the same entries.
+    `config` has every per-block list spelled out: a pattern would be computed from the new block numbers. Every such
+    list loses the same entries.
     """
     blocks = config["num_hidden_layers"]
     require_removable(removed, blocks)
@@ -126,7 +126,7 @@ def prune_config(config: Mapping[str, Any], removed: Sequence[int]) -> dict[str,
             pruned[key] = [value[block] for block in kept]
     for key, computed in _PATTERNS.items():
         if pruned.pop(key, None) is not None and computed not in pruned:
-            what = f"{key} depends on a block's number, and {computed} is not there"
+            what = f"{key} depends on a block's number, and {computed} is missing"
             raise UserError(problem("config.json", what, f"Write {computed} into it, one entry a block"))
     if isinstance(config.get("max_window_layers"), int):  # so many blocks from the start
         pruned["max_window_layers"] = sum(block < config["max_window_layers"] for block in kept)

@@ -1,8 +1,8 @@
-"""Words, also of scripts that set no spaces between them.
+"""Split texts into runs of words, also in scripts that set no spaces between them.
 
 In: a text cut into pieces at spaces or punctuation. Out: its runs of n words. Where a script has no spaces, characters
 are counted instead of looked up in a dictionary: two of Chinese or Japanese and four of Thai, Lao, Burmese or Khmer are
-about as much as a word elsewhere. Runs of other scripts are what they were without this.
+about as much as a word elsewhere. Runs of other scripts do not change.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _QUARTER = re.compile(f"[{_FOUR_A_WORD}]")
 
 
 def split_unspaced(pieces: Sequence[str]) -> list[str]:
-    """Return pieces of a text with every character of a script without spaces as one of its own.
+    """Return pieces of a text with each character of a script without spaces as a piece of its own.
 
     >>> split_unspaced(["CO2", "和氧气"])
     ['CO2', '和', '氧', '气']
@@ -29,12 +29,12 @@ def split_unspaced(pieces: Sequence[str]) -> list[str]:
 
 
 def count_words(pieces: Sequence[str]) -> int:
-    """Return how many words the pieces of a text are."""
+    """Return the number of words in the pieces of a text."""
     return sum(map(_quarters, pieces)) // 4
 
 
 def runs(pieces: Sequence[str], words: int) -> Iterator[tuple[str, ...]]:
-    """Yield every run of so many words, in order.
+    """Yield every run of `words` words, in order.
 
     >>> list(runs(["a", "b", "c"], 2)), list(runs(["绿", "色", "植"], 1))
     ([('a', 'b'), ('b', 'c')], [('绿', '色'), ('色', '植')])
@@ -55,7 +55,7 @@ def runs(pieces: Sequence[str], words: int) -> Iterator[tuple[str, ...]]:
 
 
 def _quarters(piece: str) -> int:
-    """Return how many quarters of a word a piece is."""
+    """Return the size of a piece in quarters of a word."""
     if piece.isascii() or not UNSPACED.match(piece):
         return 4
     return 1 if _QUARTER.match(piece) else 2

@@ -26,7 +26,7 @@ from sdft_ray.store.identity import Stage
 if TYPE_CHECKING:
     import torch
 
-    from sdft_ray.core.merging import Alike
+    from sdft_ray.core.merging import Similarity
 
 VERSION, NEEDS, UNIT = 2, None, "tensors"
 # Weights of models that grew out of one have cosines above 0.9; those of two unlike blocks are near 0.
@@ -94,7 +94,7 @@ def merge_models(
     first = next(iter(parents.values()))
     held = stored_tensors(first)
     places = [tensor_places(parent) for parent in parents.values()]
-    facts: dict[str, Alike] = {}
+    facts: dict[str, Similarity] = {}
     begin(len(places[0]))
 
     def merged(shard: Path) -> Iterator[Any]:
@@ -184,7 +184,7 @@ def _facts(model: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
     return config, {**tokens, "chat_template": tokenizer.chat_template}, tensors
 
 
-def _require_same_origin(name: str, tensor: StoredTensor, alike: Alike, models: Sequence[str]) -> None:
+def _require_same_origin(name: str, tensor: StoredTensor, alike: Similarity, models: Sequence[str]) -> None:
     """Raise UserError for matrices that share nothing: of other blocks, or of another base.
 
     Shapes do not tell the spans of two pruned models apart, and metadata is not there for every tool's.

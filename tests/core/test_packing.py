@@ -1,6 +1,6 @@
 import pytest
 
-from sdft_ray.core.packing import pack_rows, plan_passes, schedule
+from sdft_ray.core.packing import assign_passes, pack_rows, schedule
 from sdft_ray.core.rows import TrainingRow
 
 
@@ -34,21 +34,21 @@ def test_schedule_is_a_function_of_its_seed():
 
 @pytest.mark.parametrize(("workers", "micro_batch"), [(1, 8), (2, 2), (4, 2), (3, 1)])
 @pytest.mark.parametrize("size", [1, 7, 8])
-def test_plan_passes_covers_the_step_once_with_equally_many_passes(workers, micro_batch, size):
+def test_assign_passes_covers_the_step_once_with_equally_many_passes(workers, micro_batch, size):
     lengths = [3 + i * 5 % 11 for i in range(size)]
-    plan = plan_passes(lengths, workers, micro_batch, pass_tokens=20)
-    assert len({len(passes) for passes in plan}) == 1
-    assert sorted(i for passes in plan for rows in passes for i in rows) == list(range(size))
-    assert all(len(rows) <= micro_batch for passes in plan for rows in passes)
-    assert all(sum(lengths[i] for i in rows) <= 20 for passes in plan for rows in passes)
+    assigned = assign_passes(lengths, workers, micro_batch, pass_tokens=20)
+    assert len({len(passes) for passes in assigned}) == 1
+    assert sorted(i for passes in assigned for rows in passes for i in rows) == list(range(size))
+    assert all(len(rows) <= micro_batch for passes in assigned for rows in passes)
+    assert all(sum(lengths[i] for i in rows) <= 20 for passes in assigned for rows in passes)
 
 
-def test_plan_passes_needs_no_more_passes_than_best_fit():
+def test_assign_passes_needs_no_more_passes_than_best_fit():
     # Taking rows as they come would leave 6 + 3, 5 + 2, 4 apart: three passes of ten tokens where two do.
-    assert [len(passes) for passes in plan_passes([6, 5, 4, 3, 2], 1, 5, pass_tokens=10)] == [2]
+    assert [len(passes) for passes in assign_passes([6, 5, 4, 3, 2], 1, 5, pass_tokens=10)] == [2]
 
 
-def test_plan_passes_gives_workers_equal_shares():
+def test_assign_passes_gives_workers_equal_shares():
     lengths = [100, 1, 90, 2, 80, 3, 70, 4]
-    loads = [sum(lengths[i] for rows in passes for i in rows) for passes in plan_passes(lengths, 2, 8, 10_000)]
+    loads = [sum(lengths[i] for rows in passes for i in rows) for passes in assign_passes(lengths, 2, 8, 10_000)]
     assert max(loads) - min(loads) < 30

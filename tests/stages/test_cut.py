@@ -222,7 +222,7 @@ def test_remove_blocks_of_a_base_whose_weights_have_other_blocks_than_its_config
 ):
     base = shutil.copytree(llama, tmp_path / "base")
     (base / "config.json").write_text(json.dumps(config_of(base) | {"num_hidden_layers": blocks}))
-    with pytest.raises(UserError, match=f"{line} model.layers.N, its config.json says {blocks}"):
+    with pytest.raises(UserError, match=f"{line} model.layers.N, its config.json has {blocks}"):
         prune(base, tmp_path / "cut", [1])
 
 

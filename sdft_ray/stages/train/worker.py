@@ -173,10 +173,10 @@ class Training:
 
     def _passes(self, rows: list[Any]) -> list[list[int]]:
         """Return this worker's share of rows, as the places of those that go through the model together."""
-        from sdft_ray.core.packing import plan_passes
+        from sdft_ray.core.packing import assign_passes
 
         most = self.plan.pass_tokens or self.plan.micro_batch * self.settings.max_tokens
-        return plan_passes([len(row.ids) for row in rows], self.workers, self.plan.micro_batch, most)[self.rank]
+        return assign_passes([len(row.ids) for row in rows], self.workers, self.plan.micro_batch, most)[self.rank]
 
     def _weights(self) -> dict[str, Any]:
         from sdft_ray.stages.train.state import share_of_weights
