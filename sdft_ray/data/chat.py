@@ -1,8 +1,8 @@
-"""From a row to token ids: the chat prompt, and the training sequence with its mask.
+"""Turn a row into token ids: the chat prompt, and the training sequence with its mask.
 
 In: a tokenizer with a chat template, and strings. Out: lists of token ids. The template writes the whole conversation,
-and it is tokenised exactly once: a templated string tokenised again would get a second BOS. What a model has to write
-after the generation prompt carries loss, so that training ends where generation begins:
+and it is tokenised exactly once: a templated string tokenised again would get a second BOS. The tokens that a model has
+to write after the generation prompt carry loss, so that training ends where generation begins:
 
     template                       given to the model            carries loss
     ChatML, Llama 3, Gemma, …      …assistant\n                  4<|im_end|>
@@ -26,13 +26,13 @@ from sdft_ray.core.rows import TrainingRow
 from sdft_ray.core.selection import strip_thoughts
 from sdft_ray.errors import UserError, problem
 
-# What Llama 3.1's template says by itself.
+# The default of Llama 3.1's template.
 _DATE = "26 Jul 2024"
 # A template that thinks by default would put its thoughts into the responses.
 _NO_THINKING = {"enable_thinking": False}
-# The conversation from which it is read what a template writes around a response.
+# The conversation that shows what a template writes around a response.
 _QUESTION, _RESPONSE, _OTHER_RESPONSE = "QUESTION", "RESPONSE", "another"
-_BATCH_ROWS = 1024  # tokenised at once: enough for every core, and little beside the rows themselves
+_BATCH_ROWS = 1024  # tokenised at once: enough for every core, and little memory
 # No text can hold these, as they are drawn anew in every process; they never reach a token id.
 _SPELLED, _WRITTEN = f"<{uuid.uuid4().hex}:", f"<{uuid.uuid4().hex}:"
 _OTHER_TEMPLATE = "Give the model a chat template that writes whole conversations as its generation prompt begins them"
@@ -40,14 +40,14 @@ _OTHER_TEMPLATE = "Give the model a chat template that writes whole conversation
 
 @dataclasses.dataclass(frozen=True)
 class _Turn:
-    """What a chat template writes around a response, after its generation prompt."""
+    """The text that a chat template writes around a response, after its generation prompt."""
 
     opening: str
-    """What the model writes before the response: a channel, the end of a thought; mostly nothing."""
+    """The text of the model before the response: a channel, the end of a thought; mostly empty."""
     closing: str
-    """What follows the response, up to the end-of-turn token; empty where the template writes none."""
+    """The text after the response, up to the end-of-turn token; empty where the template writes none."""
     dropped: str
-    """What follows the end-of-turn token: it belongs to no turn."""
+    """The text after the end-of-turn token: it belongs to no turn."""
 
 
 def render_prompt(tokenizer: Any, prompt: str, template_options: Mapping[str, Any] = _NO_THINKING) -> list[int]:
@@ -57,7 +57,7 @@ def render_prompt(tokenizer: Any, prompt: str, template_options: Mapping[str, An
 
 
 def encode_row(tokenizer: Any, prompt: str, response: str) -> TrainingRow:
-    """Return prompt + response + end of turn, where only what the model has to write carries loss.
+    """Return prompt + response + end of turn; only the part that the model has to write carries loss.
 
     A row before: prompt "2 + 2?", response "4". After, decoded: `<|im_start|>user\\n2 + 2?<|im_end|>\\n
     <|im_start|>assistant\\n` without loss, then `4<|im_end|>` with loss.
@@ -93,9 +93,9 @@ def end_of_turn(tokenizer: Any) -> int:
 
 
 def response_ends(tokenizer: Any, named: int | Sequence[int] | None) -> list[int]:
-    """Return the tokens at which a response ends: the end of turn, the tokenizer's EOS, and those its config named.
+    """Return the tokens at which a response ends: the end of turn, the tokenizer's EOS, and those named in its config.
 
-    Nothing of generation_config.json, so that what stands there moves no number.
+    generation_config.json is not read, so that its content moves no number.
     """
     ids = [named] if isinstance(named, int) else list(named or ())
     return list(dict.fromkeys(i for i in (end_of_turn(tokenizer), tokenizer.eos_token_id, *ids) if i is not None))
@@ -105,14 +105,14 @@ def opening_ids(tokenizer: Any) -> tuple[int, ...]:
     """Return the tokens that the model has to write before every response; mostly none."""
     if not _read_turn(tokenizer, str(tokenizer.chat_template)).opening:
         return ()
-    one, other = encode_rows(tokenizer, [(_QUESTION, _RESPONSE), (_QUESTION, _OTHER_RESPONSE)])
-    pairs = enumerate(zip(one.ids, other.ids, strict=False))
-    return tuple(one.ids[one.trained_from : next(i for i, (a, b) in pairs if a != b)])
+    first, second = encode_rows(tokenizer, [(_QUESTION, _RESPONSE), (_QUESTION, _OTHER_RESPONSE)])
+    pairs = enumerate(zip(first.ids, second.ids, strict=False))
+    return tuple(first.ids[first.trained_from : next(i for i, (a, b) in pairs if a != b)])
 
 
 def read_generated(tokenizer: Any, ids: Sequence[int], text: str, opened: str) -> str:
-    """Return the text of generated token ids without what the template has before every response; where they do not
-    begin with that, behind the thought that the prompt `opened`."""
+    """Return the text of generated token ids without the opening that the template has before every response; without
+    that opening, `opened` (the thought that the prompt opens) and the text."""
     opening = opening_ids(tokenizer)
     if opening and tuple(ids[: len(opening)]) == opening:
         return text.removeprefix(tokenizer.decode(opening, skip_special_tokens=True))
@@ -135,12 +135,11 @@ def _unended_thought(text: str) -> str:
 def _render(
     tokenizer: Any, prompt: str, response: str | None = None, template_options: Mapping[str, Any] = _NO_THINKING
 ) -> str:
-    """Return what the template makes of a prompt with its response, without one up to where the assistant begins."""
+    """Return a prompt and its response as the template writes them; without a response, the generation prompt."""
     messages = [{"role": "user", "content": prompt}]
     if response is not None:
         messages.append({"role": "assistant", "content": response})
-    # The date: some templates print today's, and the same recipe would be another one tomorrow. Templates that know no
-    # such things ignore them.
+    # Some templates print today's date, and the same recipe would be another one tomorrow; other templates ignore it.
     options = {"date_string": _DATE, "strftime_now": lambda _format: _DATE, **template_options}
     text: str = tokenizer.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=response is None, **options
@@ -150,7 +149,7 @@ def _render(
 
 @functools.lru_cache
 def _read_turn(tokenizer: Any, _template: str) -> _Turn:
-    """Return what the chat template writes around a response; raises UserError where it is none to train on."""
+    """Return the text that the chat template writes around a response; raises UserError for an unusable template."""
     given, whole = _render_probe(tokenizer, None), _render_probe(tokenizer, _RESPONSE)
     opening, inside, after = whole.removeprefix(given).partition(_RESPONSE)
     if _QUESTION not in given or not inside:
@@ -168,11 +167,11 @@ def _read_turn(tokenizer: Any, _template: str) -> _Turn:
 
 @functools.lru_cache
 def _read_end(tokenizer: Any, _template: str) -> tuple[str, int]:
-    """Return what the template writes after a response up to its end-of-turn token, and that token's id."""
+    """Return the text from a response's end to the end-of-turn token, and that token's id."""
     after = _render_probe(tokenizer, _RESPONSE).rpartition(_RESPONSE)[2]
     tokens = _added_tokens(tokenizer)
-    if (found := _any_of(tokens).search(after)) is not None:
-        return after[: found.end()], tokens[found[0]]
+    if (match := _any_of(tokens).search(after)) is not None:
+        return after[: match.end()], tokens[match[0]]
     if tokenizer.eos_token_id is None:
         what = "its chat template ends no turn with a token, and its tokenizer has no EOS token"
         raise UserError(problem("model", what, "Set eos_token in its tokenizer_config.json"))
@@ -182,21 +181,21 @@ def _read_end(tokenizer: Any, _template: str) -> tuple[str, int]:
 def _render_probe(tokenizer: Any, response: str | None) -> str:
     try:
         return _render(tokenizer, _QUESTION, response)
-    except Exception as error:  # whatever a template raises
+    except Exception as error:  # a template can raise anything
         line = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         what = f"its chat template cannot write a conversation of a user and an assistant ({line})"
-        raise UserError(problem("model", what, "Correct the template, or give another model")) from error
+        raise UserError(problem("model", what, "Correct its chat template")) from error
 
 
 def _write_conversation(tokenizer: Any, turn: _Turn, prompt: str, response: str) -> tuple[str, str]:
-    """Return a conversation as the template writes it: what is given to the model, and what it has to write."""
+    """Return a conversation as the template writes it: the part given to the model, and the part it has to write."""
     prompt, response = _hide_spelled(tokenizer, prompt), _hide_spelled(tokenizer, response)
     given, whole = _render(tokenizer, prompt), _render(tokenizer, prompt, response)
     before, after = given + turn.opening, turn.closing + turn.dropped
     inside = whole[len(before) : len(whole) - len(after)]
     if whole != before + inside + after or inside.strip() != response.strip():  # many templates strip what they write
         what = f"its chat template changes the response {_shorten(response)} of the prompt {_shorten(prompt)}"
-        raise UserError(problem("model", what, "Take such rows out, or give the model a template that keeps them"))
+        raise UserError(problem("model", what, "Remove such rows"))
     return given, turn.opening + inside + turn.closing
 
 
@@ -217,8 +216,8 @@ def _tokenise(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def _continue(tokenizer: Any, text: str) -> list[int]:
-    """Return the token ids of text that follows other text: SentencePiece puts a piece of its own before what it takes
-    for the beginning of a text."""
+    """Return the token ids of text that follows other text: SentencePiece puts a piece of its own before the
+    beginning of a text."""
     for before in ("\n", "a"):
         lead, both = _tokenise(tokenizer, [before, before + text])
         if both[: len(lead)] == lead:
@@ -227,13 +226,12 @@ def _continue(tokenizer: Any, text: str) -> list[int]:
 
 
 def _added_tokens(tokenizer: Any) -> dict[str, int]:
-    """Return the ids of the tokens that are found in a text before it is tokenised; runs of blanks are none to ask
-    for."""
+    """Return the ids of the tokens that are matched in a text before it is tokenised, except runs of blanks."""
     return {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Return a pattern that finds the longest token at a place, and nothing where there are no tokens."""
+    """Return a pattern that matches the longest token at a place; without tokens it matches nothing."""
     return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
 
 
@@ -242,7 +240,7 @@ def _control_tokens(tokenizer: Any, _template: str) -> tuple[re.Pattern[str], tu
     """Return the tokens that only a template may write, and a pattern that finds them.
 
     They are the special ones, and those around a user's message and at the end of a turn, which some tokenizers do not
-    call special. Marks of thoughts and tools are not among them: a response may hold thoughts.
+    mark as special. Marks of thoughts and tools are not among them: a response may hold thoughts.
     """
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     written = _render(tokenizer, _QUESTION).partition(_QUESTION)
@@ -268,12 +266,12 @@ def _tokenise_apart(tokenizer: Any, text: str) -> list[int]:
 
 @functools.lru_cache
 def _blind_tokenizer(tokenizer: Any, tokens: tuple[str, ...]) -> Any:
-    """Return the tokenizer with other spellings of control tokens, which no text holds: what spells them is text."""
+    """Return the tokenizer with other spellings of control tokens, which no text holds: the usual ones are text."""
     from tokenizers import Tokenizer
 
     if not tokenizer.is_fast:
         what = f"a row spells out one of {', '.join(tokens[:3])}, …, and its tokenizer cannot take that as text"
-        raise UserError(problem("model", what, "Save the tokenizer as tokenizer.json, or take such rows out"))
+        raise UserError(problem("model", what, "Save the tokenizer as tokenizer.json"))
     written = {token: f"{_WRITTEN}{i}>" for i, token in enumerate(tokens)}
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state |= {"post_processor": None, "truncation": None, "padding": None}

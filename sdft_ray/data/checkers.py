@@ -1,4 +1,4 @@
-"""Checkers: how the final answer of a text is read and compared with a row's answer, by the names of `rows.answer`.
+"""Checkers read the final answer of a text and compare it with a row's answer, by the names of `rows.answer`.
 
 In: texts. Out: answers in one spelling, and whether two are the same.
 """
@@ -20,7 +20,7 @@ _LATEX_WORD = re.compile(r"\\text\s*\{[^{}]*\}|\\[A-Za-z]+|\b(?:sqrt|pi|ln|log|e
 
 
 def _final_expression(text: str) -> str | None:
-    """Return the expression that a text ends up at; a date or time as `number` reads it."""
+    """Return the final expression of a text; a date or time as `number` reads it."""
     if isinstance(whole := final_number(text), str):
         return whole
     part = spell_plainly(final_part(text)[0])
@@ -32,14 +32,14 @@ def _final_expression(text: str) -> str | None:
     latex = re.search(r"\$|\\[(\[]", part)
     if boxes or not (latex or has_words(_LATEX_WORD.sub("", part)) or UNSPACED.search(part)):
         return read_expression(part, whole=True)
-    return read_expression(part if latex else _SUM.sub(lambda found: f"${found[0]}$", part))
+    return read_expression(part if latex else _SUM.sub(lambda match: f"${match[0]}$", part))
 
 
-def _same_expression(answer: str, found: str) -> bool:
-    if answer == found:
+def _same_expression(answer: str, other: str) -> bool:
+    if answer == other:
         return True
     # As expressions two dates may have the same value.
-    return not any(isinstance(final_number(each), str) for each in (answer, found)) and same_expression(answer, found)
+    return not any(isinstance(final_number(text), str) for text in (answer, other)) and same_expression(answer, other)
 
 
 def _number_text(text: str) -> str | None:
@@ -56,11 +56,11 @@ CHECKERS = {
 
 
 def read_answer(checker: str, reference: str, given: str | None) -> str | None:
-    """Return the answer of a row in its checker's spelling: of the column that gives it, else of the reference."""
+    """Return the answer of a row in its checker's spelling: from the column that gives it, else from the reference."""
     return CHECKERS[checker].read(reference if given is None else rf"\boxed{{{given}}}")
 
 
 def is_correct(checker: str, answer: str, text: str) -> bool:
     """Return whether a text ends at the answer."""
-    found = CHECKERS[checker].read(text)
-    return found is not None and CHECKERS[checker].same(answer, found)
+    given = CHECKERS[checker].read(text)
+    return given is not None and CHECKERS[checker].same(answer, given)

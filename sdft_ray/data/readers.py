@@ -1,7 +1,7 @@
-"""Files of rows and texts as people have them: their values with file and line, or one line that says what is wrong.
+"""Read files of rows and texts: their values with file and line, or one line that names the mistake.
 
-In: .json, .jsonl, .parquet and .txt files. Out: records and paragraphs, each with its place. What the values mean is
-not known here: that is `sources.py`.
+In: .json, .jsonl, .parquet and .txt files. Out: records and paragraphs, each with its place. This module does not
+know the meaning of the values.
 """
 
 from __future__ import annotations
@@ -56,17 +56,17 @@ def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def describe_suffix(suffix: str) -> str:
-    """Return what is wrong with a file that has no known suffix."""
-    return f"is a {suffix} file, which is not known" if suffix else "has no suffix that says what it is"
+    """Return the problem of a file without a known suffix."""
+    return f"is a {suffix} file, which is not known" if suffix else "has no suffix that names its format"
 
 
 def is_missing(value: Any) -> bool:
-    """Return whether a value is how files and tables write that there is none: null, or NaN."""
+    """Return whether a value stands for no value in files and tables: null, or NaN."""
     return value is None or (isinstance(value, float | Decimal) and math.isnan(value))
 
 
 def kind_of(value: Any) -> str:
-    """Return what a value of a file is, in words."""
+    """Return the kind of a value of a file, in words."""
     names = {list: "a list", dict: "an object", bool: str(value).lower(), int: "a number", float: "a number"}
     return "empty" if is_missing(value) else names.get(type(value), f"of type {type(value).__name__}")
 
@@ -86,12 +86,12 @@ def _parse_record(line: str, path: Path, number: int) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        do = "Fix this line: each line is one {...}"
+        do = "Fix this line: write one {...}"
         raise UserError(problem(where, f"is not JSON ({error.msg} at column {error.colno})", do)) from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
         raise UserError(problem(where, f"cannot be read ({_first_line(error)})", "Fix this line")) from None
     if not isinstance(record, dict):
-        raise UserError(problem(where, "is not an object", "Each line is one {...}"))
+        raise UserError(problem(where, "is not an object", "Write one {...} a line"))
     return record
 
 
@@ -105,7 +105,7 @@ def _read_list(path: Path) -> list[Any]:
         raise
     if isinstance(records, list):
         return records
-    what, do = "is not a list", "Give a list of objects, or a .jsonl file"
+    what, do = "is not a list", "Give a list of objects"
     if isinstance(records, dict):
         lists = [name for name, value in records.items() if isinstance(value, list)]
         what = f"is an object, not a list ({'with a list in' if lists else 'of'} {', '.join(lists or records)})"
@@ -131,13 +131,13 @@ def parse_json(text: str, path: Path) -> Any:
 
 
 def require_whole(path: Path) -> None:
-    """Raise UserError for a file that is empty, or only stands for the one that it should be."""
+    """Raise UserError for a file that is empty, or a pointer to another one."""
     if _first_bytes(path) == b"":
         raise UserError(problem(str(path), "is empty", "Copy or download it again"))
 
 
 def require_text(path: Path) -> None:
-    """Raise UserError for a file of rows or texts that only stands for another, or is in UTF-16 or UTF-32."""
+    """Raise UserError for a file of rows or texts that is a pointer to another, or is in UTF-16 or UTF-32."""
     encoding = json.detect_encoding(_first_bytes(path))  # by its byte-order mark or its zeros
     if not encoding.startswith("utf-8"):
         raise UserError(problem(str(path), f"is {encoding[:6].upper()} text", "Save it as UTF-8"))
@@ -169,26 +169,26 @@ GYM_SEED_SPACING = 1_000_000
 
 
 def read_refusal(error: BaseException) -> tuple[str, str]:
-    """Return what it means that a hub does not give a repository, and what to do."""
+    """Return the problem and the remedy where a hub does not give a repository."""
     from huggingface_hub import errors
 
-    if isinstance(error, errors.LocalEntryNotFoundError):  # a download says only that there is no copy here
+    if isinstance(error, errors.LocalEntryNotFoundError):  # a download reports only that there is no local copy
         error = error.__cause__ or error
     match error:
         case errors.GatedRepoError():
-            return "is gated, and the hub does not let you in", "Ask for access on its page, and set HF_TOKEN"
+            return "is gated, and the hub does not let you in", "Ask for access on its page and set HF_TOKEN"
         case errors.RevisionNotFoundError():
             return "has no such revision", "Check the commit"
         case errors.RepositoryNotFoundError():
-            return "is not on the hub, or private", "Check the name; where it is private, set HF_TOKEN"
+            return "is not on the hub, or private", "Check the name and HF_TOKEN"
         case errors.HfHubHTTPError() if error.response.status_code == 401:
-            return "the hub refuses your token", "Set another HF_TOKEN, or none"
+            return "the hub refuses your token", "Set a valid HF_TOKEN"
         case errors.HfHubHTTPError():
             return f"the hub answers {error.response.status_code}", "Try again later"
         case errors.OfflineModeIsEnabled():
-            return "the hub is not asked: offline mode is on", "Unset HF_HUB_OFFLINE, or give a local path"
+            return "the hub is not asked: offline mode is on", "Unset HF_HUB_OFFLINE"
         case _:
-            return f"no hub in reach ({error})", "Check the network and HF_ENDPOINT, or give a local path"
+            return f"no hub in reach ({error})", "Check the network and HF_ENDPOINT"
 
 
 # --- rows -----------------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ RowsContent = GymContent | FileContent | HubContent
 
 
 def rows_content(source: RowSource) -> RowsContent:
-    """Return what stands for the rows' content in ids: never a local path, always a hash, commit or generator."""
+    """Return the content of rows as ids hash it: a hash, commit or generator, never a local path."""
     match source:
         case GymRows():
             return GymContent(gym=source.gym, options=source.options, version=metadata.version("reasoning-gym"))
@@ -276,7 +276,8 @@ def _gym_rows(source: GymRows) -> list[dict[str, Any]]:
         seed = source.seed * GYM_SEED_SPACING
         dataset = reasoning_gym.create_dataset(source.gym, size=source.limit, seed=seed, **source.options)
     except (TypeError, AssertionError, ValueError) as error:
-        raise UserError(problem("rows.options", f"{source.gym} refuses them ({error})", "Change them")) from None
+        what = f"{source.gym} refuses them ({error})"
+        raise UserError(problem("rows.options", what, "Change rows.options")) from None
     # A generated problem has no worked response: its answer is the reference.
     return [{"prompt": x["question"], "reference": str(x["answer"]), "answer": str(x["answer"])} for x in dataset]
 
@@ -291,7 +292,7 @@ def _hub_records(source: HubRows) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UserError(problem(source.repo, str(error), "Check repo, subset and split")) from None
     except (ConnectionError, FileNotFoundError, HfHubHTTPError) as error:
         what = f"cannot be downloaded ({' '.join(str(error).split())})"
-        raise UserError(problem(source.repo, what, "Check the hub, or give rows.path")) from None
+        raise UserError(problem(source.repo, what, "Check the network and HF_ENDPOINT")) from None
     yield from enumerate(dataset, 1)
 
 
@@ -322,8 +323,8 @@ def _refuse_conversation(record: Mapping[str, Any], where: str) -> None:
     """Raise UserError for a record that holds its texts as the turns of a conversation."""
     for name, turns in record.items():
         keys = [turn.keys() for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
-        if any({"role", "content"} <= each or {"from", "value"} <= each for each in keys):
-            what = f"{name} is a conversation, and conversations are not taken yet"
+        if any({"role", "content"} <= names or {"from", "value"} <= names for names in keys):
+            what = f"{name} is a conversation, and conversations are not supported yet"
             do = "Save its question and its answer as two columns of text, and name them in rows.fields"
             raise UserError(problem(where, what, do))
 
@@ -337,7 +338,7 @@ def read_json(path: Path, missing: str = "does not exist") -> Any:
 
 
 def read_text(path: Path) -> str:
-    """Return the text of a file that other programs read, too, and less kindly."""
+    """Return the text of a file that other programs also read, less tolerantly."""
     require_whole(path)
     content = path.read_bytes()
     if content.startswith(codecs.BOM_UTF8):
@@ -364,8 +365,8 @@ def package_file(package: str, file: str, where: str) -> Path:
         raise UserError(problem(f"{where}.package", f"{package} is not installed", do))
     folder = Path(spec.submodule_search_locations[0])
     if not (folder / file).is_file():
-        held = [path.name for path in folder.iterdir() if path.suffix == Path(file).suffix]
+        names = [path.name for path in folder.iterdir() if path.suffix == Path(file).suffix]
         raise UserError(
-            problem(f"{where}.file", f"{package} has no {file}", nearest(file, held or ["nothing like it"]))
+            problem(f"{where}.file", f"{package} has no {file}", nearest(file, names or ["nothing like it"]))
         )
     return folder / file

@@ -249,6 +249,6 @@ def test_rows_of_an_unknown_task_is_one_clear_line(tmp_path, tiny_model):
     with pytest.raises(UserError) as error:
         build_rows(tmp_path, tiny_model, raw_rows(20), decontaminate=["gsm8"])
     assert str(error.value) == (
-        "rows.decontaminate: no offline files for gsm8. Did you mean gsm8k? "
-        "Or set evaluate.preset: harness for tasks of a hub."
+        "rows.decontaminate: no offline files for gsm8; only evaluate.preset: harness reads tasks of a hub. "
+        "Did you mean gsm8k?"
     )
