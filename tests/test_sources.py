@@ -106,7 +106,7 @@ def test_read_rows_puts_context_before_the_prompt_and_makes_the_answer_text(tmp_
     [
         ([GSM[0], '{"question": "x", \n'], 2, "is not JSON ("),
         ([GSM[0], "\n", "not JSON\n"], 3, "is not JSON (Expecting value at column 1). Fix this line"),
-        ([GSM[0], "[1, 2]\n"], 2, "is not an object. Each line is one {...}."),
+        ([GSM[0], "[1, 2]\n"], 2, "is not an object. Write one {...} a line."),
         ([{"question": 3, "answer": "a"}], 1, "question is a number, not text. Fix this row."),
         ([GSM[0], {"question": "q", "answer": None}], 2, "answer is empty, not text. Fix this row."),
     ],
@@ -132,7 +132,7 @@ def test_read_rows_without_a_column_suggests_the_nearest(tmp_path):
         (
             "rows.json",
             b'{"question": "q"}',
-            "{path}: is an object, not a list (of question). Give a list of objects, or a .jsonl file.",
+            "{path}: is an object, not a list (of question). Give a list of objects.",
         ),
         ("rows.json", b'[{"question": "q", "answer": "a"}, 3]', "{path}:2: is not an object. Give a list of objects."),
         ("rows.json", b"[\n1,\n", "{path}:3: is not JSON (Expecting value). Fix this line."),
@@ -206,7 +206,7 @@ def test_read_rows_of_what_is_no_text_names_file_line_and_kind(tmp_path, column,
 def test_read_rows_of_a_conversation_says_that_none_is_taken_and_what_to_give(tmp_path, key, turns):
     path = tmp_path / "rows.jsonl"
     line = complaint(read_jsonl, path, [{"answer": "8", key: turns}])
-    assert line.startswith(f"{path}:1: {key} is a conversation, and conversations are not taken yet. ")
+    assert line.startswith(f"{path}:1: {key} is a conversation, and conversations are not supported yet. ")
     assert "rows.fields" in line
 
 
@@ -245,7 +245,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n"
             b'{"version": 1, "data": [{"question": "q"}]}',
             "{path}: is an object, not a list (with a list in data). Save one list of objects by itself.",
         ),
-        ("rows.json", b'"text"', "{path}: is not a list. Give a list of objects, or a .jsonl file."),
+        ("rows.json", b'"text"', "{path}: is not a list. Give a list of objects."),
         ("rows.jsonl", LINES.decode().encode("utf-16"), "{path}: is UTF-16 text. Save it as UTF-8."),
         ("rows.json", "[]".encode("utf-16-le"), "{path}: is UTF-16 text. Save it as UTF-8."),
         ("rows.jsonl", LINES.decode().encode("utf-32"), "{path}: is UTF-32 text. Save it as UTF-8."),
@@ -257,7 +257,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n"
             b"",
             "{path}: is a .gz file, which is not known. Save it as a .json, .jsonl or .parquet file.",
         ),
-        ("rows", LINES, "{path}: has no suffix that says what it is. Save it as a .json, .jsonl or .parquet file."),
+        ("rows", LINES, "{path}: has no suffix that names its format. Save it as a .json, .jsonl or .parquet file."),
     ],
 )
 def test_read_rows_of_a_file_in_another_form_says_what_it_is_and_what_to_do(tmp_path, name, content, line):
@@ -378,7 +378,7 @@ def test_code_that_a_model_brings_is_never_run(model, tmp_path):
     settings = json.loads((model / "tokenizer_config.json").read_text())
     settings["auto_map"] = {"AutoTokenizer": ["own.C", None]}
     (model / "tokenizer_config.json").write_text(json.dumps(settings))
-    what = "asks for a tokenizer that is code of the model's own, which is never run (auto_map). Give a model whose"
+    what = "asks for a tokenizer that is code of the model's own, which is never run (auto_map). Save the"
     assert what in complaint(directory.describe_directory, model)
     assert not (tmp_path / "ran").exists()
 
@@ -394,7 +394,7 @@ def test_describe_directory_with_quantised_weights_says_so(model):
 def test_describe_directory_with_a_damaged_shard_names_it(model):
     path = model / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
-    assert complaint(directory.describe_directory, model).startswith(f"{path}: is damaged: its header tells of ")
+    assert complaint(directory.describe_directory, model).startswith(f"{path}: is damaged: its header describes ")
 
 
 @pytest.fixture
@@ -413,7 +413,8 @@ def test_describe_directory_with_an_index_that_names_a_missing_tensor_says_which
     file = sorted(set(index["weight_map"].values()))[1]
     path.write_text(json.dumps({"weight_map": index["weight_map"] | {"model.layers.9.up.weight": file}}))
     assert complaint(directory.describe_directory, sharded) == (
-        f"{path}: says that {file} holds model.layers.9.up.weight, which it does not. Copy or download the model again."
+        f"{path}: names {file} as the file of model.layers.9.up.weight, which it lacks. "
+        "Copy or download the model again."
     )
 
 
@@ -448,7 +449,7 @@ def test_describe_directory_of_a_tied_model_takes_an_equal_head_and_refuses_anot
     save_file(weights | {"lm_head.weight": head}, path)
     assert complaint(directory.describe_directory, model) == (
         f"{model / 'config.json'}: tie_word_embeddings is true, but lm_head.weight is not the embeddings. "
-        "Set it to false, or take lm_head.weight out of the weights."
+        "Set tie_word_embeddings to false."
     )
 
 
@@ -560,13 +561,13 @@ def test_describe_directory_of_a_chat_template_that_would_not_be_read_as_it_stan
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["with-config", "alone"])
-def test_describe_directory_of_an_adapter_says_to_merge_it_or_give_its_base(model, whole):
+def test_describe_directory_of_an_adapter_names_its_base_and_the_merge(model, whole):
     (model / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "own/base"}))
     if not whole:
         (model / "config.json").unlink()
     assert complaint(directory.describe_directory, model) == (
-        f"{model}: holds an adapter, not a model (adapter_config.json). "
-        "Merge it first (peft's merge_and_unload), or give its base, own/base."
+        f"{model}: holds an adapter of own/base, not a model (adapter_config.json). "
+        "Merge it into its base with peft's merge_and_unload."
     )
 
 
@@ -580,7 +581,7 @@ def test_describe_directory_of_shards_without_an_index_names_the_index(sharded):
     (sharded / "model.safetensors.index.json").unlink()
     line = complaint(directory.describe_directory, sharded)
     assert line.startswith(f"{sharded}: has shards of weights (model-00001-of-")
-    assert line.endswith("without model.safetensors.index.json, which says what is in them. Copy or download it, too.")
+    assert line.endswith("without model.safetensors.index.json, which lists their tensors. Copy or download it, too.")
 
 
 def test_describe_directory_of_weights_under_another_name_says_which_is_expected(model):
@@ -594,7 +595,9 @@ def test_describe_directory_of_two_layouts_says_who_reads_which(sharded, tiny_mo
     shutil.copy(tiny_model / "model.safetensors", sharded)
     line = complaint(directory.describe_directory, sharded)
     assert line.startswith(f"{sharded}: holds model.safetensors, which transformers reads, and model.safetensors.index")
-    assert "names model-00001-of-" in line and line.endswith("and which vLLM reads. Remove one of the two.")
+    assert "names model-00001-of-" in line and line.endswith(
+        "and which vLLM reads. Remove model.safetensors or model.safetensors.index.json."
+    )
     for shard in sharded.glob("model-*-of-*.safetensors"):
         shard.unlink()
     index = {"weight_map": dict.fromkeys(load_file(sharded / "model.safetensors"), "model.safetensors")}
@@ -609,7 +612,7 @@ def test_describe_directory_of_weights_that_only_vllm_would_read_names_them(mode
     (model / name).parent.mkdir(exist_ok=True)
     shutil.copy(model / "model.safetensors", model / name)
     assert complaint(directory.describe_directory, model) == (
-        f"{model}: holds {name} beside model.safetensors, and vLLM would read that, too. Remove {name}."
+        f"{model}: holds {name} beside model.safetensors, and vLLM would also read them. Remove {name}."
     )
 
 
@@ -839,8 +842,8 @@ def test_calibration_file_of_another_kind_is_one_clear_line(tmp_path, name):
 
 def test_offline_task_file_of_an_unknown_task_suggests_the_nearest():
     assert complaint(benchmarks.offline_task_file, "arc_eazy") == (
-        "evaluate.tasks: no offline files for arc_eazy. "
-        "Did you mean arc_easy? Or set evaluate.preset: harness for tasks of a hub."
+        "evaluate.tasks: no offline files for arc_eazy; only evaluate.preset: harness reads tasks of a hub. "
+        "Did you mean arc_easy?"
     )
 
 

@@ -1,8 +1,8 @@
-"""A Hugging Face model directory as this package writes it: its companions, and the proof that it is the right model.
+"""Complete and check a Hugging Face model directory.
 
 In: a directory with weights and config.json, and the base that its model came from. Out: the base's tokenizer, chat
-template, generation config and licence beside them; or an error that names what is wrong. `cut`, `train` and `merge`
-all write through here, because a directory that any tool loads needs more than its weights.
+template, generation config and licence beside them; or an error that names the fault. `cut`, `train` and `merge` all
+write through this module, because a directory that any tool loads needs more than its weights.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     import torch
 
 LICENCES = ("*licen[cs]e*", "*notice*", "copying*", "*use_policy*")
-"""Names, in small letters, of the files that say under which terms a model is given."""
-# What goes from a base to a model made of it, whatever the case. A list, because a user's directory holds anything:
+"""Names, in lower case, of the files with the terms of a model."""
+# Files to copy from a base to a model made of it, in any case. A list, because a user's directory holds anything:
 # weights in other formats, logs, the files of a training. Not the model card: it describes the base.
 COMPANIONS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
@@ -37,11 +37,11 @@ COMPANIONS = (
     *("chat_template*", "additional_chat_templates/*", "generation_config.json"),
     *LICENCES,
 )
-_MOST_BYTES = 1 << 27  # the largest tokenizer.json of a well-known model has 34 MB; what is larger holds weights
-# How far logits may differ that are the same sums in another order, as a fraction of their spread (both root mean
-# square). float32 keeps 7 digits, of which a deep model loses two. bfloat16 keeps 8 bits: a thousand roundings, one
-# after another, are 2^-9 * sqrt(1000) = 6 %, and merging adapters rounds once more. Measured on SmolLM2-135M with
-# adapters on all its linear layers: 2e-6 and 3 %.
+_MOST_BYTES = 1 << 27  # the largest tokenizer.json of a well-known model has 34 MB; larger files hold weights
+# The largest difference of logits that are the same sums in another order, as a fraction of their spread (both root
+# mean square). float32 keeps 7 digits, of which a deep model loses two. bfloat16 keeps 8 bits: a thousand roundings in
+# a row are 2^-9 * sqrt(1000) = 6 %, and merging adapters rounds once more. Measured on SmolLM2-135M with adapters on
+# all its linear layers: 2e-6 and 3 %.
 _SAME_LOGITS = {"float32": 1e-4, "bfloat16": 0.25}
 
 
@@ -49,9 +49,9 @@ _SAME_LOGITS = {"float32": 1e-4, "bfloat16": 0.25}
 
 
 def write_companions(base: Path, directory: Path) -> None:
-    """Copy what belongs to a model beside its weights and config, byte for byte but for two things.
+    """Copy the companions of a model's weights and config, byte for byte with two exceptions.
 
-    The tokenizer's settings are spelled so that transformers 4 reads them, too, and the generation config stops at the
+    The tokenizer's settings are spelled so that transformers 4 also reads them, and the generation config stops at the
     end of an assistant's turn.
     """
     for path in _companions(base):
@@ -73,7 +73,7 @@ def _companions(base: Path) -> list[Path]:
 
 
 def spell_tokenizer_for_older(directory: Path) -> None:
-    """Rewrite tokenizer_config.json where only transformers 5 could read it; 5 reads the older spelling alike."""
+    """Rewrite tokenizer_config.json where only transformers 5 could read it; 5 also reads the older spelling."""
     path = directory / "tokenizer_config.json"
     settings = dict(read_json(path)) if path.is_file() else {}
     older = dict(settings)
@@ -86,19 +86,19 @@ def spell_tokenizer_for_older(directory: Path) -> None:
 
 
 def _add_end_of_turn(base: Path, directory: Path) -> None:
-    """Make engines stop at the token that ends an assistant's turn, beside those at which they stop already.
+    """Make engines stop at the token that ends an assistant's turn, beside their present stops.
 
-    Not by `GenerationConfig.save_pretrained`, which refuses what many models say (a temperature without do_sample).
+    Not by `GenerationConfig.save_pretrained`, which refuses settings of many models (a temperature without do_sample).
     """
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     end, path = end_of_turn(AutoTokenizer.from_pretrained(directory)), directory / "generation_config.json"
     config = AutoConfig.from_pretrained(base).to_dict() | read_json(base / "config.json")
-    there = path.is_file()  # else what transformers makes of the config alone
-    settings = dict(read_json(path)) if there else GenerationConfig.from_model_config(config).to_diff_dict()
-    known = settings.get("eos_token_id", config.get("eos_token_id"))
-    stops = known if isinstance(known, list) else [] if known is None else [known]
-    if end not in stops or not there or "eos_token_id" not in settings:
+    exists = path.is_file()  # else transformers derives it from the config alone
+    settings = dict(read_json(path)) if exists else GenerationConfig.from_model_config(config).to_diff_dict()
+    named = settings.get("eos_token_id", config.get("eos_token_id"))
+    stops = named if isinstance(named, list) else [] if named is None else [named]
+    if end not in stops or not exists or "eos_token_id" not in settings:
         settings["eos_token_id"] = stops if end in stops else [*stops, end]
         settings.pop("_from_model_config", None)  # with it, transformers 4 would take the config's again
         write_atomically(path, json.dumps(settings, indent=2) + "\n")
@@ -109,31 +109,31 @@ def _add_end_of_turn(base: Path, directory: Path) -> None:
 
 def tensor_places(directory: Path) -> dict[str, tuple[Path, StoredTensor]]:
     """Return the file and the bytes of every tensor of a model."""
-    return {name: (path, tensor) for path, held in stored_tensors(directory).items() for name, tensor in held.items()}
+    return {name: (path, tensor) for path, file in stored_tensors(directory).items() for name, tensor in file.items()}
 
 
 def require_loadable(directory: Path) -> int:
-    """Return the parameter count after proving that the files are exactly the tensors that the config asks for."""
+    """Return the parameter count after proving that the files hold exactly the tensors of the config."""
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     from sdft_ray.progress import quiet_transformers
 
     quiet_transformers()
-    found = {
+    tensors = {
         name: torch.empty(tensor.shape, device="meta")
         for name, (_, tensor) in tensor_places(directory).items()
         if rename_tensor(name, ())
     }
     config = AutoConfig.from_pretrained(directory)
-    # The loader itself, which also knows the names that files have and the model has not (each expert by itself).
+    # The loader also knows names of tensors that only files have (each expert by itself).
     model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
         None,
         config=config,
-        state_dict=found,
+        state_dict=tensors,
         device_map="meta",
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # to be named below instead
+        ignore_mismatched_sizes=True,  # the error below names them
     )
     wrong = [f"{name} is missing" for name in info["missing_keys"]]
     wrong += [f"{name} is not in the model" for name in info["unexpected_keys"]]
@@ -145,10 +145,10 @@ def require_loadable(directory: Path) -> int:
 
 
 def require_same_logits(directory: Path, rows: Sequence[TrainingRow], trained: torch.Tensor, dtype: str) -> float:
-    """Return how far a model's logits are from those of the engine that trained it, after proving them the same.
+    """Return the distance of a model's logits from those of the engine that trained it, after proving them equal.
 
-    `trained` is (K V), for the positions of `rows` that are predicted with loss. The figure is relative: the root mean
-    square of the differences by the logits' own spread.
+    `trained` is (K V), for the positions of `rows` that are predicted with loss. The distance is relative: the root
+    mean square of the differences, divided by the logits' own spread.
     """
     logits = _compute_logits(directory, rows, dtype)
     difference = float((logits - trained).square().mean().sqrt() / trained.std())
@@ -159,20 +159,20 @@ def require_same_logits(directory: Path, rows: Sequence[TrainingRow], trained: t
 
 
 def _compute_logits(directory: Path, rows: Sequence[TrainingRow], dtype: str) -> torch.Tensor:
-    """Return logits (K V) of the model in a directory, row by row and without whatever training adds to a model."""
+    """Return logits (K V) of the model in a directory, row by row and without the additions of training."""
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
     with torch.inference_mode():
-        found = [model(torch.tensor([row.ids]), use_cache=False).logits[0, row.trained_from - 1 : -1] for row in rows]
-    return torch.cat(found).float()
+        logits = [model(torch.tensor([row.ids]), use_cache=False).logits[0, row.trained_from - 1 : -1] for row in rows]
+    return torch.cat(logits).float()
 
 
 _WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = f"{_WEIGHTS}.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-# What transformers reads beside weights and config; of a damaged generation_config.json it says nothing at all.
+# Files that transformers reads beside weights and config; it ignores a damaged generation_config.json silently.
 _COMPANIONS = (
     *_TOKENIZER_FILES,
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json"),
@@ -186,17 +186,17 @@ _COUNTS = ("num_hidden_layers", "max_position_embeddings")
 
 @dataclasses.dataclass(frozen=True)
 class ModelFacts:
-    """What planning needs to know of a model, read from its headers."""
+    """The facts of a model for planning, read from its headers."""
 
     architecture: str
     """`model_type` of its config, for example `llama`."""
     blocks: int
     context: int | None = None
-    """The most tokens of a sequence, where it says."""
+    """The most tokens of a sequence, where the config names it."""
 
 
 def describe_directory(directory: Path) -> ModelFacts:
-    """Return the facts of a Hugging Face model directory, refusing one that lacks a part the chain needs."""
+    """Return the facts of a Hugging Face model directory, refusing one without a part that the chain needs."""
     _require_own_weights(directory)
     config = read_object(directory / "config.json", missing="is no Hugging Face model directory")
     _require_weights(directory, config)
@@ -212,7 +212,7 @@ def describe_directory(directory: Path) -> ModelFacts:
             settings = value if path.name == "tokenizer_config.json" else settings
     if "AutoTokenizer" in str(settings.get("auto_map")):
         what = "asks for a tokenizer that is code of the model's own, which is never run (auto_map)"
-        do = "Give a model whose tokenizer transformers knows, or save it as tokenizer.json and remove auto_map"
+        do = "Save the tokenizer as tokenizer.json and remove auto_map"
         raise UserError(problem(str(directory / "tokenizer_config.json"), what, do))
     _require_chat_template(directory, settings.get("chat_template"))
     blocks, context = (_count(directory / "config.json", config, name) for name in _COUNTS)
@@ -230,8 +230,8 @@ def _require_own_weights(directory: Path) -> None:
     """Raise UserError for a directory that names another model's weights, or is a folder of GGUF files."""
     if (adapter := directory / "adapter_config.json").is_file():
         base = read_object(adapter).get("base_model_name_or_path")
-        do = f"Merge it first (peft's merge_and_unload), or give its base{f', {base}' if base else ''}"
-        raise UserError(problem(str(directory), "holds an adapter, not a model (adapter_config.json)", do))
+        what = f"holds an adapter{f' of {base}' if base else ''}, not a model (adapter_config.json)"
+        raise UserError(problem(str(directory), what, "Merge it into its base with peft's merge_and_unload"))
     if not (directory / "config.json").is_file() and (files := sorted(directory.glob("*.gguf"))):
         raise UserError(problem(str(directory), "is a folder of GGUF files", f"Give one of them: {files[0]}"))
 
@@ -258,7 +258,7 @@ def _require_chat_template(directory: Path, inline: Any) -> None:
     if not files and isinstance(inline, dict):
         templates = inline
     elif not files and isinstance(inline, list):
-        templates = {str(each.get("name")): each.get("template") for each in inline if isinstance(each, dict)}
+        templates = {str(entry.get("name")): entry.get("template") for entry in inline if isinstance(entry, dict)}
     elif not files and inline:
         templates = {"default": inline}
     if templates and "default" not in templates:
@@ -288,20 +288,20 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def stored_tensors(directory: Path) -> dict[Path, dict[str, StoredTensor]]:
-    """Return what each weight file of a model holds, from the headers alone.
+    """Return the tensors of each weight file of a model, from the headers alone.
 
-    Raises UserError for a damaged file, and for an index that names a tensor which its file does not hold.
+    Raises UserError for a damaged file, and for an index that names a tensor which its file lacks.
     """
-    held = {path: read_header(path) for path in weight_files(directory)}
+    tensors = {path: read_header(path) for path in weight_files(directory)}
     for name, file in _weight_map(directory).items():
-        if name not in held[directory / file]:
-            what = f"says that {file} holds {name}, which it does not"
+        if name not in tensors[directory / file]:
+            what = f"names {file} as the file of {name}, which it lacks"
             raise UserError(problem(str(directory / WEIGHTS_INDEX), what, "Copy or download the model again"))
-    return held
+    return tensors
 
 
 def _weight_map(directory: Path) -> dict[str, str]:
-    """Return which file holds which tensor by the index; nothing for a model in one file, which has no index."""
+    """Return the file of each tensor by the index; empty for a model in one file, which has no index."""
     path = directory / WEIGHTS_INDEX
     if not path.is_file():
         return {}
@@ -318,9 +318,9 @@ def _require_weights(directory: Path, config: Mapping[str, Any]) -> None:
     _require_one_layout(directory, {path.name for path in files})
     for path in files:
         require_whole(path)
-    held = stored_tensors(directory)
-    places = {name: (path, tensor) for path, tensors in held.items() for name, tensor in tensors.items()}
-    for path, tensors in held.items():
+    stored = stored_tensors(directory)
+    places = {name: (path, tensor) for path, tensors in stored.items() for name, tensor in tensors.items()}
+    for path, tensors in stored.items():
         if not tensors:
             raise UserError(problem(str(path), "holds no tensors", "Copy or download it again"))
         if twice := [name for name in tensors if places[name][0] != path]:
@@ -334,15 +334,14 @@ def _require_weights(directory: Path, config: Mapping[str, Any]) -> None:
     embeddings, head = (places.get(f"{name}.weight") for name in ("model.embed_tokens", "lm_head"))
     if embeddings and head and _is_tied(directory, config) and not same_bytes(*embeddings, *head):
         what = "tie_word_embeddings is true, but lm_head.weight is not the embeddings"
-        do = "Set it to false, or take lm_head.weight out of the weights"
-        raise UserError(problem(str(directory / "config.json"), what, do))
+        raise UserError(problem(str(directory / "config.json"), what, "Set tie_word_embeddings to false"))
 
 
 def _explain_no_weights(directory: Path) -> tuple[str, str]:
-    """Return what is wrong with a directory without model.safetensors and without an index, and what to do."""
+    """Return the problem and the remedy of a directory without model.safetensors and without an index."""
     names = sorted(path.name for path in directory.glob("*.safetensors"))
     if any(re.fullmatch(r"model-\d+-of-\d+\.safetensors", name) for name in names):
-        what = f"has shards of weights ({names[0]}, …) without {WEIGHTS_INDEX}, which says what is in them"
+        what = f"has shards of weights ({names[0]}, …) without {WEIGHTS_INDEX}, which lists their tensors"
         return what, "Copy or download it, too"
     if names:
         what = f"has weights in {', '.join(names)}, which transformers does not look for (expected {_WEIGHTS})"
@@ -355,21 +354,22 @@ def _explain_no_weights(directory: Path) -> tuple[str, str]:
 
 
 def _require_one_layout(directory: Path, read: set[str]) -> None:
-    """Raise UserError for weights of which transformers and vLLM would read different ones.
+    """Raise UserError for weights from which transformers and vLLM would read different files.
 
     transformers takes model.safetensors before an index, vLLM what the index names; without an index vLLM takes every
-    *.safetensors, and before all of that consolidated*.safetensors, wherever below the directory.
+    *.safetensors, and before all others consolidated*.safetensors, at any depth.
     """
     indexed, whole = (directory / WEIGHTS_INDEX).is_file(), (directory / _WEIGHTS).is_file()
     if indexed and whole and read != {_WEIGHTS}:
         what = f"holds {_WEIGHTS}, which transformers reads, and {WEIGHTS_INDEX}, which names {', '.join(sorted(read))}"
-        raise UserError(problem(str(directory), f"{what} and which vLLM reads", "Remove one of the two"))
+        what += " and which vLLM reads"
+        raise UserError(problem(str(directory), what, f"Remove {_WEIGHTS} or {WEIGHTS_INDEX}"))
     other = {path.relative_to(directory).as_posix() for path in directory.rglob("consolidated*.safetensors")}
     if not indexed:
         other |= {path.name for path in directory.glob("*.safetensors")}
     other -= read
     if other:
-        what = f"holds {', '.join(sorted(other))} beside {', '.join(sorted(read))}, and vLLM would read that, too"
+        what = f"holds {', '.join(sorted(other))} beside {', '.join(sorted(read))}, and vLLM would also read them"
         raise UserError(problem(str(directory), what, f"Remove {', '.join(sorted(other))}"))
 
 

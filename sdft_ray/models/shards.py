@@ -1,8 +1,8 @@
-"""Weight files as bytes: what a safetensors file holds and where, and copying and comparing it without tensors.
+"""Read, copy and compare safetensors files as bytes, without building tensors.
 
 In: safetensors files. Out: their headers, copies of some of their tensors under new names, and the proof that these
-are the same bytes. A tensor is a range of bytes whatever its dtype, so nothing here knows dtypes, builds tensors or
-holds more than two small buffers; threads overlap because reading and writing files lets go of Python's lock.
+are the same bytes. A tensor is a range of bytes whatever its dtype, so this module knows no dtypes and
+holds at most two small buffers; threads overlap because reading and writing files releases Python's lock.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             raise _damaged(path, f"its header ends at byte {begin}, the file at {size}")
         try:
             entries = json.loads(file.read(length))
-            held = {
+            tensors = {
                 name: StoredTensor(
                     entry["dtype"], tuple(entry["shape"]), *(begin + offset for offset in entry["data_offsets"])
                 )
@@ -63,21 +63,21 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             }
         except (ValueError, KeyError, TypeError, AttributeError):
             raise _damaged(path, "its header is no list of tensors") from None
-    held = dict(sorted(held.items(), key=lambda item: item[1].start))
+    tensors = dict(sorted(tensors.items(), key=lambda item: item[1].start))
     end = begin
-    for name, tensor in held.items():
+    for name, tensor in tensors.items():
         if tensor.start != end or tensor.stop < end:
-            raise _damaged(path, f"{name} begins at byte {tensor.start}, what is before it ends at {end}")
+            raise _damaged(path, f"{name} begins at byte {tensor.start}, the tensor before it ends at {end}")
         end = tensor.stop
     if end != size:
-        raise _damaged(path, f"its header tells of {end} bytes, it has {size}")
-    return held
+        raise _damaged(path, f"its header describes {end} bytes, it has {size}")
+    return tensors
 
 
 def copy_tensors(source: Path, target: Path, names: Mapping[str, str]) -> str:
-    """Write those tensors of `source` that `names` maps to a new name, in the same order, as a safetensors file.
+    """Write the tensors of `source` that `names` maps to a new name, in the same order, as a safetensors file.
 
-    Return the sha256 of what was written.
+    Return the sha256 of the new file.
     """
     kept = [(names[name], tensor) for name, tensor in read_header(source).items() if name in names]
     with source.open("rb") as file:
@@ -85,9 +85,9 @@ def copy_tensors(source: Path, target: Path, names: Mapping[str, str]) -> str:
 
 
 def write_tensors(target: Path, tensors: Sequence[tuple[str, StoredTensor]], contents: Iterable[Buffer]) -> str:
-    """Write a safetensors file of tensors by name, whose bytes are `contents`, in order and in whatever pieces.
+    """Write a safetensors file of tensors by name, whose bytes are `contents`, in order and in pieces of any size.
 
-    Return the sha256 of what was written, taken on the way: reading a large file again costs as much as copying it.
+    Return the sha256 of the new file, computed on the way: reading a large file again costs as much as copying it.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -109,7 +109,7 @@ def write_tensors(target: Path, tensors: Sequence[tuple[str, StoredTensor]], con
 
 
 def same_bytes(path: Path, tensor: StoredTensor, other_path: Path, other: StoredTensor) -> bool:
-    """Tell whether two stored tensors are the same: kind, shape and every byte."""
+    """Return whether two stored tensors are the same: kind, shape and every byte."""
     if (tensor.dtype, tensor.shape) != (other.dtype, other.shape):
         return False
     with path.open("rb") as file, other_path.open("rb") as other_file:

@@ -1,7 +1,7 @@
-"""Where models, rows, calibration texts and benchmark files come from: packages, local files, a hub.
+"""Find models in packages, local files and on a hub, and read their facts.
 
-In: the source sections of a recipe. Out: paths, plain rows, and the content hashes that stand for them in ids.
-After this module nobody needs to know where something came from. Bad input is refused here, with file and line.
+In: the model section of a recipe. Out: paths and facts. Callers of this module need not know the source of a model. It
+refuses bad input with the file's name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
 
 
-# Files of a model directory that move no number: to correct one costs nothing that was computed.
+# Files of a model directory that move no number: a correction of one keeps all results.
 NO_NUMBERS = ("generation_config.json", "*.md", *LICENCES)
 
 
@@ -41,14 +41,14 @@ def describe_model(source: ModelSource) -> ModelFacts | None:
 
 
 def describe_gguf(path: Path) -> ModelFacts:
-    """Return the facts of a GGUF file, refusing one that is not a whole chat model or that would load as another."""
+    """Return the facts of a GGUF file, refusing one that is no whole chat model or would load as another."""
     require_whole(path)
     fields = read_gguf(path).fields
     if (kind := _gguf_value(path, "general.type", "model")) != "model":
         raise UserError(problem(str(path), f"holds no model (general.type is {kind})", "Give the model itself"))
     part = re.search(r"-\d+-of-(\d+)\.gguf$", path.name)
     if (parts := int(_gguf_value(path, "split.count", part[1] if part else 1))) > 1:
-        do = "Join them, and give the whole: llama-gguf-split --merge FIRST_PART.gguf WHOLE.gguf"
+        do = "Join them: llama-gguf-split --merge FIRST_PART.gguf WHOLE.gguf"
         raise UserError(problem(str(path), f"is one of {parts} parts of a split GGUF file", do))
     architecture = gguf_field(path, "general.architecture")
     if not str(_gguf_value(path, "tokenizer.chat_template", "")).strip():
@@ -64,7 +64,7 @@ def describe_gguf(path: Path) -> ModelFacts:
 
 
 def _require_gguf_tensors(path: Path, blocks: int) -> None:
-    """Raise UserError unless each block has the tensors that others have: transformers makes up what is missing."""
+    """Raise UserError unless each block has the tensors that others have: transformers makes up missing ones."""
     names = {tensor.name for tensor in read_gguf(path).tensors}
     parts = {match[1] for name in names if (match := re.match(r"blk\.\d+\.(.+)", name))} or {"attn_norm.weight"}
     expected = [f"blk.{i}.{part}" for i in range(min(blocks, len(names) + 1)) for part in sorted(parts)]
@@ -75,9 +75,9 @@ def _require_gguf_tensors(path: Path, blocks: int) -> None:
 
 
 def read_gguf(path: Path) -> GGUFReader:
-    """Return the header and the tensors of a GGUF file, which takes seconds once; raises UserError where it is none."""
-    there = path.stat()
-    return _read_gguf(path, there.st_size, there.st_mtime_ns)
+    """Return the header and the tensors of a GGUF file, which takes seconds once; raises UserError for other files."""
+    stat = path.stat()
+    return _read_gguf(path, stat.st_size, stat.st_mtime_ns)
 
 
 @functools.cache
@@ -104,7 +104,7 @@ def _read_gguf(path: Path, size: int, changed: int) -> GGUFReader:
 
 
 def gguf_field(path: Path, name: str) -> Any:
-    """Return a value of a GGUF file's header; raises UserError where it is not there."""
+    """Return a value of a GGUF file's header; raises UserError where it is missing."""
     field = read_gguf(path).fields.get(name)
     if field is None:
         raise UserError(problem(str(path), f"has no {name} in its header", "Give a language model, whole"))
@@ -116,7 +116,7 @@ def _gguf_value(path: Path, name: str, default: Any) -> Any:
 
 
 def model_path(source: PackagedModel | LocalModel, where: str = "model.path") -> Path:
-    """Return the file or directory of a model that is here; raises UserError at `where` the recipe names it."""
+    """Return the file or directory of a local model; raises UserError at `where` the recipe names it."""
     if isinstance(source, PackagedModel):
         return package_file(source.package, source.file, "model")
     path = Path(source.path).expanduser()
@@ -132,15 +132,15 @@ def download_model(repo: str, revision: str, directory: Path) -> None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
-    wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt", "LICENSE*"]
+    patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt", "LICENSE*"]
     try:
         snapshot_download(
             repo,
             revision=revision,
             local_dir=directory,
-            allow_patterns=wanted,
+            allow_patterns=patterns,
             ignore_patterns=["*/*", "consolidated*"],
         )
     except (HTTPError, LocalEntryNotFoundError) as error:
         raise UserError(problem(repo, *read_refusal(error))) from None
-    shutil.rmtree(directory / ".cache", ignore_errors=True)  # the hub client's own notes
+    shutil.rmtree(directory / ".cache", ignore_errors=True)  # files of the hub client itself

@@ -211,7 +211,7 @@ def test_remove_blocks_of_a_damaged_base_names_the_file_and_leaves_no_model(llam
     base = shutil.copytree(llama, tmp_path / "base")
     path = base / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(UserError, match=f"{path}: is damaged: its header tells of"):
+    with pytest.raises(UserError, match=f"{path}: is damaged: its header describes"):
         prune(base, tmp_path / "cut", [1])
     assert not list((tmp_path / "cut").iterdir())
 
