@@ -226,7 +226,7 @@ def test_lease_of_another_node_is_waited_for_until_it_is_let_go(s3, elsewhere, c
         assert not entered.wait(3)
     assert entered.wait(20)
     thread.join()
-    assert "train-1: another command is at work on it" in capsys.readouterr().err
+    assert "train-1: another command works on it" in capsys.readouterr().err
 
 
 def test_lease_that_is_not_renewed_runs_out_and_its_late_holder_cannot_commit(s3, elsewhere, monkeypatch):

@@ -202,7 +202,7 @@ def test_find_of_nothing_is_one_clear_line(storage):
     build(storage)
     for name in ("0" * 12, STAGE.id[:3], "score"):
         assert complaint(storage.find, name) == (
-            f"{name}: is no artifact under {storage.root}. See `sdft check RECIPE` for what there is."
+            f"{name}: is no artifact under {storage.root}. Run `sdft check RECIPE` to list them."
         )
 
 
@@ -254,7 +254,7 @@ def test_lock_that_is_held_makes_the_second_wait_visibly_until_the_first_is_done
     with storage.lock("score-1"):
         second = start_holder()
         line = second.stderr.readline()
-        assert line == "score-1: another command is at work on it; waiting\n"
+        assert line == "score-1: another command works on it; waiting\n"
         (storage.root / "made").write_text("by the first")
     assert second.stdout.readline() == "held True\n"
 
@@ -278,7 +278,7 @@ def test_lock_of_another_stage_is_free(storage, start_holder):
     ("root", "what"),
     [
         ("", "--root: is empty"),
-        ("ftp://host/x", "ftp:// is no kind of store that is known"),
+        ("ftp://host/x", "ftp:// is an unknown kind of store"),
         ("s3:/bucket/x", "s3:/bucket/x is neither a directory nor a URI. Write s3://bucket/x."),
         ("s3:bucket/x/", "Write s3://bucket/x."),
         ("s3//bucket/x", "Write s3://bucket/x."),

@@ -1,7 +1,7 @@
 """Read, copy and compare safetensors files as bytes, without building tensors.
 
 In: safetensors files. Out: their headers, copies of some of their tensors under new names, and the proof that these
-are the same bytes. A tensor is a range of bytes whatever its dtype, so this module knows no dtypes and
+are the same bytes. A tensor is a range of bytes whatever its dtype, so this module needs no dtypes and
 holds at most two small buffers; threads overlap because reading and writing files releases Python's lock.
 """
 

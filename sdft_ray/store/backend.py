@@ -1,4 +1,4 @@
-"""What `Storage` asks of the place where artifacts lie: one interface, for a directory and for an object store.
+"""The interface of `Storage` to the place of artifacts: a directory or an object store.
 
 Names are paths below the root, with slashes. Every node has a directory, `root`: the place itself, or a copy of it.
 """
@@ -14,29 +14,29 @@ from sdft_ray.store.lease import Lease
 
 
 class Listing(NamedTuple):
-    """What the root has in a folder."""
+    """The content of a folder of the root."""
 
     sizes: dict[str, int]
-    """Of an object store the bytes of every object below the folder, by name."""
+    """The bytes of every object below the folder, by name; empty for a directory."""
     names: dict[str, list[str]]
-    """The names of the directories in the folder, by the ids that they end in."""
+    """The names of the directories in the folder, by the ids at their ends."""
 
 
 def id_in(name: str) -> str:
-    """Return the id that a directory's name ends in."""
+    """Return the id at the end of a directory's name."""
     return name.rpartition("-")[2]
 
 
 def by_id(names: Iterable[str]) -> dict[str, list[str]]:
-    """Return names by the ids that they end in."""
-    found: dict[str, list[str]] = {}
+    """Return names by the ids at their ends."""
+    names_by_id: dict[str, list[str]] = {}
     for name in names:
-        found.setdefault(id_in(name), []).append(name)
-    return found
+        names_by_id.setdefault(id_in(name), []).append(name)
+    return names_by_id
 
 
-def made(path: Path) -> Path:
-    """Return a directory, which is made where it is missing."""
+def make_directory(path: Path) -> Path:
+    """Make a directory where it is missing, and return it."""
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -45,14 +45,14 @@ class Backend(Protocol):
     """A place for artifacts."""
 
     uri: str
-    """What people call the root."""
+    """The name of the root for people."""
     root: Path
     """The directory on this node."""
     shared: bool
-    """Whether every node sees the same directory: then nothing is brought or published."""
+    """Whether every node sees the same directory: then `bring` and `publish` do nothing."""
 
     def list(self, folder: str) -> Listing:
-        """Return what is in a folder."""
+        """Return the content of a folder."""
         ...
 
     def manifests(self) -> Iterable[str]:
@@ -68,39 +68,39 @@ class Backend(Protocol):
         ...
 
     def finished(self, key: str, sizes: Callable[[], Mapping[str, int]]) -> dict[str, Any] | None:
-        """Return the manifest of an artifact that is finished; raises UserError where it lost or shortened a file.
+        """Return the manifest of a finished artifact, else None; raises UserError where it lost or shortened a file.
 
         sizes: returns the listing of its folder.
         """
         ...
 
     def fetch(self, key: str, manifest: Mapping[str, Any], pattern: str, prove: bool) -> Path:
-        """Return the directory on this node with those files of an artifact that match; hashes are compared where
-        files are brought, and where `prove` asks for it."""
+        """Return the directory on this node with the files of an artifact that match; hashes are compared where files
+        are brought, and where `prove` is set."""
         ...
 
     def publish(self, files: Iterable[Path]) -> None:
-        """Make pieces of work durable, where other nodes find them."""
+        """Make pieces of work durable, and visible to other nodes."""
         ...
 
     def bring(self, folder: Path, pattern: str) -> None:
-        """Make this node's copy of a directory of work what the root has, as far as the names below it match."""
+        """Make this node's copy of a directory of work equal to the root's, for names below it that match."""
         ...
 
     def mirror(self, folder: Path) -> None:
-        """Make a directory of work what it is on this node."""
+        """Make the root's copy of a directory of work equal to this node's."""
         ...
 
     def drop(self, path: Path) -> None:
-        """Delete what lies under a path of this node, or below it, from the root."""
+        """Delete the root's copy of a path of this node, and everything below it."""
         ...
 
     def for_ray(self, folder: Path) -> dict[str, Any]:
-        """Return how Ray Train and Tune are told to keep their own files in a directory of work."""
+        """Return the arguments by which Ray Train and Tune keep their files in a directory of work."""
         ...
 
     def hold(self, name: str) -> AbstractContextManager[Lease | None]:
-        """Hold the one right to work on something, against other nodes; a file lock holds it on this one already."""
+        """Hold the one right to work on something, against other nodes; on this node a file lock already holds it."""
         ...
 
     def store(self, key: str, scratch: Path, lease: Lease | None) -> None:
@@ -108,5 +108,5 @@ class Backend(Protocol):
         ...
 
     def probe(self, name: str, data: bytes) -> bytes | None:
-        """Write, read and delete something small; return what was read."""
+        """Write, read and delete a small file; return its content as read."""
         ...

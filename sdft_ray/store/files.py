@@ -1,4 +1,4 @@
-"""Files on disk: their hashes, and writes that a crash does not tear.
+"""Hash files on disk, and write them so that a crash leaves no partial file.
 
 In: paths. Out: content hashes, remembered so that a file is read once.
 """
@@ -30,29 +30,29 @@ def hash_source(path: Path, without: Sequence[str] = ()) -> str:
     """
     memory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdft_ray" / "hashes.json"
     try:
-        known = dict(json.loads(memory.read_text()))
+        remembered = dict(json.loads(memory.read_text()))
     except (OSError, ValueError, TypeError):
-        known = {}
-    found, fresh = {}, False
+        remembered = {}
+    hashes, fresh = {}, False
     for file in source_files(path):
         if any(fnmatch.fnmatch(file.name.lower(), pattern) for pattern in without):
             continue
         stat = file.stat()
         key = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
-        if key not in known:
-            known[key], fresh = hash_file(file), True
-        found[file.relative_to(path).as_posix()] = known[key]
+        if key not in remembered:
+            remembered[key], fresh = hash_file(file), True
+        hashes[file.relative_to(path).as_posix()] = remembered[key]
     if fresh:
         try:
             memory.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(memory, json.dumps(known))
+            write_atomically(memory, json.dumps(remembered))
         except OSError:
-            pass  # a read-only home costs the time of hashing again, nothing else
-    return found["."] if path.is_file() else hashlib.sha256(canonical_json(found).encode()).hexdigest()
+            pass  # a read-only home only costs the time of hashing again
+    return hashes["."] if path.is_file() else hashlib.sha256(canonical_json(hashes).encode()).hexdigest()
 
 
 def source_files(path: Path) -> list[Path]:
-    """Return what counts of a user's own file or directory, sorted: every file but hidden ones such as `.git`."""
+    """Return the files of a user's own file or directory, sorted, without hidden ones such as `.git`."""
     return [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p, path))
 
 
@@ -60,7 +60,7 @@ _hashed: dict[tuple[str, int, int], str] = {}
 
 
 def remember_hash(path: Path, sha256: str) -> None:
-    """Spare `list_files` reading a file that this process hashed as it wrote it, while it stays as it is."""
+    """Remember the hash of a file that this process wrote: `list_files` reads it again only after a change."""
     _hashed[_stamp(path)] = sha256
 
 
@@ -75,9 +75,9 @@ def _stamp(path: Path) -> tuple[str, int, int]:
 
 
 def inside(directory: Path, name: str) -> Path:
-    """Return the path of a name below a directory; raises UserError for one that leads out of it."""
+    """Return the path of a name below a directory; raises UserError for a name that leads out of it."""
     if name.startswith("/") or ".." in name.split("/") or "\0" in name:
-        raise UserError(problem(str(directory), f"names a file outside of it: {name!r}", "Do not use it; delete it"))
+        raise UserError(problem(str(directory), f"names a file outside of it: {name!r}", "Delete it"))
     return directory / name
 
 

@@ -1,7 +1,7 @@
-"""What an artifact is: a stage, and the id that moves exactly when a number could move.
+"""The identity of an artifact: a stage, and an id that moves exactly when a number could move.
 
 In: a stage's name, version, settings and inputs. Out: 12 hex digits over canonical JSON.
-The payload that was hashed stays in the manifest, so that `sdft diff` can say why two ids differ.
+The hashed payload stays in the manifest, so that `sdft diff` can explain why two ids differ.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ S = TypeVar("S", bound="Hashed | Mapping[str, Any]", covariant=True)
 
 @dataclasses.dataclass(frozen=True)
 class Stage(Generic[S]):
-    """One unit of the chain: what it is to compute, and from which other stages' artifacts."""
+    """One unit of the chain: its settings, and the stages whose artifacts are its inputs."""
 
     name: str
     slug: str
-    """Says what it is, for people; never parsed."""
+    """Its name for people; never parsed."""
     version: int
     settings: S
-    """What it computes: a section (`spec/section.py`), which says which of its fields are hashed, or plain JSON."""
+    """Its settings: a section (`spec/section.py`), which marks its hashed fields, or plain JSON."""
     inputs: Mapping[str, Stage[Any]] = dataclasses.field(default_factory=dict)
     location: Path | None = None
     """Set where the result exists outside the root, such as a user's own model directory: never built."""
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """The payload that is hashed: plain JSON."""
+        """The hashed payload: plain JSON."""
         return {
             "stage": self.name,
             "version": self.version,
@@ -49,7 +49,7 @@ class Stage(Generic[S]):
         return short_id(self.identity)
 
     def keys(self, name: str) -> list[str]:
-        """Return the keys of inputs of one kind, of which there may be several: name, name_1, name_2 …"""
+        """Return the keys of all inputs of one kind: name, name_1, name_2 …"""
         keys = itertools.chain([name], (numbered(name, i) for i in itertools.count(1)))
         return list(itertools.takewhile(lambda key: key in self.inputs, keys))
 
@@ -64,10 +64,10 @@ class Stage(Generic[S]):
 
 
 class Hashed(Protocol):
-    """What says which part of it bears identity."""
+    """Settings that know which part of them bears identity."""
 
     def hashed(self) -> dict[str, Any]:
-        """Return that part as plain JSON."""
+        """Return the hashed part as plain JSON."""
         ...
 
 

@@ -1,9 +1,9 @@
-"""The one right to work on something, where no file lock reaches: a lease in an object store.
+"""A lease in an object store: the one right to work on something where no file lock reaches.
 
 In: a name. Out: the right, for as long as the holder lives and reaches the store. Each holder makes an object of its
-own, numbered one above the newest, by a create that only one wins, and rewrites it now and then. Whoever waits takes
-over once the newest has not changed for a minute of its own clock, so clocks need not agree. The newest number is never
-deleted: what a holder that was long asleep writes to its own, older one cannot bring it back.
+own, numbered one above the newest, by a create that only one wins, and rewrites it now and then. A waiting process
+takes over once the newest has not changed for a minute of its own clock, so clocks need not agree. The newest number is
+never deleted: a holder that was long asleep and writes to its own, older number does not regain the right.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sdft_ray.progress import say
 from sdft_ray.store.objects import Objects
 
 BEAT_SECONDS = 10.0
-EXPIRE_SECONDS = 60.0  # several beats: one that a busy store refuses takes nobody's work away
+EXPIRE_SECONDS = 60.0  # several beats: one that a busy store refuses ends no lease
 _POLL_SECONDS = 1.0
 
 
@@ -36,14 +36,14 @@ class Lease:
         self._ended = threading.Event()
 
     def require(self) -> None:
-        """Raise StageFailed where another may have taken over meanwhile."""
+        """Raise StageFailed where another process may have taken over."""
         late = time.monotonic() - self._reached > EXPIRE_SECONDS
         if late or _newest(self._objects, self._name)[0] != self.number:
             what = f"{self._name}: the store could not be reached for a while, and another command may have taken over"
-            raise StageFailed(f"{what}. What was finished is kept; run the same command again")
+            raise StageFailed(f"{what}. Finished work is kept; run the same command again")
 
     def take(self) -> bool:
-        """Return whether this process now holds the lease; two that try the same number are not both told so."""
+        """Return whether this process now holds the lease; of two that try the same number at most one does."""
         self._reached = time.monotonic()
         return self._objects.create(_key(self._name, self.number), self._bytes(0))
 
@@ -52,15 +52,15 @@ class Lease:
         beat = 0
         while not self._ended.wait(BEAT_SECONDS):
             beat, begun = beat + 1, time.monotonic()
-            with suppress(OSError):  # once it matters, `require` says so
+            with suppress(OSError):  # `require` raises once it matters
                 self._objects.write(_key(self._name, self.number), self._bytes(beat))
                 self._reached = begun
 
     def release(self, keeper: threading.Thread) -> None:
-        """Let the next one have it at once."""
+        """Give the lease up, so that the next process need not wait."""
         self._ended.set()
         keeper.join()
-        with suppress(OSError):  # then it runs out
+        with suppress(OSError):  # then it expires
             self._objects.write(_key(self._name, self.number), json.dumps({"released": True}).encode())
 
     def _bytes(self, beat: int) -> bytes:
@@ -69,13 +69,13 @@ class Lease:
 
 @contextmanager
 def hold(objects: Objects, name: str, node: str) -> Iterator[Lease]:
-    """Hold the lease on a name; wait, visibly, for whoever has it.
+    """Hold the lease on a name; wait, visibly, while another process holds it.
 
-    `node`: two processes of the same node must hold a file lock of that name before they come here. So a lease of the
-    node's own is one that its holder died with.
+    `node`: two processes of the same node must hold a file lock of that name before they come here. So the
+    holder of a lease of the same node is dead.
     """
     seen, since = b"", time.monotonic()
-    told = False
+    logged = False
     while True:
         number, content = _newest(objects, name)
         if content != seen:
@@ -87,10 +87,10 @@ def hold(objects: Objects, name: str, node: str) -> Iterator[Lease]:
             if lease.take():
                 break
             continue
-        if not told:
+        if not logged:
             host = holder.get("host", "another machine")
-            say(f"{name}: another command is at work on it ({host}), or was until lately; waiting")
-            told = True
+            say(f"{name}: another command works on it ({host}), or did until lately; waiting")
+            logged = True
         time.sleep(_POLL_SECONDS)
     keeper = threading.Thread(target=lease.keep, daemon=True)
     keeper.start()
@@ -102,7 +102,7 @@ def hold(objects: Objects, name: str, node: str) -> Iterator[Lease]:
 
 
 def _newest(objects: Objects, name: str) -> tuple[int, bytes]:
-    """Return number and content of the newest lease; 0 and nothing where there never was one."""
+    """Return number and content of the newest lease; 0 and nothing where there was none."""
     keys = sorted(objects.list(_folder(name)))
     if not keys:
         return 0, b""

@@ -1,9 +1,9 @@
-"""The ledger: what an engine has generated, durable in small pieces, whatever dies.
+"""The ledger keeps the generations of an engine in small durable pieces, so that a crash loses few.
 
-In: lines, one for each time that an engine was asked for a sample of a row. Out: the lines of any row, from disk.
-A piece is a Parquet file that is written under another name, synced and renamed: it is there whole or not at all.
-`compact` merges pieces into one; a merged piece names those that it holds, so a kill between writing it and deleting
-them doubles nothing. Readers go through a database on local disk: memory does not grow with the number of rows.
+In: lines, one for each request of a sample of a row. Out: the lines of any row, from disk. A piece is a Parquet file
+that is written under another name, synced and renamed: it is never partial. `compact` merges pieces into one; a merged
+piece names the pieces that it holds, so a kill between writing it and deleting them doubles nothing. Readers go
+through a database on local disk: memory does not grow with the number of rows.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ _COLUMNS = {
     "tokens": "int32",
     "sampling_seed": "int64",
 }
-_HOLDS = b"holds"  # of a merged piece's metadata: the names of the pieces in it
+_HOLDS = b"holds"  # a merged piece's metadata has the names of its pieces under this key
 _READ_ROWS = 1024
-_GROUP_ROWS = 4096  # of a merged piece: what a reader has to know of each group adds up
+_GROUP_ROWS = 4096  # of a merged piece: readers hold metadata of every group
 
 Lines = dict[str, list[dict[str, Any]]]
 """For each row id its lines, in no order."""
 
 
 def write_piece(ledger: Path, batch: str, lines: Sequence[Mapping[str, Any]]) -> Path:
-    """Write lines as one piece and return it; `batch` names it, so that a repeated batch finds what it wrote."""
+    """Write lines as one piece and return it; `batch` names it, so that a repeated batch finds its pieces."""
     import pyarrow as pa
 
     table = pa.Table.from_pylist([{name: line[name] for name in _COLUMNS} for line in lines], _schema())
@@ -52,15 +52,15 @@ def read_batch(ledger: Path, batch: str) -> Iterator[list[dict[str, Any]]]:
 
 
 def compact(ledger: Path) -> None:
-    """Merge all pieces into one; what a kill interrupts is finished by the next call."""
-    paths, held = _pieces(ledger)
+    """Merge all pieces into one; the next call finishes an interrupted one."""
+    paths, merged_names = _pieces(ledger)
     if len(paths) > 1:
-        names = [path.name for path in paths] + [name for name in sorted(held) if (ledger / name).exists()]
+        names = [path.name for path in paths] + [name for name in sorted(merged_names) if (ledger / name).exists()]
         schema = _schema().with_metadata({_HOLDS: json.dumps(names)})
         merged = ledger / f"part-merged-{uuid.uuid4().hex[:8]}.parquet"
         _write(merged, schema, (lines for path in paths for lines in _read(path)))
-        held |= {path.name for path in paths}
-    for name in held:
+        merged_names |= {path.name for path in paths}
+    for name in merged_names:
         (ledger / name).unlink(missing_ok=True)
     for torn in ledger.glob(".*.tmp"):  # of a write that a kill cut short
         torn.unlink(missing_ok=True)
@@ -81,11 +81,11 @@ def open_ledger(ledger: Path) -> Iterator[Callable[[Iterable[str]], Lines]]:
         database.execute("CREATE INDEX by_id ON lines (id)")
 
         def lines_of(ids: Iterable[str]) -> Lines:
-            found: Lines = {row_id: [] for row_id in ids}
-            asked = ", ".join("?" * len(found))
-            for line in database.execute(f"SELECT * FROM lines WHERE id IN ({asked})", list(found)):
-                found[line[0]].append(dict(zip(_COLUMNS, line, strict=True)))
-            return found
+            lines_by_id: Lines = {row_id: [] for row_id in ids}
+            places = ", ".join("?" * len(lines_by_id))
+            for line in database.execute(f"SELECT * FROM lines WHERE id IN ({places})", list(lines_by_id)):
+                lines_by_id[line[0]].append(dict(zip(_COLUMNS, line, strict=True)))
+            return lines_by_id
 
         yield lines_of
 
@@ -97,15 +97,15 @@ def _schema() -> Any:
 
 
 def _pieces(ledger: Path) -> tuple[list[Path], set[str]]:
-    """Return the pieces that count, and the names of those that stand, or stood, in a merged one."""
+    """Return the pieces that count, and the names of pieces that a merged one holds."""
     import pyarrow.parquet as pq
 
     paths = sorted(ledger.glob("part-*.parquet"))
-    held: set[str] = set()
+    merged_names: set[str] = set()
     for path in paths:
         if path.name.startswith("part-merged-"):
-            held |= set(json.loads(pq.read_metadata(path).metadata[_HOLDS]))
-    return [path for path in paths if path.name not in held], held
+            merged_names |= set(json.loads(pq.read_metadata(path).metadata[_HOLDS]))
+    return [path for path in paths if path.name not in merged_names], merged_names
 
 
 def _read(path: Path) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""A root that is a directory: a local one, or one that every node sees."""
+"""The backend of a root that is a directory: a local one, or one that every node sees."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sdft_ray.store.manifest import MANIFEST, check_files, read_manifest
 
 
 class Directory:
-    """Artifacts below a directory: what is written there is durable, and there for everyone."""
+    """Artifacts below a directory: its files are durable and visible to all nodes."""
 
     shared = True
 
@@ -39,28 +39,28 @@ class Directory:
         return read_manifest(self.root / key)
 
     def finished(self, key: str, sizes: Callable[[], Mapping[str, int]]) -> dict[str, Any] | None:
-        """Return the manifest of an artifact whose files are there, with their sizes."""
+        """Return the manifest of an artifact after checking that its files exist with their sizes."""
         if manifest := read_manifest(self.root / key):
             check_files(self.root / key, manifest, hashes=False)
         return manifest
 
     def fetch(self, key: str, manifest: Mapping[str, Any], pattern: str, prove: bool) -> Path:
-        """Return an artifact's directory, with hashes compared where `prove` asks for it."""
+        """Return an artifact's directory, with hashes compared where `prove` is set."""
         if prove:
             check_files(self.root / key, manifest, hashes=True)
         return self.root / key
 
     def publish(self, files: Iterable[Path]) -> None:
-        """Do nothing: files are where others find them."""
+        """Do nothing: other nodes see the same files."""
 
     def bring(self, folder: Path, pattern: str) -> None:
-        """Do nothing: files are here."""
+        """Do nothing: this node has the files."""
 
     def mirror(self, folder: Path) -> None:
         """Do nothing: there is one copy."""
 
     def drop(self, path: Path) -> None:
-        """Do nothing: what is deleted here is deleted."""
+        """Do nothing: there is one copy."""
 
     def for_ray(self, folder: Path) -> dict[str, Any]:
         """Return the path as Ray takes it."""
@@ -68,14 +68,14 @@ class Directory:
 
     @contextlib.contextmanager
     def hold(self, name: str) -> Iterator[None]:
-        """Do nothing: a file lock reaches everyone who sees the directory."""
+        """Do nothing: a file lock reaches every node that sees the directory."""
         yield
 
     def store(self, key: str, scratch: Path, lease: object) -> None:
         """Do nothing: `Storage` moves the scratch directory to its place."""
 
     def probe(self, name: str, data: bytes) -> bytes | None:
-        """Write, read and delete something small; return what was read."""
+        """Write, read and delete a small file; return its content as read."""
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)

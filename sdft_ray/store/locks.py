@@ -1,4 +1,4 @@
-"""File locks: the one right to work on something, on one machine or one shared file system."""
+"""File locks give the one right to work on something, on one machine or one shared file system."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from sdft_ray.progress import say
 
 @contextmanager
 def file_lock(root: Path, name: str) -> Iterator[None]:
-    """Hold a lock below a root, which dies with its owner; whoever waits for it says so."""
+    """Hold a lock below a root, which dies with its owner; a waiting process logs that it waits."""
     folder = root / "locks"
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / f"{name}.lock")
     try:
         lock.acquire(timeout=0.5)
     except Timeout:
-        say(f"{name}: another command is at work on it; waiting")
+        say(f"{name}: another command works on it; waiting")
         lock.acquire()
     try:
         yield

@@ -1,9 +1,9 @@
-"""An object store under one URI: whole objects that are put, got, listed and deleted, and a put that only one wins.
+"""An object store under one URI: put, get, list and delete whole objects, and a put that only one process wins.
 
-In: `s3://bucket/prefix` (or `gs://`, `az://`), keys below it. Out: bytes and files; whatever goes wrong is an OSError
-that names the object, as of a disk. Everything goes through fsspec: it knows the conditional create that the leases
-(storage.py) need on each of the three stores, which pyarrow's file systems do not. An object is there whole or not at
-all. Credentials come from the store's usual environment variables, profile or instance, and are never seen here.
+In: `s3://bucket/prefix` (or `gs://`, `az://`), keys below it. Out: bytes and files; every failure is an OSError that
+names the object, as for a disk. Everything goes through fsspec: it knows the conditional create that the leases
+(storage.py) need on each of the three stores, which pyarrow's file systems do not. An object is never
+partial. Credentials come from the store's usual environment variables, profile or instance, and are never seen here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _ADDRESS = re.compile(r"([A-Za-z][\w+.-]*)(:[/\\]*|//)(.*)", re.DOTALL)
 
 
 def read_address(text: str) -> tuple[str, str] | None:
-    """Return scheme and path of what is meant as an address, however it is spelled; None for a path.
+    """Return scheme and path of an address in any spelling; None for a path.
 
     >>> read_address("S3:/bucket/x"), read_address("file:///data/a%20b"), read_address("results:new/x")
     (('s3', 'bucket/x'), ('file', '/data/a b'), None)
@@ -43,7 +43,7 @@ def read_address(text: str) -> tuple[str, str] | None:
 
 
 def is_store(root: str) -> bool:
-    """Return whether a root is an object store, not a directory; raises UserError for what is neither."""
+    """Return whether a root is an object store, not a directory; raises UserError for a root that is neither."""
     if not root.strip():
         raise UserError(problem("--root", "is empty", "Give a directory, or an s3:// URI"))
     if (address := read_address(root)) is None:
@@ -53,7 +53,7 @@ def is_store(root: str) -> bool:
         raise UserError(problem("--root", f"{root} is an address, and a directory has a path", f"Write {path}"))
     if scheme not in SCHEMES:
         do = f"Give a directory, or a URI that starts with {', '.join(f'{known}://' for known in SCHEMES)}"
-        raise UserError(problem("--root", f"{scheme}:// is no kind of store that is known", do))
+        raise UserError(problem("--root", f"{scheme}:// is an unknown kind of store", do))
     if "@" in path.partition("/")[0]:  # the URI itself is not repeated: it holds a secret
         what = "the URI holds credentials, which would end up in logs"
         raise UserError(problem("--root", what, "Give them by the store's usual environment variables or profile"))
@@ -85,78 +85,78 @@ class Objects:
             raise UserError(problem("--root", f"{scheme}:// needs {library}", f"Do: pip install {library}")) from None
 
     def path(self, key: str) -> str:
-        """Return where an object lies, as the file system names it."""
+        """Return the path of an object in the file system."""
         return f"{self._path}/{key}" if key else self._path
 
     def put(self, file: Path, key: str) -> None:
         """Store a file."""
-        with self._told(key, "written"):
+        with self._explain_errors(key, "written"):
             self.filesystem.put_file(str(file), self.path(key))
 
     def write(self, key: str, data: bytes) -> None:
         """Store bytes."""
-        with self._told(key, "written"):
+        with self._explain_errors(key, "written"):
             self.filesystem.pipe_file(self.path(key), data)
 
     def create(self, key: str, data: bytes) -> bool:
-        """Store bytes where there is no such object, and return whether it was this call that did.
+        """Store bytes where there is no such object, and return whether this call did.
 
-        No two calls with different bytes are both told that they did.
+        Of two calls with different bytes at most one returns true.
         """
-        with self._told(key, "written"):
+        with self._explain_errors(key, "written"):
             try:
                 self.filesystem.pipe_file(self.path(key), data, mode="create")
                 return True
             except Exception as error:
-                # An answer that got lost may have been tried again and refused because of itself.
-                if (there := self.read(key)) is not None:
-                    return there == data
+                # The library may have tried again after a lost answer, and met its own object.
+                if (stored := self.read(key)) is not None:
+                    return stored == data
                 raise error
 
     def read(self, key: str) -> bytes | None:
         """Return an object's bytes, or None where there is none."""
-        with self._told(key, "read"):
+        with self._explain_errors(key, "read"):
             try:
                 return bytes(self.filesystem.cat_file(self.path(key)))
             except FileNotFoundError:
                 return None
 
     def get(self, key: str, file: Path) -> None:
-        """Bring an object to a file, which is there whole or not at all."""
+        """Copy an object to a file, which is never partial."""
         file.parent.mkdir(parents=True, exist_ok=True)
         temporary = file.with_name(f".{file.name}.tmp")
-        with self._told(key, "read"):
+        with self._explain_errors(key, "read"):
             self.filesystem.get_file(self.path(key), str(temporary))
         temporary.replace(file)
 
     def list(self, folder: str = "") -> dict[str, int]:
         """Return key and bytes of every object below a folder."""
-        with self._told(folder, "listed"):
-            found = self.filesystem.find(self.path(folder), detail=True)
+        with self._explain_errors(folder, "listed"):
+            entries = self.filesystem.find(self.path(folder), detail=True)
         begin = len(self._path) + 1
-        return {name[begin:]: entry["size"] for name, entry in found.items() if entry["type"] == "file"}
+        return {name[begin:]: entry["size"] for name, entry in entries.items() if entry["type"] == "file"}
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Delete objects; those that are not there do not matter."""
+        """Delete objects; missing ones are no error."""
         for key in keys:
-            with self._told(key, "deleted"):
+            with self._explain_errors(key, "deleted"):
                 try:
                     self.filesystem.rm_file(self.path(key))
                 except FileNotFoundError:
                     continue
 
     @contextmanager
-    def _told(self, key: str, done: str) -> Iterator[None]:
-        """Turn what the libraries below raise into an OSError that says which object cannot be what, and why."""
+    def _explain_errors(self, key: str, done: str) -> Iterator[None]:
+        """Turn exceptions of the libraries into an OSError that names the object, the operation and the reason."""
         try:
             yield
         except UserError:
             raise
         except Exception as error:
             where = f"{self.uri}/{key}".rstrip("/")
-            if isinstance(error, OSError) and error.filename == where:  # told already
+            if isinstance(error, OSError) and error.filename == where:  # already explained
                 raise
-            if isinstance(error, OSError) and str(error.filename or "").startswith("/"):  # this side's disk
+            if isinstance(error, OSError) and str(error.filename or "").startswith("/"):  # the local disk
                 raise
             reason = (str(getattr(error, "strerror", None) or error).strip() or type(error).__name__).splitlines()[0]
             number = getattr(error, "errno", None) or errno.EIO

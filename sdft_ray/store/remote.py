@@ -1,7 +1,7 @@
-"""A root that is an object store: every node has a copy of what it needs on its own disk, in the same layout.
+"""The backend of a root that is an object store: every node has a partial copy on its own disk, in the same layout.
 
-Stages work in the copy; what is to last is put into the store, and whatever a node reads is brought once and compared
-with its hash.
+Stages work in the copy; `publish`, `mirror` and `store` put files into the store, and a node brings each file that it
+reads once and compares it with its hash.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from typing import Any
 
 from sdft_ray.errors import UserError, problem
 from sdft_ray.store import lease
-from sdft_ray.store.backend import Listing, by_id, id_in, made
+from sdft_ray.store.backend import Listing, by_id, id_in, make_directory
 from sdft_ray.store.files import hash_file, inside, write_atomically
 from sdft_ray.store.identity import short_id, slugify
 from sdft_ray.store.locks import file_lock
 from sdft_ray.store.manifest import ALTERED, MANIFEST, check_sizes, damaged, parse_manifest, read_manifest
 from sdft_ray.store.objects import Objects
 
-_AT_ONCE = 8  # objects on the way at a time
+_AT_ONCE = 8  # objects transferred at a time
 
 
 class ObjectStore:
@@ -60,7 +60,7 @@ class ObjectStore:
         return None if text is None else parse_manifest(f"{self.uri}/{key}", text)
 
     def finished(self, key: str, sizes: Callable[[], Mapping[str, int]]) -> dict[str, Any] | None:
-        """Return the manifest of an artifact whose objects are there, with their sizes."""
+        """Return the manifest of an artifact after checking that its objects exist with their sizes."""
         listed = sizes()
         manifest = self.read_manifest(key) if f"{key}/{MANIFEST}" in listed else None
         if manifest:
@@ -68,15 +68,15 @@ class ObjectStore:
         return manifest
 
     def fetch(self, key: str, manifest: Mapping[str, Any], pattern: str, prove: bool) -> Path:
-        """Bring those files of an artifact that match and are not on this node yet, each compared with its hash."""
+        """Bring the files of an artifact that match and are not on this node yet, each compared with its hash."""
         place = self.root / key
         with file_lock(self.root, "bring-" + id_in(key)):
             # An artifact that was deleted and built again is another one.
             if read_manifest(place) != manifest:
                 shutil.rmtree(place, ignore_errors=True)
-                write_atomically(made(place) / MANIFEST, json.dumps(manifest))
+                write_atomically(make_directory(place) / MANIFEST, json.dumps(manifest))
             matching = [entry for entry in manifest["files"] if fnmatch.fnmatch(entry["path"], pattern)]
-            _each(functools.partial(self._bring_proven, key), matching)
+            _for_each(functools.partial(self._bring_proven, key), matching)
         return place
 
     def _bring_proven(self, key: str, entry: Mapping[str, Any]) -> None:
@@ -91,12 +91,12 @@ class ObjectStore:
 
     def publish(self, files: Iterable[Path]) -> None:
         """Put pieces of work into the store."""
-        _each(lambda file: self._objects.put(file, self._name(file)), files)
+        _for_each(lambda file: self._objects.put(file, self._name(file)), files)
 
     def bring(self, folder: Path, pattern: str) -> None:
-        """Make this node's copy of a directory of work what the store has, as far as the names below it match.
+        """Make this node's copy of a directory of work equal to the store's, for names below it that match.
 
-        What only this node has is of a run that was killed, and may have been done again elsewhere since: it goes.
+        Files that only this node has are deleted: a killed run left them, and another node may have done them again.
         """
         name = self._name(folder)
         with file_lock(self.root, "bring-" + name.replace("/", "-")):
@@ -105,14 +105,14 @@ class ObjectStore:
                 if path.is_file() and _matches(self._name(path), name, pattern) and self._name(path) not in listed:
                     path.unlink()
             lacking = [key for key, size in listed.items() if _bytes_of(inside(self.root, key)) != size]
-            _each(lambda key: self._objects.get(key, self.root / key), lacking)
+            _for_each(lambda key: self._objects.get(key, self.root / key), lacking)
 
     def mirror(self, folder: Path) -> None:
-        """Make a directory of work in the store what it is on this node: new pieces first, then what is gone goes."""
+        """Make a directory of work in the store equal to this node's: put new files first, then delete missing ones."""
         listed = self._objects.list(self._name(folder))
-        here = {self._name(path): path for path in folder.rglob("*") if path.is_file()}
-        self.publish(path for name, path in here.items() if listed.get(name) != path.stat().st_size)
-        self._objects.delete(listed.keys() - here.keys())
+        local = {self._name(path): path for path in folder.rglob("*") if path.is_file()}
+        self.publish(path for name, path in local.items() if listed.get(name) != path.stat().st_size)
+        self._objects.delete(listed.keys() - local.keys())
 
     def drop(self, path: Path) -> None:
         """Delete an object, or all below a directory."""
@@ -130,13 +130,13 @@ class ObjectStore:
         return lease.hold(self._objects, name, self._node())
 
     def store(self, key: str, scratch: Path, lease: lease.Lease | None) -> None:
-        """Store an artifact's files, and its manifest once all of them are there and nobody else is at work on it."""
+        """Store an artifact's files, then its manifest, if no other command has taken over the work."""
         if lease:
             lease.require()
         files = [path for path in scratch.rglob("*") if path.is_file() and path != scratch / MANIFEST]
         names = {f"{key}/{path.relative_to(scratch).as_posix()}": path for path in files}
-        self._objects.delete(self._objects.list(key).keys() - names.keys())  # of a commit that was cut short
-        _each(lambda name: self._objects.put(names[name], name), names)
+        self._objects.delete(self._objects.list(key).keys() - names.keys())  # of an interrupted commit
+        _for_each(lambda name: self._objects.put(names[name], name), names)
         if lease:
             lease.require()
         if not self._objects.create(f"{key}/{MANIFEST}", (scratch / MANIFEST).read_bytes()):
@@ -145,14 +145,14 @@ class ObjectStore:
         shutil.rmtree(self.root / key, ignore_errors=True)  # the copy of an artifact that was deleted from the store
 
     def probe(self, name: str, data: bytes) -> bytes | None:
-        """Write, read and delete something small; return what was read."""
+        """Write, read and delete a small object; return its content as read."""
         self._objects.write(name, data)
-        found = self._objects.read(name)
+        content = self._objects.read(name)
         self._objects.delete([name])
-        return found
+        return content
 
     def _node(self) -> str:
-        """Return a name that only processes share which the same file locks bind: one kernel and one directory."""
+        """Return a name that is shared by exactly the processes that share file locks: one kernel and one directory."""
         boot = Path("/proc/sys/kernel/random/boot_id")
         machine = boot.read_text().strip() if boot.is_file() else socket.gethostname()
         name = self.root / "node"
@@ -166,7 +166,7 @@ class ObjectStore:
 
 
 def _copy_of(uri: str) -> Path:
-    """Return the directory of this node's copy of an object store; deleting it costs bringing things again."""
+    """Return the directory of this node's copy of an object store; deleting it only costs bringing files again."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "sdft_ray" / "roots" / f"{slugify(uri)}-{short_id(uri)}"
 
@@ -179,8 +179,8 @@ def _matches(key: str, folder: str, pattern: str) -> bool:
     return fnmatch.fnmatch(key.removeprefix(f"{folder}/"), pattern)
 
 
-def _each(work: Callable[[Any], None], items: Iterable[Any]) -> None:
-    """Do something with each item, some at a time; the first error is raised."""
+def _for_each(work: Callable[[Any], None], items: Iterable[Any]) -> None:
+    """Call `work` on each item, some at a time; raise the first error."""
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         for _ in pool.map(work, items):
             pass

@@ -18,12 +18,12 @@ Losses = list[tuple[int, float]]
 
 def keep_failure(storage: Storage, stage: Stage[Any], reason: str) -> None:
     """Write down why a stage could not be built."""
-    storage.keep(_failure(stage), reason)
+    storage.write_text(_failure(stage), reason)
 
 
 def read_failure(storage: Storage, stage: Stage[Any]) -> str | None:
     """Return why a stage could not be built when that was last tried, if it was."""
-    return storage.kept(_failure(stage))
+    return storage.read_text(_failure(stage))
 
 
 def forget_failure(storage: Storage, stage: Stage[Any]) -> None:
@@ -33,12 +33,12 @@ def forget_failure(storage: Storage, stage: Stage[Any]) -> None:
 
 def keep_stopped(storage: Storage, sweep: str, stage: Stage[Any], losses: Sequence[tuple[int, float]]) -> None:
     """Write down that a sweep stopped a training, and the validation losses that it had until then."""
-    storage.keep(_stopped(sweep, stage), json.dumps(losses))
+    storage.write_text(_stopped(sweep, stage), json.dumps(losses))
 
 
 def read_stopped(storage: Storage, sweep: str, stage: Stage[Any]) -> Losses | None:
     """Return the validation losses of a training that a sweep stopped; None where it did not."""
-    kept = storage.kept(_stopped(sweep, stage))
+    kept = storage.read_text(_stopped(sweep, stage))
     return None if kept is None else [tuple(pair) for pair in json.loads(kept)]
 
 

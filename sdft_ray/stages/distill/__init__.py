@@ -177,7 +177,7 @@ def _generate(work: Work[Settings], requests: Path, missing: int, ledger: Path) 
             tally.add({name: column.tolist()[0] for name, column in piece.items()})
     except ray.exceptions.RayActorError as error:
         work.storage.bring(ledger, ".trying-*")
-        kept = f"What was generated is kept in {work.storage.told(ledger)}"
+        kept = f"What was generated is kept in {work.storage.describe(ledger)}"
         raise StageFailed(f"distill: {_died_on(ledger) or error}. {kept}") from error
 
 

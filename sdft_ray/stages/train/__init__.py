@@ -176,7 +176,7 @@ def _give_up(work: Work[Settings], result: Mapping[str, Any], ids: Sequence[str]
     work.storage.drop(work.resumable / RESULT)
     named = [ids[i] for i in result["rows"]]
     some = ", ".join(named[:16]) + (f" and {len(named) - 16} more" if len(named) > 16 else "")
-    kept = f"The last training checkpoint is kept in {work.storage.told(work.resumable)}"
+    kept = f"The last training checkpoint is kept in {work.storage.describe(work.resumable)}"
     return StageFailed(
         problem("train", f"{result['failed']}, on rows {some}", f"Look at them, or lower train.lr. {kept}")
     )

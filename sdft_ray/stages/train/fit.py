@@ -42,7 +42,7 @@ def fit(work: Work[Any], given: dict[str, Any]) -> dict[str, Any]:
             raise KeyboardInterrupt from None
         except TrainingFailedError as error:
             cause = str(error).strip().splitlines()[-1]
-            where = work.storage.told(work.resumable)
+            where = work.storage.describe(work.resumable)
             do = f"The last training checkpoint is kept in {where}; the same command goes on from it"
             raise StageFailed(problem("train", cause, do)) from error
     work.storage.bring(work.resumable, RESULT)
