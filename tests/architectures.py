@@ -151,7 +151,7 @@ def _compare_with_vllm(directory: Path) -> tuple[bool, str]:
         found = compare_with_vllm(directory)
     except RuntimeError as error:
         return False, str(error).replace("|", "/")[:160]
-    return not found.differing, found.says()
+    return not found.differing, found.describe()
 
 
 def main() -> None:

@@ -88,7 +88,7 @@ def test_verify_of_a_model_that_another_tool_cut_needs_no_metadata_of_ours(base,
     found = verdicts(tmp_path, base)
     assert found["base tensors"].figures["removed"] == [1, 2, 5]
     assert failures(tmp_path, base) == {
-        "config": "rope_theta is not there, rope_parameters says 10000.0: transformers 4 reads only the first"
+        "config": "rope_theta is missing, rope_parameters has 10000.0: transformers 4 reads only the first"
     }
 
 
@@ -181,7 +181,7 @@ def cut_a_file_short(directory):
         (in_json("config.json", layer_types=["full_attention"] * 6), "config", "layer_types has 6 entries"),
         (in_json("config.json", layer_types=["sliding_attention"] * 3), "base config", "layer_types is ['sliding"),
         (in_json("config.json", sliding_window=5), "base config", "sliding_window is 5, expected 4"),
-        (in_json("config.json", rope_theta=5e5), "config", "rope_theta is 500000.0, rope_parameters says 10000.0"),
+        (in_json("config.json", rope_theta=5e5), "config", "rope_theta is 500000.0, rope_parameters has 10000.0"),
         (add_another_head, "ties", "is true, but lm_head.weight differs from model.embed_tokens.weight"),
         (in_json("config.json", tie_word_embeddings=False), "ties", "is false, but there is no lm_head.weight"),
         (put_a_nan, "finite", f"{UP} has 1 values that are NaN or infinite"),
@@ -264,9 +264,9 @@ def test_right_cut_of_a_base_with_equal_blocks_is_ok_and_read_as_its_manifest_re
 def test_cut_of_a_base_with_equal_blocks_says_that_it_can_be_read_in_several_ways(tmp_path):
     base = make_equal(make_tiny_model(tmp_path / "plain"), tmp_path / "base", {3: 2})
     found = verdicts(prune(base, tmp_path / "either", (2,)), base)["base tensors"]
-    assert found.says.endswith("; blocks [3, 4) are gone, or equal ones")
+    assert found.says.endswith("; blocks [3, 4) are removed, or equal ones")
     found = verdicts(prune(base, tmp_path / "both", (2, 3)), base)["base tensors"]
-    assert found.says.endswith("; blocks [2, 4) are gone")
+    assert found.says.endswith("; blocks [2, 4) are removed")
 
 
 def test_manifest_that_the_bytes_do_not_allow_fails_on_a_base_with_equal_blocks(tmp_path):
@@ -274,7 +274,7 @@ def test_manifest_that_the_bytes_do_not_allow_fails_on_a_base_with_equal_blocks(
     cut = prune(base, tmp_path / "cut", (2,))
     for said in ([4], [2, 3], [], [2, 9]):
         write_manifest(cut, Stage("cut", "tiny", 1, {}), {"removed": said}, 0.0)
-        assert failures(cut, base)["base tensors"].endswith(f" of the base are gone, the manifest says {said}")
+        assert failures(cut, base)["base tensors"].endswith(f" of the base are removed, the manifest has {said}")
 
 
 def arrange(base, directory, order):
@@ -336,7 +336,7 @@ def test_compare_tokens_tells_a_near_tie_from_a_difference():
     assert (same.tokens, same.near_ties, same.differing) == (3, (), ())
     tie = compare_tokens([[1, 2]], [[4, 6, 7]], [logits])
     assert (len(tie.near_ties), tie.differing) == (1, ())
-    assert tie.says().startswith("2 of 3 greedy tokens the same, 1 at near-ties (token 1 of prompt 0 is 6, else 5")
+    assert tie.describe().startswith("2 of 3 greedy tokens the same, 1 at near-ties (token 1 of prompt 0 is 6, else 5")
     other = compare_tokens([[1, 2]], [[4, 5, 8]], [logits])
     assert (other.near_ties, len(other.differing)) == ((), 1)
 
@@ -399,7 +399,7 @@ def test_command_verify_of_a_manifest_that_tells_of_other_blocks_fails(root, sdf
     code, out, _ = sdft("verify", storage.place(pruned), "--json")
     assert code == 1
     says = results(out)["base tensors"]["says"]
-    assert says == "blocks [0, 2, 5] of the base are gone, the manifest says [0, 1, 2]"
+    assert says == "blocks [0, 2, 5] of the base are removed, the manifest has [0, 1, 2]"
 
 
 def test_command_verify_of_a_tuned_model_says_why_it_is_not_compared(right, base, sdft, tmp_path):

@@ -1,7 +1,7 @@
-"""Whether two ways of computing one model agree: with and without KV cache, transformers and vLLM.
+"""Compare two computations of one model: with and without KV cache, transformers and vLLM.
 
 In: a model directory. Out: greedy tokens for a few prompts, judged by the logits of one plain forward pass in float32.
-A token that differs where the two best logits lie closer than rounding is told apart from one that really differs.
+A token that differs where the two best logits lie closer than rounding counts as a near-tie, not as a difference.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ NEW_TOKENS = 16
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """How greedy tokens of one engine compare with the logits of another."""
+    """The agreement of one engine's greedy tokens with the logits of another."""
 
     tokens: int
     near_ties: tuple[str, ...]
@@ -47,8 +47,8 @@ class Agreement:
     differing: tuple[str, ...]
     """Tokens that are not the most likely one, by more."""
 
-    def says(self) -> str:
-        """Return the agreement in words: near-ties are never passed over in silence."""
+    def describe(self) -> str:
+        """Return the agreement in words, near-ties always included."""
         same = self.tokens - len(self.near_ties) - len(self.differing)
         ties = f", {len(self.near_ties)} at near-ties ({self.near_ties[0]})" if self.near_ties else ""
         return f"{same} of {self.tokens} greedy tokens the same{ties}"
@@ -78,7 +78,7 @@ def compute_logits(network: Any, ids: Sequence[int]) -> torch.Tensor:
 
 
 def continue_greedily(network: Any, prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], torch.Tensor]:
-    """Return NEW_TOKENS greedy tokens for each prompt and the logits (B NEW_TOKENS V) they were chosen by.
+    """Return NEW_TOKENS greedy tokens for each prompt and the logits (B NEW_TOKENS V) that chose them.
 
     With the KV cache, all prompts at once, padded on the left.
     """
@@ -88,7 +88,7 @@ def continue_greedily(network: Any, prompts: Sequence[Sequence[int]]) -> tuple[l
     ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    cache, made, chosen_by = None, [], []
+    cache, new_tokens, chosen_by = None, [], []
     with torch.inference_mode():
         for _ in range(NEW_TOKENS):
             out = network(
@@ -97,24 +97,24 @@ def continue_greedily(network: Any, prompts: Sequence[Sequence[int]]) -> tuple[l
             cache = out.past_key_values
             chosen_by.append(out.logits[:, -1])
             ids = out.logits[:, -1:].argmax(-1)
-            made.append(ids)
+            new_tokens.append(ids)
             mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
             positions = positions[:, -1:] + 1
-    return torch.cat(made, dim=1).tolist(), torch.stack(chosen_by, dim=1)
+    return torch.cat(new_tokens, dim=1).tolist(), torch.stack(chosen_by, dim=1)
 
 
 def compare_tokens(
     prompts: Sequence[list[int]], made: Sequence[list[int]], logits: Sequence[torch.Tensor]
 ) -> Agreement:
-    """Return how greedy tokens agree with the logits (T V) of prompt and tokens together.
+    """Return the agreement of greedy tokens with the logits (T V) of prompt and tokens together.
 
     One forward pass over prompt and continuation stands for NEW_TOKENS passes without a cache: while the tokens
-    agree, both have read the same; after a near-tie each token is judged by what was really read before it.
+    agree, both have read the same; after a near-tie each token is judged by the tokens really before it.
     """
     near_ties: list[str] = []
     differing: list[str] = []
-    for i, (prompt, new, own) in enumerate(zip(prompts, made, logits, strict=True)):
-        for j, (token, row) in enumerate(zip(new, own[len(prompt) - 1 : -1], strict=True)):
+    for i, (prompt, new, own_logits) in enumerate(zip(prompts, made, logits, strict=True)):
+        for j, (token, row) in enumerate(zip(new, own_logits[len(prompt) - 1 : -1], strict=True)):
             best = int(row.argmax())
             if token != best:
                 gap = float(row[best] - row[token])
@@ -124,10 +124,9 @@ def compare_tokens(
 
 
 def compare_with_vllm(directory: Path) -> Agreement:
-    """Return how vLLM's greedy tokens for PROMPTS agree with transformers' logits, both in float32.
+    """Return the agreement of vLLM's greedy tokens for PROMPTS with transformers' logits, both in float32.
 
-    vLLM runs in a process of its own: it takes threads, memory and environment variables for good. A token that
-    transformers would not have chosen counts as agreeing only at a near-tie, and is told apart.
+    vLLM runs in a process of its own: it keeps threads, memory and environment variables for good.
     """
     prompts = render_prompts(directory)
     command = [sys.executable, "-m", "sdft_ray.verify.agreement", str(directory)]
@@ -150,7 +149,7 @@ def _continue_in_vllm(directory: str, prompts: Sequence[list[int]]) -> list[list
     longest = max(map(len, prompts)) + NEW_TOKENS
     options = Engine(max_model_len=longest + 1, kv_cache_gib=0.5).model_dump() | {"tensor_parallel_size": 1}
     engine = VllmEngine(directory, Distill(dtype="float32"), options, alone=False).engine
-    from vllm import SamplingParams  # after the engine has set what vLLM reads as it is imported
+    from vllm import SamplingParams  # after the engine has set the variables that vLLM reads on import
     from vllm.sampling_params import RequestOutputKind
 
     params = SamplingParams(

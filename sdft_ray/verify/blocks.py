@@ -1,4 +1,4 @@
-"""Which blocks of a base a model still has, read from the bytes of its tensors."""
+"""Match the blocks of a model to those of its base by the bytes of their tensors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Block = tuple[int, dict[str, str]]
 
 
 class Failed(Exception):
-    """The check found something wrong; the message names it."""
+    """A check failed; the message names the fault."""
 
 
 def tensors(directory: Path, only: Sequence[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
@@ -43,21 +43,21 @@ def fingerprints(directory: Path) -> Blocks:
     from transformers import AutoConfig
 
     tied = AutoConfig.from_pretrained(directory, trust_remote_code=False).tie_word_embeddings
-    found: Blocks = {None: {}}
+    blocks: Blocks = {None: {}}
     for name, tensor in tensors(directory):
-        # A buffer that old files stored and the config determines; a second copy that `ties` has compared.
+        # The config determines this buffer of old files; `ties` has compared the second copy of tied embeddings.
         if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and tied):
             continue
         digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         match = BLOCK.match(name)
         block, name = (int(match[1]), match[2]) if match else (None, name)
-        found.setdefault(block, {})[name] = digest.hexdigest()
-    return found
+        blocks.setdefault(block, {})[name] = digest.hexdigest()
+    return blocks
 
 
-def match_blocks(model: Model, whole: Blocks, cut: Blocks, said: list[int] | None) -> tuple[list[int], bool]:
-    """Return which block of the base each block is, and whether equal blocks of the base allow another reading.
+def match_blocks(model: Model, whole: Blocks, cut: Blocks, claimed: list[int] | None) -> tuple[list[int], bool]:
+    """Return the base's number of each block, and whether equal blocks of the base allow another reading.
 
     The manifest's reading counts first, if the bytes allow it, then one that gives each block its kind in the config.
     Raises Failed for a block that is none of the base's, or out of order.
@@ -68,49 +68,49 @@ def match_blocks(model: Model, whole: Blocks, cut: Blocks, said: list[int] | Non
     if len(first) < len(blocks):
         raise Failed(_explain_mismatch(base, blocks, first))
     others = _align(blocks[::-1], base[::-1])[::-1] != first
-    claimed = [(number, held) for number, held in base if number not in (said or ())]
-    if said is not None and [held for _, held in claimed] == [held for _, held in blocks]:
-        return [number for number, _ in claimed], others
+    kept = [(number, hashes) for number, hashes in base if number not in (claimed or ())]
+    if claimed is not None and [hashes for _, hashes in kept] == [hashes for _, hashes in blocks]:
+        return [number for number, _ in kept], others
     of_kind = _align(_in_order(_add_kinds(cut, model.directory)), _in_order(_add_kinds(whole, model.base)))
     return of_kind if len(of_kind) == len(blocks) else first, others
 
 
 def _in_order(blocks: Blocks) -> list[Block]:
-    held = [(number, tensors) for number, tensors in blocks.items() if number is not None]
-    return sorted(held, key=lambda block: block[0])
+    numbered = [(number, hashes) for number, hashes in blocks.items() if number is not None]
+    return sorted(numbered, key=lambda block: block[0])
 
 
 def _align(blocks: Sequence[Block], base: Sequence[Block]) -> list[int]:
-    """Return, for each block, the first of the base's that equals it, behind the one before; as far as there are such.
+    """Return, for each block up to the first without one, the next block of the base that equals it.
 
     >>> _align([(0, {"w": "a"}), (1, {"w": "a"})], [(0, {"w": "a"}), (1, {"w": "b"}), (2, {"w": "a"})])
     [0, 2]
     """
     rest = iter(base)
-    found = (next((number for number, other in rest if other == held), None) for _, held in blocks)
-    return [number for number in found if number is not None]
+    numbers = (next((number for number, other in rest if other == hashes), None) for _, hashes in blocks)
+    return [number for number in numbers if number is not None]
 
 
 def _explain_mismatch(base: Sequence[Block], blocks: Sequence[Block], kept: Sequence[int]) -> str:
-    """Return what is wrong with the block behind those that were matched."""
-    block, held = blocks[len(kept)]
-    if equal := [number for number, other in base if other == held]:
+    """Return the fault of the first block that was not matched."""
+    block, hashes = blocks[len(kept)]
+    if equal := [number for number, other in base if other == hashes]:
         what = f"block {block} is the base's block {' or '.join(map(str, equal))}"
         return f"{what}, behind block {block - 1}, its block {kept[-1]}: out of order, at model.layers.{block}"
-    nearest, other = max(base, key=lambda each: len(each[1].items() & held.items()))
-    where = f"model.layers.{block}.{min(name for name, _ in other.items() ^ held.items())}"
-    if not any(held == other for _, held in blocks for _, other in base):
+    nearest, other = max(base, key=lambda candidate: len(candidate[1].items() & hashes.items()))
+    where = f"model.layers.{block}.{min(name for name, _ in other.items() ^ hashes.items())}"
+    if not any(own == other for _, own in blocks for _, other in base):
         return f"no block equals any of the base's: block {block} differs in {where}"
     return f"{where} differs; block {block} is nearest to the base's block {nearest}"
 
 
 def _add_kinds(blocks: Blocks, directory: Path) -> Blocks:
-    """Return the blocks with what the config's per-block lists say of each."""
+    """Return the blocks, each with its entries of the config's per-block lists."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False).to_dict()
     lists = {key: config[key] for key in PER_BLOCK if isinstance(config.get(key), list)}
     return {
-        number: held if number is None else held | {key: str(kinds[number]) for key, kinds in lists.items()}
-        for number, held in blocks.items()
+        number: hashes if number is None else hashes | {key: str(kinds[number]) for key, kinds in lists.items()}
+        for number, hashes in blocks.items()
     }

@@ -1,9 +1,9 @@
-"""`sdft verify`: proof that a model directory is what it claims to be, by its own files and against its base.
+"""Run the checks of `sdft verify`: they prove a model directory by its own files and against its base.
 
-In: a model directory, of ours or of any other tool, and perhaps the base that it was cut from. Out: one `Check` each:
-ok with its figure, FAILED with the tensor or field, skipped with the reason. Nothing is taken on trust: which blocks
-are gone is read from the bytes, and the oracle, the base with those blocks skipped by hooks, shares no code with `cut`.
-Where blocks of the base are equal there are several such readings, of which the manifest may choose.
+In: a model directory, of this package or any other tool, and perhaps the base that it was cut from. Out: one `Check`
+each: ok with its figure, FAILED with the tensor or field, skipped with the reason. The checks trust nothing: they read
+the removed blocks from the bytes, and the oracle, the base with those blocks skipped by hooks, shares no code with
+`cut`. Equal blocks of the base allow several readings, of which the manifest may choose.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from sdft_ray.verify.models import Model
 # Largest difference of logits that are the same sums in float32 in the same order: in fact 0 on one machine.
 SAME_LOGITS = 1e-4
 _OLDER_ROPE = ("rope_theta", "rope_local_base_freq", "partial_rotary_factor", "rope_scaling")
-# Config fields that need not be the base's: what counts blocks (tensors and per-block lists are compared instead), and
-# what no logit depends on.
+# Config fields that may differ from the base's: counts of blocks (tensors and per-block lists are compared instead),
+# and fields that move no logit.
 _OWN_FIELDS = (
     *("num_hidden_layers", "max_window_layers", "sliding_window_pattern", "no_rope_layer_interval"),
     *("mlp_only_layers", "decoder_sparse_step", "transformers_version", "dtype", "use_cache"),
@@ -46,7 +46,7 @@ _OWN_FIELDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """What came of one check."""
+    """The result of one check."""
 
     check: str
     status: Literal["ok", "FAILED", "skipped"]
@@ -65,7 +65,7 @@ Finding = tuple[str, dict[str, Any]]
 
 
 def verify(model: Model, vllm: bool = False) -> Iterator[Check]:
-    """Yield what comes of each check, in order; one that needs a failed one is skipped."""
+    """Yield the result of each check, in order; a check that needs a failed one is skipped."""
     if vllm and importlib.util.find_spec("vllm") is None:
         raise UserError(problem("--vllm", "vllm is not installed", "Install requirements/cpu.txt or gpu.txt"))
     quiet_transformers()
@@ -75,7 +75,7 @@ def verify(model: Model, vllm: bool = False) -> Iterator[Check]:
         if name == "vllm" and not vllm:
             check = Check(name, "skipped", "not asked for: --vllm")
         elif name.startswith("base") and not model.base:
-            check = Check(name, "skipped", model.alone)
+            check = Check(name, "skipped", model.no_base)
         elif lacking:
             check = Check(name, "skipped", f"{lacking} is not ok")
         else:
@@ -98,7 +98,7 @@ def _examine(name: str, examine: Callable[[Model], Finding], model: Model) -> Ch
 
 
 def _check_hashes(model: Model) -> Finding:
-    """The files are the ones that the manifest lists."""
+    """The files are those of the manifest."""
     try:
         manifest = read_manifest(model.directory)
         if manifest is None:
@@ -111,31 +111,31 @@ def _check_hashes(model: Model) -> Finding:
 
 
 def _check_tensors(model: Model) -> Finding:
-    """The files hold exactly the tensors that the config asks for, each once and where the index says."""
+    """The files hold exactly the tensors that the config asks for, each once and in the file that the index names."""
     from safetensors import safe_open
 
     from sdft_ray.models.directory import require_loadable
 
-    lies: dict[str, str] = {}
+    file_of: dict[str, str] = {}
     for shard in weight_files(model.directory):
         with safe_open(shard, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
-                if name in lies:
-                    raise Failed(f"{name} is in {lies[name]} and in {shard.name}")
-                lies[name] = shard.name
+                if name in file_of:
+                    raise Failed(f"{name} is in {file_of[name]} and in {shard.name}")
+                file_of[name] = shard.name
     index = model.directory / WEIGHTS_INDEX
     if index.is_file():
         listed = read_json(index)["weight_map"]
-        for name in sorted(lies.keys() | listed.keys()):
-            if listed.get(name) != lies.get(name):
-                raise Failed(f"{name} is in {lies.get(name, 'no file')}, {index.name} says {listed.get(name)}")
+        for name in sorted(file_of.keys() | listed.keys()):
+            if listed.get(name) != file_of.get(name):
+                raise Failed(f"{name} is in {file_of.get(name, 'no file')}, {index.name} has {listed.get(name)}")
     try:
         parameters = require_loadable(model.directory)
     except RuntimeError as error:
         raise Failed(str(error).removeprefix(f"{model.directory}: ")) from None
-    blocks = {int(match[1]) for name in lies if (match := BLOCK.match(name))}
-    says = f"{len(lies)} tensors, {parameters / 1e6:.1f}M parameters, blocks 0 to {max(blocks)}"
-    return says, {"tensors": len(lies), "parameters": parameters, "blocks": len(blocks)}
+    blocks = {int(match[1]) for name in file_of if (match := BLOCK.match(name))}
+    says = f"{len(file_of)} tensors, {parameters / 1e6:.1f}M parameters, blocks 0 to {max(blocks)}"
+    return says, {"tensors": len(file_of), "parameters": parameters, "blocks": len(blocks)}
 
 
 def _check_config(model: Model) -> Finding:
@@ -152,8 +152,8 @@ def _check_config(model: Model) -> Finding:
     older = older_rope(newer)
     for key, value in older.items():
         if config.get(key) != value:
-            has = f"is {config[key]}" if key in config else "is not there"
-            raise Failed(f"{key} {has}, rope_parameters says {value}: transformers 4 reads only the first")
+            state = f"is {config[key]}" if key in config else "is missing"
+            raise Failed(f"{key} {state}, rope_parameters has {value}: transformers 4 reads only the first")
     AutoConfig.from_pretrained(model.directory, trust_remote_code=False)
     says = [f"{blocks} blocks", *(f"{key} has {blocks} entries" for key in lists)]
     says += [f"{key} {value} in both spellings" for key, value in older.items()]
@@ -161,7 +161,7 @@ def _check_config(model: Model) -> Finding:
 
 
 def _check_ties(model: Model) -> Finding:
-    """`tie_word_embeddings` says of the output layer what the files say."""
+    """`tie_word_embeddings` agrees with the files."""
     import torch
     from transformers import AutoConfig
 
@@ -212,23 +212,23 @@ def _check_tokenizer(model: Model) -> Finding:
 
 
 def _check_cache(model: Model) -> Finding:
-    """Greedy generation with the KV cache is that without: the same tokens from the same logits."""
+    """Greedy generation is the same with and without the KV cache: the same tokens from the same logits."""
     network = load_in_float32(model.directory)
     prompts = render_prompts(model.directory)
-    made, cached = continue_greedily(network, prompts)
-    model.heard = [
-        (ids := prompt + new, compute_logits(network, ids)) for prompt, new in zip(prompts, made, strict=True)
+    new_tokens, cached = continue_greedily(network, prompts)
+    model.generated = [
+        (ids := prompt + new, compute_logits(network, ids)) for prompt, new in zip(prompts, new_tokens, strict=True)
     ]
     difference = max(
         float((logits[len(prompt) - 1 : -1] - own).abs().max())
-        for (_, logits), prompt, own in zip(model.heard, prompts, cached, strict=True)
+        for (_, logits), prompt, own in zip(model.generated, prompts, cached, strict=True)
     )
-    agreement = compare_tokens(prompts, made, [logits for _, logits in model.heard])
+    agreement = compare_tokens(prompts, new_tokens, [logits for _, logits in model.generated])
     if agreement.differing:
-        raise Failed(f"with the cache {agreement.differing[0]}; {agreement.says()}")
+        raise Failed(f"with the cache {agreement.differing[0]}; {agreement.describe()}")
     if not difference < NEAR_TIE:
         raise Failed(f"logits with and without cache differ by {difference:.2g} (limit {NEAR_TIE:g})")
-    return f"{agreement.says()}; logits differ by {difference:.2g}", {
+    return f"{agreement.describe()}; logits differ by {difference:.2g}", {
         "tokens": agreement.tokens,
         "near_ties": list(agreement.near_ties),
         "max_abs_difference": difference,
@@ -239,24 +239,24 @@ def _check_base_tensors(model: Model) -> Finding:
     """Every block is, bit by bit, one of the base's, in the same order; every other tensor is the base's too."""
     assert model.base
     whole, cut = (fingerprints(directory) for directory in (model.base, model.directory))
-    said = ((read_manifest(model.directory) or {}).get("summary") or {}).get("removed")
-    model.kept, others = match_blocks(model, whole, cut, said)
+    claimed = ((read_manifest(model.directory) or {}).get("summary") or {}).get("removed")
+    model.kept, others = match_blocks(model, whole, cut, claimed)
     for name in sorted(whole[None].keys() | cut[None].keys()):
         if whole[None].get(name) != cut[None].get(name):
-            there = [name in whole[None], name in cut[None]]
-            what = "differs from the base's" if all(there) else "is not in the base" if there[1] else "is missing"
-            raise Failed(f"{name} {what}")
+            in_base, in_model = name in whole[None], name in cut[None]
+            fault = "is not in the base" if not in_base else "differs from the base's" if in_model else "is missing"
+            raise Failed(f"{name} {fault}")
     removed = _removed(model, len(whole) - 1)
-    if said not in (None, removed):
-        raise Failed(f"blocks {removed} of the base are gone, the manifest says {said}")
+    if claimed not in (None, removed):
+        raise Failed(f"blocks {removed} of the base are removed, the manifest has {claimed}")
     tensors = sum(map(len, cut.values()))
-    gone = f"blocks {name_blocks(removed)} are gone" if removed else "no block is gone"
-    gone += ", or equal ones" if others else ""
-    return f"{tensors} tensors bitwise equal; {gone}", {"tensors": tensors, "removed": removed}
+    change = f"blocks {name_blocks(removed)} are removed" if removed else "no block is removed"
+    change += ", or equal ones" if others else ""
+    return f"{tensors} tensors bitwise equal; {change}", {"tensors": tensors, "removed": removed}
 
 
 def _check_base_config(model: Model) -> Finding:
-    """Every per-block list is the base's at the kept blocks, every other field the base's: short prompts see few."""
+    """Every per-block list is the base's at the kept blocks, every other field the base's: short prompts test few."""
     from transformers import AutoConfig
 
     assert model.base
@@ -280,7 +280,7 @@ def _check_base_logits(model: Model) -> Finding:
     assert model.base
     network = load_in_float32(model.base)
     with _skipping(network, _removed(model, len(network.model.layers))):
-        difference = max(float((compute_logits(network, ids) - logits).abs().max()) for ids, logits in model.heard)
+        difference = max(float((compute_logits(network, ids) - logits).abs().max()) for ids, logits in model.generated)
     says = f"logits differ by {difference:.2g} from the base's with these blocks skipped (limit {SAME_LOGITS:g})"
     if not difference <= SAME_LOGITS:
         raise Failed(says)
@@ -288,11 +288,11 @@ def _check_base_logits(model: Model) -> Finding:
 
 
 def _check_vllm(model: Model) -> Finding:
-    """vLLM loads the directory and says greedily what transformers says, both in float32."""
+    """vLLM loads the directory and generates the greedy tokens of transformers, both in float32."""
     agreement = compare_with_vllm(model.directory)
     if agreement.differing:
-        raise Failed(f"in vLLM {agreement.differing[0]}; {agreement.says()}")
-    return agreement.says(), {"tokens": agreement.tokens, "near_ties": list(agreement.near_ties)}
+        raise Failed(f"in vLLM {agreement.differing[0]}; {agreement.describe()}")
+    return agreement.describe(), {"tokens": agreement.tokens, "near_ties": list(agreement.near_ties)}
 
 
 # Each check with those that must be ok before it makes sense.
@@ -320,13 +320,13 @@ def _removed(model: Model, blocks: int) -> list[int]:
 
 @contextlib.contextmanager
 def _skipping(network: Any, removed: Sequence[int]) -> Iterator[None]:
-    """Make the `removed` blocks give back their input."""
+    """Make the `removed` blocks return their input."""
 
-    def give_back_input(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> Any:
+    def return_input(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> Any:
         return args[0] if args else kwargs["hidden_states"]
 
     layers = network.model.layers
-    hooks = [layers[block].register_forward_hook(give_back_input, with_kwargs=True) for block in removed]
+    hooks = [layers[block].register_forward_hook(return_input, with_kwargs=True) for block in removed]
     try:
         yield
     finally:
@@ -338,7 +338,7 @@ def _skipping(network: Any, removed: Sequence[int]) -> Iterator[None]:
 
 
 def describe(model: Model, checks: Sequence[Check]) -> dict[str, Any]:
-    """Return what `--json` prints of a model."""
+    """Return the `--json` output for a model."""
     return {
         "model": model.name,
         "directory": str(model.directory),

@@ -1,4 +1,4 @@
-"""The models that `sdft verify` is asked about: from a recipe, an artifact or a directory."""
+"""Find the models for `sdft verify`: from a recipe, an artifact or a directory."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class Model:
-    """A model directory to verify, and what earlier checks learned for later ones."""
+    """A model directory to verify, and results of earlier checks for later ones."""
 
     name: str
     directory: Path
     base: Path | None = None
-    alone: str = "no base is given: --against BASE"
-    """Why there is no base."""
+    no_base: str = "no base is given: --against BASE"
+    """The reason for a missing base."""
     kept: list[int] = dataclasses.field(default_factory=list, init=False)
-    """For each block, which one of the base's it is."""
-    heard: list[tuple[list[int], torch.Tensor]] = dataclasses.field(default_factory=list, init=False)
+    """For each block, its number in the base."""
+    generated: list[tuple[list[int], torch.Tensor]] = dataclasses.field(default_factory=list, init=False)
     """Prompt and greedy continuation, and their logits (T V)."""
 
 
@@ -40,19 +40,19 @@ class Model:
 
 
 def find_models(target: str, against: str | None, storage: Storage) -> list[Model]:
-    """Return the models that a directory, an artifact's id or a recipe file means, each with its base."""
+    """Return the models of a directory, an artifact's id or a recipe file, each with its base."""
     if Path(target).suffix in (".yaml", ".yml"):
         if against:
             raise UserError(problem("--against", "a recipe names its base itself", "Leave --against out"))
-        found = _recipe_models(Path(target), storage)
+        models = _recipe_models(Path(target), storage)
     else:
         base = _directory(against, storage) if against else None
-        found = [_one_model(_directory(target, storage), base, storage)]
-    for model in found:
+        models = [_one_model(_directory(target, storage), base, storage)]
+    for model in models:
         config = _require_model(model.directory)
         if model.base:
-            _require_kin(_require_model(model.base), config, model)
-    return found
+            _require_compatible(_require_model(model.base), config, model)
+    return models
 
 
 def _recipe_models(path: Path, storage: Storage) -> list[Model]:
@@ -69,19 +69,19 @@ def _recipe_models(path: Path, storage: Storage) -> list[Model]:
 
 
 def _one_model(directory: Path, base: Path | None, storage: Storage) -> Model:
-    """Return a model with the base that is given, or that its manifest names and the root holds."""
+    """Return a model with the given base, or the base that its manifest names and the root holds."""
     manifest = read_manifest(directory)
     if manifest is None:
         return Model(directory.name, directory, base)
     stage, name = manifest["stage"], f"{manifest['stage']} {manifest['id']}"
     if stage != "cut":
-        return Model(name, directory, alone=f"the weights of a `{stage}` artifact are its own")
+        return Model(name, directory, no_base=f"the weights of a `{stage}` artifact are its own")
     if base is None:
-        wanted = manifest["identity"]["inputs"]["model"]
+        base_id = manifest["identity"]["inputs"]["model"]
         try:
-            base = storage.find(wanted)
+            base = storage.find(base_id)
         except UserError:  # a base that is a directory of the user's own
-            return Model(name, directory, alone=f"its base {wanted} is not under {storage.uri}: --against BASE")
+            return Model(name, directory, no_base=f"its base {base_id} is not under {storage.uri}: --against BASE")
     return Model(name, directory, base)
 
 
@@ -90,7 +90,7 @@ def _directory(name: str, storage: Storage) -> Path:
 
 
 def _require_model(directory: Path) -> dict[str, Any]:
-    """Return config.json of a model directory whose layout is known; raises UserError for everything else."""
+    """Return config.json of a model directory whose layout is known; raises UserError for other directories."""
     config: dict[str, Any] = read_json(directory / "config.json", missing="is no Hugging Face model directory")
     require_supported(str(config.get("model_type")), str(directory))
     if not weight_files(directory):
@@ -98,8 +98,8 @@ def _require_model(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _require_kin(base: Mapping[str, Any], config: Mapping[str, Any], model: Model) -> None:
-    """Raise UserError for a base that the model cannot have been cut from."""
+def _require_compatible(base: Mapping[str, Any], config: Mapping[str, Any], model: Model) -> None:
+    """Raise UserError for a base from which the model cannot have been cut."""
     do = f"Give the model that {model.directory} was cut from"
     for key in ("model_type", "hidden_size"):
         if base[key] != config[key]:
