@@ -274,7 +274,7 @@ def _require_chat_template(directory: Path, inline: Any) -> None:
 def weight_files(directory: Path) -> list[Path]:
     """Return the safetensors files of a model: those its index names, else its one file, else none.
 
-    Raises UserError for an index that names a file which is not there.
+    Raises UserError for an index that names a missing file.
     """
     if index := _weight_map(directory):
         files = [inside(directory, name) for name in sorted(set(index.values()))]

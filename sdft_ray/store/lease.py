@@ -71,8 +71,8 @@ class Lease:
 def hold(objects: Objects, name: str, node: str) -> Iterator[Lease]:
     """Hold the lease on a name; wait, visibly, while another process holds it.
 
-    `node`: two processes of the same node must hold a file lock of that name before they come here. So the
-    holder of a lease of the same node is dead.
+    `node`: two processes of the same node must hold a file lock of that name before they call this. So
+    the holder of a lease of the same node is dead.
     """
     seen, since = b"", time.monotonic()
     logged = False

@@ -2,8 +2,8 @@
 
 In: `s3://bucket/prefix` (or `gs://`, `az://`), keys below it. Out: bytes and files; every failure is an OSError that
 names the object, as for a disk. Everything goes through fsspec: it knows the conditional create that the leases
-(storage.py) need on each of the three stores, which pyarrow's file systems do not. An object is never
-partial. Credentials come from the store's usual environment variables, profile or instance, and are never seen here.
+(storage.py) need on each of the three stores, which pyarrow's file systems do not. An object is never partial. The
+store's library reads credentials from its usual environment variables, profile or instance.
 """
 
 from __future__ import annotations

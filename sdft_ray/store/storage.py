@@ -298,10 +298,10 @@ def probe(root: str) -> None:
     data, where = uuid.uuid4().bytes, f"{root} from {socket.gethostname()}"
     backend: Backend = ObjectStore(root) if is_store(root) else Directory(root)
     try:
-        found = backend.probe(f"probes/{uuid.uuid4().hex}", data)
+        content = backend.probe(f"probes/{uuid.uuid4().hex}", data)
     except OSError as error:
         store = "Check bucket, endpoint, network and credentials"
         do = store if is_store(root) else "Give a directory that every node may write"
         raise UserError(problem(where, error.strerror or str(error), do)) from None
-    if found != data:
+    if content != data:
         raise UserError(problem(where, "does not return what was written", "Give another --root")) from None
