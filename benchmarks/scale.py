@@ -75,7 +75,7 @@ def measure(count: int, root: Path) -> None:
     begun = time.monotonic()
     pipeline.build([stage], load_compute(root / "compute.yaml"), storage)
     seconds = time.monotonic() - begun
-    assert storage.manifest(stage)["summary"]["kept"] == count
+    assert storage.manifest(stage).summary["kept"] == count
     # Not getrusage: its maximum is inherited from the process that started this one.
     (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     peak_mb = int(peak) / 1024

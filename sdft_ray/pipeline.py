@@ -33,6 +33,7 @@ from sdft_ray.progress import Progress, duration, say
 from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.recipe import LocalModel, Merge, Recipe
 from sdft_ray.stages import (
+    Summary,
     Validated,
     Work,
     cut,
@@ -62,7 +63,7 @@ class StageModule(Protocol):
     @property
     def UNIT(self) -> str: ...
     @property
-    def build(self) -> Callable[[Work[Any]], dict[str, Any]]: ...
+    def build(self) -> Callable[[Work[Any]], Summary]: ...
 
 
 MODULES: dict[str, StageModule] = {
@@ -341,9 +342,9 @@ def require_gates(finished: Iterable[Stage[Any]], storage: Storage) -> None:
     for stage in finished:
         match stage.settings:
             case distill.Settings():
-                distill.require_gates(stage, storage.manifest(stage)["summary"])
+                distill.require_gates(stage, distill.Summary.of(stage, storage))
             case train.Settings():
-                train.require_gates(stage, storage.manifest(stage)["summary"])
+                train.require_gates(stage, train.Summary.of(stage, storage))
 
 
 def _together(todo: Sequence[Stage[Any]]) -> Iterator[list[Stage[Any]]]:
@@ -392,8 +393,9 @@ class _Maker:
             try:
                 summary = MODULES[stage.name].build(work)
                 # An evaluation reports itself how long it took: this thread also waited for its turn on the cluster.
-                seconds = summary.get("seconds", time.monotonic() - begun)
-                self.storage.commit(stage, summary, seconds)
+                own = summary.seconds if isinstance(summary, evaluate.Summary) else None
+                seconds = time.monotonic() - begun if own is None else own
+                self.storage.commit(stage, summary.plain(), seconds)
             except KeyboardInterrupt:
                 raise
             except Exception as error:  # the edge: whatever broke, report what is kept and where the trace is

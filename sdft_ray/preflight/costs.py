@@ -21,6 +21,7 @@ from sdft_ray.pipeline import Chain
 from sdft_ray.preflight import memory
 from sdft_ray.spec.compute import Compute, cores
 from sdft_ray.spec.recipe import HubModel, ModelSource, Recipe
+from sdft_ray.stages import rows as rows_stage
 from sdft_ray.stages import train
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
@@ -205,7 +206,7 @@ def _training_rows(stage: Stage[train.Settings], storage: Storage) -> int | None
         if stage.settings.train.rows:
             total += stage.settings.train.rows
         elif storage.status(rows) == "done":
-            total += int(storage.manifest(rows)["summary"]["rows"]["train"])
+            total += rows_stage.Summary.of(rows, storage).rows.train
         elif split.limit:
             total += split.limit - split.held_out - split.validation
         else:

@@ -15,6 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
+from sdft_ray import stages
 from sdft_ray.core.decontamination import Overlap, find_overlaps
 from sdft_ray.data.benchmarks import offline_items_file, read_task_texts
 from sdft_ray.data.checkers import CHECKERS, read_answer
@@ -26,6 +29,7 @@ from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
 from sdft_ray.store.files import hash_source
 from sdft_ray.store.identity import Stage, slugify
+from sdft_ray.store.record import Record
 
 VERSION, NEEDS, UNIT = 2, None, "parts"
 
@@ -62,6 +66,28 @@ class Settings(Section):
     """Where the rows are read."""
 
 
+class Counts(Record):
+    """How many rows are in each split."""
+
+    held_out: int
+    validation: int
+    train: int
+
+
+class Summary(stages.Summary):
+    """How many rows there are, and how many were left out and why."""
+
+    rows: Counts
+    read: int
+    blank: int
+    """Without prompt or reference."""
+    duplicate_prompts: int
+    without_answer: int
+    decontaminated: int = 0
+    """Rows that hold items of a benchmark."""
+    decontaminated_by_task: dict[str, int] = Field(default_factory=dict)
+
+
 def stage(source: RowSource, preset: str) -> Stage[Settings]:
     """Return the stage of a recipe's rows, whose benchmarks are those of an evaluation preset."""
     name = source.gym if isinstance(source, GymRows) else _name(source)
@@ -85,7 +111,7 @@ def _decontamination(source: RowSource, preset: str) -> Decontamination | None:
     return Decontamination(tasks=tasks, ngram=source.ngram, files={task: str(file) for task, file in files.items()})
 
 
-def build(work: Work[Settings]) -> dict[str, Any]:
+def build(work: Work[Settings]) -> Summary:
     """Write the three splits, and the list of what was left out of them as a benchmark's."""
     source = work.settings.origin
     chosen = work.settings.decontaminate or Decontamination(tasks={}, ngram=1, files={})
@@ -98,13 +124,12 @@ def build(work: Work[Settings]) -> dict[str, Any]:
     write_splits(work.directory, splits)
     write_overlaps(work.directory, overlaps)
     held = Counter(overlap.task for overlap in overlaps)
-    return {
-        "rows": {name: len(splits[name]) for name in SPLITS},
-        **counts,
-        "read": len(raw),
-        "decontaminated": lost,
-        "decontaminated_by_task": {task: held[task] for task in tasks},
-    }
+    return Summary(
+        rows=Counts(**{name: len(splits[name]) for name in SPLITS}),
+        **{**counts, "read": len(raw)},
+        decontaminated=lost,
+        decontaminated_by_task={task: held[task] for task in tasks},
+    )
 
 
 def leave_out(raw: Sequence[dict[str, Any]], overlaps: Sequence[Overlap]) -> list[dict[str, Any]]:

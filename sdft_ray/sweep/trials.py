@@ -19,7 +19,7 @@ from sdft_ray.engine import EngineFactory, VllmEngine
 from sdft_ray.errors import StageFailed, UserError
 from sdft_ray.preflight import precision
 from sdft_ray.progress import Progress, duration, say
-from sdft_ray.results import HISTORY, read_history
+from sdft_ray.results import HISTORY, read_history, validations
 from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.sweep import Asha
 from sdft_ray.stages import cut, distill, draft, evaluate, loss, score, train
@@ -96,7 +96,7 @@ def _build_shared(plan: Plan, compute: Compute, storage: Storage, engine: Engine
                 raise cause from error
         else:
             for stage in cuts:
-                seconds = storage.manifest(stage)["provenance"]["wall_seconds"]
+                seconds = storage.manifest(stage).provenance.wall_seconds
                 say(f"{stage.name}: {duration(seconds)}, {storage.where(stage)}")
     pipeline.build(plan.shared, compute, storage, engine=engine)
 
@@ -193,8 +193,7 @@ def _run_trial(
     trial = trials[config["trial"]]
     known = notes.read_stopped(storage, plan.name, trial.train)
     if storage.status(trial.train) == "done":
-        history = read_history(storage.files(trial.train, HISTORY))
-        known = [(record["step"], record["validation_loss"]) for record in history if "validation_loss" in record]
+        known = validations(read_history(storage.files(trial.train, HISTORY)))
     try:
         if known is None or storage.status(trial.train) == "done":
             pipeline.build(trial.stages, compute, storage, validated=tell)

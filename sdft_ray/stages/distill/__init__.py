@@ -16,10 +16,11 @@ import time
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sdft_ray import stages
 from sdft_ray.core.prompts import RENDERING_VERSION
 from sdft_ray.core.selection import REASONS
 from sdft_ray.data.chat import require_trainable
@@ -40,13 +41,39 @@ _FINISHED = "finished.json"  # the summary of a dataset that is whole and that i
 _SAMPLING = ("temperature", "top_p", "max_new_tokens", "dtype", "seed")
 
 
+class Summary(stages.Summary):
+    """How many rows keep a rewrite, why others do not, and how much was generated."""
+
+    rows: int
+    kept: int
+    """Rows whose response is a rewrite."""
+    acceptance: float
+    """Their share of all rows."""
+    reasons: dict[str, int]
+    """Rows for each reason, `kept` among them."""
+    usual_error: str | None = None
+    """What engines said most often where they failed."""
+    generations: int
+    """Samples that were drawn."""
+    generated_tokens: int
+    mean_generated_tokens: float
+    """A sample."""
+    ledger: str = ""
+    """Its directory's name."""
+
+    @property
+    def failed_fraction(self) -> float:
+        """Share of rows that failed in the engine."""
+        return self.reasons["error"] / self.rows
+
+
 def stage(wanted: Distill, base: Stage, rows: Stage, count: int | None) -> Stage[Settings]:
     """Return the stage that rewrites the first `count` training rows."""
     settings = Settings(**dict(wanted), answer=rows.settings.split.answer, rows=count)
     return Stage("distill", rows.slug, VERSION, settings, {"model": base, "rows": rows})
 
 
-def build(work: Work[Settings]) -> dict[str, Any]:
+def build(work: Work[Settings]) -> Summary:
     """Generate what the ledger lacks, then select and write the dataset.
 
     A dataset that its gate stopped lies there: a looser gate finishes it at once, the same one asks for what failed
@@ -54,35 +81,27 @@ def build(work: Work[Settings]) -> dict[str, Any]:
     """
     finished = work.resumable / _FINISHED
     if finished.is_file() and (work.directory / "train.parquet").is_file():
-        summary = dict(json.loads(finished.read_text()))
-        if _failed_fraction(summary) <= _allowed(work.stage):
+        summary = Summary.from_file(finished)
+        if summary.failed_fraction <= work.settings.max_failed_fraction:
             return summary
     finished.unlink(missing_ok=True)
     summary = _make_dataset(work)
-    if _failed_fraction(summary) > _allowed(work.stage):
-        write_atomically(finished, json.dumps(summary))
+    if summary.failed_fraction > work.settings.max_failed_fraction:
+        write_atomically(finished, json.dumps(summary.plain()))
     require_gates(work.stage, summary)
     return summary
 
 
-def require_gates(stage: Stage[Settings], summary: Mapping[str, Any]) -> None:
+def require_gates(stage: Stage[Settings], summary: Summary) -> None:
     """Raise StageFailed where more rows failed in the engine than the recipe allows."""
-    if _failed_fraction(summary) > _allowed(stage):
-        what = f"{summary['reasons']['error']} of {summary['rows']} rows failed in the engine"
-        what += f", mostly with: {summary['usual_error']}"
-        what += f" (got {_failed_fraction(summary):.2%}; expected at most {_allowed(stage):.2%})"
+    failed, allowed = summary.failed_fraction, stage.settings.max_failed_fraction
+    if failed > allowed:
+        what = f"{summary.reasons['error']} of {summary.rows} rows failed in the engine"
+        what += f", mostly with: {summary.usual_error} (got {failed:.2%}; expected at most {allowed:.2%})"
         raise StageFailed(problem("distill.max_failed_fraction", what, "Raise it; what was generated is kept"))
 
 
-def _failed_fraction(summary: Mapping[str, Any]) -> float:
-    return float(summary["reasons"]["error"] / summary["rows"])
-
-
-def _allowed(stage: Stage[Settings]) -> float:
-    return stage.settings.max_failed_fraction
-
-
-def _make_dataset(work: Work[Settings]) -> dict[str, Any]:
+def _make_dataset(work: Work[Settings]) -> Summary:
     """Generate what the ledger lacks and write the dataset; return its figures."""
     _require_trainable(work)
     identity = ledger_id(work)
@@ -104,8 +123,7 @@ def _make_dataset(work: Work[Settings]) -> dict[str, Any]:
             work.storage.bring(ledger, "part-*")
             _tidy(work, ledger)
         with ledgers.open_ledger(ledger) as lines_of:
-            summary = _write_dataset(work, lines_of)
-    return {**summary, "ledger": ledger.name}
+            return _write_dataset(work, lines_of, ledger.name)
 
 
 def _require_trainable(work: Work[Settings]) -> None:
@@ -215,7 +233,7 @@ def _died_on(ledger: Path) -> str:
     return f"the engine died {times} times over one batch, the last time on {rows}{said}"
 
 
-def _write_dataset(work: Work[Settings], lines_of: Callable[..., ledgers.Lines]) -> dict[str, Any]:
+def _write_dataset(work: Work[Settings], lines_of: Callable[..., ledgers.Lines], ledger: str) -> Summary:
     """Write train.parquet and its card; return the figures."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -238,15 +256,16 @@ def _write_dataset(work: Work[Settings], lines_of: Callable[..., ledgers.Lines])
                 examples.setdefault(row["reason"], row)
             file.write_table(pa.Table.from_pylist([card.record(row) for row in selected], schema))
     rows = counts.total()
-    summary = {
-        "rows": rows,
-        "kept": counts["kept"],
-        "acceptance": counts["kept"] / rows,
-        "reasons": {reason: counts[reason] for reason in REASONS},
-        "usual_error": messages.most_common(1)[0][0] if messages else None,
-        "generations": generated,
-        "generated_tokens": tokens,
-        "mean_generated_tokens": tokens / generated,
-    }
-    card.write(work.directory, work.stage, summary, examples)
-    return summary
+    reasons: dict[str, int] = {reason: counts[reason] for reason in REASONS}
+    card.write(work.directory, work.stage, reasons, examples)
+    return Summary(
+        rows=rows,
+        kept=counts["kept"],
+        acceptance=counts["kept"] / rows,
+        reasons=reasons,
+        usual_error=messages.most_common(1)[0][0] if messages else None,
+        generations=generated,
+        generated_tokens=tokens,
+        mean_generated_tokens=tokens / generated,
+        ledger=ledger,
+    )

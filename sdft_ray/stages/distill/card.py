@@ -41,13 +41,13 @@ def record(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write(
-    directory: Path, stage: Stage[Settings], summary: Mapping[str, Any], examples: Mapping[str, Mapping[str, Any]]
+    directory: Path, stage: Stage[Settings], counts: Mapping[str, int], examples: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """Write README.md."""
+    """Write README.md; counts: the rows for each reason."""
     from huggingface_hub import DatasetCardData
 
-    rows = stage.inputs["rows"]
-    name, licence = _describe_source(rows.settings.source, rows.slug)
+    source = stage.inputs["rows"]
+    name, licence = _describe_source(source.settings.source, source.slug)
     front = DatasetCardData(
         license=licence,
         task_categories=["text-generation"],
@@ -55,14 +55,15 @@ def write(
         configs=[{"config_name": "default", "data_files": "train.parquet"}],
     )
     sampling = ", ".join(f"{key} {getattr(stage.settings, key)}" for key in _SAMPLING)
-    reasons = "\n".join(f"| {reason} | {count} |" for reason, count in summary["reasons"].items() if count)
+    reasons = "\n".join(f"| {reason} | {count} |" for reason, count in counts.items() if count)
+    rows = sum(counts.values())
     text = f"""---
 {front.to_yaml()}
 ---
 
 # {stage.slug}, rewritten by {stage.inputs["model"].slug}
 
-{summary["rows"]} rows of {name} (licence of the source: {licence}). Where `source` is `distilled`, the response is the
+{rows} rows of {name} (licence of the source: {licence}). Where `source` is `distilled`, the response is the
 model's own rewrite of the reference, checked; else it is the reference, verbatim, and `reason` says why. No row was
 dropped. Made by sdft_ray after *Self-Data Distillation* (arXiv 2410.09982).
 

@@ -8,6 +8,7 @@ from typing import Any
 from sdft_ray.core.selection import strip_thoughts
 from sdft_ray.data.chat import encode_rows, opening_ids
 from sdft_ray.data.checkers import is_correct
+from sdft_ray.results import Score
 from sdft_ray.stages.evaluate.generation import generate_greedily
 from sdft_ray.stages.evaluate.likelihoods import score_requests
 from sdft_ray.stages.evaluate.scores import make_score
@@ -15,7 +16,7 @@ from sdft_ray.stages.evaluate.scores import make_score
 
 def evaluate_held_out(
     lm: Any, rows: list[dict[str, Any]], checker: str, max_new_tokens: int, batch_size: int
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[Score, list[dict[str, Any]]]:
     """Return exact match of greedily generated answers, and bits per byte of the references, on the held-out rows.
 
     What is generated begins where the loss of training begins, and its thoughts are no part of the answer. Bits per
@@ -44,6 +45,5 @@ def evaluate_held_out(
     values = [item["value"] for item in items]
     # Letters can be guessed; how many there are to choose from is seen in the answers.
     chance = 1 / len({row["answer"] for row in rows}) if checker == "choice" else 0.0
-    score = make_score("exact_match", values, chance, limited=False)
-    score["bits_per_byte"] = sum(item["bits"] for item in items) / sum(item["bytes"] for item in items)
-    return score, items
+    bits = sum(item["bits"] for item in items) / sum(item["bytes"] for item in items)
+    return make_score("exact_match", values, chance, limited=False, bits_per_byte=bits), items

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from sdft_ray.core.rows import TrainingRow
 from sdft_ray.data.chat import encode_rows
@@ -15,13 +15,19 @@ from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
 from sdft_ray.spec import recipe
 
-if TYPE_CHECKING:
-    pass
+
+class Counts(NamedTuple):
+    """How many rows are left, and how many were too long."""
+
+    rows: int
+    rows_too_long: int
+    rows_left_out: int
+    """Of those: without a token to train."""
 
 
 def encode(
     tokenizer: Any, raw: Sequence[Mapping[str, Any]], column: str, settings: recipe.Train, watched: bool = False
-) -> tuple[list[TrainingRow], list[str], dict[str, int]]:
+) -> tuple[list[TrainingRow], list[str], Counts]:
     """Return rows as token ids, their ids, and how many were too long; `watched` rows are not trained on.
 
     Raises UserError where none is left with a token to train.
@@ -43,7 +49,7 @@ def encode(
         if fate == "truncate":
             what += ", and none of them has a token with loss within those"
         raise UserError(problem("train.max_tokens", what, "Raise it"))
-    return rows, ids, {"rows_too_long": too_long, "rows_left_out": left_out}
+    return rows, ids, Counts(len(rows), too_long, left_out)
 
 
 def require_vocabulary(base: Path, tokenizer: Any, rows: Sequence[TrainingRow]) -> None:
@@ -56,12 +62,9 @@ def require_vocabulary(base: Path, tokenizer: Any, rows: Sequence[TrainingRow]) 
         raise UserError(problem(str(base), f"{what}; the model knows {known}", "Give model and tokenizer of one kind"))
 
 
-def marked_example(tokenizer: Any, row: TrainingRow) -> dict[str, str]:
+def marked_example(tokenizer: Any, row: TrainingRow) -> tuple[str, str]:
     """Return one row decoded, split where the loss begins: the proof of the mask that a person can read."""
-    return {
-        "without_loss": tokenizer.decode(row.ids[: row.trained_from]),
-        "with_loss": tokenizer.decode(row.ids[row.trained_from :]),
-    }
+    return tokenizer.decode(row.ids[: row.trained_from]), tokenizer.decode(row.ids[row.trained_from :])
 
 
 def shorten(text: str) -> str:
