@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 class Record(BaseModel):
     """A frozen piece of an artifact or a report; what another version of it holds beside is not read."""
 
-    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True, ser_json_inf_nan="constants")
 
     def plain(self) -> dict[str, JsonValue]:
         """Return it as JSON has it: what it was made with, and no defaults."""
