@@ -26,6 +26,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from report import print_figures
 
 from sdft_ray import pipeline
+from sdft_ray.core.rows import Row
 from sdft_ray.core.selection import Generation
 from sdft_ray.engine import Request
 from sdft_ray.spec.compute import load_compute
@@ -103,14 +104,11 @@ def rows_stage(count: int, root: Path) -> Stage:
 def write_rows(count: int, root: str) -> None:
     """Write the rows, each with a prompt of 250 and a reference of 300 characters."""
     words = " and so on" * 22
-    made = (
-        {"prompt": f"Row {i}{words}?", "reference": f"Row {i}{words}, it is, and so it goes on for longer."}
-        for i in range(count)
-    )
+    made = (Row(f"Row {i}{words}?", f"Row {i}{words}, it is, and so it goes on for longer.") for i in range(count))
     directory = rows_stage(count, Path(root)).location
     assert directory
     directory.mkdir()
-    train = [{**row, "answer": None, "id": rows.row_id(row["prompt"], row["reference"])} for row in made]
+    train = [row._replace(id=rows.row_id(row.prompt, row.reference)) for row in made]
     rows.write_splits(directory, {"held_out": [], "validation": [], "train": train})
 
 

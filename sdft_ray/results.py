@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from pydantic import Field
 
@@ -34,43 +34,43 @@ SPLITS = ("held_out", "validation", "train")
 HELD_OUT = "held_out"
 
 
-class Row(TypedDict):
-    """A row of a `rows` artifact."""
+class DistilledRow(NamedTuple):
+    """A row of a `distill` artifact, with the response to train on and where it came from."""
 
     id: str
     prompt: str
     reference: str
     answer: str | None
-
-
-class DistilledRow(Row):
-    """A row of a `distill` artifact, with the response to train on and where it came from."""
-
     response: str
     source: str
     reason: str
     sample: int
+    """Which of the row's generations was kept; the first where none was."""
     generated: str
+    """What the model wrote last, kept or not."""
     finish_reason: str
     prompt_tokens: int
     generated_tokens: int
     sampling_seed: int
 
 
-def read_split(directory: Path, split: str) -> list[dict[str, Any]]:
+R = TypeVar("R", bound=NamedTuple)
+
+
+def read_columns(table: Any, kind: type[R]) -> list[R]:
+    """Return the rows of an Arrow table or batch, as far as a kind of row has fields for its columns."""
+    columns = [table.column(name).to_pylist() for name in kind._fields]
+    return [kind._make(values) for values in zip(*columns, strict=True)]
+
+
+def read_split(directory: Path, split: str, kind: type[R]) -> list[R]:
     """Return the rows of one split of a rows or distilled artifact."""
     import pyarrow.parquet as pq
 
-    rows: list[dict[str, Any]] = pq.read_table(directory / f"{split}.parquet").to_pylist()
-    return rows
+    return read_columns(pq.read_table(directory / f"{split}.parquet", columns=list(kind._fields)), kind)
 
 
-def read_training_rows(directory: Path, count: int | None) -> list[dict[str, Any]]:
-    """Return the first `count` training rows, all where it is None; raises UserError where there are fewer."""
-    return [row for batch in training_batches(directory, count) for row in batch]
-
-
-def training_batches(directory: Path, count: int | None) -> Iterator[list[dict[str, Any]]]:
+def training_batches(directory: Path, count: int | None, kind: type[R]) -> Iterator[list[R]]:
     """Yield the first `count` training rows in order, some at a time; raises UserError where there are fewer."""
     import pyarrow.parquet as pq
 
@@ -79,8 +79,8 @@ def training_batches(directory: Path, count: int | None) -> Iterator[list[dict[s
     if left > file.metadata.num_rows:
         what = f"{count} is more than the {file.metadata.num_rows} training rows there are"
         raise UserError(problem("train.rows", what, "Lower it, or give more rows"))
-    for batch in file.iter_batches(1024):
-        yield batch.slice(0, left).to_pylist()
+    for batch in file.iter_batches(1024, columns=list(kind._fields)):
+        yield read_columns(batch.slice(0, left), kind)
         left -= min(left, len(batch))
         if not left:
             return
@@ -221,6 +221,8 @@ class Item(Record):
     """One item of an evaluation."""
 
     id: str
+    task: str | None = None
+    """Of a group of tasks the one that it is of."""
     value: float
 
 

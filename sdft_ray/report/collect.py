@@ -177,5 +177,5 @@ def _describe_merges(chain: Chain, storage: Storage) -> dict[str, MergeEntry]:
 
 def _read_examples(place: Path, each: int = 3) -> list[Example]:
     """Return a few rows for every reason."""
-    rows = [Example(**{name: row[name] for name in Example._fields}) for row in read_split(place, "train")]
+    rows = read_split(place, "train", Example)
     return [row for reason in REASONS for row in [row for row in rows if row.reason == reason][:each]]

@@ -18,13 +18,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdft_ray import stages
+from sdft_ray.core.rows import Row
 from sdft_ray.core.speculation import worth
 from sdft_ray.data.chat import end_of_turn, render_prompt
 from sdft_ray.data.readers import read_json
 from sdft_ray.engine import NEAR_TIE, engine_arguments
 from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.progress import say
-from sdft_ray.results import DRAFT, SPECULATIVE_CONFIG, Counted, Differing, Drafted, Measured, Race, read_split
+from sdft_ray.results import (
+    DRAFT,
+    HELD_OUT,
+    SPECULATIVE_CONFIG,
+    Counted,
+    Differing,
+    Drafted,
+    Measured,
+    Race,
+    read_split,
+)
 from sdft_ray.spec.recipe import Draft
 from sdft_ray.stages import Work
 from sdft_ray.store.files import write_atomically
@@ -69,12 +80,12 @@ def build(work: Work[Settings]) -> Summary:
     import ray
 
     plan = work.compute.distill
-    rows = read_split(work.input("rows"), "held_out")[: work.settings.prompts]
+    rows = read_split(work.input("rows"), HELD_OUT, Row)[: work.settings.prompts]
     options = plan.engine.model_dump() | {"tensor_parallel_size": plan.tensor_parallel_size}
     summary: Summary = ray.get(
         ray.remote(max_calls=1)(measure)  # an engine takes threads and environment of its process for good
         .options(num_cpus=plan.cpus, num_gpus=plan.gpus, name="draft")
-        .remote(work.handle("model"), work.handle("draft"), [row["prompt"] for row in rows], work.settings, options)
+        .remote(work.handle("model"), work.handle("draft"), [row.prompt for row in rows], work.settings, options)
     )
     best = summary.greedy.best
     base, draft = (work.storage.where(work.stage.inputs[name]) for name in ("model", "draft"))

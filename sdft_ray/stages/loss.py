@@ -19,6 +19,7 @@ from pydantic import Field
 from sdft_ray import stages
 from sdft_ray.cluster import use_assigned_cores
 from sdft_ray.core.choice import Choice
+from sdft_ray.core.rows import Row
 from sdft_ray.data.calibration import CorpusSettings, read_corpora
 from sdft_ray.errors import UserError, problem
 from sdft_ray.results import CANDIDATES, Candidate, Ranked, read_measured, read_split
@@ -79,7 +80,7 @@ def build(work: Work[Settings]) -> Summary:
     from sdft_ray.core.similarity import choose
 
     candidates = rank_candidates(work)
-    rows = {i: read_split(place, "train") for i, place in work.numbered_inputs("rows").items()}
+    rows = {i: read_split(place, "train", Row) for i, place in work.numbered_inputs("rows").items()}
     corpora = read_corpora(work.input("model"), work.settings.calibration, rows)
     assert len({corpus.name for corpus in corpora}) == len(corpora), "losses are kept by the names of corpora"
     for corpus in corpora:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,7 +56,7 @@ def stage(wanted: Distill, base: Stage, distilled: Stage) -> Stage[Settings]:
 
 def build(work: Work[Settings]) -> Summary:
     """Write nll.json."""
-    batches = training_batches(work.input("distilled"), None)
+    batches = training_batches(work.input("distilled"), None, Rewritten)
     rows = draw_rows(batches, work.settings.rows, work.settings.seed)
     work.progress.begin(len(COLUMNS) * len(rows))
     portions: dict[str, list[Portion]] = {}
@@ -82,19 +82,26 @@ def _likelihood(portions: Sequence[Portion], rows: int) -> Likelihood:
     return Likelihood(mean_tokens=tokens / rows, nll_per_token=sum(portion.nll for portion in portions) / tokens)
 
 
-def draw_rows(batches: Iterable[Sequence[Mapping[str, Any]]], count: int, seed: int) -> list[dict[str, str]]:
+class Rewritten(NamedTuple):
+    """A row with its reference and its response."""
+
+    id: str
+    prompt: str
+    reference: str
+    response: str
+    reason: str
+
+
+def draw_rows(batches: Iterable[Sequence[Rewritten]], count: int, seed: int) -> list[Rewritten]:
     """Return some of the rows that keep their rewrite, drawn by their ids without regard to their order."""
 
-    def rank(row: Mapping[str, Any]) -> bytes:
-        return hashlib.sha256(f"shift:{seed}:{row['id']}".encode()).digest()
+    def rank(row: Rewritten) -> bytes:
+        return hashlib.sha256(f"shift:{seed}:{row.id}".encode()).digest()
 
-    kept = (row for batch in batches for row in batch if row["reason"] == "kept")
-    return [
-        {name: row[name] for name in ("prompt", *COLUMNS.values())} for row in heapq.nsmallest(count, kept, key=rank)
-    ]
+    return heapq.nsmallest(count, (row for batch in batches for row in batch if row.reason == "kept"), key=rank)
 
 
-def _measure_on_ray(work: Work[Settings], rows: Sequence[Mapping[str, str]]) -> Iterator[tuple[str, Portion]]:
+def _measure_on_ray(work: Work[Settings], rows: Sequence[Rewritten]) -> Iterator[tuple[str, Portion]]:
     import ray
 
     plan = work.compute.distill
@@ -106,7 +113,7 @@ def _measure_on_ray(work: Work[Settings], rows: Sequence[Mapping[str, str]]) -> 
 
 
 def measure(
-    model: Callable[[], Path], dtype: str, device: str, rows: Sequence[Mapping[str, str]]
+    model: Callable[[], Path], dtype: str, device: str, rows: Sequence[Rewritten]
 ) -> Iterator[tuple[str, Portion]]:
     """Yield, some rows at a time, whose responses they are and the sums of their tokens and of their losses in nats."""
     import torch
@@ -117,7 +124,7 @@ def measure(
     use_assigned_cores()
     loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).to(device).eval()
     for name, column in COLUMNS.items():
-        for some in _portions(list(encode_rows(tokenizer, [(row["prompt"], row[column]) for row in rows]))):
+        for some in _portions(list(encode_rows(tokenizer, [(row.prompt, getattr(row, column)) for row in rows]))):
             tokens = sum(len(row.ids) - row.trained_from for row in some)
             yield name, Portion(len(some), tokens, summed_loss(loaded, some))
 

@@ -16,6 +16,7 @@ from typing import Any
 from sdft_ray import stages
 from sdft_ray.cluster import use_assigned_cores
 from sdft_ray.core.choice import Choice, JointChoice
+from sdft_ray.core.rows import Row
 from sdft_ray.data.calibration import CorpusSettings, read_corpora
 from sdft_ray.errors import UserError, problem
 from sdft_ray.results import DISTANCES, TEXTS, Corpus, Distances, MeasuredCorpus, read_split
@@ -61,7 +62,7 @@ def build(work: Work[Settings]) -> Summary:
     from safetensors.torch import save_file
 
     first = {"last": lambda text: len(text.ids) - 1, "all": lambda _: 0, "response": lambda text: text.content_from}
-    rows = {i: read_split(place, "train") for i, place in work.numbered_inputs("rows").items()}
+    rows = {i: read_split(place, "train", Row) for i, place in work.numbered_inputs("rows").items()}
     corpora = read_corpora(work.input("model"), work.settings.calibration, rows)
     texts = [[(t.ids, first[c.positions](t)) for t in c.measured] for c in corpora]
     model = {"model": work.handle("model"), "dtype": work.settings.dtype}

@@ -22,16 +22,17 @@ from typing import Any
 
 from sdft_ray import stages
 from sdft_ray.core.prompts import RENDERING_VERSION
+from sdft_ray.core.rows import Row
 from sdft_ray.core.selection import REASONS
 from sdft_ray.data.chat import require_trainable
 from sdft_ray.errors import StageFailed, problem
-from sdft_ray.results import training_batches
+from sdft_ray.results import DistilledRow, training_batches
 from sdft_ray.spec.recipe import Distill
 from sdft_ray.stages import Work
 from sdft_ray.stages.distill import card
 from sdft_ray.stages.distill.draws import Settings, best_lines, instruction_template, select_rows
 from sdft_ray.stages.distill.requests import write_requests
-from sdft_ray.stages.distill.rewriter import COUNTS, Rewriter
+from sdft_ray.stages.distill.rewriter import COUNTS, Note, Rewriter
 from sdft_ray.store import ledger as ledgers
 from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage, short_id
@@ -114,7 +115,7 @@ def _make_dataset(work: Work[Settings]) -> Summary:
             work.storage.drop(old)
         requests = work.resumable / f"requests-{uuid.uuid4().hex[:8]}.parquet"
         with ledgers.open_ledger(ledger) as lines_of:
-            batches = training_batches(work.input("rows"), work.settings.rows)
+            batches = training_batches(work.input("rows"), work.settings.rows, Row)
             rows, missing = write_requests(batches, lines_of, work.settings, requests)
         work.progress.begin(rows, done=rows - missing)
         if missing:
@@ -211,25 +212,25 @@ class _Tally:
         """Take in how far a batch is."""
         now = time.monotonic()
         self.batches[piece["start"]], self.heard[piece["actor"]] = piece, now
-        total = {name: sum(batch[name] for batch in self.batches.values()) for name in COUNTS}
-        into, out = (total[name] / (now - self.begun) for name in ("prompt_tokens", "tokens"))
+        done, kept, *tokens = (sum(batch[name] for batch in self.batches.values()) for name in COUNTS)
+        into, out = (count / (now - self.begun) for count in tokens)
         actors = sum(now - heard < 60 for heard in self.heard.values())
         self.progress.update(
-            self.done_before + total["done"],
-            f"{into:.0f} tokens/s in, {out:.0f} out, {total['kept'] / max(1, total['done']):.0%} kept, "
+            self.done_before + done,
+            f"{into:.0f} tokens/s in, {out:.0f} out, {kept / max(1, done):.0%} kept, "
             f"{actors} actor{'s' * (actors != 1)}",
         )
 
 
 def _died_on(ledger: Path) -> str:
     """Return which rows engines died on and what the last one said; nothing where none died at work."""
-    notes = [json.loads(path.read_text()) for path in sorted(ledger.glob(".trying-*"), key=lambda p: p.stat().st_mtime)]
+    notes = [Note.from_file(path) for path in sorted(ledger.glob(".trying-*"), key=lambda path: path.stat().st_mtime)]
     if not notes:
         return ""
     last = notes[-1]
-    times = sum(note["batch"] == last["batch"] for note in notes)
-    said = f", saying {last['error']}" if last["error"] else ""
-    rows = f"rows {min(last['positions'])} to {max(last['positions'])} of the training rows"
+    times = sum(note.batch == last.batch for note in notes)
+    said = f", saying {last.error}" if last.error else ""
+    rows = f"rows {min(last.positions)} to {max(last.positions)} of the training rows"
     return f"the engine died {times} times over one batch, the last time on {rows}{said}"
 
 
@@ -241,27 +242,27 @@ def _write_dataset(work: Work[Settings], lines_of: Callable[..., ledgers.Lines],
     counts: Counter[str] = Counter()
     messages: Counter[str] = Counter()
     generated = tokens = 0
-    examples: dict[str, dict[str, Any]] = {}
+    examples: dict[str, DistilledRow] = {}
     schema = card.schema()
     with pq.ParquetWriter(work.directory / "train.parquet", schema) as file:
-        for batch in training_batches(work.input("rows"), work.settings.rows):
-            read = lines_of(row["id"] for row in batch)
+        for batch in training_batches(work.input("rows"), work.settings.rows, Row):
+            read = lines_of(row.id for row in batch)
             lines = {row_id: best_lines(found, work.settings.samples) for row_id, found in read.items()}
             selected, found = select_rows(batch, lines, work.settings)
             counts.update(found)
-            messages.update(row["generated"] for row in selected if row["reason"] == "error")
+            messages.update(row.generated for row in selected if row.reason == "error")
             generated += sum(len(made) for made in lines.values())
-            tokens += sum(line["tokens"] for made in lines.values() for line in made)
+            tokens += sum(line.tokens for made in lines.values() for line in made)
             for row in selected:
-                examples.setdefault(row["reason"], row)
+                examples.setdefault(row.reason, row)
             file.write_table(pa.Table.from_pylist([card.record(row) for row in selected], schema))
     rows = counts.total()
     reasons: dict[str, int] = {reason: counts[reason] for reason in REASONS}
     card.write(work.directory, work.stage, reasons, examples)
     return Summary(
         rows=rows,
-        kept=counts["kept"],
-        acceptance=counts["kept"] / rows,
+        kept=(kept := reasons["kept"]),
+        acceptance=kept / rows,
         reasons=reasons,
         usual_error=messages.most_common(1)[0][0] if messages else None,
         generations=generated,

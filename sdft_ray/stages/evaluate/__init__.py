@@ -12,12 +12,13 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from sdft_ray import environment, stages
 from sdft_ray.cluster import use_assigned_cores
+from sdft_ray.core.rows import Row
 from sdft_ray.data.benchmarks import offline_task_file
-from sdft_ray.results import HELD_OUT, ITEMS, SCORE, Score, read_split
+from sdft_ray.results import HELD_OUT, ITEMS, SCORE, Item, Score, read_split
 from sdft_ray.spec.recipe import Evaluate
 from sdft_ray.stages import Work
 from sdft_ray.stages.evaluate.harness import load_model, run_task
@@ -65,7 +66,7 @@ def build(work: Work[Settings]) -> Summary:
     import ray
 
     plan = work.compute.evaluate
-    held_out = read_split(work.input("rows"), HELD_OUT) if work.settings.task == HELD_OUT else []
+    held_out = read_split(work.input("rows"), HELD_OUT, Row) if work.settings.task == HELD_OUT else []
     summary, items = work.result(
         ray.remote(evaluate)
         .options(
@@ -82,7 +83,7 @@ def build(work: Work[Settings]) -> Summary:
             "cuda" if plan.gpus else "cpu",
         )
     )
-    write_atomically(work.directory / ITEMS, "".join(json.dumps(item) + "\n" for item in items))
+    write_atomically(work.directory / ITEMS, "".join(json.dumps(item.plain()) + "\n" for item in items))
     write_atomically(work.directory / SCORE, json.dumps(summary.plain(), indent=1) + "\n")
     return cast(Summary, summary)
 
@@ -90,10 +91,10 @@ def build(work: Work[Settings]) -> Summary:
 def evaluate(
     model: Callable[[], Path],
     settings: Settings,
-    held_out: list[dict[str, Any]],
+    held_out: list[Row],
     batch_size: int,
     device: str,
-) -> tuple[Summary, list[dict[str, Any]]]:
+) -> tuple[Summary, list[Item]]:
     """Return the score, with the seconds that it took, and the items of one task; runs in a Ray worker."""
     begun = time.monotonic()
     if isinstance(settings, HeldOutSettings) or settings.file:

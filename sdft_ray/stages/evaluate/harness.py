@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdft_ray.errors import UserError, problem
-from sdft_ray.results import Score
+from sdft_ray.results import Item, Score
 from sdft_ray.stages.evaluate.generation import plain_generation
 from sdft_ray.stages.evaluate.likelihoods import score_requests
 from sdft_ray.stages.evaluate.presets import FOLDERS, task_manager
@@ -17,7 +17,7 @@ from sdft_ray.stages.evaluate.scores import make_score
 from sdft_ray.stages.evaluate.settings import TaskSettings
 
 
-def run_task(lm: Any, settings: TaskSettings) -> tuple[Score, list[dict[str, Any]]]:
+def run_task(lm: Any, settings: TaskSettings) -> tuple[Score, list[Item]]:
     import lm_eval
 
     manager = task_manager(FOLDERS.get(settings.task))
@@ -49,7 +49,7 @@ def run_task(lm: Any, settings: TaskSettings) -> tuple[Score, list[dict[str, Any
     samples = [sample for sample in everything if _of_filter(sample, metric)]
     sizes = [found["n-samples"][each] for each in found["samples"]]
     items = [
-        {"id": sample["doc_hash"], "task": each, "value": float(sample[name])}
+        Item(id=sample["doc_hash"], task=each, value=float(sample[name]))
         for each, group in found["samples"].items()
         for sample in group
         if _of_filter(sample, metric) and name in sample
@@ -58,7 +58,7 @@ def run_task(lm: Any, settings: TaskSettings) -> tuple[Score, list[dict[str, Any
     # The harness's own aggregate is the value: a group may weigh its tasks, a metric need not be a mean of items.
     score = make_score(
         name,
-        [item["value"] for item in items],
+        [item.value for item in items],
         chance=sum(map(_chance, samples)) / len(samples),
         limited=any(size["effective"] < size["original"] for size in sizes),
         value=float(results[metric]),

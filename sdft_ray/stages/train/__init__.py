@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from sdft_ray import stages
 from sdft_ray.core.rows import TrainingRow
@@ -22,7 +22,7 @@ from sdft_ray.data.chat import require_trainable
 from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.models.directory import require_loadable, require_same_logits
 from sdft_ray.progress import say
-from sdft_ray.results import HISTORY, read_split, read_training_rows, validations
+from sdft_ray.results import HISTORY, read_split, training_batches, validations
 from sdft_ray.spec import recipe
 from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
@@ -32,6 +32,8 @@ from sdft_ray.stages.train.fitting import require_fitting
 from sdft_ray.stages.train.history import best_step
 from sdft_ray.stages.train.rows import (
     Counts,
+    Reference,
+    Rewrite,
     encode,
     marked_example,
     proof_rows,
@@ -207,12 +209,15 @@ def _prepare(work: Work[Settings], base: Path) -> _Data:
     settings = work.settings.train
     tokenizer = AutoTokenizer.from_pretrained(base)
     require_trainable(tokenizer)
-    source, column = ("distilled", "response") if work.settings.arm == "distilled" else ("rows", "reference")
-    raw = [row for place in work.inputs(source) for row in read_training_rows(place, settings.rows)]
-    rows, ids, counts = encode(tokenizer, raw, column, settings)
+    raw: list[Reference | Rewrite] = []
+    source, kind = ("distilled", Rewrite) if work.settings.arm == "distilled" else ("rows", Reference)
+    for place in work.inputs(source):
+        for batch in training_batches(place, settings.rows, kind):
+            raw += cast(list[Reference | Rewrite], batch)
+    rows, ids, counts = encode(tokenizer, raw, settings)
     require_gates(work.stage, counts)
-    watched = [row for place in work.inputs("rows") for row in read_split(place, "validation")]
-    validation, _, _ = encode(tokenizer, watched, "reference", settings, watched=True)
+    watched = [row for place in work.inputs("rows") for row in read_split(place, "validation", Reference)]
+    validation, _, _ = encode(tokenizer, watched, settings, watched=True)
     require_vocabulary(base, tokenizer, [*rows, *validation])
     files = {"train": rows, "validation": validation}
     for name, some in files.items():

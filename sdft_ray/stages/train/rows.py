@@ -5,7 +5,7 @@ In: rows with responses. Out: rows as token ids, a file that workers read, and t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,8 +25,24 @@ class Counts(NamedTuple):
     """Of those: without a token to train."""
 
 
+class Reference(NamedTuple):
+    """A row that is trained on with its reference."""
+
+    id: str
+    prompt: str
+    reference: str
+
+
+class Rewrite(NamedTuple):
+    """A row that is trained on with the response that was selected."""
+
+    id: str
+    prompt: str
+    response: str
+
+
 def encode(
-    tokenizer: Any, raw: Sequence[Mapping[str, Any]], column: str, settings: recipe.Train, watched: bool = False
+    tokenizer: Any, raw: Sequence[Reference | Rewrite], settings: recipe.Train, watched: bool = False
 ) -> tuple[list[TrainingRow], list[str], Counts]:
     """Return rows as token ids, their ids, and how many were too long; `watched` rows are not trained on.
 
@@ -34,7 +50,7 @@ def encode(
     """
     limit, fate = settings.max_tokens, settings.too_long
     rows, ids, too_long, left_out = [], [], 0, 0
-    encoded = encode_rows(tokenizer, [(line["prompt"], line[column]) for line in raw])
+    encoded = encode_rows(tokenizer, [(prompt, response) for _, prompt, response in raw])
     for line, row in zip(raw, encoded, strict=True):
         if len(row.ids) > limit:
             too_long += 1
@@ -43,7 +59,7 @@ def encode(
                 continue
             row = TrainingRow(row.ids[:limit], row.trained_from)  # without its end of turn: none is taught there
         rows.append(row)
-        ids.append(line["id"])
+        ids.append(line.id)
     if not watched and not rows:
         what = f"{too_long} of {len(raw)} rows are longer than {limit} tokens"
         if fate == "truncate":
