@@ -344,7 +344,7 @@ def require_gates(finished: Iterable[Stage[Any]], storage: Storage) -> None:
             case distill.Settings():
                 distill.require_gates(stage, distill.Summary.of(stage, storage))
             case train.Settings():
-                train.require_gates(stage, train.Summary.of(stage, storage))
+                train.require_gates(stage, train.Counts.of(stage, storage))
 
 
 def _together(todo: Sequence[Stage[Any]]) -> Iterator[list[Stage[Any]]]:

@@ -14,10 +14,11 @@ from sdft_ray.data.chat import encode_rows
 from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
 from sdft_ray.spec import recipe
+from sdft_ray.stages import Summary
 
 
-class Counts(NamedTuple):
-    """How many rows are left, and how many were too long."""
+class Counts(Summary):
+    """How many rows are left, and how many were too long: all that a gate reads of a training."""
 
     rows: int
     rows_too_long: int
@@ -65,7 +66,7 @@ def encode(
         if fate == "truncate":
             what += ", and none of them has a token with loss within those"
         raise UserError(problem("train.max_tokens", what, "Raise it"))
-    return rows, ids, Counts(len(rows), too_long, left_out)
+    return rows, ids, Counts(rows=len(rows), rows_too_long=too_long, rows_left_out=left_out)
 
 
 def require_vocabulary(base: Path, tokenizer: Any, rows: Sequence[TrainingRow]) -> None:
