@@ -204,6 +204,11 @@ def _run_trial(
     return {"done": True}
 
 
+def _number(trial: Any) -> int:
+    """Return which of our trials one of Tune's is."""
+    return int(trial.config["trial"])
+
+
 def _scheduler(asha: Asha, trials: Sequence[Trial]) -> Any:
     """Return Tune's ASHA, one for each group of trials whose losses compare."""
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
@@ -225,7 +230,7 @@ def _scheduler(asha: Asha, trials: Sequence[Trial]) -> Any:
             }
 
         def of(self, trial: Any) -> Any:
-            return self.groups[trials[trial.config["trial"]].compares_with]
+            return self.groups[trials[_number(trial)].compares_with]
 
         def on_trial_add(self, controller: Any, trial: Any) -> None:
             self.of(trial).on_trial_add(controller, trial)
@@ -253,14 +258,14 @@ def _watcher(trials: Sequence[Trial], plan: Plan, storage: Storage, progress: Pr
             self.ended = 0
 
         def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            self.begun.setdefault(trial.config["trial"], time.monotonic())
+            self.begun.setdefault(_number(trial), time.monotonic())
 
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
             if LOSS in result:
-                self.losses.setdefault(trial.config["trial"], []).append((result[STEP], result[LOSS]))
+                self.losses.setdefault(_number(trial), []).append((result[STEP], result[LOSS]))
 
         def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            number = trial.config["trial"]
+            number = _number(trial)
             train = mine[number].train
             if notes.read_failure(storage, train) is None and storage.status(train) != "done":
                 notes.keep_stopped(storage, plan.name, train, self.losses[number])
@@ -268,8 +273,8 @@ def _watcher(trials: Sequence[Trial], plan: Plan, storage: Storage, progress: Pr
 
         def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
             lines = str(trial.get_error() or "its process died").strip().splitlines()
-            notes.keep_failure(storage, mine[trial.config["trial"]].train, lines[-1])
-            self.tell(trial.config["trial"])
+            notes.keep_failure(storage, mine[_number(trial)].train, lines[-1])
+            self.tell(_number(trial))
 
         def tell(self, number: int) -> None:
             trial, self.ended = mine[number], self.ended + 1

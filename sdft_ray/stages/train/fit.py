@@ -17,6 +17,7 @@ from sdft_ray.errors import StageFailed, problem
 from sdft_ray.results import validations
 from sdft_ray.spec import compute
 from sdft_ray.stages import Work
+from sdft_ray.stages.train.log import Begun, Told
 from sdft_ray.stages.train.worker import RESULT, Assignment, Outcome, train_worker
 
 _ASK_SECONDS = 1.0  # between two looks at how far the workers are
@@ -107,12 +108,12 @@ class _Watcher:
 
         progress = self._work.progress
         while not self._finished.wait(_ASK_SECONDS):
-            state = ray.get(self.ticker.ask.remote())
-            self.report_validations(state.get("validations", []))
-            if "begun" in state and state["begun"] != progress.done:
-                progress.begin(progress.total, state["begun"])
-            elif "step" in state:
-                progress.update(state["step"], state["note"])
+            match ray.get(self.ticker.ask.remote()):
+                case Begun(steps) if steps != progress.done:
+                    progress.begin(progress.total, steps)
+                case Told(step, note, losses):
+                    self.report_validations(losses)
+                    progress.update(step, note)
 
 
 @contextlib.contextmanager

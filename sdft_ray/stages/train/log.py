@@ -7,9 +7,25 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sdft_ray.results import Step, validations
+
+
+class Begun(NamedTuple):
+    """What the driver is told at the start."""
+
+    steps: int
+    """That a checkpoint has behind it."""
+
+
+class Told(NamedTuple):
+    """What the driver is told after a step."""
+
+    step: int
+    note: str
+    validations: list[tuple[int, float]]
+    """All of them each time: whoever asks comes by once a second and would miss some."""
 
 
 def open_log(folder: Path, steps: int) -> Any:
@@ -40,8 +56,7 @@ def report(log: Any, ticker: Any, history: Sequence[Step], rate: float, engine: 
         log.write_event(Event(wall_time=time.time(), step=step.step, summary=scalar(f"train/{name}", value)))
     log.flush()
     note = f"loss {step.loss:.3f}, lr {step.lr:.1e}, {rate:.0f} tokens/s, {memory:.1f} GB"
-    # All validations each time: whoever asks comes by once a second and would miss some.
-    ticker.tell.remote(step=step.step, note=note, validations=validations(history))
+    ticker.tell.remote(Told(step.step, note, validations(history)))
 
 
 def peak_bytes(engine: Any) -> int:

@@ -20,7 +20,7 @@ from sdft_ray import environment
 from sdft_ray.results import Step
 from sdft_ray.spec import compute, recipe
 from sdft_ray.stages.train.history import best_step, is_out_of_patience, learning_rate
-from sdft_ray.stages.train.log import open_log, peak_bytes, report
+from sdft_ray.stages.train.log import Begun, open_log, peak_bytes, report
 from sdft_ray.stages.train.rows import EncodedRows, proof_rows
 from sdft_ray.stages.train.state import PROGRESS, Checkpoint
 from sdft_ray.stages.train.step import compute_logits, mean_loss, take_step
@@ -105,7 +105,7 @@ class Training:
         self.begun, self.tokens = time.monotonic(), 0
         self.events, self.log = self.folder / "tensorboard", None
         if self.rank == 0:
-            assignment.ticker.tell.remote(begun=len(self.history))
+            assignment.ticker.tell.remote(Begun(len(self.history)))
             self.storage.bring(self.events)
             self.log = open_log(self.events, len(self.history))
 
