@@ -29,10 +29,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from benchmarks.report import median_and_range, print_figures
 from sdft_ray import pipeline
 from sdft_ray.core.prompts import CHECKABLE, rewrite_instruction
+from sdft_ray.core.rows import Row
 from sdft_ray.core.selection import Generation
 from sdft_ray.data.chat import render_prompt
 from sdft_ray.engine import Request, VllmEngine, engine_arguments
-from sdft_ray.results import read_training_rows
+from sdft_ray.results import read_split
 from sdft_ray.spec.compute import Compute, load_compute
 from sdft_ray.spec.recipe import Distill, Recipe
 from sdft_ray.spec.wording import validate
@@ -219,8 +220,8 @@ def read_prompts(stage: Stage[Settings]) -> list[tuple[str, list[int]]]:
     assert rows and model
     tokenizer = AutoTokenizer.from_pretrained(model)
     return [
-        (row["id"], render_prompt(tokenizer, rewrite_instruction(row["prompt"], row["reference"], CHECKABLE)))
-        for row in read_training_rows(rows, None)
+        (row.id, render_prompt(tokenizer, rewrite_instruction(row.prompt, row.reference, CHECKABLE)))
+        for row in read_split(rows, "train", Row)
     ]
 
 

@@ -64,7 +64,7 @@ def measure(folder: Path, python: str, runs: int, width: int) -> None:
             speeds.append(their_seconds / own_seconds)
             difference = max(difference, greatest_difference(ours, theirs))
             print(f"{method} {run}: ours {own_seconds:.2f} s, mergekit {their_seconds:.2f} s", flush=True)
-        print(f"{method}: {facts['fell_back_to_linear']} of {facts['tensors']} tensors fell back")
+        print(f"{method}: {facts.fell_back_to_linear} of {facts.tensors} tensors fell back")
         figures[f"speed_over_mergekit_{method}"] = median_and_range(speeds[1:])  # the first pair warms up
     assert other.stdin
     other.stdin.close()

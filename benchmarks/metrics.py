@@ -83,7 +83,7 @@ def main() -> None:
         ]
     pipeline.build([exam for exams in examined.values() for exam in exams], compute, storage)
     accuracy = {
-        blocks: statistics.mean(storage.manifest(exam)["summary"]["value"] for exam in exams)
+        blocks: statistics.mean(storage.manifest(exam).summary["value"] for exam in exams)
         for blocks, exams in examined.items()
     }
 

@@ -24,7 +24,7 @@ def print_figures(benchmark: str, figures: Mapping[str, dict[str, Any] | float])
         "benchmark": benchmark,
         "figures": dict(figures),
         "machine": describe_machine(),
-        "versions": {"python": facts["python"], **facts["packages"], "git_commit": facts["git_commit"]},
+        "versions": {"python": facts.python, **facts.packages, "git_commit": facts.git_commit},
     }
     print(json.dumps(line), flush=True)
 

@@ -25,6 +25,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 from benchmarks.report import print_figures
 from sdft_ray import pipeline
+from sdft_ray.core.rows import Row
 from sdft_ray.core.selection import Generation
 from sdft_ray.data.readers import FileContent
 from sdft_ray.engine import Request
@@ -73,7 +74,7 @@ def measure(count: int, root: Path) -> None:
     begun = time.monotonic()
     pipeline.build([stage], load_compute(root / "compute.yaml"), storage, engine=FakeEngine)
     seconds = time.monotonic() - begun
-    assert storage.manifest(stage)["summary"]["kept"] == count
+    assert storage.manifest(stage).summary["kept"] == count
     # Not getrusage: its maximum is inherited from the process that started this one.
     (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     peak_mb = int(peak) / 1024
@@ -108,14 +109,11 @@ def rows_stage(count: int, root: Path) -> Stage[rows.Settings]:
 def write_rows(count: int, root: str) -> None:
     """Write the rows, each with a prompt of 250 and a reference of 300 characters."""
     words = " and so on" * 22
-    made = (
-        {"prompt": f"Row {i}{words}?", "reference": f"Row {i}{words}, it is, and so it goes on for longer."}
-        for i in range(count)
-    )
+    made = (Row(f"Row {i}{words}?", f"Row {i}{words}, it is, and so it goes on for longer.") for i in range(count))
     directory = rows_stage(count, Path(root)).location
     assert directory
     directory.mkdir()
-    train = [{**row, "answer": None, "id": rows.row_id(row["prompt"], row["reference"])} for row in made]
+    train = [row._replace(id=rows.row_id(row.prompt, row.reference)) for row in made]
     rows.write_splits(directory, {"held_out": [], "validation": [], "train": train})
 
 

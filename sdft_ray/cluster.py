@@ -208,12 +208,12 @@ def ticker() -> Any:
 
 class _Ticker:
     def __init__(self) -> None:
-        self._state: dict[str, Any] = {}
+        self._state: Any = None
 
-    def tell(self, **state: Any) -> None:
+    def tell(self, state: Any) -> None:
         self._state = state
 
-    def ask(self) -> dict[str, Any]:
+    def ask(self) -> Any:
         return self._state
 
 

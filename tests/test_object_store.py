@@ -67,7 +67,7 @@ def test_artifact_is_whole_for_every_node_and_goes_through_every_status(s3, else
     assert there.status(STAGE) == here.status(STAGE) == "done"
     assert there.fetch(STAGE) != here.fetch(STAGE)
     assert read(there) == read(here) == FILES
-    assert there.manifest(STAGE)["summary"] == {"rows": 1}
+    assert there.manifest(STAGE).summary == {"rows": 1}
     assert there.where(STAGE) == f"{s3}/train/{STAGE.directory_name}"
     assert Objects(s3).list().keys() == {f"train/{STAGE.directory_name}/{name}" for name in (*FILES, MANIFEST)}
     assert pickle.loads(pickle.dumps(here)).fetch(STAGE) == here.fetch(STAGE)

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_gguf import BLOCK, make_tiny_gguf
 
+from sdft_ray.core.rows import Row
 from sdft_ray.data import benchmarks, calibration, readers
 from sdft_ray.errors import UserError
 from sdft_ray.models import directory, sources
@@ -76,15 +77,13 @@ def write_parquet(path):
 )
 def test_read_rows_is_the_same_from_every_kind_of_file(tmp_path, name, write):
     write(tmp_path / name)
-    assert readers.read_rows(file_rows(tmp_path / name)) == [
-        {"prompt": f"{i}?", "reference": f"#### {i}", "answer": None} for i in range(5)
-    ]
+    assert readers.read_rows(file_rows(tmp_path / name)) == [Row(f"{i}?", f"#### {i}", None) for i in range(5)]
 
 
 @pytest.mark.parametrize(("limit", "read"), [(None, 5), (2, 2), (5, 5), (99, 5)])
 def test_read_rows_takes_at_most_limit_rows_from_the_start(tmp_path, limit, read):
     rows = read_jsonl(tmp_path / "rows.jsonl", GSM, limit=limit)
-    assert [row["prompt"] for row in rows] == [f"{i}?" for i in range(read)]
+    assert [row.prompt for row in rows] == [f"{i}?" for i in range(read)]
 
 
 def test_read_rows_puts_context_before_the_prompt_and_makes_the_answer_text(tmp_path):
@@ -98,7 +97,7 @@ def test_read_rows_puts_context_before_the_prompt_and_makes_the_answer_text(tmp_
         ],
         fields=fields,
     )
-    assert [(row["prompt"], row["answer"]) for row in rows] == [("Long ago.\n\nq", "4.5"), ("q", "4"), ("q", None)]
+    assert [(row.prompt, row.answer) for row in rows] == [("Long ago.\n\nq", "4.5"), ("q", "4"), ("q", None)]
 
 
 @pytest.mark.parametrize(
@@ -160,7 +159,7 @@ def test_read_rows_of_a_file_of_other_bytes_names_it(tmp_path, name):
 def test_read_rows_of_no_context_is_the_prompt_alone(tmp_path, missing):
     row = {"question": "What is 4 + 4?", "context": missing, "answer": "#### 8"}
     (read,) = read_jsonl(tmp_path / "rows.jsonl", [row], fields={**FIELDS, "context": "context"})
-    assert read["prompt"] == "What is 4 + 4?"
+    assert read.prompt == "What is 4 + 4?"
 
 
 def test_read_rows_of_a_table_takes_its_missing_values_for_missing(tmp_path):
@@ -171,7 +170,7 @@ def test_read_rows_of_a_table_takes_its_missing_values_for_missing(tmp_path):
     pq.write_table(pa.table(table), tmp_path / "rows.parquet")
     fields = {**FIELDS, "context": "year", "answer": "final"}
     rows = readers.read_rows(file_rows(tmp_path / "rows.parquet", fields=fields))
-    assert [(row["prompt"], row["answer"]) for row in rows] == [("q", None), ("r", "7.5")]
+    assert [(row.prompt, row.answer) for row in rows] == [("q", None), ("r", "7.5")]
 
 
 @pytest.mark.parametrize(
@@ -221,7 +220,7 @@ def test_read_rows_of_a_conversation_says_that_none_is_taken_and_what_to_give(tm
 def test_read_rows_does_not_mind_byte_order_marks_line_ends_and_capital_suffixes(tmp_path, name, content):
     path = tmp_path / name
     path.write_bytes(content.replace(b"%s", codecs.BOM_UTF8))
-    assert [row["prompt"] for row in readers.read_rows(file_rows(path))] == ["q", "r"]
+    assert [row.prompt for row in readers.read_rows(file_rows(path))] == ["q", "r"]
 
 
 LINES = b'{"question": "q", "answer": "a"}\n{"question": "r", "answer": "b"}\n'
@@ -300,7 +299,7 @@ def test_rows_identity_of_a_file_moves_with_its_content_and_columns_and_not_with
 
 def test_gym_rows_of_neighbouring_seeds_share_none():
     prompts = [
-        {row["prompt"] for row in readers.read_rows(GymRows(gym="chain_sum", limit=40, seed=seed, options=HARD_SUMS))}
+        {row.prompt for row in readers.read_rows(GymRows(gym="chain_sum", limit=40, seed=seed, options=HARD_SUMS))}
         for seed in (0, 1)
     ]
     assert [len(each) for each in prompts] == [40, 40]
@@ -317,9 +316,9 @@ def test_gym_rows_of_a_larger_limit_begin_with_those_of_a_smaller():
 
 def test_gym_rows_are_checkable_by_their_own_answer():
     for row in readers.read_rows(GymRows(gym="chain_sum", limit=5)):
-        expression = row["prompt"].partition(":")[2].strip(" =")
-        assert int(row["answer"]) == eval(expression)  # a sum that reasoning-gym wrote
-        assert row["reference"] == row["answer"]
+        expression = row.prompt.partition(":")[2].strip(" =")
+        assert int(row.answer) == eval(expression)  # a sum that reasoning-gym wrote
+        assert row.reference == row.answer
 
 
 def test_gym_rows_of_an_unknown_task_suggest_the_nearest():

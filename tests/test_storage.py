@@ -74,7 +74,7 @@ def test_artifact_is_found_by_its_id_whatever_the_model_or_file_is_called_now(st
     for each in (storage, Storage(str(storage.root))):
         assert each.status(RENAMED) == "done"
         assert each.place(RENAMED) == each.fetch(RENAMED) == place and each.where(RENAMED) == str(place)
-        assert each.manifest(RENAMED)["slug"] == "tiny"
+        assert each.manifest(RENAMED).slug == "tiny"
     (place / "data.txt").unlink()
     assert f"{place / 'data.txt'}: is missing" in complaint(Storage(str(storage.root)).status, RENAMED)
 
@@ -136,7 +136,7 @@ def test_commit_moves_the_files_into_place_and_leaves_nothing_of_the_work(storag
     place = build(storage)
     assert place == storage.root / "score" / f"tiny-{STAGE.id}"
     assert (place / "data.txt").read_text() == "four"
-    assert read_manifest(place)["summary"] == {"rows": 1}
+    assert read_manifest(place).summary == {"rows": 1}
     left = [path for name in ("scratch", "resumable") for path in (storage.root / name).rglob("*") if path.is_file()]
     assert left == []
 
@@ -147,7 +147,7 @@ def test_commit_drops_what_a_torn_write_left(storage):
     for torn in (scratch / ".data.txt.123.tmp", scratch / "inner" / ".x.9.tmp"):
         torn.write_text("ha")
     place = build(storage)
-    assert [entry["path"] for entry in read_manifest(place)["files"]] == ["data.txt"]
+    assert [file.path for file in read_manifest(place).files] == ["data.txt"]
     assert sorted(path.name for path in place.rglob("*") if path.is_file()) == ["data.txt", MANIFEST]
 
 
@@ -309,7 +309,7 @@ def test_storage_in_a_directory_whose_name_looks_like_an_address_is_that_directo
 
 def test_manifest_of_a_newer_format_is_refused_and_one_without_is_of_the_first(storage):
     place = build(storage)
-    manifest = read_manifest(place)
+    manifest = read_manifest(place).plain()
     assert manifest["format"] == FORMAT == 1
     (place / MANIFEST).write_text(json.dumps(manifest | {"format": FORMAT + 1}))
     assert complaint(storage.status, STAGE) == (
@@ -324,7 +324,7 @@ def test_manifest_of_a_newer_format_is_refused_and_one_without_is_of_the_first(s
 @pytest.mark.parametrize("name", ["../../outside", "/etc/passwd", "a/../../b"])
 def test_manifest_that_lists_a_file_outside_of_its_directory_is_refused(storage, name):
     place = build(storage)
-    manifest = read_manifest(place)
+    manifest = read_manifest(place).plain()
     manifest["files"][0]["path"] = name
     (place / MANIFEST).write_text(json.dumps(manifest))
     assert "names a file outside of it" in complaint(storage.status, STAGE)

@@ -93,12 +93,13 @@ def rows_settings() -> Any:
 
 def make_tiny_rows(storage: Any) -> Any:
     """Return a rows stage whose artifact, made where it is missing, holds 36 training rows of sums."""
+    from sdft_ray.core.rows import Row
     from sdft_ray.stages import rows
     from sdft_ray.store.identity import Stage
 
     stage = Stage("rows", "sums", 1, rows_settings())
     if storage.status(stage) != "done":
-        raw = [{"prompt": f"What is {i} + {i}?", "reference": f"It is {2 * i}." * 9, "answer": None} for i in range(40)]
+        raw = [Row(f"What is {i} + {i}?", f"It is {2 * i}." * 9) for i in range(40)]
         splits, _ = rows.split_rows(raw, "number", 0, 2, 2)
         rows.write_splits(storage.scratch(stage), splits)
         storage.commit(stage, {}, 0.0)

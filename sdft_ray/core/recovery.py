@@ -9,23 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 
-@dataclasses.dataclass(frozen=True)
-class Score:
+class Score(Protocol):
     """One model's result on one task."""
 
-    task: str
-    metric: str
-    value: float
-    stderr: float | None
-    n: int
-    chance: float
-    """The score of guessing, 0 for generated answers."""
-    limited: bool
+    @property
+    def value(self) -> float: ...
+    @property
+    def chance(self) -> float: ...
 
 
 def mean_score(scores: Sequence[Score]) -> float:

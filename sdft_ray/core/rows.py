@@ -1,8 +1,20 @@
-"""A row as the trainer sees it: token ids, and where the trained part begins."""
+"""A row: as text, and as the trainer sees it."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
+
+
+class Row(NamedTuple):
+    """A prompt with its reference."""
+
+    prompt: str
+    reference: str
+    answer: str | None = None
+    """The final answer; of a raw row what the source has a column for."""
+    id: str = ""
+    """A hash of the content, once it is decided which rows exist."""
 
 
 @dataclasses.dataclass(frozen=True)

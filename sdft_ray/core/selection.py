@@ -11,8 +11,9 @@ import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
+from sdft_ray.core.rows import Row
 from sdft_ray.core.words import runs, split_unspaced
 
 Reason = Literal[
@@ -31,6 +32,15 @@ REASONS: tuple[Reason, ...] = get_args(Reason)
 
 # Finish reasons of an engine that finished: at the end of its text, or at max_new_tokens.
 COMPLETE = ("stop", "length")
+
+
+class Generated(Protocol):
+    """What selection reads of a generation, fresh or from the ledger."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def finish_reason(self) -> str: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +88,7 @@ class Selected:
     """The index of the kept generation; 0 where none was kept."""
 
 
-def select_response(row: Mapping[str, Any], generations: Sequence[Generation], rules: Rules) -> Selected:
+def select_response(row: Row, generations: Sequence[Generated], rules: Rules) -> Selected:
     """Return the first rewrite that passes every check, else the reference verbatim and why the first one failed.
 
     Before: reference "4 + 4 = 8\\n#### 8", answer "8", generation "Four and four make 8.".
@@ -91,20 +101,20 @@ def select_response(row: Mapping[str, Any], generations: Sequence[Generation], r
         if reasons[-1] == "kept":
             assert text is not None
             return Selected(text, "distilled", "kept", sample)
-    return Selected(row["reference"], "reference", reasons[0])
+    return Selected(row.reference, "reference", reasons[0])
 
 
 _ANNOUNCEMENT = re.compile(r".*:")
 
 
-def _judge(row: Mapping[str, Any], text: str | None, finish_reason: str, rules: Rules) -> Reason:
+def _judge(row: Row, text: str | None, finish_reason: str, rules: Rules) -> Reason:
     """Return `kept`, or the first check that a rewrite fails."""
     if finish_reason not in COMPLETE:
         return "error"
     if finish_reason == "length" or text is None:
         return "truncated"
     # One line that ends in a colon announces an answer ("The answer is:") and gives none.
-    if not text or (_ANNOUNCEMENT.fullmatch(text) and not row["reference"].rstrip().endswith(":")):
+    if not text or (_ANNOUNCEMENT.fullmatch(text) and not row.reference.rstrip().endswith(":")):
         return "empty"
     for reason, fails in FILTERS.items():
         if rules.filters[reason] and fails(text, row, rules.filters):
@@ -114,7 +124,8 @@ def _judge(row: Mapping[str, Any], text: str | None, finish_reason: str, rules: 
     answer = rules.checker.read(text)
     if answer is None:
         return "no_answer"
-    return "kept" if rules.checker.same(row["answer"], answer) else "wrong_answer"
+    same = row.answer is not None and rules.checker.same(row.answer, answer)
+    return "kept" if same else "wrong_answer"
 
 
 # --- thoughts of a rewrite beside its response --------------------------------------------------------------------
@@ -189,18 +200,18 @@ _REFUSAL = re.compile(
 _ALWAYS_SHORT_CHARS = 1000
 
 
-def mentions_rewriting(text: str, row: Mapping[str, Any], filters: Mapping[str, Any]) -> bool:
+def mentions_rewriting(text: str, row: Row, filters: Mapping[str, Any]) -> bool:
     """Return whether a rewrite mentions its task in words that the row does not use."""
-    row_text = f"{row['prompt']}\n{row['reference']}".casefold()
+    row_text = f"{row.prompt}\n{row.reference}".casefold()
     phrases = [match[0] for match in _LEAKS.finditer(text)] + _find_phrases(filters.get("leak_phrases", ()), text)
     return any(phrase.casefold() not in row_text for phrase in phrases)
 
 
-def refuses(text: str, row: Mapping[str, Any], filters: Mapping[str, Any]) -> bool:
+def refuses(text: str, row: Row, filters: Mapping[str, Any]) -> bool:
     """Return whether a rewrite refuses where the reference does not."""
     rewrite_does, reference_does = (
-        bool(_REFUSAL.search(reply.replace("\u2019", "'")) or _find_phrases(filters.get("refusal_phrases", ()), reply))
-        for reply in (text, row["reference"])
+        bool(_REFUSAL.search(each.replace("\u2019", "'")) or _find_phrases(filters.get("refusal_phrases", ()), each))
+        for each in (text, row.reference)
     )
     return rewrite_does and not reference_does
 
@@ -210,14 +221,14 @@ def _find_phrases(phrases: Sequence[str], text: str) -> list[str]:
     return [phrase for phrase in phrases if phrase.casefold() in text.casefold()]
 
 
-def repeats_itself(text: str, row: Mapping[str, Any], _: Mapping[str, Any]) -> bool:
+def repeats_itself(text: str, row: Row, _: Mapping[str, Any]) -> bool:
     """Return whether a rewrite is repetitive where the reference is not."""
-    return is_repetitive(text) and not is_repetitive(row["reference"])
+    return is_repetitive(text) and not is_repetitive(row.reference)
 
 
-def is_too_long(text: str, row: Mapping[str, Any], filters: Mapping[str, Any]) -> bool:
+def is_too_long(text: str, row: Row, filters: Mapping[str, Any]) -> bool:
     """Return whether a rewrite has more than `too_long` times the reference's characters, and more than a few."""
-    return len(text) > max(filters["too_long"] * len(row["reference"]), _ALWAYS_SHORT_CHARS)
+    return len(text) > max(filters["too_long"] * len(row.reference), _ALWAYS_SHORT_CHARS)
 
 
 def is_repetitive(text: str, words: int = 4, times: int = 5) -> bool:
@@ -235,7 +246,7 @@ def is_repetitive(text: str, words: int = 4, times: int = 5) -> bool:
     return most >= times and repeated > len(pieces) / 2
 
 
-FILTERS: dict[Reason, Callable[[str, Mapping[str, Any], Mapping[str, Any]], bool]] = {
+FILTERS: dict[Reason, Callable[[str, Row, Mapping[str, Any]], bool]] = {
     "leak": mentions_rewriting,
     "refusal": refuses,
     "repeated": repeats_itself,

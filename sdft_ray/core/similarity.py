@@ -7,25 +7,12 @@ serves every pruning depth.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 
 import torch
 
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-    """The blocks of one size that matter least."""
-
-    blocks: tuple[int, ...]
-    """0-based, ascending."""
-    value: float
-    """Their cost: mean distance, summed influence, or loss."""
-    runner_up: tuple[int, ...] | None
-    """The next best; None where there is no other."""
-    agreement: float
-    """Fraction of bootstrap samples of the texts that choose the same blocks."""
+from sdft_ray.core.choice import Choice
 
 
 def angular_distances(states: torch.Tensor) -> torch.Tensor:

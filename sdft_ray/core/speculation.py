@@ -8,10 +8,10 @@ one acceptance probability a for every token, and a call of the target to cost t
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 
 def acceptance(drafts: int, accepted: Sequence[int]) -> float:
@@ -82,22 +82,24 @@ def break_even_cost(a: float, k: int) -> float:
     return (expected_tokens(a, k) - 1) / k
 
 
-def worth(drafts: int, accepted: Sequence[int], c: float) -> dict[str, float]:
-    """Return the figures of counts of accepted tokens, and the speed-up that they predict at a draft's cost of c."""
+@dataclasses.dataclass(frozen=True)
+class Worth:
+    """What counts of accepted tokens say, and what they promise."""
+
+    acceptance: float
+    accepted_share: float
+    tokens_per_call: float
+    expected_speedup: float
+    break_even_cost: float
+
+
+def worth(drafts: int, accepted: Sequence[int], c: float) -> Worth:
+    """Return what counts of accepted tokens are worth at a draft's cost of c."""
     a, k = acceptance(drafts, accepted), len(accepted)
-    return {
-        "acceptance": a,
-        "accepted_share": accepted_share(drafts, accepted),
-        "tokens_per_call": tokens_per_call(drafts, accepted),
-        "expected_speedup": expected_speedup(a, k, c),
-        "break_even_cost": break_even_cost(a, k),
-    }
-
-
-def best_measured(measured: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Return the measurement whose number of drafted tokens gained most.
-
-    >>> best_measured([{"tokens": 1, "speedup": 1.2}, {"tokens": 4, "speedup": 0.9}])["tokens"]
-    1
-    """
-    return max(measured, key=lambda measurement: measurement["speedup"])
+    return Worth(
+        acceptance=a,
+        accepted_share=accepted_share(drafts, accepted),
+        tokens_per_call=tokens_per_call(drafts, accepted),
+        expected_speedup=expected_speedup(a, k, c),
+        break_even_cost=break_even_cost(a, k),
+    )

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from sdft_ray.core.rows import Row
 from sdft_ray.data.benchmarks import olmo_file, read_arrow
 from sdft_ray.data.chat import encode_rows, opening_ids
 from sdft_ray.data.readers import decode, describe_suffix, read_json, read_records, require_characters, require_text
@@ -82,7 +83,7 @@ def _calibration_values(path: Path, field: str) -> Iterator[tuple[int, Any]]:
             yield number, record[field]
 
 
-Rows = Sequence[Mapping[str, Any]]
+Rows = Sequence[Row]
 
 # --- corpora --------------------------------------------------------------------------------------------------
 
@@ -183,8 +184,8 @@ def _read_corpus(tokenizer: Any, settings: CorpusSettings, rows: Rows | None) ->
     )
 
 
-def _read_chat(tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> list[Text]:
-    encoded = encode_rows(tokenizer, [(row["prompt"], row["reference"]) for row in rows])
+def _read_chat(tokenizer: Any, rows: Rows) -> list[Text]:
+    encoded = encode_rows(tokenizer, [(row.prompt, row.reference) for row in rows])
     opening = len(opening_ids(tokenizer))
     # Without the end of turn: the same token in every row measures hardly anything.
     return [Text(row.ids[:-1], row.trained_from + opening) for row in encoded]

@@ -19,6 +19,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
+from sdft_ray.core.rows import Row
 from sdft_ray.errors import UserError, nearest, problem
 from sdft_ray.spec.section import Section
 from sdft_ray.spec.sources import Fields, FileRows, GymRows, HubRows, RowSource
@@ -233,12 +234,12 @@ def rows_content(source: RowSource) -> RowsContent:
             return HubContent(**{name: getattr(source, name) for name in HubContent.model_fields})
 
 
-def read_rows(source: RowSource) -> list[dict[str, Any]]:
-    """Return the raw rows of a source as {prompt, reference, answer}, at most `limit`, in the source's order.
+def read_rows(source: RowSource) -> list[Row]:
+    """Return the raw rows of a source without ids, at most `limit`, in the source's order.
 
     `answer` is None where the source has no column for it. A worked row of GSM8K:
     {"question": "Weng earns…", "answer": "…#### 10"} becomes
-    {"prompt": "Weng earns…", "reference": "…#### 10", "answer": None}.
+    Row("Weng earns…", "…#### 10", None).
     """
     if isinstance(source, GymRows):
         return _gym_rows(source)
@@ -247,7 +248,7 @@ def read_rows(source: RowSource) -> list[dict[str, Any]]:
         where, records = str(path), read_records(path)
     else:
         where, records = source.repo, _hub_records(source)
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for number, record in records:
         if source.limit is not None and len(rows) == source.limit:
             break
@@ -263,7 +264,7 @@ def _row_file(text: str) -> Path:
     return path
 
 
-def _gym_rows(source: GymRows) -> list[dict[str, Any]]:
+def _gym_rows(source: GymRows) -> list[Row]:
     with warnings.catch_warnings():
         # Python compiles a module where it is imported for the first time, and one of its dependencies is careless.
         warnings.simplefilter("ignore", SyntaxWarning)
@@ -279,7 +280,7 @@ def _gym_rows(source: GymRows) -> list[dict[str, Any]]:
         what = f"{source.gym} refuses them ({error})"
         raise UserError(problem("rows.options", what, "Change rows.options")) from None
     # A generated problem has no worked response: its answer is the reference.
-    return [{"prompt": x["question"], "reference": str(x["answer"]), "answer": str(x["answer"])} for x in dataset]
+    return [Row(item["question"], answer := str(item["answer"]), answer) for item in dataset]
 
 
 def _hub_records(source: HubRows) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -296,7 +297,7 @@ def _hub_records(source: HubRows) -> Iterator[tuple[int, dict[str, Any]]]:
     yield from enumerate(dataset, 1)
 
 
-def _map_fields(record: Mapping[str, Any], fields: Fields, where: str) -> dict[str, Any]:
+def _map_fields(record: Mapping[str, Any], fields: Fields, where: str) -> Row:
     columns = fields.model_dump(exclude_none=True)
     for key, column in columns.items():
         if column not in record or isinstance(record[column], list):
@@ -312,11 +313,8 @@ def _map_fields(record: Mapping[str, Any], fields: Fields, where: str) -> dict[s
             raise UserError(problem(where, what, "Fix this row"))
         require_characters(str(value), where)
     context, answer = (texts.get("context") or "").strip(), texts.get("answer")
-    return {
-        "prompt": f"{texts['context']}\n\n{texts['prompt']}" if context else texts["prompt"],
-        "reference": texts["response"],
-        "answer": None if answer is None else str(answer),
-    }
+    prompt = f"{texts['context']}\n\n{texts['prompt']}" if context else texts["prompt"]
+    return Row(str(prompt), str(texts["response"]), None if answer is None else str(answer))
 
 
 def _refuse_conversation(record: Mapping[str, Any], where: str) -> None:

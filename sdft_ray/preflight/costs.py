@@ -22,6 +22,7 @@ from sdft_ray.preflight import memory
 from sdft_ray.spec.compute import Compute, cores
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.sources import HubModel, ModelSource
+from sdft_ray.stages import rows as rows_stage
 from sdft_ray.stages import train
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
@@ -206,7 +207,7 @@ def _training_rows(stage: Stage[train.Settings], storage: Storage) -> int | None
         if stage.settings.train.rows:
             total += stage.settings.train.rows
         elif storage.status(rows) == "done":
-            total += int(storage.manifest(rows)["summary"]["rows"]["train"])
+            total += rows_stage.Summary.of(rows, storage).rows.train
         elif split.limit:
             total += split.limit - split.held_out - split.validation
         else:

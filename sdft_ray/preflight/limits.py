@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from sdft_ray.core.prompts import CHECKABLE, OPEN, rewrite_instruction
+from sdft_ray.core.rows import Row
 from sdft_ray.data import calibration, readers
 from sdft_ray.errors import UserError, problem
 from sdft_ray.models import sources
@@ -22,7 +23,7 @@ from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.sources import FileRows, HubModel, ModelSource, RowSource
 from sdft_ray.stages.rows import split_rows
 
-Splits = dict[str, list[dict[str, Any]]]
+Splits = dict[str, list[Row]]
 FileReader = Callable[[FileRows], Splits]
 Counter = Callable[[str], int]
 """Returns the number of tokens of a text."""
@@ -125,7 +126,7 @@ class _Length(NamedTuple):
 
 def _lengths(recipe: Recipe, compute: Compute, splits: Splits, context: int) -> Iterator[_Length]:
     new, held_out, train = _new_tokens(recipe), splits[HELD_OUT], splits["train"][: recipe.train.rows]
-    prompts, do = [row["prompt"] for row in held_out], "Lower it, or shorten these rows"
+    prompts, do = [row.prompt for row in held_out], "Lower it, or shorten these rows"
 
     def leaves(key: str, most: int, extra: int = 0, of: str = "the model's context") -> tuple[int, str]:
         left = most - new[key] - extra
@@ -134,19 +135,19 @@ def _lengths(recipe: Recipe, compute: Compute, splits: Splits, context: int) -> 
     if "evaluate" in new:
         yield _Length("evaluate.max_new_tokens", prompts, *leaves("evaluate", context), do)
         what = f"held-out references must fit the model's context of {context}"
-        yield _Length("rows", [row["reference"] for row in held_out], context, what, "Shorten or remove these rows")
+        yield _Length("rows", [row.reference for row in held_out], context, what, "Shorten or remove these rows")
     if recipe.draft:
         some = prompts[: recipe.draft.prompts]
         yield _Length("draft.max_new_tokens", some, *leaves("draft", context, max(recipe.draft.tokens) + 1), do)
     if "distill" in new:
         template = recipe.distill.template or (OPEN if recipe.rows.answer == "none" else CHECKABLE)
-        prompts = [rewrite_instruction(row["prompt"], row["reference"], template) for row in train]
+        prompts = [rewrite_instruction(row.prompt, row.reference, template) for row in train]
         allowed, of = recipe.distill.max_failed_fraction, "the model's context"
         if (own := compute.distill.engine.max_model_len) and own < context:
             context, of = own, "compute.distill.engine.max_model_len"
         yield _Length("distill.max_new_tokens", prompts, *leaves("distill", context, of=of), do, allowed)
     if recipe.arms.sft is not None:
-        texts = [f"{row['prompt']}\n{row['reference']}" for row in train]
+        texts = [f"{row.prompt}\n{row.reference}" for row in train]
         what = f"{recipe.train.max_tokens} is too few for more rows than train.max_too_long_fraction allows"
         do = "Raise one of them, or shorten these rows"
         allowed = recipe.train.max_too_long_fraction

@@ -19,6 +19,7 @@ import jinja2
 import yaml
 
 from sdft_ray.core.answers import final_part, has_words
+from sdft_ray.core.rows import Row
 from sdft_ray.data.checkers import read_answer
 from sdft_ray.data.readers import ROW_FILE, read_json, read_records, read_refusal, read_rows
 from sdft_ray.errors import UserError, nearest, problem
@@ -162,17 +163,17 @@ def _describe_rows(rows: str, fields: Mapping[str, str], facts: _Model) -> dict[
     }
 
 
-def guess_checker(rows: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+def guess_checker(rows: Sequence[Row]) -> tuple[str, str]:
     """Return how the answers of rows are checked, and why.
 
     Only what is plainly an answer counts: one in a column of its own, one that is marked (`####`, \\boxed{}), or a
     response without words. The last number of an essay is no answer.
     """
     some = rows[:200]
-    plain = [row for row in some if row["answer"] is not None or _is_plain(row["reference"])]
+    plain = [row for row in some if row.answer is not None or _is_plain(row.reference)]
     for checker, count in (("number", 200), ("choice", 200), ("math", 20)):  # expressions are slow to read
         tried = plain[:count]
-        known = sum(read_answer(checker, row["reference"], row["answer"]) is not None for row in tried)
+        known = sum(read_answer(checker, row.reference, row.answer) is not None for row in tried)
         if len(plain) >= 0.9 * len(some) and known >= 0.9 * len(tried):
             kind = {"number": "numbers", "choice": "letters", "math": "expressions"}[checker]
             return checker, f"Guessed: {known} of the first {len(tried)} answers are {kind}."
@@ -184,12 +185,12 @@ def _is_plain(text: str) -> bool:
     return marked or not has_words(part)
 
 
-def _fit_lengths(rows: Sequence[Mapping[str, Any]], facts: _Model) -> dict[str, int]:
+def _fit_lengths(rows: Sequence[Row], facts: _Model) -> dict[str, int]:
     """Return numbers of tokens that hold 99 % of the rows, as far as the model's context goes."""
     source = HubModel(repo=facts.name, revision="0" * 40) if facts.is_hub else LocalModel(path=facts.name)
     context, count = facts.context or 1 << 20, limits.token_counter(source)
-    whole = _longest([f"{row['prompt']}\n{row['reference']}" for row in rows], count)
-    response = _longest([row["reference"] for row in rows], count)
+    whole = _longest([f"{row.prompt}\n{row.reference}" for row in rows], count)
+    response = _longest([row.reference for row in rows], count)
     return {
         "max_tokens": min(context, max(512, _power_of_two(whole + 64))),  # the chat template adds some
         "new_tokens": max(1, min(context // 4, max(128, _power_of_two(response)))),

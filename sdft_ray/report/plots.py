@@ -11,7 +11,11 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from sdft_ray.report.entries import DraftEntry, Group, SweepModel, SweepReport, Training
+from sdft_ray.results import Distances, validations
+from sdft_ray.sweep.planning import RECIPE
 
 _INK = "#010203"  # stands for the page's text colour until the SVG is written
 _METRIC_MARKS = {"angular": ("o", "#ffffff"), "influence": ("^", "#ff9f1c")}
@@ -21,21 +25,17 @@ _UNTRAINED, _BASE = "#8a8f98", "#14a06a"
 _STYLES = ("-", "--", ":", "-.")
 
 
-def distance_maps(measured: Mapping[str, Any], removed: Sequence[Sequence[int]] = ()) -> Any:
+def distance_maps(measured: Distances, removed: Sequence[Sequence[int]] = ()) -> Any:
     """Return the heat-maps of d(l, n), one a corpus: start l across, size n up.
 
-    measured: what distances.json holds. Marked are, for every n, the span that each metric would remove on that corpus,
-    and the spans that were removed.
+    Marked are, for every n, the span that each metric would remove on that corpus, and the spans that were removed.
     """
-    blocks, corpora = measured["blocks"], measured["corpora"]
+    blocks, corpora = measured.blocks, measured.corpora
     sizes = max(1, blocks // 2)
     figure, all_axes = _figure(7.2, 3.4 * len(corpora), rows=len(corpora))
     grids = [
         [
-            [
-                corpus["distances"][start][start + size] if start + size <= blocks else math.nan
-                for start in range(blocks)
-            ]
+            [corpus.distances[start][start + size] if start + size <= blocks else math.nan for start in range(blocks)]
             for size in range(1, sizes + 1)
         ]
         for corpus in corpora
@@ -52,7 +52,7 @@ def distance_maps(measured: Mapping[str, Any], removed: Sequence[Sequence[int]] 
             vmax=highest,
         )
         for metric, (marker, colour) in _METRIC_MARKS.items():
-            chosen = [(c["blocks"][0], len(c["blocks"])) for c in corpus["choices"][metric].values()]
+            chosen = [(choice.blocks[0], size) for size, choice in corpus.choices[metric].items()]
             inside = [(start, size) for start, size in chosen if size <= sizes]
             marks = {"color": colour, "markeredgecolor": "#555555", "markeredgewidth": 0.5, "markersize": 5}
             axes.plot(*zip(*inside, strict=True), marker, label=f"least by {metric}", **marks)
@@ -60,7 +60,7 @@ def distance_maps(measured: Mapping[str, Any], removed: Sequence[Sequence[int]] 
             start, size = blocks_gone[0], len(blocks_gone)
             if blocks_gone[-1] - start == size - 1 <= sizes - 1:
                 axes.plot(start, size, "s", color="none", markersize=10, markeredgecolor="#ff2d55", markeredgewidth=2)
-        axes.set_title(f"{corpus['name']}, {corpus['texts']} texts, {corpus['positions']}", color=_INK, fontsize=9)
+        axes.set_title(f"{corpus.name}, {corpus.texts} texts, {corpus.positions}", color=_INK, fontsize=9)
         axes.set_xlabel("first removed block l")
         axes.set_ylabel("blocks removed n")
         bar = figure.colorbar(image, ax=axes)
@@ -82,18 +82,18 @@ def save(figure: Any, path: Path) -> None:
     figure.savefig(path, facecolor="white", dpi=150)
 
 
-def loss_curves(losses: Mapping[str, Mapping[str, Any]]) -> str:
+def loss_curves(trainings: Mapping[str, Training]) -> str:
     """Return training loss (line) and validation loss (dots) of each arm by step."""
     figure, (axes,) = _figure(7.2, 3.2)
     others = itertools.cycle(_OTHER_COLOURS)
-    for arm, found in losses.items():
-        steps = found["curve"]
+    for arm, training in trainings.items():
+        steps = training.curve
         colour = ARM_COLOURS[arm] if arm in ARM_COLOURS else next(others)
-        axes.plot([s["step"] for s in steps], [s["loss"] for s in steps], color=colour, label=f"{arm}: training")
-        checked = [s for s in steps if "validation_loss" in s]
+        axes.plot([step.step for step in steps], [step.loss for step in steps], color=colour, label=f"{arm}: training")
+        checked = validations(steps)
         axes.plot(
-            [s["step"] for s in checked],
-            [s["validation_loss"] for s in checked],
+            [step for step, _ in checked],
+            [loss for _, loss in checked],
             "o--",
             color=colour,
             markersize=4,
@@ -106,105 +106,117 @@ def loss_curves(losses: Mapping[str, Mapping[str, Any]]) -> str:
     return as_svg(figure)
 
 
-def recovery_lines(report: Mapping[str, Any], along: str, apart: str, label: str) -> str:
+def recovery_lines(report: SweepReport, along: str, apart: str, label: str) -> str:
     """Return recovery of the chosen trials along one of blocks and rows, a line for each arm and value of the other.
 
     Bars are one standard deviation over seeds; what was trained with other settings is shown as a faint point.
     """
     figure, (axes,) = _figure(5.4, 4.0)
-    groups = [group for group in report["groups"] if group["recovery"] is not None]
-    others = sorted({(group["values"].get("recipe", ""), group[apart]) for group in groups})
-    for arm in dict.fromkeys(group["arm"] for group in groups):
-        for (recipe, other), style in zip(others, itertools.cycle(_STYLES)):
-            mine = [g for g in groups if (g["arm"], g["values"].get("recipe", ""), g[apart]) == (arm, recipe, other)]
-            line = sorted((group for group in mine if group["chosen"]), key=lambda group: group[along])
-            if not line:
-                continue
-            axes.errorbar(
-                [group[along] for group in line],
-                [group["recovery"] for group in line],
-                yerr=[group["recovery_sd"] or 0 for group in line],
-                label=f"{arm}, {recipe} {other} {apart}".replace(",  ", ", ") if len(others) > 1 else arm,
-                color=ARM_COLOURS[arm],
-                linestyle=style,
-                marker="o",
-                markersize=4,
-                capsize=3,
-            )
-            rest = [group for group in mine if not group["chosen"]]
-            axes.plot([g[along] for g in rest], [g["recovery"] for g in rest], "o", color=ARM_COLOURS[arm], alpha=0.3)
+    groups = [group for group in report.groups if group.recovery is not None]
+    others = sorted({_apart(group, apart) for group in groups})
+    for arm in dict.fromkeys(group.arm for group in groups):
+        for other, style in zip(others, itertools.cycle(_STYLES)):
+            mine = [group for group in groups if group.arm == arm and _apart(group, apart) == other]
+            label_of = f"{arm}, {other[0]} {other[1]} {apart}".replace(",  ", ", ") if len(others) > 1 else arm
+            _draw_recovery(axes, mine, along, label_of, style)
     if along == "blocks":
-        pruned = sorted((m["blocks"], m["recovery"]) for m in report["models"] if m["model"] == "pruned")
+        pruned = sorted((model.blocks, model.quality.recovery) for model in report.pruned)
         axes.plot(*zip(*pruned, strict=True), "x:", color=_UNTRAINED, label="pruned, not trained")
-    axes.set_xticks(sorted({group[along] for group in groups}))
+    axes.set_xticks(sorted({getattr(group, along) for group in groups}))
     axes.minorticks_off()
-    axes.set_xlabel(label)
-    axes.set_ylabel("recovery, % of the base")
+    return _finish(figure, axes, label, "recovery, % of the base")
+
+
+def _apart(group: Group, name: str) -> tuple[str, int]:
+    return group.values.get(RECIPE, ""), getattr(group, name)
+
+
+def _draw_recovery(axes: Any, groups: Sequence[Group], along: str, label: str, style: str) -> None:
+    """Draw the line of the chosen groups of one arm, and the others as faint points; nothing where none is chosen."""
+    line = sorted((group for group in groups if group.chosen), key=lambda group: getattr(group, along))
+    if not line:
+        return
+    colour = ARM_COLOURS[line[0].arm]
+    axes.errorbar(
+        [getattr(group, along) for group in line],
+        [group.recovery for group in line],
+        yerr=[group.recovery_sd or 0 for group in line],
+        label=label,
+        color=colour,
+        linestyle=style,
+        marker="o",
+        markersize=4,
+        capsize=3,
+    )
+    rest = [group for group in groups if not group.chosen]
+    axes.plot([getattr(g, along) for g in rest], [g.recovery for g in rest], "o", color=colour, alpha=0.3)
+
+
+def _finish(figure: Any, axes: Any, across: str, up: str) -> str:
+    axes.set_xlabel(across)
+    axes.set_ylabel(up)
     figure.legend(loc="outside lower left", ncols=2, frameon=False, labelcolor=_INK, fontsize=8, handlelength=3)
     return as_svg(figure)
 
 
-def draft_lines(report: Mapping[str, Any], figure_of: str, label: str) -> str:
+def draft_lines(report: SweepReport, figure_of: Literal["acceptance", "speedup"], label: str) -> str:
     """Return a figure of the chosen drafts by depth, a line for each model and size, greedy and sampled.
 
-    figure_of: `acceptance`, with its standard error, or `speedup`, as measured, beside which stands what is expected.
+    Acceptance stands with its standard error, beside the measured speed stands what is expected.
     """
     figure, (axes,) = _figure(5.4, 4.0)
-    lines: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
-    for draft in report["drafts"]:
-        if draft["chosen"]:
-            recipe, rows = draft["values"].get("recipe", ""), draft["rows"]
-            lines.setdefault((draft["arm"], recipe, f"{rows} rows" if rows else ""), []).append(draft)
-    arms = [arm for arm, *_ in lines]
-    for name, marker in zip(lines, itertools.cycle("os^D")):
-        colour = ARM_COLOURS.get(name[0], _UNTRAINED)
-        who = ", ".join(filter(None, name if arms.count(name[0]) > 1 else name[:1]))
-        depths = [draft["blocks"] for draft in lines[name]]
+    by_name: dict[tuple[str, ...], list[DraftEntry]] = {}
+    for draft in report.drafts:
+        if draft.chosen:
+            size = f"{draft.rows} rows" if draft.rows else ""
+            by_name.setdefault((draft.arm, draft.values.get(RECIPE, ""), size), []).append(draft)
+    arms = [arm for arm, *_ in by_name]
+    for (names, drafts), marker in zip(by_name.items(), itertools.cycle("os^D")):
+        who = ", ".join(filter(None, names if arms.count(names[0]) > 1 else names[:1]))
+        look = {"color": ARM_COLOURS.get(names[0], _UNTRAINED), "marker": marker}
+        depths = [draft.blocks for draft in drafts]
         for text, style in (("greedy", "-"), ("sampled", "--")):
-            each = [draft[text] for draft in lines[name]]
-            errors = [one["acceptance_error"] for one in each] if figure_of == "acceptance" else None
-            look = {"color": colour, "linestyle": style, "marker": marker, "markersize": 4, "capsize": 3}
-            axes.errorbar(depths, [one[figure_of] for one in each], yerr=errors, label=f"{who}, {text}", **look)
+            each = [draft.worth.texts[text] for draft in drafts]
+            errors = [one.acceptance_error for one in each] if figure_of == "acceptance" else None
+            heights = [getattr(one, figure_of) for one in each]
+            more = {"linestyle": style, "markersize": 4, "capsize": 3, "label": f"{who}, {text}"}
+            axes.errorbar(depths, heights, yerr=errors, **look, **more)
             if figure_of == "speedup":
-                expected = [one["expected_speedup"] for one in each]
-                axes.plot(depths, expected, marker, color=colour, markersize=6, fillstyle="none", alpha=0.6)
+                expected = [one.expected_speedup for one in each]
+                axes.plot(depths, expected, linestyle="", **look, markersize=6, fillstyle="none", alpha=0.6)
     if figure_of == "speedup":
         axes.axhline(1, color=_BASE, linewidth=1, label="base alone")
-    axes.set_xticks(sorted({draft["blocks"] for draft in report["drafts"]}))
-    axes.set_xlabel("blocks removed")
-    axes.set_ylabel(label)
-    figure.legend(loc="outside lower left", ncols=2, frameon=False, labelcolor=_INK, fontsize=8, handlelength=3)
-    return as_svg(figure)
+    axes.set_xticks(sorted({draft.blocks for draft in report.drafts}))
+    return _finish(figure, axes, "blocks removed", label)
 
 
-def pareto_front(report: Mapping[str, Any], cost: str) -> str:
+def pareto_front(report: SweepReport, cost: Literal["parameters", "decode"]) -> str:
     """Return recovery by cost of every model; the line joins those that no cheaper one does better than.
 
     cost: `parameters`, or `decode`, the measured time of a token as a multiple of the base's.
     """
     figure, (axes,) = _figure(5.4, 4.0)
-    models = {model["id"]: model for model in report["models"]}
+    models = {model.id: model for model in report.models}
 
-    def price(model: Mapping[str, Any]) -> float:
+    def price(model: SweepModel) -> float:
         if cost == "parameters":
-            return float(model["parameters"] / 1e6)
-        return 1 / model["speed"]["decode"]["ratio"] if model["speed"] else 1.0
+            return model.cost.parameters / 1e6
+        return 1 / model.speed.decode.ratio if model.speed else 1.0
 
-    points = [(price(model), model["recovery"], model["model"]) for model in models.values()]
-    points += [(price(models[group["pruned"]]), group["recovery"], group["arm"]) for group in report["groups"]]
+    points = [(price(model), model.quality.recovery, str(model.model)) for model in models.values()]
+    points += [(price(models[group.pruned]), group.recovery, group.arm) for group in report.groups]
     for name, colour in {"base": _BASE, "pruned": _UNTRAINED, **ARM_COLOURS}.items():
         if mine := [point for point in points if point[2] == name]:
             axes.plot([x for x, _, _ in mine], [y for _, y, _ in mine], "o", color=colour, markersize=5, label=name)
     best, front = -math.inf, []
-    for size, recovery, _ in sorted(points, key=lambda point: (point[0], -point[1])):
+    known = [(size, recovery) for size, recovery, _ in points if recovery is not None]
+    for size, recovery in sorted(known, key=lambda point: (point[0], -point[1])):
         if recovery > best:
             best = recovery
             front.append((size, recovery))
     axes.plot(*zip(*front, strict=True), "-", color=_INK, linewidth=0.8, alpha=0.6, zorder=0)
-    axes.set_xlabel("parameters, millions" if cost == "parameters" else "measured time of a decoded token, base = 1")
-    axes.set_ylabel("recovery, % of the base")
-    figure.legend(loc="outside lower left", ncols=2, frameon=False, labelcolor=_INK, fontsize=8, handlelength=3)
-    return as_svg(figure)
+    across = "parameters, millions" if cost == "parameters" else "measured time of a decoded token, base = 1"
+    return _finish(figure, axes, across, "recovery, % of the base")
 
 
 def _figure(width: float, height: float, rows: int = 1) -> tuple[Any, Any]:

@@ -1,195 +1,251 @@
-"""The recovery table on the terminal.
+"""The tables of reports: of a recipe, of a sweep, and of single artifacts; here alone they are built.
 
-In: the collected report. Out: a rich table; scores in percent, because that is how leaderboards print them.
+In: records of a report, or an artifact's summary. Out: tables for the terminal, rows for the pages, and lines of CSV.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from sdft_ray.core.merging import COLLINEAR
-from sdft_ray.core.speculation import best_measured
+from sdft_ray.core.choice import JointChoice
 from sdft_ray.core.surgery import name_blocks
+from sdft_ray.report.entries import Cost, Draft, Losses, Report, SweepReport
+from sdft_ray.report.lines import caption, interval, number, percent, ratio, saved, sweep_caption
+from sdft_ray.results import Corpus, Measured
+from sdft_ray.spec.loading import leaves
+from sdft_ray.stages import score
+from sdft_ray.sweep.planning import DEPTH, SIZE
+
+# --- a recipe -------------------------------------------------------------------------------------------------
 
 
-def recovery_table(report: dict[str, Any]) -> Table:
+def recovery_table(report: Report) -> Table:
     """Return models down, tasks across, then mean, recovery, parameters and FLOPs."""
-    tasks = list(report["models"][0]["tasks"])
-    limited = any(model["limited"] for model in report["models"])
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        title=f"{report['recipe']}: quality kept, in %",
-        caption=caption(report, limited),
-        caption_justify="left",
-        title_justify="left",
-    )
+    table = _titled(f"{report.recipe}: quality kept, in %", caption(report))
     table.add_column("model")
-    for task in tasks:
-        table.add_column(task, justify="right")
-    for column in ("mean", "recovery", "over chance", "parameters", "FLOPs/token"):
+    for column in (*report.tasks, "mean", "recovery", "over chance", "parameters", "FLOPs/token"):
         table.add_column(column, justify="right")
-    base = report["models"][0]
-    for model in report["models"]:
+    base = report.base.cost
+    for model in report.models:
+        quality, cost = model.quality, model.cost
         table.add_row(
-            model["model"],
-            *(percent(model["tasks"][task]) for task in tasks),
-            f"{100 * model['mean']:.1f}",
-            _or_dash(model["recovery"]),
-            _or_dash(model["recovery_over_chance"]),
-            f"{model['parameters'] / 1e6:.1f}M{saved(model, base, 'parameters')}",
-            f"{model['flops_per_token'] / 1e6:.0f}M{saved(model, base, 'flops_per_token')}",
+            model.model,
+            *(percent(quality.tasks[task]) for task in report.tasks),
+            number(100 * quality.mean),
+            number(quality.recovery),
+            number(quality.recovery_over_chance),
+            f"{_millions(cost.parameters)}{saved(cost.parameters, base.parameters)}",
+            f"{cost.flops_per_token / 1e6:.0f}M{saved(cost.flops_per_token, base.flops_per_token)}",
         )
     return table
 
 
-def caption(report: dict[str, Any], limited: bool) -> str:
-    """Return what a reader must know to read the table."""
-    first = report["models"][0]["tasks"]
-    sizes = ", ".join(f"{task} {score['n']}" for task, score in first.items())
-    text = f"± one standard error. Items: {sizes}. FLOPs: forward, counted at {report['flops_tokens']} tokens."
-    if limited:
-        text = f"LIMITED: scores are of a part of each task, not comparable with published ones. {text}"
-    bits = {m["model"]: m["tasks"]["held_out"]["bits_per_byte"] for m in report["models"] if "held_out" in m["tasks"]}
-    if bits:
-        text += " Bits per byte of the held-out references (lower is better): "
-        text += ", ".join(f"{name} {value:.2f}" for name, value in bits.items()) + "."
-    return text
+def _titled(title: str, below: str | None = None) -> Table:
+    return Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", caption=below, caption_justify="left")
 
 
-def percent(score: dict[str, Any]) -> str:
-    """Return a score in percent with its standard error."""
-    error = f" ±{100 * score['stderr']:.1f}" if score["stderr"] is not None else ""
-    return f"{100 * score['value']:.1f}{error}"
+def _millions(parameters: int) -> str:
+    return f"{parameters / 1e6:.1f}M"
 
 
-def saved(model: dict[str, Any], base: dict[str, Any], key: str) -> str:
-    """Return how much less than the base a model has of something, or nothing for the base."""
-    return f" (-{100 * (1 - model[key] / base[key]):.1f} %)" if model[key] < base[key] else ""
+# --- a sweep --------------------------------------------------------------------------------------------------
 
 
-def show(report: dict[str, Any], console: Console) -> None:
-    """Print the table and the two lines that explain it."""
-    console.print(recovery_table(report))
-    console.print(cut_line(report["cut"], report["losses_of_spans"]))
-    if compared := report["comparison"]:
-        console.print(difference_line(compared))
-    for name, merged in report["merges"].items():
-        console.print(merge_line(name, merged))
-    for name, draft in report["drafts"].items():
-        console.print(draft_line(name, draft))
-    if report["speed"]:
-        console.print(speed_line(report["speed"]))
-    if selection := report["selection"]:
-        others = ", ".join(f"{n} {reason}" for reason, n in selection["reasons"].items() if n and reason != "kept")
-        console.print(
-            f"Rewrites: {selection['kept']} of {selection['rows']} rows kept"
-            + (f"; the reference stays for {others}." if others else ".")
+def sweep_table(report: SweepReport) -> Table:
+    """Return the base, the pruned models and the trained ones, those that differ in seeds alone as one line."""
+    table = _titled(f"{report.sweep}: quality kept, in %", sweep_caption(report))
+    columns = ("blocks", "rows", "model", "seeds", "mean", "recovery", "over chance", "validation loss", "parameters")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "model" else "right")
+    for model in report.models:
+        quality = model.quality
+        figures = (100 * quality.mean, quality.recovery, quality.recovery_over_chance)
+        cells = (*map(number, figures), "", _millions(model.cost.parameters))
+        table.add_row(str(model.blocks), "", model.model, "", *cells)
+    for group in report.groups:
+        table.add_row(
+            str(group.blocks),
+            str(group.rows),
+            name_chosen(group.name, group.chosen),
+            str(len(group.trials)),
+            number(100 * group.mean),
+            number(group.recovery) + (f" ±{group.recovery_sd:.1f}" if group.recovery_sd is not None else ""),
+            number(group.recovery_over_chance),
+            "-" if group.validation_loss is None else f"{group.validation_loss:.3f}",
+            _millions(group.parameters),
         )
-    if report["nll"] and report["nll"]["rows"]:
-        console.print(nll_line(report["nll"]))
+    return table
 
 
-def nll_line(nll: Mapping[str, Any]) -> str:
-    """Return how likely the base model finds rewrites and references, and how long they are."""
-    each = (
-        f"{name} {nll[key]['nll_per_token']:.3f} ({nll[key]['mean_tokens']:.0f} tokens)"
-        for name, key in (("rewrites", "distilled"), ("references", "reference"))
-    )
-    return f"Negative log-likelihood a token under the base, {nll['rows']} kept rows: {', '.join(each)}."
+def name_chosen(name: str, chosen: bool) -> str:
+    """Return the name of a group, marked where another setting was chosen."""
+    return name if chosen else f"{name} (not chosen)"
 
 
-def cut_line(cut: Mapping[str, Any], losses: Mapping[str, Any] | None = None) -> str:
-    """Return which blocks went, by which metric, and how sure that is."""
-    cost = {"angular": "distance", "influence": "summed influence", "loss": "loss on held-back text"}[cut["metric"]]
-    text = f"Cut: blocks {name_blocks(cut['removed'])}, {cost} {cut['cost']:.3f}"
-    if losses and cut["metric"] == "loss":
-        text += f" ({losses['base_loss']:.3f} with nothing removed)"
-    return f"{text}; {cut['agreement']:.0%} of bootstrap samples choose the same."
+def comparison_table(report: SweepReport) -> Table:
+    """Return how much better the distilled arm does than sft on the same items, with 95 % intervals."""
+    title = "distilled - sft on the same items, in points, with 95 % intervals (paired bootstrap)"
+    table = Table("blocks", "rows", box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    for column in (*report.tasks, "mean"):
+        table.add_column(column, justify="right")
+    for entry in report.comparisons:
+        differences = [*(entry.compared.tasks[task] for task in report.tasks), entry.compared.mean]
+        rows = f"{entry.rows} {entry.recipe}" if entry.recipe else str(entry.rows)
+        table.add_row(str(entry.blocks), rows, *map(interval, differences))
+    return table
 
 
-def merge_line(name: str, merged: Mapping[str, Any]) -> str:
-    """Return what was merged, how far that could differ from the mean of the weights, and what it gained."""
-    text = f"{name}: merged from {' and '.join(merged['models'])}; {merged['identical']} of {merged['tensors']} tensors"
-    text += f" were identical, the least alike have cosine {merged['least_cosine']:.4f}"
-    if name == "slerp":
-        text += f"; {merged['fell_back_to_linear']} with a cosine beyond {COLLINEAR} fell back to the mean"
-    gained = ", ".join(f"{other} {interval(found)}" for other, found in merged["against"].items())
-    return f"{text}. {name} less others on the same items, mean in points with 95 % intervals: {gained}."
-
-
-def draft_line(name: str, draft: Mapping[str, Any]) -> str:
-    """Return what a model is worth as a draft: the best number of drafted tokens, and what it cost and gained."""
-    best = best_measured(draft["greedy"]["measured"])
-    text = f"{name} as draft of the base: a token of it takes {draft['cost']:.2f} of the base's time; greedy, with"
-    text += f" {best['tokens']} drafted: {best['accepted_share']:.0%} accepted, {best['tokens_per_call']:.2f} tokens a"
-    text += f" call, {ratio(best, 'speedup')} times the tokens/s"
-    text += f" (expected {best['expected_speedup']:.2f}; gains below a cost of {best['break_even_cost']:.2f})"
-    if best["differing"]:
-        text += f"; the text of {len(best['differing'])} of {draft['prompts']} prompts differs from the base's alone"
-    return f"{text}."
-
-
-DRAFT_COLUMNS = (
-    "text",
-    "drafted",
-    "a",
-    "accepted",
-    "tokens a call",
-    "expected speed",
-    "measured speed",
-    "pays below c",
+SWEEP_DRAFT_COLUMNS = (
+    *("blocks", "rows", "draft", "text", "a", "c", "drafted"),
+    *("measured speed", "expected speed", "pays below c"),
+)
+DRAFT_NOTE = (
+    "a: a drafted token is accepted where all before it were, ± one standard error as if tokens were independent, "
+    "counted with the largest number of drafted tokens; c: a draft's time for a token over the base's. Speeds: with "
+    "the best measured number of drafted tokens, the base alone is 1."
 )
 
 
-def draft_rows(draft: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Yield a row under DRAFT_COLUMNS for each number of drafted tokens: measured with it, else counted with more."""
-    for text in ("greedy", "sampled"):
-        measured = {one["tokens"]: one for one in draft[text]["measured"]}
-        for counted in draft[text]["counted"]:
-            one = measured.get(counted["tokens"], counted)
+def sweep_draft_table(report: SweepReport) -> Table:
+    """Return what each model is worth as a draft of the base, greedy and sampled."""
+    table = _titled(f"{report.sweep}: as drafts of the base", DRAFT_NOTE)
+    for column in SWEEP_DRAFT_COLUMNS:
+        table.add_column(column, justify="left" if column in ("draft", "text") else "right")
+    for row in sweep_draft_rows(report):
+        table.add_row(*row)
+    return table
+
+
+def sweep_draft_rows(report: SweepReport) -> Iterator[list[str]]:
+    """Yield a row under SWEEP_DRAFT_COLUMNS for each draft and kind of text."""
+    for draft in report.drafts:
+        for text, figures in draft.worth.texts.items():
             yield [
+                str(draft.blocks),
+                str(draft.rows or ""),
+                name_chosen(draft.name, draft.chosen),
                 text,
-                str(one["tokens"]),
-                f"{one['acceptance']:.2f}",
-                f"{one['accepted_share']:.0%}",
-                f"{one['tokens_per_call']:.2f}",
-                f"{one['expected_speedup']:.2f}",
-                ratio(one, "speedup") if "speedup" in one else "-",
-                f"{one['break_even_cost']:.2f}",
+                f"{figures.acceptance:.2f} ±{figures.acceptance_error:.2f}",
+                f"{draft.worth.cost:.2f}",
+                str(figures.tokens),
+                ratio(figures.speedup, figures.speedup_min, figures.speedup_max),
+                f"{figures.expected_speedup:.2f}",
+                f"{figures.break_even_cost:.2f}",
             ]
 
 
-def speed_line(speed: Mapping[str, Any]) -> str:
-    """Return how fast the pruned model was against the base, with the range over alternating runs."""
-    each = [f"{kind} {ratio(found, 'ratio')}" for kind, found in speed.items()]
-    return f"Measured tokens/s of the pruned model, as a multiple of the base's: {', '.join(each)}."
+def as_csv(report: SweepReport) -> str:
+    """Return one line a trial."""
+    values = [path for path in report.axes if path not in (DEPTH, SIZE)]
+    drafts = [dict(leaves({"draft": trial.draft.plain()})) if trial.draft else {} for trial in report.trials]
+    drafted = max(drafts, key=len)
+    results = ("mean", "recovery", "recovery_over_chance", "validation_loss", *Cost.model_fields, "seconds")
+    columns = [column for task in report.tasks for column in (task, f"{task}_stderr")]
+    file = io.StringIO()
+    lines = csv.writer(file, lineterminator="\n")
+    lines.writerow(
+        ["arm", "blocks", "rows", *values, "status", "id", *results, "limited", *columns, *drafted, "reason"]
+    )
+    for trial, draft in zip(report.trials, drafts, strict=True):
+        scores = trial.result.quality.tasks if trial.result else {}
+        plain = trial.plain()
+        cells: list[Any] = [trial.arm, trial.blocks, trial.rows, *map(trial.values.get, values), trial.status, trial.id]
+        cells += map(plain.get, (*results, "limited"))
+        for task in report.tasks:
+            cells += (scores[task].value, scores[task].stderr) if task in scores else (None, None)
+        lines.writerow([*cells, *map(draft.get, drafted), trial.reason])
+    return file.getvalue()
 
 
-def difference_line(compared: Mapping[str, Any]) -> str:
-    """Return how much better one arm does than the other on the same items, and how sure that is."""
-    each = ", ".join(f"{task} {interval(found)}" for task, found in compared["tasks"].items())
-    names = f"{compared['first']} - {compared['second']}"
-    return f"{names} on the same items, in points with 95 % intervals: mean {interval(compared['mean'])}; {each}."
+# --- single artifacts -----------------------------------------------------------------------------------------
 
 
-def interval(found: Mapping[str, float]) -> str:
-    """Return a difference with its interval, in points.
+def score_tables(summary: score.Summary) -> list[Table]:
+    """Return what the corpora are, and for each metric the span it would remove of every size and how sure that is."""
+    corpora = Table("corpus", "positions", "texts", "tokens", "cut to max_tokens", box=None, pad_edge=False)
+    for corpus in summary.corpora:
+        corpora.add_row(corpus.name, corpus.positions, str(corpus.texts), str(corpus.tokens), str(corpus.shortened))
+    spans = (_span_table(metric, choices, summary.corpora) for metric, choices in summary.choices.items())
+    return [corpora, *spans]
 
-    >>> interval({"value": 0.012, "low": -0.01, "high": 0.034})
-    '+1.2 [-1.0, +3.4]'
+
+def _span_table(metric: str, choices: Mapping[int, JointChoice], corpora: Sequence[Corpus]) -> Table:
+    """Return, for each number of blocks, the span of least cost, its runner-up, and how sure that is.
+
+    Where there are several corpora: what each would choose alone, and the share of blocks that all of them choose.
     """
-    return f"{100 * found['value']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
+    table = Table("blocks", metric, "cost", "runner-up", "bootstrap", box=None, pad_edge=False)
+    several = corpora if len(corpora) > 1 else []
+    for corpus in several:
+        table.add_column(f"{corpus.name} alone")
+    if several:
+        table.add_column("in common")
+    for size, choice in choices.items():
+        table.add_row(
+            str(size),
+            name_blocks(choice.blocks),
+            f"{choice.value:.4f}",
+            name_blocks(choice.runner_up) if choice.runner_up else "-",
+            f"{choice.agreement:.0%}",
+            *(name_blocks(corpus.choices[metric][size].blocks) for corpus in several),
+            *([f"{choice.shared:.0%}"] if several else []),
+        )
+    return table
 
 
-def ratio(found: Mapping[str, float], name: str) -> str:
-    """Return a ratio of speeds with its range over alternating runs."""
-    return f"{found[name]:.2f} ({found[f'{name}_min']:.2f} to {found[f'{name}_max']:.2f})"
+def loss_table(losses: Losses) -> Table:
+    """Return the candidates by loss, each with its rank by distance and by influence."""
+    title = f"held-back loss in nats a token; nothing removed: {losses.base_loss:.3f}"
+    table = Table("removed", "loss", "rank", "distance rank", "influence rank", box=None, pad_edge=False, title=title)
+    table.title_justify = "left"
+    several = losses.texts if len(losses.texts) > 1 else []
+    for corpus in several:
+        table.add_column(corpus)
+    for rank, candidate in enumerate(losses.candidates, 1):
+        table.add_row(
+            name_blocks(candidate.blocks),
+            f"{candidate.loss:.3f}",
+            str(rank),
+            str(candidate.distance_rank or "-"),
+            str(candidate.influence_rank or "-"),
+            *(f"{candidate.losses[corpus]:.3f}" for corpus in several),
+        )
+    return table
 
 
-def _or_dash(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
+DRAFT_COLUMNS = (
+    *("text", "drafted", "a", "accepted", "tokens a call"),
+    *("expected speed", "measured speed", "pays below c"),
+)
+
+
+def draft_table(draft: Draft) -> Table:
+    """Return what each number of drafted tokens brings."""
+    table = Table(*DRAFT_COLUMNS, box=None, pad_edge=False)
+    for row in draft_rows(draft):
+        table.add_row(*row)
+    return table
+
+
+def draft_rows(draft: Draft) -> Iterator[list[str]]:
+    """Yield a row under DRAFT_COLUMNS for each number of drafted tokens: measured with it, else counted with more."""
+    for text, drafted in (("greedy", draft.greedy), ("sampled", draft.sampled)):
+        measured = {one.tokens: one for one in drafted.measured}
+        for counted in drafted.counted:
+            one = measured.get(counted.tokens, counted)
+            yield [
+                text,
+                str(one.tokens),
+                f"{one.acceptance:.2f}",
+                f"{one.accepted_share:.0%}",
+                f"{one.tokens_per_call:.2f}",
+                f"{one.expected_speedup:.2f}",
+                ratio(one.speedup, one.speedup_min, one.speedup_max) if isinstance(one, Measured) else "-",
+                f"{one.break_even_cost:.2f}",
+            ]

@@ -17,18 +17,28 @@ import dataclasses
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 from sdft_ray.engine import EngineFactory, VllmEngine
 from sdft_ray.errors import StageFailed
 from sdft_ray.progress import Progress
 from sdft_ray.spec.compute import Compute
 from sdft_ray.store.identity import Hashed, Stage
+from sdft_ray.store.record import Record
 from sdft_ray.store.storage import Storage
 
 _LOOK_SECONDS = 0.5  # between two looks at whether work is stopped
 Validated = Callable[[int, float], None] | None
 S = TypeVar("S", bound=Hashed | Mapping[str, Any], covariant=True)
+
+
+class Summary(Record):
+    """What the manifest of a stage keeps of its result."""
+
+    @classmethod
+    def of(cls, stage: Stage[Any], storage: Storage) -> Self:
+        """Return that of a finished stage."""
+        return cls.model_validate(storage.manifest(stage).summary)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,4 +109,4 @@ class StageModule(Protocol):
     @property
     def UNIT(self) -> str: ...
     @property
-    def build(self) -> Callable[[Work[Any]], dict[str, Any]]: ...
+    def build(self) -> Callable[[Work[Any]], Summary]: ...

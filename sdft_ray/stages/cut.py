@@ -11,10 +11,12 @@ import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import Field
 
+from sdft_ray import stages
+from sdft_ray.core.choice import Choice
 from sdft_ray.core.surgery import (
     PER_BLOCK,
     block_of,
@@ -26,15 +28,12 @@ from sdft_ray.core.surgery import (
 from sdft_ray.data.readers import read_json
 from sdft_ray.models.directory import WEIGHTS_INDEX, require_loadable, stored_tensors, tensor_places, write_companions
 from sdft_ray.models.shards import copy_tensors, same_bytes
-from sdft_ray.results import CANDIDATES, read_measured
+from sdft_ray.results import Cut, read_choice, read_measured
 from sdft_ray.spec.recipe import Protect, Prune, require_depth
 from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
 from sdft_ray.store.files import remember_hash, write_atomically
 from sdft_ray.store.identity import Stage
-
-if TYPE_CHECKING:
-    from sdft_ray.core.similarity import Choice
 
 VERSION, NEEDS, UNIT = 3, None, "parts"
 _THREADS = 4  # more do not make a disk faster
@@ -49,6 +48,15 @@ class Settings(Section):
     protect: Protect
 
 
+class Summary(Cut, stages.Summary):
+    """Which blocks are removed, and what is left."""
+
+    blocks: int
+    """That are left."""
+    parameters: int
+    """Of the pruned model."""
+
+
 def stage(prune: Prune, base: Stage, score: Stage, loss: Stage | None) -> Stage[Settings]:
     """Return the stage; loss: that of the candidates, where it decides."""
     settings = Settings(metric=prune.metric, depth=prune.blocks, contiguous=prune.contiguous, protect=prune.protect)
@@ -56,29 +64,29 @@ def stage(prune: Prune, base: Stage, score: Stage, loss: Stage | None) -> Stage[
     return Stage("cut", f"{base.slug}-{prune.blocks}", VERSION, settings, inputs)
 
 
-def build(work: Work[Settings]) -> dict[str, Any]:
+def build(work: Work[Settings]) -> Summary:
     """Write the pruned model and its card."""
     choice = choose_removed(work)
     base, scored = work.stage.inputs["model"], work.stage.inputs["score"]
     parameters = remove_blocks(work.input("model"), work.directory, choice.blocks)
-    summary = {
-        "removed": list(choice.blocks),
-        "metric": work.settings.metric,
-        "cost": choice.value,
-        "agreement": choice.agreement,
-        "runner_up": None if choice.runner_up is None else list(choice.runner_up),
-        "blocks": read_json(work.directory / "config.json")["num_hidden_layers"],
-        "parameters": parameters.after,
-    }
+    summary = Summary(
+        removed=choice.blocks,
+        metric=work.settings.metric,
+        cost=choice.value,
+        agreement=choice.agreement,
+        runner_up=choice.runner_up,
+        blocks=read_json(work.directory / "config.json")["num_hidden_layers"],
+        parameters=parameters.after,
+    )
     repo = getattr(base.settings, "repo", None)
     chosen = {
-        "metric": summary["metric"],
+        "metric": summary.metric,
         "cost": f"{choice.value:.4f}",
         "runner-up": name_blocks(choice.runner_up) if choice.runner_up else "none",
         "bootstrap samples that agree": f"{choice.agreement:.0%}",
         "calibration": ", ".join(corpus.name for corpus in scored.settings.calibration),
     }
-    blocks = summary["blocks"] + len(choice.blocks)
+    blocks = summary.blocks + len(choice.blocks)
     recipe = work.settings.hashed() | scored.settings.hashed()
     card = model_card(repo or base.slug, blocks, choice.blocks, parameters, chosen, recipe, repo)
     write_atomically(work.directory / "README.md", card)
@@ -87,7 +95,7 @@ def build(work: Work[Settings]) -> dict[str, Any]:
 
 def choose_removed(work: Work[Settings]) -> Choice:
     """Return the blocks that the recipe's metric gives up, and how sure that is."""
-    from sdft_ray.core.similarity import Choice, choose_blocks, choose_span, span_distances, span_influences
+    from sdft_ray.core.similarity import choose_blocks, choose_span, span_distances, span_influences
 
     settings = work.settings
     size, first, last = settings.depth, settings.protect.first, settings.protect.last
@@ -95,8 +103,7 @@ def choose_removed(work: Work[Settings]) -> Choice:
     require_depth(size, settings.protect, influences[0].shape[1])
     match settings.metric:
         case "loss":
-            found = read_json(work.input("loss") / CANDIDATES)["choice"]
-            return Choice(**{**found, "blocks": tuple(found["blocks"])})
+            return read_choice(work.input("loss"))
         case "influence" if not settings.contiguous:
             return choose_blocks(influences, size, first, last)
         case "influence":

@@ -17,13 +17,25 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdft_ray.core.speculation import best_measured, worth
+from sdft_ray import stages
+from sdft_ray.core.rows import Row
+from sdft_ray.core.speculation import worth
 from sdft_ray.data.chat import end_of_turn, render_prompt
 from sdft_ray.data.readers import read_json
 from sdft_ray.engine import NEAR_TIE, engine_arguments
 from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.progress import say
-from sdft_ray.results import DRAFT, SPECULATIVE_CONFIG, read_split
+from sdft_ray.results import (
+    DRAFT,
+    HELD_OUT,
+    SPECULATIVE_CONFIG,
+    Counted,
+    Differing,
+    Drafted,
+    Measured,
+    Race,
+    read_split,
+)
 from sdft_ray.spec.recipe import Draft
 from sdft_ray.stages import Work
 from sdft_ray.store.files import write_atomically
@@ -44,36 +56,49 @@ class Settings(Draft):
     """What the report calls the model."""
 
 
+class Summary(stages.Summary):
+    """What a model is worth as a draft."""
+
+    engine: str
+    method: str
+    """What the engine calls this way to draft."""
+    prompts: int
+    cost: float
+    """Time of a draft's token over the base's."""
+    greedy: Drafted
+    sampled: Drafted
+
+
 def stage(wanted: Draft, name: str, pruned: Stage, base: Stage, draft: Stage, rows: Stage) -> Stage[Settings]:
     """Return the stage that tries the model of this name."""
     settings = Settings(**dict(wanted) | {"tokens": tuple(sorted(wanted.tokens))}, name=name)
     return Stage("draft", f"{pruned.slug}-{name}", VERSION, settings, {"model": base, "draft": draft, "rows": rows})
 
 
-def build(work: Work[Settings]) -> dict[str, Any]:
+def build(work: Work[Settings]) -> Summary:
     """Write draft.json and speculative_config.json."""
     import ray
 
     plan = work.compute.distill
-    rows = read_split(work.input("rows"), "held_out")[: work.settings.prompts]
+    rows = read_split(work.input("rows"), HELD_OUT, Row)[: work.settings.prompts]
     options = plan.engine.model_dump() | {"tensor_parallel_size": plan.tensor_parallel_size}
-    found: dict[str, Any] = ray.get(
+    summary: Summary = ray.get(
         ray.remote(max_calls=1)(measure)  # an engine takes threads and environment of its process for good
         .options(num_cpus=plan.cpus, num_gpus=plan.gpus, name="draft")
-        .remote(work.handle("model"), work.handle("draft"), [row["prompt"] for row in rows], work.settings, options)
+        .remote(work.handle("model"), work.handle("draft"), [row.prompt for row in rows], work.settings, options)
     )
-    best = best_measured(found["greedy"]["measured"])
+    best = summary.greedy.best
     base, draft = (work.storage.where(work.stage.inputs[name]) for name in ("model", "draft"))
-    config = {"method": METHOD, "model": draft, "num_speculative_tokens": best["tokens"]}
-    write_atomically(work.directory / DRAFT, json.dumps(found, indent=1) + "\n")
+    config = {"method": METHOD, "model": draft, "num_speculative_tokens": best.tokens}
+    write_atomically(work.directory / DRAFT, json.dumps(summary.plain(), indent=1) + "\n")
     write_atomically(work.directory / SPECULATIVE_CONFIG, json.dumps(config, indent=1) + "\n")
-    gained = f"{best['speedup']:.2f} times the base's tokens/s with {best['tokens']} drafted"
+    gained = f"{best.speedup:.2f} times the base's tokens/s with {best.tokens} drafted"
     serve = f"vllm serve {base} --speculative-config '{json.dumps(config)}'"
     notes = [] if plan.gpus else ["on a CPU for greedy requests only: docs/footguns.md"]
     if "://" in base:
         notes.append("both models must be brought to a disk first")
     say(f"draft: {work.stage.slug}: {gained}. {serve}" + (f" ({'; '.join(notes)})" if notes else ""))
-    return found
+    return summary
 
 
 def measure(
@@ -82,7 +107,7 @@ def measure(
     prompts: Sequence[str],
     settings: Settings,
     options: Mapping[str, Any],
-) -> dict[str, Any]:
+) -> Summary:
     """Return acceptance and speeds of a draft; runs in a Ray worker of its own."""
     base, small = target(), draft()
     ids, end = render_alike(base, small, prompts)
@@ -111,20 +136,26 @@ def measure(
     alone, other = start(), start(model=str(small))
     race, _ = _take_turns(alone, other, groups, ways["greedy"])
     _end(other)
-    cost = 1 / race["speedup"]
-    found: dict[str, Any] = {way: {"measured": []} for way in ways}
+    cost = 1 / race.speedup
+    measured: dict[str, list[Measured]] = {way: [] for way in ways}
     for k in settings.tokens:
         drafting = start(speculative_config={"method": METHOD, "model": str(small), "num_speculative_tokens": k})
         for way, params in ways.items():
-            race, texts = _take_turns(alone, drafting, groups, params)
-            if way == "greedy":
-                race["differing"] = compare_texts(base, settings.dtype, ids, *texts)
-            found[way]["measured"].append({"tokens": k, **race, **worth(race["drafts"], race["accepted"], cost)})
+            race, texts = _take_turns(alone, drafting, groups, params, k)
+            differing = {"differing": compare_texts(base, settings.dtype, ids, *texts)} if way == "greedy" else {}
+            gain = worth(race.drafts, race.accepted, cost)
+            measured[way].append(Measured(**race.model_dump(exclude_unset=True), **differing, **vars(gain)))
         _end(drafting)
-    for figures in found.values():
-        drafts, accepted = (figures["measured"][-1][name] for name in ("drafts", "accepted"))
-        figures["counted"] = [{"tokens": k, **worth(drafts, accepted[:k], cost)} for k in range(1, len(accepted) + 1)]
-    return {"engine": "vllm", "method": METHOD, "prompts": len(ids), "cost": cost, **found}
+    drafted = {way: Drafted(measured=tuple(each), counted=_count_all(each[-1], cost)) for way, each in measured.items()}
+    return Summary(engine="vllm", method=METHOD, prompts=len(ids), cost=cost, **drafted)
+
+
+def _count_all(largest: Measured, cost: float) -> tuple[Counted, ...]:
+    """Return what each smaller number of drafted tokens would bring, from what was measured with the largest."""
+    accepted = largest.accepted
+    return tuple(
+        Counted(tokens=k, **vars(worth(largest.drafts, accepted[:k], cost))) for k in range(1, len(accepted) + 1)
+    )
 
 
 def render_alike(target: Path, draft: Path, prompts: Sequence[str]) -> tuple[list[list[int]], int]:
@@ -167,8 +198,8 @@ def expand_to_tokens(
 
 
 def _take_turns(
-    one: Any, other: Any, groups: Sequence[Sequence[list[int]]], params: Any
-) -> tuple[dict[str, Any], list[list[list[int]]]]:
+    one: Any, other: Any, groups: Sequence[Sequence[list[int]]], params: Any, tokens: int = 0
+) -> tuple[Race, list[list[list[int]]]]:
     """Return the tokens per second of two engines on the same prompts with what the other drafted and had accepted, and
     the tokens that each of them made."""
     for engine in (one, other):
@@ -178,16 +209,17 @@ def _take_turns(
     drafts_now, accepted_now = _count(other)
     speeds = [[sum(map(len, texts)) / seconds for texts, seconds in run] for run in runs]
     ratios = [theirs / ours for ours, theirs in speeds]
-    found = {
-        "target_tokens_per_second": statistics.median(speed for speed, _ in speeds),
-        "tokens_per_second": statistics.median(speed for _, speed in speeds),
-        "speedup": statistics.median(ratios),
-        "speedup_min": min(ratios),
-        "speedup_max": max(ratios),
-        "drafts": drafts_now - drafts,
-        "accepted": [now - before for now, before in zip(accepted_now, accepted, strict=True)],
-    }
-    return found, [[text for run in runs for text in run[i][0]] for i in (0, 1)]
+    race = Race(
+        tokens=tokens,
+        target_tokens_per_second=statistics.median(speed for speed, _ in speeds),
+        tokens_per_second=statistics.median(speed for _, speed in speeds),
+        speedup=statistics.median(ratios),
+        speedup_min=min(ratios),
+        speedup_max=max(ratios),
+        drafts=drafts_now - drafts,
+        accepted=tuple(now - before for now, before in zip(accepted_now, accepted, strict=True)),
+    )
+    return race, [[text for run in runs for text in run[i][0]] for i in (0, 1)]
 
 
 def _generate(engine: Any, group: Sequence[list[int]], params: Any) -> tuple[list[list[int]], float]:
@@ -214,31 +246,33 @@ def _count(engine: Any) -> tuple[int, list[int]]:
 
 def compare_texts(
     target: Path, dtype: str, prompts: Sequence[list[int]], alone: Sequence[list[int]], drafted: Sequence[list[int]]
-) -> list[dict[str, Any]]:
+) -> list[Differing]:
     """Return the prompts whose greedy tokens differ with a draft, each with its first such token.
 
     Reading k + 1 tokens at once sums in another order than reading one. In float32 that decides only between logits
     that nearly tie, so a difference between others is a fault: StageFailed. Half precision rounds far coarser, and what
     differs is told.
     """
-    found: list[dict[str, Any]] = []
+    found: list[Differing] = []
     for i, (one, other) in enumerate(zip(alone, drafted, strict=True)):
         if one != other:
             pairs = enumerate(zip(one, other, strict=False))
             same = next((j for j, (a, b) in pairs if a != b), min(len(one), len(other)))
-            found.append({"prompt": i, "token": same})
-    if found and dtype == "float32":
-        from transformers import AutoModelForCausalLM
+            found.append(Differing(prompt=i, token=same))
+    if not found or dtype != "float32":
+        return found
+    from transformers import AutoModelForCausalLM
 
-        network = AutoModelForCausalLM.from_pretrained(target, dtype=dtype).eval()
-        for each in found:
-            i, same = each["prompt"], each["token"]
-            gap = _gap(network, prompts[i] + alone[i][:same], alone[i][same:], drafted[i][same:])
-            each["logits_apart"] = gap
-            if gap >= NEAR_TIE:
-                what = f"with a draft token {same} of held-out prompt {i} is another, logits {gap:.2g} apart"
-                raise StageFailed(problem("draft", what, "Greedy text must not change: use another version of vLLM"))
-    return found
+    network = AutoModelForCausalLM.from_pretrained(target, dtype=dtype).eval()
+    told = []
+    for each in found:
+        i, same = each.prompt, each.token
+        gap = _gap(network, prompts[i] + alone[i][:same], alone[i][same:], drafted[i][same:])
+        if gap >= NEAR_TIE:
+            what = f"with a draft token {same} of held-out prompt {i} is another, logits {gap:.2g} apart"
+            raise StageFailed(problem("draft", what, "Greedy text must not change: use another version of vLLM"))
+        told.append(each.model_copy(update={"logits_apart": gap}))
+    return told
 
 
 def _gap(network: Any, ids: list[int], one: list[int], other: list[int]) -> float:

@@ -8,7 +8,6 @@ removed block, through the model's own code with stand-ins where blocks are out.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,10 +16,13 @@ from typing import Any
 
 from pydantic import Field
 
+from sdft_ray import stages
 from sdft_ray.cluster import use_assigned_cores
+from sdft_ray.core.choice import Choice
+from sdft_ray.core.rows import Row
 from sdft_ray.data.calibration import CorpusSettings, read_corpora
 from sdft_ray.errors import UserError, problem
-from sdft_ray.results import CANDIDATES, read_measured, read_split
+from sdft_ray.results import CANDIDATES, Candidate, Ranked, read_measured, read_split
 from sdft_ray.spec.recipe import Protect, Prune
 from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
@@ -42,6 +44,18 @@ class Settings(Section):
     candidates: int
 
 
+class Summary(stages.Summary):
+    """What every candidate costs, and which one is chosen; losses are in nats a token."""
+
+    texts: dict[str, int]
+    """That were held back, by corpus."""
+    base_loss: float
+    """With nothing removed."""
+    candidates: tuple[Candidate, ...]
+    """The best one first."""
+    choice: Choice
+
+
 def stage(
     prune: Prune, corpora: tuple[CorpusSettings, ...], base: Stage, score: Stage, corpus_rows: Mapping[str, Stage]
 ) -> Stage[Settings]:
@@ -58,7 +72,7 @@ def stage(
     return Stage("loss", f"{base.slug}-{prune.blocks}", VERSION, settings, inputs)
 
 
-def build(work: Work[Settings]) -> dict[str, Any]:
+def build(work: Work[Settings]) -> Summary:
     """Write losses.json."""
     import numpy as np
     import torch
@@ -67,7 +81,7 @@ def build(work: Work[Settings]) -> dict[str, Any]:
 
     candidates = rank_candidates(work)
     wanted = work.settings.calibration
-    rows = {i: read_split(place, "train") for i, place in work.numbered_inputs("rows", len(wanted)).items()}
+    rows = {i: read_split(place, "train", Row) for i, place in work.numbered_inputs("rows", len(wanted)).items()}
     corpora = read_corpora(work.input("model"), wanted, rows)
     assert len({corpus.name for corpus in corpora}) == len(corpora), "losses are kept by the names of corpora"
     for corpus in corpora:
@@ -75,29 +89,34 @@ def build(work: Work[Settings]) -> dict[str, Any]:
             what = f"{corpus.name} has no text left to hold back for the loss"
             do = "Give 3 texts of two tokens or more, or set prune.metric: angular and prune.candidates: 0"
             raise UserError(problem("prune.calibration", what, do))
-    removed = [candidate["blocks"] for candidate in candidates]
+    removed = [candidate.blocks for candidate in candidates]
     texts = [[(text.ids, text.content_from) for text in corpus.loss_texts] for corpus in corpora]
     model = {"model": work.handle("model"), "dtype": work.settings.dtype}
-    found = measure(LossMeter, texts, work.compute.score, work.progress, candidates=[[], *removed], **model)
+    found = measure(LossMeter, texts, work.compute.score, work.progress, candidates=[(), *removed], **model)
     losses = [torch.from_numpy(np.stack(each["loss"])).double() for each in found]  # (B, 1 + C) each, the base first
     if not all(torch.isfinite(each).all() for each in losses):
         raise UserError(problem("model", "gives a loss of NaN on held-back texts", "Try prune.dtype: float32"))
     means = torch.stack([each.mean(dim=0) for each in losses])  # (corpora, 1 + C)
-    for i, candidate in enumerate(candidates, 1):
-        candidate["loss"] = float(means[:, i].mean())
-        candidate["losses"] = {corpus.name: float(mean) for corpus, mean in zip(corpora, means[:, i], strict=True)}
-    choice = choose([each[:, 1:] for each in losses], [tuple(blocks) for blocks in removed])
-    result = {
-        "texts": {corpus.name: len(corpus.loss_texts) for corpus in corpora},
-        "base_loss": float(means[:, 0].mean()),
-        "candidates": sorted(candidates, key=lambda candidate: candidate["loss"]),
-        "choice": dataclasses.asdict(choice),
-    }
-    write_atomically(work.directory / CANDIDATES, json.dumps(result))
-    return result
+    names = [corpus.name for corpus in corpora]
+    tried = [
+        Candidate(
+            **ranked.model_dump(exclude_unset=True),
+            loss=float(mean.mean()),
+            losses=dict(zip(names, mean.tolist(), strict=True)),
+        )
+        for ranked, mean in zip(candidates, means[:, 1:].T, strict=True)
+    ]
+    summary = Summary(
+        texts={corpus.name: len(corpus.loss_texts) for corpus in corpora},
+        base_loss=float(means[:, 0].mean()),
+        candidates=tuple(sorted(tried, key=lambda candidate: candidate.loss)),
+        choice=choose([each[:, 1:] for each in losses], removed),
+    )
+    write_atomically(work.directory / CANDIDATES, json.dumps(summary.plain()))
+    return summary
 
 
-def rank_candidates(work: Work[Settings]) -> list[dict[str, Any]]:
+def rank_candidates(work: Work[Settings]) -> list[Ranked]:
     """Return the sets of blocks that are worth a try: the best spans by distance, and the best by influence.
 
     Each with its distance and influence and its rank by them, from 1; a set that is no span has no rank.
@@ -118,27 +137,27 @@ def rank_candidates(work: Work[Settings]) -> list[dict[str, Any]]:
         for cost in (by_distance, by_influence)
     ]
     chosen = [start for start in starts if min(rank[start] for rank in ranks) <= work.settings.candidates]
-    found = [
-        {
-            "blocks": list(range(start, start + size)),
-            "distance": float(by_distance[start]),
-            "distance_rank": ranks[0][start],
-            "influence": float(by_influence[start]),
-            "influence_rank": ranks[1][start],
-        }
+    candidates = [
+        Ranked(
+            blocks=tuple(range(start, start + size)),
+            distance=float(by_distance[start]),
+            distance_rank=ranks[0][start],
+            influence=float(by_influence[start]),
+            influence_rank=ranks[1][start],
+        )
         for start in chosen
     ]
     if not work.settings.contiguous:
         choice = choose_blocks(influences, size, protect.first, protect.last)
-        if all(list(choice.blocks) != candidate["blocks"] for candidate in found):
-            found.append({"blocks": list(choice.blocks), "influence": choice.value})
-    return found
+        if all(choice.blocks != candidate.blocks for candidate in candidates):
+            candidates.append(Ranked(blocks=choice.blocks, influence=choice.value))
+    return candidates
 
 
 class LossMeter:
     """An actor that takes the loss of texts under each candidate: holds the base model."""
 
-    def __init__(self, model: Callable[[], Path], dtype: str, device: str, candidates: list[list[int]]) -> None:
+    def __init__(self, model: Callable[[], Path], dtype: str, device: str, candidates: Sequence[Sequence[int]]) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
@@ -153,7 +172,9 @@ class LossMeter:
         return {"index": row["index"], "loss": losses.numpy()}
 
 
-def skipped_losses(model: Any, ids: Sequence[list[int]], first: Sequence[int], candidates: Sequence[list[int]]) -> Any:
+def skipped_losses(
+    model: Any, ids: Sequence[list[int]], first: Sequence[int], candidates: Sequence[Sequence[int]]
+) -> Any:
     """Return the mean next-token loss in nats of each text with each candidate's blocks skipped, (B, C).
 
     Counted are the tokens from `first` of each text on (never its very first, which nothing predicts). An empty

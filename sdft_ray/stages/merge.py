@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from sdft_ray import stages
 from sdft_ray.core.surgery import block_of
 from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
@@ -56,6 +57,23 @@ class LinearSettings(Linear):
 Settings = SlerpSettings | LinearSettings
 
 
+class Summary(stages.Summary):
+    """How alike the tensors were that were merged."""
+
+    parameters: int
+    tensors: int
+    identical: int
+    """Tensors that are the same in all models."""
+    fell_back_to_linear: int
+    """Tensors too alike for an arc."""
+    least_cosine: float
+    """Of those that are not identical."""
+    least_alike: str | None
+    """Name of the tensor with that cosine."""
+    cosines: dict[str, tuple[float, ...]]
+    """By tensor, one for each pair of models."""
+
+
 def stage(how: Slerp | Linear, pruned: Stage, parents: Mapping[str, Stage]) -> Stage[Settings]:
     """Return the stage; parents: the models that are merged, by their names."""
     names = tuple(parents)
@@ -68,7 +86,7 @@ def stage(how: Slerp | Linear, pruned: Stage, parents: Mapping[str, Stage]) -> S
     return Stage("merge", f"{pruned.slug}-{settings.method}", VERSION, settings, inputs)
 
 
-def build(work: Work[Settings]) -> dict[str, Any]:
+def build(work: Work[Settings]) -> Summary:
     """Write the merged model."""
     directories = work.numbered_inputs("model", len(work.settings.parents))
     parents = {name: directories[i] for i, name in enumerate(work.settings.parents)}
@@ -81,7 +99,7 @@ def merge_models(
     settings: Settings,
     begin: Callable[[int], None] = lambda total: None,
     update: Callable[[int], None] = lambda done: None,
-) -> dict[str, Any]:
+) -> Summary:
     """Write the merge of models, by their names, into `directory`; return what is to be known about it.
 
     Raises UserError that names what differs where they are not of one origin.
@@ -117,15 +135,15 @@ def merge_models(
             shutil.copy2(first / name, directory / name)
     write_companions(first, directory)
     changed = {name: min(found.cosines) for name, found in facts.items() if not found.identical}
-    return {
-        "parameters": require_loadable(directory),
-        "tensors": len(facts),
-        "identical": len(facts) - len(changed),
-        "fell_back_to_linear": sum(found.fell_back for found in facts.values()),
-        "least_cosine": min(changed.values(), default=1.0),
-        "least_alike": min(changed, key=lambda name: changed[name], default=None),
-        "cosines": {name: list(found.cosines) for name, found in facts.items()},
-    }
+    return Summary(
+        parameters=require_loadable(directory),
+        tensors=len(facts),
+        identical=len(facts) - len(changed),
+        fell_back_to_linear=sum(found.fell_back for found in facts.values()),
+        least_cosine=min(changed.values(), default=1.0),
+        least_alike=min(changed, key=lambda name: changed[name], default=None),
+        cosines={name: tuple(found.cosines) for name, found in facts.items()},
+    )
 
 
 def _t_of(name: str, t: float | Sequence[float]) -> float:

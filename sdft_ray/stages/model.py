@@ -8,8 +8,11 @@ used where it lies and never comes here.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from pydantic import ConfigDict, Field
+
+from sdft_ray import stages
 from sdft_ray.core.surgery import require_supported
 from sdft_ray.errors import UserError, problem
 from sdft_ray.models.directory import describe_directory, spell_tokenizer_for_older
@@ -45,6 +48,20 @@ class FileSettings(Section):
 Settings = HubSettings | FileSettings
 
 
+class Summary(stages.Summary):
+    """What the model is."""
+
+    model_config = ConfigDict(populate_by_name=True)
+    source: str = Field(validation_alias="from", serialization_alias="from")
+    """Name of the repository or file."""
+    architecture: str
+    blocks: int
+    parameters: int | None = None
+    """Of a dequantised file."""
+    dtype: str | None = None
+    """Of a dequantised file."""
+
+
 def stage(source: ModelSource, where: str = "model.path") -> Stage[Settings]:
     """Return the stage that stands for a model: a conversion (GGUF), a download, or a directory as it is.
 
@@ -60,14 +77,14 @@ def stage(source: ModelSource, where: str = "model.path") -> Stage[Settings]:
     return Stage("model", slugify(path.name), VERSION, FileSettings(sha256=sha256), location=path.resolve())
 
 
-def build(work: Work[Settings]) -> dict[str, Any]:
+def build(work: Work[Settings]) -> Summary:
     """Download the model, or write the dequantised one."""
     settings = work.settings
     if isinstance(settings, HubSettings):
         download_model(settings.repo, settings.revision, work.directory)
         facts = describe_directory(work.directory)
         require_supported(facts.architecture, "model")
-        return {"from": settings.repo, "architecture": facts.architecture, "blocks": facts.blocks}
+        return Summary(source=settings.repo, architecture=facts.architecture, blocks=facts.blocks)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -92,13 +109,13 @@ def build(work: Work[Settings]) -> dict[str, Any]:
     model.to(torch.bfloat16).save_pretrained(work.directory)
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(work.directory)
     spell_tokenizer_for_older(work.directory)
-    return {
-        "from": gguf.name,
-        "architecture": model.config.model_type,
-        "blocks": model.config.num_hidden_layers,
-        "parameters": model.num_parameters(),
-        "dtype": "bfloat16",
-    }
+    return Summary(
+        source=gguf.name,
+        architecture=model.config.model_type,
+        blocks=model.config.num_hidden_layers,
+        parameters=model.num_parameters(),
+        dtype="bfloat16",
+    )
 
 
 def _require_all_taken(gguf: Path, model: PreTrainedModel) -> None:

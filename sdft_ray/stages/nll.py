@@ -11,14 +11,15 @@ from __future__ import annotations
 import hashlib
 import heapq
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from sdft_ray import stages
 from sdft_ray.cluster import use_assigned_cores
 from sdft_ray.core.rows import TrainingRow
 from sdft_ray.data.chat import encode_rows
-from sdft_ray.results import NLL, training_batches
+from sdft_ray.results import NLL, Likelihood, training_batches
 from sdft_ray.spec.recipe import Distill
 from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
@@ -38,42 +39,69 @@ class Settings(Section):
     seed: int
 
 
+class Summary(stages.Summary):
+    """How likely rewrites and references are; without rows there is neither."""
+
+    rows: int
+    """That keep their rewrite, of which both are measured."""
+    reference: Likelihood | None = None
+    distilled: Likelihood | None = None
+
+
 def stage(wanted: Distill, base: Stage, distilled: Stage) -> Stage[Settings]:
     """Return the stage."""
     settings = Settings(rows=wanted.shift_rows, dtype=wanted.dtype, seed=wanted.seed)
     return Stage("nll", distilled.slug, VERSION, settings, {"model": base, "distilled": distilled})
 
 
-def build(work: Work[Settings]) -> dict[str, Any]:
+def build(work: Work[Settings]) -> Summary:
     """Write nll.json."""
-    batches = training_batches(work.input("distilled"), None)
+    batches = training_batches(work.input("distilled"), None, Rewritten)
     rows = draw_rows(batches, work.settings.rows, work.settings.seed)
     work.progress.begin(len(COLUMNS) * len(rows))
-    found: dict[str, Any] = {"rows": len(rows)}
-    if rows:
-        sums = {name: {"rows": 0.0, "tokens": 0.0, "nll": 0.0} for name in COLUMNS}
-        for name, portion in _measure_on_ray(work, rows):
-            sums[name] = {key: value + portion[key] for key, value in sums[name].items()}
-            work.progress.update(int(sum(each["rows"] for each in sums.values())))
-        for name, each in sums.items():
-            found[name] = {"mean_tokens": each["tokens"] / len(rows), "nll_per_token": each["nll"] / each["tokens"]}
-    write_atomically(work.directory / NLL, json.dumps(found, indent=1) + "\n")
-    return found
+    portions: dict[str, list[Portion]] = {}
+    for name, portion in _measure_on_ray(work, rows) if rows else ():
+        portions.setdefault(name, []).append(portion)
+        work.progress.update(sum(each.rows for every in portions.values() for each in every))
+    summary = Summary(rows=len(rows), **{name: _likelihood(each, len(rows)) for name, each in portions.items()})
+    write_atomically(work.directory / NLL, json.dumps(summary.plain(), indent=1) + "\n")
+    return summary
 
 
-def draw_rows(batches: Iterable[Sequence[Mapping[str, Any]]], count: int, seed: int) -> list[dict[str, str]]:
+class Portion(NamedTuple):
+    """Sums over some responses."""
+
+    rows: int
+    tokens: int
+    nll: float
+    """In nats."""
+
+
+def _likelihood(portions: Sequence[Portion], rows: int) -> Likelihood:
+    tokens = sum(portion.tokens for portion in portions)
+    return Likelihood(mean_tokens=tokens / rows, nll_per_token=sum(portion.nll for portion in portions) / tokens)
+
+
+class Rewritten(NamedTuple):
+    """A row with its reference and its response."""
+
+    id: str
+    prompt: str
+    reference: str
+    response: str
+    reason: str
+
+
+def draw_rows(batches: Iterable[Sequence[Rewritten]], count: int, seed: int) -> list[Rewritten]:
     """Return some of the rows that keep their rewrite, drawn by their ids without regard to their order."""
 
-    def rank(row: Mapping[str, Any]) -> bytes:
-        return hashlib.sha256(f"shift:{seed}:{row['id']}".encode()).digest()
+    def rank(row: Rewritten) -> bytes:
+        return hashlib.sha256(f"shift:{seed}:{row.id}".encode()).digest()
 
-    kept = (row for batch in batches for row in batch if row["reason"] == "kept")
-    return [
-        {name: row[name] for name in ("prompt", *COLUMNS.values())} for row in heapq.nsmallest(count, kept, key=rank)
-    ]
+    return heapq.nsmallest(count, (row for batch in batches for row in batch if row.reason == "kept"), key=rank)
 
 
-def _measure_on_ray(work: Work[Settings], rows: Sequence[Mapping[str, str]]) -> Iterator[tuple[str, dict[str, float]]]:
+def _measure_on_ray(work: Work[Settings], rows: Sequence[Rewritten]) -> Iterator[tuple[str, Portion]]:
     import ray
 
     plan = work.compute.distill
@@ -85,8 +113,8 @@ def _measure_on_ray(work: Work[Settings], rows: Sequence[Mapping[str, str]]) -> 
 
 
 def measure(
-    model: Callable[[], Path], dtype: str, device: str, rows: Sequence[Mapping[str, str]]
-) -> Iterator[tuple[str, dict[str, float]]]:
+    model: Callable[[], Path], dtype: str, device: str, rows: Sequence[Rewritten]
+) -> Iterator[tuple[str, Portion]]:
     """Yield, some rows at a time, whose responses they are and the sums of their tokens and of their losses in nats."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -96,9 +124,9 @@ def measure(
     use_assigned_cores()
     loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).to(device).eval()
     for name, column in COLUMNS.items():
-        for some in _portions(list(encode_rows(tokenizer, [(row["prompt"], row[column]) for row in rows]))):
+        for some in _portions(list(encode_rows(tokenizer, [(row.prompt, getattr(row, column)) for row in rows]))):
             tokens = sum(len(row.ids) - row.trained_from for row in some)
-            yield name, {"rows": len(some), "tokens": tokens, "nll": summed_loss(loaded, some)}
+            yield name, Portion(len(some), tokens, summed_loss(loaded, some))
 
 
 def summed_loss(model: Any, rows: Sequence[TrainingRow]) -> float:

@@ -13,9 +13,13 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
+from pydantic import Field
+
+from sdft_ray import stages
 from sdft_ray.core.decontamination import Overlap, find_overlaps
+from sdft_ray.core.rows import Row
 from sdft_ray.data.benchmarks import offline_items_file, read_task_texts
 from sdft_ray.data.checkers import CHECKERS, read_answer
 from sdft_ray.data.readers import RowsContent, read_rows, rows_content
@@ -26,6 +30,7 @@ from sdft_ray.spec.sources import FileRows, GymRows, HubRows, RowSource
 from sdft_ray.stages import Work
 from sdft_ray.store.files import hash_source
 from sdft_ray.store.identity import Stage, slugify
+from sdft_ray.store.record import Record
 
 VERSION, NEEDS, UNIT = 2, None, "parts"
 
@@ -62,6 +67,28 @@ class Settings(Section):
     """Where the rows are read."""
 
 
+class Counts(Record):
+    """How many rows are in each split."""
+
+    held_out: int
+    validation: int
+    train: int
+
+
+class Summary(stages.Summary):
+    """How many rows there are, and how many were left out and why."""
+
+    rows: Counts
+    read: int
+    blank: int
+    """Without prompt or reference."""
+    duplicate_prompts: int
+    without_answer: int
+    decontaminated: int = 0
+    """Rows that hold items of a benchmark."""
+    decontaminated_by_task: dict[str, int] = Field(default_factory=dict)
+
+
 def stage(source: RowSource, preset: str) -> Stage[Settings]:
     """Return the stage of a recipe's rows, whose benchmarks are those of an evaluation preset."""
     name = source.gym if isinstance(source, GymRows) else _name(source)
@@ -85,32 +112,34 @@ def _decontamination(source: RowSource, preset: str) -> Decontamination | None:
     return Decontamination(tasks=tasks, ngram=source.ngram, files={task: str(file) for task, file in files.items()})
 
 
-def build(work: Work[Settings]) -> dict[str, Any]:
+def build(work: Work[Settings]) -> Summary:
     """Write the three splits, and the list of what was left out of them as a benchmark's."""
     source = work.settings.origin
     chosen = work.settings.decontaminate or Decontamination(tasks={}, ngram=1, files={})
     tasks = {task: read_task_texts(task, chosen.files.get(task)) for task in chosen.tasks}
     raw = read_rows(source)
-    overlaps = find_overlaps({row_id(*_content(row)): _content(row) for row in raw}, tasks, chosen.ngram)
+    overlaps = find_overlaps(
+        {row_id(row.prompt, row.reference): (row.prompt, row.reference) for row in raw}, tasks, chosen.ngram
+    )
     clean = leave_out(raw, overlaps)
     lost = len(raw) - len(clean)
-    splits, counts = split_rows(clean, source.answer, source.seed, source.held_out, source.validation, lost)
+    splits, left_out = split_rows(clean, source.answer, source.seed, source.held_out, source.validation, lost)
     write_splits(work.directory, splits)
     write_overlaps(work.directory, overlaps)
     held = Counter(overlap.task for overlap in overlaps)
-    return {
-        "rows": {name: len(splits[name]) for name in SPLITS},
-        **counts,
-        "read": len(raw),
-        "decontaminated": lost,
-        "decontaminated_by_task": {task: held[task] for task in tasks},
-    }
+    return Summary(
+        rows=Counts(**{name: len(splits[name]) for name in SPLITS}),
+        read=len(raw),
+        **left_out._asdict(),
+        decontaminated=lost,
+        decontaminated_by_task={task: held[task] for task in tasks},
+    )
 
 
-def leave_out(raw: Sequence[dict[str, Any]], overlaps: Sequence[Overlap]) -> list[dict[str, Any]]:
+def leave_out(raw: Sequence[Row], overlaps: Sequence[Overlap]) -> list[Row]:
     """Return the rows that share nothing with a task."""
     held = {overlap.row for overlap in overlaps}
-    return [row for row in raw if row_id(*_content(row)) not in held]
+    return [row for row in raw if row_id(row.prompt, row.reference) not in held]
 
 
 def write_overlaps(directory: Path, overlaps: Sequence[Overlap]) -> None:
@@ -123,49 +152,60 @@ def write_overlaps(directory: Path, overlaps: Sequence[Overlap]) -> None:
     pq.write_table(pa.Table.from_pylist(lines, schema), directory / "decontaminated.parquet")
 
 
-def write_splits(directory: Path, splits: dict[str, list[dict[str, Any]]]) -> None:
+def write_splits(directory: Path, splits: Mapping[str, Sequence[Row]]) -> None:
     """Write one Parquet file a split: id, prompt, reference, answer."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     schema = pa.schema([(name, pa.string()) for name in ("id", "prompt", "reference", "answer")])
     for name in SPLITS:
-        pq.write_table(pa.Table.from_pylist(splits[name], schema), directory / f"{name}.parquet")
+        pq.write_table(
+            pa.Table.from_pylist([row._asdict() for row in splits[name]], schema), directory / f"{name}.parquet"
+        )
+
+
+class LeftOut(NamedTuple):
+    """How many rows were left out, and why."""
+
+    blank: int
+    duplicate_prompts: int
+    without_answer: int
 
 
 def split_rows(
-    raw: list[dict[str, Any]], checker: str, seed: int, held_out: int, validation: int, decontaminated: int = 0
-) -> tuple[dict[str, list[dict[str, Any]]], dict[str, int]]:
+    raw: Sequence[Row], checker: str, seed: int, held_out: int, validation: int, decontaminated: int = 0
+) -> tuple[dict[str, list[Row]], LeftOut]:
     """Return the rows of each split, with id and final answer, and how many rows were left out and why.
 
-    A row before: {"prompt": "2 + 2?", "reference": "4", "answer": None}. After: the same with `id` (a content hash)
-    and answer "4". Left out: rows with a blank prompt or reference, rows whose prompt came before (none may
-    stand in two splits), and, where answers are checked, rows that have none. `decontaminated` rows are gone already.
+    A row before: Row("2 + 2?", "4"). After: the same with `id` (a content hash) and answer "4". Left out: rows with a
+    blank prompt or reference, rows whose prompt came before (none may stand in two splits), and, where answers are
+    checked, rows that have none. `decontaminated` rows are gone already.
     """
-    seen: dict[str, dict[str, Any]] = {}
-    counts = {"read": len(raw), "blank": 0, "duplicate_prompts": 0, "without_answer": 0}
+    seen: dict[str, Row] = {}
+    blank = duplicates = unanswered = 0
     for row in raw:
-        if not row["prompt"].strip() or not row["reference"].strip():
-            counts["blank"] += 1
+        if not row.prompt.strip() or not row.reference.strip():
+            blank += 1
             continue
         answer = None
         if checker != "none":
-            answer = read_answer(checker, row["reference"], row["answer"])
+            answer = read_answer(checker, row.reference, row.answer)
             if answer is None:
-                counts["without_answer"] += 1
+                unanswered += 1
                 continue
-        key = " ".join(row["prompt"].split())
+        key = " ".join(row.prompt.split())
         if key in seen:
-            counts["duplicate_prompts"] += 1
+            duplicates += 1
             continue
-        seen[key] = {**row, "answer": answer, "id": row_id(row["prompt"], row["reference"])}
-    rows = sorted(seen.values(), key=lambda row: hashlib.sha256(f"{seed}:{row['id']}".encode()).digest())
+        seen[key] = row._replace(answer=answer, id=row_id(row.prompt, row.reference))
+    rows = sorted(seen.values(), key=lambda row: hashlib.sha256(f"{seed}:{row.id}".encode()).digest())
+    left_out = LeftOut(blank, duplicates, unanswered)
     first_train = held_out + validation
     if len(rows) <= first_train:
-        of = f"of {len(raw) + decontaminated}{_name_lost(counts, checker, decontaminated)}"
+        of = f"of {len(raw) + decontaminated}{_name_lost(left_out, checker, decontaminated)}"
         what = f"{len(rows)} usable rows ({of}) leave none to train on after {held_out} held-out and "
         do = "Give more rows or hold out fewer"
-        if len(rows) + counts["without_answer"] > first_train:
+        if len(rows) + unanswered > first_train:
             do = "Set rows.answer to what the answers are, or rows.fields.answer to the column that holds them"
         raise UserError(problem("rows", f"{what}{validation} validation rows", do))
     splits = {
@@ -173,16 +213,16 @@ def split_rows(
         "validation": rows[held_out:first_train],
         "train": rows[first_train:],
     }
-    return splits, counts
+    return splits, left_out
 
 
-def _name_lost(counts: Mapping[str, int], checker: str, decontaminated: int) -> str:
+def _name_lost(left_out: LeftOut, checker: str, decontaminated: int) -> str:
     """Return why rows are not usable, for an error that counts those which are."""
     kind = CHECKERS[checker].kind if checker in CHECKERS else "answers"
     lost = {
-        f"answers were no {kind}": counts["without_answer"],
-        "rows had a blank prompt or response": counts["blank"],
-        "prompts came before": counts["duplicate_prompts"],
+        f"answers were no {kind}": left_out.without_answer,
+        "rows had a blank prompt or response": left_out.blank,
+        "prompts came before": left_out.duplicate_prompts,
         "rows held items of a benchmark": decontaminated,
     }
     return "".join(f"; {count} {reason}" for reason, count in lost.items() if count)
@@ -191,7 +231,3 @@ def _name_lost(counts: Mapping[str, int], checker: str, decontaminated: int) -> 
 def row_id(prompt: str, reference: str) -> str:
     """Return the content hash that a row is known by everywhere: 16 hex digits."""
     return hashlib.sha256(f"{prompt}\0{reference}".encode()).hexdigest()[:16]
-
-
-def _content(row: dict[str, Any]) -> tuple[str, str]:
-    return row["prompt"], row["reference"]

@@ -8,16 +8,18 @@ as they pass by: transformers' own `hidden_states` end behind the final norm, an
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sdft_ray import stages
 from sdft_ray.cluster import use_assigned_cores
+from sdft_ray.core.choice import Choice, JointChoice
+from sdft_ray.core.rows import Row
 from sdft_ray.data.calibration import CorpusSettings, read_corpora
 from sdft_ray.errors import UserError, problem
-from sdft_ray.results import DISTANCES, TEXTS, read_split
+from sdft_ray.results import DISTANCES, TEXTS, Corpus, Distances, MeasuredCorpus, read_split
 from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
 from sdft_ray.store.files import write_atomically
@@ -34,6 +36,16 @@ class Settings(Section):
     calibration: tuple[CorpusSettings, ...]
 
 
+class Summary(stages.Summary):
+    """What every metric would remove, for every number of blocks."""
+
+    blocks: int
+    """Of the model."""
+    corpora: tuple[Corpus, ...]
+    choices: dict[str, dict[int, JointChoice]]
+    """By metric and number of blocks."""
+
+
 def stage(
     dtype: str, corpora: tuple[CorpusSettings, ...], base: Stage, corpus_rows: Mapping[str, Stage]
 ) -> Stage[Settings]:
@@ -43,7 +55,7 @@ def stage(
     )
 
 
-def build(work: Work[Settings]) -> dict[str, Any]:
+def build(work: Work[Settings]) -> Summary:
     """Write distances.json and texts.safetensors."""
     import numpy as np
     import torch
@@ -51,7 +63,7 @@ def build(work: Work[Settings]) -> dict[str, Any]:
 
     first = {"last": lambda text: len(text.ids) - 1, "all": lambda _: 0, "response": lambda text: text.content_from}
     wanted = work.settings.calibration
-    rows = {i: read_split(place, "train") for i, place in work.numbered_inputs("rows", len(wanted)).items()}
+    rows = {i: read_split(place, "train", Row) for i, place in work.numbered_inputs("rows", len(wanted)).items()}
     corpora = read_corpora(work.input("model"), wanted, rows)
     texts = [[(t.ids, first[c.positions](t)) for t in c.measured] for c in corpora]
     model = {"model": work.handle("model"), "dtype": work.settings.dtype}
@@ -62,35 +74,26 @@ def build(work: Work[Settings]) -> dict[str, Any]:
     influences = [torch.from_numpy(np.stack(each["influences"])).float() for each in found]  # (B, L) each
     kept = {f"distances.{i}": each for i, each in enumerate(distances)}
     save_file(kept | {f"influences.{i}": each for i, each in enumerate(influences)}, work.directory / TEXTS)
-    summary: dict[str, Any] = {
-        "blocks": influences[0].shape[1],
-        "corpora": [
-            {
-                "name": corpus.name,
-                "positions": corpus.positions,
-                "texts": len(corpus.measured),
-                "tokens": sum(len(text.ids) for text in corpus.measured),
-                "shortened": corpus.shortened,
-                "choices": _choices([distances[i]], [influences[i]]),
-            }
-            for i, corpus in enumerate(corpora)
-        ],
-        "choices": _choices(distances, influences),
-    }
-    for metric, choices in summary["choices"].items():
-        for size, choice in choices.items():
-            spans = [set(corpus["choices"][metric][size]["blocks"]) for corpus in summary["corpora"]]
-            choice["shared"] = len(set.intersection(*spans)) / int(size)
-    means = [
-        {"distances": d.double().mean(dim=0).tolist(), "influences": i.double().mean(dim=0).tolist()}
-        for d, i in zip(distances, influences, strict=True)
+    measured = [
+        MeasuredCorpus(
+            name=corpus.name,
+            positions=corpus.positions,
+            texts=len(corpus.measured),
+            tokens=sum(len(text.ids) for text in corpus.measured),
+            shortened=corpus.shortened,
+            choices=_choices([distances[i]], [influences[i]]),
+            distances=distances[i].double().mean(dim=0).tolist(),
+            influences=influences[i].double().mean(dim=0).tolist(),
+        )
+        for i, corpus in enumerate(corpora)
     ]
-    everything = {**summary, "corpora": [c | mean for c, mean in zip(summary["corpora"], means, strict=True)]}
-    write_atomically(work.directory / DISTANCES, json.dumps(everything))
-    return summary
+    blocks, choices = influences[0].shape[1], _join(_choices(distances, influences), measured)
+    everything = Distances(blocks=blocks, corpora=tuple(measured), choices=choices)
+    write_atomically(work.directory / DISTANCES, json.dumps(everything.plain()))
+    return Summary(blocks=blocks, corpora=tuple(measured), choices=choices)
 
 
-def _choices(distances: Sequence[Any], influences: Sequence[Any]) -> dict[str, dict[str, Any]]:
+def _choices(distances: Sequence[Any], influences: Sequence[Any]) -> dict[str, dict[int, Choice]]:
     """Return, for each metric and each number of blocks, the span chosen, its runner-up, and how sure that is."""
     from sdft_ray.core.similarity import choose_span, span_distances, span_influences
 
@@ -99,9 +102,19 @@ def _choices(distances: Sequence[Any], influences: Sequence[Any]) -> dict[str, d
         "angular": lambda size: [span_distances(each, size) for each in distances],
         "influence": lambda size: [span_influences(each, size) for each in influences],
     }
+    return {metric: {size: choose_span(cost(size), size) for size in sizes} for metric, cost in costs.items()}
+
+
+def _join(choices: dict[str, dict[int, Choice]], corpora: Sequence[Corpus]) -> dict[str, dict[int, JointChoice]]:
+    """Return the choices of all corpora, each with how far the corpora agree on it."""
+
+    def shared(metric: str, size: int) -> float:
+        spans = [set(corpus.choices[metric][size].blocks) for corpus in corpora]
+        return len(set.intersection(*spans)) / size
+
     return {
-        metric: {str(size): dataclasses.asdict(choose_span(cost(size), size)) for size in sizes}
-        for metric, cost in costs.items()
+        metric: {size: JointChoice(**vars(choice), shared=shared(metric, size)) for size, choice in sizes.items()}
+        for metric, sizes in choices.items()
     }
 
 

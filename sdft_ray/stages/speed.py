@@ -14,8 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sdft_ray import stages
 from sdft_ray.cluster import use_assigned_cores
-from sdft_ray.results import SPEED
+from sdft_ray.results import SPEED, Pace
 from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
 from sdft_ray.store.files import write_atomically
@@ -33,26 +34,33 @@ class Settings(Section):
     runs: int = 5
 
 
+class Summary(stages.Summary):
+    """How fast the pruned model is against the base."""
+
+    prefill: Pace
+    decode: Pace
+
+
 def stage(dtype: str, base: Stage, pruned: Stage) -> Stage[Settings]:
     """Return the stage."""
     return Stage("speed", pruned.slug, VERSION, Settings(dtype=dtype), {"model": base, "pruned": pruned})
 
 
-def build(work: Work[Settings]) -> dict[str, Any]:
+def build(work: Work[Settings]) -> Summary:
     """Write speed.json."""
     import ray
 
     plan = work.compute.evaluate
-    found: dict[str, Any] = ray.get(
+    summary: Summary = ray.get(
         ray.remote(measure)
         .options(num_cpus=plan.cpus, num_gpus=plan.gpus, name="speed")
         .remote(work.handle("model"), work.handle("pruned"), work.settings, "cuda" if plan.gpus else "cpu")
     )
-    write_atomically(work.directory / SPEED, json.dumps(found, indent=1) + "\n")
-    return found
+    write_atomically(work.directory / SPEED, json.dumps(summary.plain(), indent=1) + "\n")
+    return summary
 
 
-def measure(base: Callable[[], Path], pruned: Callable[[], Path], settings: Settings, device: str) -> dict[str, Any]:
+def measure(base: Callable[[], Path], pruned: Callable[[], Path], settings: Settings, device: str) -> Summary:
     """Return the tokens per second of both models, and their ratio in each pair of runs; runs in a Ray worker."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
@@ -77,25 +85,25 @@ def measure(base: Callable[[], Path], pruned: Callable[[], Path], settings: Sett
         model.generate(input_ids=ids[:, :1], attention_mask=mask[:, :1], generation_config=model.generation_config)
 
     with torch.inference_mode():
-        return {
-            "prefill": _take_turns(prefill, models, ids.shape[1], settings.runs, device),
-            "decode": _take_turns(decode, models, count, settings.runs, device),
-        }
+        return Summary(
+            prefill=_take_turns(prefill, models, ids.shape[1], settings.runs, device),
+            decode=_take_turns(decode, models, count, settings.runs, device),
+        )
 
 
-def _take_turns(work: Callable[[Any], None], models: list[Any], tokens: int, runs: int, device: str) -> dict[str, Any]:
+def _take_turns(work: Callable[[Any], None], models: list[Any], tokens: int, runs: int, device: str) -> Pace:
     speeds: list[list[float]] = []
     for _ in range(runs + 1):
         speeds.append([tokens / _seconds(work, model, device) for model in models])
     speeds = speeds[1:]  # the first pair warms up
     ratios = [pruned / base for base, pruned in speeds]
-    return {
-        "base_tokens_per_second": statistics.median(base for base, _ in speeds),
-        "pruned_tokens_per_second": statistics.median(pruned for _, pruned in speeds),
-        "ratio": statistics.median(ratios),
-        "ratio_min": min(ratios),
-        "ratio_max": max(ratios),
-    }
+    return Pace(
+        base_tokens_per_second=statistics.median(base for base, _ in speeds),
+        pruned_tokens_per_second=statistics.median(pruned for _, pruned in speeds),
+        ratio=statistics.median(ratios),
+        ratio_min=min(ratios),
+        ratio_max=max(ratios),
+    )
 
 
 def _seconds(work: Callable[[Any], None], model: Any, device: str) -> float:

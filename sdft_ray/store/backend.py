@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from sdft_ray.store.lease import Lease
+from sdft_ray.store.manifest import Manifest
 
 
 class Listing(NamedTuple):
@@ -63,20 +64,20 @@ class Backend(Protocol):
         """Return the content of a file, or None where there is none."""
         ...
 
-    def read_manifest(self, key: str) -> dict[str, Any] | None:
+    def read_manifest(self, key: str) -> Manifest | None:
         """Return the manifest of an artifact, or None where it is not finished."""
         ...
 
-    def finished(self, key: str, sizes: Callable[[], Mapping[str, int]]) -> dict[str, Any] | None:
-        """Return the manifest of a finished artifact, else None; raises UserError where it lost or shortened a file.
+    def finished(self, key: str, sizes: Callable[[], Mapping[str, int]]) -> Manifest | None:
+        """Return the manifest of an artifact that is finished; raises UserError where it lost or shortened a file.
 
         sizes: returns the listing of its folder.
         """
         ...
 
-    def fetch(self, key: str, manifest: Mapping[str, Any], pattern: str, prove: bool) -> Path:
-        """Return the directory on this node with the files of an artifact that match; hashes are compared where files
-        are brought, and where `prove` is set."""
+    def fetch(self, key: str, manifest: Manifest, pattern: str, prove: bool) -> Path:
+        """Return the directory on this node with those files of an artifact that match; hashes are compared where
+        files are brought, and where `prove` asks for it."""
         ...
 
     def publish(self, files: Iterable[Path]) -> None:

@@ -14,41 +14,47 @@ import os
 import sqlite3
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-_COLUMNS = {
-    "id": "string",
-    "sample": "int32",
-    "text": "string",
-    "finish_reason": "string",
-    "prompt_tokens": "int32",
-    "tokens": "int32",
-    "sampling_seed": "int64",
-}
-_HOLDS = b"holds"  # a merged piece's metadata has the names of its pieces under this key
+_KINDS = ("string", "int32", "string", "string", "int32", "int32", "int64")
+_HOLDS = b"holds"  # of a merged piece's metadata: the names of the pieces in it
 _READ_ROWS = 1024
 _GROUP_ROWS = 4096  # of a merged piece: readers hold metadata of every group
 
-Lines = dict[str, list[dict[str, Any]]]
+
+class Line(NamedTuple):
+    """What an engine made of one sample of a row."""
+
+    id: str
+    """Of the row."""
+    sample: int
+    text: str
+    finish_reason: str
+    prompt_tokens: int
+    tokens: int
+    sampling_seed: int
+
+
+Lines = dict[str, list[Line]]
 """For each row id its lines, in no order."""
 
 
-def write_piece(ledger: Path, batch: str, lines: Sequence[Mapping[str, Any]]) -> Path:
-    """Write lines as one piece and return it; `batch` names it, so that a repeated batch finds its pieces."""
+def write_piece(ledger: Path, batch: str, lines: Sequence[Line]) -> Path:
+    """Write lines as one piece and return it; `batch` names it, so that a repeated batch finds what it wrote."""
     import pyarrow as pa
 
-    table = pa.Table.from_pylist([{name: line[name] for name in _COLUMNS} for line in lines], _schema())
+    table = pa.Table.from_pylist([line._asdict() for line in lines], _schema())
     path = ledger / f"part-{batch}-{uuid.uuid4().hex[:8]}.parquet"
     _write(path, table.schema, table.to_batches())
     return path
 
 
-def read_batch(ledger: Path, batch: str) -> Iterator[list[dict[str, Any]]]:
+def read_batch(ledger: Path, batch: str) -> Iterator[list[Line]]:
     """Yield the lines of each piece that a batch wrote since the ledger was last compacted."""
     for path in sorted(ledger.glob(f"part-{batch}-*.parquet")):
-        yield [line for lines in _read(path) for line in lines.to_pylist()]
+        yield [Line._make(values) for lines in _read(path) for values in _values(lines)]
 
 
 def compact(ledger: Path) -> None:
@@ -72,20 +78,20 @@ def open_ledger(ledger: Path) -> Iterator[Callable[[Iterable[str]], Lines]]:
     with tempfile.TemporaryDirectory() as folder, contextlib.closing(sqlite3.connect(f"{folder}/lines")) as database:
         database.execute("PRAGMA journal_mode=OFF")
         database.execute("PRAGMA synchronous=OFF")
-        database.execute(f"CREATE TABLE lines ({', '.join(_COLUMNS)})")
-        places = ", ".join("?" * len(_COLUMNS))
+        database.execute(f"CREATE TABLE lines ({', '.join(Line._fields)})")
+        places = ", ".join("?" * len(Line._fields))
         for path in _pieces(ledger)[0]:
             for lines in _read(path):
-                values = zip(*(column.to_pylist() for column in lines.columns), strict=True)
-                database.executemany(f"INSERT INTO lines VALUES ({places})", values)
+                database.executemany(f"INSERT INTO lines VALUES ({places})", _values(lines))
         database.execute("CREATE INDEX by_id ON lines (id)")
 
         def lines_of(ids: Iterable[str]) -> Lines:
-            lines_by_id: Lines = {row_id: [] for row_id in ids}
-            places = ", ".join("?" * len(lines_by_id))
-            for line in database.execute(f"SELECT * FROM lines WHERE id IN ({places})", list(lines_by_id)):
-                lines_by_id[line[0]].append(dict(zip(_COLUMNS, line, strict=True)))
-            return lines_by_id
+            found: Lines = {row_id: [] for row_id in ids}
+            asked = ", ".join("?" * len(found))
+            for values in database.execute(f"SELECT * FROM lines WHERE id IN ({asked})", list(found)):
+                line = Line._make(values)
+                found[line.id].append(line)
+            return found
 
         yield lines_of
 
@@ -93,7 +99,12 @@ def open_ledger(ledger: Path) -> Iterator[Callable[[Iterable[str]], Lines]]:
 def _schema() -> Any:
     import pyarrow as pa
 
-    return pa.schema([(name, getattr(pa, kind)()) for name, kind in _COLUMNS.items()])
+    return pa.schema([(name, getattr(pa, kind)()) for name, kind in zip(Line._fields, _KINDS, strict=True)])
+
+
+def _values(lines: Any) -> Iterator[tuple[Any, ...]]:
+    """Return the lines of a record batch, each as its values."""
+    return zip(*(lines.column(name).to_pylist() for name in Line._fields), strict=True)
 
 
 def _pieces(ledger: Path) -> tuple[list[Path], set[str]]:

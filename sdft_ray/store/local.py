@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sdft_ray.store.backend import Listing, by_id
-from sdft_ray.store.manifest import MANIFEST, check_files, read_manifest
+from sdft_ray.store.manifest import MANIFEST, Manifest, check_files, read_manifest
 
 
 class Directory:
@@ -34,18 +34,18 @@ class Directory:
         path = self.root / name
         return path.read_bytes() if path.is_file() else None
 
-    def read_manifest(self, key: str) -> dict[str, Any] | None:
+    def read_manifest(self, key: str) -> Manifest | None:
         """Return the manifest of an artifact, or None where it is not finished."""
         return read_manifest(self.root / key)
 
-    def finished(self, key: str, sizes: Callable[[], Mapping[str, int]]) -> dict[str, Any] | None:
-        """Return the manifest of an artifact after checking that its files exist with their sizes."""
+    def finished(self, key: str, sizes: Callable[[], Mapping[str, int]]) -> Manifest | None:
+        """Return the manifest of an artifact whose files are there, with their sizes."""
         if manifest := read_manifest(self.root / key):
             check_files(self.root / key, manifest, hashes=False)
         return manifest
 
-    def fetch(self, key: str, manifest: Mapping[str, Any], pattern: str, prove: bool) -> Path:
-        """Return an artifact's directory, with hashes compared where `prove` is set."""
+    def fetch(self, key: str, manifest: Manifest, pattern: str, prove: bool) -> Path:
+        """Return an artifact's directory, with hashes compared where `prove` asks for it."""
         if prove:
             check_files(self.root / key, manifest, hashes=True)
         return self.root / key

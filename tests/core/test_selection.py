@@ -3,6 +3,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from sdft_ray.core.rows import Row
 from sdft_ray.core.selection import (
     Generation,
     Rules,
@@ -135,15 +136,15 @@ def test_is_correct_of_mathematics_works_in_any_thread():
         assert list(threads.map(lambda text: is_correct("math", "7", text), texts)) == [n == 7 for n in range(20)]
 
 
-ROW = {"prompt": "What is 4 + 4?", "reference": "4 + 4 = 8\n#### 8", "answer": "8"}
-OPEN_ROW = {"prompt": "How are you?", "reference": "Fine.", "answer": None}
+ROW = Row("What is 4 + 4?", "4 + 4 = 8\n#### 8", "8")
+OPEN_ROW = Row("How are you?", "Fine.", None)
 FILTERS = {"leak": True, "refusal": True, "repeated": True, "too_long": 4.0}
 LOOP = "so it is 8 and " * 20
 
 
 def select(row, *generations, **changes):
     made = [Generation(*each) for each in generations]
-    return select_response(row, made, Rules(None if row["answer"] is None else CHECKERS["number"], FILTERS | changes))
+    return select_response(row, made, Rules(None if row.answer is None else CHECKERS["number"], FILTERS | changes))
 
 
 @pytest.mark.parametrize(
@@ -157,7 +158,7 @@ def select(row, *generations, **changes):
         ("  \n ", "stop", ROW, "empty"),
         ("The answer to this question is:", "stop", ROW, "empty"),
         ("These are the steps:\n4 + 4 = 8", "stop", ROW, "kept"),
-        ("for i in x:", "stop", {**OPEN_ROW, "reference": "for x in y:"}, "kept"),
+        ("for i in x:", "stop", OPEN_ROW._replace(reference="for x in y:"), "kept"),
         ("engine broke", "error", ROW, "error"),
         ("It is 8", "abort", ROW, "error"),
         ("The reference answer says 8", "stop", ROW, "leak"),
@@ -179,7 +180,7 @@ def test_select_response_table(text, finish_reason, row, reason):
     if reason == "kept":
         assert selected == Selected(text.rpartition("</think>")[2].strip(), "distilled", "kept")
     else:
-        assert selected == Selected(row["reference"], "reference", reason)
+        assert selected == Selected(row.reference, "reference", reason)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +200,7 @@ def test_select_response_a_filter_that_is_off_keeps_the_rewrite(text, off):
 def test_select_response_keeps_the_first_sample_that_passes():
     samples = [("It is 9.", "stop"), ("It is", "length"), ("It is 8.", "stop"), ("8 it is.", "stop")]
     assert select(ROW, *samples) == Selected("It is 8.", "distilled", "kept", 2)
-    assert select(ROW, *samples[:2]) == Selected(ROW["reference"], "reference", "wrong_answer")
+    assert select(ROW, *samples[:2]) == Selected(ROW.reference, "reference", "wrong_answer")
 
 
 ANALYSIS = "<|channel|>analysis<|message|>6<|end|>"
@@ -292,13 +293,13 @@ def test_select_response_thoughts_stay_where_the_recipe_says_so():
 
 
 def test_select_response_two_texts_without_numbers_are_not_equal():
-    assert select({**ROW, "answer": "yes"}, ("yes", "stop")).reason == "no_answer"
+    assert select(ROW._replace(answer="yes"), ("yes", "stop")).reason == "no_answer"
 
 
 def test_select_response_a_phrase_of_the_row_itself_is_no_leak():
     generation = ("Check your answer twice.", "stop")
-    assert select({**OPEN_ROW, "prompt": "How do I check your answer?"}, generation).reason == "kept"
-    assert select({**OPEN_ROW, "reference": "Check your answer."}, generation).reason == "kept"
+    assert select(OPEN_ROW._replace(prompt="How do I check your answer?"), generation).reason == "kept"
+    assert select(OPEN_ROW._replace(reference="Check your answer."), generation).reason == "kept"
     assert select(OPEN_ROW, generation).reason == "leak"
 
 
@@ -319,7 +320,7 @@ def test_select_response_a_phrase_of_the_row_itself_is_no_leak():
 )
 def test_select_response_refusal_forms(text):
     assert select(OPEN_ROW, (text, "stop")).reason == "refusal"
-    assert select({**OPEN_ROW, "reference": "I'm sorry, but I cannot say."}, (text, "stop")).reason == "kept"
+    assert select(OPEN_ROW._replace(reference="I'm sorry, but I cannot say."), (text, "stop")).reason == "kept"
 
 
 @pytest.mark.parametrize(
@@ -343,12 +344,12 @@ def test_select_response_takes_phrases_of_other_languages():
     assert select(OPEN_ROW, refusal).reason == select(OPEN_ROW, leak).reason == "kept"
     assert select(OPEN_ROW, refusal, **phrases).reason == "refusal"
     assert select(OPEN_ROW, leak, **phrases).reason == "leak"
-    assert select({**OPEN_ROW, "reference": "No puedo ayudarte."}, refusal, **phrases).reason == "kept"
-    assert select({**OPEN_ROW, "prompt": "Wo ist die Musterl\u00f6sung?"}, leak, **phrases).reason == "kept"
+    assert select(OPEN_ROW._replace(reference="No puedo ayudarte."), refusal, **phrases).reason == "kept"
+    assert select(OPEN_ROW._replace(prompt="Wo ist die Musterl\u00f6sung?"), leak, **phrases).reason == "kept"
 
 
 def test_select_response_a_reference_that_repeats_itself_allows_it():
-    row = {**OPEN_ROW, "reference": "row, row, row your boat " * 8}
+    row = OPEN_ROW._replace(reference="row, row, row your boat " * 8)
     assert select(row, ("row, row, row the boat " * 8, "stop")).reason == "kept"
 
 

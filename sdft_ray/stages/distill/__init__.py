@@ -16,21 +16,23 @@ import time
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sdft_ray import stages
 from sdft_ray.core.prompts import RENDERING_VERSION
+from sdft_ray.core.rows import Row
 from sdft_ray.core.selection import REASONS
 from sdft_ray.data.chat import require_trainable
 from sdft_ray.errors import StageFailed, problem
-from sdft_ray.results import training_batches
+from sdft_ray.results import DistilledRow, training_batches
 from sdft_ray.spec.recipe import Distill
 from sdft_ray.stages import Work
 from sdft_ray.stages.distill import card
 from sdft_ray.stages.distill.draws import Settings, best_lines, instruction_template, select_rows
 from sdft_ray.stages.distill.requests import write_requests
-from sdft_ray.stages.distill.rewriter import COUNTS, Rewriter
+from sdft_ray.stages.distill.rewriter import COUNTS, Note, Rewriter
 from sdft_ray.store import ledger as ledgers
 from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage, short_id
@@ -40,13 +42,39 @@ _FINISHED = "finished.json"  # the summary of a dataset that is whole and that i
 _SAMPLING = ("temperature", "top_p", "max_new_tokens", "dtype", "seed")
 
 
+class Summary(stages.Summary):
+    """How many rows keep a rewrite, why others do not, and how much was generated."""
+
+    rows: int
+    kept: int
+    """Rows whose response is a rewrite."""
+    acceptance: float
+    """Their share of all rows."""
+    reasons: dict[str, int]
+    """Rows for each reason, `kept` among them."""
+    usual_error: str | None = None
+    """What engines said most often where they failed."""
+    generations: int
+    """Samples that were drawn."""
+    generated_tokens: int
+    mean_generated_tokens: float
+    """A sample."""
+    ledger: str = ""
+    """Its directory's name."""
+
+    @property
+    def failed_fraction(self) -> float:
+        """Share of rows that failed in the engine."""
+        return self.reasons["error"] / self.rows
+
+
 def stage(wanted: Distill, base: Stage, rows: Stage, count: int | None) -> Stage[Settings]:
     """Return the stage that rewrites the first `count` training rows."""
     settings = Settings(**dict(wanted), answer=rows.settings.split.answer, rows=count)
     return Stage("distill", rows.slug, VERSION, settings, {"model": base, "rows": rows})
 
 
-def build(work: Work[Settings]) -> dict[str, Any]:
+def build(work: Work[Settings]) -> Summary:
     """Generate what the ledger lacks, then select and write the dataset.
 
     A dataset that its gate stopped lies there: a looser gate finishes it at once, the same one asks for what failed
@@ -54,35 +82,27 @@ def build(work: Work[Settings]) -> dict[str, Any]:
     """
     finished = work.resumable / _FINISHED
     if finished.is_file() and (work.directory / "train.parquet").is_file():
-        summary = dict(json.loads(finished.read_text()))
-        if _failed_fraction(summary) <= _allowed(work.stage):
+        summary = Summary.from_file(finished)
+        if summary.failed_fraction <= work.settings.max_failed_fraction:
             return summary
     finished.unlink(missing_ok=True)
     summary = _make_dataset(work)
-    if _failed_fraction(summary) > _allowed(work.stage):
-        write_atomically(finished, json.dumps(summary))
+    if summary.failed_fraction > work.settings.max_failed_fraction:
+        write_atomically(finished, json.dumps(summary.plain()))
     require_gates(work.stage, summary)
     return summary
 
 
-def require_gates(stage: Stage[Settings], summary: Mapping[str, Any]) -> None:
+def require_gates(stage: Stage[Settings], summary: Summary) -> None:
     """Raise StageFailed where more rows failed in the engine than the recipe allows."""
-    if _failed_fraction(summary) > _allowed(stage):
-        what = f"{summary['reasons']['error']} of {summary['rows']} rows failed in the engine"
-        what += f", mostly with: {summary['usual_error']}"
-        what += f" (got {_failed_fraction(summary):.2%}; expected at most {_allowed(stage):.2%})"
+    failed, allowed = summary.failed_fraction, stage.settings.max_failed_fraction
+    if failed > allowed:
+        what = f"{summary.reasons['error']} of {summary.rows} rows failed in the engine"
+        what += f", mostly with: {summary.usual_error} (got {failed:.2%}; expected at most {allowed:.2%})"
         raise StageFailed(problem("distill.max_failed_fraction", what, "Raise it; what was generated is kept"))
 
 
-def _failed_fraction(summary: Mapping[str, Any]) -> float:
-    return float(summary["reasons"]["error"] / summary["rows"])
-
-
-def _allowed(stage: Stage[Settings]) -> float:
-    return stage.settings.max_failed_fraction
-
-
-def _make_dataset(work: Work[Settings]) -> dict[str, Any]:
+def _make_dataset(work: Work[Settings]) -> Summary:
     """Generate what the ledger lacks and write the dataset; return its figures."""
     _require_trainable(work)
     identity = ledger_id(work)
@@ -95,7 +115,7 @@ def _make_dataset(work: Work[Settings]) -> dict[str, Any]:
             work.storage.drop(old)
         requests = work.resumable / f"requests-{uuid.uuid4().hex[:8]}.parquet"
         with ledgers.open_ledger(ledger) as lines_of:
-            batches = training_batches(work.input("rows"), work.settings.rows)
+            batches = training_batches(work.input("rows"), work.settings.rows, Row)
             rows, missing = write_requests(batches, lines_of, work.settings, requests)
         work.progress.begin(rows, done=rows - missing)
         if missing:
@@ -104,8 +124,7 @@ def _make_dataset(work: Work[Settings]) -> dict[str, Any]:
             work.storage.bring(ledger, "part-*")
             _tidy(work, ledger)
         with ledgers.open_ledger(ledger) as lines_of:
-            summary = _write_dataset(work, lines_of)
-    return {**summary, "ledger": ledger.name}
+            return _write_dataset(work, lines_of, ledger.name)
 
 
 def _require_trainable(work: Work[Settings]) -> None:
@@ -194,29 +213,29 @@ class _Tally:
         """Take in how far a batch is."""
         now = time.monotonic()
         self.batches[piece["start"]], self.heard[piece["actor"]] = piece, now
-        total = {name: sum(batch[name] for batch in self.batches.values()) for name in COUNTS}
-        into, out = (total[name] / (now - self.begun) for name in ("prompt_tokens", "tokens"))
+        done, kept, *tokens = (sum(batch[name] for batch in self.batches.values()) for name in COUNTS)
+        into, out = (count / (now - self.begun) for count in tokens)
         actors = sum(now - heard < 60 for heard in self.heard.values())
         self.progress.update(
-            self.done_before + total["done"],
-            f"{into:.0f} tokens/s in, {out:.0f} out, {total['kept'] / max(1, total['done']):.0%} kept, "
+            self.done_before + done,
+            f"{into:.0f} tokens/s in, {out:.0f} out, {kept / max(1, done):.0%} kept, "
             f"{actors} actor{'s' * (actors != 1)}",
         )
 
 
 def _died_on(ledger: Path) -> str:
     """Return which rows engines died on and what the last one said; nothing where none died at work."""
-    notes = [json.loads(path.read_text()) for path in sorted(ledger.glob(".trying-*"), key=lambda p: p.stat().st_mtime)]
+    notes = [Note.from_file(path) for path in sorted(ledger.glob(".trying-*"), key=lambda path: path.stat().st_mtime)]
     if not notes:
         return ""
     last = notes[-1]
-    times = sum(note["batch"] == last["batch"] for note in notes)
-    said = f", saying {last['error']}" if last["error"] else ""
-    rows = f"rows {min(last['positions'])} to {max(last['positions'])} of the training rows"
+    times = sum(note.batch == last.batch for note in notes)
+    said = f", saying {last.error}" if last.error else ""
+    rows = f"rows {min(last.positions)} to {max(last.positions)} of the training rows"
     return f"the engine died {times} times over one batch, the last time on {rows}{said}"
 
 
-def _write_dataset(work: Work[Settings], lines_of: Callable[..., ledgers.Lines]) -> dict[str, Any]:
+def _write_dataset(work: Work[Settings], lines_of: Callable[..., ledgers.Lines], ledger: str) -> Summary:
     """Write train.parquet and its card; return the figures."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -224,30 +243,31 @@ def _write_dataset(work: Work[Settings], lines_of: Callable[..., ledgers.Lines])
     counts: Counter[str] = Counter()
     messages: Counter[str] = Counter()
     generated = tokens = 0
-    examples: dict[str, dict[str, Any]] = {}
+    examples: dict[str, DistilledRow] = {}
     schema = card.schema()
     with pq.ParquetWriter(work.directory / "train.parquet", schema) as file:
-        for batch in training_batches(work.input("rows"), work.settings.rows):
-            read = lines_of(row["id"] for row in batch)
+        for batch in training_batches(work.input("rows"), work.settings.rows, Row):
+            read = lines_of(row.id for row in batch)
             lines = {row_id: best_lines(found, work.settings.samples) for row_id, found in read.items()}
             selected, found = select_rows(batch, lines, work.settings)
             counts.update(found)
-            messages.update(row["generated"] for row in selected if row["reason"] == "error")
+            messages.update(row.generated for row in selected if row.reason == "error")
             generated += sum(len(made) for made in lines.values())
-            tokens += sum(line["tokens"] for made in lines.values() for line in made)
+            tokens += sum(line.tokens for made in lines.values() for line in made)
             for row in selected:
-                examples.setdefault(row["reason"], row)
+                examples.setdefault(row.reason, row)
             file.write_table(pa.Table.from_pylist([card.record(row) for row in selected], schema))
     rows = counts.total()
-    summary = {
-        "rows": rows,
-        "kept": counts["kept"],
-        "acceptance": counts["kept"] / rows,
-        "reasons": {reason: counts[reason] for reason in REASONS},
-        "usual_error": messages.most_common(1)[0][0] if messages else None,
-        "generations": generated,
-        "generated_tokens": tokens,
-        "mean_generated_tokens": tokens / generated,
-    }
-    card.write(work.directory, work.stage, summary, examples)
-    return summary
+    reasons: dict[str, int] = {reason: counts[reason] for reason in REASONS}
+    card.write(work.directory, work.stage, reasons, examples)
+    return Summary(
+        rows=rows,
+        kept=(kept := reasons["kept"]),
+        acceptance=kept / rows,
+        reasons=reasons,
+        usual_error=messages.most_common(1)[0][0] if messages else None,
+        generations=generated,
+        generated_tokens=tokens,
+        mean_generated_tokens=tokens / generated,
+        ledger=ledger,
+    )

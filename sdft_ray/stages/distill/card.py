@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sdft_ray.data.readers import GymContent, HubContent, RowsContent
+from sdft_ray.results import DistilledRow
 from sdft_ray.stages.distill.draws import Settings
 from sdft_ray.store.identity import Stage
 
@@ -34,20 +35,20 @@ def schema() -> Any:
     )
 
 
-def record(row: Mapping[str, Any]) -> dict[str, Any]:
+def record(row: DistilledRow) -> dict[str, Any]:
     """Return a selected row with its conversation as chat messages."""
-    turns = (("user", row["prompt"]), ("assistant", row["response"]))
-    return {**row, "messages": [{"role": role, "content": content} for role, content in turns]}
+    turns = (("user", row.prompt), ("assistant", row.response))
+    return {**row._asdict(), "messages": [{"role": role, "content": content} for role, content in turns]}
 
 
 def write(
-    directory: Path, stage: Stage[Settings], summary: Mapping[str, Any], examples: Mapping[str, Mapping[str, Any]]
+    directory: Path, stage: Stage[Settings], counts: Mapping[str, int], examples: Mapping[str, DistilledRow]
 ) -> None:
-    """Write README.md."""
+    """Write README.md; counts: the rows for each reason."""
     from huggingface_hub import DatasetCardData
 
-    rows = stage.inputs["rows"]
-    name, licence = _describe_source(rows.settings.source, rows.slug)
+    source = stage.inputs["rows"]
+    name, licence = _describe_source(source.settings.source, source.slug)
     front = DatasetCardData(
         license=licence,
         task_categories=["text-generation"],
@@ -55,14 +56,15 @@ def write(
         configs=[{"config_name": "default", "data_files": "train.parquet"}],
     )
     sampling = ", ".join(f"{key} {getattr(stage.settings, key)}" for key in _SAMPLING)
-    reasons = "\n".join(f"| {reason} | {count} |" for reason, count in summary["reasons"].items() if count)
+    reasons = "\n".join(f"| {reason} | {count} |" for reason, count in counts.items() if count)
+    rows = sum(counts.values())
     text = f"""---
 {front.to_yaml()}
 ---
 
 # {stage.slug}, rewritten by {stage.inputs["model"].slug}
 
-{summary["rows"]} rows of {name} (licence of the source: {licence}). Where `source` is `distilled`, the response is the
+{rows} rows of {name} (licence of the source: {licence}). Where `source` is `distilled`, the response is the
 model's own rewrite of the reference, checked; else it is the reference, verbatim, and `reason` says why. No row was
 dropped. Made by sdft_ray after *Self-Data Distillation* (arXiv 2410.09982).
 
@@ -89,20 +91,19 @@ def _describe_source(source: RowsContent, slug: str) -> tuple[str, str]:
             return slug, "unknown"
 
 
-def _describe_example(row: Mapping[str, Any]) -> str:
-    quoted = {name: _quote(row[name]) for name in ("prompt", "reference", "generated")}
+def _describe_example(row: DistilledRow) -> str:
     return f"""
-**{row["reason"]}**. Prompt:
+**{row.reason}**. Prompt:
 
-{quoted["prompt"]}
+{_quote(row.prompt)}
 
 Reference:
 
-{quoted["reference"]}
+{_quote(row.reference)}
 
 Generated:
 
-{quoted["generated"]}
+{_quote(row.generated)}
 """
 
 

@@ -6,16 +6,17 @@ again and generate nothing.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from sdft_ray.core.prompts import CHECKABLE, OPEN
-from sdft_ray.core.selection import COMPLETE, REASONS, Generation, Rules, select_response
+from sdft_ray.core.rows import Row
+from sdft_ray.core.selection import COMPLETE, REASONS, Reason, Rules, select_response
 from sdft_ray.data.checkers import CHECKERS
+from sdft_ray.results import DistilledRow
 from sdft_ray.spec.recipe import Distill
+from sdft_ray.store.ledger import Line
 
 
 class Settings(Distill):
@@ -39,10 +40,8 @@ def sampling_seed(row_id: str, seed: int, sample: int = 0) -> int:
 
 
 def select_rows(
-    rows: Sequence[Mapping[str, Any]],
-    generations: Mapping[str, Sequence[Mapping[str, Any]]],
-    settings: Settings,
-) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    rows: Sequence[Row], generations: Mapping[str, Sequence[Line]], settings: Settings
+) -> tuple[list[DistilledRow], dict[Reason, int]]:
     """Return every row with its selected response, and how many rows there are for each reason.
 
     rows in = rows out, in the same order: each is trained on, with the first of its samples that passes, or with its
@@ -51,51 +50,51 @@ def select_rows(
     rules = Rules(CHECKERS.get(settings.answer), settings.filters.model_dump(), settings.strip_thinking)
     selected = []
     for row in rows:
-        samples = [
-            Generation(made["text"], made["finish_reason"], made["prompt_tokens"], made["tokens"])
-            for made in generations[row["id"]]
-        ]
+        samples = generations[row.id]
         chosen = select_response(row, samples, rules)
-        generation, made = samples[chosen.sample], generations[row["id"]][chosen.sample]
+        made = samples[chosen.sample]
         selected.append(
-            {
-                **row,
-                **dataclasses.asdict(chosen),
-                "generated": generation.text,
-                "finish_reason": generation.finish_reason,
-                "prompt_tokens": generation.prompt_tokens,
-                "generated_tokens": generation.tokens,
-                "sampling_seed": made["sampling_seed"],
-            }
+            DistilledRow(
+                **row._asdict(),
+                **vars(chosen),
+                generated=made.text,
+                finish_reason=made.finish_reason,
+                prompt_tokens=made.prompt_tokens,
+                generated_tokens=made.tokens,
+                sampling_seed=made.sampling_seed,
+            )
         )
-    counts = Counter(row["reason"] for row in selected)
+    counts = Counter(row.reason for row in selected)
     assert len(selected) == len(rows) == counts.total(), "every row has exactly one reason"
     return selected, {reason: counts[reason] for reason in REASONS}
 
 
-def next_draw(
-    row: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], settings: Settings, first: int = 0
-) -> tuple[int, int] | None:
+def keeps(row: Row, lines: Sequence[Line], settings: Settings) -> bool:
+    """Return whether a row keeps one of its rewrites."""
+    return select_rows([row], {row.id: lines}, settings)[0][0].reason == "kept"
+
+
+def next_draw(row: Row, lines: Sequence[Line], settings: Settings, first: int = 0) -> tuple[int, int] | None:
     """Return the sample of a row that is to be drawn next and how often that failed; None where nothing is left.
 
     A sample is drawn only where none before it passes. `first`: the samples before it are known not to pass.
     """
     for sample in range(first, settings.samples):
-        mine = [line for line in lines if line["sample"] == sample]
-        complete = [line for line in mine if line["finish_reason"] in COMPLETE]
+        mine = [line for line in lines if line.sample == sample]
+        complete = [line for line in mine if line.finish_reason in COMPLETE]
         if not complete:
             return sample, len(mine)
-        if select_rows([row], {row["id"]: complete[:1]}, settings)[1]["kept"]:
+        if keeps(row, complete[:1], settings):
             return None
     return None
 
 
-def best_lines(lines: Sequence[Mapping[str, Any]], count: int) -> list[Mapping[str, Any]]:
+def best_lines(lines: Sequence[Line], count: int) -> list[Line]:
     """Return one line for each of the first `count` samples of a row, in order: what was generated, else an error."""
-    best: dict[int, Mapping[str, Any]] = {}
+    best: dict[int, Line] = {}
     for line in lines:
-        if line["sample"] >= count:  # of a recipe that drew more
+        if line.sample >= count:  # of a recipe that drew more
             continue
-        if line["sample"] not in best or line["finish_reason"] in COMPLETE:
-            best[line["sample"]] = line
+        if line.sample not in best or line.finish_reason in COMPLETE:
+            best[line.sample] = line
     return [best[sample] for sample in sorted(best)]

@@ -7,7 +7,6 @@ by notes that dead processes leave.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -28,19 +27,32 @@ from sdft_ray.stages.distill.draws import (
     Settings,
     best_lines,
     instruction_template,
+    keeps,
     next_draw,
     sampling_seed,
-    select_rows,
 )
-from sdft_ray.stages.distill.requests import read_requests
+from sdft_ray.stages.distill.requests import Asked, read_requests
 from sdft_ray.store import ledger as ledgers
 from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage
+from sdft_ray.store.record import Record
 from sdft_ray.store.storage import Storage
 
 COUNTS = ("done", "kept", "prompt_tokens", "tokens")
 _REPORT_SECONDS = 1.0  # between two reports of an actor to the driver
 _NARROWING = 16  # rows that more than one engine died on are tried in groups this many times smaller, down to one
+
+
+class Note(Record):
+    """What a process is at work on; one that is left says that it died."""
+
+    batch: str
+    ids: tuple[str, ...]
+    """Of the rows."""
+    positions: tuple[int, ...]
+    """Theirs among the training rows."""
+    error: str
+    """What the engine said, if it did."""
 
 
 class Rewriter:
@@ -85,7 +97,7 @@ class Rewriter:
         batch.find(itertools.chain.from_iterable(pieces))
         deaths, poison = _read_deaths(self.ledger, batch.name)
         for row_id in batch.without_lines(poison):
-            sample = batch.rows[row_id]["sample"]
+            sample = batch.rows[row_id].sample
             batch.take(self._request(batch, row_id, sample), Generation("the engine died on this row", "error"))
         draws = [(row_id, batch.next_sample(row_id, row_id in poison)) for row_id in batch.rows]
         reported = time.monotonic()
@@ -113,8 +125,8 @@ class Rewriter:
         return batch.counts()
 
     def _request(self, batch: _Batch, row_id: str, sample: int) -> Request:
-        row = batch.rows[row_id]
-        instruction = rewrite_instruction(row["prompt"], row["reference"], instruction_template(self.settings))
+        row = batch.rows[row_id].row
+        instruction = rewrite_instruction(row.prompt, row.reference, instruction_template(self.settings))
         prompt_ids = render_prompt(self.tokenizer, instruction, self.settings.template_options)
         return Request(row_id, sample, prompt_ids, sampling_seed(row_id, self.settings.seed, sample))
 
@@ -126,13 +138,15 @@ class Rewriter:
         """
         note = self.ledger / f".trying-{batch.name}-{uuid.uuid4().hex[:8]}"
         ids = [request.id for request in group]
-        content = {"batch": batch.name, "ids": ids, "positions": [batch.rows[row_id]["position"] for row_id in ids]}
-        write_atomically(note, json.dumps(content | {"error": ""}))
+        places = tuple(batch.rows[row_id].position for row_id in ids)
+        content = Note(batch=batch.name, ids=tuple(ids), positions=places, error="")
+        write_atomically(note, json.dumps(content.plain()))
         self.storage.publish(note)
         try:
             yield from self.engine.generate(group)
         except Exception as error:  # noqa: BLE001 - whatever a broken engine raises
-            write_atomically(note, json.dumps(content | {"error": f"{type(error).__name__}: {error}"}))
+            told = content.model_copy(update={"error": f"{type(error).__name__}: {error}"})
+            write_atomically(note, json.dumps(told.plain()))
             self.storage.publish(note)
             traceback.print_exc()
             os._exit(1)
@@ -142,26 +156,25 @@ class Rewriter:
 class _Batch:
     """The rows of one batch, and what was generated of them."""
 
-    def __init__(self, asked: Sequence[Mapping[str, Any]], settings: Settings) -> None:
-        self.rows = {row["id"]: row for row in asked}
+    def __init__(self, requests: Sequence[Asked], settings: Settings) -> None:
+        self.rows = {asked.row.id: asked for asked in requests}
         # Pieces are named after their batch, so a batch that Ray hands out again after a kill finds what it wrote.
         self.name = hashlib.sha256("".join(self.rows).encode()).hexdigest()[:12]
-        self.piece: list[dict[str, Any]] = []
+        self.piece: list[ledgers.Line] = []
         """Lines that are not durable yet."""
         self._settings = settings
-        self._lines: dict[str, list[dict[str, Any]]] = {row_id: [] for row_id in self.rows}
+        self._lines: ledgers.Lines = {row_id: [] for row_id in self.rows}
         self._settled: dict[str, bool] = {}
         """For each row that needs no engine any more, whether it keeps a rewrite."""
 
-    def find(self, lines: Iterator[dict[str, Any]]) -> None:
+    def find(self, lines: Iterator[ledgers.Line]) -> None:
         """Take in lines that the ledger holds."""
         for line in lines:
-            self._lines[line["id"]].append(line)
+            self._lines[line.id].append(line)
 
     def take(self, request: Request, generation: Generation) -> None:
         """Take in what an engine made of a request."""
-        identity = {"id": request.id, "sample": request.sample, "sampling_seed": request.sampling_seed}
-        line = {**identity, **dataclasses.asdict(generation)}
+        line = ledgers.Line(request.id, request.sample, sampling_seed=request.sampling_seed, **vars(generation))
         self._lines[request.id].append(line)
         self.piece.append(line)
 
@@ -171,30 +184,29 @@ class _Batch:
 
     def next_sample(self, row_id: str, poison: bool = False) -> int | None:
         """Return the sample that a row needs next; None where it needs none, failed too often or kills engines."""
-        row, lines = self.rows[row_id], self._lines[row_id]
-        draw = None if poison else next_draw(row, lines, self._settings, row["sample"])
+        asked, lines = self.rows[row_id], self._lines[row_id]
+        draw = None if poison else next_draw(asked.row, lines, self._settings, asked.sample)
         if draw is not None:
             sample, failed = draw
-            before = row["failed"] if sample == row["sample"] else 0
+            before = asked.failed if sample == asked.sample else 0
             # Whatever happened in earlier runs, each run tries once: its cause may have been fixed.
             if not failed or before + failed < self._settings.max_attempts:
                 return sample
-        samples = {row_id: best_lines(lines, self._settings.samples)}
-        self._settled[row_id] = bool(select_rows([row], samples, self._settings)[1]["kept"])
+        self._settled[row_id] = keeps(asked.row, best_lines(lines, self._settings.samples), self._settings)
         return None
 
     def counts(self) -> dict[str, int]:
         """Return how many rows need no engine any more, how many keep a rewrite, and tokens in and out."""
         lines = list(itertools.chain.from_iterable(self._lines.values()))
-        tokens = {name: sum(line[name] for line in lines) for name in ("prompt_tokens", "tokens")}
-        return {"done": len(self._settled), "kept": sum(self._settled.values()), **tokens}
+        into, out = sum(line.prompt_tokens for line in lines), sum(line.tokens for line in lines)
+        return dict(zip(COUNTS, (len(self._settled), sum(self._settled.values()), into, out), strict=True))
 
 
 def _read_deaths(ledger: Path, batch: str) -> tuple[Counter[str], set[str]]:
     """Return how often a process died at work on each row of a batch, and the rows that it was alone with."""
-    notes = [json.loads(path.read_text()) for path in ledger.glob(f".trying-{batch}-*")]
-    deaths = Counter(row_id for note in notes for row_id in note["ids"])
-    return deaths, {note["ids"][0] for note in notes if len(note["ids"]) == 1}
+    notes = [Note.from_file(path) for path in ledger.glob(f".trying-{batch}-*")]
+    deaths = Counter(row_id for note in notes for row_id in note.ids)
+    return deaths, {note.ids[0] for note in notes if len(note.ids) == 1}
 
 
 def _groups(requests: Sequence[Request], deaths: Mapping[str, int], rows: int) -> Iterator[list[Request]]:

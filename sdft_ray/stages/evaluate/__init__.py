@@ -12,12 +12,13 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import cast
 
-from sdft_ray import environment
+from sdft_ray import environment, stages
 from sdft_ray.cluster import use_assigned_cores
+from sdft_ray.core.rows import Row
 from sdft_ray.data.benchmarks import offline_task_file
-from sdft_ray.results import HELD_OUT, ITEMS, SCORE, read_split
+from sdft_ray.results import HELD_OUT, ITEMS, SCORE, Item, Score, read_split
 from sdft_ray.spec.recipe import Evaluate
 from sdft_ray.stages import Work
 from sdft_ray.stages.evaluate.harness import load_model, run_task
@@ -28,6 +29,13 @@ from sdft_ray.store.files import hash_source, write_atomically
 from sdft_ray.store.identity import Stage, slugify
 
 VERSION, NEEDS, UNIT = 2, "evaluate", "parts"
+
+
+class Summary(Score, stages.Summary):
+    """The score of a model on a task."""
+
+    seconds: float | None = None
+    """That it took in its worker."""
 
 
 def stage(wanted: Evaluate, task: str, name: str, model: Stage, rows: Stage) -> Stage[Settings]:
@@ -53,13 +61,13 @@ def stage(wanted: Evaluate, task: str, name: str, model: Stage, rows: Stage) -> 
     return Stage("evaluate", slug, VERSION, settings, {"model": model})
 
 
-def build(work: Work[Settings]) -> dict[str, Any]:
+def build(work: Work[Settings]) -> Summary:
     """Write score.json and items.jsonl."""
     import ray
 
     plan = work.compute.evaluate
-    held_out = read_split(work.input("rows"), HELD_OUT) if work.settings.task == HELD_OUT else []
-    score, items = work.result(
+    held_out = read_split(work.input("rows"), HELD_OUT, Row) if work.settings.task == HELD_OUT else []
+    summary, items = work.result(
         ray.remote(evaluate)
         .options(
             num_cpus=plan.cpus,
@@ -75,18 +83,18 @@ def build(work: Work[Settings]) -> dict[str, Any]:
             "cuda" if plan.gpus else "cpu",
         )
     )
-    write_atomically(work.directory / ITEMS, "".join(json.dumps(item) + "\n" for item in items))
-    write_atomically(work.directory / SCORE, json.dumps(score, indent=1) + "\n")
-    return dict(score)
+    write_atomically(work.directory / ITEMS, "".join(json.dumps(item.plain()) + "\n" for item in items))
+    write_atomically(work.directory / SCORE, json.dumps(summary.plain(), indent=1) + "\n")
+    return cast(Summary, summary)
 
 
 def evaluate(
     model: Callable[[], Path],
     settings: Settings,
-    held_out: list[dict[str, Any]],
+    held_out: list[Row],
     batch_size: int,
     device: str,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[Summary, list[Item]]:
     """Return the score, with the seconds that it took, and the items of one task; runs in a Ray worker."""
     begun = time.monotonic()
     if isinstance(settings, HeldOutSettings) or settings.file:
@@ -100,4 +108,4 @@ def evaluate(
         score, items = evaluate_held_out(lm, held_out, settings.answer, settings.max_new_tokens, batch_size)
     else:
         score, items = run_task(lm, settings)
-    return {**score, "seconds": round(time.monotonic() - begun, 2)}, items
+    return Summary(**score.model_dump(exclude_unset=True), seconds=round(time.monotonic() - begun, 2)), items

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdft_ray.errors import UserError, problem
+from sdft_ray.results import Item, Score
 from sdft_ray.stages.evaluate.generation import plain_generation
 from sdft_ray.stages.evaluate.likelihoods import score_requests
 from sdft_ray.stages.evaluate.presets import FOLDERS, task_manager
@@ -16,7 +17,7 @@ from sdft_ray.stages.evaluate.scores import make_score
 from sdft_ray.stages.evaluate.settings import TaskSettings
 
 
-def run_task(lm: Any, settings: TaskSettings) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def run_task(lm: Any, settings: TaskSettings) -> tuple[Score, list[Item]]:
     import lm_eval
 
     manager = task_manager(FOLDERS.get(settings.task))
@@ -48,20 +49,22 @@ def run_task(lm: Any, settings: TaskSettings) -> tuple[dict[str, Any], list[dict
     samples = [sample for sample in everything if _of_filter(sample, metric)]
     sizes = [found["n-samples"][each] for each in found["samples"]]
     items = [
-        {"id": sample["doc_hash"], "task": each, "value": float(sample[name])}
+        Item(id=sample["doc_hash"], task=each, value=float(sample[name]))
         for each, group in found["samples"].items()
         for sample in group
         if _of_filter(sample, metric) and name in sample
     ]
-    score = make_score(
-        name,
-        [item["value"] for item in items],
-        chance=sum(map(_chance, samples)) / len(samples),
-        limited=any(size["effective"] < size["original"] for size in sizes),
-    )
     others = {key: float(results[key]) for key in results if "," in key and "_stderr" not in key and key != metric}
     # The harness's own aggregate is the value: a group may weigh its tasks, a metric need not be a mean of items.
-    return {**score, "value": float(results[metric]), "other_metrics": others}, items
+    score = make_score(
+        name,
+        [item.value for item in items],
+        chance=sum(map(_chance, samples)) / len(samples),
+        limited=any(size["effective"] < size["original"] for size in sizes),
+        value=float(results[metric]),
+        other_metrics=others,
+    )
+    return score, items
 
 
 def choose_metric(

@@ -14,15 +14,15 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
+from sdft_ray import stages
 from sdft_ray.core.rows import TrainingRow
 from sdft_ray.data.chat import require_trainable
-from sdft_ray.data.readers import read_json
 from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.models.directory import require_loadable, require_same_logits
 from sdft_ray.progress import say
-from sdft_ray.results import HISTORY, read_split, read_training_rows
+from sdft_ray.results import HISTORY, read_split, training_batches, validations
 from sdft_ray.spec import training
 from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
@@ -30,12 +30,23 @@ from sdft_ray.stages.train.adapters import count_parameters, name_adapters, outl
 from sdft_ray.stages.train.fit import fit
 from sdft_ray.stages.train.fitting import require_fitting
 from sdft_ray.stages.train.history import best_step
-from sdft_ray.stages.train.rows import encode, marked_example, proof_rows, require_vocabulary, shorten, write_rows
-from sdft_ray.stages.train.state import steps_in
+from sdft_ray.stages.train.rows import (
+    Counts,
+    Reference,
+    Rewrite,
+    encode,
+    marked_example,
+    proof_rows,
+    require_vocabulary,
+    shorten,
+    write_rows,
+)
+from sdft_ray.stages.train.state import read_checkpoint, steps_in
 from sdft_ray.stages.train.tuned import write_model
-from sdft_ray.stages.train.worker import RESULT
+from sdft_ray.stages.train.worker import RESULT, Outcome
 from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage, numbered
+from sdft_ray.store.record import Record
 
 VERSION, NEEDS, UNIT = 4, "train", "steps"
 
@@ -45,6 +56,48 @@ class Settings(Section):
 
     arm: str
     train: training.Train
+
+
+class Example(Record):
+    """One row as text, split where its loss begins."""
+
+    without_loss: str
+    with_loss: str
+
+
+class Summary(stages.Summary):
+    """How a training went; losses are in nats a trained token."""
+
+    arm: str
+    rows: int
+    """That were trained on."""
+    rows_too_long: int
+    rows_left_out: int
+    """Of those: without a token to train."""
+    validation_rows: int
+    steps: int
+    planned_steps: int
+    """Without an end by patience."""
+    best_step: int | None
+    """Of the lowest validation loss."""
+    tokens_per_epoch: int
+    trained_tokens_per_epoch: int
+    training_seconds: float
+    workers: int
+    peak_memory_gb: float
+    """Of the worker that held most."""
+    trainable_parameters: int
+    adapters_on: tuple[str, ...]
+    """Matrices of a block that have adapters."""
+    parameters: int
+    """Of the model without adapters."""
+    logits_differ_by: float
+    """At most, between the written model and the trained weights."""
+    first_loss: float
+    final_loss: float
+    validation_loss: float | None
+    """The last one."""
+    example: Example
 
 
 def stage(
@@ -58,7 +111,7 @@ def stage(
     )
 
 
-def build(work: Work[Settings]) -> dict[str, Any]:
+def build(work: Work[Settings]) -> Summary:
     """Train, then write the plain model."""
     settings = work.settings.train
     given = require_fitting(settings, work.compute.train)
@@ -70,40 +123,41 @@ def build(work: Work[Settings]) -> dict[str, Any]:
     work.progress.begin(math.ceil(len(data.rows) * settings.epochs / settings.global_batch_size))
     begun = time.monotonic()
     result = fit(work, given)
-    if "failed" in result:
+    if result.failed:
         raise _give_up(work, result, data.ids)
     training_seconds = time.monotonic() - begun
     difference = _write(work, base, data.rows, parts)
-    history = result["history"]
-    write_atomically(work.directory / HISTORY, json.dumps(history))
+    history = result.history
+    write_atomically(work.directory / HISTORY, json.dumps([step.plain() for step in history]))
     shutil.copytree(work.resumable / "tensorboard", work.directory / "tensorboard", dirs_exist_ok=True)
-    return {
-        "arm": work.settings.arm,
-        "rows": len(data.rows),
-        **data.counts,
-        "validation_rows": data.validation_rows,
-        "steps": len(history),
-        "planned_steps": result["planned_steps"],
-        "best_step": best_step(history),
-        "tokens_per_epoch": sum(len(row.ids) for row in data.rows),
-        "trained_tokens_per_epoch": sum(len(row.ids) - row.trained_from for row in data.rows),
-        "training_seconds": round(training_seconds, 1),
-        "workers": result["workers"],
-        "peak_memory_gb": round(result["peak_bytes"] / 1e9, 2),
-        "trainable_parameters": parts.trainable,
-        "adapters_on": parts.adapted,
-        "parameters": parts.parameters,
-        "logits_differ_by": difference,
-        "first_loss": history[0]["loss"],
-        "final_loss": history[-1]["loss"],
-        "validation_loss": next((r["validation_loss"] for r in reversed(history) if "validation_loss" in r), None),
-        "example": data.example,
-    }
+    return Summary(
+        arm=work.settings.arm,
+        rows=len(data.rows),
+        rows_too_long=data.counts.rows_too_long,
+        rows_left_out=data.counts.rows_left_out,
+        validation_rows=data.validation_rows,
+        steps=len(history),
+        planned_steps=result.planned_steps,
+        best_step=best_step(history),
+        tokens_per_epoch=sum(len(row.ids) for row in data.rows),
+        trained_tokens_per_epoch=sum(len(row.ids) - row.trained_from for row in data.rows),
+        training_seconds=round(training_seconds, 1),
+        workers=result.workers,
+        peak_memory_gb=round(result.peak_bytes / 1e9, 2),
+        trainable_parameters=parts.trainable,
+        adapters_on=tuple(parts.adapted),
+        parameters=parts.parameters,
+        logits_differ_by=difference,
+        first_loss=history[0].loss,
+        final_loss=history[-1].loss,
+        validation_loss=next((loss for _, loss in reversed(validations(history))), None),
+        example=data.example,
+    )
 
 
-def require_gates(stage: Stage[Settings], counts: Mapping[str, Any]) -> None:
+def require_gates(stage: Stage[Settings], counts: Counts | Summary) -> None:
     """Raise UserError where more rows were too long than the recipe allows."""
-    rows, too_long = counts["rows"] + counts["rows_left_out"], counts["rows_too_long"]
+    rows, too_long = counts.rows + counts.rows_left_out, counts.rows_too_long
     allowed = stage.settings.train.max_too_long_fraction
     if too_long > allowed * rows:
         what = f"{too_long} of {rows} rows are longer than {stage.settings.train.max_tokens} tokens"
@@ -113,10 +167,11 @@ def require_gates(stage: Stage[Settings], counts: Mapping[str, Any]) -> None:
 
 def _require_own_checkpoints(work: Work[Settings]) -> None:
     """Raise UserError where the directory of this training's checkpoints holds those of another."""
-    for path in sorted(work.resumable.glob("ray_train*/checkpoint_*/progress.json")):
-        if steps_in(path.parent) and (other := read_json(path)["stage"]) != work.stage.id:
-            what = f"holds a checkpoint of another training ({other}, not {work.stage.id})"
-            raise UserError(problem(str(path.parent), what, f"Move {work.resumable} away and run again"))
+    for directory in sorted(work.resumable.glob("ray_train*/checkpoint_*")):
+        checkpoint = read_checkpoint(directory)
+        if checkpoint and checkpoint.stage != work.stage.id and steps_in(directory):
+            what = f"holds a checkpoint of another training ({checkpoint.stage}, not {work.stage.id})"
+            raise UserError(problem(str(directory), what, f"Move {work.resumable} away and run again"))
 
 
 class _Parts(NamedTuple):
@@ -142,9 +197,9 @@ class _Data(NamedTuple):
 
     rows: list[TrainingRow]
     ids: list[str]
-    counts: dict[str, int]
+    counts: Counts
     validation_rows: int
-    example: dict[str, str]
+    example: Example
 
 
 def _prepare(work: Work[Settings], base: Path) -> _Data:
@@ -154,32 +209,32 @@ def _prepare(work: Work[Settings], base: Path) -> _Data:
     settings = work.settings.train
     tokenizer = AutoTokenizer.from_pretrained(base)
     require_trainable(tokenizer)
-    source, column = ("distilled", "response") if work.settings.arm == "distilled" else ("rows", "reference")
-    raw = [row for place in work.inputs(source) for row in read_training_rows(place, settings.rows)]
-    rows, ids, counts = encode(tokenizer, raw, column, settings)
-    require_gates(work.stage, {"rows": len(rows), **counts})
-    watched = [row for place in work.inputs("rows") for row in read_split(place, "validation")]
-    validation, _, _ = encode(tokenizer, watched, "reference", settings, watched=True)
+    raw: list[Reference | Rewrite] = []
+    source, kind = ("distilled", Rewrite) if work.settings.arm == "distilled" else ("rows", Reference)
+    for place in work.inputs(source):
+        for batch in training_batches(place, settings.rows, kind):
+            raw += cast(list[Reference | Rewrite], batch)
+    rows, ids, counts = encode(tokenizer, raw, settings)
+    require_gates(work.stage, counts)
+    watched = [row for place in work.inputs("rows") for row in read_split(place, "validation", Reference)]
+    validation, _, _ = encode(tokenizer, watched, settings, watched=True)
     require_vocabulary(base, tokenizer, [*rows, *validation])
     files = {"train": rows, "validation": validation}
     for name, some in files.items():
         write_rows(work.resumable / f"{name}.parquet", some)
     work.storage.publish(*(work.resumable / f"{name}.parquet" for name in files))
-    example = marked_example(tokenizer, rows[0])
-    before, after = (shorten(example[part]) for part in ("without_loss", "with_loss"))
-    say(f"train: {len(rows)} rows; of the first, no loss on {before}, loss on {after}")
-    return _Data(rows, ids, counts, len(validation), example)
+    before, after = marked_example(tokenizer, rows[0])
+    say(f"train: {len(rows)} rows; of the first, no loss on {shorten(before)}, loss on {shorten(after)}")
+    return _Data(rows, ids, counts, len(validation), Example(without_loss=before, with_loss=after))
 
 
-def _give_up(work: Work[Settings], result: Mapping[str, Any], ids: Sequence[str]) -> StageFailed:
+def _give_up(work: Work[Settings], result: Outcome, ids: Sequence[str]) -> StageFailed:
     """Return the error of a training whose loss is no number; a rerun tries again from the last checkpoint."""
     work.storage.drop(work.resumable / RESULT)
-    named = [ids[i] for i in result["rows"]]
+    named = [ids[i] for i in result.rows]
     some = ", ".join(named[:16]) + (f" and {len(named) - 16} more" if len(named) > 16 else "")
     kept = f"The last training checkpoint is kept in {work.storage.describe(work.resumable)}"
-    return StageFailed(
-        problem("train", f"{result['failed']}, on rows {some}", f"Look at them, or lower train.lr. {kept}")
-    )
+    return StageFailed(problem("train", f"{result.failed}, on rows {some}", f"Look at them, or lower train.lr. {kept}"))
 
 
 def _write(work: Work[Settings], base: Path, rows: Sequence[TrainingRow], parts: _Parts) -> float:

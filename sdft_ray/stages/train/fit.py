@@ -9,28 +9,28 @@ import contextlib
 import json
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from sdft_ray.data.readers import read_json
 from sdft_ray.errors import StageFailed, problem
-from sdft_ray.results import Step
+from sdft_ray.results import validations
 from sdft_ray.spec import compute
 from sdft_ray.stages import Work
-from sdft_ray.stages.train.worker import RESULT, Assignment, train_worker
+from sdft_ray.stages.train.log import Begun, Told
+from sdft_ray.stages.train.worker import RESULT, Assignment, Outcome, train_worker
 
 _ASK_SECONDS = 1.0  # between two looks at how far the workers are
 
 
-def fit(work: Work[Any], given: dict[str, Any]) -> dict[str, Any]:
+def fit(work: Work[Any], given: dict[str, Any]) -> Outcome:
     """Run the workers and return what rank 0 wrote down at the end; `given` is the user's DeepSpeed JSON."""
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     from sdft_ray.cluster import ticker
 
     if (work.resumable / RESULT).is_file():  # killed between the last step and the commit
-        return dict(read_json(work.resumable / RESULT))
+        return Outcome.from_file(work.resumable / RESULT)
     work.storage.drop(work.resumable / "tuned")  # of other numbers of workers
     _set_torn_list_aside(work.resumable)
     watcher = _Watcher(work, ticker())
@@ -46,9 +46,9 @@ def fit(work: Work[Any], given: dict[str, Any]) -> dict[str, Any]:
             do = f"The last training checkpoint is kept in {where}; the same command goes on from it"
             raise StageFailed(problem("train", cause, do)) from error
     work.storage.bring(work.resumable, RESULT)
-    result: dict[str, Any] = read_json(work.resumable / RESULT)
-    watcher.report_validations(result.get("history", []))
-    return result
+    outcome = Outcome.from_file(work.resumable / RESULT)
+    watcher.report_validations(validations(outcome.history))
+    return outcome
 
 
 def _make_trainer(work: Work[Any], given: dict[str, Any], ticker: Any) -> Any:
@@ -96,24 +96,24 @@ class _Watcher:
         self._finished.set()
         self._thread.join()
 
-    def report_validations(self, history: Sequence[Step]) -> None:
+    def report_validations(self, losses: Iterable[tuple[int, float]]) -> None:
         """Pass on the validation losses that nobody has heard of yet."""
-        for record in history:
-            if self._work.validated and "validation_loss" in record and record["step"] not in self._reported:
-                self._reported.add(record["step"])
-                self._work.validated(record["step"], record["validation_loss"])
+        for step, loss in losses:
+            if self._work.validated and step not in self._reported:
+                self._reported.add(step)
+                self._work.validated(step, loss)
 
     def _watch(self) -> None:
         import ray
 
         progress = self._work.progress
         while not self._finished.wait(_ASK_SECONDS):
-            state = ray.get(self.ticker.ask.remote())
-            self.report_validations(state.get("validations", []))
-            if "begun" in state and state["begun"] != progress.done:
-                progress.begin(progress.total, state["begun"])
-            elif "step" in state:
-                progress.update(state["step"], state["note"])
+            match ray.get(self.ticker.ask.remote()):
+                case Begun(steps) if steps != progress.done:
+                    progress.begin(progress.total, steps)
+                case Told(step, note, losses):
+                    self.report_validations(losses)
+                    progress.update(step, note)
 
 
 @contextlib.contextmanager

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from sdft_ray.results import Step
+from sdft_ray.results import Step, validations
 from sdft_ray.spec import training
-
-if TYPE_CHECKING:
-    pass
 
 
 def learning_rate(step: int, steps: int, settings: training.Train) -> float:
@@ -24,21 +20,12 @@ def learning_rate(step: int, steps: int, settings: training.Train) -> float:
 
 
 def best_step(history: Sequence[Step]) -> int | None:
-    """Return the step with the lowest validation loss, the first of equals.
-
-    >>> best_step([{"step": 1}, {"step": 2, "validation_loss": 3.0}, {"step": 3, "validation_loss": 3.0}])
-    2
-    """
-    seen = [record for record in history if "validation_loss" in record]
-    return min(seen, key=lambda record: record["validation_loss"])["step"] if seen else None
+    """Return the step with the lowest validation loss, the first of equals."""
+    return min(validations(history), key=lambda seen: seen[1], default=(None, 0.0))[0]
 
 
 def is_out_of_patience(history: Sequence[Step], patience: int | None) -> bool:
-    """Return whether the last `patience` validations were all no better than one before them.
-
-    >>> is_out_of_patience([{"step": 1, "validation_loss": 3.0}, {"step": 2, "validation_loss": 3.1}], patience=1)
-    True
-    """
+    """Return whether the last `patience` validations were all no better than one before them."""
     if patience is None or (best := best_step(history)) is None:
         return False
-    return sum("validation_loss" in record for record in history if record["step"] > best) >= patience
+    return sum(step > best for step, _ in validations(history)) >= patience

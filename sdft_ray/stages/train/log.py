@@ -7,12 +7,25 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
-from sdft_ray.results import Step
+from sdft_ray.results import Step, validations
 
-if TYPE_CHECKING:
-    pass
+
+class Begun(NamedTuple):
+    """What the driver is told at the start."""
+
+    steps: int
+    """That a checkpoint has behind it."""
+
+
+class Told(NamedTuple):
+    """What the driver is told after a step."""
+
+    step: int
+    note: str
+    validations: list[tuple[int, float]]
+    """All of them each time: whoever asks comes by once a second and would miss some."""
 
 
 def open_log(folder: Path, steps: int) -> Any:
@@ -37,15 +50,13 @@ def report(log: Any, ticker: Any, history: Sequence[Step], rate: float, engine: 
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.summary import scalar
 
-    record, memory = history[-1], peak_bytes(engine) / 1e9
-    values = {name: value for name, value in record.items() if name != "step"}
+    step, memory = history[-1], peak_bytes(engine) / 1e9
+    values = step.model_dump(exclude={"step"}, exclude_none=True)
     for name, value in (values | {"tokens_per_second": rate, "memory_gb": memory}).items():
-        log.write_event(Event(wall_time=time.time(), step=record["step"], summary=scalar(f"train/{name}", value)))
+        log.write_event(Event(wall_time=time.time(), step=step.step, summary=scalar(f"train/{name}", value)))
     log.flush()
-    note = f"loss {record['loss']:.3f}, lr {record['lr']:.1e}, {rate:.0f} tokens/s, {memory:.1f} GB"
-    # All validations each time: whoever asks comes by once a second and would miss some.
-    validations = [record for record in history if "validation_loss" in record]
-    ticker.tell.remote(step=record["step"], note=note, validations=validations)
+    note = f"loss {step.loss:.3f}, lr {step.lr:.1e}, {rate:.0f} tokens/s, {memory:.1f} GB"
+    ticker.tell.remote(Told(step.step, note, validations(history)))
 
 
 def peak_bytes(engine: Any) -> int:

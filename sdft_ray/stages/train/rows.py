@@ -5,30 +5,53 @@ In: rows with responses. Out: rows as token ids, a file that workers read, and t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from sdft_ray.core.rows import TrainingRow
 from sdft_ray.data.chat import encode_rows
 from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
 from sdft_ray.spec import training
+from sdft_ray.stages import Summary
 
-if TYPE_CHECKING:
-    pass
+
+class Counts(Summary):
+    """How many rows are left, and how many were too long: all that a gate reads of a training."""
+
+    rows: int
+    rows_too_long: int
+    rows_left_out: int
+    """Of those: without a token to train."""
+
+
+class Reference(NamedTuple):
+    """A row that is trained on with its reference."""
+
+    id: str
+    prompt: str
+    reference: str
+
+
+class Rewrite(NamedTuple):
+    """A row that is trained on with the response that was selected."""
+
+    id: str
+    prompt: str
+    response: str
 
 
 def encode(
-    tokenizer: Any, raw: Sequence[Mapping[str, Any]], column: str, settings: training.Train, watched: bool = False
-) -> tuple[list[TrainingRow], list[str], dict[str, int]]:
+    tokenizer: Any, raw: Sequence[Reference | Rewrite], settings: training.Train, watched: bool = False
+) -> tuple[list[TrainingRow], list[str], Counts]:
     """Return rows as token ids, their ids, and how many were too long; `watched` rows are not trained on.
 
     Raises UserError where none is left with a token to train.
     """
     limit, fate = settings.max_tokens, settings.too_long
     rows, ids, too_long, left_out = [], [], 0, 0
-    encoded = encode_rows(tokenizer, [(line["prompt"], line[column]) for line in raw])
+    encoded = encode_rows(tokenizer, [(prompt, response) for _, prompt, response in raw])
     for line, row in zip(raw, encoded, strict=True):
         if len(row.ids) > limit:
             too_long += 1
@@ -37,13 +60,13 @@ def encode(
                 continue
             row = TrainingRow(row.ids[:limit], row.trained_from)  # without its end of turn: none is taught there
         rows.append(row)
-        ids.append(line["id"])
+        ids.append(line.id)
     if not watched and not rows:
         what = f"{too_long} of {len(raw)} rows are longer than {limit} tokens"
         if fate == "truncate":
             what += ", and none of them has a token with loss within those"
         raise UserError(problem("train.max_tokens", what, "Raise it"))
-    return rows, ids, {"rows_too_long": too_long, "rows_left_out": left_out}
+    return rows, ids, Counts(rows=len(rows), rows_too_long=too_long, rows_left_out=left_out)
 
 
 def require_vocabulary(base: Path, tokenizer: Any, rows: Sequence[TrainingRow]) -> None:
@@ -56,12 +79,9 @@ def require_vocabulary(base: Path, tokenizer: Any, rows: Sequence[TrainingRow]) 
         raise UserError(problem(str(base), f"{what}; the model knows {known}", "Give model and tokenizer of one kind"))
 
 
-def marked_example(tokenizer: Any, row: TrainingRow) -> dict[str, str]:
+def marked_example(tokenizer: Any, row: TrainingRow) -> tuple[str, str]:
     """Return one row decoded, split where the loss begins: the proof of the mask that a person can read."""
-    return {
-        "without_loss": tokenizer.decode(row.ids[: row.trained_from]),
-        "with_loss": tokenizer.decode(row.ids[row.trained_from :]),
-    }
+    return tokenizer.decode(row.ids[: row.trained_from]), tokenizer.decode(row.ids[row.trained_from :])
 
 
 def shorten(text: str) -> str:

@@ -8,14 +8,27 @@ layout. DeepSpeed's own checkpoints load only into the number of workers and the
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sdft_ray.results import Step
+from sdft_ray.store.record import Record
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
+PROGRESS = "progress.json"
 LOGITS = "logits"
 """Stands among kept weights by the side of their names: the logits (K V) that these weights give, of rank 0."""
+
+
+class Checkpoint(Record):
+    """The progress of a training checkpoint."""
+
+    stage: str
+    """Id of the training that it is of."""
+    workers: int
+    history: tuple[Step, ...]
+    """The steps that it has behind it."""
 
 
 def trainable(engine: Any) -> list[tuple[str, Any]]:
@@ -68,11 +81,11 @@ def newest_checkpoint(folder: Path, bring: Callable[[str], None]) -> str | None:
 
     `bring` brings what matches a pattern to this node: of all checkpoints the progress, of the newest the state.
     """
-    bring("ray_train*/checkpoint_*/progress.json")
+    bring(f"ray_train*/checkpoint_*/{PROGRESS}")
     steps = {
-        path.parent: len(progress["history"])
-        for path in folder.glob("ray_train*/checkpoint_*/progress.json")
-        if (progress := _read_progress(path.parent))
+        path.parent: len(checkpoint.history)
+        for path in folder.glob(f"ray_train*/checkpoint_*/{PROGRESS}")
+        if (checkpoint := read_checkpoint(path.parent))
     }
     for path in sorted(steps, key=lambda path: (-steps[path], path)):
         name = path.relative_to(folder).as_posix()
@@ -82,27 +95,28 @@ def newest_checkpoint(folder: Path, bring: Callable[[str], None]) -> str | None:
     return None
 
 
-def _read_progress(checkpoint: Path) -> dict[str, Any] | None:
+def read_checkpoint(directory: Path) -> Checkpoint | None:
+    """Return the progress of a training checkpoint; None where it is not whole."""
     try:
-        return dict(json.loads((checkpoint / "progress.json").read_text()))
+        return Checkpoint.from_file(directory / PROGRESS)
     except (OSError, ValueError):
         return None
 
 
-def steps_in(checkpoint: Path) -> int:
+def steps_in(directory: Path) -> int:
     """Return how many steps a training checkpoint has behind it; 0 where it is not whole."""
     from safetensors import SafetensorError, safe_open
 
-    progress = _read_progress(checkpoint)
-    if progress is None:
+    checkpoint = read_checkpoint(directory)
+    if checkpoint is None:
         return 0
     try:
-        for rank in range(progress["workers"]):
-            with safe_open(checkpoint / f"state-{rank:05d}.safetensors", framework="pt"):
+        for rank in range(checkpoint.workers):
+            with safe_open(directory / f"state-{rank:05d}.safetensors", framework="pt"):
                 pass  # it knows from the header how long the file must be
     except (OSError, SafetensorError):
         return 0
-    return len(progress["history"])
+    return len(checkpoint.history)
 
 
 def _is_mine(engine: Any, number: int) -> bool:

@@ -20,15 +20,31 @@ from sdft_ray import environment
 from sdft_ray.results import Step
 from sdft_ray.spec import compute, training
 from sdft_ray.stages.train.history import best_step, is_out_of_patience, learning_rate
-from sdft_ray.stages.train.log import open_log, peak_bytes, report
+from sdft_ray.stages.train.log import Begun, open_log, peak_bytes, report
 from sdft_ray.stages.train.rows import EncodedRows, proof_rows
+from sdft_ray.stages.train.state import PROGRESS, Checkpoint
 from sdft_ray.stages.train.step import compute_logits, mean_loss, take_step
 from sdft_ray.stages.train.zero import load_trainable, start_engine
 from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage
+from sdft_ray.store.record import Record
 from sdft_ray.store.storage import Storage
 
 RESULT = "result.json"
+
+
+class Outcome(Record):
+    """What rank 0 writes down at the end: how it failed, or how it went."""
+
+    failed: str | None = None
+    rows: tuple[int, ...] = ()
+    """The numbers of the rows that it failed on."""
+    history: tuple[Step, ...] = ()
+    workers: int = 0
+    peak_bytes: int = 0
+    """Of the worker that held most."""
+    planned_steps: int = 0
+    """Without an end by patience."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +105,7 @@ class Training:
         self.begun, self.tokens = time.monotonic(), 0
         self.events, self.log = self.folder / "tensorboard", None
         if self.rank == 0:
-            assignment.ticker.tell.remote(begun=len(self.history))
+            assignment.ticker.tell.remote(Begun(len(self.history)))
             self.storage.bring(self.events)
             self.log = open_log(self.events, len(self.history))
 
@@ -111,9 +127,9 @@ class Training:
         loss, norm = take_step(self.engine, chosen, keys, self._passes(chosen), self.settings.max_grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):  # before a checkpoint could keep what it did
             what, value = ("gradient", norm) if math.isfinite(loss) else ("loss", loss)
-            self._write_result({"failed": f"the {what} at step {step + 1} is {value}", "rows": self.steps[step]})
+            self._write(Outcome(failed=f"the {what} at step {step + 1} is {value}", rows=tuple(self.steps[step])))
             return False
-        self.history.append({"step": step + 1, "loss": loss, "lr": lr, "grad_norm": norm})
+        self.history.append(Step(step=step + 1, loss=loss, lr=lr, grad_norm=norm))
         self.tokens += sum(len(row.ids) for row in chosen)
         return True
 
@@ -125,7 +141,7 @@ class Training:
     def validate(self) -> None:
         """Measure the loss of the validation rows, and keep the weights where they are to be kept as the best."""
         loss = mean_loss(self.engine, self.validation, self._passes(self.validation))
-        self.history[-1]["validation_loss"] = loss
+        self.history[-1] = self.history[-1].model_copy(update={"validation_loss": loss})
         if self.settings.keep == "best" and best_step(self.history) == len(self.history):
             self.best = self._weights()
 
@@ -149,8 +165,9 @@ class Training:
         with tempfile.TemporaryDirectory() as state:
             save_state(self.engine, Path(state), self.best)
             if self.rank == 0:
-                progress = {"stage": self.assignment.stage.id, "workers": self.workers, "history": self.history}
-                write_atomically(Path(state) / "progress.json", json.dumps(progress))
+                stage, history = self.assignment.stage.id, tuple(self.history)
+                checkpoint = Checkpoint(stage=stage, workers=self.workers, history=history)
+                write_atomically(Path(state) / PROGRESS, json.dumps(checkpoint.plain()))
                 self.storage.publish(*self.events.iterdir())
             ray.train.report({"step": step + 1}, checkpoint=ray.train.Checkpoint.from_directory(state))
 
@@ -168,7 +185,7 @@ class Training:
             self.log.close()
             self.storage.publish(*self.events.iterdir())
         counts = {"workers": self.workers, "peak_bytes": int(peak), "planned_steps": len(self.steps)}
-        self._write_result({"history": self.history, **counts})
+        self._write(Outcome(history=tuple(self.history), **counts))
         dist.barrier()
 
     def _passes(self, rows: list[Any]) -> list[list[int]]:
@@ -183,9 +200,9 @@ class Training:
 
         return share_of_weights(self.engine, compute_logits(self.engine, proof_rows(self.rows)))
 
-    def _write_result(self, result: Mapping[str, Any]) -> None:
+    def _write(self, outcome: Outcome) -> None:
         if self.rank == 0:
-            write_atomically(self.folder / RESULT, json.dumps(result))
+            write_atomically(self.folder / RESULT, json.dumps(outcome.plain()))
             self.storage.publish(self.folder / RESULT)
 
 
@@ -217,7 +234,7 @@ def _resume(engine: Any, folder: Path, rank: int, bring: Callable[[str], None]) 
     if found[0] is None:
         return [], {}
     bring(f"{found[0]}/*")
-    history: list[Step] = json.loads((folder / found[0] / "progress.json").read_text())["history"]
+    history = list(Checkpoint.from_file(folder / found[0] / PROGRESS).history)
     return history, load_state(engine, folder / found[0], len(history))
 
 

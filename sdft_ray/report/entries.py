@@ -1,0 +1,329 @@
+"""What reports show: the report of a recipe and that of a sweep, as records.
+
+In: nothing. Out: types that the terminal tables, `--json`, `--csv` and the HTML pages are all views of, so that they
+cannot disagree. The JSON is the records' own: a field that has no value in some entry is absent there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
+
+from pydantic import Field, JsonValue, SerializerFunctionWrapHandler, model_serializer
+
+from sdft_ray.core.recovery import Difference
+from sdft_ray.results import Cut, Distances, Drafting, Gain, Record, Score, Step
+from sdft_ray.stages.cut import Summary as Pruned
+from sdft_ray.stages.distill import Summary as Selection
+from sdft_ray.stages.draft import Summary as Draft
+from sdft_ray.stages.loss import Summary as Losses
+from sdft_ray.stages.merge import Summary as Merged
+from sdft_ray.stages.nll import Summary as Nll
+from sdft_ray.stages.speed import Summary as Speed
+from sdft_ray.stages.train import Summary as Trained
+from sdft_ray.store.manifest import Provenance
+
+
+class Flat(Record):
+    """A record whose JSON has the fields of some inner records among its own."""
+
+    flat: ClassVar[tuple[str, ...]]
+
+    @model_serializer(mode="wrap")
+    def _spread(self, serialize: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
+        plain: dict[str, JsonValue] = {}
+        for name, value in serialize(self).items():
+            plain |= (value or {}) if name in self.flat else {name: value}
+        return plain
+
+
+class Quality(Record):
+    """A model's scores, their mean, and how much of the base's that is."""
+
+    tasks: dict[str, Score]
+    mean: float
+    recovery: float | None
+    """In percent; None where the base scores nothing."""
+    recovery_over_chance: float | None
+    limited: bool
+    """Whether some score is of part of its task."""
+
+
+class Cost(Record):
+    """What a model costs on paper."""
+
+    parameters: int
+    flops_per_token: float
+    """Forward, at a length of `flops_tokens`."""
+
+
+class Comparison(Record):
+    """How much better one arm does than the other on the same items."""
+
+    first: str
+    second: str
+    tasks: dict[str, Difference]
+    mean: Difference
+
+
+# --- a recipe -------------------------------------------------------------------------------------------------
+
+
+class ModelEntry(Flat):
+    """A model of a recipe."""
+
+    flat = ("quality", "cost")
+    model: str
+    id: str
+    quality: Quality
+    cost: Cost
+
+
+class MergeEntry(Flat):
+    """A merged model."""
+
+    flat = ("merged",)
+    models: tuple[str, ...]
+    """That it was merged from."""
+    against: dict[str, Difference]
+    """What it gained over other models, in the mean over tasks."""
+    merged: Merged
+
+
+class Training(NamedTuple):
+    """How a training went."""
+
+    curve: Sequence[Step]
+    summary: Trained
+
+
+class Example(NamedTuple):
+    """A row, reference and rewrite side by side."""
+
+    reason: str
+    prompt: str
+    reference: str
+    generated: str
+
+
+class Artifact(NamedTuple):
+    """Where a stage's artifact is."""
+
+    stage: str
+    directory: str
+
+
+class Details(Record):
+    """What only the page and the sentences below the table show."""
+
+    distances: Distances
+    losses: Losses | None
+    cut: Pruned
+    selection: Selection | None
+    examples: Sequence[Example]
+    """A few rows for every reason."""
+    nll: Nll | None
+    trainings: dict[str, Training]
+    seconds: dict[str, float]
+    """Of each kind of stage."""
+    provenance: Provenance
+    """Of the last stage."""
+    artifacts: Sequence[Artifact]
+    settings: Mapping[str, Any]
+    """The recipe."""
+
+
+class Report(Record):
+    """What a run came to."""
+
+    recipe: str
+    flops_tokens: int
+    models: tuple[ModelEntry, ...]
+    """The base first."""
+    comparison: Comparison | None
+    """None where there is one arm only."""
+    speed: Speed | None
+    merges: dict[str, MergeEntry]
+    drafts: dict[str, Draft]
+    details: Details = Field(exclude=True)
+
+    @property
+    def base(self) -> ModelEntry:
+        return self.models[0]
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(self.base.quality.tasks)
+
+
+# --- a sweep --------------------------------------------------------------------------------------------------
+
+
+class SweepModel(Flat):
+    """A base or a pruned model of a sweep."""
+
+    flat = ("cut", "quality", "cost")
+    model: Literal["base", "pruned"]
+    slug: str
+    blocks: int
+    """That were removed."""
+    directory: str | None = None
+    cut: Cut | None = None
+    speed: Speed | None
+    id: str
+    quality: Quality
+    cost: Cost
+
+
+class TrialResult(Flat):
+    """What came of a trial."""
+
+    flat = ("quality", "cost")
+    validation_loss: float | None
+    seconds: float
+    """Of its training."""
+    quality: Quality
+    cost: Cost
+
+
+class SpeedFigures(Drafting):
+    """How fast a draft makes the base."""
+
+    speedup: float
+    """The mean over seeds, and the range over runs."""
+    speedup_min: float
+    speedup_max: float
+
+
+class DraftFigures(Gain, SpeedFigures):
+    """What a draft brings for one kind of text, with the best measured number of tokens."""
+
+    acceptance_error: float
+    """The standard error; it and the acceptance itself are counted with the largest number of tokens."""
+
+
+class DraftWorth(Record):
+    """What a draft, or several that differ in their seeds, are worth."""
+
+    cost: float
+    """Time of a draft's token over the base's."""
+    greedy: DraftFigures
+    sampled: DraftFigures
+
+    @property
+    def texts(self) -> dict[str, DraftFigures]:
+        return {"greedy": self.greedy, "sampled": self.sampled}
+
+
+class Place(Record):
+    """Where something lies in a sweep."""
+
+    arm: str
+    blocks: int
+    rows: int | None
+    """None: not trained."""
+    values: dict[str, Any]
+    """Of the other axes."""
+
+    @property
+    def name(self) -> str:
+        """The arm, and what else it was trained with."""
+        return ", ".join([self.arm, *(f"{path} {value}" for path, value in self.values.items())])
+
+
+class TrialEntry(Flat, Place):
+    """A trial."""
+
+    flat = ("result",)
+    id: str
+    directory: str
+    status: Literal["done", "stopped", "failed", "missing"]
+    reason: str | None
+    pruned: str
+    """Id of the model that was trained."""
+    result: TrialResult | None
+    draft: DraftWorth | None
+
+
+class Group(Place):
+    """Finished trials that differ in their seeds alone; figures are means over them."""
+
+    trials: tuple[int, ...]
+    """Their numbers in the report."""
+    mean: float
+    recovery: float | None
+    recovery_sd: float | None
+    """None for a single trial."""
+    recovery_over_chance: float | None
+    validation_loss: float | None
+    parameters: int
+    pruned: str
+    limited: bool
+    chosen: bool = False
+    """Whether it has the lowest validation loss among those of one recipe, arm, depth and size."""
+
+
+class SweepComparison(Flat):
+    """How much better the distilled arm does than sft at one depth and size."""
+
+    flat = ("compared",)
+    recipe: str | None
+    blocks: int
+    rows: int
+    seeds: dict[str, int]
+    """How many, by arm."""
+    compared: Comparison
+
+
+class DraftEntry(Flat, Place):
+    """A pruned model or a group of trials as a draft of the base."""
+
+    flat = ("worth",)
+    chosen: bool
+    drafts: int
+    """How many were measured."""
+    worth: DraftWorth
+
+
+class Untried(Record):
+    """A draft that is still to be tried."""
+
+    draft: str
+    status: Literal["failed", "missing"]
+    reason: str | None
+
+
+class Map(NamedTuple):
+    """A scoring, and the blocks that were removed by it."""
+
+    distances: Distances
+    removed: Sequence[Sequence[int]]
+
+
+class SweepReport(Record):
+    """What a sweep has come to so far."""
+
+    sweep: str
+    axes: tuple[str, ...]
+    tasks: tuple[str, ...]
+    models: tuple[SweepModel, ...]
+    """Bases, then pruned models."""
+    trials: tuple[TrialEntry, ...]
+    groups: tuple[Group, ...]
+    comparisons: tuple[SweepComparison, ...]
+    drafts: tuple[DraftEntry, ...]
+    untried: tuple[Untried, ...]
+    maps: Sequence[Map] = Field(exclude=True)
+    flops_tokens: int
+
+    @property
+    def base(self) -> SweepModel:
+        return self.models[0]
+
+    @property
+    def pruned(self) -> list[SweepModel]:
+        return [model for model in self.models if model.model == "pruned"]
+
+    @property
+    def limited(self) -> bool:
+        return any(model.quality.limited for model in self.models)

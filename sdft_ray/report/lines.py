@@ -1,0 +1,155 @@
+"""The sentences and figures of reports, for the terminal and the pages alike.
+
+In: records of a report. Out: text; scores in percent, because that is how leaderboards print them.
+"""
+
+from __future__ import annotations
+
+from sdft_ray.core.merging import COLLINEAR
+from sdft_ray.core.recovery import Difference
+from sdft_ray.core.surgery import name_blocks
+from sdft_ray.report.entries import (
+    Comparison,
+    Draft,
+    Losses,
+    MergeEntry,
+    Nll,
+    Report,
+    Selection,
+    Speed,
+    SweepReport,
+    TrialEntry,
+)
+from sdft_ray.results import HELD_OUT, Cut, Pace, Score
+
+_LIMITED = "LIMITED: scores are of a part of each task, not comparable with published ones. "
+
+
+def caption(report: Report) -> str:
+    """Return what a reader must know to read the table of a recipe."""
+    limited = any(model.quality.limited for model in report.models)
+    text = f"± one standard error. {_name_sizes(report.base.quality.tasks)}"
+    text += f" FLOPs: forward, counted at {report.flops_tokens} tokens."
+    held_out = {model.model: score for model in report.models if (score := model.quality.tasks.get(HELD_OUT))}
+    if held_out:
+        text += " Bits per byte of the held-out references (lower is better): "
+        text += ", ".join(f"{name} {score.bits_per_byte:.2f}" for name, score in held_out.items()) + "."
+    return _LIMITED * limited + text
+
+
+def sweep_caption(report: SweepReport) -> str:
+    """Return what a reader must know to read the figures of a sweep."""
+    text = f"± over seeds: one standard deviation. {_name_sizes(report.base.quality.tasks)}"
+    if not all(group.chosen for group in report.groups):
+        text += " Of one arm, depth and size the setting of the lowest validation loss is chosen."
+    return _LIMITED * report.limited + text
+
+
+def _name_sizes(scores: dict[str, Score]) -> str:
+    return f"Items: {', '.join(f'{task} {score.n}' for task, score in scores.items())}."
+
+
+def cut_line(cut: Cut, losses: Losses | None = None) -> str:
+    """Return which blocks went, by which metric, and how sure that is."""
+    cost = {"angular": "distance", "influence": "summed influence", "loss": "loss on held-back text"}[cut.metric]
+    text = f"Cut: blocks {name_blocks(cut.removed)}, {cost} {cut.cost:.3f}"
+    if losses and cut.metric == "loss":
+        text += f" ({losses.base_loss:.3f} with nothing removed)"
+    return f"{text}; {cut.agreement:.0%} of bootstrap samples choose the same."
+
+
+def speed_line(speed: Speed) -> str:
+    """Return how fast the pruned model was against the base, with the range over alternating runs."""
+
+    def name(pace: Pace) -> str:
+        return ratio(pace.ratio, pace.ratio_min, pace.ratio_max)
+
+    figures = f"prefill {name(speed.prefill)}, decode {name(speed.decode)}"
+    return f"Measured tokens/s of the pruned model, as a multiple of the base's: {figures}."
+
+
+def difference_line(compared: Comparison) -> str:
+    """Return how much better one arm does than the other on the same items, and how sure that is."""
+    each = ", ".join(f"{task} {interval(difference)}" for task, difference in compared.tasks.items())
+    names = f"{compared.first} - {compared.second}"
+    return f"{names} on the same items, in points with 95 % intervals: mean {interval(compared.mean)}; {each}."
+
+
+def merge_line(name: str, entry: MergeEntry) -> str:
+    """Return what was merged, how far that could differ from the mean of the weights, and what it gained."""
+    merged = entry.merged
+    text = f"{name}: merged from {' and '.join(entry.models)}; {merged.identical} of {merged.tensors} tensors"
+    text += f" were identical, the least alike have cosine {merged.least_cosine:.4f}"
+    if name == "slerp":
+        text += f"; {merged.fell_back_to_linear} with a cosine beyond {COLLINEAR} fell back to the mean"
+    gained = ", ".join(f"{other} {interval(difference)}" for other, difference in entry.against.items())
+    return f"{text}. {name} less others on the same items, mean in points with 95 % intervals: {gained}."
+
+
+def draft_line(name: str, draft: Draft) -> str:
+    """Return what a model is worth as a draft: the best number of drafted tokens, and what it cost and gained."""
+    best = draft.greedy.best
+    text = f"{name} as draft of the base: a token of it takes {draft.cost:.2f} of the base's time; greedy, with"
+    text += f" {best.tokens} drafted: {best.accepted_share:.0%} accepted, {best.tokens_per_call:.2f} tokens a"
+    text += f" call, {ratio(best.speedup, best.speedup_min, best.speedup_max)} times the tokens/s"
+    text += f" (expected {best.expected_speedup:.2f}; gains below a cost of {best.break_even_cost:.2f})"
+    if best.differing:
+        text += f"; the text of {len(best.differing)} of {draft.prompts} prompts differs from the base's alone"
+    return f"{text}."
+
+
+def selection_line(selection: Selection) -> str:
+    """Return how many rewrites were kept, and why the others were not."""
+    others = ", ".join(f"{n} {reason}" for reason, n in selection.reasons.items() if n and reason != "kept")
+    text = f"Rewrites: {selection.kept} of {selection.rows} rows kept"
+    return text + (f"; the reference stays for {others}." if others else ".")
+
+
+def nll_line(nll: Nll) -> str | None:
+    """Return how likely the base model finds rewrites and references, and how long they are; None where none was
+    measured."""
+    if not (nll.distilled and nll.reference):
+        return None
+    each = (
+        f"{name} {side.nll_per_token:.3f} ({side.mean_tokens:.0f} tokens)"
+        for name, side in (("rewrites", nll.distilled), ("references", nll.reference))
+    )
+    return f"Negative log-likelihood a token under the base, {nll.rows} kept rows: {', '.join(each)}."
+
+
+def name_trial(trial: TrialEntry) -> str:
+    """Return a trial in words."""
+    return f"{trial.blocks} blocks, {trial.rows} rows, {trial.name}"
+
+
+# --- figures --------------------------------------------------------------------------------------------------
+
+
+def percent(score: Score) -> str:
+    """Return a score in percent with its standard error."""
+    error = f" ±{100 * score.stderr:.1f}" if score.stderr is not None else ""
+    return f"{100 * score.value:.1f}{error}"
+
+
+def saved(amount: float, of_base: float) -> str:
+    """Return how much less than the base a model has of something, or nothing for the base."""
+    return f" (-{100 * (1 - amount / of_base):.1f} %)" if amount < of_base else ""
+
+
+def interval(difference: Difference) -> str:
+    """Return a difference with its interval, in points.
+
+    >>> interval(Difference(0.012, -0.01, 0.034, 100))
+    '+1.2 [-1.0, +3.4]'
+    """
+    return f"{100 * difference.value:+.1f} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
+
+
+def ratio(value: float, low: float, high: float) -> str:
+    """Return a ratio of speeds with its range over alternating runs."""
+    return f"{value:.2f} ({low:.2f} to {high:.2f})"
+
+
+def number(value: float | None) -> str:
+    """Return a number with one decimal."""
+    return "-" if value is None else f"{value:.1f}"

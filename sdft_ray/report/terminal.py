@@ -1,0 +1,104 @@
+"""What commands print of reports and artifacts: tables, and the sentences below them.
+
+In: a report, or an artifact's directory and manifest. Out: lines on a console.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from sdft_ray.report import lines, table
+from sdft_ray.report.entries import Draft, Losses, Report, SweepReport
+from sdft_ray.spec.loading import leaves
+from sdft_ray.stages import score
+from sdft_ray.store.manifest import Manifest
+
+
+def show(report: Report, console: Console) -> None:
+    """Print the table of a recipe and the sentences that explain it."""
+    details = report.details
+    console.print(table.recovery_table(report))
+    console.print(lines.cut_line(details.cut, details.losses))
+    if report.comparison:
+        console.print(lines.difference_line(report.comparison))
+    for name, merged in report.merges.items():
+        console.print(lines.merge_line(name, merged))
+    for name, draft in report.drafts.items():
+        console.print(lines.draft_line(name, draft))
+    if report.speed:
+        console.print(lines.speed_line(report.speed))
+    if details.selection:
+        console.print(lines.selection_line(details.selection))
+    if details.nll and (line := lines.nll_line(details.nll)):
+        console.print(line)
+
+
+def show_sweep(report: SweepReport, console: Console) -> None:
+    """Print the tables of a sweep, and what did not end."""
+    console.print(table.sweep_table(report))
+    if report.comparisons:
+        console.print(table.comparison_table(report))
+    if report.drafts:
+        console.print(table.sweep_draft_table(report))
+    for model in report.pruned:
+        assert model.cut, "a pruned model was cut"
+        console.print(lines.cut_line(model.cut) + (f" {lines.speed_line(model.speed)}" if model.speed else ""))
+    for trial in report.trials:
+        if trial.status != "done":
+            _print_open(console, trial.status, lines.name_trial(trial), trial.reason)
+    for draft in report.untried:
+        _print_open(console, draft.status, draft.draft, draft.reason)
+
+
+def _print_open(console: Console, status: str, name: str, reason: str | None) -> None:
+    console.print(f"{status}: {name}{f': {reason}' if reason else ''}")
+
+
+# --- an artifact ----------------------------------------------------------------------------------------------
+
+# What tables show of a summary, or what is too long to be shown.
+_NOT_AS_LINES = {
+    "score": ("choices", "corpora"),
+    "loss": ("candidates",),
+    "draft": ("greedy", "sampled"),
+    "merge": ("cosines",),
+}
+
+
+def show_artifact(directory: Path, manifest: Manifest) -> None:
+    """Print an artifact: what it is, what came of it, what it was made from, and its files."""
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    provenance, identity = manifest.provenance, manifest.identity
+    hidden = _NOT_AS_LINES.get(manifest.stage, ())
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    facts.add_row("artifact", f"{manifest.stage} {manifest.id}")
+    facts.add_row("directory", str(directory))
+    facts.add_row("made", f"{provenance.created} in {provenance.wall_seconds:.1f} s on {provenance.machine}")
+    for key, value in leaves({name: value for name, value in manifest.summary.items() if name not in hidden}):
+        facts.add_row(key, f"{value:.4g}" if isinstance(value, float) else str(value))
+    for key, value in leaves(identity.settings):
+        facts.add_row(f"recipe: {key}", str(value))
+    for name, inner in identity.inputs.items():
+        facts.add_row(f"input: {name}", inner)
+    facts.add_row("files", f"{len(manifest.files)}, {manifest.bytes / 1e6:.1f} MB")
+    console.print(facts)
+    for more in _tables(manifest):
+        console.print()
+        console.print(more)
+
+
+def _tables(manifest: Manifest) -> list[Table]:
+    """Return the tables of what a stage measured."""
+    match manifest.stage:
+        case "score":
+            return table.score_tables(score.Summary.model_validate(manifest.summary))
+        case "loss":
+            return [table.loss_table(Losses.model_validate(manifest.summary))]
+        case "draft":
+            return [table.draft_table(Draft.model_validate(manifest.summary))]
+        case _:
+            return []

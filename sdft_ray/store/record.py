@@ -1,0 +1,23 @@
+"""The base of what is written as JSON and read again, maybe by another version."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, JsonValue
+
+
+class Record(BaseModel):
+    """A frozen piece of an artifact or a report; what another version of it holds beside is not read."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True, ser_json_inf_nan="constants")
+
+    def plain(self) -> dict[str, JsonValue]:
+        """Return it as JSON has it: what it was made with, and no defaults."""
+        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+    @classmethod
+    def from_file(cls, path: Path) -> Self:
+        """Return what a JSON file holds."""
+        return cls.model_validate_json(path.read_bytes())
