@@ -19,7 +19,7 @@ from typing import Any
 
 from sdft_ray import environment
 from sdft_ray.errors import StageFailed, UserError, problem
-from sdft_ray.progress import say
+from sdft_ray.progress import log
 from sdft_ray.spec.compute import Compute, cores
 
 TOKEN = "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token"
@@ -155,7 +155,7 @@ def require_capacity(compute: Compute, section: str, stage: str) -> None:
         cpus_there, gpus_there = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
         there = f"{cpus_there:g} CPUs and {gpus_there:g} GPUs"
         needs = f"needs {bundles} x ({cpus} CPUs, {gpus:g} GPUs); the cluster has {there} on {len(nodes)} nodes"
-        say(f"{stage}: {needs}; waiting up to {compute.ray.wait_seconds} s for that much to be free")
+        log(f"{stage}: {needs}; waiting up to {compute.ray.wait_seconds} s for that much to be free")
         if not group.wait(compute.ray.wait_seconds):
             raise UserError(problem(where, needs, "Ask for less, or add nodes"))
     finally:
@@ -199,7 +199,7 @@ def on_this_node() -> Any:
 
 
 def ticker() -> Any:
-    """Return a new actor that workers tell how far they are, and that the driver asks."""
+    """Return a new actor to which workers report how far they are, and from which the driver reads it."""
     import ray
 
     # An actor that needs nothing is put on any node; here it dies with nobody but the driver.
@@ -210,10 +210,10 @@ class _Ticker:
     def __init__(self) -> None:
         self._state: dict[str, Any] = {}
 
-    def tell(self, **state: Any) -> None:
+    def report(self, **state: Any) -> None:
         self._state = state
 
-    def ask(self) -> dict[str, Any]:
+    def read(self) -> dict[str, Any]:
         return self._state
 
 

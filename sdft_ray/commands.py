@@ -35,7 +35,7 @@ def check(options: argparse.Namespace) -> None:
     check(recipe, compute)
     chain = pipeline.chain(recipe)
     plan = pipeline.describe(chain.in_order, storage)
-    precision.say_slow(pipeline.survey(chain.in_order, storage)[0], compute)
+    precision.report_slow(pipeline.survey(chain.in_order, storage)[0], compute)
     costs = estimate_stages(recipe, compute, chain, storage) if options.compute else []
     if options.json:
         estimates = [dataclasses.asdict(cost) for cost in costs]
@@ -70,13 +70,13 @@ def run(options: argparse.Namespace) -> None:
     """Build what a recipe lacks, then report."""
     from sdft_ray import pipeline
     from sdft_ray.engine import VllmEngine
-    from sdft_ray.progress import say
+    from sdft_ray.progress import log
 
     recipe, compute, storage = _load(options)
     with contextlib.redirect_stdout(sys.stderr):  # Ray prints notices of dead workers to stdout, which is for results
         built = pipeline.run(recipe, compute, storage, options.until, options.engine or VllmEngine)
     if not built.new:
-        say(f"Nothing to do: all {len(built.reused)} artifacts are there already under {storage.uri}.")
+        log(f"Nothing to do: all {len(built.reused)} artifacts are there already under {storage.uri}.")
     if options.until in (None, "evaluate"):
         _show_report(options, recipe, storage)
 
@@ -98,7 +98,7 @@ def report(options: argparse.Namespace) -> None:
 def sweep(options: argparse.Namespace) -> None:
     """Build what a sweep lacks, then report."""
     from sdft_ray.engine import VllmEngine
-    from sdft_ray.progress import say
+    from sdft_ray.progress import log
     from sdft_ray.sweep import planning, trials
 
     plan, compute, storage = _load_sweep(options)
@@ -111,7 +111,7 @@ def sweep(options: argparse.Namespace) -> None:
                 raise
             failed = error
     if not failed and not built.new:
-        say(f"Nothing to do: all {len(built.reused)} artifacts are there already under {storage.uri}.")
+        log(f"Nothing to do: all {len(built.reused)} artifacts are there already under {storage.uri}.")
     _show_sweep(options, plan, storage)
     if failed:
         raise failed
@@ -121,7 +121,7 @@ def submit(options: argparse.Namespace) -> int:
     """Run a recipe or a sweep as a Ray job."""
     import tempfile
 
-    from sdft_ray.progress import say
+    from sdft_ray.progress import log
     from sdft_ray.submit import job, kuberay
 
     if options.print_manifest:
@@ -134,7 +134,7 @@ def submit(options: argparse.Namespace) -> int:
         archive = Path(folder) / "job.zip"
         command = job.pack(options.recipe, options.compute, options.root, options.until, archive)
         client, number = job.submit(options.address, archive, command, options.recipe.name)
-    say(f"Submitted as {number}: {command}")
+    log(f"Submitted as {number}: {command}")
     if options.no_wait:
         print(number)
         return 0
@@ -144,7 +144,7 @@ def submit(options: argparse.Namespace) -> int:
 def _show_report(options: argparse.Namespace, recipe: Any, storage: Any) -> None:
     from rich.console import Console
 
-    from sdft_ray.progress import say
+    from sdft_ray.progress import log
     from sdft_ray.report import collect, page, table
 
     report = collect.collect(recipe, str(options.recipe), storage)
@@ -155,7 +155,7 @@ def _show_report(options: argparse.Namespace, recipe: Any, storage: Any) -> None
     if options.html:
         options.html.parent.mkdir(exist_ok=True)
         options.html.write_text(page.render(report), encoding="utf-8")
-        say(f"Report: {options.html}")
+        log(f"Report: {options.html}")
 
 
 def _check_sweep(options: argparse.Namespace) -> None:
@@ -168,7 +168,7 @@ def _check_sweep(options: argparse.Namespace) -> None:
 
     plan, compute, storage = _load_sweep(options)
     planning.check(plan, compute)
-    precision.say_slow(pipeline.survey(planning.stages_of(plan), storage)[0], compute)
+    precision.report_slow(pipeline.survey(planning.stages_of(plan), storage)[0], compute)
     found = savings.measure(plan, storage)
     costs = estimate_sweep(plan, compute, storage) if options.compute else []
     if options.json:
@@ -182,7 +182,7 @@ def _check_sweep(options: argparse.Namespace) -> None:
 def _show_sweep(options: argparse.Namespace, plan: Any, storage: Any) -> None:
     from rich.console import Console
 
-    from sdft_ray.progress import say
+    from sdft_ray.progress import log
     from sdft_ray.report import page, sweep
 
     report = sweep.collect(plan, str(options.recipe), storage)
@@ -192,11 +192,11 @@ def _show_sweep(options: argparse.Namespace, plan: Any, storage: Any) -> None:
         sweep.show(report, Console(width=None if sys.stdout.isatty() else 160))
     if options.csv:
         options.csv.write_text(sweep.as_csv(report), encoding="utf-8")
-        say(f"Table: {options.csv}")
+        log(f"Table: {options.csv}")
     if options.html:
         options.html.parent.mkdir(exist_ok=True)
         options.html.write_text(page.render_sweep(report, options.html.parent), encoding="utf-8")
-        say(f"Report: {options.html}")
+        log(f"Report: {options.html}")
 
 
 def _load_sweep(options: argparse.Namespace) -> tuple[Any, Any, Any]:
@@ -363,7 +363,7 @@ def explain(options: argparse.Namespace) -> None:
 def init(options: argparse.Namespace) -> None:
     """Write a starter recipe."""
     from sdft_ray.preflight import starter
-    from sdft_ray.progress import say
+    from sdft_ray.progress import log
 
     columns = starter.Columns(options.prompt, options.response, options.context, options.answer)
-    say(starter.write(options.model, options.rows, options.out, columns))
+    log(starter.write(options.model, options.rows, options.out, columns))

@@ -29,7 +29,7 @@ from sdft_ray.engine import EngineFactory, VllmEngine
 from sdft_ray.errors import StageFailed, UserError, nearest, problem
 from sdft_ray.preflight import precision
 from sdft_ray.preflight.checks import check
-from sdft_ray.progress import Progress, duration, say
+from sdft_ray.progress import Progress, duration, log
 from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.recipe import Merge, Recipe
 from sdft_ray.spec.sources import LocalModel
@@ -272,7 +272,7 @@ def run(
     stages: Sequence[Stage[Any]] = chain(recipe).in_order
     if until:
         stages = _up_to(stages, until)
-    precision.say_slow(survey(stages, storage)[0], compute)
+    precision.report_slow(survey(stages, storage)[0], compute)
     return build(stages, compute, storage, engine=engine)
 
 
@@ -386,15 +386,15 @@ class _Maker:
                 raise
             except Exception as error:  # the edge: whatever broke, report what is kept and where the trace is
                 raise self._explain(stage, error) from error
-        say(f"{stage.name}: {duration(seconds)}, {self.storage.where(stage)}")
+        log(f"{stage.name}: {duration(seconds)}, {self.storage.where(stage)}")
 
     def _explain(self, stage: Stage[Any], error: Exception) -> BaseException:
         """Return the error that people see."""
         if isinstance(cause := below_ray(error), (UserError, StageFailed)):
             return cause
-        log = self.storage.keep_trace(stage, "".join(traceback.format_exception(error)))
+        trace = self.storage.keep_trace(stage, "".join(traceback.format_exception(error)))
         kept = f"What it had finished is kept under {self.storage.uri}; run the same command again to go on"
-        return StageFailed(f"{stage.name}: failed: {last_line(cause)}. {kept}.{log}")
+        return StageFailed(f"{stage.name}: failed: {last_line(cause)}. {kept}.{trace}")
 
 
 def describe(stages: Sequence[Stage[Any]], storage: Storage) -> list[Mapping[str, Any]]:

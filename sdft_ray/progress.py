@@ -19,7 +19,7 @@ _LIVE_SECONDS = 0.5
 _last_line = time.monotonic()
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Write one line for people to stderr, clear of a live line."""
     global _last_line
     print(f"\r\x1b[K{text}" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
@@ -64,7 +64,7 @@ class Progress:
         self.total, self.done, self._done_at_begin = total, done, done
         self._begun = time.monotonic()
         if done:
-            say(f"{self.stage}: {done} of {total} {self.unit} were there already")
+            log(f"{self.stage}: {done} of {total} {self.unit} were there already")
 
     def update(self, done: int, note: str = "") -> None:
         """Note that `done` units are finished by now."""
@@ -79,7 +79,7 @@ class Progress:
             if self._live:
                 print(f"\r\x1b[K{self.line()[:118]}", end="", file=sys.stderr, flush=True)
             elif time.monotonic() - _last_line >= QUIET_SECONDS:
-                say(self.line())
+                log(self.line())
 
     def line(self) -> str:
         """Return what is shown now.

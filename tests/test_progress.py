@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from sdft_ray import progress
-from sdft_ray.progress import Progress, say
+from sdft_ray.progress import Progress, log
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_progress_names_the_phase_until_something_is_counted(wait_for):
 
 def test_progress_keeps_quiet_while_others_write(capsys):
     with Progress("score"):
-        say("model: 3s")
+        log("model: 3s")
     assert capsys.readouterr().err == "model: 3s\n"
 
 

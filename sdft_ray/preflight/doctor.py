@@ -148,7 +148,9 @@ def compile_locks(folder: Path) -> list[Path]:
     return sorted({*folder.glob("*/lock"), *folder.glob("*/*/lock")})
 
 
-def room(nodes: Sequence[Mapping[str, float]], needs: Mapping[str, tuple[int, int, float]]) -> Iterator[Finding]:
+def check_capacity(
+    nodes: Sequence[Mapping[str, float]], needs: Mapping[str, tuple[int, int, float]]
+) -> Iterator[Finding]:
     """Yield, for each section of the compute file, whether nodes with these resources can hold its stages."""
     for section, (bundles, cpus, gpus) in needs.items():
         wants = f"{bundles} x ({cpus} CPUs, {gpus:g} GPUs)"
@@ -173,7 +175,7 @@ def _cluster(
     sizes = [node["Resources"] for node in nodes]
     if coming := compute.ray.largest_node:  # how many of them an autoscaler brings is not known
         sizes += [{"CPU": coming.cpus, "GPU": coming.gpus}] * max(count for count, *_ in needs.values())
-    yield from room(sizes, needs)
+    yield from check_capacity(sizes, needs)
 
     mark = None
     if not is_store(place) and len(nodes) > 1:  # do all nodes see what one of them writes?

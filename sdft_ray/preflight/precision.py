@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sdft_ray.errors import Problem, problem
-from sdft_ray.progress import say
+from sdft_ray.progress import log
 from sdft_ray.spec.compute import Compute
 from sdft_ray.stages import distill, draft, evaluate, loss, nll, score, speed, train
 from sdft_ray.store.identity import Stage
@@ -27,10 +27,10 @@ _LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 _SLOW = 1.5  # times as long as float32: less is noise on a busy machine, and not worth a line
 
 
-def say_slow(stages: Iterable[Stage], compute: Compute) -> None:
+def report_slow(stages: Iterable[Stage], compute: Compute) -> None:
     """Say in one line which fields make stages slow on this machine; of other machines this one knows nothing."""
     if compute.ray.address == "local" and (line := find_slow(half_fields(stages, compute))):
-        say(line)
+        log(line)
 
 
 def half_fields(stages: Iterable[Stage], compute: Compute) -> dict[str, str]:

@@ -29,7 +29,7 @@ from sdft_ray.stages.cut import Settings as CutSettings
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 from sdft_ray.sweep import notes
-from sdft_ray.sweep.planning import DEPTH, RECIPE, SIZE, Plan, Trial, is_done, is_seed, name_draft, say_stopped
+from sdft_ray.sweep.planning import DEPTH, RECIPE, SIZE, Plan, Trial, describe_stopped, is_done, is_seed, name_draft
 
 
 def collect(plan: Plan, name: str, storage: Storage) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def _describe_trial(trial: Trial, sweep: str, base: Mapping[str, Stage], storage
         "id": trial.train.id,
         "directory": storage.where(trial.train),
         "status": status,
-        "reason": say_stopped(stopped) if stopped else reason,
+        "reason": describe_stopped(stopped) if stopped else reason,
         "pruned": pruned.id,
     }
     if entry["status"] != "done":

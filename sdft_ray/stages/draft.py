@@ -22,7 +22,7 @@ from sdft_ray.data.chat import end_of_turn, render_prompt
 from sdft_ray.data.readers import read_json
 from sdft_ray.engine import NEAR_TIE, engine_arguments
 from sdft_ray.errors import StageFailed, UserError, problem
-from sdft_ray.progress import say
+from sdft_ray.progress import log
 from sdft_ray.results import DRAFT, SPECULATIVE_CONFIG, read_split
 from sdft_ray.spec.recipe import Draft
 from sdft_ray.stages import Work
@@ -72,7 +72,7 @@ def build(work: Work[Settings]) -> dict[str, Any]:
     notes = [] if plan.gpus else ["on a CPU for greedy requests only: docs/footguns.md"]
     if "://" in base:
         notes.append("both models must be brought to a disk first")
-    say(f"draft: {work.stage.slug}: {gained}. {serve}" + (f" ({'; '.join(notes)})" if notes else ""))
+    log(f"draft: {work.stage.slug}: {gained}. {serve}" + (f" ({'; '.join(notes)})" if notes else ""))
     return found
 
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from sdft_ray.errors import StageFailed
-from sdft_ray.progress import say
+from sdft_ray.progress import log
 from sdft_ray.store.objects import Objects
 
 BEAT_SECONDS = 10.0
@@ -89,7 +89,7 @@ def hold(objects: Objects, name: str, node: str) -> Iterator[Lease]:
             continue
         if not told:
             host = holder.get("host", "another machine")
-            say(f"{name}: another command is at work on it ({host}), or was until lately; waiting")
+            log(f"{name}: another command is at work on it ({host}), or was until lately; waiting")
             told = True
         time.sleep(_POLL_SECONDS)
     keeper = threading.Thread(target=lease.keep, daemon=True)

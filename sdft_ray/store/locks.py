@@ -8,7 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from sdft_ray.progress import say
+from sdft_ray.progress import log
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def file_lock(root: Path, name: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=0.5)
     except Timeout:
-        say(f"{name}: another command is at work on it; waiting")
+        log(f"{name}: another command is at work on it; waiting")
         lock.acquire()
     try:
         yield

@@ -24,7 +24,7 @@ import yaml
 from sdft_ray import environment
 from sdft_ray.cluster import TOKEN
 from sdft_ray.errors import StageFailed, UserError, problem
-from sdft_ray.progress import say
+from sdft_ray.progress import log
 from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.loading import load_recipe, load_section, read_yaml
 from sdft_ray.spec.sweep import Sweep
@@ -203,7 +203,7 @@ def follow(client: Any, job: str, address: str) -> int:
         while not (info := client.get_job_info(job)).status.is_terminal():
             time.sleep(0.5)
     except KeyboardInterrupt:
-        say(f"The job goes on. Follow it: {again}; stop it: ray job stop --address {address} {job}")
+        log(f"The job goes on. Follow it: {again}; stop it: ray job stop --address {address} {job}")
         raise
     except (OSError, RuntimeError, aiohttp.ClientError) as error:
         lost = f"submit: the connection to {address} is lost ({_first_line(error)})"

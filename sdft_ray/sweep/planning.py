@@ -264,10 +264,10 @@ def name_draft(stage: Stage, plan: Plan) -> str:
     return f"draft {names[model.id] if model.id in names else 'pruned, blocks ' + str(model.settings.depth)}"
 
 
-def say_stopped(losses: Sequence[tuple[int, float]]) -> str:
+def describe_stopped(losses: Sequence[tuple[int, float]]) -> str:
     """Return in words when a trial was stopped.
 
-    >>> say_stopped([(2, 3.5), (4, 3.25)])
+    >>> describe_stopped([(2, 3.5), (4, 3.25)])
     'stopped at step 4, validation loss 3.250'
     """
     step, loss = losses[-1]

@@ -16,12 +16,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sdft_ray import progress  # not `log` by name: the module log.py beside this would replace it
 from sdft_ray.core.rows import TrainingRow
 from sdft_ray.data.chat import require_trainable
 from sdft_ray.data.readers import read_json
 from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.models.directory import require_loadable, require_same_logits
-from sdft_ray.progress import say
 from sdft_ray.results import HISTORY, read_split, read_training_rows
 from sdft_ray.spec import training
 from sdft_ray.spec.section import Section
@@ -133,7 +133,7 @@ def _look_at(base: Path, settings: training.Train) -> _Parts:
     outline = outline_model(base, settings)
     adapted, bare = name_adapters(outline)
     if adapted and bare:
-        say(f"train: adapters on {', '.join(adapted)}; none on {', '.join(bare)}: no linear layers")
+        progress.log(f"train: adapters on {', '.join(adapted)}; none on {', '.join(bare)}: no linear layers")
     return _Parts(*count_parameters(outline), adapted)
 
 
@@ -167,7 +167,7 @@ def _prepare(work: Work[Settings], base: Path) -> _Data:
     work.storage.publish(*(work.resumable / f"{name}.parquet" for name in files))
     example = marked_example(tokenizer, rows[0])
     before, after = (shorten(example[part]) for part in ("without_loss", "with_loss"))
-    say(f"train: {len(rows)} rows; of the first, no loss on {before}, loss on {after}")
+    progress.log(f"train: {len(rows)} rows; of the first, no loss on {before}, loss on {after}")
     return _Data(rows, ids, counts, len(validation), example)
 
 
@@ -186,7 +186,7 @@ def _write(work: Work[Settings], base: Path, rows: Sequence[TrainingRow], parts:
     """Write the tuned model, and return how far its logits are from those of the trained weights."""
     for folder in ("tuned", "tensorboard"):
         work.storage.bring(work.resumable / folder)
-    say("train: writing the model, to compare its logits with those of the trained weights")
+    progress.log("train: writing the model, to compare its logits with those of the trained weights")
     logits = write_model(base, work.settings.train, work.resumable / "tuned", work.directory)
     parameters = require_loadable(work.directory)
     assert parameters == parts.parameters, f"{parts.parameters} parameters were loaded, {parameters} written"

@@ -108,7 +108,7 @@ class _Watcher:
 
         progress = self._work.progress
         while not self._finished.wait(_ASK_SECONDS):
-            state = ray.get(self.ticker.ask.remote())
+            state = ray.get(self.ticker.read.remote())
             self.report_validations(state.get("validations", []))
             if "begun" in state and state["begun"] != progress.done:
                 progress.begin(progress.total, state["begun"])

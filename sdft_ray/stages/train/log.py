@@ -45,7 +45,7 @@ def report(log: Any, ticker: Any, history: Sequence[Step], rate: float, engine: 
     note = f"loss {record['loss']:.3f}, lr {record['lr']:.1e}, {rate:.0f} tokens/s, {memory:.1f} GB"
     # All validations each time: whoever asks comes by once a second and would miss some.
     validations = [record for record in history if "validation_loss" in record]
-    ticker.tell.remote(step=record["step"], note=note, validations=validations)
+    ticker.report.remote(step=record["step"], note=note, validations=validations)
 
 
 def peak_bytes(engine: Any) -> int:
