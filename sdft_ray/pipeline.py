@@ -71,8 +71,6 @@ MODULES: dict[str, StageModule] = {
 
 RowsStage = Stage[rows.Settings]
 
-# --- the chain ------------------------------------------------------------------------------------------------
-
 
 @dataclasses.dataclass(frozen=True)
 class Data:
@@ -378,8 +376,6 @@ class _Maker:
                 # An evaluation reports itself how long it took: this thread also waited for its turn on the cluster.
                 seconds = summary.get("seconds", time.monotonic() - begun)
                 self.storage.commit(stage, summary, seconds)
-            except KeyboardInterrupt:
-                raise
             except Exception as error:  # the edge: report what is kept and where the trace is
                 raise self._explain(stage, error) from error
         log(f"{stage.name}: {duration(seconds)}, {self.storage.where(stage)}")

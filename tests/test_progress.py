@@ -47,7 +47,7 @@ def test_progress_keeps_quiet_while_others_write(capsys):
 def test_progress_says_what_an_earlier_run_finished(capsys):
     shown = Progress("distill", "rows")
     shown.begin(288, done=100)
-    assert capsys.readouterr().err == "distill: 100 of 288 rows were there already\n"
+    assert capsys.readouterr().err == "distill: 100 of 288 rows are done already\n"
     assert shown.line() == "distill: 100/288 rows, 0s"
 
 

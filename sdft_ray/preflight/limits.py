@@ -154,7 +154,7 @@ def _lengths(recipe: Recipe, compute: Compute, splits: Splits, context: int) -> 
 
 
 def token_counter(source: ModelSource) -> Counter:
-    """Return a counter of a text's tokens; of its bytes, which are no fewer, for a model that is not on this machine."""
+    """Return a counter of a text's tokens; of its bytes, which are no fewer, for a model of a hub."""
     if isinstance(source, HubModel):
         return lambda text: len(text.encode())
     path = sources.model_path(source)

@@ -77,8 +77,8 @@ Phrase = Annotated[str, Field(min_length=1)]
 
 
 class Filters(Section):
-    """Which rewrites are refused, whatever their answer. Truncated and empty ones always are: they teach the model to stop
-    in the middle, or nothing. English refusals and leaks are known; add phrases of other languages."""
+    """Which rewrites are refused, whatever their answer. Truncated and empty ones always are: they teach the model to
+    stop in the middle, or nothing. English refusals and leaks are known; add phrases of other languages."""
 
     leak: bool = True
     """Refuse a rewrite that speaks of the task of rewriting, in words that the row does not use."""
@@ -236,7 +236,7 @@ class Merge(Section):
 
 
 class Draft(Section):
-    """Models that are tried as the draft of the unpruned one in speculative decoding; this does not change the scores."""
+    """Models that are tried as the draft of the unpruned one in speculative decoding; scores do not change."""
 
     models: tuple[str, ...] | None = Field(None, min_length=1)
     """Names of the models, as in the report; the pruned model and the arms' models where absent."""
@@ -279,7 +279,7 @@ class Evaluate(Section):
     max_new_tokens: int = Field(256, gt=0)
     """Tokens of a generated held-out answer."""
     speed: bool = False
-    """Whether tokens per second of the pruned model are measured against the base's; this does not change the scores."""
+    """Whether tokens per second of the pruned model are measured against the base's; scores do not change."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Precision of every evaluated model."""
 

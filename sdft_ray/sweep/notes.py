@@ -1,4 +1,4 @@
-"""What a sweep writes down of stages without an artifact: why one failed, and the losses of one that was stopped.
+"""Notes of a sweep on stages without an artifact: the reason of a failure, and the losses of a stopped training.
 
 In: stages. Out: small texts below the root, which every node reads.
 """
@@ -17,12 +17,12 @@ Losses = list[tuple[int, float]]
 
 
 def keep_failure(storage: Storage, stage: Stage[Any], reason: str) -> None:
-    """Write down why a stage could not be built."""
+    """Keep the reason why a stage could not be built."""
     storage.keep(_failure(stage), reason)
 
 
 def read_failure(storage: Storage, stage: Stage[Any]) -> str | None:
-    """Return why a stage could not be built when that was last tried, if it was."""
+    """Return why the last attempt at a stage failed; None where it did not."""
     return storage.kept(_failure(stage))
 
 
@@ -32,7 +32,7 @@ def forget_failure(storage: Storage, stage: Stage[Any]) -> None:
 
 
 def keep_stopped(storage: Storage, sweep: str, stage: Stage[Any], losses: Sequence[tuple[int, float]]) -> None:
-    """Write down that a sweep stopped a training, and the validation losses that it had until then."""
+    """Keep the validation losses of a training that a sweep stopped."""
     storage.keep(_stopped(sweep, stage), json.dumps(losses))
 
 

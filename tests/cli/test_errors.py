@@ -181,7 +181,7 @@ def test_run_with_too_few_cpus_is_an_error_and_never_waits(folder):
         (
             "merge",
             "--until: this recipe has no stage merge. "
-            "It has model, rows, score, loss, cut, distill, train, nll, evaluate.",
+            "Give one of model, rows, score, loss, cut, distill, train, nll, evaluate.",
         ),
     ],
 )

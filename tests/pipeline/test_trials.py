@@ -90,7 +90,7 @@ def test_sweep_scores_while_it_generates_and_ends_at_once_when_interrupted(ray_c
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=20)
     assert (process.returncode, errors.strip().splitlines()[-1]) == (
-        130, "Stopped. What was finished is kept; the same command goes on from there."
+        130, "Stopped. Finished work is kept; the same command goes on from there."
     ), errors  # fmt: skip
     assert "Traceback" not in errors and count_rays() == before
 

@@ -175,7 +175,7 @@ def test_every_setting_of_a_draft_moves_its_id_and_no_exam(recipe):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"prompts": 5}, "draft.prompts: 5 is more than rows.held_out 4. Lower it, or hold out more"),
+        ({"prompts": 5}, "draft.prompts: 5 is more than rows.held_out 4. Lower draft.prompts"),
         (
             {"models": ["distiled"], "prompts": 2},
             "draft.models: this recipe makes no distiled. Did you mean distilled?",
