@@ -63,8 +63,7 @@ def load_text(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> Recip
         ),
         (
             {"prune": {"blocks": 2, "calibration": {"positions": "response"}}},
-            "prune.calibration: a plain text has no response, which positions names. Give rows, or positions last or "
-            "all.",
+            "prune.calibration: a plain text has no response, which positions names. Set positions: last.",
         ),
         (
             {"prune": {"blocks": 2, "contiguous": False}},
@@ -93,8 +92,7 @@ def load_text(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> Recip
         ({"model": {"path": 3}}, "model.path: got 3; expected a valid string. Change this value."),
         (
             {"model": {"path": "s3:/bucket/model"}},
-            "model.path: s3:/bucket/model is an address, and a path is needed. Copy it to a directory and give that "
-            "path.",
+            "model.path: s3:/bucket/model is an address, and a path is needed. Give the path of a copy.",
         ),
         (
             {"rows": {"path": "file:///data/rows.jsonl", "fields": {"prompt": "q", "response": "a"}}},
@@ -102,8 +100,7 @@ def load_text(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> Recip
         ),
         (
             {"prune": {"blocks": 2, "calibration": {"text": "https://host/texts.txt"}}},
-            "prune.calibration.text: https://host/texts.txt is an address, and a path is needed. Copy it to a "
-            "directory and give that path.",
+            "prune.calibration.text: https://host/texts.txt is an address, and a path is needed. Give the path of a copy.",
         ),
         ({"prune": {}}, "prune.blocks: is missing. Add it."),
         ({"model": {"repo": "a/b"}}, "model.revision: is missing. Add it."),

@@ -125,8 +125,7 @@ def test_sweep_draws_whole_numbers_between_whole_numbers(folder):
         (
             {"train.epochs": [1, 2]},
             {},
-            "axes.train.epochs: the arm distilled has its own epochs. Sweep arms.distilled.epochs instead, or take "
-            "epochs off the arm.",
+            "axes.train.epochs: the arm distilled has its own epochs. Sweep arms.distilled.epochs instead.",
         ),
         (
             {"evaluate.limit": [1]},
@@ -158,7 +157,7 @@ def test_sweep_draws_whole_numbers_between_whole_numbers(folder):
         ({"train.lr": [1e-5]}, {"axis": 1}, "axis: unknown key. Did you mean axes?"),
     ],
 )
-def test_sweep_with_a_mistake_says_where_what_and_how_to_mend_it(folder, axes, more, line):
+def test_sweep_with_a_mistake_says_where_what_and_how_to_fix_it(folder, axes, more, line):
     with pytest.raises(UserError) as error:
         load(folder, axes, **more)
     assert error.value.problems == (line,)

@@ -59,7 +59,7 @@ def test_check_of_a_good_recipe_touches_nothing(folder):
         (["train.lr"], "--set train.lr: is not KEY=VALUE. Write for example --set train.lr=2e-4."),
     ],
 )
-def test_check_of_a_wrong_value_says_where_what_and_how_to_mend_it(folder, settings, line):
+def test_check_of_a_wrong_value_says_where_what_and_how_to_fix_it(folder, settings, line):
     done = sdft("check", "recipe.yaml", *(x for s in settings for x in ("--set", s)), cwd=folder)
     assert done.returncode == 2
     assert done.stderr.startswith(line)

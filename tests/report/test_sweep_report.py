@@ -49,7 +49,7 @@ def write(storage: Storage, stage, summary: dict, files: dict[str, str]) -> None
     storage.commit(stage, summary, 10.0)
 
 
-def write_exam(storage: Storage, stage, right: int) -> None:
+def write_evaluation(storage: Storage, stage, right: int) -> None:
     """Write an evaluation in which the first `right` items are right."""
     values = [float(i < right) for i in range(ITEMS)]
     summary = {
@@ -82,13 +82,13 @@ def write_shared(plan: planning.Plan, storage: Storage, tiny_model: Path) -> Non
                 write(storage, stage, summary, {"config.json": json.dumps(smaller)})
             case "evaluate":
                 cut = stage.inputs["model"]
-                write_exam(storage, stage, 16 - (2 * cut.settings.depth if cut.name == "cut" else 0))
+                write_evaluation(storage, stage, 16 - (2 * cut.settings.depth if cut.name == "cut" else 0))
 
 
 def write_trial(trial: planning.Trial, storage: Storage, right: int, validation_loss: float) -> None:
     write(storage, trial.train, {"validation_loss": validation_loss}, {})
-    for exam in trial.evaluations.values():
-        write_exam(storage, exam, right)
+    for evaluation in trial.evaluations.values():
+        write_evaluation(storage, evaluation, right)
 
 
 def write_draft(storage: Storage, stage, accepted: int) -> None:
