@@ -100,7 +100,8 @@ def load_text(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> Recip
         ),
         (
             {"prune": {"blocks": 2, "calibration": {"text": "https://host/texts.txt"}}},
-            "prune.calibration.text: https://host/texts.txt is an address, and a path is needed. Give the path of a copy.",
+            "prune.calibration.text: https://host/texts.txt is an address, and a path is needed. "
+            "Give the path of a copy.",
         ),
         ({"prune": {}}, "prune.blocks: is missing. Add it."),
         ({"model": {"repo": "a/b"}}, "model.revision: is missing. Add it."),

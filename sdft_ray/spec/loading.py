@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import (
-    BaseModel,
-)
+from pydantic import BaseModel
 
 from sdft_ray.errors import UserError, problem
 from sdft_ray.spec.recipe import Recipe

@@ -12,12 +12,7 @@ import operator
 import re
 from typing import Annotated, Literal, Self
 
-from pydantic import (
-    Field,
-    JsonValue,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from sdft_ray.errors import UserError, problem
 from sdft_ray.spec.section import LocalPath, Section, require_distinct

@@ -8,10 +8,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ValidationError,
-)
+from pydantic import BaseModel, ValidationError
 
 from sdft_ray.errors import UserError, nearest, problem
 from sdft_ray.spec.section import Section

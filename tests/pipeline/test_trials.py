@@ -269,9 +269,8 @@ def test_sweep_with_asha_stops_a_trial_that_learns_less_and_does_not_try_it_agai
     assert again.returncode == 0 and "Nothing to do" in again.stderr, again.stderr
     (folder / "artifacts" / "failures").rename(tmp_path / "forgotten")
     for evaluation in (folder / "artifacts" / "evaluate").glob("arc-easy-sft-*"):
-        evaluation.rename(
-            tmp_path / "lost"
-        )  # the finished trial is open again: it reports its losses to the other once more
+        # the finished trial is open again: it reports its losses to the other once more
+        evaluation.rename(tmp_path / "lost")
     third = sdft("sweep", "sweep.yaml", "--compute", "compute.yaml", "--json", cwd=folder)
     assert [trial["status"] for trial in json.loads(third.stdout)["trials"]] == ["done", "stopped"], third.stderr
 
