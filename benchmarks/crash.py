@@ -1,8 +1,8 @@
-"""What kills cost: generation is killed at random moments in every way there is, and rerun until it is finished.
+"""The cost of kills: generation is killed at random moments in every way there is, and rerun until it is finished.
 
     python -m benchmarks.crash                 # about 15 minutes; --kills 8 --real-kills 0 for a quick one
 
-Killed are an engine's actor, all actors, the driver, and Ray itself (raylet, GCS): only descendants of this process.
+It kills an engine's actor, all actors, the driver, and Ray itself (raylet, GCS): only descendants of this process.
 The fake engine answers after seconds, many rows at once, as a real one does; the last kills meet vLLM with SmolLM2.
 Before the last line: rows of the table in docs/results.md, of each kind how often, rows generated again, and seconds
 from the kill to the next row that an engine finished. The last line is JSON: `kills`, `lost` and `doubled` rows of the
@@ -52,12 +52,12 @@ KINDS = {
 }
 PIECE_ROWS = 16
 _SLOTS = 32  # rows that the fake engine works on at once
-_BECOME_SUBREAPER = 36  # prctl: what a killed driver leaves behind stays a descendant of this process
+_BECOME_SUBREAPER = 36  # prctl: processes of a killed driver stay descendants of this process
 
 
 @dataclass(frozen=True)
 class Kill:
-    """What one kill cost."""
+    """The cost of one kill."""
 
     kind: str
     again: int
@@ -88,11 +88,11 @@ def main() -> None:
             parts.append(torment("real", options.real_rows, options.real_kills, Path(folder) / "real", chance))
     total = {name: sum(part[name] for part in parts) for name in parts[0] if name != "kills"}
     kills: list[Kill] = [kill for part in parts for kill in part["kills"]]
-    for kind, told in KINDS.items():
+    for kind, name in KINDS.items():
         if of_kind := [kill for kill in kills if kill.kind == kind]:
             seconds = sorted(kill.seconds for kill in of_kind)
             took = f"{statistics.median(seconds):.1f} s ({seconds[0]:.1f} to {seconds[-1]:.1f})"
-            print(f"| {told} | {len(of_kind)} | {sum(kill.again for kill in of_kind)} rows | {took} |")
+            print(f"| {name} | {len(of_kind)} | {sum(kill.again for kill in of_kind)} rows | {took} |")
     print_figures(
         "crash",
         {
@@ -108,7 +108,7 @@ def main() -> None:
 
 
 def torment(engine: str, rows: int, kills: int, root: Path, chance: random.Random) -> dict[str, Any]:
-    """Return what became of so many rows that were generated under so many kills."""
+    """Return the fate of so many rows that are generated under so many kills."""
     root.mkdir()
     log = root / "finished"
     log.touch()
@@ -172,7 +172,7 @@ def wait_for(log: Path, finished: int, process: subprocess.Popen[bytes]) -> None
 
 def find(kind: str) -> list[psutil.Process]:
     """Return the descendants of this process that a kind of kill means."""
-    found = []
+    processes = []
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
             words = child.cmdline()
@@ -182,12 +182,12 @@ def find(kind: str) -> list[psutil.Process]:
                 "driver": "--drive" in words,
             }.get(kind, bool(words) and Path(words[0]).name == kind)
             if is_kind:
-                found.append(child)
-    return found[:1] if kind == "actor" else found
+                processes.append(child)
+    return processes[:1] if kind == "actor" else processes
 
 
 def clear() -> None:
-    """End what a killed driver left behind; Ray does so itself, in its own time."""
+    """End the processes of a killed driver; Ray does so itself, in its own time."""
     left = psutil.Process().children(recursive=True)
     _, alive = psutil.wait_procs(left, timeout=10)
     for process in alive:
@@ -278,10 +278,10 @@ def logged(engine: Any, log: Path) -> Any:
 def drive(engine: str, rows: int, root: Path, log: Path) -> None:
     """Generate, as `sdft run` does, with an engine that writes down what it finishes."""
     factory = logged({"fake": FakeEngine, "real": VllmEngine}[engine], log)
-    plan = {"batch_rows": 512, "piece_rows": PIECE_ROWS, "max_failures": 50, "engine": {"kv_cache_gib": 1.0}}
+    section = {"batch_rows": 512, "piece_rows": PIECE_ROWS, "max_failures": 50, "engine": {"kv_cache_gib": 1.0}}
     if engine == "fake":
-        plan |= {"actors": 2, "cpus": 1}
-    (root / "compute.yaml").write_text(json.dumps({"distill": plan}))
+        section |= {"actors": 2, "cpus": 1}
+    (root / "compute.yaml").write_text(json.dumps({"distill": section}))
     chain = pipeline.chain(make_recipe(root, answer="none", max_new_tokens=128))
     assert chain.distilled
     stages = [chain.base, chain.rows, chain.distilled]

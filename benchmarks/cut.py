@@ -1,8 +1,8 @@
-"""How fast `cut` is against `cp` of the bytes that it keeps, and how much memory it takes: `python -m benchmarks.cut`.
+"""The speed of `cut` against `cp` of the bytes that it keeps, and its memory: `python -m benchmarks.cut`.
 
 In: nothing; a synthetic Llama of some gigabytes is written to a temporary directory and removed. Out: a table, and the
-figures as the last line. Runs of cp and of ours alternate, and what both read is in the page cache, so that neither
-has the better disk. Ours is everything that the stage does with the files: copying, comparing each tensor with the
+figures as the last line. Runs of cp and of ours alternate, and both read from the page cache, so that neither
+has the better disk. Ours is all work of the stage on the files: copying, comparing each tensor with the
 base's, the strict load, and the hashes of the manifest. Importing torch and transformers is not: a run does that once.
 """
 
@@ -63,7 +63,7 @@ def measure(folder: Path, runs: int) -> None:
     whole, largest = sum(path.stat().st_size for path in shards), max(path.stat().st_size for path in shards)
     kept = folder / "kept"
     kept.mkdir()
-    parameters = cut.remove_blocks(base, kept, REMOVED)  # what cp copies; and the imports are done
+    parameters = cut.remove_blocks(base, kept, REMOVED)  # for cp to copy; this also imports torch
     kept_bytes = sum(path.stat().st_size for path in kept.glob("*.safetensors"))
     print(f"base: {whole / 1e9:.2f} GB in {len(shards)} shards, {parameters.before:,} parameters, {BLOCKS} blocks")
     print(f"kept: {kept_bytes / 1e9:.2f} GB, {parameters.after:,} parameters\n")
@@ -103,12 +103,12 @@ def make_model(directory: Path) -> Path:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory))
     shards: list[dict[str, Any]] = [{}]
-    held = 0
+    shard_bytes = 0
     for name, tensor in model.state_dict().items():
-        if held + 2 * tensor.numel() > SHARD_BYTES:
+        if shard_bytes + 2 * tensor.numel() > SHARD_BYTES:
             shards.append({})
-            held = 0
-        held += 2 * tensor.numel()
+            shard_bytes = 0
+        shard_bytes += 2 * tensor.numel()
         shards[-1][name] = tensor.shape
     weight_map: dict[str, str] = {}
     for number, shapes in enumerate(shards, 1):
@@ -146,9 +146,9 @@ def peak_mb(base: Path) -> float:
     Path("/proc/self/clear_refs").write_text("5")  # from here on
     with tempfile.TemporaryDirectory(dir=base.parent) as folder:
         cut_and_hash(base, Path(folder) / "made")
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found, "the kernel tells no VmHWM"
-    return int(found[1]) * 1024 / 1e6
+    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert peak, "the kernel reports no VmHWM"
+    return int(peak[1]) * 1024 / 1e6
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 In: nothing, or another recipe. Out: the seconds of every kind of stage, and the figures as the last line. The recipe is
 run and its models verified in a root of their own, as the Makefile does, once as this machine is and once with
 oneDNN's and PyTorch's matrix products held to AVX2 (a machine with AVX2 alone runs the same twice). vLLM picks its own
-kernels by what the CPU has, whatever these variables say (docs/footguns.md). Takes about 20 minutes on two cores.
+kernels by the CPU's flags, independent of these variables (docs/footguns.md). Takes about 20 minutes on two cores.
 """
 
 from __future__ import annotations

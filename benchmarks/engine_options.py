@@ -1,4 +1,4 @@
-"""What vLLM's CPU build offers: how fast the stage generates with each engine option, beside the defaults.
+"""The speed of the distill stage with each engine option of vLLM's CPU build, beside the defaults.
 
     python -m benchmarks.engine_options
 
@@ -43,18 +43,18 @@ def main() -> None:
     parser.add_argument("--options", nargs="+", choices=list(OPTIONS)[1:], default=list(OPTIONS)[1:])
     chosen = parser.parse_args()
     names = ["defaults", *chosen.options]
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(chosen.rounds):
             for name in names:
-                found[name].append(measure(name, chosen.rows, Path(folder) / "compute.yaml"))
-                print(f"round {number + 1}, {name}: {found[name][-1]}", flush=True)
-    speeds = {name: [run["tokens_per_second"] for run in runs] for name, runs in found.items()}
+                runs[name].append(measure(name, chosen.rows, Path(folder) / "compute.yaml"))
+                print(f"round {number + 1}, {name}: {runs[name][-1]}", flush=True)
+    speeds = {name: [run["tokens_per_second"] for run in own] for name, own in runs.items()}
     figures: dict[str, Any] = {}
     for name in names:
         ratios = [a / b for a, b in zip(speeds[name], speeds["defaults"], strict=True)]
         figures[f"{name}_over_defaults"] = median_and_range(ratios)
-        figures[f"{name}_start_seconds"] = median_and_range([run["start_seconds"] for run in found[name]])
+        figures[f"{name}_start_seconds"] = median_and_range([run["start_seconds"] for run in runs[name]])
     figures["defaults_tokens_per_second"] = median_and_range(speeds["defaults"])
     del figures["defaults_over_defaults"]
     print_figures("engine_options", figures)
@@ -68,7 +68,7 @@ def measure(name: str, rows: int, compute: Path) -> dict[str, float]:
     generate += ["--rows", str(rows), "--compute", str(compute), *words]
     done = subprocess.run(generate, stdout=subprocess.PIPE, text=True, check=True)
     figures = json.loads(done.stdout.splitlines()[-1])["figures"]
-    return {what: figures[f"stage_{what}"]["median"] for what in ("tokens_per_second", "start_seconds")}
+    return {name: figures[f"stage_{name}"]["median"] for name in ("tokens_per_second", "start_seconds")}
 
 
 if __name__ == "__main__":

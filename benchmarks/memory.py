@@ -1,10 +1,10 @@
-"""What a training holds in memory, beside what `sdft check` says beforehand.
+"""The memory of a training, beside the estimate of `sdft check`.
 
     python -m benchmarks.memory
 
-Two workers on this machine's CPU, each a process, for LoRA and full fine-tuning under the four ZeRO stages. Measured is
-the peak of a worker's resident memory from when its engine stands, over three steps. The last line is JSON: the ratio
-of estimate and measurement, of all eight, by median and range.
+It runs two workers on this machine's CPU, each a process, for LoRA and full fine-tuning under the four ZeRO stages, and
+measures the peak of a worker's resident memory over three steps, once its engine is ready. The last line is JSON: the
+ratio of estimate and measurement, of all eight, by median and range.
 """
 
 from __future__ import annotations
@@ -92,16 +92,16 @@ def measure(rank: int, port: int, base: Path, method: str, zero_stage: int, queu
     deepspeed.ops.__compatible_ops__ = {}
     torch.distributed.init_process_group("gloo")
     settings = training.Train(method="lora" if method == "lora" else "full")
-    plan = wording.validate(compute.Train, {"zero_stage": zero_stage, "cpus": 1})
-    engine = zero.start_engine(zero.load_trainable(str(base), settings, plan), settings, plan, {})
+    section = wording.validate(compute.Train, {"zero_stage": zero_stage, "cpus": 1})
+    engine = zero.start_engine(zero.load_trainable(str(base), settings, section), settings, section, {})
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
     rows = [TrainingRow([(7 * i + j) % 40_000 + 17 for j in range(TOKENS)], PROMPT) for i in range(ROWS * WORKERS)]
     for step in range(3):
         keys = [f"{step}/{i}" for i in range(len(rows))]
         take_step(engine, rows, keys, [list(range(rank, len(rows), WORKERS))], 1.0)
-    found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found, "the kernel tells VmHWM"
-    queue.put(int(found[1]) * 1024)
+    peak = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert peak, "the kernel reports VmHWM"
+    queue.put(int(peak[1]) * 1024)
     torch.distributed.barrier()
 
 

@@ -111,12 +111,12 @@ def write_tokenizer(directory: Path) -> None:
 def describe(method: str, models: list[Path]) -> dict[str, Any]:
     """Return the same merge in mergekit's words."""
     if method == "slerp":
-        each: list[dict[str, Any]] = [{"model": str(model)} for model in models]
+        inputs: list[dict[str, Any]] = [{"model": str(model)} for model in models]
         more: dict[str, Any] = {"base_model": str(models[0]), "parameters": {"t": T}}
     else:
-        each = [{"model": str(m), "parameters": {"weight": w}} for m, w in zip(models, WEIGHTS, strict=True)]
+        inputs = [{"model": str(m), "parameters": {"weight": w}} for m, w in zip(models, WEIGHTS, strict=True)]
         more = {}
-    return {"merge_method": method, "models": each, "dtype": "float32", **more}
+    return {"merge_method": method, "models": inputs, "dtype": "float32", **more}
 
 
 def run_mergekit(process: Any, config: dict[str, Any], out: Path) -> float:

@@ -1,10 +1,10 @@
-"""Which metric should choose the blocks: what each one removes, and what that costs in loss and in accuracy.
+"""A comparison of metrics for choosing blocks: the blocks that each removes, and their cost in loss and in accuracy.
 
     python -m benchmarks.metrics --corpus boolq --corpus texts.jsonl --root /tmp/metrics
 
-Every metric chooses on every corpus for several sizes; the loss of every span on every corpus is measured, so that what
-a smaller number of candidates would choose is known as well. Each distinct set of blocks is cut once and examined,
-untrained, on four benchmarks. The last line is JSON: for each metric the mean accuracy over sizes and corpora.
+Every metric chooses on every corpus for several sizes; the loss of every span on every corpus is measured, which
+also shows the choice among fewer candidates. Each distinct set of blocks is removed once, and the untrained model is
+evaluated on four benchmarks. The last line is JSON: for each metric the mean accuracy over sizes and corpora.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ EVERY = 1000  # candidates: more than there are spans
 
 
 def main() -> None:
-    """Build what is missing under the root and print the table."""
+    """Build the missing artifacts under the root and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, default=Path("configs/recipes/demo.yaml"))
     parser.add_argument("--corpus", action="append", metavar="TEXT", help="boolq or a file (default: boolq)")
@@ -49,42 +49,42 @@ def main() -> None:
     storage, compute = Storage(options.root), load_compute()
     base = load_recipe(options.recipe).model_dump(mode="json")
 
-    def plan_of(corpus: str, size: int) -> pipeline.Chain:
+    def chain_of(corpus: str, size: int) -> pipeline.Chain:
         calibration = {"text": corpus, "held_back": 16}
         prune: dict[str, Any] = {"blocks": size, "metric": "loss", "candidates": EVERY, "calibration": calibration}
         prune["dtype"] = options.dtype
-        exams = {"tasks": list(TASKS), "limit": options.limit}
-        return pipeline.chain(validate(Recipe, base | {"prune": prune, "evaluate": exams}))
+        tasks = {"tasks": list(TASKS), "limit": options.limit}
+        return pipeline.chain(validate(Recipe, base | {"prune": prune, "evaluate": tasks}))
 
-    plans = {(corpus, size): plan_of(corpus, size) for corpus in corpora for size in SIZES}
-    tried = {key: plan.loss for key, plan in plans.items() if plan.loss}
-    needed = [stage for key, loss in tried.items() for stage in (plans[key].base, plans[key].score, loss)]
+    chains = {(corpus, size): chain_of(corpus, size) for corpus in corpora for size in SIZES}
+    tried = {key: chain.loss for key, chain in chains.items() if chain.loss}
+    needed = [stage for key, loss in tried.items() for stage in (chains[key].base, chains[key].score, loss)]
     pipeline.build(list({stage.id: stage for stage in needed}.values()), compute, storage)
 
     losses = {key: read_json(storage.place(loss) / CANDIDATES) for key, loss in tried.items()}
     chosen = {
         (corpus, size, way): blocks
-        for (corpus, size), plan in plans.items()
-        for way, blocks in _choices(losses[corpus, size], storage.place(plan.score), size).items()
+        for (corpus, size), chain in chains.items()
+        for way, blocks in _choices(losses[corpus, size], storage.place(chain.score), size).items()
     }
-    some_plan = plans[corpora[0], SIZES[0]]
-    model = some_plan.base
-    exams = [*some_plan.tasks_of("base").values()]
-    examined = {"nothing": exams}
+    first = chains[corpora[0], SIZES[0]]
+    model = first.base
+    evaluations = [*first.tasks_of("base").values()]
+    by_removed = {"nothing": evaluations}
     for removed in sorted({tuple(blocks) for blocks in chosen.values()}):
         directory = Path(options.root) / "cut" / "-".join(map(str, removed))
         if not directory.exists():
             directory.mkdir(parents=True)
             remove_blocks(storage.place(model), directory, removed)
         cut = Stage("model", directory.name, 1, {"removed": list(removed)}, {"model": model}, location=directory)
-        slugs = [(exam, f"{exam.settings.task}-{directory.name}") for exam in exams]
-        examined[name_blocks(removed)] = [
-            dataclasses.replace(exam, slug=slug, inputs={"model": cut}) for exam, slug in slugs
+        by_removed[name_blocks(removed)] = [
+            dataclasses.replace(stage, slug=f"{stage.settings.task}-{directory.name}", inputs={"model": cut})
+            for stage in evaluations
         ]
-    pipeline.build([exam for exams in examined.values() for exam in exams], compute, storage)
+    pipeline.build([stage for stages in by_removed.values() for stage in stages], compute, storage)
     accuracy = {
-        blocks: statistics.mean(storage.manifest(exam).summary["value"] for exam in exams)
-        for blocks, exams in examined.items()
+        blocks: statistics.mean(storage.manifest(stage).summary["value"] for stage in stages)
+        for blocks, stages in by_removed.items()
     }
 
     heads = [f"loss on {Path(corpus).stem}" for corpus in corpora]
@@ -107,7 +107,7 @@ def main() -> None:
 
 
 def _choices(losses: dict[str, Any], score: Path, size: int) -> dict[str, list[int]]:
-    """Return what each way to choose would remove."""
+    """Return the blocks that each way to choose removes."""
     from sdft_ray.core.similarity import choose_blocks
 
     candidates = losses["candidates"]  # by loss, the best first

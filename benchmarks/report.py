@@ -1,6 +1,6 @@
 """The last line of a benchmark: one JSON object that a program can read, where and with what it was measured.
 
-In: a benchmark's name and figures. Out: a line on stdout. What is above it is for people.
+In: a benchmark's name and figures. Out: a line on stdout. The lines above it are for people.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def median_and_range(ratios: Sequence[float]) -> dict[str, float]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return what a figure depends on: cores, the processor's model name, memory. No name of a host."""
+    """Return the facts that a figure depends on: cores, the processor's model name, memory. No name of a host."""
     cpu = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {

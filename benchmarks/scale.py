@@ -1,9 +1,9 @@
-"""What the distill stage itself costs when the engine costs nothing: the driver's memory, and rows per second.
+"""The cost of the distill stage itself with an engine that costs nothing: the driver's memory, and rows per second.
 
     python -m benchmarks.scale                   # 1,000 and 100,000 rows, about 10 minutes on two cores
 
 The fake engine answers at once, with texts as long as real ones. Each number of rows has a process of its own, whose
-peak memory is read at its end; what Ray and the actors hold is not in it. The last line is JSON:
+peak memory is read at its end, without that of Ray and the actors. The last line is JSON:
 `driver_peak_growth` is the peak at the most rows over the peak at the fewest, `rows_per_second` holds engine start too.
 """
 
@@ -48,23 +48,23 @@ def main() -> None:
     if options.measure:
         measure(int(options.measure[0]), Path(options.measure[1]))
         return
-    found = {}
+    measured = {}
     with tempfile.TemporaryDirectory() as folder:
         recipe = load_recipe(Path("configs/recipes/demo.yaml"))
         pipeline.build([pipeline.chain(recipe).base], load_compute(), Storage(folder))
         for count in sorted(options.rows):
             again = [sys.executable, "-m", "benchmarks.scale", "--measure", str(count), folder]
             done = subprocess.run(again, stdout=subprocess.PIPE, text=True, check=True)
-            found[count] = json.loads(done.stdout.splitlines()[-1])
-            print(f"{count} rows: {found[count]}", flush=True)
-    fewest, most = found[min(found)], found[max(found)]
+            measured[count] = json.loads(done.stdout.splitlines()[-1])
+            print(f"{count} rows: {measured[count]}", flush=True)
+    fewest, most = measured[min(measured)], measured[max(measured)]
     figures: dict[str, Any] = {"driver_peak_growth": round(most["peak_mb"] / fewest["peak_mb"], 3)}
-    figures |= {f"driver_peak_mb_at_{count}": each["peak_mb"] for count, each in found.items()}
+    figures |= {f"driver_peak_mb_at_{count}": costs["peak_mb"] for count, costs in measured.items()}
     print_figures("scale", figures | {"rows_per_second": most["rows_per_second"]})
 
 
 def measure(count: int, root: Path) -> None:
-    """Generate so many rows and print what it cost as a line of JSON."""
+    """Generate so many rows and print the cost as a line of JSON."""
     write = [sys.executable, "-c", f"from benchmarks import scale; scale.write_rows({count}, {str(root)!r})"]
     subprocess.run(write, check=True)
     recipe = load_recipe(Path("configs/recipes/demo.yaml"))
@@ -95,7 +95,7 @@ class FakeEngine:
 
 
 def rows_stage(count: int, root: Path) -> Stage[rows.Settings]:
-    """Return rows that are there already."""
+    """Return the finished stage of the rows."""
     file = {"path": "made.jsonl", "fields": {"prompt": "prompt", "response": "reference"}, "answer": "none"}
     origin = validate(FileRows, file)
     settings = rows.Settings(

@@ -1,4 +1,4 @@
-"""What scoring costs: one pass for every span of every size, beside a plain forward pass and beside the usual way.
+"""The cost of scoring: one pass for every span of every size, beside a plain forward pass and beside the usual way.
 
     python -m benchmarks.score
 
@@ -57,8 +57,8 @@ def main() -> None:
             begun = time.perf_counter()
             way(loaded, batches)
             seconds[name].append(time.perf_counter() - begun)
-    for name, found in seconds.items():
-        print(f"{name:14} " + "  ".join(f"{value:6.2f} s" for value in found))
+    for name, runs in seconds.items():
+        print(f"{name:14} " + "  ".join(f"{value:6.2f} s" for value in runs))
     command = [sys.executable, "-m", "benchmarks.score", "--recipe", options.recipe, "--root", options.root, "--peak"]
     peaks = {
         name: float(subprocess.run([*command, name], capture_output=True, text=True, check=True).stdout.split()[-1])
@@ -68,7 +68,7 @@ def main() -> None:
         "one_pass_over_forward": _ratios(seconds["one pass"], seconds["forward"]),
         "per_size_over_one_pass": _ratios(seconds["a pass a size"], seconds["one pass"]),
     }
-    print_figures("score", {name: median_and_range(found) for name, found in ratios.items()} | {"peak_mb": peaks})
+    print_figures("score", {name: median_and_range(runs) for name, runs in ratios.items()} | {"peak_mb": peaks})
 
 
 def _ratios(over: Sequence[float], under: Sequence[float]) -> list[float]:
@@ -83,7 +83,7 @@ def _load(directory: Path) -> Any:
 
 
 def _batches(directory: Path, count: int) -> list[list[list[int]]]:
-    """Return BoolQ passages as token ids, in batches of like length, as the score stage makes them."""
+    """Return BoolQ passages as token ids, in batches of similar length, as the score stage makes them."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -151,9 +151,9 @@ def _peak_mb(directory: Path, way: str) -> float:
 
 
 def _status_mb(field: str) -> float:
-    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found, f"the kernel tells {field}"
-    return int(found[1]) * 1024 / 1e6
+    line = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert line, f"the kernel reports {field}"
+    return int(line[1]) * 1024 / 1e6
 
 
 if __name__ == "__main__":

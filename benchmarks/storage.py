@@ -1,9 +1,9 @@
-"""What a root in an object store costs against a local directory: `python -m benchmarks.storage`.
+"""The cost of a root in an object store against a local directory: `python -m benchmarks.storage`.
 
 In: nothing; the tiny model, rows and recipe of benchmarks/sweep.py, and the S3-speaking server of the tests, on
 loopback. Out: seconds of the whole chain as a command, and the figures as the last line. Runs alternate, each with a
-root and a node's copy of its own. The chain is the tiny one, so what requests cost shows; where models are large it is
-the bytes that count, and those depend on a network that loopback does not have.
+root and a node's copy of its own. The chain is tiny, so the cost of requests shows; with large models bytes count more,
+and those depend on a network that loopback does not have.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def measure(folder: Path, proxy: object, runs: int) -> None:
         "object_store_over_local_min": round(min(ratios), 3),
         "object_store_over_local_max": round(max(ratios), 3),
         "requests": len(requests),
-        **{f"{kind}_seconds": round(statistics.median(each), 1) for kind, each in seconds.items()},
+        **{f"{kind}_seconds": round(statistics.median(runs), 1) for kind, runs in seconds.items()},
     }
     print_figures("storage", figures)
 

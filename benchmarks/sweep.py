@@ -1,12 +1,12 @@
-"""What a sweep costs against its recipes run one by one: `python -m benchmarks.sweep`.
+"""The cost of a sweep against its recipes run one by one: `python -m benchmarks.sweep`.
 
-In: nothing; a tiny random model of 6 blocks and generated sums. Out: seconds of every kind of stage, and the figures
-as the last line. The sweep is 3 depths x 2 sizes x 2 arms, built by `sdft sweep` in a root of its own; then each of its
-six recipes is built by `sdft run`, each in a root of its own, as someone without sweeps would. The same compute file
-in both, a core for each process, so that two can be at work; the real engine and real Ray; starting Ray counts, since
-it is paid each time. A tiny model trains in seconds, so what is shared (scoring, generation, the exams of base and
-pruned models) is most of a recipe: where training is, a sweep saves less, and the parts tell how much. Takes about 12
-minutes on two cores.
+In: nothing; a tiny random model of 6 blocks and generated sums. Out: seconds of every kind of stage, and the figures as
+the last line. The sweep is 3 depths x 2 sizes x 2 arms, built by `sdft sweep` in a root of its own; then each of its
+six recipes is built by `sdft run`, each in a root of its own, as someone without sweeps would. The same compute file in
+both, a core for each process, so that two can be at work; the real engine and real Ray; starting Ray counts, since it
+is paid each time. A tiny model trains in seconds, so the shared part (scoring, generation, the evaluations of base and
+pruned models) is most of a recipe: where training is most of it, a sweep saves less; the parts show how much. Takes
+about 12 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def write_inputs(folder: Path) -> None:
 
 
 def seconds_of(folder: Path, *words: str) -> float:
-    """Return how long a command takes as a whole."""
+    """Return the seconds of a whole command."""
     begun = time.perf_counter()
     command = [sys.executable, "-m", "sdft_ray.cli", *words, "--compute", "compute.yaml"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
@@ -100,7 +100,7 @@ def seconds_of(folder: Path, *words: str) -> float:
 
 
 def seconds_by_stage(root: Path) -> dict[str, float]:
-    """Return what the manifests under a root say that each kind of stage took."""
+    """Return the seconds of each kind of stage, from the manifests under a root."""
     seconds: Counter[str] = Counter()
     for path in root.glob("*/*/manifest.json"):
         manifest = json.loads(path.read_text())

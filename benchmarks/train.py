@@ -1,4 +1,4 @@
-"""What training costs: the stage's steps beside a plain PyTorch loop on the same batches, and packing beside padding.
+"""The cost of training: the stage's steps beside a plain PyTorch loop on the same batches, and packing beside padding.
 
     python -m benchmarks.train [--rows F.jsonl] [--prompt instruction --response response --context context]
                                [--trl PYTHON]
@@ -6,7 +6,7 @@
 One worker of one thread a core, LoRA, float32, SmolLM2. Useful tokens are those of prompts and responses, no padding.
 Without --rows, rows have the lengths of databricks-dolly-15k (its quantiles, drawn with a seed). Alternating runs. The
 last line is JSON: `stage_over_plain_loop` (a step under DeepSpeed over the same forward, backward and AdamW without),
-`packed_over_padded` (over the same rows, in batches of like length, padded to their longest),
+`packed_over_padded` (over the same rows, in batches of similar length, padded to their longest),
 `packed_over_padded_to_max` (padded to max_tokens; one step, one run), and with --trl, the Python of an environment that
 has TRL, `stage_over_trl` (over SFTTrainer at the fastest of its settings). All are ratios of useful tokens a second.
 """
@@ -41,7 +41,7 @@ from sdft_ray.store.storage import Storage
 QUANTILES = (0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
 PROMPTS = (11, 15, 16, 18, 20, 22, 25, 35, 82, 171, 311, 460, 1050, 5314)
 RESPONSES = (2, 5, 10, 18, 26, 35, 49, 65, 86, 114, 178, 253, 556, 1709)
-# One worker, as Ray Train tells it.
+# One worker, with Ray Train's variables.
 WORKER = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29499"}
 MAX_TOKENS, MICRO_BATCH, BATCH = 512, 4, 16
 
@@ -82,8 +82,8 @@ def main() -> None:
     for _ in range(options.runs):
         for name, measure in seconds.items():
             rates[name].append(useful / measure())
-    for name, found in rates.items():
-        print(f"{name:14} " + "  ".join(f"{rate:7.1f}" for rate in found) + " useful tokens/s")
+    for name, runs in rates.items():
+        print(f"{name:14} " + "  ".join(f"{rate:7.1f}" for rate in runs) + " useful tokens/s")
 
     def over(first: str, second: str) -> dict[str, float]:
         return median_and_range([a / b for a, b in zip(rates[first], rates[second], strict=True)])
@@ -179,9 +179,9 @@ def start(base: Path, threads: int) -> dict[str, Callable[[Sequence[TrainingRow]
     deepspeed.ops.__compatible_ops__ = {}
     torch.distributed.init_process_group("gloo")
     settings = training.Train()
-    plan = wording.validate(compute.Train, {"workers": 1, "cpus": 1})
-    engine = zero.start_engine(zero.load_trainable(str(base), settings, plan), settings, plan, {})
-    packed_module = zero.load_trainable(str(base), settings, plan)
+    section = wording.validate(compute.Train, {"workers": 1, "cpus": 1})
+    engine = zero.start_engine(zero.load_trainable(str(base), settings, section), settings, section, {})
+    packed_module = zero.load_trainable(str(base), settings, section)
     padded_model = adapt(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), settings)
 
     def adam(module: Any) -> Any:

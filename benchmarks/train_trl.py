@@ -43,7 +43,7 @@ class Clock(TrainerCallback):
 
 
 def main() -> None:
-    """Choose a setting, say it, then train as often as asked."""
+    """Choose a setting, print it, then train as often as asked."""
     import logging
 
     import transformers

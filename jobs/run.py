@@ -14,7 +14,7 @@ from sdft_ray.sweep.planning import is_sweep
 
 
 def command(recipe: Path) -> str:
-    """Return which command takes a file; what is wrong with it is for that command to say."""
+    """Return the command for a file; that command reports the mistakes in it."""
     try:
         return "sweep" if is_sweep(recipe) else "run"
     except (UserError, OSError):

@@ -47,21 +47,21 @@ def main(arguments: Sequence[str] | None = None, engine: EngineFactory | None = 
     except (UserError, StageFailed) as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    except BrokenPipeError:  # whoever read our output has enough, as `head` does
+    except BrokenPipeError:  # the reader of our output has enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries once more as it ends
         return 1
     except OSError as error:  # a disk that is full or not there, a file where a directory should be
         where = error.filename or "the disk"
-        print(problem(str(where), str(error.strerror), "Mend this; what was finished is kept"), file=sys.stderr)
+        print(problem(str(where), str(error.strerror), "Fix this; finished work is kept"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("Stopped. What was finished is kept; the same command goes on from there.", file=sys.stderr)
+        print("Stopped. Finished work is kept; the same command goes on from there.", file=sys.stderr)
         return code
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
-        """Say a usage mistake in one line, with the nearest command."""
+        """Print a usage mistake as one line, with the nearest command."""
         wrong = message.partition("invalid choice: '")[2].partition("'")[0]
         do = nearest(wrong, _COMMANDS) if wrong and "COMMAND" in message else f"See {self.prog} --help"
         print(problem(self.prog, message.partition(" (choose")[0], do), file=sys.stderr)
@@ -70,7 +70,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="sdft", description="Prune an LLM in depth and win its quality back by self-data distillation."
+        prog="sdft", description="Prune an LLM in depth and recover its quality by self-data distillation."
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
@@ -94,14 +94,18 @@ def _parser() -> argparse.ArgumentParser:
             "--set", action="append", default=[], metavar="K=V", help="override a recipe value, e.g. train.lr=2e-4"
         )
 
-    add_recipe(add("check", commands.check, "validate a recipe or a sweep and show what is done, partial or missing"))
-    run = add("run", commands.run, "build what a recipe lacks, then report")
+    add_recipe(
+        add("check", commands.check, "validate a recipe or a sweep and show which stages are done, partial or missing")
+    )
+    run = add("run", commands.run, "build the missing artifacts of a recipe, then report")
     add_recipe(run)
     run.add_argument("--until", metavar="STAGE", help="stop after this stage, for example distill")
-    sweep = add("sweep", commands.sweep, "build what a sweep over recipes lacks, shared parts once, then report")
+    sweep = add(
+        "sweep", commands.sweep, "build the missing artifacts of a sweep over recipes, shared ones once, then report"
+    )
     sweep.add_argument("recipe", type=Path, metavar="SWEEP", help="a sweep file, see configs/sweeps")
     sweep.add_argument("--compute", type=Path, metavar="F", help="a compute file, see configs/compute")
-    submit = add("submit", commands.submit, "run a recipe or a sweep as a Ray job, follow it, and end as it ends")
+    submit = add("submit", commands.submit, "run a recipe or a sweep as a Ray job, follow it, and exit with its code")
     submit.add_argument("recipe", type=Path, metavar="RECIPE", help="a recipe or sweep file")
     submit.add_argument("--compute", type=Path, metavar="F", help="a compute file, see configs/compute")
     submit.add_argument("--address", metavar="A", help="the cluster's dashboard, e.g. http://127.0.0.1:8265")
@@ -109,7 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--no-wait", action="store_true", help="print the job's id and leave it alone")
     submit.add_argument("--print-manifest", action="store_true", help="submit nothing; print a RayJob for KubeRay")
     submit.add_argument("--image", metavar="I", default="sdft-ray:0.1.0", help="its image (default: %(default)s)")
-    report = add("report", commands.report, "show the recovery table of a finished recipe, or what a sweep has so far")
+    report = add(
+        "report", commands.report, "show the recovery table of a finished recipe, or the results of a sweep so far"
+    )
     add_recipe(report)
     for command in (run, sweep, report):
         command.add_argument("--html", type=Path, metavar="F", help="also write one self-contained HTML page")
@@ -119,8 +125,8 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("target", metavar="TARGET", help="a model directory, an artifact's id, or a recipe file")
     verify.add_argument("--against", metavar="BASE", help="directory or id of the model that TARGET was cut from")
     verify.add_argument("--vllm", action="store_true", help="also compare greedy tokens of vLLM and transformers")
-    doctor = add("doctor", commands.doctor, "look for what would keep a recipe from running, here or on a cluster")
-    doctor.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE", help="also look at what this recipe needs")
+    doctor = add("doctor", commands.doctor, "look for obstacles to running a recipe, here or on a cluster")
+    doctor.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE", help="also check the needs of this recipe")
     doctor.add_argument("--compute", type=Path, metavar="F", help="a compute file, see configs/compute")
     show = add("show", commands.show, "show one artifact")
     show.add_argument("artifact", metavar="ID_OR_DIR")

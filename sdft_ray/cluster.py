@@ -1,7 +1,7 @@
 """The Ray cluster that stages run on: joined or started, quiet, and large enough before anything waits on it.
 
-In: the compute file. Out: an initialised Ray in this process. Ray's own waiting is endless and silent; here what can
-never be satisfied is an error at once, and what an autoscaler may still bring is waited for with a visible line.
+In: the compute file. Out: an initialised Ray in this process. Ray waits silently and without end; here a need that no
+node can meet is an error at once, and nodes that an autoscaler may bring are waited for with a visible line.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from sdft_ray import environment
 from sdft_ray.errors import StageFailed, UserError, problem
-from sdft_ray.progress import say
+from sdft_ray.progress import log
 from sdft_ray.spec.compute import Compute, cores
 
 TOKEN = "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token"
@@ -27,9 +27,9 @@ TOKEN = "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the c
 
 @contextmanager
 def ray_cluster(compute: Compute) -> Iterator[None]:
-    """Hold a connection to the cluster; a local one is started for this time and stopped after it.
+    """Hold a connection to the cluster; a local cluster is started before and stopped after.
 
-    Where one is held already, by a sweep or by the worker that this runs in, that is the cluster.
+    A connection that a sweep or this worker already holds is used as it is.
     """
     environment.for_ray()
     import ray
@@ -85,22 +85,22 @@ def _connect(compute: Compute, quiet: dict[str, Any]) -> None:
         what = "this cluster asks for a token, and yours is missing or wrong"
         raise UserError(problem(where, what, f"Set {TOKEN}")) from None
     except (OSError, OverflowError, ray.exceptions.RpcError) as error:
-        do = f"Start it or use local; where it asks for a token, set {TOKEN}"
+        do = f"Start Ray there; if it asks for a token, set {TOKEN}"
         raise UserError(problem(where, f"no Ray answers there ({error})", do)) from None
     except RuntimeError as error:  # another Ray or Python, or this machine is none of its nodes
-        do = "Run this on a node of that cluster, with its Ray and Python; from elsewhere use sdft submit"
+        do = "Use sdft submit, which runs this on a node of that cluster"
         raise UserError(problem(where, " ".join(str(error).split()), do)) from None
 
 
 def _free_port() -> int:
-    with socket.socket() as asked:
-        asked.bind(("127.0.0.1", 0))
-        return int(asked.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 @contextmanager
 def _native_stderr_closed() -> Iterator[None]:
-    """Keep what Ray's C++ core prints while it starts off the terminal; its errors still come as exceptions."""
+    """Keep the output of Ray's C++ core off the terminal while it starts; its errors are still raised."""
     kept = os.dup(2)
     try:
         with open(os.devnull, "w") as nowhere:  # noqa: PTH123 - a device, not a path of ours
@@ -112,14 +112,14 @@ def _native_stderr_closed() -> Iterator[None]:
 
 
 def resources_of_nodes() -> list[dict[str, float]]:
-    """Return what each node that is alive holds in all, free or not."""
+    """Return the resources of each node that is alive, free or not."""
     import ray
 
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def count_places(nodes: Iterable[Mapping[str, float]], cpus: int, gpus: float) -> int:
-    """Return how many processes of so many CPUs and GPUs, each on one node, nodes with these resources hold.
+    """Return how many processes of so many CPUs and GPUs fit on nodes with these resources, each on one node.
 
     >>> count_places([{"CPU": 3}, {"CPU": 4, "GPU": 1}], 2, 0), count_places([{"CPU": 3}, {"CPU": 4, "GPU": 1}], 2, 1)
     (3, 1)
@@ -128,12 +128,10 @@ def count_places(nodes: Iterable[Mapping[str, float]], cpus: int, gpus: float) -
 
 
 def require_capacity(compute: Compute, section: str, stage: str) -> None:
-    """Return once what a stage needs, by its section of the compute file, is free.
+    """Return once the cluster has free what a stage's section of the compute file asks for.
 
-    Raises UserError after wait_seconds, with what is there.
-
-    What no node can ever hold is an error at once. Otherwise a placement group asks: it counts what is free, and it is
-    demand that an autoscaler answers with nodes.
+    Raises UserError at once for a need that no node can meet, else after wait_seconds. A placement group waits: it
+    counts free resources, and an autoscaler answers its demand with nodes.
     """
     from ray.util.placement_group import placement_group, remove_placement_group
 
@@ -146,18 +144,18 @@ def require_capacity(compute: Compute, section: str, stage: str) -> None:
     if not any(cpus <= size[0] and gpus <= size[1] for size in sizes):
         largest = max(sizes, key=lambda size: (size[1], size[0]) if gpus else size)
         what = f"needs {cpus} CPUs and {gpus:g} GPUs on one node; the largest has {largest[0]:g} and {largest[1]:g}"
-        do = "Ask for less, or say in compute.ray.largest_node what an autoscaler can bring"
-        raise UserError(problem(where, what, do))
+        key = "cpus" if cpus > largest[0] else "gpus"
+        raise UserError(problem(where, f"{what} (compute.ray.largest_node counts)", f"Lower {where}.{key}"))
     group = placement_group([{"CPU": cpus, **({"GPU": gpus} if gpus else {})}] * bundles)
     try:
         if count_places(nodes, cpus, gpus) >= bundles and group.wait(5):
             return
-        cpus_there, gpus_there = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
-        there = f"{cpus_there:g} CPUs and {gpus_there:g} GPUs"
-        needs = f"needs {bundles} x ({cpus} CPUs, {gpus:g} GPUs); the cluster has {there} on {len(nodes)} nodes"
-        say(f"{stage}: {needs}; waiting up to {compute.ray.wait_seconds} s for that much to be free")
+        all_cpus, all_gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
+        capacity = f"{all_cpus:g} CPUs and {all_gpus:g} GPUs on {len(nodes)} nodes"
+        needs = f"needs {bundles} x ({cpus} CPUs, {gpus:g} GPUs); the cluster has {capacity}"
+        log(f"{stage}: {needs}; waiting up to {compute.ray.wait_seconds} s for that much to be free")
         if not group.wait(compute.ray.wait_seconds):
-            raise UserError(problem(where, needs, "Ask for less, or add nodes"))
+            raise UserError(problem(where, needs, f"Lower {where}"))
     finally:
         remove_placement_group(group)
 
@@ -186,8 +184,8 @@ def use_assigned_cores() -> None:
     import ray
     import torch
 
-    if ray.is_initialized() and (here := ray.get_runtime_context()).worker.mode == ray.WORKER_MODE:
-        torch.set_num_threads(max(1, int(here.get_assigned_resources().get("CPU", 1))))
+    if ray.is_initialized() and (context := ray.get_runtime_context()).worker.mode == ray.WORKER_MODE:
+        torch.set_num_threads(max(1, int(context.get_assigned_resources().get("CPU", 1))))
 
 
 def on_this_node() -> Any:
@@ -199,10 +197,10 @@ def on_this_node() -> Any:
 
 
 def ticker() -> Any:
-    """Return a new actor that workers tell how far they are, and that the driver asks."""
+    """Return a new actor to which workers report how far they are, and from which the driver reads it."""
     import ray
 
-    # An actor that needs nothing is put on any node; here it dies with nobody but the driver.
+    # Ray puts an actor without needs on any node; on the driver's own node it dies only with the driver.
     return ray.remote(num_cpus=0, scheduling_strategy=on_this_node())(_Ticker).remote()
 
 
@@ -210,10 +208,10 @@ class _Ticker:
     def __init__(self) -> None:
         self._state: Any = None
 
-    def tell(self, state: Any) -> None:
+    def report(self, state: Any) -> None:
         self._state = state
 
-    def ask(self) -> Any:
+    def read(self) -> Any:
         return self._state
 
 
@@ -221,14 +219,14 @@ class _Ticker:
 
 
 def in_thread(work: Callable[..., None], *arguments: Any) -> Future[None]:
-    """Return what comes of work in a thread that does not keep the process: an executor's is waited for at its end."""
+    """Return the future of work in a daemon thread: a process waits at its end for the threads of an executor."""
     future: Future[None] = Future()
 
     def run() -> None:
         try:
             work(*arguments)
             future.set_result(None)
-        except BaseException as error:  # noqa: BLE001 - whoever asks for the result gets it
+        except BaseException as error:  # noqa: BLE001 - whoever reads the result gets it
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
@@ -236,7 +234,7 @@ def in_thread(work: Callable[..., None], *arguments: Any) -> Future[None]:
 
 
 def below_ray(error: BaseException) -> BaseException:
-    """Return what a worker raised, without the wrappers that Ray puts around it."""
+    """Return the error that a worker raised, without the wrappers that Ray puts around it."""
     while type(error).__name__ in ("SystemException", "UserCodeException") and (error.__cause__ or error.__context__):
         error = error.__cause__ or error.__context__ or error
     return getattr(error, "cause", None) or error

@@ -1,4 +1,4 @@
-"""What the commands of `sdft` do: from parsed options to calls of the package, and what is printed.
+"""The commands of `sdft`: from parsed options to calls of the package and printed results.
 
 Results go to stdout, progress to stderr. Heavy imports stand inside functions: `sdft --help` answers at once.
 """
@@ -18,7 +18,7 @@ from sdft_ray.errors import StageFailed, UserError, problem
 
 
 def check(options: argparse.Namespace) -> None:
-    """Validate a recipe or a sweep, and show what is done."""
+    """Validate a recipe or a sweep, and show the status of its stages."""
     from rich.console import Console
     from rich.table import Table
 
@@ -34,17 +34,17 @@ def check(options: argparse.Namespace) -> None:
     recipe, compute, storage = _load(options)
     check(recipe, compute)
     chain = pipeline.chain(recipe)
-    plan = pipeline.describe(chain.in_order, storage)
-    precision.say_slow(pipeline.survey(chain.in_order, storage)[0], compute)
+    stages = pipeline.describe(chain.in_order, storage)
+    precision.report_slow(pipeline.survey(chain.in_order, storage)[0], compute)
     costs = estimate_stages(recipe, compute, chain, storage) if options.compute else []
     if options.json:
         estimates = [dataclasses.asdict(cost) for cost in costs]
-        print(json.dumps({"stages": plan, "estimates": estimates} if options.compute else plan, indent=1))
+        print(json.dumps({"stages": stages, "estimates": estimates} if options.compute else stages, indent=1))
         return
     table = Table(box=None, pad_edge=False)
     for column in ("stage", "status", "directory"):
         table.add_column(column, overflow="fold")
-    for line in plan:
+    for line in stages:
         colour = {"done": "green", "partial": "yellow", "missing": ""}[line["status"]]
         table.add_row(line["stage"], f"[{colour}]{line['status']}[/]" if colour else line["status"], line["directory"])
     Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200).print(table)
@@ -67,22 +67,22 @@ def _show_costs(costs: Sequence[Any], title: str = "Estimate") -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Build what a recipe lacks, then report."""
+    """Build the missing artifacts of a recipe, then report."""
     from sdft_ray import pipeline
     from sdft_ray.engine import VllmEngine
-    from sdft_ray.progress import say
+    from sdft_ray.progress import log
 
     recipe, compute, storage = _load(options)
     with contextlib.redirect_stdout(sys.stderr):  # Ray prints notices of dead workers to stdout, which is for results
         built = pipeline.run(recipe, compute, storage, options.until, options.engine or VllmEngine)
     if not built.new:
-        say(f"Nothing to do: all {len(built.reused)} artifacts are there already under {storage.uri}.")
+        log(f"Nothing to do: all {len(built.reused)} artifacts are there already under {storage.uri}.")
     if options.until in (None, "evaluate"):
         _show_report(options, recipe, storage)
 
 
 def report(options: argparse.Namespace) -> None:
-    """Show what a recipe or a sweep has come to."""
+    """Show the results of a recipe or a sweep."""
     from sdft_ray.sweep import planning
 
     if planning.is_sweep(options.recipe):
@@ -96,9 +96,9 @@ def report(options: argparse.Namespace) -> None:
 
 
 def sweep(options: argparse.Namespace) -> None:
-    """Build what a sweep lacks, then report."""
+    """Build the missing artifacts of a sweep, then report."""
     from sdft_ray.engine import VllmEngine
-    from sdft_ray.progress import say
+    from sdft_ray.progress import log
     from sdft_ray.sweep import planning, trials
 
     plan, compute, storage = _load_sweep(options)
@@ -111,7 +111,7 @@ def sweep(options: argparse.Namespace) -> None:
                 raise
             failed = error
     if not failed and not built.new:
-        say(f"Nothing to do: all {len(built.reused)} artifacts are there already under {storage.uri}.")
+        log(f"Nothing to do: all {len(built.reused)} artifacts are there already under {storage.uri}.")
     _show_sweep(options, plan, storage)
     if failed:
         raise failed
@@ -121,7 +121,7 @@ def submit(options: argparse.Namespace) -> int:
     """Run a recipe or a sweep as a Ray job."""
     import tempfile
 
-    from sdft_ray.progress import say
+    from sdft_ray.progress import log
     from sdft_ray.submit import job, kuberay
 
     if options.print_manifest:
@@ -134,7 +134,7 @@ def submit(options: argparse.Namespace) -> int:
         archive = Path(folder) / "job.zip"
         command = job.pack(options.recipe, options.compute, options.root, options.until, archive)
         client, number = job.submit(options.address, archive, command, options.recipe.name)
-    say(f"Submitted as {number}: {command}")
+    log(f"Submitted as {number}: {command}")
     if options.no_wait:
         print(number)
         return 0
@@ -144,7 +144,7 @@ def submit(options: argparse.Namespace) -> int:
 def _show_report(options: argparse.Namespace, recipe: Any, storage: Any) -> None:
     from rich.console import Console
 
-    from sdft_ray.progress import say
+    from sdft_ray.progress import log
     from sdft_ray.report import collect, page, terminal
 
     report = collect.collect(recipe, str(options.recipe), storage)
@@ -155,7 +155,7 @@ def _show_report(options: argparse.Namespace, recipe: Any, storage: Any) -> None
     if options.html:
         options.html.parent.mkdir(exist_ok=True)
         options.html.write_text(page.render(report), encoding="utf-8")
-        say(f"Report: {options.html}")
+        log(f"Report: {options.html}")
 
 
 def _check_sweep(options: argparse.Namespace) -> None:
@@ -168,7 +168,7 @@ def _check_sweep(options: argparse.Namespace) -> None:
 
     plan, compute, storage = _load_sweep(options)
     planning.check(plan, compute)
-    precision.say_slow(pipeline.survey(planning.stages_of(plan), storage)[0], compute)
+    precision.report_slow(pipeline.survey(planning.stages_of(plan), storage)[0], compute)
     saved = savings.measure(plan, storage)
     costs = estimate_sweep(plan, compute, storage) if options.compute else []
     if options.json:
@@ -182,7 +182,7 @@ def _check_sweep(options: argparse.Namespace) -> None:
 def _show_sweep(options: argparse.Namespace, plan: Any, storage: Any) -> None:
     from rich.console import Console
 
-    from sdft_ray.progress import say
+    from sdft_ray.progress import log
     from sdft_ray.report import page, sweep, table, terminal
 
     report = sweep.collect(plan, str(options.recipe), storage)
@@ -192,11 +192,11 @@ def _show_sweep(options: argparse.Namespace, plan: Any, storage: Any) -> None:
         terminal.show_sweep(report, Console(width=None if sys.stdout.isatty() else 160))
     if options.csv:
         options.csv.write_text(table.as_csv(report), encoding="utf-8")
-        say(f"Table: {options.csv}")
+        log(f"Table: {options.csv}")
     if options.html:
         options.html.parent.mkdir(exist_ok=True)
         options.html.write_text(page.render_sweep(report, options.html.parent), encoding="utf-8")
-        say(f"Report: {options.html}")
+        log(f"Report: {options.html}")
 
 
 def _load_sweep(options: argparse.Namespace) -> tuple[Any, Any, Any]:
@@ -208,7 +208,7 @@ def _load_sweep(options: argparse.Namespace) -> tuple[Any, Any, Any]:
         do = f"Do: sdft run {options.recipe}"
         raise UserError(problem(str(options.recipe), "is a recipe, not a sweep", do))
     if getattr(options, "set", None):
-        raise UserError(problem("--set", "is for recipes", f"Change {options.recipe}, or its recipe"))
+        raise UserError(problem("--set", "is for recipes", f"Change {options.recipe}"))
     _require_directory("--html", getattr(options, "html", None), options.root)
     _require_directory("--csv", getattr(options, "csv", None), options.root)
     return load_sweep(options.recipe), load_compute(options.compute), Storage(options.root)
@@ -216,11 +216,11 @@ def _load_sweep(options: argparse.Namespace) -> tuple[Any, Any, Any]:
 
 def _require_directory(option: str, file: Path | None, root: str) -> None:
     if file and not file.absolute().parent.is_dir() and file.parent != Path(root):
-        raise UserError(problem(option, f"{file.parent} is no directory", "Make it, or give another path"))
+        raise UserError(problem(option, f"{file.parent} is no directory", f"Make {file.parent}"))
 
 
 def verify(options: argparse.Namespace) -> None:
-    """Prove models."""
+    """Verify models."""
     from sdft_ray.progress import Progress
     from sdft_ray.store.storage import Storage
     from sdft_ray.verify import checks, models
@@ -244,7 +244,7 @@ def verify(options: argparse.Namespace) -> None:
 
 
 def doctor(options: argparse.Namespace) -> int:
-    """Look for what would keep a recipe from running."""
+    """Look for obstacles to running a recipe."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -268,8 +268,8 @@ def doctor(options: argparse.Namespace) -> int:
     table.add_column("found", overflow="fold", ratio=1)
     for finding in findings:
         colour = {"ok": "green", "warn": "yellow", "fail": "red"}[finding.status]
-        what = escape(finding.what) + (f". [bold]{escape(finding.do)}[/]" if finding.do else "")
-        table.add_row(f"[{colour}]{finding.status}[/]", finding.check, escape(finding.where), what)
+        text = escape(finding.what) + (f". [bold]{escape(finding.do)}[/]" if finding.do else "")
+        table.add_row(f"[{colour}]{finding.status}[/]", finding.check, escape(finding.where), text)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     return int(failed)
 
@@ -322,7 +322,7 @@ _ABSENT = object()
 
 
 def _values(name: str, root: str) -> Any:
-    """Return what identifies a recipe file or an artifact, as nested values."""
+    """Return the values that identify a recipe file or an artifact."""
     from sdft_ray.spec.loading import load_recipe
     from sdft_ray.store.manifest import MANIFEST, read_manifest
     from sdft_ray.store.storage import Storage
@@ -357,14 +357,14 @@ def explain(options: argparse.Namespace) -> None:
     """Explain a key."""
     from sdft_ray.spec import help
 
-    found = help.explain(options.key)
-    print(json.dumps(help.as_data(found), indent=1) if options.json else help.show(found))
+    entries = help.explain(options.key)
+    print(json.dumps(help.as_data(entries), indent=1) if options.json else help.show(entries))
 
 
 def init(options: argparse.Namespace) -> None:
     """Write a starter recipe."""
     from sdft_ray.preflight import starter
-    from sdft_ray.progress import say
+    from sdft_ray.progress import log
 
     columns = starter.Columns(options.prompt, options.response, options.context, options.answer)
-    say(starter.write(options.model, options.rows, options.out, columns))
+    log(starter.write(options.model, options.rows, options.out, columns))

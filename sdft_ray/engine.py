@@ -21,7 +21,7 @@ NEAR_TIE = 1e-3
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One sample of a row as the engine gets it."""
+    """One sample of a row that the engine is asked for."""
 
     id: str
     sample: int
@@ -30,7 +30,7 @@ class Request:
 
 
 class Engine(Protocol):
-    """What an engine does."""
+    """Generates responses."""
 
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Generation]]:
         """Yield each request with its generation as soon as it is finished, in any order.
@@ -41,7 +41,7 @@ class Engine(Protocol):
 
 
 class EngineFactory(Protocol):
-    """What starts an engine."""
+    """Starts an engine."""
 
     def __call__(self, model: str, settings: Distill, options: Mapping[str, Any], alone: bool) -> Engine:
         """Return an engine of the model in a directory.
@@ -94,17 +94,17 @@ class VllmEngine:
                     yield waiting.pop(output.request_id), self._generation(output, opened)
 
     def _generation(self, output: Any, opened: str) -> Generation:
-        made, prompt_tokens = output.outputs[0], len(output.prompt_token_ids)
-        if made.finish_reason == "length" and len(made.token_ids) < self.settings.max_new_tokens:
+        completion, prompt_tokens = output.outputs[0], len(output.prompt_token_ids)
+        if completion.finish_reason == "length" and len(completion.token_ids) < self.settings.max_new_tokens:
             # Cut off by the engine, not by the recipe: no setting of the compute file may decide what a row becomes.
-            what = f"prompt of {prompt_tokens} tokens leaves too little of compute.distill.engine.max_model_len"
-            return Generation(what, "error", prompt_tokens)
-        text = read_generated(self.tokenizer, made.token_ids, made.text, opened)
-        return Generation(text, made.finish_reason, prompt_tokens, len(made.token_ids))
+            reason = f"prompt of {prompt_tokens} tokens leaves too little of compute.distill.engine.max_model_len"
+            return Generation(reason, "error", prompt_tokens)
+        text = read_generated(self.tokenizer, completion.token_ids, completion.text, opened)
+        return Generation(text, completion.finish_reason, prompt_tokens, len(completion.token_ids))
 
 
 def engine_arguments(model: str, dtype: str, options: Mapping[str, Any], alone: bool) -> dict[str, Any]:
-    """Return what vLLM's engine is made with, after setting the environment that it reads when it is imported.
+    """Return the arguments of vLLM's engine, after setting the environment that vLLM reads when it is imported.
 
     alone: no other engine is on this machine.
     """

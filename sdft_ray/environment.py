@@ -1,6 +1,6 @@
-"""Environment variables that libraries read, each with its reason: all that this package sets.
+"""All environment variables that this package sets for libraries, each with its reason.
 
-What a user has set stays, but for what would break otherwise. Ray, Tune, vLLM and DeepSpeed read
+A user's own values stay, except where they would break something. Ray, Tune, vLLM and DeepSpeed read
 theirs when they are imported or started, so these functions are called before that.
 """
 
@@ -10,44 +10,44 @@ import os
 
 
 def for_command() -> None:
-    """Before any library is loaded: their bars, hints and accelerator guesses are not our interface."""
+    """Silence libraries before they are loaded: their bars, hints and accelerator guesses are not our interface."""
     _set_default(TQDM_DISABLE="1", TOKENIZERS_PARALLELISM="false")
-    _set_default(DS_ACCELERATOR="cpu")  # of the driver; workers set their own
+    _set_default(DS_ACCELERATOR="cpu")  # for the driver; workers set their own
 
 
 def for_ray() -> None:
-    """Progress is ours to show; usage reports are the user's to switch on."""
+    """Leave progress to this package, and usage reports to the user."""
     _set_default(RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0")
     _set_default(RAY_BACKEND_LOG_LEVEL="fatal")  # else the core writes to our stderr
     _set_default(RAY_TRAIN_ENABLE_PRINT_PATCH="0")
-    # What is still at work when Ray ends, after Ctrl-C, must not start another one.
+    # A thread that still works when Ray ends, after Ctrl-C, must not start another Ray.
     _set_default(RAY_ENABLE_AUTO_CONNECT="0")
-    # Of warnings, not the one about how many workers there are: they are kept on purpose.
+    # The warning about the number of workers is dropped: they are kept on purpose.
     _set_default(RAY_DEDUP_LOGS_SKIP_REGEX="worker processes have been started")
-    # On a busy machine a worker takes longer to start than the 60 s after which Ray gives it up; with the first one
-    # `ray.init` waits for ever (docs/footguns.md).
+    # On a busy machine a worker takes longer to start than the 60 s after which Ray gives it up; then `ray.init`
+    # waits for ever for the first one (docs/footguns.md).
     _set_default(RAY_worker_register_timeout_seconds="300")
 
 
 def for_local_ray(dashboard: str) -> None:
-    """For a Ray that is started here."""
-    # Workers must be told where the dashboard is: where several Rays share a machine they do not guess, and what a dead
-    # trainer held stays held (docs/footguns.md).
+    """Prepare for a Ray that is started here."""
+    # Workers need the dashboard's address: where several Rays share a machine they do not guess it, and the resources
+    # of a dead trainer stay taken (docs/footguns.md).
     _force(RAY_API_SERVER_ADDRESS=dashboard)
-    # Nobody takes this node away: no process that asks for it at every training. And an end is seen sooner.
+    # Nobody takes this node away, so no process needs to watch for that. And an end is seen sooner.
     _set_default(RAY_TRAIN_ENABLE_PREEMPTION_WATCHER="0", RAY_TRAIN_HEALTH_CHECK_INTERVAL_S="0.5")
-    # A worker that has imported lm-eval is kept for the next evaluation: by default Ray ends what is idle for a second.
+    # A worker that has imported lm-eval is kept for the next evaluation: Ray ends workers after an idle second.
     _set_default(RAY_idle_worker_killing_time_threshold_ms="30000")
 
 
 def for_tune() -> None:
-    """Ctrl-C is ours, and a trial stays in the directory of the command."""
+    """Keep Ctrl-C for this package, and a trial in the directory of the command."""
     _set_default(TUNE_DISABLE_SIGINT_HANDLER="1", RAY_CHDIR_TO_TRIAL_DIR="0", TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1")
     _set_default(RAY_AIR_NEW_OUTPUT="0")  # the new one prints a table whatever its verbosity
 
 
 def for_vllm(alone: bool) -> None:
-    """For an engine in this process; alone: no other engine is on this machine."""
+    """Prepare for an engine in this process; alone: no other engine is on this machine."""
     _force(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", VLLM_LOGGING_LEVEL="WARNING")
     _force(HF_HUB_OFFLINE="1")  # the model is a local directory
     # vLLM leaves a core idle and pins its threads; two engines on one machine must not pin to the same cores.
@@ -57,17 +57,17 @@ def for_vllm(alone: bool) -> None:
 
 
 def for_deepspeed(gpus: float) -> None:
-    """For a training worker: not the driver's accelerator."""
+    """Choose the accelerator of a training worker, instead of the driver's."""
     _force(DS_ACCELERATOR="cuda" if gpus else "cpu")
 
 
 def go_offline() -> None:
-    """Nothing in this process may try, and time out on, a network."""
+    """Keep this process from trying a network, and from its timeouts."""
     _force(HF_HUB_OFFLINE="1")
 
 
 def forget(*names: str) -> None:
-    """Take variables away."""
+    """Remove variables."""
     for name in names:
         os.environ.pop(name, None)
 

@@ -1,11 +1,11 @@
 """The chain, whole and in order: from a recipe to its stages, and from stages to artifacts.
 
-In: a recipe. Out: its `Chain`, and after `run` an artifact for each stage of it. Plain code: which stage feeds which
-is what `chain` says, and nothing is built that is there already.
+In: a recipe. Out: its `Chain`, and after `run` an artifact for each stage of it. `chain` connects the stages in plain
+code, and a finished artifact is not built again.
 
     base model ──┬─ score ── loss ── cut ──┬─ train (sft, distilled)
                  └─ distill ───────────────┘            └── merge
-    nll: rewrites and references in the base's eyes
+    nll: likelihoods of rewrites and references under the base
     draft: pruned, tuned and merged models for the base
     evaluate: base, pruned, tuned and merged models on every task
 """
@@ -29,7 +29,7 @@ from sdft_ray.engine import EngineFactory, VllmEngine
 from sdft_ray.errors import StageFailed, UserError, nearest, problem
 from sdft_ray.preflight import precision
 from sdft_ray.preflight.checks import check
-from sdft_ray.progress import Progress, duration, say
+from sdft_ray.progress import Progress, duration, log
 from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.recipe import Merge, Recipe
 from sdft_ray.spec.sources import LocalModel
@@ -69,10 +69,7 @@ MODULES: dict[str, StageModule] = {
 }
 """Every kind of stage, in the order of a chain."""
 
-
 RowsStage = Stage[rows.Settings]
-
-# --- the chain ------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +81,7 @@ class Data:
 
     @property
     def inputs(self) -> dict[str, Stage[Any]]:
-        """What a training takes of it."""
+        """The inputs of a training."""
         return {"rows": self.rows} | ({"distilled": self.distilled} if self.distilled else {})
 
 
@@ -100,11 +97,11 @@ class Chain:
     loss: Stage[loss.Settings] | None
     pruned: Stage[cut.Settings]
     data: Mapping[str, Data]
-    """What is trained on: the recipe's own under "", others by the names of their models."""
+    """Training data: the recipe's own under "", others by the names of their models."""
     models: Mapping[str, Stage[Any]]
     """Every model, by the name that the report gives it: base, pruned, each arm, and those that are merged."""
     nll: tuple[Stage[nll.Settings], ...]
-    """For each of the rewritten data; the recipe's own first."""
+    """One for each set of rewrites; the recipe's own first."""
     drafts: Mapping[str, Stage[draft.Settings]]
     """By the name of the model that drafts."""
     speed: Stage[speed.Settings] | None
@@ -129,17 +126,17 @@ class Chain:
 
     def tasks_of(self, name: str) -> dict[str, Stage[evaluate.Settings]]:
         """Return the evaluations of a model, by task."""
-        return {task: stage for (who, task), stage in self.evaluations.items() if who == name}
+        return {task: stage for (model, task), stage in self.evaluations.items() if model == name}
 
     @cached_property
     def in_order(self) -> tuple[Stage[Any], ...]:
         """Every stage once, in the order in which they are built."""
-        # Generation before training: what fails early should fail early.
+        # Generation before training: an early failure costs less.
         generated = [stage for data in self.data.values() for stage in data.inputs.values()]
         kept = [stage for stage in (self.score, self.loss, self.pruned) if stage is not None]
-        every = [self.base, self.rows, *self.corpus_rows.values(), *kept, *generated, *self.models.values()]
-        every += [*self.nll, *self.drafts.values(), *([self.speed] if self.speed else []), *self.evaluations.values()]
-        return tuple({stage.id: stage for stage in every}.values())
+        stages = [self.base, self.rows, *self.corpus_rows.values(), *kept, *generated, *self.models.values()]
+        stages += [*self.nll, *self.drafts.values(), *([self.speed] if self.speed else []), *self.evaluations.values()]
+        return tuple({stage.id: stage for stage in stages}.values())
 
 
 def chain(recipe: Recipe) -> Chain:
@@ -184,37 +181,38 @@ def _calibration(recipe: Recipe, own: RowsStage) -> tuple[tuple[CorpusSettings, 
 
 
 def _training_data(recipe: Recipe, base: Stage[model.Settings], own: RowsStage) -> dict[str, Data]:
-    """Return what is trained on: the recipe's own rows, and those of other models that are merged."""
+    """Return the training data: the recipe's own rows, and those of other models that are merged."""
     others = recipe.merge.others if recipe.merge else {}
     sources = {"": own}
     for name, other in others.items():
         if other.rows is not None:
             sources[name] = rows.stage(other.rows, recipe.evaluate.preset)
-    found: dict[str, Data] = {}
+    data: dict[str, Data] = {}
     for name, source in sources.items():
         rewritten = recipe.arms.distilled and (not name or (recipe.merge and recipe.merge.arm == "distilled"))
         distilled = distill.stage(recipe.distill, base, source, recipe.train.rows) if rewritten else None
-        found[name] = Data(source, distilled)
-    return found
+        data[name] = Data(source, distilled)
+    return data
 
 
 def _merge_stages(
-    recipe: Recipe, wanted: Merge, pruned: Stage[cut.Settings], first: Stage[Any], data: Mapping[str, Data]
+    recipe: Recipe, settings: Merge, pruned: Stage[cut.Settings], first: Stage[Any], data: Mapping[str, Data]
 ) -> dict[str, Stage[Any]]:
     """Return the models that are merged with an arm's, one trained on all of their rows, and the merged ones."""
-    found: dict[str, Stage[Any]] = {}
-    for name, other in wanted.others.items():
+    models: dict[str, Stage[Any]] = {}
+    for name, other in settings.others.items():
         if other.path is None:
-            found[name] = train.stage(recipe.train_settings(wanted.arm, name), wanted.arm, pruned, [data[name].inputs])
+            own = recipe.train_settings(settings.arm, name)
+            models[name] = train.stage(own, settings.arm, pruned, [data[name].inputs])
         else:
-            found[name] = model.stage(LocalModel(path=other.path), f"merge.others.{name}.path")
-    parents = {wanted.arm: first, **found}
-    if wanted.together:
-        everything = [each.inputs for each in data.values()]
-        found["together"] = train.stage(recipe.train_settings(wanted.arm), wanted.arm, pruned, everything)
-    for name, how in wanted.methods.items():
-        found[name] = merge.stage(how, pruned, parents)
-    return found
+            models[name] = model.stage(LocalModel(path=other.path), f"merge.others.{name}.path")
+    parents = {settings.arm: first, **models}
+    if settings.together:
+        inputs = [own.inputs for own in data.values()]
+        models["together"] = train.stage(recipe.train_settings(settings.arm), settings.arm, pruned, inputs)
+    for name, method in settings.methods.items():
+        models[name] = merge.stage(method, pruned, parents)
+    return models
 
 
 def _nll_stages(
@@ -226,27 +224,27 @@ def _nll_stages(
 
 
 def _draft_stages(recipe: Recipe, models: Mapping[str, Stage[Any]], own: RowsStage) -> dict[str, Stage[draft.Settings]]:
-    if not (wanted := recipe.draft):
+    if not (settings := recipe.draft):
         return {}
-    drafts = {name: stage for name, stage in models.items() if name != "base"}
-    found = {}
-    for name in wanted.models or ("pruned", *recipe.arms.names):
-        if name not in drafts:
-            raise UserError(problem("draft.models", f"this recipe makes no {name}", nearest(name, drafts)))
-        found[name] = draft.stage(wanted, name, models["pruned"], models["base"], drafts[name], own)
-    return found
+    candidates = {name: stage for name, stage in models.items() if name != "base"}
+    drafts = {}
+    for name in settings.models or ("pruned", *recipe.arms.names):
+        if name not in candidates:
+            raise UserError(problem("draft.models", f"this recipe makes no {name}", nearest(name, candidates)))
+        drafts[name] = draft.stage(settings, name, models["pruned"], models["base"], candidates[name], own)
+    return drafts
 
 
 def _evaluations(
     recipe: Recipe, models: Mapping[str, Stage[Any]], own: RowsStage
 ) -> dict[tuple[str, str], Stage[evaluate.Settings]]:
-    found = {}
+    evaluations = {}
     for name, stage in models.items():
         # Recipes that train the same model share its evaluations, whatever each calls it.
         known = stage.settings.arm if isinstance(stage.settings, train.Settings) else name
         for task in recipe.evaluate.tasks:
-            found[name, task] = evaluate.stage(recipe.evaluate, task, known, stage, own)
-    return found
+            evaluations[name, task] = evaluate.stage(recipe.evaluate, task, known, stage, own)
+    return evaluations
 
 
 # --- from stages to artifacts ---------------------------------------------------------------------------------
@@ -254,25 +252,21 @@ def _evaluations(
 
 @dataclasses.dataclass(frozen=True)
 class Built:
-    """What a run did."""
+    """The stages of a run."""
 
     new: tuple[Stage[Any], ...]
     reused: tuple[Stage[Any], ...]
 
 
 def run(
-    recipe: Recipe,
-    compute: Compute,
-    storage: Storage,
-    until: str | None = None,
-    engine: EngineFactory = VllmEngine,
+    recipe: Recipe, compute: Compute, storage: Storage, until: str | None = None, engine: EngineFactory = VllmEngine
 ) -> Built:
     """Build every stage of a recipe that is not there yet, up to and including the stages named `until`."""
     check(recipe, compute)
     stages: Sequence[Stage[Any]] = chain(recipe).in_order
     if until:
         stages = _up_to(stages, until)
-    precision.say_slow(survey(stages, storage)[0], compute)
+    precision.report_slow(survey(stages, storage)[0], compute)
     return build(stages, compute, storage, engine=engine)
 
 
@@ -282,7 +276,7 @@ def _up_to(stages: Sequence[Stage[Any]], until: str) -> Sequence[Stage[Any]]:
     if until not in MODULES:
         raise UserError(problem("--until", f"{until} is no stage", nearest(until, MODULES)))
     if until not in names:
-        do = f"It has {', '.join(dict.fromkeys(names))}"
+        do = f"Give one of {', '.join(dict.fromkeys(names))}"
         raise UserError(problem("--until", f"this recipe has no stage {until}", do))
     return stages[: len(names) - names[::-1].index(until)]
 
@@ -317,11 +311,11 @@ def build(
 
 def survey(stages: Iterable[Stage[Any]], storage: Storage) -> tuple[list[Stage[Any]], list[Stage[Any]]]:
     """Return the stages that are to be built and those that are done, each in their order."""
-    found: tuple[list[Stage[Any]], list[Stage[Any]]] = [], []
+    todo_and_done: tuple[list[Stage[Any]], list[Stage[Any]]] = [], []
     with storage.survey():
         for stage in stages:
-            found[storage.status(stage) == "done"].append(stage)
-    return found
+            todo_and_done[storage.status(stage) == "done"].append(stage)
+    return todo_and_done
 
 
 def require_gates(finished: Iterable[Stage[Any]], storage: Storage) -> None:
@@ -337,8 +331,8 @@ def require_gates(finished: Iterable[Stage[Any]], storage: Storage) -> None:
 def _together(todo: Sequence[Stage[Any]]) -> Iterator[list[Stage[Any]]]:
     """Yield the stages that are built at once: all evaluations (each is small), everything else alone."""
     for name, group in itertools.groupby(todo, key=lambda stage: stage.name):
-        each = list(group)
-        yield from [each] if MODULES[name] is evaluate else ([stage] for stage in each)
+        stages = list(group)
+        yield from [stages] if MODULES[name] is evaluate else ([stage] for stage in stages)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,11 +358,11 @@ class _Maker:
                 for done, future in enumerate(as_completed(waiting), 1):
                     future.result()
                     progress.update(done)
-            finally:  # at the first failure the others end: in a trial's process they would go on beside the next trial
+            finally:  # at the first failure the others end: else they would go on beside the next trial
                 stopped.set()
 
     def _build(self, stage: Stage[Any], progress: Progress, stopped: threading.Event) -> None:
-        """Build one stage under its lock, and report what came of it."""
+        """Build one stage under its lock, and log its time and directory."""
         with self.storage.lock(f"{stage.name}-{stage.id}"):
             if self.storage.status(stage) == "done":  # built by another command while this one waited
                 require_gates([stage], self.storage)
@@ -383,24 +377,23 @@ class _Maker:
                 own = summary.seconds if isinstance(summary, evaluate.Summary) else None
                 seconds = time.monotonic() - begun if own is None else own
                 self.storage.commit(stage, summary.plain(), seconds)
-            except KeyboardInterrupt:
-                raise
-            except Exception as error:  # the edge: whatever broke, report what is kept and where the trace is
+            except Exception as error:  # the edge: report what is kept and where the trace is
                 raise self._explain(stage, error) from error
-        say(f"{stage.name}: {duration(seconds)}, {self.storage.where(stage)}")
+        log(f"{stage.name}: {duration(seconds)}, {self.storage.where(stage)}")
 
     def _explain(self, stage: Stage[Any], error: Exception) -> BaseException:
         """Return the error that people see."""
         if isinstance(cause := below_ray(error), (UserError, StageFailed)):
             return cause
-        log = self.storage.keep_trace(stage, "".join(traceback.format_exception(error)))
-        kept = f"What it had finished is kept under {self.storage.uri}; run the same command again to go on"
-        return StageFailed(f"{stage.name}: failed: {last_line(cause)}. {kept}.{log}")
+        trace = self.storage.keep_trace(stage, "".join(traceback.format_exception(error)))
+        kept = f"Its finished work is kept under {self.storage.uri}; run the same command again to go on"
+        return StageFailed(f"{stage.name}: failed: {last_line(cause)}. {kept}.{trace}")
 
 
 def describe(stages: Sequence[Stage[Any]], storage: Storage) -> list[Mapping[str, Any]]:
-    """Return, for each stage, what `sdft check` shows."""
+    """Return the status and the directory of each stage, for `sdft check`."""
     with storage.survey():
         return [
-            {"stage": each.name, "status": storage.status(each), "directory": storage.where(each)} for each in stages
+            {"stage": stage.name, "status": storage.status(stage), "directory": storage.where(stage)}
+            for stage in stages
         ]

@@ -1,8 +1,8 @@
-"""What a person sees while a stage works: one live line on a terminal, a line now and then elsewhere.
+"""The progress of a stage for people: one live line on a terminal, an occasional line elsewhere.
 
 In: counts and phases from the stages. Out: text on stderr, so that stdout stays free for results and `--json`. A thread
-writes it, not the stage: what loads a model or waits for a node is silent in itself, and a silent command looks dead.
-Ray's own progress output is switched off: it speaks of operators, people think in rows and steps.
+writes it, not the stage: loading a model or waiting for a node is silent, and a silent command looks dead. Ray's own
+progress output is switched off: it names operators, people think in rows and steps.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LIVE_SECONDS = 0.5
 _last_line = time.monotonic()
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     """Write one line for people to stderr, clear of a live line."""
     global _last_line
     print(f"\r\x1b[K{text}" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
@@ -44,7 +44,7 @@ class Progress:
         self._thread = threading.Thread(target=self._keep_showing, daemon=True)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Let Tune write its callbacks down; what it makes of that shows nothing."""
+        """Let Tune pickle its callbacks; a copy shows nothing."""
         return Progress, (self.stage, self.unit, self.total)
 
     def __enter__(self) -> Self:
@@ -56,7 +56,7 @@ class Progress:
     ) -> None:
         self._ended.set()
         self._thread.join()
-        if self._live:  # what comes next is a line of its own: what became of the stage
+        if self._live:  # the stage's result comes next, on a line of its own
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
     def begin(self, total: int, done: int = 0) -> None:
@@ -64,14 +64,14 @@ class Progress:
         self.total, self.done, self._done_at_begin = total, done, done
         self._begun = time.monotonic()
         if done:
-            say(f"{self.stage}: {done} of {total} {self.unit} were there already")
+            log(f"{self.stage}: {done} of {total} {self.unit} are done already")
 
     def update(self, done: int, note: str = "") -> None:
         """Note that `done` units are finished by now."""
         self.done, self._note, self._phase = done, note, ""
 
     def enter(self, phase: str) -> None:
-        """Name what the stage is doing where there is nothing to count, such as "loading the model"."""
+        """Name the stage's activity where there is nothing to count, such as "loading the model"."""
         self._phase = phase
 
     def _keep_showing(self) -> None:
@@ -79,10 +79,10 @@ class Progress:
             if self._live:
                 print(f"\r\x1b[K{self.line()[:118]}", end="", file=sys.stderr, flush=True)
             elif time.monotonic() - _last_line >= QUIET_SECONDS:
-                say(self.line())
+                log(self.line())
 
     def line(self) -> str:
-        """Return what is shown now.
+        """Return the line that is shown now.
 
         >>> Progress("distill", "rows", total=288).line()
         'distill: 0/288 rows, 0s'
@@ -90,7 +90,7 @@ class Progress:
         now = time.monotonic()
         counted = f"{self.done}/{self.total} {self.unit}" if self.total else ""
         since = duration(now - self._entered)
-        if self._phase or self.done == self._done_at_begin:  # no rate to tell
+        if self._phase or self.done == self._done_at_begin:  # no rate yet
             return f"{self.stage}: {', '.join(part for part in (counted, self._phase, since) if part)}"
         rate = (self.done - self._done_at_begin) / max(now - self._begun, 1e-6)
         left = f"{duration((self.total - self.done) / rate)} left" if self.done < self.total else ""
@@ -98,7 +98,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """Return seconds as people say them.
+    """Return seconds as text.
 
     >>> duration(75), duration(8.2)
     ('1m15s', '8s')

@@ -17,7 +17,7 @@ from typing import Any
 from tiny import make_tiny_model
 
 from sdft_ray.core.surgery import ARCHITECTURES, PER_BLOCK
-from sdft_ray.progress import quiet_transformers, say
+from sdft_ray.progress import log, quiet_transformers
 from sdft_ray.store.manifest import provenance
 
 # Blocks that differ in kind, so that a wrong order of layer_types changes the result.
@@ -167,7 +167,7 @@ def main() -> None:
     for architecture, overrides in VARIANTS:
         if options.only and architecture not in options.only:
             continue
-        say(f"{architecture} {overrides or ''}")
+        log(f"{architecture} {overrides or ''}")
         # Libraries write to stdout, which is the page.
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
             try:

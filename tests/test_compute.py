@@ -71,12 +71,9 @@ def test_load_compute_with_too_many_cpus_for_this_machine_names_the_numbers(load
     with pytest.raises(UserError) as error:
         load(4, {"train": {"workers": 2, "cpus": 3}, "distill": {"actors": 6}, "score": {"cpus": 5}})
     assert sorted(error.value.problems) == [
-        "compute.distill: 6 x 1 CPUs = 6 is more than the 4 cores of this machine. "
-        "Lower the number or the cpus of distill, or give ray.address of a cluster.",
-        "compute.score: 1 x 5 CPUs = 5 is more than the 4 cores of this machine. "
-        "Lower the number or the cpus of score, or give ray.address of a cluster.",
-        "compute.train: 2 x 3 CPUs = 6 is more than the 4 cores of this machine. "
-        "Lower the number or the cpus of train, or give ray.address of a cluster.",
+        "compute.distill: 6 x 1 CPUs = 6 is more than the 4 cores of this machine. Lower compute.distill.actors.",
+        "compute.score: 1 x 5 CPUs = 5 is more than the 4 cores of this machine. Lower compute.score.cpus.",
+        "compute.train: 2 x 3 CPUs = 6 is more than the 4 cores of this machine. Lower compute.train.workers.",
     ]
 
 
@@ -119,7 +116,7 @@ def test_load_compute_for_a_running_cluster_is_not_bound_by_this_machine(load):
         ),
         (
             {"train": {"deepspeed": "gs://bucket/zero.json"}},
-            "train.deepspeed: gs://bucket/zero.json is an address, and a path is needed. Copy it to a directory",
+            "train.deepspeed: gs://bucket/zero.json is an address, and a path is needed. Give the path of a copy",
         ),
         ({"score": {"actors": 0}}, "score.actors: got 0; expected greater than 0. Change this value."),
     ],

@@ -82,8 +82,9 @@ def test_check_of_numbers_finds_those_that_cannot_be(problems, settings, keys):
 
 def test_check_of_numbers_says_the_context_and_the_most_that_it_holds(problems):
     (train,), (new,) = problems(train={"max_tokens": 4096}), problems(distill={"max_new_tokens": 4096})
-    assert train == "train.max_tokens: 4096 is more than the model's context of 2048 holds. Give at most 2048."
-    assert new == "distill.max_new_tokens: 4096 is more than the model's context of 2048 holds. Give at most 2047."
+    what = "4096 is more than the model's context of 2048 holds"
+    assert train == f"train.max_tokens: {what}. Lower train.max_tokens to 2048 or less."
+    assert new == f"distill.max_new_tokens: {what}. Lower distill.max_new_tokens to 2047 or less."
 
 
 @pytest.mark.parametrize(
@@ -172,7 +173,7 @@ def test_check_of_a_gym_with_too_few_rows_finds_it(tiny_model, tmp_path):
         UserError, match=r"^rows\.limit: 60 leaves none to train on after 40 held-out and 20 validation"
     ):
         check(validate(Recipe, recipe), load_compute())
-    with pytest.raises(UserError, match=r"^train\.rows: 9 is more than the 5 training rows there are\."):
+    with pytest.raises(UserError, match=r"^train\.rows: 9 is more than the 5 training rows\."):
         recipe["rows"]["limit"] = 65
         check(validate(Recipe, {**recipe, "train": {"rows": 9}}), load_compute())
 

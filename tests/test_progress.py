@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from sdft_ray import progress
-from sdft_ray.progress import Progress, say
+from sdft_ray.progress import Progress, log
 
 
 @pytest.fixture
@@ -40,14 +40,14 @@ def test_progress_names_the_phase_until_something_is_counted(wait_for):
 
 def test_progress_keeps_quiet_while_others_write(capsys):
     with Progress("score"):
-        say("model: 3s")
+        log("model: 3s")
     assert capsys.readouterr().err == "model: 3s\n"
 
 
 def test_progress_says_what_an_earlier_run_finished(capsys):
     shown = Progress("distill", "rows")
     shown.begin(288, done=100)
-    assert capsys.readouterr().err == "distill: 100 of 288 rows were there already\n"
+    assert capsys.readouterr().err == "distill: 100 of 288 rows are done already\n"
     assert shown.line() == "distill: 100/288 rows, 0s"
 
 

@@ -59,12 +59,11 @@ def load_text(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> Recip
         ),
         (
             {"prune": {"blocks": 2, "calibration": {"rows": "mine"}}},
-            "prune.calibration.rows: give exactly one of gym, path, repo, or own. See configs/recipes for one of each.",
+            "prune.calibration.rows: has none or several of gym, path, repo, or own. Give exactly one of them.",
         ),
         (
             {"prune": {"blocks": 2, "calibration": {"positions": "response"}}},
-            "prune.calibration: a plain text has no response, which positions names. Give rows, or positions last or "
-            "all.",
+            "prune.calibration: a plain text has no response, which positions names. Set positions: last.",
         ),
         (
             {"prune": {"blocks": 2, "contiguous": False}},
@@ -72,7 +71,7 @@ def load_text(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> Recip
         ),
         (
             {"prune": {"blocks": 2, "metric": "loss", "candidates": 1}},
-            "prune.candidates: 1 leaves the loss nothing to choose from. Give at least 2.",
+            "prune.candidates: 1 leaves the loss nothing to choose from. Set candidates to 2 or more.",
         ),
         (
             {"rows": {"gym": "chain_sum", "limit": 10, "helt_out": 3}},
@@ -93,8 +92,7 @@ def load_text(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> Recip
         ({"model": {"path": 3}}, "model.path: got 3; expected a valid string. Change this value."),
         (
             {"model": {"path": "s3:/bucket/model"}},
-            "model.path: s3:/bucket/model is an address, and a path is needed. Copy it to a directory and give that "
-            "path.",
+            "model.path: s3:/bucket/model is an address, and a path is needed. Give the path of a copy.",
         ),
         (
             {"rows": {"path": "file:///data/rows.jsonl", "fields": {"prompt": "q", "response": "a"}}},
@@ -102,8 +100,8 @@ def load_text(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> Recip
         ),
         (
             {"prune": {"blocks": 2, "calibration": {"text": "https://host/texts.txt"}}},
-            "prune.calibration.text: https://host/texts.txt is an address, and a path is needed. Copy it to a "
-            "directory and give that path.",
+            "prune.calibration.text: https://host/texts.txt is an address, and a path is needed. "
+            "Give the path of a copy.",
         ),
         ({"prune": {}}, "prune.blocks: is missing. Add it."),
         ({"model": {"repo": "a/b"}}, "model.revision: is missing. Add it."),
@@ -117,26 +115,26 @@ def load_text(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> Recip
         ),
         (
             {"model": {"repo": "a/b", "path": "x"}},
-            "model: give exactly one of package, path, repo. See configs/recipes for one of each.",
+            "model: has none or several of package, path, repo. Give exactly one of them.",
         ),
         (
             {"rows": {"limit": 3}},
-            "rows: give exactly one of gym, path, repo. See configs/recipes for one of each.",
+            "rows: has none or several of gym, path, repo. Give exactly one of them.",
         ),
-        ({"rows": {"gym": "chain_sum"}}, "rows: a gym has no end: give rows.limit. Change this value."),
-        ({"arms": {}}, "arms: give at least one of sft, distilled. Change this value."),
-        ({"evaluate": {"tasks": ["piqa", "piqa"]}}, "evaluate.tasks: names a task twice. Change this value."),
+        ({"rows": {"gym": "chain_sum"}}, "rows: a gym has no end. Set limit."),
+        ({"arms": {}}, "arms: names no arm. Give at least one of sft, distilled."),
+        ({"evaluate": {"tasks": ["piqa", "piqa"]}}, "evaluate.tasks: names a task twice. Remove one."),
         (
             {"evaluate": {"tasks": ["held_out"]}, "rows": {"gym": "chain_sum", "limit": 10, "held_out": 0}},
-            "evaluate.tasks: names held_out, but rows.held_out is 0. Change this value.",
+            "evaluate.tasks: names held_out, but rows.held_out is 0. Raise rows.held_out.",
         ),
         (
             {"evaluate": {"tasks": ["held_out"]}, "rows": {"gym": "chain_sum", "limit": 10, "answer": "none"}},
-            "evaluate.tasks: held_out needs checkable rows, but rows.answer is none. Change this value.",
+            "evaluate.tasks: held_out needs checkable rows, but rows.answer is none. Remove held_out.",
         ),
         (
             {"distill": {"template": "Say {prompt}"}},
-            "distill.template: needs both {prompt} and {reference}. Change this value.",
+            "distill.template: lacks {prompt} or {reference}. Write both.",
         ),
         (
             {"distill": {"template_options": {"tokenize": False}}},
@@ -145,11 +143,11 @@ def load_text(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> Recip
         ({"distill": {"filters": {"leaks": False}}}, "distill.filters.leaks: unknown key. Did you mean leak?"),
         (
             {"distill": {"filters": {"leak": False, "leak_phrases": ["given text"]}}},
-            "distill.filters: leak_phrases do nothing where leak is false. Remove them, or set leak: true.",
+            "distill.filters: leak_phrases do nothing where leak is false. Set leak: true.",
         ),
         (
             {"rows": {"gym": "chain_sum", "limit": 10, "decontaminate": ["sciq", "sciq"]}},
-            "rows.decontaminate: names a task twice. Change this value.",
+            "rows.decontaminate: names a task twice. Remove one.",
         ),
         (
             {"rows": {"gym": "chain_sum", "limit": 10, "answer": "letter"}},
@@ -195,9 +193,9 @@ def test_recipe_with_several_mistakes_reports_all_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("text", "line", "what"),
     [
-        ("train:\n  lr: 0.1\n  epochs: 1\n  lr: 0.2\n", 4, "key lr is there twice"),
-        ("prune: {blocks: 2, blocks: 3}\n", 1, "key blocks is there twice"),
-        ("prune:\n  blocks: 2\nprune:\n  blocks: 3\n", 3, "key prune is there twice"),
+        ("train:\n  lr: 0.1\n  epochs: 1\n  lr: 0.2\n", 4, "key lr occurs twice"),
+        ("prune: {blocks: 2, blocks: 3}\n", 1, "key blocks occurs twice"),
+        ("prune:\n  blocks: 2\nprune:\n  blocks: 3\n", 3, "key prune occurs twice"),
         ("prune:\n\tblocks: 2\n", 2, "cannot start any token"),
     ],
 )
@@ -330,7 +328,7 @@ def test_arms_may_not_change_the_rows(tmp_path):
     ("depth", "first", "last", "line"),
     [
         (4, 0, 0, "prune.blocks: 4 removes every block of a 4-block model. Give 1 to 3."),
-        (3, 1, 1, "prune.protect: leaves 2 of 4 blocks to remove 3 from. Protect fewer, or remove fewer."),
+        (3, 1, 1, "prune.protect: leaves 2 of 4 blocks to remove 3 from. Lower prune.protect."),
     ],
 )
 def test_require_depth_of_more_blocks_than_there_are_says_so(depth, first, last, line):

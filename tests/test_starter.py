@@ -133,7 +133,7 @@ def test_init_quotes_whatever_a_column_is_called(init, tmp_path, name, capsys):
         (
             {"q": "1?", "a": "1"},
             ("--out", "none/recipe.yaml"),
-            "--out: none is no directory. Make it, or give another path.",
+            "--out: none is no directory. Make none.",
         ),
         ({"q": "", "a": "1"}, (), "rows: 0 usable rows (of 1; 1 rows had a blank prompt or response) leave none"),
     ],
@@ -164,7 +164,7 @@ def test_init_without_its_inputs_is_one_line(init, tmp_path, tiny_model, rows, m
 def test_init_overwrites_nothing(init, tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text("mine")
     assert init(save(SUMS, tmp_path / "rows.jsonl")) == 2
-    assert capsys.readouterr().err == "recipe.yaml: is there already. Give another --out, or remove it.\n"
+    assert capsys.readouterr().err == "recipe.yaml: exists already. Give another --out.\n"
     assert (tmp_path / "recipe.yaml").read_text() == "mine"
 
 

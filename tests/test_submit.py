@@ -221,5 +221,5 @@ def test_pack_of_a_large_file_says_to_put_it_under_the_root(folder, tmp_path, mo
     monkeypatch.chdir(folder)
     with (folder / "rows.jsonl").open("a") as rows:
         rows.truncate(200_000_000)  # sparse
-    with pytest.raises(UserError, match=r"rows.jsonl: 200 MB; 90 MB in all travel with a job. Put it under /r and"):
+    with pytest.raises(UserError, match=r"rows.jsonl: 200 MB; a job carries at most 90 MB in all. Put it under /r and"):
         job.pack(Path("recipe.yaml"), None, "/r", None, tmp_path / "job.zip")

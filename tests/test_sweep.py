@@ -125,36 +125,39 @@ def test_sweep_draws_whole_numbers_between_whole_numbers(folder):
         (
             {"train.epochs": [1, 2]},
             {},
-            "axes.train.epochs: the arm distilled has its own epochs. Sweep arms.distilled.epochs instead, or take "
-            "epochs off the arm.",
+            "axes.train.epochs: the arm distilled has its own epochs. Sweep arms.distilled.epochs instead.",
         ),
-        ({"evaluate.limit": [1]}, {}, "axes.evaluate.limit: every trial takes the same exams. Set it in the recipe."),
+        (
+            {"evaluate.limit": [1]},
+            {},
+            "axes.evaluate.limit: every trial has the same evaluations. Set it in the recipe.",
+        ),
         (
             {"train.lr": {"from": 1e-5, "to": 1e-3}},
             {},
-            "samples: is missing. Say how many values of train.lr to draw.",
+            "samples: is missing. Set samples to the number of values to draw of train.lr.",
         ),
         (
             {"train.lr": [1e-5]},
             {"samples": 3},
-            "samples: has no range to draw from. Remove it, or give an axis from and to.",
+            "samples: has no range to draw from. Remove samples.",
         ),
         (
             {"train.lr": {"from": 1e-3, "to": 1e-5}},
             {"samples": 3},
-            "axes.train.lr: from 0.001 is not below to 1e-05. Change either.",
+            "axes.train.lr: from 0.001 is not below to 1e-05. Lower from.",
         ),
         (
             {"train.lr": {"from": 0, "to": 1e-5, "scale": "log"}},
             {"samples": 3},
-            "axes.train.lr: from 0 has no logarithm. Raise it, or use scale: linear.",
+            "axes.train.lr: from 0 has no logarithm. Set scale: linear.",
         ),
         ({"train.lr": {"fro": 1, "to": 2}}, {"samples": 3}, "axes.train.lr.fro: unknown key. Did you mean from?"),
-        ({"train.lr": {"to": 2}}, {"samples": 3}, "axes.train.lr: gives no values. List them, or give from and to."),
+        ({"train.lr": {"to": 2}}, {"samples": 3}, "axes.train.lr: gives no values. List them."),
         ({"train.lr": [1e-5]}, {"axis": 1}, "axis: unknown key. Did you mean axes?"),
     ],
 )
-def test_sweep_with_a_mistake_says_where_what_and_how_to_mend_it(folder, axes, more, line):
+def test_sweep_with_a_mistake_says_where_what_and_how_to_fix_it(folder, axes, more, line):
     with pytest.raises(UserError) as error:
         load(folder, axes, **more)
     assert error.value.problems == (line,)
@@ -164,7 +167,7 @@ def test_sweep_without_validation_rows_cannot_choose_a_learning_rate(folder):
     text = (folder / "recipe.yaml").read_text()
     (folder / "recipe.yaml").write_text(text.replace("validation: 2", "validation: 0"))
     load(folder, {"prune.blocks": [2, 3], "train.seed": [0, 1]})
-    with pytest.raises(UserError, match="without validation rows nothing says which train"):
+    with pytest.raises(UserError, match="without validation rows no loss compares values of train"):
         load(folder, {"train.lr": [1e-4, 2e-4]})
 
 
@@ -218,7 +221,7 @@ def test_check_of_a_sweep_counts_what_is_shared_and_touches_nothing(folder):
         (["check", "sweep.yaml"], "axes.prune.blocks: 6 removes every block of a 6-block model. Give 1 to 5."),
         (["run", "sweep.yaml"], "sweep.yaml: is a sweep, not a recipe. Do: sdft sweep sweep.yaml."),
         (["sweep", "recipe.yaml"], "recipe.yaml: is a recipe, not a sweep. Do: sdft run recipe.yaml."),
-        (["report", "sweep.yaml", "--set", "train.lr=1"], "--set: is for recipes. Change sweep.yaml, or its recipe."),
+        (["report", "sweep.yaml", "--set", "train.lr=1"], "--set: is for recipes. Change sweep.yaml."),
         (["report", "recipe.yaml", "--csv", "a.csv"], "--csv: recipe.yaml is a recipe, not a sweep. Use --json."),
         (["sweep", "nowhere.yaml"], "nowhere.yaml: cannot be read (No such file or directory). Check the path."),
     ],
@@ -277,7 +280,9 @@ def test_sweep_of_several_recipes_takes_the_same_exams_of_all(folder):
     text = (folder / "recipe.yaml").read_text()
     (folder / "other.yaml").write_text(text.replace("limit: 3", "limit: 4"))
     load(folder, {"prune.blocks": [2]}, recipe=["recipe.yaml", "recipe.yaml"])
-    with pytest.raises(UserError, match=r"recipe: other.yaml has other exams than recipe.yaml, so their means do not"):
+    with pytest.raises(
+        UserError, match=r"recipe: other.yaml has other evaluations than recipe.yaml, so their means do not"
+    ):
         load(folder, {"prune.blocks": [2]}, recipe=["recipe.yaml", "other.yaml"])
 
 

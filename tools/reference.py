@@ -46,7 +46,7 @@ def reference() -> str:
 
 
 def _homes(kind: schema.Kind) -> dict[tuple[str, ...], str]:
-    """Return where sections are described: where their like, such as the rows of a recipe and a corpus, comes first."""
+    """Return where sections are described: at the first of equal ones, such as the rows of recipe and corpus."""
     homes: dict[tuple[str, ...], str] = {}
     for entry in entries(tree(kind)):
         homes.setdefault(entry.sections, entry.path)

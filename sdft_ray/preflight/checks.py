@@ -1,6 +1,6 @@
-"""What can be known to be wrong with a recipe before anything is built.
+"""Checks of a recipe that need nothing built.
 
-In: recipe and compute file. Out: nothing, or a UserError: what this finds would fail hours later.
+In: recipe and compute file. Out: nothing, or a UserError for a mistake that would fail hours later.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from sdft_ray.stages.evaluate.presets import require_known
 
 
 def check(recipe: Recipe, compute: Compute, read: limits.FileReader = limits.read_file) -> None:
-    """Raise UserError for what can be known to be wrong before anything is built.
+    """Raise UserError for mistakes that show before anything is built.
 
-    read: reads a row file; who checks many recipes remembers what it returned.
+    read: reads a row file; a caller that checks many recipes remembers the rows.
     """
     facts = sources.describe_model(recipe.model)
     others = recipe.merge.others if recipe.merge else {}
@@ -40,7 +40,7 @@ def check(recipe: Recipe, compute: Compute, read: limits.FileReader = limits.rea
             readers.read_rows(source.model_copy(update={"limit": 1}))
         if source is not None:
             splits = limits.read_splits(source, recipe.train.rows, read)
-            if source is not recipe.rows:  # of others nothing is evaluated
+            if source is not recipe.rows:  # no task reads others' held-out rows
                 splits["held_out"] = []
             if context is not None:
                 limits.require_lengths(recipe, compute, splits, context, count)
@@ -55,7 +55,7 @@ def check(recipe: Recipe, compute: Compute, read: limits.FileReader = limits.rea
 
 
 def _require_prunable(recipe: Recipe, facts: directory.ModelFacts) -> None:
-    """Raise UserError for a model that is here and cannot be pruned as the recipe says."""
+    """Raise UserError for a model on this machine that cannot be pruned as the recipe says."""
     require_supported(facts.architecture, "model")
     require_depth(recipe.prune.blocks, recipe.prune.protect, facts.blocks)
     assert not isinstance(recipe.model, HubModel), "a hub model has no facts"
@@ -68,15 +68,15 @@ def _require_generates(facts: directory.ModelFacts, compute: Compute) -> None:
     """Raise UserError for a model of which vLLM's CPU build generates other text (docs/architectures.md)."""
     if facts.architecture == "gpt_oss" and not compute.distill.gpus:
         what = "vLLM's CPU build generates other text than gpt_oss"
-        raise UserError(problem("compute.distill.gpus", what, "Set gpus: 1 for each actor"))
+        raise UserError(problem("compute.distill.gpus", what, "Set compute.distill.gpus: 1"))
 
 
 def _require_compatible(where: str, path: str, base: directory.ModelFacts, removed: int) -> None:
     """Raise UserError for a model that cannot have been tuned from this base without some blocks."""
-    found = sources.describe_model(LocalModel(path=path))
-    assert found, "a local model has facts"
+    other = sources.describe_model(LocalModel(path=path))
+    assert other, "a local model has facts"
     expected = {"architecture": base.architecture, "blocks": base.blocks - removed}
     for field, ours in expected.items():
-        if (got := getattr(found, field)) != ours:
+        if (got := getattr(other, field)) != ours:
             do = "Give a model that was tuned from the same pruned model"
-            raise UserError(problem(where, f"{field} is {got}, of the model that is pruned here {ours}", do))
+            raise UserError(problem(where, f"{field} is {got}; the model that is pruned here has {ours}", do))

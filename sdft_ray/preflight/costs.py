@@ -1,7 +1,7 @@
-"""What a recipe will take before anything is paid for: memory of each process, steps, tokens.
+"""The costs of a recipe, estimated before anything is built: memory of each process, steps, tokens.
 
 In: recipe, compute file, and headers of the model. Out: a line for each kind of stage, which `sdft check` shows. The
-arithmetic is memory.py; nothing heavy is imported.
+arithmetic is in memory.py; nothing heavy is imported.
 """
 
 from __future__ import annotations
@@ -43,40 +43,40 @@ _GATE_OR_UP = ("gate_proj", "up_proj", "w1", "w3")
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one stage takes."""
+    """The cost of one stage."""
 
     stage: str
     work: str
-    """How much of what, in words."""
+    """The amount of work, in words."""
     processes: int
     gb: float | None
     """Memory of each process; None where it is not known."""
     parts: str = ""
-    """What the memory is for, in words."""
+    """The parts of the memory, in words."""
     fits: bool | None = None
     """Whether all processes fit this machine, or one a GPU; None where neither is known."""
 
 
 def estimate_sweep(plan: Plan, compute: Compute, storage: Storage) -> list[Cost]:
     """Return, for each kind of stage, the most memory and the most work of any recipe of a sweep."""
-    found: dict[str, list[Cost]] = {}
+    by_stage: dict[str, list[Cost]] = {}
     for cell in plan.cells:
         for cost in estimate_stages(cell.recipe, compute, pipeline.chain(cell.recipe), storage):
-            found.setdefault(cost.stage, []).append(cost)
+            by_stage.setdefault(cost.stage, []).append(cost)
     return [
         dataclasses.replace(max(costs, key=lambda cost: cost.gb or 0), work=max(costs, key=_amount).work)
-        for costs in found.values()
+        for costs in by_stage.values()
     ]
 
 
 def _amount(cost: Cost) -> float:
-    """Return the number that a cost's work begins with; work without one has no bound that is known."""
+    """Return the number at the start of a cost's work; infinity for work without a known bound."""
     amount = cost.work.partition(" ")[0]
     return int(amount) if amount.isdecimal() else math.inf
 
 
 def estimate_stages(recipe: Recipe, compute: Compute, chain: Chain, storage: Storage) -> list[Cost]:
-    """Return what each kind of stage takes; without memory where the model is not here yet."""
+    """Return the cost of each kind of stage; without memory where the model is not on this machine yet."""
     base = chain.base
     done = base.location or (storage.files(base) if storage.status(base) == "done" else None)
     shape = shape_of_directory(done) if done else shape_of(recipe.model)
@@ -92,14 +92,16 @@ def estimate_stages(recipe: Recipe, compute: Compute, chain: Chain, storage: Sto
 
 
 def _score(recipe: Recipe, compute: Compute, shape: memory.Shape | None) -> Cost:
-    corpora, plan = recipe.prune.calibration, compute.score
+    corpora, section = recipe.prune.calibration, compute.score
     texts = sum(corpus.limit for corpus in corpora)
     longest = max(corpus.max_tokens for corpus in corpora)
     bytes_each = (
-        None if shape is None else memory.holding_memory(shape, _bytes(recipe.prune.dtype), plan.batch_size * longest)
+        None
+        if shape is None
+        else memory.holding_memory(shape, _bytes(recipe.prune.dtype), section.batch_size * longest)
     )
     work = f"{texts} texts of up to {longest} tokens"
-    return _cost("score", work, plan.actors, bytes_each, "", compute, plan.gpus)
+    return _cost("score", work, section.actors, bytes_each, "", compute, section.gpus)
 
 
 def _distill(recipe: Recipe, compute: Compute, shape: memory.Shape | None, rows: int | None) -> Cost:
@@ -109,26 +111,28 @@ def _distill(recipe: Recipe, compute: Compute, shape: memory.Shape | None, rows:
 
 
 def _drafts(recipe: Recipe, compute: Compute, shape: memory.Shape | None, drafts: int) -> list[Cost]:
-    if not (wanted := recipe.draft):
+    if not (settings := recipe.draft):
         return []
-    counts = ", ".join(map(str, wanted.tokens))
-    work = f"{drafts} models, {wanted.prompts} prompts of {wanted.max_new_tokens} new tokens, {counts} of them drafted"
+    counts = ", ".join(map(str, settings.tokens))
+    work = (
+        f"{drafts} models, {settings.prompts} prompts of {settings.max_new_tokens} new tokens, {counts} of them drafted"
+    )
     weights = None
     if shape is not None:  # the base alone and the base with its draft take turns
         small = memory.prune(shape, recipe.prune.blocks)
-        weights = _bytes(wanted.dtype) * (2 * shape.parameters + small.parameters)
+        weights = _bytes(settings.dtype) * (2 * shape.parameters + small.parameters)
     return [_engine("draft", work, 1, weights, compute)]
 
 
 def _engine(stage: str, work: str, processes: int, weights: int | None, compute: Compute) -> Cost:
-    """Return what processes with vLLM take: its part of a GPU, or themselves, their models' bytes and the KV cache."""
-    plan = compute.distill
-    if plan.gpus:
-        parts = f"vLLM takes {plan.engine.gpu_memory_utilization:.0%} of a GPU"
-        return _cost(stage, work, processes, None, parts, compute, plan.gpus)
-    cache = round(plan.engine.kv_cache_gib * 2**30)
-    each = weights and weights + memory.ENGINE_BYTES + cache
-    return _cost(stage, work, processes, each, f"of it KV cache {cache / 1e9:.1f}", compute, 0)
+    """Return the cost of processes with vLLM: its part of a GPU; or process, weights and KV cache."""
+    section = compute.distill
+    if section.gpus:
+        parts = f"vLLM takes {section.engine.gpu_memory_utilization:.0%} of a GPU"
+        return _cost(stage, work, processes, None, parts, compute, section.gpus)
+    cache = round(section.engine.kv_cache_gib * 2**30)
+    bytes_each = weights and weights + memory.ENGINE_BYTES + cache
+    return _cost(stage, work, processes, bytes_each, f"of it KV cache {cache / 1e9:.1f}", compute, 0)
 
 
 def _train(
@@ -139,59 +143,64 @@ def _train(
     stage: Stage[train.Settings],
     storage: Storage,
 ) -> Cost:
-    settings, plan = stage.settings.train, compute.train
+    settings, section = stage.settings.train, compute.train
     rows, name = _training_rows(stage, storage), f"train ({model})"
     steps = (
         "steps unknown" if rows is None else f"{math.ceil(rows * settings.epochs / settings.global_batch_size)} steps"
     )
-    tokens = min(plan.micro_batch * settings.max_tokens, plan.pass_tokens or plan.micro_batch * settings.max_tokens)
+    most = section.micro_batch * settings.max_tokens
+    tokens = min(most, section.pass_tokens or most)
     work = f"{steps} of {settings.global_batch_size} rows, up to {tokens} tokens a pass"
     if shape is None:
-        return _cost(name, work, plan.workers.max, None, "", compute, plan.gpus)
+        return _cost(name, work, section.workers.max, None, "", compute, section.gpus)
     pruned = memory.prune(shape, recipe.prune.blocks)
     trained = memory.trainable_parameters(pruned, settings.method, settings.lora.rank, settings.lora.targets)
     needs = memory.training_memory(
         pruned,
         trained,
-        workers=plan.workers.min,
-        zero_stage=plan.zero_stage,
+        workers=section.workers.min,
+        zero_stage=section.zero_stage,
         half=settings.dtype == "bfloat16",
         tokens=tokens,
         loss_tokens=tokens // 2,  # not known before the rows are read
-        gradient_checkpointing=plan.gradient_checkpointing,
+        gradient_checkpointing=section.gradient_checkpointing,
     )
     named = {"weights": needs.weights, "gradients": needs.gradients, "optimizer": needs.optimizer}
-    if plan.offload != "none" and plan.gpus:
+    if section.offload != "none" and section.gpus:
         named |= {"optimizer": 0}
-    if plan.offload == "all" and plan.gpus:
-        named |= {"weights": needs.weights - _bytes(settings.dtype) * pruned.parameters // plan.workers.min}
+    if section.offload == "all" and section.gpus:
+        named |= {"weights": needs.weights - _bytes(settings.dtype) * pruned.parameters // section.workers.min}
     named |= {"activations": needs.activations}
     parts = f"{trained / 1e6:.1f} of {pruned.parameters / 1e6:.1f} M parameters are trained; " + ", ".join(
         f"{name} {value / 1e9:.2f}" for name, value in named.items()
     )
-    each = sum(named.values()) + memory.PROCESS_BYTES
-    return _cost(name, work, plan.workers.max, each, parts, compute, plan.gpus)
+    bytes_each = sum(named.values()) + memory.PROCESS_BYTES
+    return _cost(name, work, section.workers.max, bytes_each, parts, compute, section.gpus)
 
 
 def _evaluate(recipe: Recipe, compute: Compute, shape: memory.Shape | None, models: int) -> Cost:
-    wanted, plan = recipe.evaluate, compute.evaluate
-    items = f"{wanted.limit} items" if wanted.limit else "all items"
-    work = f"{models} models x {len(wanted.tasks)} tasks, {items} each"
-    bytes_each = None if shape is None else memory.holding_memory(shape, _bytes(wanted.dtype), plan.batch_size * 256)
+    settings, section = recipe.evaluate, compute.evaluate
+    items = f"{settings.limit} items" if settings.limit else "all items"
+    work = f"{models} models x {len(settings.tasks)} tasks, {items} each"
+    bytes_each = (
+        None if shape is None else memory.holding_memory(shape, _bytes(settings.dtype), section.batch_size * 256)
+    )
     at_once = 1
-    if compute.ray.address == "local" and not plan.gpus:
-        assert plan.cpus != "auto", "load_compute settles auto"
-        at_once = max(1, min(cores() // plan.cpus, models * len(wanted.tasks)))
-    return _cost("evaluate", work, at_once, bytes_each, "", compute, plan.gpus)
+    if compute.ray.address == "local" and not section.gpus:
+        assert section.cpus != "auto", "load_compute settles auto"
+        at_once = max(1, min(cores() // section.cpus, models * len(settings.tasks)))
+    return _cost("evaluate", work, at_once, bytes_each, "", compute, section.gpus)
 
 
-def _cost(stage: str, work: str, processes: int, each: int | None, parts: str, compute: Compute, gpus: float) -> Cost:
+def _cost(
+    stage: str, work: str, processes: int, bytes_each: int | None, parts: str, compute: Compute, gpus: float
+) -> Cost:
     fits = None
-    if each is not None and gpus and compute.ray.gpu_memory_gb:
-        fits = each <= compute.ray.gpu_memory_gb * 1e9 * gpus
-    elif each is not None and not gpus and compute.ray.address == "local":
-        fits = each * processes <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Cost(stage, work, processes, each and round(each / 1e9, 2), parts, fits)
+    if bytes_each is not None and gpus and compute.ray.gpu_memory_gb:
+        fits = bytes_each <= compute.ray.gpu_memory_gb * 1e9 * gpus
+    elif bytes_each is not None and not gpus and compute.ray.address == "local":
+        fits = bytes_each * processes <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Cost(stage, work, processes, bytes_each and round(bytes_each / 1e9, 2), parts, fits)
 
 
 def _bytes(dtype: str) -> int:
@@ -199,7 +208,7 @@ def _bytes(dtype: str) -> int:
 
 
 def _training_rows(stage: Stage[train.Settings], storage: Storage) -> int | None:
-    """Return how many rows will be trained on: at most that many where they are not read yet."""
+    """Return the number of training rows, or the most where they are not read yet; None where no limit is known."""
     total = 0
     for key in stage.keys("rows"):
         rows = stage.inputs[key]
@@ -219,7 +228,7 @@ def _training_rows(stage: Stage[train.Settings], storage: Storage) -> int | None
 
 
 def shape_of(source: ModelSource) -> memory.Shape | None:
-    """Return a model's shape; None for a hub model that is not here yet."""
+    """Return a model's shape; None for a hub model, which has no file here."""
     if isinstance(source, HubModel):
         return None
     path = sources.model_path(source)
@@ -229,7 +238,7 @@ def shape_of(source: ModelSource) -> memory.Shape | None:
 def shape_of_directory(directory: Path) -> memory.Shape:
     """Return the shape of a Hugging Face model directory."""
     config = readers.read_json(directory / "config.json")
-    tensors = {name: tensor.shape for held in stored_tensors(directory).values() for name, tensor in held.items()}
+    tensors = {name: tensor.shape for shard in stored_tensors(directory).values() for name, tensor in shard.items()}
     heads = config["num_attention_heads"]
     head = config.get("head_dim") or config["hidden_size"] // heads
     experts = config.get("num_experts_per_tok")

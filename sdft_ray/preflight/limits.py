@@ -1,8 +1,8 @@
-"""Whether rows, texts and lengths suit each other and the model, known from files before anything is built.
+"""Checks of rows, texts and lengths against each other and the model, from files, before anything is built.
 
-In: a recipe whose values are right one by one. Out: nothing, or a UserError. What this finds would fail hours later.
-Texts are counted without chat template: what is refused has at least so many tokens. And a tokenizer is loaded only
-where a text has more bytes than tokens are allowed, so that planning stays instant.
+In: a recipe whose values are right one by one. Out: nothing, or a UserError for a mistake that would fail hours later.
+Texts are counted without chat template, so a refused text is certainly too long. A tokenizer is loaded only where a
+text has more bytes than tokens are allowed, so that planning stays instant.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ Counter = Callable[[str], int]
 
 
 def require_numbers(recipe: Recipe, context: int | None) -> None:
-    """Raise UserError for numbers that do not go together, or that no sequence of the model's context can hold."""
+    """Raise UserError for numbers that contradict each other or exceed the model's context."""
     wrong, distill = [], recipe.distill
     if distill.samples > 1 and distill.temperature == 0:
         what = f"{distill.samples} is the same text {distill.samples} times at distill.temperature: 0"
-        wrong.append(problem("distill.samples", what, "Set it to 1, or raise distill.temperature"))
+        wrong.append(problem("distill.samples", what, "Set distill.samples to 1"))
     lengths = {"prune.calibration.max_tokens": max(corpus.max_tokens for corpus in recipe.prune.calibration)}
     lengths["train.max_tokens"] = recipe.train.max_tokens
     lengths |= {f"{name}.max_new_tokens": new + 1 for name, new in _new_tokens(recipe).items()}  # behind a prompt
@@ -42,13 +42,13 @@ def require_numbers(recipe: Recipe, context: int | None) -> None:
         if context is not None and length > context:
             got, most = (length - 1, context - 1) if "new" in key else (length, context)
             what = f"{got} is more than the model's context of {context} holds"
-            wrong.append(problem(key, what, f"Give at most {most}"))
+            wrong.append(problem(key, what, f"Lower {key} to {most} or less"))
     if wrong:
         raise UserError(*wrong)
 
 
 def _new_tokens(recipe: Recipe) -> dict[str, int]:
-    """Return how many tokens are generated behind a prompt, by the sections of a recipe that say it."""
+    """Return how many tokens are generated behind a prompt, by section of the recipe."""
     new = {"distill": recipe.distill.max_new_tokens} if recipe.arms.distilled else {}
     if HELD_OUT in recipe.evaluate.tasks:
         new["evaluate"] = recipe.evaluate.max_new_tokens
@@ -58,8 +58,8 @@ def _new_tokens(recipe: Recipe) -> dict[str, int]:
 def read_file(source: FileRows) -> Splits:
     """Return the splits of a file's rows; raises UserError where rows are too few for them.
 
-    It counts as usable what only the stage can know: rows with a mathematical answer (slow to read), and those that
-    decontamination leaves out.
+    Rows with a mathematical answer (slow to read) and rows that decontamination may leave out count as usable: only
+    the stage knows.
     """
     checker = "none" if source.answer == "math" else source.answer
     return split_rows(readers.read_rows(source), checker, source.seed, source.held_out, source.validation)[0]
@@ -77,10 +77,10 @@ def read_splits(source: RowSource, count: int | None = None, read: FileReader = 
     most = len(splits["train"]) or (source.limit or math.inf) - first_train
     if most <= 0:
         what = f"{source.limit} leaves none to train on after {source.held_out} held-out and {source.validation}"
-        raise UserError(problem("rows.limit", f"{what} validation rows", "Raise it, or hold out fewer"))
+        raise UserError(problem("rows.limit", f"{what} validation rows", "Raise rows.limit"))
     if count is not None and count > most:
-        what = f"{count} is more than the {most} training rows there are"
-        raise UserError(problem("train.rows", what, "Lower it, or give more rows"))
+        what = f"{count} is more than the {most} training rows"
+        raise UserError(problem("train.rows", what, "Lower train.rows"))
     return splits
 
 
@@ -98,11 +98,11 @@ def require_texts(recipe: Recipe, count: Counter, read: FileReader = read_file) 
         usable = sum(len(text.split()) > 1 or count(text) > 1 for text in texts)
         if usable < needed:
             what = f"{path} has {usable} texts of two tokens or more (expected {needed} or more)"
-            raise UserError(problem("prune.calibration.text", what, "Give more, or longer, texts"))
+            raise UserError(problem("prune.calibration.text", what, "Give more texts"))
 
 
 def require_lengths(recipe: Recipe, compute: Compute, splits: Splits, context: int, count: Counter) -> None:
-    """Raise UserError for rows that are too long for what is done with them."""
+    """Raise UserError for rows that are too long for a stage that reads them."""
     wrong = []
     for length in _lengths(recipe, compute, splits, context):
         long = [text for text in length.texts if len(text.encode()) > length.most and count(text) > length.most]
@@ -114,7 +114,7 @@ def require_lengths(recipe: Recipe, compute: Compute, splits: Splits, context: i
 
 
 class _Length(NamedTuple):
-    """Texts that may have so many tokens, but for a share of them that is allowed to have more."""
+    """Texts that may have at most so many tokens, except for an allowed share of them."""
 
     key: str
     texts: list[str]
@@ -126,36 +126,36 @@ class _Length(NamedTuple):
 
 def _lengths(recipe: Recipe, compute: Compute, splits: Splits, context: int) -> Iterator[_Length]:
     new, held_out, train = _new_tokens(recipe), splits[HELD_OUT], splits["train"][: recipe.train.rows]
-    prompts, do = [row.prompt for row in held_out], "Lower it, or shorten these rows"
+    prompts = [row.prompt for row in held_out]
 
-    def leaves(key: str, most: int, extra: int = 0, of: str = "the model's context") -> tuple[int, str]:
+    def leaves(key: str, most: int, extra: int = 0, of: str = "the model's context") -> tuple[int, str, str]:
         left = most - new[key] - extra
-        return left, f"{new[key]} tokens of {of}, which is {most}, leave {left} to a prompt"
+        what = f"{new[key]} tokens of {of}, which is {most}, leave {left} to a prompt"
+        return left, what, f"Lower {key}.max_new_tokens"
 
     if "evaluate" in new:
-        yield _Length("evaluate.max_new_tokens", prompts, *leaves("evaluate", context), do)
+        yield _Length("evaluate.max_new_tokens", prompts, *leaves("evaluate", context))
         what = f"held-out references must fit the model's context of {context}"
-        yield _Length("rows", [row.reference for row in held_out], context, what, "Shorten or remove these rows")
+        yield _Length("rows", [row.reference for row in held_out], context, what, "Remove these rows")
     if recipe.draft:
         some = prompts[: recipe.draft.prompts]
-        yield _Length("draft.max_new_tokens", some, *leaves("draft", context, max(recipe.draft.tokens) + 1), do)
+        yield _Length("draft.max_new_tokens", some, *leaves("draft", context, max(recipe.draft.tokens) + 1))
     if "distill" in new:
         template = recipe.distill.template or (OPEN if recipe.rows.answer == "none" else CHECKABLE)
         prompts = [rewrite_instruction(row.prompt, row.reference, template) for row in train]
         allowed, of = recipe.distill.max_failed_fraction, "the model's context"
         if (own := compute.distill.engine.max_model_len) and own < context:
             context, of = own, "compute.distill.engine.max_model_len"
-        yield _Length("distill.max_new_tokens", prompts, *leaves("distill", context, of=of), do, allowed)
+        yield _Length("distill.max_new_tokens", prompts, *leaves("distill", context, of=of), allowed)
     if recipe.arms.sft is not None:
         texts = [f"{row.prompt}\n{row.reference}" for row in train]
         what = f"{recipe.train.max_tokens} is too few for more rows than train.max_too_long_fraction allows"
-        do = "Raise one of them, or shorten these rows"
-        allowed = recipe.train.max_too_long_fraction
+        do, allowed = "Raise train.max_tokens", recipe.train.max_too_long_fraction
         yield _Length("train.max_tokens", texts, recipe.train.max_tokens, what, do, allowed)
 
 
 def token_counter(source: ModelSource) -> Counter:
-    """Return what counts the tokens of a text; for a model that is not here its bytes, of which there are no fewer."""
+    """Return a counter of a text's tokens; of its bytes, which are no fewer, for a model of a hub."""
     if isinstance(source, HubModel):
         return lambda text: len(text.encode())
     path = sources.model_path(source)

@@ -1,7 +1,7 @@
-"""What a training will hold in memory, by arithmetic.
+"""The memory of a training, by arithmetic.
 
-In: the shape of a model and how it is trained. Out: bytes of one worker, by what they are for. Every formula is the sum
-of tensors that PyTorch and DeepSpeed keep; `benchmarks/memory.py` holds it against what was measured.
+In: the shape of a model and how it is trained. Out: bytes of one worker, by purpose. Every formula is the sum of the
+tensors that PyTorch and DeepSpeed keep; `benchmarks/memory.py` compares it with measurements.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-# Elements of DeepSpeed's `stage3_max_live_parameters` and `reduce_bucket_size` where its JSON does not say otherwise.
+# Elements of DeepSpeed's `stage3_max_live_parameters` and `reduce_bucket_size` where its JSON does not set them.
 LIVE_PARAMETERS = 1_000_000_000
 REDUCE_BUCKET = 500_000_000
 PROCESS_BYTES = 800_000_000
 """Python, PyTorch, transformers, DeepSpeed and Ray in one worker (measured: docs/results.md)."""
 ENGINE_BYTES = 1_500_000_000
-"""Of a process with vLLM, besides weights and KV cache: 1.3 to 1.9 GB were measured on a CPU (docs/results.md)."""
+"""A process with vLLM, besides weights and KV cache: 1.3 to 1.9 GB were measured on a CPU (docs/results.md)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What the arithmetic needs to know of a model."""
+    """The facts of a model that the arithmetic needs."""
 
     blocks: int
     width: int
@@ -28,13 +28,13 @@ class Shape:
     kv_width: int
     """Key heads x head size."""
     feed_forward: int
-    """F, of one token: in a mixture the experts that it takes."""
+    """F, for one token: in a mixture of experts, of those that it takes."""
     vocabulary: int
     """V"""
     parameters: int
-    """All of them, tied ones once."""
+    """All parameters, tied ones once."""
     block_parameters: int
-    """Of one block, on average."""
+    """Parameters of one block, on average."""
     linear: tuple[tuple[str, int, int], ...]
     """Name, inputs and outputs of each linear layer in one block."""
 
@@ -51,7 +51,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """The sum of all parts."""
         return self.weights + self.gradients + self.optimizer + self.activations + self.process
 
 
@@ -105,7 +105,7 @@ def training_memory(
 
 
 def activation_bytes(shape: Shape, tokens: int, loss_tokens: int, half: bool, gradient_checkpointing: bool) -> int:
-    """Return what one forward pass keeps for its backward pass.
+    """Return the bytes that one forward pass keeps for its backward pass.
 
     A block keeps, of each token: two norms' inputs and outputs (4 D) and the input of what follows them (2 D), queries
     and mixed values (2 D), keys and values (2 KV), the residual stream (2 D), and of the feed-forward layer gate, its

@@ -1,7 +1,7 @@
-"""Half precision on a CPU: which fields of a recipe ask for it, and how much slower it is where the CPU emulates it.
+"""Half precision on a CPU: the fields of a recipe that ask for it, and how much slower an emulating CPU is.
 
 In: the stages that are still to be built, and the compute file. Out: one line, or nothing. A CPU without instructions
-for bfloat16 computes the same numbers in plain loops, in PyTorch and in vLLM: nothing else says why a run takes long.
+for bfloat16 computes the same numbers in plain loops, in PyTorch and in vLLM: nothing else shows why a run takes long.
 Measuring imports torch, so the CPU's flags are read first.
 """
 
@@ -15,33 +15,33 @@ from pathlib import Path
 from typing import Any
 
 from sdft_ray.errors import Problem, problem
-from sdft_ray.progress import say
+from sdft_ray.progress import log
 from sdft_ray.spec.compute import Compute
 from sdft_ray.stages import distill, draft, evaluate, loss, nll, score, speed, train
 from sdft_ray.store.identity import Stage
 
-# As Linux calls the instructions in /proc/cpuinfo: x86's, then ARM's.
+# Linux's names of the instructions in /proc/cpuinfo: x86's, then ARM's.
 _FLAGS = {"bfloat16": {"avx512_bf16", "amx_bf16", "bf16"}, "float16": {"avx512_fp16", "amx_fp16", "asimdhp"}}
 # Variables that keep PyTorch and oneDNN from instructions that are there.
 _LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 _SLOW = 1.5  # times as long as float32: less is noise on a busy machine, and not worth a line
 
 
-def say_slow(stages: Iterable[Stage], compute: Compute) -> None:
-    """Say in one line which fields make stages slow on this machine; of other machines this one knows nothing."""
+def report_slow(stages: Iterable[Stage], compute: Compute) -> None:
+    """Log in one line which fields make stages slow on this machine; the speed of other machines is not known."""
     if compute.ray.address == "local" and (line := find_slow(half_fields(stages, compute))):
-        say(line)
+        log(line)
 
 
 def half_fields(stages: Iterable[Stage], compute: Compute) -> dict[str, str]:
-    """Return the recipe's fields that have stages compute in half precision on a CPU, with what they ask for."""
-    asked = [place for stage in stages if (place := _find_dtype(stage.settings))]
+    """Return the dtypes of the recipe's fields that let stages compute in half precision on a CPU."""
+    fields = [field for stage in stages if (field := _find_dtype(stage.settings))]
     on_gpus = {section for section, (_, _, gpus) in compute.needs().items() if gpus}
-    return dict(sorted((field, dtype) for field, dtype, needs in asked if dtype in _FLAGS and needs not in on_gpus))
+    return dict(sorted((field, dtype) for field, dtype, needs in fields if dtype in _FLAGS and needs not in on_gpus))
 
 
 def _find_dtype(settings: Any) -> tuple[str, str, str] | None:
-    """Return the recipe's field that says in what precision a stage computes, what it says, and where it computes."""
+    """Return the recipe's field for the precision of a stage, its dtype, and the section of the compute file."""
     match settings:
         case score.Settings() | loss.Settings():
             return "prune.dtype", settings.dtype, score.NEEDS
@@ -57,7 +57,7 @@ def _find_dtype(settings: Any) -> tuple[str, str, str] | None:
 
 
 def find_slow(fields: Mapping[str, str]) -> Problem | None:
-    """Return the line about fields that ask this machine's CPU for what it emulates; None where it emulates nothing."""
+    """Return the line about fields with a dtype that this machine's CPU emulates; None where it emulates none."""
     doubtful = {dtype for dtype in fields.values() if is_doubtful(dtype, read_flags(), os.environ)}
     slow = {dtype: times for dtype in sorted(doubtful) if (times := measure_slowness(dtype)) >= _SLOW}
     if not slow:
@@ -78,7 +78,7 @@ def is_doubtful(dtype: str, flags: frozenset[str] | None, variables: Mapping[str
 
 
 def read_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str] | None:
-    """Return what the first CPU's line of flags holds; None where there is no such line, as outside of Linux."""
+    """Return the flags of the first CPU; None where no line names them, as outside of Linux."""
     try:
         text = cpuinfo.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -97,7 +97,7 @@ def measure_slowness(dtype: str) -> float:
 
     def measure_seconds(kind: torch.dtype) -> float:
         inputs, weights = torch.ones(512, 576, dtype=kind), torch.ones(1536, 576, dtype=kind)
-        # The first time is that of setting up.
+        # The first run includes the setup.
         return min(timeit.repeat(lambda: torch.nn.functional.linear(inputs, weights), number=1, repeat=4))
 
     threads = torch.get_num_threads()

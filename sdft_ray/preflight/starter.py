@@ -1,8 +1,8 @@
 """`sdft init`: a commented starter recipe for a model and a file of rows.
 
-In: a model directory, .gguf file or hub name, and a file of rows. Out: a recipe file that `sdft check` accepts. What is
-guessed (columns, how answers are checked, sizes) stands in a comment with its reason: a silent guess would train on
-the wrong column. What cannot be guessed is an error that names the option to give.
+In: a model directory, .gguf file or hub name, and a file of rows. Out: a recipe file that `sdft check` accepts. A
+comment gives the reason of each guess (columns, how answers are checked, sizes): a silent guess would train on the
+wrong column. Where no guess is possible, an error names the option to give.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _GUESSES = {
     "context": ("context", "passage", "document", "input"),
     "answer": ("expected_answer", "final_answer", "answer"),
 }
-"""Names of columns, the most telling first, by the fields that they are guessed for."""
+"""Names of columns, the clearest first, by the field that they are guessed for."""
 _FILL_IN = "FILL_IN"
 
 
@@ -54,7 +54,7 @@ class Columns:
 
 @dataclasses.dataclass(frozen=True)
 class _Model:
-    """What a starter recipe needs to know of a model, as far as it is known."""
+    """The facts of a model that a starter recipe needs, as far as they are known."""
 
     name: str
     revision: str | None = None
@@ -65,14 +65,14 @@ class _Model:
 
 
 def write(model: str, rows: str, out: Path, columns: Columns) -> str:
-    """Write a starter recipe to `out` and return what was decided, in one line.
+    """Write a starter recipe to `out` and return the chosen columns, in one line.
 
-    Raises UserError where a file is there already, or where model or rows cannot be read or columns not guessed.
+    Raises UserError where the file exists already, or where model or rows cannot be read or columns not guessed.
     """
     if out.exists():
-        raise UserError(problem(str(out), "is there already", "Give another --out, or remove it"))
+        raise UserError(problem(str(out), "exists already", "Give another --out"))
     if not out.absolute().parent.is_dir():
-        raise UserError(problem("--out", f"{out.parent} is no directory", "Make it, or give another path"))
+        raise UserError(problem("--out", f"{out.parent} is no directory", f"Make {out.parent}"))
     fields, known = choose_columns(_row_file(rows), columns)
     facts = _describe(model)
     values = _describe_rows(rows, fields, facts) | _describe_depth(facts)
@@ -82,10 +82,10 @@ def write(model: str, rows: str, out: Path, columns: Columns) -> str:
         repo=facts.is_hub,
         model=_scalar(facts.name),
         revision=facts.revision or _FILL_IN,
-        revision_note=_say_revision(facts),
+        revision_note=_describe_revision(facts),
         rows=_scalar(rows),
         fields={key: _scalar(column) for key, column in fields.items()},
-        columns_note=_say_columns(columns, fields, known),
+        columns_note=_describe_columns(columns, fields, known),
         **values,
     )
     with out.open("x", encoding="utf-8") as file:
@@ -121,7 +121,7 @@ def choose_columns(path: Path, columns: Columns) -> tuple[dict[str, str], list[s
 
 
 def _texts(records: Sequence[Mapping[str, Any]], known: Sequence[str], or_numbers: bool) -> list[str]:
-    """Return the columns that hold text wherever they hold something, or, if asked for, numbers."""
+    """Return the columns whose values are all text (or, if wanted, numbers) or missing."""
     kinds = {str, type(None)} | ({int, float} if or_numbers else set())
     return [name for name in known if {type(record.get(name)) for record in records} <= kinds]
 
@@ -132,7 +132,7 @@ def _guess(names: Sequence[str], columns: Sequence[str]) -> str | None:
     return next((lower[name] for name in names if name in lower), None)
 
 
-def _say_columns(given: Columns, fields: Mapping[str, str], known: Sequence[str]) -> str:
+def _describe_columns(given: Columns, fields: Mapping[str, str], known: Sequence[str]) -> str:
     guessed = [key for key in fields if getattr(given, key) is None]
     if not guessed:
         return "Columns as they were given."
@@ -221,7 +221,7 @@ def _row_file(rows: str) -> Path:
 
 
 def _describe(model: str) -> _Model:
-    """Return what is known of a model: of a path from its headers, of a hub name from the hub if that answers."""
+    """Return the known facts of a model: from the headers of a path, or from the hub if it answers."""
     if Path(model).expanduser().exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
         facts = describe_model(LocalModel(path=model))
         assert facts is not None, "a path has headers"
@@ -230,7 +230,7 @@ def _describe(model: str) -> _Model:
 
 
 def _look_up(repo: str) -> _Model:
-    """Return what the hub tells of a model; only its name where the hub does not answer."""
+    """Return the hub's facts of a model; only its name where the hub does not answer."""
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -242,7 +242,7 @@ def _look_up(repo: str) -> _Model:
         if not isinstance(error, GatedRepoError):
             raise UserError(problem("--model", f"{repo} {read_refusal(error)[0]}", read_refusal(error)[1])) from None
         config = {}
-    except Exception:  # noqa: BLE001 - a hub that is not in reach can fail in any way, and the recipe says so
+    except Exception:  # noqa: BLE001 - an unreachable hub can fail in any way, and a comment reports it
         config = {}
     return _Model(repo, revision, True, config.get("num_hidden_layers"), config.get("max_position_embeddings"))
 
@@ -255,7 +255,7 @@ def _describe_depth(facts: _Model) -> dict[str, Any]:
     return {"blocks": max(1, facts.blocks // 4), "blocks_note": note}
 
 
-def _say_revision(facts: _Model) -> str:
+def _describe_revision(facts: _Model) -> str:
     if facts.revision:
         return "The newest when this file was written."
     return f"The hub did not answer. Take the hash from: {_how_to_pin(facts)}"

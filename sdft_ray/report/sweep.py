@@ -40,7 +40,7 @@ from sdft_ray.stages import cut, rows, speed
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 from sdft_ray.sweep import notes
-from sdft_ray.sweep.planning import DEPTH, RECIPE, SIZE, Plan, Trial, is_done, is_seed, name_draft, say_stopped
+from sdft_ray.sweep.planning import DEPTH, RECIPE, SIZE, Plan, Trial, describe_stopped, is_done, is_seed, name_draft
 
 
 def collect(plan: Plan, name: str, storage: Storage) -> SweepReport:
@@ -146,7 +146,7 @@ def _describe_trial(
         id=trial.train.id,
         directory=storage.where(trial.train),
         status="done" if done else "stopped" if stopped else "failed" if reason else "missing",
-        reason=None if done else say_stopped(stopped) if stopped else reason,
+        reason=None if done else describe_stopped(stopped) if stopped else reason,
         pruned=pruned.id,
         result=TrialResult(
             validation_loss=Trained.of(trial.train, storage).validation_loss,

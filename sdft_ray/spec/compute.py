@@ -1,8 +1,8 @@
-"""Where and how it is computed: the typed form of one compute file.
+"""The typed form of one compute file: it says where and how something is computed.
 
 In: a YAML file, or nothing (the defaults fit one machine of two cores or more). Out: a frozen `Compute` with every
 `auto` settled.
-No field here may change a number beyond rounding; whatever could is recipe. None of it is ever hashed.
+No field here may change a number beyond rounding: such a field belongs to the recipe. None of it is ever hashed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Count = Annotated[int, Field(gt=0)]
 
 
 class Node(Section):
-    """What one node holds."""
+    """The resources of one node."""
 
     cpus: int = Field(gt=0)
     """CPUs of the node."""
@@ -32,24 +32,24 @@ class Node(Section):
 
 
 class RayCluster(Section):
-    """Which Ray cluster does the work."""
+    """The Ray cluster that does the work."""
 
     address: str = "local"
     """`local` starts one here for the time of the command; `auto` or an address joins a running one."""
     wait_seconds: int = Field(600, ge=0)
     """Seconds to wait for nodes that an autoscaler may still bring, or for others to finish."""
     largest_node: Node | None = None
-    """The largest node that an autoscaler can bring, which Ray does not tell. Absent: the nodes there are count, and
-    what none of them can hold is an error at once."""
+    """The largest node that an autoscaler can bring; Ray does not know it. Where absent, a stage that fits no running
+    node is an error at once."""
     gpu_memory_gb: float | None = Field(None, gt=0)
-    """Memory of one GPU in GB, from which `sdft check` works out what fits."""
+    """Memory of one GPU in GB, with which `sdft check` decides whether a stage fits."""
 
 
 class Score(Section):
     """Actors that each hold the base model, for the stages score and loss."""
 
     actors: int = Field(1, gt=0)
-    """How many."""
+    """Number of actors."""
     cpus: Count | Auto = "auto"
     """CPUs of one actor; `auto` shares this machine's cores among the actors."""
     gpus: float = Field(0, ge=0)
@@ -62,7 +62,7 @@ class Engine(Section):
     """vLLM options that change speed and memory only; names are vLLM's own unless said otherwise."""
 
     enforce_eager: bool = True
-    """Without compilation: on two cores compiled code is a twelfth faster and starts a minute later."""
+    """Run without compilation: on two cores compiled code is a twelfth faster and starts a minute later."""
     max_num_seqs: int = Field(128, gt=0)
     """Sequences that are generated at once, at most."""
     max_num_batched_tokens: int | None = Field(None, gt=0)
@@ -74,7 +74,7 @@ class Engine(Section):
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
     """Fraction of a GPU's memory that the engine takes."""
     enable_prefix_caching: bool = True
-    """Whether prompts that begin alike share their part of the KV cache."""
+    """Whether prompts with the same beginning share its part of the KV cache."""
     block_size: int | None = Field(None, gt=0)
     """Tokens of one block of the KV cache; vLLM decides where absent."""
     async_scheduling: bool | None = None
@@ -93,7 +93,7 @@ class Pool(Section):
     """A number of actors or workers that follows the capacity of the cluster; a plain number stands for both ends."""
 
     min: int = Field(1, gt=0)
-    """The fewest that the stage starts with and goes on with."""
+    """The fewest with which the stage starts and continues."""
     max: int = Field(gt=0)
     """The most that are started."""
 
@@ -114,7 +114,7 @@ class Distill(Section):
     """Actors that each hold a vLLM engine."""
 
     actors: OneNumberOrPool = Pool(max=1)
-    """How many; {min: 1, max: 16} grows with the capacity of the cluster and shrinks when rows run out."""
+    """Number of actors; {min: 1, max: 16} grows with the capacity of the cluster and shrinks when rows run out."""
     cpus: Count | Auto = "auto"
     """CPUs of one actor; `auto` shares this machine's cores among the actors."""
     gpus: float = Field(0, ge=0)
@@ -127,8 +127,8 @@ class Distill(Section):
     piece_rows: int = Field(16, gt=0)
     """Finished rows that are made durable together: the most that a kill can cost one actor."""
     max_failures: int = Field(10, ge=0)
-    """Deaths of one actor, or over one batch, after which the stage fails; a row that kills its engine is found and set
-    aside after about 5."""
+    """Deaths of one actor, or over one batch, after which the stage fails; a poison row, which kills its engine, is
+    set aside after about 5."""
     engine: Engine = Engine()
 
     @model_validator(mode="after")
@@ -143,28 +143,28 @@ class Train(Section):
     """Workers of Ray Train, and how DeepSpeed shares memory among them."""
 
     workers: OneNumberOrPool = Pool(min=2, max=2)
-    """How many; {min: 1, max: 8} trains with as many as the cluster holds, and goes on from the last checkpoint with
-    another number when that changes."""
+    """Number of workers; {min: 1, max: 8} trains with as many as the cluster holds, and continues from the last
+    checkpoint with another number when that changes."""
     cpus: Count | Auto = "auto"
     """CPUs of one worker; `auto` shares this machine's cores among the workers."""
     gpus: float = Field(0, ge=0)
     """GPUs of one worker; 0 trains on the CPU."""
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """What DeepSpeed spreads over the workers: 1 the optimizer, 2 also gradients, 3 also weights."""
+    """DeepSpeed spreads over the workers: with 1 the optimizer, with 2 also gradients, with 3 also weights."""
     offload: Literal["none", "optimizer", "all"] = "none"
-    """What waits in main memory instead of a GPU's: the optimizer (zero_stage 1 to 3), or the weights too (3)."""
+    """Keep in main memory instead of a GPU's: the optimizer (zero_stage 1 to 3), or the weights too (3)."""
     micro_batch: int = Field(8, gt=0)
     """Rows that one worker takes through forward and backward together, packed into one sequence."""
     pass_tokens: int | None = Field(None, gt=0)
     """Tokens of that sequence at most, for memory; at least train.max_tokens. Absent: as many as its rows have."""
     gradient_checkpointing: bool = False
-    """Less memory for activations, a third more time."""
+    """Compute activations again in the backward pass: less memory, a third more time."""
     deepspeed: LocalPath | None = None
-    """A DeepSpeed JSON, see configs/deepspeed; it is handed over as it is and must not set what a recipe decides."""
+    """A DeepSpeed JSON, see configs/deepspeed; it is passed on unchanged and must not set what a recipe decides."""
     checkpoint_every_steps: int = Field(10, gt=0)
     """Optimizer steps between two training checkpoints: the most that a kill can cost."""
     keep_checkpoints: int = Field(2, gt=0)
-    """Training checkpoints that are kept; they go when the stage is done."""
+    """Training checkpoints that are kept; they are deleted when the stage is done."""
     max_failures: int = Field(3, ge=0)
     """Dead workers that are replaced before the stage fails."""
 
@@ -172,7 +172,9 @@ class Train(Section):
     def _offloads_what_is_spread(self) -> Self:
         least = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
         if self.zero_stage < least:
-            raise ValueError(f"offload: {self.offload} needs zero_stage {least}, not {self.zero_stage}. Change either")
+            raise ValueError(
+                f"offload: {self.offload} needs zero_stage {least}, not {self.zero_stage}. Raise zero_stage to {least}"
+            )
         return self
 
 
@@ -219,26 +221,27 @@ def cores() -> int:
 def load_compute(path: Path | None = None) -> Compute:
     """Return the compute file at `path`, or the defaults, with every `auto` settled for this machine.
 
-    Raises UserError where a local cluster could never hold a stage: a silent wait helps nobody.
+    Raises UserError where a local cluster could never hold a stage: nobody profits from a silent wait.
     """
     compute = load_section(Compute, path) if path else Compute()
-    here = cores()
+    available = cores()
     data = compute.model_dump(mode="json")
-    for name, count in (("score", "actors"), ("distill", "actors"), ("train", "workers"), ("evaluate", None)):
+    counts = {"score": "actors", "distill": "actors", "train": "workers", "evaluate": None}
+    for name, count in counts.items():
         if data[name]["cpus"] == "auto":
             wanted = data[name][count] if count else 1
             sharing = wanted["max"] if isinstance(wanted, dict) else wanted
-            data[name]["cpus"] = max(1, here // sharing)
+            data[name]["cpus"] = max(1, available // sharing)
     compute = validate(Compute, data)
     if compute.ray.address == "local":
         short = [
             problem(
                 f"compute.{name}",
-                f"{bundles} x {cpus} CPUs = {bundles * cpus} is more than the {here} cores of this machine",
-                f"Lower the number or the cpus of {name}, or give ray.address of a cluster",
+                f"{bundles} x {cpus} CPUs = {bundles * cpus} is more than the {available} cores of this machine",
+                f"Lower compute.{name}.{counts[name] if bundles > 1 else 'cpus'}",
             )
             for name, (bundles, cpus, _) in compute.needs().items()
-            if bundles * cpus > here
+            if bundles * cpus > available
         ]
         if short:
             raise UserError(*short)
@@ -246,5 +249,5 @@ def load_compute(path: Path | None = None) -> Compute:
 
 
 def _settled(cpus: int | Auto) -> int:
-    assert cpus != "auto", "load_compute settles auto before anything is asked for"
+    assert cpus != "auto", "load_compute settles auto before anything asks"
     return cpus

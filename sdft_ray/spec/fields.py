@@ -1,7 +1,7 @@
-"""Every field of recipe, compute and sweep files in words: its path, type, default and help.
+"""The fields of recipe, compute and sweep files: path, type, default and help of each.
 
 In: the JSON Schemas. Out: one tree of `Entry` for each kind of file, which the reference page and `sdft explain` show.
-Read from the schemas and not from pydantic, so that editor, page and command cannot disagree.
+They are read from the schemas and not from pydantic, so that editor, page and command agree.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import yaml
 from sdft_ray.spec.schema import KINDS, Kind, schema_of
 
 NAME = "NAME"
-"""Stands in a path for a key that the author of a file chooses."""
+"""Placeholder in a path for a key that the author of a file chooses."""
 _TYPES = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false", "null": "null"}
 _BOUNDS = {
     "exclusiveMinimum": "above {}",
@@ -38,7 +38,7 @@ class Entry:
     """One field; a section has fields of its own."""
 
     kind: Kind
-    """The file that it belongs to."""
+    """The kind of file that it belongs to."""
     path: str
     """Dotted, as in messages: fields of a compute file begin with `compute.`."""
     type: str
@@ -46,11 +46,11 @@ class Entry:
     """As YAML; None where the field is required."""
     help: str
     only_with: tuple[str, ...] = ()
-    """Where a section is one of several: the keys of those that have this field, empty where all have it."""
+    """Keys of the alternative sections that have this field; empty where all have it."""
     sections: tuple[str, ...] = ()
-    """Names of the sections that may stand here; entries with the same ones have the same fields."""
+    """Names of the sections that are allowed here; entries with the same names have the same fields."""
     about: tuple[str, ...] = ()
-    """What each of them is."""
+    """The help of each section."""
     fields: tuple[Entry, ...] = ()
 
     @property
@@ -70,7 +70,7 @@ def tree(kind: Kind) -> Entry:
 
 
 def entries(top: Entry) -> Iterator[Entry]:
-    """Yield an entry and all that are below it, in the order of the file."""
+    """Yield an entry and all entries below it, in the order of the file."""
     yield top
     for field in top.fields:
         yield from entries(field)
@@ -79,7 +79,7 @@ def entries(top: Entry) -> Iterator[Entry]:
 def _fields(
     kind: Kind, parent: str, sections: Mapping[str, dict[str, Any]], definitions: Mapping[str, Any]
 ) -> Iterator[Entry]:
-    """Yield the fields of a section, or of all that may stand in its place, each once."""
+    """Yield the fields of a section, or of all alternative sections, each once."""
     keys = {_key(section): section["properties"] for section in sections.values()}
     for name in dict.fromkeys(name for properties in keys.values() for name in properties):
         only_with = tuple(key for key, properties in keys.items() if name in properties)
@@ -110,12 +110,12 @@ def _about(sections: Mapping[str, dict[str, Any]]) -> tuple[str, ...]:
 
 
 def _key(section: Mapping[str, Any]) -> str:
-    """Return the key that tells a section from the others that may stand in its place: the first that it requires."""
+    """Return the key that distinguishes a section from its alternatives: the first that it requires."""
     return str(next(iter(section.get("required", ())), ""))
 
 
 def _sections(value: Mapping[str, Any], definitions: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the sections that may stand at a place of the schema: itself, or one of a list or a mapping."""
+    """Yield the sections that a place of the schema allows: one section, or those of a list or a mapping."""
     name = value.get("$ref", "").rpartition("/")[2]
     if "properties" in definitions.get(name, ()):
         yield name, definitions[name]
@@ -134,7 +134,7 @@ def _is_named(value: Mapping[str, Any]) -> bool:
 
 
 def _words(value: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
-    """Return what may stand at a place of the schema, in plain words."""
+    """Return in plain words the values that a place of the schema allows."""
     if "$ref" in value:
         return "section" if dict(_sections(value, definitions)) else "any value"
     if options := _options(value):
@@ -150,7 +150,7 @@ def _words(value: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
 
 
 def _either(options: list[dict[str, Any]], definitions: Mapping[str, Any]) -> str:
-    """Return the alternatives of a union, sections told apart by their keys."""
+    """Return the alternatives of a union; sections are named by their keys."""
     sections = [section for option in options if "$ref" in option for _, section in _sections(option, definitions)]
     words = [_words(option, definitions) for option in options]
     if len(sections) > 1:

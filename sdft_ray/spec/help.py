@@ -1,7 +1,7 @@
 """`sdft explain KEY`: one field of a recipe, compute or sweep file, or the fields of a section.
 
 In: a key as people write it. Out: every field of that name with type, default and help, or a UserError with the
-nearest spelling. `train` stands in recipes and in compute files: both are shown, because the key does not say which.
+nearest spelling. Recipes and compute files both have a `train`: both are shown, because the key does not say which.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ _WIDTH = 110
 def explain(key: str) -> list[Entry]:
     """Return the entries that a key names, in recipe, compute and sweep files; raises UserError where there is none."""
     wanted = [part for part in key.split(".") if not part.isdigit()]  # the place in a list
-    found = [entry for entry in _all() if any(_is_at(wanted, name) for name in _names(entry))]
-    if not found:
+    named = [entry for entry in _all() if any(_is_at(wanted, name) for name in _names(entry))]
+    if not named:
         raise UserError(problem(key, "unknown key", _suggest(wanted)))
-    return found
+    return named
 
 
-def show(found: Sequence[Entry]) -> str:
-    """Return entries as text: a section with its fields one line each, any other field with all that is known."""
-    return "\n\n".join("\n".join(_lines(entry)) for entry in found)
+def show(named: Sequence[Entry]) -> str:
+    """Return entries as text: a section with its fields one line each, any other field with all its facts."""
+    return "\n\n".join("\n".join(_lines(entry)) for entry in named)
 
 
-def as_data(found: Sequence[Entry]) -> list[dict[str, Any]]:
+def as_data(named: Sequence[Entry]) -> list[dict[str, Any]]:
     """Return entries as plain data for `--json`."""
     shown = ("kind", "path", "type", "default", "help")
     return [
         {name: getattr(entry, name) for name in shown}
         | {"only_with": list(entry.only_with), "fields": [field.path for field in entry.fields]}
-        for entry in found
+        for entry in named
     ]
 
 
@@ -58,7 +58,7 @@ def _is_at(wanted: Sequence[str], name: str) -> bool:
 
 
 def _suggest(wanted: Sequence[str]) -> str:
-    """Return the advice for an unknown key: the nearest of all paths, or of the names below what is known of it."""
+    """Return the advice for an unknown key: the nearest of all paths, or of the keys of the section that it names."""
     key, paths = ".".join(wanted), {name: entry.path for entry in _all() for name in sorted(_names(entry))}
     ends = [name for name in paths if name.endswith(f".{key}")]
     if close := ends or difflib.get_close_matches(key, paths, 1, 0.75):

@@ -11,15 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import (
-    BaseModel,
-)
+from pydantic import BaseModel
 
 from sdft_ray.errors import UserError, problem
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.wording import S, validate
-
-# --- from file to Recipe --------------------------------------------------------------------------------------
 
 
 class _Loader(yaml.SafeLoader):
@@ -38,7 +34,7 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be text", key.start_mark)
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value} is there twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value} occurs twice", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -65,7 +61,7 @@ def load_section(kind: type[S], path: Path, overrides: Sequence[str] = ()) -> S:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the keys and values of a YAML file as they stand there."""
+    """Return the keys and values of a YAML file, unchecked."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -102,9 +98,9 @@ def _parse_yaml(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f"{where}:{mark.line + 1}" if mark else where
         what = getattr(error, "problem", None) or "is not YAML"
-        raise UserError(problem(line, f"not valid YAML ({what})", "Mend this line")) from None
+        raise UserError(problem(line, f"not valid YAML ({what})", "Fix this line")) from None
     except (ValueError, RecursionError) as error:  # a date that is none, a thousand brackets
-        raise UserError(problem(where, f"not valid YAML ({error})", "Mend this file")) from None
+        raise UserError(problem(where, f"not valid YAML ({error})", "Fix this file")) from None
 
 
 def _apply(override: str, data: dict[str, Any]) -> None:

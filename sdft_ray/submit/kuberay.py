@@ -1,7 +1,7 @@
-"""A recipe or sweep as a RayJob of KubeRay: one YAML text for `kubectl apply`.
+"""A recipe as a RayJob of KubeRay: one YAML text for `kubectl apply`.
 
-In: a recipe or sweep, a compute file, the root. Out: a ConfigMap with both files and a RayJob whose cluster comes,
-grows, shrinks and goes with it. The text is a template with comments: a person has to read it before it costs money.
+In: a recipe, a compute file, the root. Out: a ConfigMap with both files and a RayJob whose cluster starts, grows,
+shrinks and ends with it. The text is a template with comments: a person has to read it before it costs money.
 """
 
 from __future__ import annotations
@@ -27,23 +27,22 @@ from sdft_ray.submit.job import on_cluster, require_shared, with_shipped
 from sdft_ray.sweep.planning import is_sweep
 
 _NAME_CHARACTERS = 47  # of a RayJob: KubeRay makes those of its cluster and services from it
-_GB_A_CPU = 8  # memory asked for where nobody said: an 8B model in bfloat16 is 16 GB, and a GPU has four CPUs or more
+_GB_A_CPU = 8  # memory request by CPUs: an 8B model in bfloat16 is 16 GB, and a GPU has four CPUs or more
 
 
 def render(recipe: Path, compute: Path | None, root: str, until: str | None, image: str) -> str:
-    """Return the manifest; raises UserError for what a cluster that does not exist yet cannot know."""
+    """Return the manifest; raises UserError for what a cluster that does not exist yet cannot have."""
     require_shared(root)
     if is_sweep(recipe):
-        raise UserError(problem(str(recipe), "is a sweep", "Give its recipes one by one, or submit it to a cluster"))
+        raise UserError(problem(str(recipe), "is a sweep", "Give one of its recipes"))
     load_recipe(recipe)
     data = on_cluster(compute)
-    here: dict[Path, str] = {}
-    with_shipped([read_yaml(recipe), data], "", root, here)
-    for path in here:
+    local: dict[Path, str] = {}
+    with_shipped([read_yaml(recipe), data], "", root, local)
+    for path in local:
         what = f"{path} is a path of this machine, and a manifest carries no files"
         raise UserError(problem(str(recipe), what, "Put it where every node sees it and give that path"))
-    plan = validate(Compute, data)
-    pod, replicas = worker_pods(plan)
+    pod, replicas = worker_pods(validate(Compute, data))
     data["ray"] = {**data["ray"], "largest_node": pod.model_dump(mode="json")}
     command = ["sdft", "run", "/etc/sdft/recipe.yaml", "--compute", "/etc/sdft/compute.yaml", "--root", root]
     return _template().render(
@@ -79,29 +78,29 @@ def job_name(name: str) -> str:
     return f"{kept}-{digits}"
 
 
-def worker_pods(plan: Compute) -> tuple[Node, int]:
-    """Return what one worker pod holds, and how many of them the widest stage can use.
+def worker_pods(compute: Compute) -> tuple[Node, int]:
+    """Return the resources of one worker pod, and how many pods the widest stage can use.
 
     A pod is `ray.largest_node`, or the smallest that holds one actor of every stage.
     """
     widest = {
-        "score": (plan.score.actors, plan.score.cpus, plan.score.gpus),
-        "distill": (plan.distill.actors.max, plan.distill.cpus, plan.distill.gpus),
-        "train": (plan.train.workers.max, plan.train.cpus, plan.train.gpus),
-        "evaluate": (1, plan.evaluate.cpus, plan.evaluate.gpus),
+        "score": (compute.score.actors, compute.score.cpus, compute.score.gpus),
+        "distill": (compute.distill.actors.max, compute.distill.cpus, compute.distill.gpus),
+        "train": (compute.train.workers.max, compute.train.cpus, compute.train.gpus),
+        "evaluate": (1, compute.evaluate.cpus, compute.evaluate.gpus),
     }
     for name, (_, cpus, _) in widest.items():
         if cpus == "auto":
             what = "auto means the cores of this machine"
             raise UserError(problem(f"compute.{name}.cpus", what, "Give a number: the pods do not exist yet"))
     needs = [(count, int(cpus), gpus) for count, cpus, gpus in widest.values()]
-    pod = plan.ray.largest_node or Node(cpus=max(need[1] for need in needs), gpus=max(need[2] for need in needs))
+    pod = compute.ray.largest_node or Node(cpus=max(need[1] for need in needs), gpus=max(need[2] for need in needs))
     pods = 1
     for count, cpus, gpus in needs:
         in_one = min(pod.cpus // cpus, int(pod.gpus / gpus) if gpus else count)
         if in_one == 0:
             what = f"{pod.cpus} CPUs and {pod.gpus:g} GPUs hold no actor of {cpus} CPUs and {gpus:g} GPUs"
-            raise UserError(problem("compute.ray.largest_node", what, "Raise it, or ask for less"))
+            raise UserError(problem("compute.ray.largest_node", what, "Raise compute.ray.largest_node"))
         pods = max(pods, math.ceil(count / in_one))
     return pod, pods
 

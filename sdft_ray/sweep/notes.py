@@ -1,4 +1,4 @@
-"""What a sweep writes down of stages without an artifact: why one failed, and the losses of one that was stopped.
+"""Notes of a sweep on stages without an artifact: the reason of a failure, and the losses of a stopped training.
 
 In: stages. Out: small texts below the root, which every node reads.
 """

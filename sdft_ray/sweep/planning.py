@@ -1,8 +1,8 @@
-"""A sweep: many recipes that differ in named fields, as one plan in which what they share stands once.
+"""A sweep: many recipes that differ in named fields, as one plan that holds each stage once.
 
-In: a sweep file (a recipe, and axes of values for some of its fields). Out: the stages that several trials need, and
-then the trials, each of which trains one model and takes it through its exams (trials.py builds them). All that could
-be wrong with any cell is said here, before anything is built.
+In: a sweep file (a recipe, and axes of values for some of its fields). Out: the stages that several trials share, and
+the trials, each of which trains one model and evaluates it (trials.py builds them). Mistakes of any cell are reported
+here, before anything is built.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """The training of one model, and its exams."""
+    """The training of one model, and its evaluations."""
 
     train: Stage[train.Settings]
     evaluations: Mapping[str, Stage[evaluate.Settings]]
     """By task."""
     cell: Cell
-    """The first cell that needs it; where it lies in the sweep."""
+    """The first cell that needs it."""
     values: Mapping[str, Any]
-    """What of the cell's values bears on it."""
+    """Those of the cell's values that determine it."""
 
     @property
     def stages(self) -> tuple[Stage[Any], ...]:
@@ -64,30 +64,30 @@ class Trial:
 
     @property
     def compares_with(self) -> tuple[Any, ...]:
-        """What trials have in common whose validation losses compare: the pruned model, the rows, arm and size."""
+        """The key of trials whose validation losses compare: the pruned model, the rows, arm and size."""
         inputs = self.train.inputs
         return inputs["model"].id, inputs["rows"].id, self.arm, self.train.settings.train.rows
 
     @property
     def name(self) -> str:
-        """The arm and the values, as a line of progress has them."""
+        """The arm and the values, for a line of progress."""
         return ", ".join([self.arm, *(f"{path.rpartition('.')[2]} {value}" for path, value in self.values.items())])
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a sweep builds: first what is shared, in this order, then the trials in any, then the drafts."""
+    """The stages of a sweep: first shared ones, in this order, then the trials in any, then the drafts."""
 
     cells: tuple[Cell, ...]
     shared: tuple[Stage, ...]
     trials: tuple[Trial, ...]
     drafts: tuple[Stage, ...] = ()
-    """Pruned and trained models as drafts of the base: the last, one at a time, for they are measured in seconds."""
+    """Pruned and trained models as drafts of the base: last, one at a time, because their speed is measured."""
     asha: Asha | None = None
 
     @property
     def name(self) -> str:
-        """What the sweep's own records go by: other trials make another sweep."""
+        """The name of the sweep's own records: other trials make another sweep."""
         return f"sweep-{short_id([trial.train.id for trial in self.trials])}"
 
 
@@ -113,22 +113,22 @@ def expand(sweep: Sweep, folder: Path) -> tuple[Cell, ...]:
     cells: list[Cell] = []
     problems: dict[str, None] = {}
     for file in sweep.recipe:
-        whole = load_recipe(folder / file)  # its own mistakes are its own
+        whole = load_recipe(folder / file)  # raises for the recipe's own mistakes
         if whole.merge:
-            do = "Sweep it without merge, and merge what was best"
-            raise UserError(problem("recipe", f"{file} merges models, which trials alone do not have", do))
+            do = f"Remove merge from {file}"
+            raise UserError(problem("recipe", f"{file} merges models, and trials do not merge", do))
         first = load_recipe(folder / sweep.recipe[0])
         if whole.evaluate != first.evaluate:
-            what = f"{file} has other exams than {sweep.recipe[0]}, so their means do not compare"
+            what = f"{file} has other evaluations than {sweep.recipe[0]}, so their means do not compare"
             raise UserError(problem("recipe", what, "Give both the same evaluate"))
         if whole.draft != first.draft:
-            what = f"{file} tries drafts otherwise than {sweep.recipe[0]}, so their figures do not compare"
+            what = f"{file} tries drafts differently from {sweep.recipe[0]}, so their figures do not compare"
             raise UserError(problem("recipe", what, "Give both the same draft"))
-        which = {RECIPE: Path(file).stem} if len(sweep.recipe) > 1 else {}
+        name = {RECIPE: Path(file).stem} if len(sweep.recipe) > 1 else {}
         for values in _combinations(sweep):
             overrides = [f"{path}={json.dumps(value)}" for path, value in values.items()]
             try:
-                cell = Cell({**which, **values}, load_recipe(folder / file, overrides))
+                cell = Cell({**name, **values}, load_recipe(folder / file, overrides))
             except UserError as error:
                 problems |= dict.fromkeys(_of_axis(line.removeprefix("--set "), values) for line in error.problems)
                 continue
@@ -160,44 +160,44 @@ def _of_axis(line: str, values: Mapping[str, Any]) -> str:
 
 
 def _mistakes(cell: Cell) -> Iterator[str]:
-    """Yield a problem for each axis that cannot show what it is there for."""
+    """Yield a problem for each axis whose values no trial could compare."""
     for path in cell.values:
         section, _, field = path.partition(".")
         if section == "evaluate":
-            yield problem(f"axes.{path}", "every trial takes the same exams", "Set it in the recipe")
+            yield problem(f"axes.{path}", "every trial has the same evaluations", "Set it in the recipe")
         if field.rpartition(".")[2] in (*Distill.unhashed, *Train.unhashed):
             yield problem(f"axes.{path}", "moves no number of a trial", "Set it in the recipe")
         if section == "draft":
             yield problem(f"axes.{path}", "every draft is tried in the same way", "Set it in the recipe")
         if not (path in (DEPTH, SIZE, RECIPE) or is_seed(path)) and cell.recipe.rows.validation == 0:
-            what = f"without validation rows nothing says which {path} is best"
-            yield problem(f"axes.{path}", what, "Give rows.validation in the recipe, for example 16")
+            what = f"without validation rows no loss compares values of {path}"
+            yield problem(f"axes.{path}", what, "Set rows.validation in the recipe, for example to 16")
         for arm in cell.recipe.arms.names if section == "train" else ():
             own = getattr(cell.recipe.arms, arm).model_dump(exclude_none=True)
             if (name := field.partition(".")[0]) in own:
-                do = f"Sweep arms.{arm}.{field} instead, or take {name} off the arm"
+                do = f"Sweep arms.{arm}.{field} instead"
                 yield problem(f"axes.{path}", f"the arm {arm} has its own {name}", do)
 
 
 def _mistakes_of_asha(plan: Plan) -> Iterator[str]:
-    """Yield a problem for each reason why trials of a plan must not be stopped by comparing them."""
+    """Yield a problem for each reason against comparing and stopping trials of a plan."""
     for path in dict.fromkeys(path for cell in plan.cells for path in cell.values):
         if is_seed(path):
-            yield problem(f"axes.{path}", "asha would keep the lucky seeds", "Remove asha, or this axis")
+            yield problem(f"axes.{path}", "asha would keep the lucky seeds", "Remove asha")
     if not all(cell.recipe.rows.validation for cell in plan.cells):
-        yield problem("asha", "there are no validation rows to compare by", "Give rows.validation, for example 16")
+        yield problem("asha", "there are no validation rows to compare by", "Set rows.validation, for example to 16")
     if max(Counter(trial.compares_with for trial in plan.trials).values()) < 2:
-        what = "no two trials have arm, depth and size in common, and losses of others do not compare"
-        yield problem("asha", what, "Remove it, or add an axis such as train.lr")
+        what = "no two trials have arm, depth and size in common, so no losses compare"
+        yield problem("asha", what, "Remove asha")
 
 
 def is_seed(path: str) -> bool:
-    """Return whether an axis repeats a trial instead of changing what it is."""
+    """Return whether an axis repeats a trial instead of changing its settings."""
     return path.endswith(".seed")
 
 
 def make_plan(cells: Sequence[Cell]) -> Plan:
-    """Return everything that the cells need, each stage once."""
+    """Return the plan of cells, with each stage once."""
     chains = [(cell, pipeline.chain(cell.recipe)) for cell in cells]
     trained: dict[str, tuple[Stage[train.Settings], Mapping[str, Stage[evaluate.Settings]]]] = {}
     needed_by: dict[str, list[Cell]] = {}
@@ -217,13 +217,13 @@ def make_plan(cells: Sequence[Cell]) -> Plan:
 
 
 def _in_order(stage: Stage[Any]) -> tuple[int, float]:
-    """Return a stage's place: as in one chain, and generation first at the largest size, which smaller ones share."""
+    """Return a stage's place: as in one chain, but generation at the largest size first: smaller ones share it."""
     rows = stage.settings.rows if isinstance(stage.settings, distill.Settings) else 0
     return [*pipeline.MODULES].index(stage.name), -math.inf if rows is None else -rows
 
 
 def _common_values(cells: Sequence[Cell]) -> dict[str, Any]:
-    """Return the values that all cells of a trial have: another one's value does not bear on it."""
+    """Return the values that all cells of a trial share: other values do not determine it."""
     return {
         path: value
         for path, value in cells[0].values.items()
@@ -232,7 +232,7 @@ def _common_values(cells: Sequence[Cell]) -> dict[str, Any]:
 
 
 def check(plan: Plan, compute: Compute) -> None:
-    """Raise UserError for what can be known to be wrong with any cell before anything is built."""
+    """Raise UserError with the mistakes of all cells that show before anything is built."""
     problems: dict[str, None] = {}
     files: dict[str, limits.Splits] = {}
 
@@ -252,22 +252,22 @@ def check(plan: Plan, compute: Compute) -> None:
 
 
 def stages_of(plan: Plan) -> tuple[Stage, ...]:
-    """Return every stage of a sweep in an order in which they can be built."""
+    """Return every stage of a sweep in an order of building."""
     trained = (stage for trial in plan.trials for stage in trial.stages)
     return (*plan.shared, *trained, *plan.drafts)
 
 
 def name_draft(stage: Stage, plan: Plan) -> str:
-    """Return whose draft a stage tries, as a line of progress has it."""
+    """Return the name of the model that a stage tries as a draft, for a line of progress."""
     model = stage.inputs["draft"]
     names = {trial.train.id: trial.name for trial in plan.trials}
     return f"draft {names[model.id] if model.id in names else 'pruned, blocks ' + str(model.settings.depth)}"
 
 
-def say_stopped(losses: Sequence[tuple[int, float]]) -> str:
-    """Return in words when a trial was stopped.
+def describe_stopped(losses: Sequence[tuple[int, float]]) -> str:
+    """Return as text when a trial was stopped.
 
-    >>> say_stopped([(2, 3.5), (4, 3.25)])
+    >>> describe_stopped([(2, 3.5), (4, 3.25)])
     'stopped at step 4, validation loss 3.250'
     """
     step, loss = losses[-1]
@@ -275,5 +275,5 @@ def say_stopped(losses: Sequence[tuple[int, float]]) -> str:
 
 
 def is_done(trial: Trial, storage: Storage) -> bool:
-    """Return whether a trial's model and all of its exams are there."""
+    """Return whether a trial's model and all of its evaluations are finished."""
     return all(storage.status(stage) == "done" for stage in trial.stages)

@@ -18,7 +18,7 @@ from sdft_ray.cluster import count_places, fit_together, on_this_node, ray_clust
 from sdft_ray.engine import EngineFactory, VllmEngine
 from sdft_ray.errors import StageFailed, UserError
 from sdft_ray.preflight import precision
-from sdft_ray.progress import Progress, duration, say
+from sdft_ray.progress import Progress, duration, log
 from sdft_ray.results import HISTORY, read_history, validations
 from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.sweep import Asha
@@ -26,7 +26,7 @@ from sdft_ray.stages import cut, distill, draft, evaluate, loss, score, train
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 from sdft_ray.sweep import notes
-from sdft_ray.sweep.planning import Plan, Trial, check, is_done, name_draft, say_stopped, stages_of
+from sdft_ray.sweep.planning import Plan, Trial, check, describe_stopped, is_done, name_draft, stages_of
 
 STEP, LOSS = "step", "validation_loss"
 _FOR_EVER = 10**7  # seconds: a trial's room is there by construction, only other trials' exams are in it for a while
@@ -46,7 +46,7 @@ def run(plan: Plan, compute: Compute, storage: Storage, engine: EngineFactory = 
         _, there = pipeline.survey(stages_of(plan), storage)
         pipeline.require_gates(there, storage)
         if todo:
-            precision.say_slow(todo, compute)
+            precision.report_slow(todo, compute)
             with ray_cluster(compute):
                 if drafts:
                     require_capacity(compute, draft.NEEDS, "draft")
@@ -97,7 +97,7 @@ def _build_shared(plan: Plan, compute: Compute, storage: Storage, engine: Engine
         else:
             for stage in cuts:
                 seconds = storage.manifest(stage).provenance.wall_seconds
-                say(f"{stage.name}: {duration(seconds)}, {storage.where(stage)}")
+                log(f"{stage.name}: {duration(seconds)}, {storage.where(stage)}")
     pipeline.build(plan.shared, compute, storage, engine=engine)
 
 
@@ -165,13 +165,13 @@ def _try_drafts(drafts: Sequence[Stage], plan: Plan, compute: Compute, storage: 
     for stage in drafts:
         notes.forget_failure(storage, stage)
         if storage.status(stage.inputs["draft"]) != "done":
-            say(f"{name_draft(stage, plan)}: left out, there is no such model")
+            log(f"{name_draft(stage, plan)}: left out, there is no such model")
             continue
         try:
             pipeline.build([stage], compute, storage)
         except (UserError, StageFailed) as error:
             notes.keep_failure(storage, stage, str(error))
-            say(f"{name_draft(stage, plan)}: FAILED: {error}")
+            log(f"{name_draft(stage, plan)}: FAILED: {error}")
 
 
 def trials_at_once(compute: Compute) -> int:
@@ -282,8 +282,8 @@ def _watcher(trials: Sequence[Trial], plan: Plan, storage: Storage, progress: Pr
             if what := notes.read_failure(storage, trial.train):
                 took = f"FAILED after {took}: {what}"
             elif losses := notes.read_stopped(storage, plan.name, trial.train):
-                took = f"{say_stopped(losses)}, {took}"
-            say(f"trial {trial.name}: {took}")
+                took = f"{describe_stopped(losses)}, {took}"
+            log(f"trial {trial.name}: {took}")
             progress.update(self.ended)
 
     mine = trials

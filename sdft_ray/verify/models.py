@@ -12,7 +12,7 @@ from sdft_ray.core.surgery import require_supported
 from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
 from sdft_ray.models.directory import weight_files
-from sdft_ray.progress import say
+from sdft_ray.progress import log
 from sdft_ray.spec.loading import load_recipe
 from sdft_ray.store.manifest import read_manifest
 from sdft_ray.store.storage import Storage
@@ -64,7 +64,7 @@ def _recipe_models(path: Path, storage: Storage) -> list[Model]:
         what = f"none of its models ({', '.join(stages)}) is built under {storage.uri}"
         raise UserError(problem(str(path), what, f"Do: sdft run {path}"))
     for name in stages.keys() - built.keys():
-        say(f"{name}: not built, so not verified")
+        log(f"{name}: not built, so not verified")
     return [dataclasses.replace(_one_model(storage.files(built[name]), base, storage), name=name) for name in built]
 
 

@@ -59,7 +59,7 @@ def test_check_of_a_good_recipe_touches_nothing(folder):
         (["train.lr"], "--set train.lr: is not KEY=VALUE. Write for example --set train.lr=2e-4."),
     ],
 )
-def test_check_of_a_wrong_value_says_where_what_and_how_to_mend_it(folder, settings, line):
+def test_check_of_a_wrong_value_says_where_what_and_how_to_fix_it(folder, settings, line):
     done = sdft("check", "recipe.yaml", *(x for s in settings for x in ("--set", s)), cwd=folder)
     assert done.returncode == 2
     assert done.stderr.startswith(line)
@@ -181,7 +181,7 @@ def test_run_with_too_few_cpus_is_an_error_and_never_waits(folder):
         (
             "merge",
             "--until: this recipe has no stage merge. "
-            "It has model, rows, score, loss, cut, distill, train, nll, evaluate.",
+            "Give one of model, rows, score, loss, cut, distill, train, nll, evaluate.",
         ),
     ],
 )

@@ -118,9 +118,9 @@ def test_chain_on_nodes_that_die_at_every_stage_ends_as_on_nodes_that_live(folde
         wait_for(process, there("resumable/train/*/ray_train*/checkpoint_*/progress.json"))
         died_training = kill_node(cluster, process, "RayTrainWorker")
 
-        wait_for(process, there(exams := "evaluate/*/manifest.json"))
-        died, before = kill_node(cluster, process, "ray::evaluate"), len(there(exams)())
-        wait_for(process, lambda: len(there(exams)()) > before)
+        wait_for(process, there(evaluations := "evaluate/*/manifest.json"))
+        died, before = kill_node(cluster, process, "ray::evaluate"), len(there(evaluations)())
+        wait_for(process, lambda: len(there(evaluations)()) > before)
         record_property("evaluating: seconds to the next score", time.time() - died)
         assert "Traceback" not in finish(process)
 

@@ -81,7 +81,7 @@ def test_stopped_by_a_signal_ends_in_one_line_and_keeps_what_was_finished(folder
     process.send_signal(number)
     _, errors = process.communicate()
     assert process.returncode == 128 + number
-    assert errors.splitlines()[-1] == "Stopped. What was finished is kept; the same command goes on from there."
+    assert errors.splitlines()[-1] == "Stopped. Finished work is kept; the same command goes on from there."
     assert "***" not in errors and "Traceback" not in errors
     assert list(tmp_path.glob(at))
 

@@ -77,8 +77,8 @@ FIXED = {
     "prune.contiguous",
     "prune.calibration.0.text",
     "prune.calibration.0.rows",
-    "evaluate.speed",  # measures beside the exams
-    "draft",  # measures beside the exams
+    "evaluate.speed",  # measures beside the evaluations
+    "draft",  # measures beside the evaluations
     "merge",  # makes further models; what its own leaves move is tested with it
 }
 

@@ -90,7 +90,7 @@ def test_sweep_scores_while_it_generates_and_ends_at_once_when_interrupted(ray_c
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=20)
     assert (process.returncode, errors.strip().splitlines()[-1]) == (
-        130, "Stopped. What was finished is kept; the same command goes on from there."
+        130, "Stopped. Finished work is kept; the same command goes on from there."
     ), errors  # fmt: skip
     assert "Traceback" not in errors and count_rays() == before
 
@@ -268,8 +268,9 @@ def test_sweep_with_asha_stops_a_trial_that_learns_less_and_does_not_try_it_agai
     again = sdft("sweep", "sweep.yaml", "--compute", "compute.yaml", cwd=folder)
     assert again.returncode == 0 and "Nothing to do" in again.stderr, again.stderr
     (folder / "artifacts" / "failures").rename(tmp_path / "forgotten")
-    for exam in (folder / "artifacts" / "evaluate").glob("arc-easy-sft-*"):
-        exam.rename(tmp_path / "lost")  # the finished trial is open again: it tells its losses to the other once more
+    for evaluation in (folder / "artifacts" / "evaluate").glob("arc-easy-sft-*"):
+        # the finished trial is open again: it reports its losses to the other once more
+        evaluation.rename(tmp_path / "lost")
     third = sdft("sweep", "sweep.yaml", "--compute", "compute.yaml", "--json", cwd=folder)
     assert [trial["status"] for trial in json.loads(third.stdout)["trials"]] == ["done", "stopped"], third.stderr
 

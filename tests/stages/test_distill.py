@@ -240,7 +240,7 @@ def test_distill_a_row_that_errors_is_tried_a_bounded_number_of_times(ray_cluste
     assert distill.build(work)["reasons"]["error"] == 1
     assert len(logged(log)) == 35 + 3, "three attempts in one run"
     distill.build(work)
-    assert len(logged(log)) == 35 + 4, "a later run tries once: the cause may have been mended"
+    assert len(logged(log)) == 35 + 4, "a later run tries once: the cause may have been fixed"
 
 
 def test_distill_a_row_that_kills_its_engine_is_found_and_set_aside(ray_cluster, tiny_model, tmp_path):

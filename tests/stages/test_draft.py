@@ -159,23 +159,23 @@ def test_every_arm_and_the_pruned_model_are_tried_unless_named(recipe):
     assert list(drafts(recipe | {"draft": {"models": ["distilled"], "prompts": 2}})) == ["distilled"]
 
 
-def test_every_setting_of_a_draft_moves_its_id_and_no_exam(recipe):
+def test_every_setting_of_a_draft_moves_its_id_and_no_evaluation(recipe):
     def ids(**changed):
         chain = pipeline.chain(validate(Recipe, recipe | {"draft": recipe["draft"] | changed}))
         return [stage.id for stage in chain.drafts.values()], [stage.id for stage in chain.evaluations.values()]
 
-    before, exams = ids()
+    before, evaluations = ids()
     for changed in [{"tokens": [1, 4]}, {"prompts": 3}, {"at_once": 2}, {"max_new_tokens": 8}, {"temperature": 1.0},
                     {"top_p": 1.0}, {"dtype": "float32"}]:  # fmt: skip
-        after, exams_after = ids(**changed)
-        assert not {*before} & {*after} and exams == exams_after, changed
+        after, evaluations_after = ids(**changed)
+        assert not {*before} & {*after} and evaluations == evaluations_after, changed
     assert ids(tokens=[3, 1])[0] == before
 
 
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"prompts": 5}, "draft.prompts: 5 is more than rows.held_out 4. Lower it, or hold out more"),
+        ({"prompts": 5}, "draft.prompts: 5 is more than rows.held_out 4. Lower draft.prompts"),
         (
             {"models": ["distiled"], "prompts": 2},
             "draft.models: this recipe makes no distiled. Did you mean distilled?",

@@ -124,5 +124,7 @@ def test_cut_by_loss_removes_the_candidate_of_lowest_loss(work):
 
 
 def test_cut_of_more_blocks_than_protection_leaves_is_refused(work):
-    with pytest.raises(UserError, match=r"^prune\.protect: leaves 3 of 6 blocks to remove 4 from\. Protect fewer"):
+    with pytest.raises(
+        UserError, match=r"^prune\.protect: leaves 3 of 6 blocks to remove 4 from\. Lower prune\.protect"
+    ):
         cut_choice(work(), metric="angular", depth=4, protect=Protect(first=1, last=2))

@@ -210,11 +210,11 @@ def test_every_leaf_of_a_merge_moves_the_id_of_a_merged_model(recipe):
 @pytest.mark.parametrize(
     ("merge", "says"),
     [
-        ({"arm": "sft"}, "merge.arm: sft is not among the arms. Add it to arms"),
-        ({"slerp": None, "linear": None}, "merge: give at least one of slerp, linear"),
+        ({"arm": "sft"}, "merge.arm: sft is not among the arms. Add arms.sft"),
+        ({"slerp": None, "linear": None}, "merge: names no method. Give at least one of slerp, linear"),
         ({"linear": {"weights": [1.0]}}, "merge.linear: has 1 weights for 2 models. Give one for each"),
         ({"others": {"sft": {"path": "x"}}}, "merge.others: 'sft' cannot name a model"),
-        ({"others": {"talk": {}}}, "merge.others.talk: give exactly one of rows, path"),
+        ({"others": {"talk": {}}}, "merge.others.talk: has neither or both of rows and path. Give exactly one of them"),
         ({"slerp": {"tt": 0.5}}, "merge.slerp.tt: unknown key. Did you mean t?"),
         ({"slerp": {"t": [0.5, 0.5]}}, "merge.slerp.t: has 2 numbers for the 4 blocks of the pruned model"),
     ],
@@ -228,7 +228,7 @@ def test_mistakes_in_a_merge_are_said_in_one_line(recipe, merge, says):
 def test_merge_with_a_model_from_elsewhere_asks_for_its_number_of_blocks(recipe, tiny_model):
     recipe["merge"] = {"others": {"theirs": {"path": str(tiny_model)}}, "slerp": {}}
     with pytest.raises(
-        UserError, match=r"merge\.others\.theirs\.path: blocks is 6, of the model that is pruned here 4"
+        UserError, match=r"merge\.others\.theirs\.path: blocks is 6; the model that is pruned here has 4"
     ):
         check(validate(Recipe, recipe), load_compute())
     models = pipeline.chain(validate(Recipe, recipe)).models

@@ -16,12 +16,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from sdft_ray import stages
+from sdft_ray import (
+    progress,  # not `log` by name: the module log.py beside this would replace it
+    stages,
+)
 from sdft_ray.core.rows import TrainingRow
 from sdft_ray.data.chat import require_trainable
 from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.models.directory import require_loadable, require_same_logits
-from sdft_ray.progress import say
 from sdft_ray.results import HISTORY, read_split, training_batches, validations
 from sdft_ray.spec import training
 from sdft_ray.spec.section import Section
@@ -188,7 +190,7 @@ def _look_at(base: Path, settings: training.Train) -> _Parts:
     outline = outline_model(base, settings)
     adapted, bare = name_adapters(outline)
     if adapted and bare:
-        say(f"train: adapters on {', '.join(adapted)}; none on {', '.join(bare)}: no linear layers")
+        progress.log(f"train: adapters on {', '.join(adapted)}; none on {', '.join(bare)}: no linear layers")
     return _Parts(*count_parameters(outline), adapted)
 
 
@@ -224,7 +226,7 @@ def _prepare(work: Work[Settings], base: Path) -> _Data:
         write_rows(work.resumable / f"{name}.parquet", some)
     work.storage.publish(*(work.resumable / f"{name}.parquet" for name in files))
     before, after = marked_example(tokenizer, rows[0])
-    say(f"train: {len(rows)} rows; of the first, no loss on {shorten(before)}, loss on {shorten(after)}")
+    progress.log(f"train: {len(rows)} rows; of the first, no loss on {shorten(before)}, loss on {shorten(after)}")
     return _Data(rows, ids, counts, len(validation), Example(without_loss=before, with_loss=after))
 
 
@@ -241,7 +243,7 @@ def _write(work: Work[Settings], base: Path, rows: Sequence[TrainingRow], parts:
     """Write the tuned model, and return how far its logits are from those of the trained weights."""
     for folder in ("tuned", "tensorboard"):
         work.storage.bring(work.resumable / folder)
-    say("train: writing the model, to compare its logits with those of the trained weights")
+    progress.log("train: writing the model, to compare its logits with those of the trained weights")
     logits = write_model(base, work.settings.train, work.resumable / "tuned", work.directory)
     parameters = require_loadable(work.directory)
     assert parameters == parts.parameters, f"{parts.parameters} parameters were loaded, {parameters} written"

@@ -108,7 +108,7 @@ class _Watcher:
 
         progress = self._work.progress
         while not self._finished.wait(_ASK_SECONDS):
-            match ray.get(self.ticker.ask.remote()):
+            match ray.get(self.ticker.read.remote()):
                 case Begun(steps) if steps != progress.done:
                     progress.begin(progress.total, steps)
                 case Told(step, note, losses):

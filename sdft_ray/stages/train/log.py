@@ -56,7 +56,7 @@ def report(log: Any, ticker: Any, history: Sequence[Step], rate: float, engine: 
         log.write_event(Event(wall_time=time.time(), step=step.step, summary=scalar(f"train/{name}", value)))
     log.flush()
     note = f"loss {step.loss:.3f}, lr {step.lr:.1e}, {rate:.0f} tokens/s, {memory:.1f} GB"
-    ticker.tell.remote(Told(step.step, note, validations(history)))
+    ticker.report.remote(Told(step.step, note, validations(history)))
 
 
 def peak_bytes(engine: Any) -> int:

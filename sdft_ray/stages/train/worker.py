@@ -105,7 +105,7 @@ class Training:
         self.begun, self.tokens = time.monotonic(), 0
         self.events, self.log = self.folder / "tensorboard", None
         if self.rank == 0:
-            assignment.ticker.tell.remote(Begun(len(self.history)))
+            assignment.ticker.report.remote(Begun(len(self.history)))
             self.storage.bring(self.events)
             self.log = open_log(self.events, len(self.history))
 
