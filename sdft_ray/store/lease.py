@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from sdft_ray.errors import StageFailed
+from sdft_ray.progress import log
 from sdft_ray.store.objects import Objects
 
 BEAT_SECONDS = 10.0

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from sdft_ray.progress import log
+
 
 @contextmanager
 def file_lock(root: Path, name: str) -> Iterator[None]:
