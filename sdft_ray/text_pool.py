@@ -43,6 +43,7 @@ def measure(
     )
     results: dict[int, dict[str, Any]] = {}
     progress.begin(len(texts))
+    progress.enter("loading the model")
     for batch in dataset.iter_rows():
         for place, i in enumerate(batch.pop("index")):
             results[int(i)] = {name: values[place] for name, values in batch.items()}

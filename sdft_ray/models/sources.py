@@ -132,7 +132,8 @@ def download_model(repo: str, revision: str, directory: Path) -> None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt", "LICENSE*"]
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+    patterns += ["LICEN[CS]E*", "NOTICE*", "COPYING*", "USE_POLICY*"]
     try:
         snapshot_download(
             repo,

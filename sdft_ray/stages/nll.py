@@ -59,6 +59,7 @@ def build(work: Work[Settings]) -> Summary:
     batches = training_batches(work.input("distilled"), None, Rewritten)
     rows = draw_rows(batches, work.settings.rows, work.settings.seed)
     work.progress.begin(len(COLUMNS) * len(rows))
+    work.progress.enter("loading the model")
     portions: dict[str, list[Portion]] = {}
     for name, portion in _measure_on_ray(work, rows) if rows else ():
         portions.setdefault(name, []).append(portion)

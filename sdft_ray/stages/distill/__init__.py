@@ -118,6 +118,7 @@ def _make_dataset(work: Work[Settings]) -> Summary:
             batches = training_batches(work.input("rows"), work.settings.rows, Row)
             rows, missing = write_requests(batches, lines_of, work.settings, requests)
         work.progress.begin(rows, done=rows - missing)
+        work.progress.enter("starting the engine")
         if missing:
             work.storage.publish(requests)
             _generate(work, requests, missing, ledger)

@@ -123,6 +123,7 @@ def build(work: Work[Settings]) -> Summary:
     parts = _look_at(base, settings)
     data = _prepare(work, base)
     work.progress.begin(math.ceil(len(data.rows) * settings.epochs / settings.global_batch_size))
+    work.progress.enter("starting the workers")
     begun = time.monotonic()
     result = fit(work, given)
     if result.failed:
