@@ -79,7 +79,7 @@ def merge_line(name: str, entry: MergeEntry) -> str:
     """Return what was merged, how far that could differ from the mean of the weights, and what it gained."""
     merged = entry.merged
     text = f"{name}: merged from {' and '.join(entry.models)}; {merged.identical} of {merged.tensors} tensors"
-    text += f" were identical, the least alike have cosine {merged.least_cosine:.4f}"
+    text += f" were identical, the least similar have cosine {merged.least_cosine:.4f}"
     if name == "slerp":
         text += f"; {merged.fell_back_to_linear} with a cosine beyond {COLLINEAR} fell back to the mean"
     gained = ", ".join(f"{other} {interval(difference)}" for other, difference in entry.against.items())

@@ -111,7 +111,7 @@ class HubRows(Rows):
 
 
 def _by_key(*keys: str, word: str | None = None) -> Discriminator:
-    """Return a discriminator that tells sources apart by the one key that only they have, or by a word."""
+    """Return a discriminator that separates sources by the one key that only they have, or by a word."""
 
     def tag(value: Any) -> str | None:
         if value == word:

@@ -251,28 +251,28 @@ def compare_texts(
 
     Reading k + 1 tokens at once sums in another order than reading one. In float32 that decides only between logits
     that nearly tie, so a difference between others is a fault: StageFailed. Half precision rounds far coarser, and what
-    differs is told.
+    differs is explained.
     """
-    found: list[Differing] = []
+    differing: list[Differing] = []
     for i, (one, other) in enumerate(zip(alone, drafted, strict=True)):
         if one != other:
             pairs = enumerate(zip(one, other, strict=False))
             same = next((j for j, (a, b) in pairs if a != b), min(len(one), len(other)))
-            found.append(Differing(prompt=i, token=same))
-    if not found or dtype != "float32":
-        return found
+            differing.append(Differing(prompt=i, token=same))
+    if not differing or dtype != "float32":
+        return differing
     from transformers import AutoModelForCausalLM
 
     network = AutoModelForCausalLM.from_pretrained(target, dtype=dtype).eval()
-    told = []
-    for each in found:
-        i, same = each.prompt, each.token
+    explained = []
+    for text in differing:
+        i, same = text.prompt, text.token
         gap = _gap(network, prompts[i] + alone[i][:same], alone[i][same:], drafted[i][same:])
         if gap >= NEAR_TIE:
             what = f"with a draft token {same} of held-out prompt {i} is another, logits {gap:.2g} apart"
             raise StageFailed(problem("draft", what, "Greedy text must not change: use another version of vLLM"))
-        told.append(each.model_copy(update={"logits_apart": gap}))
-    return told
+        explained.append(text.model_copy(update={"logits_apart": gap}))
+    return explained
 
 
 def _gap(network: Any, ids: list[int], one: list[int], other: list[int]) -> float:

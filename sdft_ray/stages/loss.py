@@ -92,8 +92,10 @@ def build(work: Work[Settings]) -> Summary:
     removed = [candidate.blocks for candidate in candidates]
     texts = [[(text.ids, text.content_from) for text in corpus.loss_texts] for corpus in corpora]
     model = {"model": work.handle("model"), "dtype": work.settings.dtype}
-    found = measure(LossMeter, texts, work.compute.score, work.progress, candidates=[(), *removed], **model)
-    losses = [torch.from_numpy(np.stack(each["loss"])).double() for each in found]  # (B, 1 + C) each, the base first
+    measured = measure(LossMeter, texts, work.compute.score, work.progress, candidates=[(), *removed], **model)
+    losses = [
+        torch.from_numpy(np.stack(corpus["loss"])).double() for corpus in measured
+    ]  # (B, 1 + C) each, the base first
     if not all(torch.isfinite(each).all() for each in losses):
         raise UserError(problem("model", "gives a loss of NaN on held-back texts", "Try prune.dtype: float32"))
     means = torch.stack([each.mean(dim=0) for each in losses])  # (corpora, 1 + C)
@@ -208,17 +210,17 @@ def skipped_losses(
             whole = _losses(model(**inputs).logits, input_ids, counted)
             for hook in hooks:
                 hook.remove()
-            found = []
+            losses = []
             for removed in candidates:
                 if not removed:
-                    found.append(whole)
+                    losses.append(whole)
                     continue
                 with standing_in(model, removed, states[min(removed)]):
-                    found.append(_losses(model(**inputs).logits, input_ids, counted))
+                    losses.append(_losses(model(**inputs).logits, input_ids, counted))
     finally:
         for hook in hooks:
             hook.remove()
-    return torch.stack(found, dim=1).cpu()
+    return torch.stack(losses, dim=1).cpu()
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Stage `merge`: one model from several that were tuned from the same pruned model.
 
 In: plain model directories. Out: a plain directory in the layout of the first, with tensors merged in float32, and in
-the manifest how alike the tensors were. Adapters are merged into their models already. Tensors are read, merged and
+the manifest how similar the tensors were. Adapters are merged into their models already. Tensors are read, merged and
 written one at a time, so the memory is that of the largest, whatever the model's size.
 """
 
@@ -58,14 +58,14 @@ Settings = SlerpSettings | LinearSettings
 
 
 class Summary(stages.Summary):
-    """How alike the tensors were that were merged."""
+    """How similar the merged tensors were."""
 
     parameters: int
     tensors: int
     identical: int
     """Tensors that are the same in all models."""
     fell_back_to_linear: int
-    """Tensors too alike for an arc."""
+    """Tensors too similar for an arc."""
     least_cosine: float
     """Of those that are not identical."""
     least_alike: str | None
@@ -134,15 +134,15 @@ def merge_models(
         if (first / name).is_file():
             shutil.copy2(first / name, directory / name)
     write_companions(first, directory)
-    changed = {name: min(found.cosines) for name, found in facts.items() if not found.identical}
+    changed = {name: min(similarity.cosines) for name, similarity in facts.items() if not similarity.identical}
     return Summary(
         parameters=require_loadable(directory),
         tensors=len(facts),
         identical=len(facts) - len(changed),
-        fell_back_to_linear=sum(found.fell_back for found in facts.values()),
+        fell_back_to_linear=sum(similarity.fell_back for similarity in facts.values()),
         least_cosine=min(changed.values(), default=1.0),
         least_alike=min(changed, key=lambda name: changed[name], default=None),
-        cosines={name: tuple(found.cosines) for name, found in facts.items()},
+        cosines={name: tuple(similarity.cosines) for name, similarity in facts.items()},
     )
 
 
@@ -181,9 +181,9 @@ def require_same_kind(models: Mapping[str, Path]) -> None:
         ):
             for key in [*mine, *(theirs.keys() - mine.keys())]:
                 if mine.get(key) != theirs.get(key):
-                    found = f"{what}{key} is {mine.get(key, 'missing')}, in {other_name} {theirs.get(key, 'missing')}"
+                    fault = f"{what}{key} is {mine.get(key, 'missing')}, in {other_name} {theirs.get(key, 'missing')}"
                     do = "Merge models that were tuned from the same pruned model"
-                    raise UserError(problem(f"merge: {name}", found, do))
+                    raise UserError(problem(f"merge: {name}", fault, do))
 
 
 def _facts(model: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -202,14 +202,14 @@ def _facts(model: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
     return config, {**tokens, "chat_template": tokenizer.chat_template}, tensors
 
 
-def _require_same_origin(name: str, tensor: StoredTensor, alike: Similarity, models: Sequence[str]) -> None:
+def _require_same_origin(name: str, tensor: StoredTensor, similarity: Similarity, models: Sequence[str]) -> None:
     """Raise UserError for matrices that share nothing: of other blocks, or of another base.
 
-    Shapes do not tell the spans of two pruned models apart, and metadata is not there for every tool's.
+    Shapes do not show which spans two pruned models lack, and metadata is not there for every tool's.
     """
-    if len(tensor.shape) < 2:  # the norms of all blocks look alike
+    if len(tensor.shape) < 2:  # the norms of all blocks look similar
         return
-    for (one, other), cosine in zip(itertools.combinations(models, 2), alike.cosines, strict=True):
+    for (one, other), cosine in zip(itertools.combinations(models, 2), similarity.cosines, strict=True):
         if cosine < _SAME_ORIGIN:
             what = (
                 f"{name} has cosine {cosine:.2f} with that of {other}: other blocks were removed, or the bases differ"

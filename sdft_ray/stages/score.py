@@ -67,11 +67,11 @@ def build(work: Work[Settings]) -> Summary:
     corpora = read_corpora(work.input("model"), wanted, rows)
     texts = [[(t.ids, first[c.positions](t)) for t in c.measured] for c in corpora]
     model = {"model": work.handle("model"), "dtype": work.settings.dtype}
-    found = measure(Scorer, texts, work.compute.score, work.progress, **model)
-    for blame in (blame for each in found for blame in each["blame"] if blame):
+    by_corpus = measure(Scorer, texts, work.compute.score, work.progress, **model)
+    for blame in (blame for corpus in by_corpus for blame in corpus["blame"] if blame):
         raise UserError(problem("model", blame, "Fix the weights; if they are whole, try prune.dtype: float32"))
-    distances = [torch.from_numpy(np.stack(each["distances"])).float() for each in found]  # (B, L+1, L+1) each
-    influences = [torch.from_numpy(np.stack(each["influences"])).float() for each in found]  # (B, L) each
+    distances = [torch.from_numpy(np.stack(corpus["distances"])).float() for corpus in by_corpus]  # (B, L+1, L+1) each
+    influences = [torch.from_numpy(np.stack(corpus["influences"])).float() for corpus in by_corpus]  # (B, L) each
     kept = {f"distances.{i}": each for i, each in enumerate(distances)}
     save_file(kept | {f"influences.{i}": each for i, each in enumerate(influences)}, work.directory / TEXTS)
     measured = [

@@ -2,7 +2,7 @@
 
 In: a sweep's plan. Out: an artifact for every stage in it, but for trials that failed or that `asha` stopped, which are
 written down with the reason. Drafts come last, one at a time: beside a trial their speeds would say nothing. Resuming
-is by artifacts, and Tune's own state is thrown away: what is finished is not submitted again, or only tells its losses
+is by artifacts, and Tune's own state is thrown away: what is finished is not submitted again, or only reports its losses
 to those that are compared with it.
 """
 
@@ -29,7 +29,7 @@ from sdft_ray.sweep import notes
 from sdft_ray.sweep.planning import Plan, Trial, check, describe_stopped, is_done, name_draft, stages_of
 
 STEP, LOSS = "step", "validation_loss"
-_FOR_EVER = 10**7  # seconds: a trial's room is there by construction, only other trials' exams are in it for a while
+_FOR_EVER = 10**7  # seconds: a trial has its capacity by construction; other trials' evaluations may use it for a while
 
 
 def run(plan: Plan, compute: Compute, storage: Storage, engine: EngineFactory = VllmEngine) -> pipeline.Built:
@@ -114,7 +114,7 @@ def _is_room_for_both(compute: Compute) -> bool:
 
 
 def _with_rivals(trials: Sequence[Trial], plan: Plan, storage: Storage) -> list[Trial]:
-    """Return trials after those that they are compared with and that need no more work: these tell their losses."""
+    """Return trials after those that they are compared with and that need no more work: these report their losses."""
     groups = {trial.compares_with for trial in trials}
     still_open = {trial.train.id for trial in open_trials(plan, storage)}
     ended = [t for t in plan.trials if t.compares_with in groups and t.train.id not in still_open]
@@ -161,7 +161,7 @@ def _run_trials(trials: Sequence[Trial], plan: Plan, compute: Compute, storage: 
 
 
 def _try_drafts(drafts: Sequence[Stage], plan: Plan, compute: Compute, storage: Storage) -> None:
-    """Measure drafts one after another; one whose model is not there is left out, and told."""
+    """Measure drafts one after another; one whose model is not there is left out, with a line."""
     for stage in drafts:
         notes.forget_failure(storage, stage)
         if storage.status(stage.inputs["draft"]) != "done":
@@ -183,10 +183,10 @@ def trials_at_once(compute: Compute) -> int:
 def _run_trial(
     config: Mapping[str, int], trials: Sequence[Trial], plan: Plan, compute: Compute, storage: Storage
 ) -> dict[str, Any]:
-    """Train and examine one model; runs in a Ray worker, on the cluster that is there."""
+    """Train and evaluate one model; runs in a Ray worker, on the cluster that is there."""
     from ray import tune
 
-    def tell(step: int, loss: float) -> None:
+    def report(step: int, loss: float) -> None:
         if plan.asha:
             tune.report({STEP: step, LOSS: loss})
 
@@ -196,11 +196,11 @@ def _run_trial(
         known = validations(read_history(storage.files(trial.train, HISTORY)))
     try:
         if known is None or storage.status(trial.train) == "done":
-            pipeline.build(trial.stages, compute, storage, validated=tell)
+            pipeline.build(trial.stages, compute, storage, validated=report)
     except (UserError, StageFailed) as error:  # a result of this trial, not a fault of its process: no second try
         notes.keep_failure(storage, trial.train, str(error))
     for step, value in known or ():
-        tell(step, value)
+        report(step, value)
     return {"done": True}
 
 
@@ -269,14 +269,14 @@ def _watcher(trials: Sequence[Trial], plan: Plan, storage: Storage, progress: Pr
             train = mine[number].train
             if notes.read_failure(storage, train) is None and storage.status(train) != "done":
                 notes.keep_stopped(storage, plan.name, train, self.losses[number])
-            self.tell(number)
+            self.report(number)
 
         def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
             lines = str(trial.get_error() or "its process died").strip().splitlines()
             notes.keep_failure(storage, mine[_number(trial)].train, lines[-1])
-            self.tell(_number(trial))
+            self.report(_number(trial))
 
-        def tell(self, number: int) -> None:
+        def report(self, number: int) -> None:
             trial, self.ended = mine[number], self.ended + 1
             took = duration(time.monotonic() - self.begun[number])
             if what := notes.read_failure(storage, trial.train):

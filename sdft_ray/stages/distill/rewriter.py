@@ -145,8 +145,8 @@ class Rewriter:
         try:
             yield from self.engine.generate(group)
         except Exception as error:  # noqa: BLE001 - whatever a broken engine raises
-            told = content.model_copy(update={"error": f"{type(error).__name__}: {error}"})
-            write_atomically(note, json.dumps(told.plain()))
+            failed = content.model_copy(update={"error": f"{type(error).__name__}: {error}"})
+            write_atomically(note, json.dumps(failed.plain()))
             self.storage.publish(note)
             traceback.print_exc()
             os._exit(1)

@@ -27,7 +27,7 @@ def run_task(lm: Any, settings: TaskSettings) -> tuple[Score, list[Item]]:
             task = write_task(manager, task, _from_file(settings.file), Path(folder))
         elif settings.revision:
             task = write_task(manager, task, {"dataset_kwargs": {"revision": settings.revision}}, Path(folder))
-        found = lm_eval.simple_evaluate(
+        output = lm_eval.simple_evaluate(
             model=lm,
             tasks=[task],
             num_fewshot=settings.shots,
@@ -39,18 +39,18 @@ def run_task(lm: Any, settings: TaskSettings) -> tuple[Score, list[Item]]:
             use_cache=None,
             verbosity="ERROR",
         )
-    results = found["results"][settings.task]
-    everything = [sample for each in found["samples"].values() for sample in each]
+    results = output["results"][settings.task]
+    samples_of_all = [sample for samples in output["samples"].values() for sample in samples]
     metric = settings.metric
     if metric is None:
-        better = found["higher_is_better"].get(settings.task, {})
-        metric = choose_metric(settings.task, results, better, everything)
+        better = output["higher_is_better"].get(settings.task, {})
+        metric = choose_metric(settings.task, results, better, samples_of_all)
     name = metric.partition(",")[0]
-    samples = [sample for sample in everything if _of_filter(sample, metric)]
-    sizes = [found["n-samples"][each] for each in found["samples"]]
+    samples = [sample for sample in samples_of_all if _of_filter(sample, metric)]
+    sizes = [output["n-samples"][task] for task in output["samples"]]
     items = [
-        Item(id=sample["doc_hash"], task=each, value=float(sample[name]))
-        for each, group in found["samples"].items()
+        Item(id=sample["doc_hash"], task=task, value=float(sample[name]))
+        for task, group in output["samples"].items()
         for sample in group
         if _of_filter(sample, metric) and name in sample
     ]

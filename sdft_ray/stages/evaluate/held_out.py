@@ -29,7 +29,7 @@ def evaluate_held_out(
     """Return exact match of greedily generated answers, and bits per byte of the references, on the held-out rows.
 
     What is generated begins where the loss of training begins, and its thoughts are no part of the answer. Bits per
-    byte tell models apart where exact match is on the floor: they need no answer to be right.
+    byte separate models where exact match is on the floor: they need no answer to be right.
     """
     model, tokenizer = lm.model, lm.tokenizer
     encoded = list(encode_rows(tokenizer, [(row.prompt, row.reference) for row in rows]))

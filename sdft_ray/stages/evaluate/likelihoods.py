@@ -20,12 +20,12 @@ def score_requests(
     """
     window = getattr(model.config, "sliding_window", None) or max_length + 1
     groups: dict[tuple[int, ...], list[int]] = {}
-    found: dict[int, tuple[float, bool]] = {}
+    likelihoods: dict[int, tuple[float, bool]] = {}
     for i, (context, continuation) in enumerate(requests):
         assert context and len(continuation) <= max_length, f"request {i} fits no model of {max_length} tokens"
         context = context[-(max_length + 1 - len(continuation)) :]
         if len(context) + len(continuation) > window + 1:
-            (found[i],) = _score_trees(model, [(context, [continuation])])
+            (likelihoods[i],) = _score_trees(model, [(context, [continuation])])
         else:
             groups.setdefault(tuple(context), []).append(i)
     batch: list[tuple[tuple[int, ...], list[int]]] = []
@@ -36,9 +36,9 @@ def score_requests(
             continue
         trees = [(list(context), [requests[i][1] for i in members]) for context, members in batch]
         scores = iter(_score_trees(model, trees))
-        found.update((i, next(scores)) for _, members in batch for i in members)
+        likelihoods.update((i, next(scores)) for _, members in batch for i in members)
         batch = []
-    return [found[i] for i in range(len(requests))]
+    return [likelihoods[i] for i in range(len(requests))]
 
 
 def _score_trees(model: Any, trees: Sequence[tuple[list[int], list[list[int]]]]) -> list[tuple[float, bool]]:

@@ -54,7 +54,7 @@ def _require_divisible(global_batch_size: int, micro_batch: int, workers: int) -
 
 
 def read_deepspeed(path: str, settings: training.Train, plan: compute.Train) -> dict[str, Any]:
-    """Return a DeepSpeed JSON; raise UserError where it sets what recipe or compute file decide, unless alike."""
+    """Return a DeepSpeed JSON; raise UserError where it sets what recipe or compute file decide, unless both agree."""
     where = f"compute.train.deepspeed: {path}"
     try:
         given = json.loads(Path(path).read_text(encoding="utf-8"))

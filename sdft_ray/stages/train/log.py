@@ -13,14 +13,14 @@ from sdft_ray.results import Step, validations
 
 
 class Begun(NamedTuple):
-    """What the driver is told at the start."""
+    """A worker's report at the start."""
 
     steps: int
     """That a checkpoint has behind it."""
 
 
 class Told(NamedTuple):
-    """What the driver is told after a step."""
+    """A worker's report after a step."""
 
     step: int
     note: str

@@ -60,7 +60,7 @@ class Assignment:
     model: Callable[[], Path]
     """Gives the directory of the pruned model on this node."""
     ticker: Any
-    """The actor that is told how far rank 0 is."""
+    """The actor that rank 0 reports its progress to."""
 
 
 def train_worker(config: Mapping[str, Assignment]) -> None:
@@ -229,13 +229,13 @@ def _resume(engine: Any, folder: Path, rank: int, bring: Callable[[str], None]) 
 
     from sdft_ray.stages.train.state import load_state, newest_checkpoint
 
-    found = [newest_checkpoint(folder, bring) if rank == 0 else None]
-    dist.broadcast_object_list(found)
-    if found[0] is None:
+    newest = [newest_checkpoint(folder, bring) if rank == 0 else None]
+    dist.broadcast_object_list(newest)
+    if newest[0] is None:
         return [], {}
-    bring(f"{found[0]}/*")
-    history = list(Checkpoint.from_file(folder / found[0] / PROGRESS).history)
-    return history, load_state(engine, folder / found[0], len(history))
+    bring(f"{newest[0]}/*")
+    history = list(Checkpoint.from_file(folder / newest[0] / PROGRESS).history)
+    return history, load_state(engine, folder / newest[0], len(history))
 
 
 def _save_tuned(share: Mapping[str, Any], folder: Path, rank: int) -> Path:

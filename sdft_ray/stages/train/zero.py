@@ -97,10 +97,10 @@ def deepspeed_config(
         "steps_per_print": 1 << 30,
         **given,
         "train_micro_batch_size_per_gpu": 1,  # one packed sequence
-        # How many there are differs from step to step, and set_gradient_accumulation_boundary tells the last; more than
+        # How many there are differs from step to step, and set_gradient_accumulation_boundary marks the last; more than
         # one makes DeepSpeed's offload add them up.
         "gradient_accumulation_steps": 2,
-        # Under ZeRO-0 DeepSpeed clips but does not tell the norm; there take_step does both.
+        # Under ZeRO-0 DeepSpeed clips but does not return the norm; there take_step does both.
         "gradient_clipping": settings.max_grad_norm if plan.zero_stage else 0.0,
         "bf16": {"enabled": half},
         **({"data_types": {"grad_accum_dtype": "fp32"}} if half else {}),
