@@ -1,9 +1,9 @@
 """The trials of a sweep, under Ray Tune: as many side by side as the cluster holds.
 
 In: a sweep's plan. Out: an artifact for every stage in it, but for trials that failed or that `asha` stopped, which are
-written down with the reason. Drafts come last, one at a time: beside a trial their speeds would say nothing. Resuming
-is by artifacts, and Tune's own state is thrown away: what is finished is not submitted again, or only reports its losses
-to those that are compared with it.
+written down with the reason. Drafts come last, one at a time: beside a trial their speeds would mean nothing. Resuming
+is by artifacts, and Tune's own state is thrown away: a finished trial is not submitted again, or only reports its
+losses to those that are compared with it.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from sdft_ray.errors import StageFailed, problem
 from sdft_ray.results import validations
 from sdft_ray.spec import compute
 from sdft_ray.stages import Work
-from sdft_ray.stages.train.log import Begun, Told
+from sdft_ray.stages.train.log import Begun, Stepped
 from sdft_ray.stages.train.worker import RESULT, Assignment, Outcome, train_worker
 
 _ASK_SECONDS = 1.0  # between two looks at how far the workers are
@@ -111,7 +111,7 @@ class _Watcher:
             match ray.get(self.ticker.read.remote()):
                 case Begun(steps) if steps != progress.done:
                     progress.begin(progress.total, steps)
-                case Told(step, note, losses):
+                case Stepped(step, note, losses):
                     self.report_validations(losses)
                     progress.update(step, note)
 

@@ -19,7 +19,7 @@ class Begun(NamedTuple):
     """That a checkpoint has behind it."""
 
 
-class Told(NamedTuple):
+class Stepped(NamedTuple):
     """A worker's report after a step."""
 
     step: int
@@ -56,7 +56,7 @@ def report(log: Any, ticker: Any, history: Sequence[Step], rate: float, engine: 
         log.write_event(Event(wall_time=time.time(), step=step.step, summary=scalar(f"train/{name}", value)))
     log.flush()
     note = f"loss {step.loss:.3f}, lr {step.lr:.1e}, {rate:.0f} tokens/s, {memory:.1f} GB"
-    ticker.report.remote(Told(step.step, note, validations(history)))
+    ticker.report.remote(Stepped(step.step, note, validations(history)))
 
 
 def peak_bytes(engine: Any) -> int:
