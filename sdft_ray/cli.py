@@ -70,63 +70,66 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="sdft", description="Prune an LLM in depth and recover its quality by self-data distillation."
+        prog="sdft", description="Prune an LLM in depth and win its quality back by self-data distillation."
     )
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
 
-    def add_plain(name: str, action: Action, help_text: str) -> argparse.ArgumentParser:
-        command = subparsers.add_parser(name, help=help_text, description=help_text)
+    def add(name: str, action: Action, help_text: str, artifacts: bool = True) -> argparse.ArgumentParser:
+        command: argparse.ArgumentParser = subparsers.add_parser(name, help=help_text, description=help_text)
         command.set_defaults(command=action)
+        if artifacts:
+            place = "directory of the artifacts (default: %(default)s)"
+            command.add_argument("--root", default="./artifacts", metavar="D", help=place)
+            command.add_argument("--json", action="store_true", help="print JSON instead of a table")
         return command
 
-    def add(name: str, action: Action, help_text: str) -> argparse.ArgumentParser:
-        command = add_plain(name, action, help_text)
-        command.add_argument(
-            "--root", default="./artifacts", metavar="D", help="directory of the artifacts (default: %(default)s)"
-        )
-        command.add_argument("--json", action="store_true", help="print JSON instead of a table")
-        return command
+    _add_builders(add)
+    _add_readers(add)
+    _add_writers(add)
+    return parser
+
+
+def _add_builders(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the commands that plan and build."""
+
+    def add_file(command: argparse.ArgumentParser, name: str, kind: str) -> None:
+        command.add_argument("recipe", type=Path, metavar=name, help=kind)
+        command.add_argument("--compute", type=Path, metavar="F", help="a compute file, see configs/compute")
 
     def add_recipe(command: argparse.ArgumentParser) -> None:
-        command.add_argument("recipe", type=Path, metavar="RECIPE", help="a recipe file, see configs/recipes")
-        command.add_argument("--compute", type=Path, metavar="F", help="a compute file, see configs/compute")
-        command.add_argument(
-            "--set", action="append", default=[], metavar="K=V", help="override a recipe value, e.g. train.lr=2e-4"
-        )
+        add_file(command, "RECIPE", "a recipe file, see configs/recipes")
+        override = "override a recipe value, e.g. train.lr=2e-4"
+        command.add_argument("--set", action="append", default=[], metavar="K=V", help=override)
 
-    add_recipe(
-        add("check", commands.check, "validate a recipe or a sweep and show which stages are done, partial or missing")
-    )
-    run = add("run", commands.run, "build the missing artifacts of a recipe, then report")
-    add_recipe(run)
+    check = "validate a recipe or a sweep and show what is done, partial or missing"
+    add_recipe(add("check", commands.check, check))
+    add_recipe(run := add("run", commands.run, "build what a recipe lacks, then report"))
     run.add_argument("--until", metavar="STAGE", help="stop after this stage, for example distill")
-    sweep = add(
-        "sweep", commands.sweep, "build the missing artifacts of a sweep over recipes, shared ones once, then report"
-    )
-    sweep.add_argument("recipe", type=Path, metavar="SWEEP", help="a sweep file, see configs/sweeps")
-    sweep.add_argument("--compute", type=Path, metavar="F", help="a compute file, see configs/compute")
-    submit = add("submit", commands.submit, "run a recipe or a sweep as a Ray job, follow it, and exit with its code")
-    submit.add_argument("recipe", type=Path, metavar="RECIPE", help="a recipe or sweep file")
-    submit.add_argument("--compute", type=Path, metavar="F", help="a compute file, see configs/compute")
+    sweep = add("sweep", commands.sweep, "build what a sweep over recipes lacks, shared parts once, then report")
+    add_file(sweep, "SWEEP", "a sweep file, see configs/sweeps")
+    submit = add("submit", commands.submit, "run a recipe or a sweep as a Ray job, follow it, and end as it ends")
+    add_file(submit, "RECIPE", "a recipe or sweep file")
     submit.add_argument("--address", metavar="A", help="the cluster's dashboard, e.g. http://127.0.0.1:8265")
     submit.add_argument("--until", metavar="STAGE", help="stop after this stage")
     submit.add_argument("--no-wait", action="store_true", help="print the job's id and leave it alone")
     submit.add_argument("--print-manifest", action="store_true", help="submit nothing; print a RayJob for KubeRay")
     submit.add_argument("--image", metavar="I", default="sdft-ray:0.1.0", help="its image (default: %(default)s)")
-    report = add(
-        "report", commands.report, "show the recovery table of a finished recipe, or the results of a sweep so far"
-    )
+    report = add("report", commands.report, "show the recovery table of a finished recipe, or what a sweep has so far")
     add_recipe(report)
     for command in (run, sweep, report):
         command.add_argument("--html", type=Path, metavar="F", help="also write one self-contained HTML page")
     for command in (sweep, report):
         command.add_argument("--csv", type=Path, metavar="F", help="of a sweep: also write one line a trial")
+
+
+def _add_readers(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the commands that look at what there is."""
     verify = add("verify", commands.verify, "prove that a model is whole, and the cut of its base that it claims to be")
     verify.add_argument("target", metavar="TARGET", help="a model directory, an artifact's id, or a recipe file")
     verify.add_argument("--against", metavar="BASE", help="directory or id of the model that TARGET was cut from")
     verify.add_argument("--vllm", action="store_true", help="also compare greedy tokens of vLLM and transformers")
-    doctor = add("doctor", commands.doctor, "look for obstacles to running a recipe, here or on a cluster")
-    doctor.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE", help="also check the needs of this recipe")
+    doctor = add("doctor", commands.doctor, "look for what would keep a recipe from running, here or on a cluster")
+    doctor.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE", help="also look at what this recipe needs")
     doctor.add_argument("--compute", type=Path, metavar="F", help="a compute file, see configs/compute")
     show = add("show", commands.show, "show one artifact")
     show.add_argument("artifact", metavar="ID_OR_DIR")
@@ -134,20 +137,21 @@ def _parser() -> argparse.ArgumentParser:
     diff = add("diff", commands.diff, "show which recipe values differ between two recipes or artifacts")
     diff.add_argument("a", metavar="A")
     diff.add_argument("b", metavar="B")
-    init = add_plain("init", commands.init, "write a starter recipe, with comments, for a model and a file of rows")
+
+
+def _add_writers(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the commands that help to write files."""
+    init = add("init", commands.init, "write a starter recipe, with comments, for a model and a file of rows", False)
     init.add_argument("--model", required=True, metavar="M", help="a model directory, a .gguf file or a hub name")
     init.add_argument("--rows", required=True, metavar="F", help="rows as .jsonl, .json or .parquet")
     init.add_argument("--out", type=Path, default="recipe.yaml", metavar="F", help="recipe file (default: %(default)s)")
     for column in ("prompt", "response", "context", "answer"):
         init.add_argument(f"--{column}", metavar="COL", help=f"column of the {column}; else guessed from the names")
-    explain = add_plain("explain", commands.explain, "explain a key of a recipe, compute or sweep file")
+    explain = add("explain", commands.explain, "explain a key of a recipe, compute or sweep file", False)
     explain.add_argument("key", metavar="KEY", help="a dotted key, e.g. train.lr; or recipe, compute or sweep for all")
     explain.add_argument("--json", action="store_true", help="print JSON instead of text")
-    schema = add_plain(
-        "schema", commands.schema, "print the JSON Schema of a recipe, compute or sweep file, for editors"
-    )
+    schema = add("schema", commands.schema, "print the JSON Schema of a recipe, compute or sweep file", False)
     schema.add_argument("kind", nargs="?", default="recipe", choices=("recipe", "compute", "sweep"))
-    return parser
 
 
 _COMMANDS = (
