@@ -86,7 +86,7 @@ def read_splits(source: RowSource, count: int | None = None, read: FileReader = 
 
 def require_texts(recipe: Recipe, count: Counter, read: FileReader = read_file) -> None:
     """Raise UserError for a calibration corpus that cannot be read, or is too short to take a loss on."""
-    needed = 3 if recipe.prune.candidates else 1  # a third is held back for the loss
+    needed = 3 if recipe.prune.candidates else 1  # a third are loss texts
     for corpus in recipe.prune.calibration:
         if corpus.rows is not None:
             if corpus.rows != "own":

@@ -50,8 +50,8 @@ def _name_sizes(scores: dict[str, Score]) -> str:
 
 
 def cut_line(cut: Cut, losses: Losses | None = None) -> str:
-    """Return which blocks went, by which metric, and how sure that is."""
-    cost = {"angular": "distance", "influence": "summed influence", "loss": "loss on held-back text"}[cut.metric]
+    """Return the removed blocks, the metric that chose them, and how sure the choice is."""
+    cost = {"angular": "distance", "influence": "summed influence", "loss": "loss on the loss texts"}[cut.metric]
     text = f"Cut: blocks {name_blocks(cut.removed)}, {cost} {cut.cost:.3f}"
     if losses and cut.metric == "loss":
         text += f" ({losses.base_loss:.3f} with nothing removed)"

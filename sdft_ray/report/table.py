@@ -201,7 +201,7 @@ def _span_table(metric: str, choices: Mapping[int, JointChoice], corpora: Sequen
 
 def loss_table(losses: Losses) -> Table:
     """Return the candidates by loss, each with its rank by distance and by influence."""
-    title = f"held-back loss in nats a token; nothing removed: {losses.base_loss:.3f}"
+    title = f"loss on the loss texts in nats a token; nothing removed: {losses.base_loss:.3f}"
     table = Table("removed", "loss", "rank", "distance rank", "influence rank", box=None, pad_edge=False, title=title)
     table.title_justify = "left"
     several = losses.texts if len(losses.texts) > 1 else []

@@ -35,7 +35,7 @@ class Prune(Section):
     blocks: int = Field(gt=0)
     """Number of blocks to remove."""
     metric: Literal["angular", "influence", "loss"] = "loss"
-    """What decides: the `loss` on held-back text with the blocks skipped, for the best candidates of both other
+    """What decides: the `loss` on the loss texts with the blocks skipped, for the best candidates of both other
     metrics; the `angular` distance between a span's input and output (arXiv 2403.17887); or the sum of its Block
     `influence` (arXiv 2403.03853)."""
     contiguous: bool = True

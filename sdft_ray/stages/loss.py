@@ -1,4 +1,4 @@
-"""Stage `loss`: what really counts of the best candidates: the loss on held-back text with their blocks skipped.
+"""Stage `loss`: the loss of the best candidates on texts that no distance was measured on, with their blocks skipped.
 
 In: the base model, the distances and the calibration corpora. Out: losses.json, each candidate with its loss beside its
 ranks by distance and by influence. It costs a forward pass a candidate and so knows the number of blocks, which
@@ -48,7 +48,7 @@ class Summary(stages.Summary):
     """What every candidate costs, and which one is chosen; losses are in nats a token."""
 
     texts: dict[str, int]
-    """That were held back, by corpus."""
+    """Loss texts, by corpus."""
     base_loss: float
     """With nothing removed."""
     candidates: tuple[Candidate, ...]
@@ -97,7 +97,7 @@ def build(work: Work[Settings]) -> Summary:
         torch.from_numpy(np.stack(corpus["loss"])).double() for corpus in measured
     ]  # (B, 1 + C) each, the base first
     if not all(torch.isfinite(each).all() for each in losses):
-        raise UserError(problem("model", "gives a loss of NaN on held-back texts", "Try prune.dtype: float32"))
+        raise UserError(problem("model", "gives a loss of NaN on the loss texts", "Try prune.dtype: float32"))
     means = torch.stack([each.mean(dim=0) for each in losses])  # (corpora, 1 + C)
     names = [corpus.name for corpus in corpora]
     tried = [
