@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdft_ray import pipeline
 from sdft_ray.progress import Progress
-from sdft_ray.report import table
+from sdft_ray.report import lines
+from sdft_ray.results import Likelihood
 from sdft_ray.spec import compute
 from sdft_ray.stages import Work, nll
 from sdft_ray.store.identity import Stage
@@ -20,26 +21,20 @@ from sdft_ray.store.storage import Storage
 torch.set_num_threads(1)
 
 ROWS = [
-    {
-        "id": f"{i:016x}",
-        "prompt": f"What is {i}?",
-        "reference": f"It is {i}." * (1 + i % 3),
-        "response": f"{i}, simply.",
-    }
-    for i in range(40)
+    nll.Rewritten(f"{i:016x}", f"What is {i}?", f"It is {i}." * (1 + i % 3), f"{i}, simply.", "kept") for i in range(40)
 ]
 
 
 def test_draw_rows_depends_on_the_rows_and_not_on_their_order_and_takes_only_kept_ones():
-    mixed = [{**row, "reason": "kept" if i % 4 else "leak"} for i, row in enumerate(ROWS)]
+    mixed = [row._replace(reason="kept" if i % 4 else "leak") for i, row in enumerate(ROWS)]
     drawn = [
         nll.draw_rows([order[:7], order[7:]], 5, seed=0)
         for order in (mixed, random.Random(0).sample(mixed, len(mixed)))
     ]
     assert drawn[0] == drawn[1] and len(drawn[0]) == 5
     assert nll.draw_rows([mixed], 3, seed=0) == drawn[0][:3] != nll.draw_rows([mixed], 3, seed=1)
-    kept = {row["prompt"] for row in mixed if row["reason"] == "kept"}
-    assert {row["prompt"] for row in nll.draw_rows([mixed], 40, seed=0)} == kept
+    kept = {row.prompt for row in mixed if row.reason == "kept"}
+    assert {row.prompt for row in nll.draw_rows([mixed], 40, seed=0)} == kept
 
 
 @pytest.fixture
@@ -49,7 +44,7 @@ def make_stage(tiny_model, tmp_path):
     def make(reasons: list[str]) -> tuple[Stage, Storage]:
         storage = Storage(str(tmp_path / "root"))
         distilled = Stage("distill", "sums", 1, {"reasons": reasons})
-        rows = [{**row, "reason": reason} for row, reason in zip(ROWS, reasons, strict=True)]
+        rows = [row._replace(reason=reason)._asdict() for row, reason in zip(ROWS, reasons, strict=True)]
         pq.write_table(pa.Table.from_pylist(rows), storage.scratch(distilled) / "train.parquet")
         storage.commit(distilled, {}, 0.0)
         base = Stage("model", "tiny", 1, {}, location=tiny_model)
@@ -63,14 +58,16 @@ def test_nll_equals_the_models_own_loss_row_by_row(ray_cluster, tiny_model, make
     stage, storage = make_stage(["kept"] * len(ROWS))
     pipeline.build([stage], compute.load_compute(), storage)
     found = json.loads((storage.fetch(stage) / "nll.json").read_text())
-    assert found == storage.manifest(stage)["summary"] and found["rows"] == len(ROWS)
+    assert found == storage.manifest(stage).summary == nll.Summary.of(stage, storage).plain() and found["rows"] == len(
+        ROWS
+    )
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
     for name, column in (("reference", "reference"), ("distilled", "response")):
         total = tokens = 0
         for row in ROWS:
-            prompt = f"<|im_start|>user\n{row['prompt']}<|im_end|>\n<|im_start|>assistant\n"
+            prompt = f"<|im_start|>user\n{row.prompt}<|im_end|>\n<|im_start|>assistant\n"
             before = len(tokenizer(prompt)["input_ids"])
-            ids = torch.tensor([tokenizer(f"{prompt}{row[column]}<|im_end|>")["input_ids"]])
+            ids = torch.tensor([tokenizer(f"{prompt}{getattr(row, column)}<|im_end|>")["input_ids"]])
             labels = ids.clone()
             labels[0, :before] = -100
             with torch.inference_mode():
@@ -84,16 +81,17 @@ def test_nll_equals_the_models_own_loss_row_by_row(ray_cluster, tiny_model, make
 def test_nll_where_no_rewrite_was_kept_measures_nothing(make_stage):
     stage, storage = make_stage(["leak"] * len(ROWS))
     work = Work(stage, storage, compute.Compute(), Progress("nll", "texts"))
-    assert nll.build(work) == {"rows": 0}
+    summary = nll.build(work)
+    assert summary == nll.Summary(rows=0) and summary.plain() == {"rows": 0}
 
 
 def test_nll_line_of_a_report_names_both_with_their_lengths():
-    found = {
-        "rows": 64,
-        "reference": {"mean_tokens": 126.4, "nll_per_token": 0.81234},
-        "distilled": {"mean_tokens": 201.6, "nll_per_token": 0.21},
-    }
-    assert table.nll_line(found) == (
+    found = nll.Summary(
+        rows=64,
+        reference=Likelihood(mean_tokens=126.4, nll_per_token=0.81234),
+        distilled=Likelihood(mean_tokens=201.6, nll_per_token=0.21),
+    )
+    assert lines.nll_line(found) == (
         "Negative log-likelihood a token under the base, 64 kept rows: rewrites 0.210 (202 tokens), "
         "references 0.812 (126 tokens)."
     )
