@@ -10,8 +10,8 @@ def test_measure_tells_both_speeds_and_the_range_of_their_ratio(tiny_model, tmp_
     pruned = make_tiny_model(tmp_path / "pruned", num_hidden_layers=1)
     settings = speed.Settings(dtype="float32", prompt_tokens=128, new_tokens=8, runs=3)
     found = speed.measure(lambda: tiny_model, lambda: pruned, settings, "cpu")
-    assert set(found) == {"prefill", "decode"}
-    for kind in found.values():
-        assert kind["base_tokens_per_second"] > 0 and kind["pruned_tokens_per_second"] > 0
-        assert kind["ratio_min"] <= kind["ratio"] <= kind["ratio_max"]
-    assert found["decode"]["ratio"] > 1, "one block is faster than six"
+    assert set(found.plain()) == {"prefill", "decode"}
+    for pace in (found.prefill, found.decode):
+        assert pace.base_tokens_per_second > 0 and pace.pruned_tokens_per_second > 0
+        assert pace.ratio_min <= pace.ratio <= pace.ratio_max
+    assert found.decode.ratio > 1, "one block is faster than six"
