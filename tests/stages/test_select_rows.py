@@ -2,29 +2,26 @@
 
 import pytest
 
+from sdft_ray.core.rows import Row
 from sdft_ray.progress import Progress
 from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.recipe import Filters
 from sdft_ray.stages import Work, distill
 from sdft_ray.stages.distill.draws import Settings, select_rows
 from sdft_ray.store.identity import Stage
+from sdft_ray.store.ledger import Line
 from sdft_ray.store.storage import Storage
 
 SETTINGS = Settings(answer="number", rows=None)
 TEXTS = ["It is 2.", "<think>2</think>In my own words: 4.", "I cannot help with 6.", "It is 9.", ""]
-ROWS = [
-    {"id": f"r{i}", "prompt": f"{i} + {i}?", "reference": f"#### {2 * i}", "answer": str(2 * i)} for i in range(1, 6)
-]
+ROWS = [Row(f"{i} + {i}?", f"#### {2 * i}", str(2 * i), f"r{i}") for i in range(1, 6)]
 
 
-def generated(*texts: str) -> list[dict]:
-    return [
-        {"text": text, "finish_reason": "stop", "prompt_tokens": 9, "tokens": 3, "sampling_seed": i}
-        for i, text in enumerate(texts)
-    ]
+def generated(row_id: str, *texts: str) -> list[Line]:
+    return [Line(row_id, i, text, "stop", prompt_tokens=9, tokens=3, sampling_seed=i) for i, text in enumerate(texts)]
 
 
-GENERATIONS = {row["id"]: generated(text) for row, text in zip(ROWS, TEXTS, strict=True)}
+GENERATIONS = {row.id: generated(row.id, text) for row, text in zip(ROWS, TEXTS, strict=True)}
 
 
 def changed(**fields) -> Settings:
@@ -37,9 +34,9 @@ def with_filters(**filters) -> Settings:
 
 def test_select_rows_has_each_row_once_in_order_with_its_reason():
     selected, counts = select_rows(ROWS, GENERATIONS, SETTINGS)
-    assert [row["id"] for row in selected] == [row["id"] for row in ROWS]
-    assert [row["reason"] for row in selected] == ["kept", "leak", "refusal", "wrong_answer", "empty"]
-    assert [row["response"] for row in selected] == ["It is 2.", *(row["reference"] for row in ROWS[1:])]
+    assert [row.id for row in selected] == [row.id for row in ROWS]
+    assert [row.reason for row in selected] == ["kept", "leak", "refusal", "wrong_answer", "empty"]
+    assert [row.response for row in selected] == ["It is 2.", *(row.reference for row in ROWS[1:])]
     assert sum(counts.values()) == len(ROWS)
     assert {reason: count for reason, count in counts.items() if count} == dict.fromkeys(
         ("kept", "leak", "refusal", "wrong_answer", "empty"), 1
@@ -48,7 +45,7 @@ def test_select_rows_has_each_row_once_in_order_with_its_reason():
 
 def test_select_rows_with_a_filter_off_keeps_more_of_the_same_generations():
     selected, counts = select_rows(ROWS, GENERATIONS, with_filters(leak=False, refusal=False))
-    assert [row["response"] for row in selected][:3] == [
+    assert [row.response for row in selected][:3] == [
         "It is 2.",
         "In my own words: 4.",
         "I cannot help with 6.",
@@ -61,9 +58,9 @@ def test_select_rows_unchecked_keeps_other_answers():
 
 
 def test_select_rows_keeps_the_first_sample_that_passes_and_tells_its_seed():
-    samples = {**GENERATIONS, "r4": generated("It is 9.", "It is 8.", "8 it is.")}
+    samples = {**GENERATIONS, "r4": generated("r4", "It is 9.", "It is 8.", "8 it is.")}
     row = select_rows(ROWS, samples, SETTINGS)[0][3]
-    assert (row["response"], row["reason"], row["sampling_seed"]) == ("It is 8.", "kept", 1)
+    assert (row.response, row.reason, row.sampling_seed) == ("It is 8.", "kept", 1)
 
 
 @pytest.mark.parametrize(
