@@ -1,6 +1,7 @@
 """The distill stage on real Ray Data, with a fake engine at the one boundary where a fake may stand."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -15,11 +16,12 @@ from huggingface_hub import DatasetCard
 from tiny import make_tiny_model, rows_settings
 
 from sdft_ray import pipeline
+from sdft_ray.core.rows import Row
 from sdft_ray.core.selection import Generation
 from sdft_ray.engine import EngineFactory, VllmEngine
 from sdft_ray.errors import StageFailed, UserError
 from sdft_ray.progress import Progress
-from sdft_ray.results import read_split, read_training_rows
+from sdft_ray.results import read_split, training_batches
 from sdft_ray.spec import compute
 from sdft_ray.spec.wording import validate
 from sdft_ray.stages import Work, distill, rows
@@ -100,10 +102,7 @@ def make_work(
 ) -> Work:
     """Return the distill stage's work on `count` training rows, its inputs being there already; `slug` is what people
     call model and rows."""
-    raw = [
-        {"prompt": f"What is {i} + {i}?", "reference": f"It is {2 * i}.\n#### {2 * i}", "answer": None}
-        for i in range(max(40, count + 4))
-    ]
+    raw = [Row(f"What is {i} + {i}?", f"It is {2 * i}.\n#### {2 * i}") for i in range(max(40, count + 4))]
     splits, _ = rows.split_rows(raw, "number", 0, 2, 2)
     storage = Storage(str(root))
     base = Stage("model", slug, 1, {}, location=model)
@@ -119,8 +118,9 @@ def make_work(
     return Work(stage, storage, plans, Progress("distill", "rows"), engine=engine)
 
 
-def rows_of(work: Work) -> list[dict]:
-    return read_training_rows(work.input("rows"), work.settings.rows)
+def rows_of(work: Work) -> list[Row]:
+    batches = training_batches(work.input("rows"), work.settings.rows, Row)
+    return list(itertools.chain.from_iterable(batches))
 
 
 def test_distill_refuses_a_template_without_a_training_sequence_before_it_generates(tmp_path):
@@ -145,7 +145,7 @@ def test_distill_every_row_kept_has_the_rewrite(ray_cluster, tiny_model, tmp_pat
     engine = fake_engine(tmp_path / "log")
     work = make_work(tmp_path, tiny_model, 20, engine=engine)
     summary = distill.build(work)
-    assert summary["rows"] == summary["kept"] == 20
+    assert summary.rows == summary.kept == 20
     for row in written(work):
         assert row["response"] == f"{row['answer']} is it"
         assert row["source"] == "distilled"
@@ -170,7 +170,7 @@ def test_distill_growing_the_rows_generates_only_the_missing(ray_cluster, tiny_m
     assert len(first) == 10
     assert len(everything) == len(set(everything)) == 30
     assert [row["id"] for row in written(grown)][:10] == [
-        row["id"] for row in read_split(grown.input("rows"), "train")[:10]
+        row.id for row in read_split(grown.input("rows"), "train", Row)[:10]
     ]
 
 
@@ -198,20 +198,20 @@ def test_distill_rows_that_error_keep_their_reference_and_are_tried_again(ray_cl
     work = make_work(tmp_path, tiny_model, 36, engine=engine)
     summary = distill.build(work)
     failed = [row for row in written(work) if row["prompt"].startswith("What is 1")]
-    assert summary["reasons"]["error"] == len(failed) > 0
-    assert summary["rows"] == 36 == summary["kept"] + len(failed)
+    assert summary.reasons["error"] == len(failed) > 0
+    assert summary.rows == 36 == summary.kept + len(failed)
     assert all(row["response"] == row["reference"] for row in failed)
     work = dataclasses.replace(work, engine=fake_engine(tmp_path / "log2"))
-    assert distill.build(work)["kept"] == 36
+    assert distill.build(work).kept == 36
     assert len(logged(tmp_path / "log2")) == len(failed)
 
 
 def test_distill_a_batch_of_nothing_but_errors_is_tried_again(ray_cluster, tiny_model, tmp_path):
     engine = fake_engine(tmp_path / "log", error_on="What is")
     work = make_work(tmp_path, tiny_model, 8, max_failed_fraction=1.0, engine=engine)
-    assert distill.build(work)["reasons"]["error"] == 8
+    assert distill.build(work).reasons["error"] == 8
     work = dataclasses.replace(work, engine=fake_engine(tmp_path / "log2"))
-    assert distill.build(work)["kept"] == 8
+    assert distill.build(work).kept == 8
 
 
 def test_distill_more_samples_are_drawn_only_where_none_before_passed(ray_cluster, tiny_model, tmp_path):
@@ -220,16 +220,16 @@ def test_distill_more_samples_are_drawn_only_where_none_before_passed(ray_cluste
     one = make_work(tmp_path, tiny_model, 36, engine=engine)
     summary = distill.build(one)
     wrong = {row["id"] for row in written(one) if row["source"] == "reference"}
-    assert len(wrong) == summary["reasons"]["no_answer"] == 36 - summary["kept"] > 0
+    assert len(wrong) == summary.reasons["no_answer"] == 36 - summary.kept > 0
     three = make_work(tmp_path, tiny_model, 36, samples=4, engine=engine)
-    assert distill.build(three)["kept"] == 36
+    assert distill.build(three).kept == 36
     assert {row["id"]: row["sample"] for row in written(three)} == {
         row["id"]: 2 if row["id"] in wrong else 0 for row in written(one)
     }
     again = [(row, seed) for row, _, seed in logged(log)][36:]
     assert sorted(again) == sorted((row, sampling_seed(row, 0, sample)) for row in wrong for sample in (1, 2))
     # Fewer samples again: the ledger has them all.
-    assert distill.build(make_work(tmp_path, tiny_model, 36, samples=2, engine=engine))["kept"] == summary["kept"]
+    assert distill.build(make_work(tmp_path, tiny_model, 36, samples=2, engine=engine)).kept == summary.kept
     assert len(logged(log)) == 36 + 2 * len(wrong)
 
 
@@ -237,7 +237,7 @@ def test_distill_a_row_that_errors_is_tried_a_bounded_number_of_times(ray_cluste
     log = tmp_path / "log"
     engine = fake_engine(log, error_on="What is 11")
     work = make_work(tmp_path, tiny_model, 36, engine=engine)
-    assert distill.build(work)["reasons"]["error"] == 1
+    assert distill.build(work).reasons["error"] == 1
     assert len(logged(log)) == 35 + 3, "three attempts in one run"
     distill.build(work)
     assert len(logged(log)) == 35 + 4, "a later run tries once: the cause may have been fixed"
@@ -249,20 +249,20 @@ def test_distill_a_row_that_kills_its_engine_is_found_and_set_aside(ray_cluster,
     summary = distill.build(work)
     (failed,) = (row for row in written(work) if row["source"] == "reference")
     assert failed["prompt"] == "What is 11 + 11?" and failed["reason"] == "error"
-    assert summary["rows"] == 36 == summary["kept"] + 1
+    assert summary.rows == 36 == summary.kept + 1
 
 
 def test_distill_an_engine_that_always_breaks_ends_the_stage_and_keeps_the_rest(ray_cluster, tiny_model, tmp_path):
     engine = fake_engine(tmp_path / "log", raise_on="What is 11")
     work = make_work(tmp_path, tiny_model, 36, max_failures=1, engine=engine)
-    rows = [row["prompt"] for row in rows_of(work)]
+    rows = [row.prompt for row in rows_of(work)]
     with pytest.raises(StageFailed) as failure:
         distill.build(work)
     start, stop = map(int, re.search(r"on rows (\d+) to (\d+) of the training rows", str(failure.value)).groups())
     assert start <= rows.index("What is 11 + 11?") <= stop
     assert "the engine is broken" in str(failure.value)
     work = dataclasses.replace(work, engine=fake_engine(tmp_path / "log2"))
-    assert distill.build(work)["kept"] == 36
+    assert distill.build(work).kept == 36
     assert 0 < len(logged(tmp_path / "log2")) < 36
 
 
@@ -279,7 +279,7 @@ def test_distill_over_its_gate_stops_in_one_line_keeps_the_rows_and_asks_for_fai
         f"(got {failed / 36:.2%}; expected at most 1.00%). Raise it; what was generated is kept."
     )
     work = dataclasses.replace(work, engine=fake_engine(tmp_path / "log2"))
-    assert distill.build(work)["kept"] == 36
+    assert distill.build(work).kept == 36
     assert len(logged(tmp_path / "log2")) == failed
 
 
@@ -296,7 +296,7 @@ def test_distill_over_its_gate_is_finished_at_once_by_a_looser_one_and_stopped_b
     assert loose.stage.id == strict.stage.id
     pipeline.build([loose.stage], plan, loose.storage, engine=engine)
     assert len(logged(tmp_path / "log")) == asked, "no engine was needed"
-    assert loose.storage.manifest(loose.stage)["summary"]["reasons"]["error"] > 0
+    assert distill.Summary.of(loose.stage, loose.storage).reasons["error"] > 0
     with pytest.raises(StageFailed) as again:
         pipeline.build([strict.stage], plan, strict.storage, engine=engine)
     assert str(again.value) == str(failure.value)
@@ -307,7 +307,7 @@ def test_distill_finds_its_ledger_after_the_model_and_the_rows_got_other_names(r
     first = distill.build(make_work(tmp_path, tiny_model, 10, engine=engine))
     renamed = make_work(tmp_path, tiny_model, 20, slug="renamed", engine=engine)
     second = distill.build(renamed)
-    assert second["ledger"] == first["ledger"] and second["kept"] == 20
+    assert second.ledger == first.ledger and second.kept == 20
     assert len(logged(tmp_path / "log")) == 20, "only the ten new rows were asked for"
 
 
