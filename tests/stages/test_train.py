@@ -15,8 +15,10 @@ from faked import fill_disk
 from tiny import make_tiny_model, make_tokenizer
 
 from sdft_ray import pipeline
+from sdft_ray.core.rows import Row
 from sdft_ray.errors import StageFailed, UserError
 from sdft_ray.progress import Progress
+from sdft_ray.results import read_history
 from sdft_ray.spec import compute
 from sdft_ray.spec.compute import load_compute
 from sdft_ray.spec.training import Train
@@ -26,7 +28,7 @@ from sdft_ray.stages.train import state
 from sdft_ray.stages.train.adapters import name_adapters, outline_model
 from sdft_ray.stages.train.fitting import require_fitting
 from sdft_ray.stages.train.history import learning_rate
-from sdft_ray.stages.train.rows import EncodedRows, encode, marked_example
+from sdft_ray.stages.train.rows import Counts, EncodedRows, Reference, Rewrite, encode, marked_example
 from sdft_ray.stages.train.zero import deepspeed_config
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
@@ -37,7 +39,7 @@ FULL = pytest.mark.full
 def make_work(root: Path, model: Path, plan: compute.Train, **settings) -> Work:
     """Return the work of training the sft arm on sums, its inputs being there already."""
     raw = [
-        {"prompt": f"What is {i} + {i * j}?", "reference": f"{i} + {i * j} = {i + i * j}" * (1 + i % 3), "answer": None}
+        Row(f"What is {i} + {i * j}?", f"{i} + {i * j} = {i + i * j}" * (1 + i % 3))
         for i in range(12)
         for j in range(1, 4)
     ]
@@ -59,9 +61,9 @@ def plan(**fields) -> compute.Train:
 
 def losses(work: Work) -> list[tuple[float, float | None]]:
     """Return loss and gradient norm of every step."""
-    history = json.loads((work.directory / "losses.json").read_text())
-    assert [record["step"] for record in history] == list(range(1, len(history) + 1))
-    return [(record["loss"], record["grad_norm"]) for record in history]
+    history = read_history(work.directory)
+    assert [step.step for step in history] == list(range(1, len(history) + 1))
+    return [(step.loss, step.grad_norm) for step in history]
 
 
 @pytest.fixture(scope="module")
@@ -74,12 +76,12 @@ def reference(ray_cluster, tiny_model, tmp_path_factory):
 
 def test_train_lowers_the_loss_and_reports_what_it_did(reference):
     work, summary = reference
-    assert summary["final_loss"] < summary["first_loss"]
-    assert summary["steps"] == len(losses(work)) == -(-summary["rows"] * 2 // 8)
-    assert summary["validation_loss"] is not None
-    assert summary["example"]["with_loss"].endswith("<|im_end|>")
-    assert summary["example"]["without_loss"].rstrip().endswith("assistant")
-    assert 0 < summary["trainable_parameters"] < summary["parameters"]
+    assert summary.final_loss < summary.first_loss
+    assert summary.steps == len(losses(work)) == -(-summary.rows * 2 // 8)
+    assert summary.validation_loss is not None
+    assert summary.example.with_loss.endswith("<|im_end|>")
+    assert summary.example.without_loss.rstrip().endswith("assistant")
+    assert 0 < summary.trainable_parameters < summary.parameters
 
 
 def test_train_writes_rope_settings_as_both_versions_of_transformers_read_them(reference):
@@ -142,10 +144,10 @@ def odd_base(tmp_path_factory) -> Path:
 def test_train_the_written_model_is_the_trained_one(ray_cluster, odd_base, tmp_path, settings, fields):
     work = make_work(tmp_path, odd_base, plan(**fields), keep="last", **settings)
     summary = train.build(work)
-    assert summary["final_loss"] < summary["first_loss"]
-    history = json.loads((work.directory / "losses.json").read_text())
-    assert validation_loss_of(work) == pytest.approx(history[-1]["validation_loss"], rel=1e-5)
-    assert summary["logits_differ_by"] < 1e-4
+    assert summary.final_loss < summary.first_loss
+    history = read_history(work.directory)
+    assert validation_loss_of(work) == pytest.approx(history[-1].validation_loss, rel=1e-5)
+    assert summary.logits_differ_by < 1e-4
     if work.settings.train.method == "lora":
         assert largest_logit_difference(work, odd_base) < 1e-4
     generation = json.loads((work.directory / "generation_config.json").read_text())
@@ -169,7 +171,7 @@ def test_train_a_written_tensor_that_is_wrong_is_found_and_nothing_is_kept(refer
         pipeline.build([work.stage], load_compute().model_copy(update={"train": plan()}), work.storage)
     assert work.storage.status(work.stage) != "done"
     save_file(right, handed_over)  # what was trained is still there: it is written without training again
-    assert train.build(work)["logits_differ_by"] < 1e-4
+    assert train.build(work).logits_differ_by < 1e-4
 
 
 def test_train_two_workers_and_micro_batches_of_one_row_do_not_move_the_trajectory(reference, tiny_model, tmp_path):
@@ -203,10 +205,10 @@ def test_train_full_fine_tuning_moves_all_weights_and_reloads(ray_cluster, tiny_
     before, after = load_file(tiny_model / "model.safetensors"), load_file(work.directory / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(not torch.equal(before[name], after[name]) for name in before)
-    assert summary["trainable_parameters"] == summary["parameters"]
+    assert summary.trainable_parameters == summary.parameters
 
 
-def train_and_kill_a_worker(work: Work, checkpoints: int = 1) -> dict:
+def train_and_kill_a_worker(work: Work, checkpoints: int = 1) -> train.Summary:
     """Train, and SIGKILL one worker once there are some checkpoints; return the summary."""
     victim: list[int] = []
     over = threading.Event()
@@ -315,7 +317,7 @@ def largest_difference(first: Path, second: Path) -> float:
 @pytest.mark.full
 def test_train_elastic_takes_as_many_workers_as_there_is_room_for(reference, tiny_model, tmp_path):
     work = make_work(tmp_path, tiny_model, plan(workers={"min": 1, "max": 2}, cpus=2, micro_batch=4))
-    assert train.build(work)["workers"] == 1, "two of two CPUs each do not fit"
+    assert train.build(work).workers == 1, "two of two CPUs each do not fit"
     for got, expected in zip(losses(work), losses(reference[0]), strict=True):
         assert got == pytest.approx(expected, rel=1e-4)
 
@@ -333,11 +335,11 @@ def test_train_stops_early_and_keeps_the_best(ray_cluster, tiny_model, tmp_path)
     wild = {"lr": 0.3, "schedule": "constant", "max_grad_norm": 1e9, "validate_every_steps": 1, "epochs": 9}
     work = make_work(tmp_path, tiny_model, plan(), patience=2, **wild)
     summary = train.build(work)
-    history = json.loads((work.directory / "losses.json").read_text())
-    assert summary["steps"] == summary["best_step"] + 2 < summary["planned_steps"]
+    history = read_history(work.directory)
+    assert summary.steps == summary.best_step + 2 < summary.planned_steps
     kept = validation_loss_of(work)
-    assert kept == pytest.approx(history[summary["best_step"] - 1]["validation_loss"], rel=1e-4)
-    assert kept < history[-1]["validation_loss"]
+    assert kept == pytest.approx(history[summary.best_step - 1].validation_loss, rel=1e-4)
+    assert kept < history[-1].validation_loss
 
 
 def validation_loss_of(work: Work) -> float:
@@ -385,7 +387,7 @@ def test_train_gate_is_compared_with_the_counts_of_a_finished_artifact_as_before
     work = make_work(tmp_path, tiny_model, plan(), max_tokens=70, max_too_long_fraction=0.1)
     with pytest.raises(UserError) as building:
         train.build(work)
-    counts = {"rows": 25, "rows_too_long": 3, "rows_left_out": 3}
+    counts = Counts(rows=25, rows_too_long=3, rows_left_out=3)
     with pytest.raises(UserError) as finished:
         train.require_gates(work.stage, counts)
     assert (
@@ -401,15 +403,15 @@ def test_train_gate_is_compared_with_the_counts_of_a_finished_artifact_as_before
     train.require_gates(looser.stage, counts)
 
 
-LONG = [{"id": "a", "prompt": "1?", "text": "1"}, {"id": "b", "prompt": "2?", "text": "2" * 99}]
+LONG = [Reference("a", "1?", "1"), Rewrite("b", "2?", "2" * 99)]
 
 
 def test_encode_leaves_long_rows_out_or_truncates_them():
     settings = Train(max_tokens=60, too_long="leave_out")
-    rows, ids, counts = encode(make_tokenizer(), LONG, "text", settings)
-    assert (len(rows), ids, counts) == (1, ["a"], {"rows_too_long": 1, "rows_left_out": 1})
-    rows, ids, counts = encode(make_tokenizer(), LONG, "text", Train(max_tokens=60, too_long="truncate"))
-    assert (len(rows[1].ids), ids, counts) == (60, ["a", "b"], {"rows_too_long": 1, "rows_left_out": 0})
+    rows, ids, counts = encode(make_tokenizer(), LONG, settings)
+    assert (len(rows), ids, counts) == (1, ["a"], Counts(rows=1, rows_too_long=1, rows_left_out=1))
+    rows, ids, counts = encode(make_tokenizer(), LONG, Train(max_tokens=60, too_long="truncate"))
+    assert (len(rows[1].ids), ids, counts) == (60, ["a", "b"], Counts(rows=2, rows_too_long=1, rows_left_out=0))
     end = make_tokenizer().convert_tokens_to_ids("<|im_end|>")
     assert (rows[0].ids[-1], rows[1].ids[-1] == end) == (end, False), "a row that was cut off teaches no end"
 
@@ -419,7 +421,7 @@ def test_encode_rows_that_truncation_leaves_without_loss_are_refused():
     with pytest.raises(
         UserError, match="2 of 2 rows are longer than 20 tokens, and none of them has a token with loss"
     ):
-        encode(make_tokenizer(), LONG, "text", settings)
+        encode(make_tokenizer(), LONG, settings)
 
 
 def test_marked_example_shows_what_a_template_has_around_a_response():
@@ -430,11 +432,11 @@ def test_marked_example_shows_what_a_template_has_around_a_response():
         "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
     )
     settings = Train(max_tokens=600, too_long="leave_out", max_too_long_fraction=0.0)
-    encoded, _, _ = encode(tokenizer, LONG, "text", settings)
-    assert marked_example(tokenizer, encoded[0]) == {
-        "without_loss": "<|im_start|>user\n1?<|im_end|>\n<|im_start|>assistant\n<think>\n",
-        "with_loss": "\n</think>\n\n1<|im_end|>",
-    }
+    encoded, _, _ = encode(tokenizer, LONG, settings)
+    assert marked_example(tokenizer, encoded[0]) == (
+        "<|im_start|>user\n1?<|im_end|>\n<|im_start|>assistant\n<think>\n",
+        "\n</think>\n\n1<|im_end|>",
+    )
 
 
 def test_train_of_a_template_that_opens_thoughts_for_generation_only_is_refused(tmp_path):
@@ -455,7 +457,9 @@ def test_train_checkpoints_of_another_training_are_refused(tiny_model, tmp_path)
     work = make_work(tmp_path, tiny_model, plan())
     foreign = work.resumable / "ray_train" / "checkpoint_1" / "progress.json"
     foreign.parent.mkdir(parents=True)
-    foreign.write_text('{"stage": "0123456789ab", "history": [{"step": 1}], "workers": 0}')
+    foreign.write_text(
+        '{"stage": "0123456789ab", "history": [{"step": 1, "loss": 1.0, "lr": 0.1, "grad_norm": 1.0}], "workers": 0}'
+    )
     with pytest.raises(UserError, match=r"checkpoint_1: holds a checkpoint of another training \(0123456789ab, not"):
         train.build(work)
 
@@ -533,8 +537,8 @@ def test_train_a_mixture_of_experts_learns_and_verifies(ray_cluster, tmp_path, a
     base = make_tiny_model(tmp_path / "base", architecture)
     work = make_work(tmp_path / "root", base, plan(**fields), method=method, lr=1e-3, lora={"rank": 4})
     summary = train.build(work)
-    assert summary["final_loss"] < summary["first_loss"]
-    assert ("mlp.experts.gate_up_proj" in summary["adapters_on"]) is (architecture == "qwen3_moe")
+    assert summary.final_loss < summary.first_loss
+    assert ("mlp.experts.gate_up_proj" in summary.adapters_on) is (architecture == "qwen3_moe")
     (found,) = models.find_models(str(work.directory), None, work.storage)
     assert [check for check in checks.verify(found) if check.status == "FAILED"] == []
 
