@@ -12,7 +12,9 @@ from sdft_ray import pipeline
 from sdft_ray.data.chat import render_prompt
 from sdft_ray.errors import StageFailed, UserError
 from sdft_ray.preflight import savings
-from sdft_ray.report.table import draft_line, draft_rows
+from sdft_ray.report.lines import draft_line
+from sdft_ray.report.table import draft_rows
+from sdft_ray.results import Differing
 from sdft_ray.spec.compute import load_compute
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.wording import validate
@@ -79,26 +81,24 @@ def test_draft_tells_acceptance_and_speeds_and_leaves_greedy_text_as_it_was(
     stage = Stage("draft", "d", 1, SETTINGS, {"model": chain.base, "draft": other, "rows": chain.rows})
     storage = Storage(str(tmp_path / "root"))
     pipeline.build([chain.rows, stage], load_compute(), storage)
-    found = storage.manifest(stage)["summary"]
+    found = draft.Summary.of(stage, storage)
 
-    for way in ("greedy", "sampled"):
-        one, three = found[way]["measured"]
-        assert (one["tokens"], three["tokens"]) == (1, 3) and [each["tokens"] for each in found[way]["counted"]] == [
-            1,
-            2,
-            3,
-        ]
-        assert 0 < three["acceptance"] < 1 and 1 < three["tokens_per_call"] < 4
-        assert three["drafts"] >= three["accepted"][0] >= three["accepted"][1] >= three["accepted"][2]
-        assert three["speedup_min"] <= three["speedup"] <= three["speedup_max"]
-        assert found[way]["counted"][2]["tokens_per_call"] == three["tokens_per_call"]
-    assert found["sampled"]["measured"][1]["acceptance"] == pytest.approx(
-        found["greedy"]["measured"][1]["acceptance"], abs=0.2
-    )
-    assert all(each["differing"] == [] for each in found["greedy"]["measured"])
+    for way in (found.greedy, found.sampled):
+        one, three = way.measured
+        assert (one.tokens, three.tokens) == (1, 3) and [each.tokens for each in way.counted] == [1, 2, 3]
+        assert 0 < three.acceptance < 1 and 1 < three.tokens_per_call < 4
+        assert three.drafts >= three.accepted[0] >= three.accepted[1] >= three.accepted[2]
+        assert three.speedup_min <= three.speedup <= three.speedup_max
+        assert way.counted[2].tokens_per_call == three.tokens_per_call
+    assert found.sampled.measured[1].acceptance == pytest.approx(found.greedy.measured[1].acceptance, abs=0.2)
+    plain = json.loads((storage.place(stage) / "draft.json").read_text())
+    assert plain == storage.manifest(stage).summary == found.plain()
+    assert all(each["differing"] == [] for each in plain["greedy"]["measured"])
+    assert not any("differing" in each for each in plain["sampled"]["measured"])
     config = json.loads((storage.place(stage) / "speculative_config.json").read_text())
-    best = max(found["greedy"]["measured"], key=lambda each: each["speedup"])
-    assert config == {"method": "draft_model", "model": str(blurred), "num_speculative_tokens": best["tokens"]}
+    best = max(found.greedy.measured, key=lambda each: each.speedup)
+    assert found.greedy.best == best
+    assert config == {"method": "draft_model", "model": str(blurred), "num_speculative_tokens": best.tokens}
     assert "blurred as draft of the base: a token of it takes" in draft_line("blurred", found)
     assert [row[:2] for row in draft_rows(found)] == [[way, k] for way in ("greedy", "sampled") for k in "123"]
 
@@ -112,9 +112,9 @@ def test_a_model_that_drafts_for_itself_is_always_accepted(ray_cluster, tiny_mod
     measure = ray.remote(max_calls=1)(draft.measure)
     settings = SETTINGS.model_copy(update={"dtype": dtype, "tokens": (2,), "at_once": 2})
     found = ray.get(measure.remote(lambda: tiny_model, lambda: tiny_model, PROMPTS, settings, options))
-    for way in ("greedy", "sampled"):
-        exact = dtype == "float32" and way == "greedy"
-        assert found[way]["measured"][0]["acceptance"] == pytest.approx(1, abs=0 if exact else 0.1)
+    for way in (found.greedy, found.sampled):
+        exact = dtype == "float32" and way is found.greedy
+        assert way.measured[0].acceptance == pytest.approx(1, abs=0 if exact else 0.1)
 
 
 def test_values_of_requests_are_those_of_their_drafted_tokens():
@@ -128,7 +128,7 @@ def test_a_token_that_really_differs_fails_in_float32_and_is_told_in_half_precis
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     ids = [render_prompt(tokenizer, prompt) for prompt in PROMPTS]
     alone, drafted = [[5, 6, 7], [8, 9]], [[5, 6, 7], [8, 10]]
-    assert draft.compare_texts(tiny_model, "bfloat16", ids, alone, drafted) == [{"prompt": 1, "token": 1}]
+    assert draft.compare_texts(tiny_model, "bfloat16", ids, alone, drafted) == [Differing(prompt=1, token=1)]
     assert draft.compare_texts(tiny_model, "float32", ids, alone, alone) == []
     with pytest.raises(StageFailed, match="token 1 of held-out prompt 1 is another, logits"):
         draft.compare_texts(tiny_model, "float32", ids, alone, drafted)
@@ -206,8 +206,8 @@ def test_sweep_tries_each_pruned_model_once_and_each_trained_one_after_all_else(
         "draft distilled, blocks 2", "draft sft, blocks 2, lr 0.0002",
     ]  # fmt: skip
     assert stages_of(plan)[-8:] == plan.drafts
-    counts = {kind["stage"]: kind for kind in savings.measure(plan, Storage(str(tmp_path / "root")))["stages"]}
-    assert (counts["draft"]["alone"], counts["draft"]["sweep"], counts["draft"]["missing"]) == (4 * 3, 8, 8)
+    counts = {kind.stage: kind for kind in savings.measure(plan, Storage(str(tmp_path / "root"))).stages}
+    assert (counts["draft"].alone, counts["draft"].sweep, counts["draft"].missing) == (4 * 3, 8, 8)
     alone = pipeline.chain(plan.cells[0].recipe).drafts
     assert list(alone.values()) == list(plan.drafts[:3]), "the same artifacts"
     named = recipe | {"draft": {"models": ["distilled"], "prompts": 2}}
