@@ -162,7 +162,7 @@ def test_sweep_page_is_one_file_without_network_that_links_manifests(swept):
     for outside in ("http://", "https://", "<script", "<link", "@import", "url("):
         assert outside not in re.sub(r"url\(#\w+\)", "", without_namespaces)
     links = re.findall(r'<a href="([^"]+)"', html)
-    assert [read_manifest((folder / link).parent)["id"] for link in links] == [
+    assert [read_manifest((folder / link).parent).id for link in links] == [
         trial["id"] for trial in report["trials"] if trial["status"] == "done"
     ]
     for said in ("LIMITED", "Failed: 2 blocks, 32 rows, distilled", "Recovery by depth", "blocks [", "arc_easy"):
@@ -182,7 +182,7 @@ def test_sweep_artifacts_are_those_of_a_recipe_run_alone(swept):
     plan = json.loads(sdft("check", "recipe.yaml", "--json", "--compute", "compute.yaml", cwd=folder).stdout)
     assert {line["status"] for line in plan["stages"]} == {"done"}
     manifest = read_manifest(Path(report["trials"][0]["directory"]))
-    assert manifest["provenance"]["command"] == ["script.py", "sweep"], "the driver's, though a worker wrote it"
+    assert manifest.provenance.command == ("script.py", "sweep"), "the driver's, though a worker wrote it"
     assert not list((folder / "artifacts" / "scratch").glob("sweep-*"))
 
 
