@@ -89,7 +89,7 @@ def test_chain_every_artifact_is_whole_and_its_files_are_the_listed_ones(chain):
     for path in manifests:
         manifest = read_manifest(path.parent)
         check_files(path.parent, manifest, hashes=True)
-        listed = {entry["path"] for entry in manifest["files"]}
+        listed = {file.path for file in manifest.files}
         there = {p.relative_to(path.parent).as_posix() for p in path.parent.rglob("*") if p.is_file()}
         assert there == listed | {"manifest.json"}
     assert not list((folder / "artifacts" / "scratch").glob("*/*"))
@@ -101,7 +101,7 @@ def test_chain_distilled_dataset_holds_every_row_once_with_a_reason(chain):
     rows = pq.read_table(artifact(folder, "distill") / "train.parquet").to_pylist()
     expected = pq.read_table(artifact(folder, "rows") / "train.parquet").to_pylist()
     assert [row["id"] for row in rows] == [row["id"] for row in expected]
-    counts = read_manifest(artifact(folder, "distill"))["summary"]["reasons"]
+    counts = read_manifest(artifact(folder, "distill")).summary["reasons"]
     assert set(counts) == REASONS and sum(counts.values()) == len(rows)
     for row in rows:
         assert (row["source"] == "distilled") == (row["reason"] == "kept")
@@ -172,7 +172,7 @@ def test_chain_run_again_under_other_names_builds_nothing(chain, tiny_model, tmp
 def test_chain_shows_how_likely_the_base_finds_rewrites_and_references(chain):
     folder, _ = chain
     nll = json.loads((artifact(folder, "nll") / "nll.json").read_text())
-    assert nll["rows"] == read_manifest(artifact(folder, "distill"))["summary"]["kept"]
+    assert nll["rows"] == read_manifest(artifact(folder, "distill")).summary["kept"]
     line = "Negative log-likelihood a token under the base"
     assert (line in (folder / "report.html").read_text()) == (nll["rows"] > 0), "random models keep few"
 
@@ -223,7 +223,7 @@ def test_show_of_a_score_draws_its_distances(chain):
 
 def test_chain_pruned_model_carries_a_card_that_says_what_is_gone(chain):
     folder, _ = chain
-    removed = read_manifest(artifact(folder, "cut"))["summary"]["removed"]
+    removed = read_manifest(artifact(folder, "cut")).summary["removed"]
     card = (artifact(folder, "cut") / "README.md").read_text()
     assert f"blocks [{removed[0]}, {removed[-1] + 1})" in card and "library_name: transformers" in card
 
