@@ -1,7 +1,6 @@
 """The whole command is killed, or told to end, at points that matter; the end is the same as of a run left alone."""
 
 import fnmatch
-import json
 import signal
 import threading
 import time
@@ -12,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from faked import count_asked, fill_disk, finish, kill, make_folder, outcome, require_same, start, wait_for
 
-from sdft_ray.store.manifest import check_files
+from sdft_ray.store.manifest import check_files, read_manifest
 from sdft_ray.store.objects import Objects
 from sdft_ray.store.storage import Storage
 
@@ -166,7 +165,7 @@ def test_killed_on_two_nodes_and_ended_on_a_third_that_share_only_an_object_stor
     for key in Objects(s3).list():
         if key.count("/") == 2 and key.endswith("/manifest.json"):
             place = Storage(s3).find(key.split("/")[1].rpartition("-")[2])
-            check_files(place, json.loads((place / "manifest.json").read_text()), hashes=True)
+            check_files(place, read_manifest(place), hashes=True)
     require_same(outcome(Storage(s3).root), alone)
     assert not any(key.startswith(("resumable", "scratch")) for key in Objects(s3).list())
     assert "planted" not in said
