@@ -73,7 +73,7 @@ SCRIPT = textwrap.dedent(
         until(building.done)
         summary = building.result()
     cluster.shutdown()
-    print(json.dumps({"timeline": timeline, "summary": summary, "finished": log.read_text().split()}))
+    print(json.dumps({"timeline": timeline, "summary": summary.plain(), "finished": log.read_text().split()}))
     """
 )
 ROWS = 240
