@@ -58,9 +58,8 @@ def test_nll_equals_the_models_own_loss_row_by_row(ray_cluster, tiny_model, make
     stage, storage = make_stage(["kept"] * len(ROWS))
     pipeline.build([stage], compute.load_compute(), storage)
     found = json.loads((storage.fetch(stage) / "nll.json").read_text())
-    assert found == storage.manifest(stage).summary == nll.Summary.of(stage, storage).plain() and found["rows"] == len(
-        ROWS
-    )
+    assert found == storage.manifest(stage).summary == nll.Summary.of(stage, storage).plain()
+    assert found["rows"] == len(ROWS)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
     for name, column in (("reference", "reference"), ("distilled", "response")):
         total = tokens = 0
