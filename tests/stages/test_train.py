@@ -62,6 +62,7 @@ def plan(**fields) -> compute.Train:
 def losses(work: Work) -> list[tuple[float, float | None]]:
     """Return loss and gradient norm of every step."""
     history = read_history(work.directory)
+    assert json.loads((work.directory / "losses.json").read_text()) == [step.plain() for step in history]
     assert [step.step for step in history] == list(range(1, len(history) + 1))
     return [(step.loss, step.grad_norm) for step in history]
 
