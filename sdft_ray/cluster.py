@@ -20,7 +20,7 @@ from typing import Any
 from sdft_ray import environment
 from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.progress import log
-from sdft_ray.spec.compute import Compute, cores
+from sdft_ray.spec.compute import Compute, Needs, cores
 
 TOKEN = "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token"
 
@@ -127,16 +127,16 @@ def count_places(nodes: Iterable[Mapping[str, float]], cpus: int, gpus: float) -
     return sum(int(min(node.get("CPU", 0) // cpus, node.get("GPU", 0) // gpus if gpus else math.inf)) for node in nodes)
 
 
-def require_capacity(compute: Compute, section: str, stage: str) -> None:
-    """Return once the cluster has free what a stage's section of the compute file asks for.
+def require_capacity(compute: Compute, needs: Needs, stage: str) -> None:
+    """Return once the cluster has free what a stage takes of it.
 
     Raises UserError at once for a need that no node can meet, else after wait_seconds. A placement group waits: it
     counts free resources, and an autoscaler answers its demand with nodes.
     """
     from ray.util.placement_group import placement_group, remove_placement_group
 
-    bundles, cpus, gpus = compute.needs()[section]
-    where = f"compute.{section}"
+    bundles, cpus, gpus = compute.bundles(needs)
+    where = f"compute.{needs.section}"
     nodes = resources_of_nodes()
     sizes = [(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes]
     if coming := compute.ray.largest_node:
@@ -152,10 +152,10 @@ def require_capacity(compute: Compute, section: str, stage: str) -> None:
             return
         all_cpus, all_gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
         capacity = f"{all_cpus:g} CPUs and {all_gpus:g} GPUs on {len(nodes)} nodes"
-        needs = f"needs {bundles} x ({cpus} CPUs, {gpus:g} GPUs); the cluster has {capacity}"
-        log(f"{stage}: {needs}; waiting up to {compute.ray.wait_seconds} s for that much to be free")
+        what = f"needs {bundles} x ({cpus} CPUs, {gpus:g} GPUs); the cluster has {capacity}"
+        log(f"{stage}: {what}; waiting up to {compute.ray.wait_seconds} s for that much to be free")
         if not group.wait(compute.ray.wait_seconds):
-            raise UserError(problem(where, needs, f"Lower {where}"))
+            raise UserError(problem(where, what, f"Lower {where}"))
     finally:
         remove_placement_group(group)
 

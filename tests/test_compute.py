@@ -9,8 +9,10 @@ import pytest
 import yaml
 
 from sdft_ray import pipeline
+from sdft_ray.cluster import require_capacity
 from sdft_ray.errors import UserError
 from sdft_ray.spec.compute import Compute, Engine, load_compute
+from sdft_ray.stages import distill, draft, nll
 
 
 @pytest.fixture
@@ -49,7 +51,7 @@ def test_load_compute_shares_the_cores_among_actors_and_workers(load):
 
 
 def test_stages_whose_workers_share_a_section_of_the_compute_file_need_what_it_says():
-    needs = {name: module.NEEDS for name, module in pipeline.MODULES.items() if module.NEEDS}
+    needs = {name: module.NEEDS.section for name, module in pipeline.MODULES.items() if module.NEEDS}
     assert needs == {
         "score": "score",
         "loss": "score",
@@ -61,6 +63,30 @@ def test_stages_whose_workers_share_a_section_of_the_compute_file_need_what_it_s
         "evaluate": "evaluate",
     }
     assert {*needs.values()} == {*Compute.model_fields} - {"ray"}
+
+
+def test_stages_of_one_worker_need_one_bundle_whatever_their_section_says(load):
+    data = {"score": {"actors": 2}, "distill": {"actors": 4}, "train": {"workers": 4}, "evaluate": {"cpus": 3}}
+    compute = load(8, data)
+    needs = {name: compute.bundles(module.NEEDS) for name, module in pipeline.MODULES.items() if module.NEEDS}
+    assert needs == {
+        "score": (2, 4, 0),
+        "loss": (2, 4, 0),
+        "distill": (4, 2, 0),
+        "train": (4, 2, 0),
+        "nll": (1, 2, 0),
+        "draft": (1, 2, 0),
+        "speed": (1, 3, 0),
+        "evaluate": (1, 3, 0),
+    }
+
+
+def test_a_stage_of_one_worker_starts_where_the_actors_of_its_section_do_not_all_fit(ray_cluster, load):
+    compute = load(1, {"ray": {"address": "auto", "wait_seconds": 1}, "distill": {"actors": 99}})
+    for stage in (nll, draft):
+        require_capacity(compute, stage.NEEDS, "here")
+    with pytest.raises(UserError, match=r"^compute\.distill: needs 99 x \(1 CPUs, 0 GPUs\); the cluster has "):
+        require_capacity(compute, distill.NEEDS, "here")
 
 
 def test_load_compute_keeps_given_cpus(load):

@@ -64,8 +64,9 @@ def examine(recipe: Recipe | None, compute: Compute, root: str) -> Iterator[Find
         yield from findings
         if stages:
             yield from _template(recipe)
-            used = {pipeline.MODULES[stage.name].NEEDS for stage in stages}
-            needs = {section: need for section, need in needs.items() if section in used}
+            used = [need for stage in stages if (need := pipeline.MODULES[stage.name].NEEDS)]
+            used.sort(key=lambda need: not need.alone)  # of a section, the stage that takes more comes last
+            needs = {need.section: compute.bundles(need) for need in used}
             yield from _hub(stages, Storage(root))
             todo = [stage for stage in stages if not _is_done(stage, Storage(root))]
             fields = precision.half_fields(todo, compute)

@@ -16,7 +16,7 @@ from typing import Any
 
 from sdft_ray.errors import Problem, problem
 from sdft_ray.progress import log
-from sdft_ray.spec.compute import Compute
+from sdft_ray.spec.compute import Compute, Needs
 from sdft_ray.stages import distill, draft, evaluate, loss, nll, score, speed, train
 from sdft_ray.store.identity import Stage
 
@@ -35,13 +35,12 @@ def report_slow(stages: Iterable[Stage], compute: Compute) -> None:
 
 def half_fields(stages: Iterable[Stage], compute: Compute) -> dict[str, str]:
     """Return the dtypes of the recipe's fields that let stages compute in half precision on a CPU."""
-    fields = [field for stage in stages if (field := _find_dtype(stage.settings))]
-    on_gpus = {section for section, (_, _, gpus) in compute.needs().items() if gpus}
-    return dict(sorted((field, dtype) for field, dtype, needs in fields if dtype in _FLAGS and needs not in on_gpus))
+    halves = [found for stage in stages if (found := _find_dtype(stage.settings)) and found[1] in _FLAGS]
+    return dict(sorted((field, dtype) for field, dtype, needs in halves if not compute.bundles(needs)[2]))
 
 
-def _find_dtype(settings: Any) -> tuple[str, str, str] | None:
-    """Return the recipe's field for the precision of a stage, its dtype, and the section of the compute file."""
+def _find_dtype(settings: Any) -> tuple[str, str, Needs] | None:
+    """Return the recipe's field for the precision of a stage, its dtype, and what its workers take."""
     match settings:
         case score.Settings() | loss.Settings():
             return "prune.dtype", settings.dtype, score.NEEDS

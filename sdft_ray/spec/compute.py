@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -189,6 +189,15 @@ class Evaluate(Section):
     """Sequences of one forward pass."""
 
 
+class Needs(NamedTuple):
+    """What the workers of a stage take of the cluster."""
+
+    section: str
+    """Of the compute file, that says how many there are and what each takes."""
+    alone: bool = False
+    """Whether there is one, whatever the section says."""
+
+
 class Compute(Section):
     """One complete compute file."""
 
@@ -206,6 +215,11 @@ class Compute(Section):
             "train": (self.train.workers.min, _settled(self.train.cpus), self.train.gpus),
             "evaluate": (1, _settled(self.evaluate.cpus), self.evaluate.gpus),
         }
+
+    def bundles(self, needs: Needs) -> tuple[int, int, float]:
+        """Return how many bundles of how many CPUs and GPUs a stage holds at once, at least."""
+        count, cpus, gpus = self.needs()[needs.section]
+        return 1 if needs.alone else count, cpus, gpus
 
 
 def cores() -> int:

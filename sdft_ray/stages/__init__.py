@@ -3,7 +3,7 @@
     VERSION     bump it when the meaning of the output changes
     Settings    what it computes: a section; its hashed fields make the id
     Summary     what its manifest keeps of the result
-    NEEDS       the section of the compute file that says what its workers take; None: it runs in the driver
+    NEEDS       what its workers take of the cluster; None: it runs in the driver
     UNIT        what its progress counts
     stage       its place in a chain, from the recipe and its inputs
     build       does the work in `work.directory`, and returns the summary
@@ -22,7 +22,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 from sdft_ray.engine import EngineFactory, VllmEngine
 from sdft_ray.errors import StageFailed
 from sdft_ray.progress import Progress
-from sdft_ray.spec.compute import Compute
+from sdft_ray.spec.compute import Compute, Needs
 from sdft_ray.store.identity import Hashed, Stage
 from sdft_ray.store.record import Record
 from sdft_ray.store.storage import Storage
@@ -105,7 +105,7 @@ class StageModule(Protocol):
     @property
     def VERSION(self) -> int: ...
     @property
-    def NEEDS(self) -> str | None: ...
+    def NEEDS(self) -> Needs | None: ...
     @property
     def UNIT(self) -> str: ...
     @property

@@ -36,6 +36,7 @@ from sdft_ray.results import (
     Race,
     read_split,
 )
+from sdft_ray.spec.compute import Needs
 from sdft_ray.spec.recipe import Draft
 from sdft_ray.stages import Work
 from sdft_ray.store.files import write_atomically
@@ -44,7 +45,7 @@ from sdft_ray.store.identity import Stage
 if TYPE_CHECKING:
     import torch
 
-VERSION, NEEDS, UNIT = 2, "distill", "parts"
+VERSION, NEEDS, UNIT = 2, Needs("distill", alone=True), "parts"
 METHOD = "draft_model"  # vLLM's name for it
 
 

@@ -23,6 +23,7 @@ from sdft_ray.core.rows import Row
 from sdft_ray.data.calibration import CorpusSettings, read_corpora
 from sdft_ray.errors import UserError, problem
 from sdft_ray.results import CANDIDATES, Candidate, Ranked, read_measured, read_split
+from sdft_ray.spec.compute import Needs
 from sdft_ray.spec.recipe import Protect, Prune
 from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
@@ -30,7 +31,7 @@ from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage
 from sdft_ray.text_pool import measure
 
-VERSION, NEEDS, UNIT = 2, "score", "texts"
+VERSION, NEEDS, UNIT = 2, Needs("score"), "texts"
 
 
 class Settings(Section):

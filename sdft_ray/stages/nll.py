@@ -20,13 +20,14 @@ from sdft_ray.cluster import use_assigned_cores
 from sdft_ray.core.rows import TrainingRow
 from sdft_ray.data.chat import encode_rows
 from sdft_ray.results import NLL, Likelihood, training_batches
+from sdft_ray.spec.compute import Needs
 from sdft_ray.spec.recipe import Distill
 from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
 from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage
 
-VERSION, NEEDS, UNIT = 1, "distill", "texts"
+VERSION, NEEDS, UNIT = 1, Needs("distill", alone=True), "texts"
 COLUMNS = {"reference": "reference", "distilled": "response"}
 _FORWARD_TOKENS = 2048  # of one forward pass: a few rows of a small model's data, hundreds of MB of logits at most
 

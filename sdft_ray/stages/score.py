@@ -20,13 +20,14 @@ from sdft_ray.core.rows import Row
 from sdft_ray.data.calibration import CorpusSettings, read_corpora
 from sdft_ray.errors import UserError, problem
 from sdft_ray.results import DISTANCES, TEXTS, Corpus, Distances, MeasuredCorpus, read_split
+from sdft_ray.spec.compute import Needs
 from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
 from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage
 from sdft_ray.text_pool import measure
 
-VERSION, NEEDS, UNIT = 3, "score", "texts"
+VERSION, NEEDS, UNIT = 3, Needs("score"), "texts"
 
 
 class Settings(Section):

@@ -17,12 +17,13 @@ from typing import Any
 from sdft_ray import stages
 from sdft_ray.cluster import use_assigned_cores
 from sdft_ray.results import SPEED, Pace
+from sdft_ray.spec.compute import Needs
 from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
 from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage
 
-VERSION, NEEDS, UNIT = 2, "evaluate", "parts"
+VERSION, NEEDS, UNIT = 2, Needs("evaluate", alone=True), "parts"
 
 
 class Settings(Section):

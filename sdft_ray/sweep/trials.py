@@ -109,8 +109,8 @@ def _inputs_of(stages: Sequence[Stage[Any]]) -> list[Stage[Any]]:
 
 def _is_room_for_both(compute: Compute) -> bool:
     """Return whether the nodes that are there hold scoring beside generation. A pool that grows takes what there is."""
-    needs, pool = compute.needs(), compute.distill.actors
-    return pool.min == pool.max and fit_together(resources_of_nodes(), needs["score"], needs["distill"])
+    pool, needs = compute.distill.actors, [compute.bundles(stage.NEEDS) for stage in (score, distill)]
+    return pool.min == pool.max and fit_together(resources_of_nodes(), *needs)
 
 
 def _with_rivals(trials: Sequence[Trial], plan: Plan, storage: Storage) -> list[Trial]:
@@ -176,7 +176,7 @@ def _try_drafts(drafts: Sequence[Stage], plan: Plan, compute: Compute, storage: 
 
 def trials_at_once(compute: Compute) -> int:
     """Return how many trials the nodes that are there hold side by side: by their training, which needs most."""
-    workers, cpus, gpus = compute.needs()["train"]
+    workers, cpus, gpus = compute.bundles(train.NEEDS)
     return max(1, count_places(resources_of_nodes(), cpus, gpus) // workers)
 
 

@@ -27,6 +27,7 @@ from sdft_ray.core.selection import REASONS
 from sdft_ray.data.chat import require_trainable
 from sdft_ray.errors import StageFailed, problem
 from sdft_ray.results import DistilledRow, training_batches
+from sdft_ray.spec.compute import Needs
 from sdft_ray.spec.recipe import Distill
 from sdft_ray.stages import Work
 from sdft_ray.stages.distill import card
@@ -37,7 +38,7 @@ from sdft_ray.store import ledger as ledgers
 from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage, short_id
 
-VERSION, NEEDS, UNIT = 3, "distill", "rows"
+VERSION, NEEDS, UNIT = 3, Needs("distill"), "rows"
 _FINISHED = "finished.json"  # the summary of a dataset that is whole and that its gate stopped
 _SAMPLING = ("temperature", "top_p", "max_new_tokens", "dtype", "seed")
 

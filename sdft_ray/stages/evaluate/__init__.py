@@ -19,6 +19,7 @@ from sdft_ray.cluster import use_assigned_cores
 from sdft_ray.core.rows import Row
 from sdft_ray.data.benchmarks import offline_task_file
 from sdft_ray.results import HELD_OUT, ITEMS, SCORE, Item, Score, read_split
+from sdft_ray.spec.compute import Needs
 from sdft_ray.spec.recipe import Evaluate
 from sdft_ray.stages import Work
 from sdft_ray.stages.evaluate.harness import load_model, run_task
@@ -28,7 +29,7 @@ from sdft_ray.stages.evaluate.settings import HeldOutSettings, Settings, TaskSet
 from sdft_ray.store.files import hash_source, write_atomically
 from sdft_ray.store.identity import Stage, slugify
 
-VERSION, NEEDS, UNIT = 2, "evaluate", "parts"
+VERSION, NEEDS, UNIT = 2, Needs("evaluate"), "parts"
 
 
 class Summary(Score, stages.Summary):

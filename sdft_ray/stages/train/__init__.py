@@ -26,6 +26,7 @@ from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.models.directory import require_loadable, require_same_logits
 from sdft_ray.results import HISTORY, read_split, training_batches, validations
 from sdft_ray.spec import training
+from sdft_ray.spec.compute import Needs
 from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
 from sdft_ray.stages.train.adapters import count_parameters, name_adapters, outline_model
@@ -50,7 +51,7 @@ from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage, numbered
 from sdft_ray.store.record import Record
 
-VERSION, NEEDS, UNIT = 4, "train", "steps"
+VERSION, NEEDS, UNIT = 4, Needs("train"), "steps"
 
 
 class Settings(Section):
