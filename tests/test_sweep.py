@@ -1,6 +1,7 @@
 """A sweep file: what it expands to, what its cells share, every mistake in it said in one line. Nothing is built."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,28 @@ def test_sweep_over_an_arms_own_field_trains_the_other_arm_once(folder):
     assert [trial.arm for trial in plan.trials].count("sft") == 2
     assert [trial.arm for trial in plan.trials].count("distilled") == 4
     assert {trial.name for trial in plan.trials if trial.arm == "sft"} == {"sft, blocks 2", "sft, blocks 3"}
+
+
+def test_checking_a_sweep_opens_its_row_file_as_often_for_many_cells_as_for_one(folder):
+    opened = 0
+    rows, counting = str(folder / "rows.jsonl"), True
+
+    def count(event: str, arguments: tuple) -> None:
+        nonlocal opened
+        opened += counting and event == "open" and str(arguments[0]) == rows
+
+    def count_for(**axes: list) -> int:
+        nonlocal opened
+        plan, opened = load(folder, {"prune.blocks": [2], **axes}), 0
+        planning.check(plan, load_compute())
+        return opened
+
+    sys.addaudithook(count)  # for the rest of this process
+    try:
+        one, many = count_for(), count_for(**{"train.rows": [8, 16], "train.seed": [0, 1, 2, 3]})
+    finally:
+        counting = False
+    assert one == many > 0
 
 
 def test_sweep_of_several_grids_is_all_that_any_of_them_makes(folder):
@@ -247,8 +270,8 @@ def test_every_shipped_sweep_plans_and_saves(tmp_path):
     for file in files:
         plan = planning.load_sweep(file)
         found = savings.measure(plan, Storage(str(tmp_path)))
-        assert found["sweep"] < found["alone"] * 0.8
-        counts = {kind["stage"]: kind["sweep"] for kind in found["stages"]}
+        assert found.sweep < found.alone * 0.8
+        counts = {kind.stage: kind.sweep for kind in found.stages}
         assert (counts["model"], counts["score"]) == (1, 1)
     assert not list(tmp_path.iterdir()), "planning writes nothing under the root"
 

@@ -19,7 +19,7 @@ import yaml
 from events import read_events
 from faked import count_asked, finish, kill, make_folder, outcome, require_same, start, wait_for
 
-from sdft_ray.store.manifest import check_files
+from sdft_ray.store.manifest import check_files, read_manifest
 
 pytestmark = pytest.mark.full
 
@@ -154,7 +154,7 @@ def test_chain_on_nodes_with_disks_of_their_own_brings_a_model_once_to_each(fold
 
         for disk in disks:
             (manifest,) = there(disk, "cut/*/manifest.json")
-            check_files(manifest.parent, json.loads(manifest.read_text()), hashes=True)
+            check_files(manifest.parent, read_manifest(manifest.parent), hashes=True)
             assert there(disk, "ledger/*/part-*"), "it had an engine"
         assert len(brought) == 2, "each node brought the cut model once; the driver made it"
         (tuned,) = there(tmp_path / "cache", "train/*/manifest.json")

@@ -10,11 +10,12 @@ import pytest
 
 from sdft_ray import pipeline
 from sdft_ray.preflight import precision
-from sdft_ray.report import show
+from sdft_ray.report import terminal
 from sdft_ray.spec.compute import Compute, load_compute
 from sdft_ray.spec.loading import leaves, load_recipe
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.wording import validate
+from sdft_ray.stages import rows
 from sdft_ray.store.storage import Storage
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -255,6 +256,8 @@ LONGEST = '''
 
 import json
 
+from sdft_ray import stages
+from sdft_ray.core.rows import Row
 from sdft_ray.results import read_split
 from sdft_ray.spec.section import Section
 from sdft_ray.store.identity import Stage
@@ -270,14 +273,19 @@ class Settings(Section):
     note: str = ""
 
 
+class Summary(stages.Summary):
+    longest: int
+    read: int
+
+
 def stage(count, rows, note=""):
     return Stage("longest", f"{rows.slug}-{count}", VERSION, Settings(count=count, note=note), {"rows": rows})
 
 
 def build(work):
-    prompts = sorted((row["prompt"] for row in read_split(work.input("rows"), "train")), key=len, reverse=True)
+    prompts = sorted((row.prompt for row in read_split(work.input("rows"), "train", Row)), key=len, reverse=True)
     (work.directory / "longest.json").write_text(json.dumps(prompts[: work.settings.count]))
-    return {"longest": len(prompts[0]), "read": len(prompts)}
+    return Summary(longest=len(prompts[0]), read=len(prompts))
 '''
 
 
@@ -301,16 +309,16 @@ def test_a_stage_of_its_own_file_and_an_entry_is_built_into_an_artifact(recipe, 
     built = pipeline.build([chain.rows, added], compute, storage)
     assert [stage.name for stage in built.new] == ["rows", "longest"]
     manifest = storage.manifest(added)
-    assert (manifest["stage"], manifest["id"], manifest["identity"]) == ("longest", added.id, added.identity)
-    assert manifest["identity"]["settings"] == {"count": 2}
-    assert manifest["identity"]["inputs"] == {"rows": chain.rows.id}
-    assert manifest["summary"] == {"longest": 2, "read": 4}
-    assert [entry["path"] for entry in manifest["files"]] == ["longest.json"]
+    assert (manifest.stage, manifest.id, manifest.identity.plain()) == ("longest", added.id, added.identity)
+    assert manifest.identity.settings == {"count": 2}
+    assert manifest.identity.inputs == {"rows": chain.rows.id}
+    assert manifest.summary == {"longest": 2, "read": 4}
+    assert [file.path for file in manifest.files] == ["longest.json"]
     assert len(json.loads((storage.place(added) / "longest.json").read_text())) == 2
     assert pipeline.build([chain.rows, added], compute, storage).reused == (chain.rows, added)
     assert [line["status"] for line in pipeline.describe([chain.rows, added], storage)] == ["done", "done"]
     assert precision.half_fields([added], compute) == {}
-    show.show(storage.place(added), manifest)
+    terminal.show_artifact(storage.place(added), manifest)
     assert f"longest {added.id}" in capsys.readouterr().out
 
 
@@ -328,5 +336,5 @@ def test_rows_of_a_gym_are_built_from_the_plan(tiny_model, tmp_path):
     )
     storage = Storage(str(tmp_path / "root"))
     pipeline.run(recipe, load_compute(), storage, until="rows")
-    counts = storage.manifest(pipeline.chain(recipe).rows)["summary"]
-    assert counts["read"] == 30 == sum(counts["rows"].values()) + counts["duplicate_prompts"]
+    counts = rows.Summary.of(pipeline.chain(recipe).rows, storage)
+    assert counts.read == 30 == sum(counts.rows.plain().values()) + counts.duplicate_prompts

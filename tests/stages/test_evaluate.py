@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import make_tiny_model, make_tokenizer
 
+from sdft_ray.core.rows import Row
 from sdft_ray.data.benchmarks import offline_task_file
 from sdft_ray.data.chat import encode_row, render_prompt
 from sdft_ray.errors import UserError
@@ -87,13 +88,13 @@ def test_examine_in_float32_scores_exactly_what_plain_lm_eval_does(task, metric,
         bootstrap_iters=0,
     )
     expected = plain["results"][task]
-    assert 0 < ours["value"] < 1 and ours["n"] == 12 and ours["limited"]
-    assert ours["value"] == expected[way.metric]
-    assert ours["other_metrics"] == {
+    assert 0 < ours.value < 1 and ours.n == 12 and ours.limited
+    assert ours.value == expected[way.metric]
+    assert ours.other_metrics == {
         key: value for key, value in expected.items() if key in ("acc,none", "acc_norm,none") and key != way.metric
     }
     metric = way.metric.partition(",")[0]
-    assert [item["value"] for item in items] == [sample[metric] for sample in plain["samples"][task]]
+    assert [item.value for item in items] == [sample[metric] for sample in plain["samples"][task]]
 
 
 def test_generate_greedily_takes_the_likeliest_token_whatever_the_model_says_of_generation(tiny_model):
@@ -154,17 +155,17 @@ def test_held_out_answers_are_graded_without_thoughts_and_references_without_wha
         "d?": "5?\n</think>\n\n4<|im_end|>",
     }
     learn_by_heart(model, [(render_prompt(tokenizer, p), tokenizer(text)["input_ids"]) for p, text in said.items()])
-    rows = [{"id": prompt, "prompt": prompt, "reference": "It is 4.", "answer": "4"} for prompt in said]
+    rows = [Row(prompt, "It is 4.", "4", id=prompt) for prompt in said]
     lm = types.SimpleNamespace(model=model, tokenizer=tokenizer, max_length=512)
     _, items = held_out.evaluate_held_out(lm, rows, "number", 32, 4)
-    assert {item["id"]: item["value"] for item in items} == {"a?": 1.0, "b?": 0.0, "c?": 0.0, "d?": 1.0}
-    assert [item["generated"] for item in items][::2] == ["4", "<think>\n4, 4, 4"]
+    assert {item.id: item.value for item in items} == {"a?": 1.0, "b?": 0.0, "c?": 0.0, "d?": 1.0}
+    assert [item.generated for item in items][::2] == ["4", "<think>\n4, 4, 4"]
     for item, row in zip(items, rows, strict=True):
-        ids = encode_row(tokenizer, row["prompt"], "It is 4.").ids
+        ids = encode_row(tokenizer, row.prompt, "It is 4.").ids
         with torch.inference_mode():
             at = model(torch.tensor([ids])).logits[0].log_softmax(-1)[range(len(ids) - 1), ids[1:]]
         # The last nine are the eight bytes of the reference and the end of turn.
-        assert item["bits"] == pytest.approx(-float(at[-9:-1].sum()) / torch.tensor(2.0).log().item(), rel=1e-4)
+        assert item.bits == pytest.approx(-float(at[-9:-1].sum()) / torch.tensor(2.0).log().item(), rel=1e-4)
 
 
 def learn_by_heart(model, texts):

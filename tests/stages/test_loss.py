@@ -1,7 +1,5 @@
 """The loss with blocks skipped, against the whole model whose blocks are made to give back their input by hooks."""
 
-import json
-
 import pytest
 import torch
 from architectures import logits_of
@@ -63,7 +61,7 @@ def work(ray_cluster, tiny_model, tmp_path):
         scored = Stage("score", "tiny", 1, measured, inputs)
         if storage.status(scored) != "done":
             summary = score.build(Work(scored, storage, plan, Progress("score", "texts")))
-            storage.commit(scored, summary, 0.0)
+            storage.commit(scored, summary.plain(), 0.0)
         stage = Stage("loss", "tiny", 1, settings, inputs | {"score": scored})
         return Work(stage, storage, plan, Progress("loss", "texts"))
 
@@ -72,13 +70,13 @@ def work(ray_cluster, tiny_model, tmp_path):
 
 def test_loss_ranks_candidates_by_loss_beside_distance_and_influence(work):
     summary = loss.build(work())
-    found = summary["candidates"]
-    assert [c["loss"] for c in found] == sorted(c["loss"] for c in found)
-    assert {1, 2} <= {c["distance_rank"] for c in found}, "the best two by distance"
-    assert {1, 2} <= {c["influence_rank"] for c in found}, "and the best two by influence"
-    assert summary["choice"]["blocks"] == tuple(found[0]["blocks"])
-    assert summary["choice"]["value"] == pytest.approx(found[0]["loss"])
-    assert summary["base_loss"] > 0
+    found = summary.candidates
+    assert [c.loss for c in found] == sorted(c.loss for c in found)
+    assert {1, 2} <= {c.distance_rank for c in found}, "the best two by distance"
+    assert {1, 2} <= {c.influence_rank for c in found}, "and the best two by influence"
+    assert summary.choice.blocks == found[0].blocks
+    assert summary.choice.value == pytest.approx(found[0].loss)
+    assert summary.base_loss > 0
 
 
 def test_loss_of_two_corpora_keeps_the_losses_of_both(work, tmp_path):
@@ -86,23 +84,23 @@ def test_loss_of_two_corpora_keeps_the_losses_of_both(work, tmp_path):
     texts.write_text("\n\n".join(f"A text of its own, number {i}." for i in range(9)) + "\n\nX\n\nY")
     second = CORPUS.model_copy(update={"name": "sums-2", "path": str(texts)})
     found = loss.build(work(calibration=(CORPUS, second)))
-    assert found["texts"] == {"sums": 5, "sums-2": 3}
-    for candidate in found["candidates"]:
-        assert candidate["loss"] == pytest.approx(sum(candidate["losses"].values()) / 2)
-        assert candidate["losses"]["sums"] != candidate["losses"]["sums-2"]
+    assert found.texts == {"sums": 5, "sums-2": 3}
+    for candidate in found.candidates:
+        assert candidate.loss == pytest.approx(sum(candidate.losses.values()) / 2)
+        assert candidate.losses["sums"] != candidate.losses["sums-2"]
 
 
 def test_loss_of_every_span_is_measured_where_more_candidates_are_asked_for_than_there_are(work):
-    assert len(loss.build(work(candidates=99))["candidates"]) == 5
-    protected = loss.build(work(candidates=99, protect=Protect(first=1, last=2)))["candidates"]
-    assert sorted(c["blocks"][0] for c in protected) == [1, 2]
+    assert len(loss.build(work(candidates=99)).candidates) == 5
+    protected = loss.build(work(candidates=99, protect=Protect(first=1, last=2))).candidates
+    assert sorted(c.blocks[0] for c in protected) == [1, 2]
 
 
 def test_loss_tries_what_influence_would_take_out_of_line(work):
-    found = [c["blocks"] for c in loss.build(work(contiguous=False, depth=3))["candidates"]]
+    found = [c.blocks for c in loss.build(work(contiguous=False, depth=3)).candidates]
     measured = work(contiguous=False, depth=3)
     chosen = cut_choice(measured, metric="influence", contiguous=False, depth=3)
-    assert list(chosen.blocks) in found
+    assert chosen.blocks in found
 
 
 def cut_choice(measured: Work, metric: str, **changes):
@@ -116,11 +114,11 @@ def cut_choice(measured: Work, metric: str, **changes):
 def test_cut_by_loss_removes_the_candidate_of_lowest_loss(work):
     measured = work()
     summary = loss.build(measured)
-    measured.storage.commit(measured.stage, summary, 0.0)
+    measured.storage.commit(measured.stage, summary.plain(), 0.0)
     choice = cut_choice(measured, metric="loss")
-    assert list(choice.blocks) == json.loads(json.dumps(summary["choice"]["blocks"]))
+    assert list(choice.blocks) == summary.plain()["choice"]["blocks"]
     by_distance = cut_choice(measured, metric="angular")
-    assert by_distance.blocks == tuple(next(c["blocks"] for c in summary["candidates"] if c["distance_rank"] == 1))
+    assert by_distance.blocks == tuple(next(c.blocks for c in summary.candidates if c.distance_rank == 1))
 
 
 def test_cut_of_more_blocks_than_protection_leaves_is_refused(work):

@@ -11,13 +11,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sdft_ray import pipeline
+from sdft_ray.core.recovery import Difference
 from sdft_ray.errors import UserError
 from sdft_ray.preflight.checks import check
-from sdft_ray.report.table import merge_line
+from sdft_ray.report.entries import MergeEntry
+from sdft_ray.report.lines import merge_line
 from sdft_ray.spec.compute import load_compute
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.wording import validate
-from sdft_ray.stages.merge import LinearSettings, SlerpSettings, merge_models
+from sdft_ray.stages.merge import LinearSettings, SlerpSettings, Summary, merge_models
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 from sdft_ray.sweep.planning import load_sweep
@@ -62,23 +64,23 @@ def held_by(model: Path) -> dict[str, torch.Tensor]:
 def test_merge_of_two_models_is_a_whole_model_and_says_what_slerp_did(tuned, tmp_path):
     facts = merge_models(tuned, tmp_path, HALFWAY)
     one, other, merged = (held_by(model) for model in (*tuned.values(), tmp_path))
-    assert merged.keys() == one.keys() and facts["tensors"] == len(merged)
+    assert merged.keys() == one.keys() and facts.tensors == len(merged)
     assert len(list(tmp_path.glob("*.safetensors"))) == len(list(tuned["sums"].glob("*.safetensors"))) > 1
     same = [name for name in one if torch.equal(one[name], other[name])]
-    assert facts["identical"] == len(same) > 0 and all(torch.equal(merged[name], one[name]) for name in same)
+    assert facts.identical == len(same) > 0 and all(torch.equal(merged[name], one[name]) for name in same)
     turned = 0
     for name in one.keys() - set(same):
         a, b = one[name].double().flatten(), other[name].double().flatten()
         cos = float(a @ b / (a.norm() * b.norm()))
-        assert facts["cosines"][name] == pytest.approx([cos], abs=1e-6)
+        assert facts.cosines[name] == pytest.approx([cos], abs=1e-6)
         if cos > 0.9995:
             expected = (a + b) / 2
         else:
             turned += 1
             expected = (a + b) / (2 * (torch.arccos(torch.tensor(cos, dtype=torch.double)) / 2).cos())
         assert torch.allclose(merged[name].double().flatten(), expected, atol=1e-6), name
-    assert 0 < turned == facts["tensors"] - facts["identical"] - facts["fell_back_to_linear"] < facts["tensors"]
-    assert facts["cosines"][facts["least_alike"]] == [facts["least_cosine"]]
+    assert 0 < turned == facts.tensors - facts.identical - facts.fell_back_to_linear < facts.tensors
+    assert facts.cosines[facts.least_alike] == (facts.least_cosine,)
     assert {check.check for check in verify(Model("merged", tmp_path)) if check.status == "ok"} >= {"tensors", "cache"}
 
 
@@ -241,7 +243,7 @@ def test_merge_is_built_from_a_plan_and_kept_as_an_artifact(recipe, tuned, tmp_p
     stage = Stage("merge", "m", 1, halfway, {"model_0": first, "model_1": other})
     storage = Storage(str(tmp_path / "root"))
     pipeline.build([stage], load_compute(), storage)
-    assert storage.status(stage) == "done" and storage.manifest(stage)["summary"]["tensors"] > 0
+    assert storage.status(stage) == "done" and Summary.of(stage, storage).tensors > 0
 
 
 def test_sweep_of_a_recipe_that_merges_is_refused(recipe, tmp_path):
@@ -252,11 +254,16 @@ def test_sweep_of_a_recipe_that_merges_is_refused(recipe, tmp_path):
 
 
 def test_report_line_of_a_merge_says_what_it_gained_over_each_parent():
-    gained = {
-        "sums": {"value": 0.02, "low": 0.005, "high": 0.04},
-        "together": {"value": 0.0, "low": -0.01, "high": 0.01},
-    }
-    counts = {"identical": 1, "tensors": 3, "least_cosine": 0.9, "fell_back_to_linear": 0}
-    line = merge_line("slerp", {"models": ["sums", "chats"], "against": gained, **counts})
+    gained = {"sums": Difference(0.02, 0.005, 0.04, 9), "together": Difference(0.0, -0.01, 0.01, 9)}
+    merged = Summary(
+        parameters=9,
+        tensors=3,
+        identical=1,
+        fell_back_to_linear=0,
+        least_cosine=0.9,
+        least_alike="x",
+        cosines={"x": (0.9,)},
+    )
+    line = merge_line("slerp", MergeEntry(models=("sums", "chats"), against=gained, merged=merged))
     assert "merged from sums and chats; 1 of 3 tensors were identical" in line
     assert line.endswith("intervals: sums +2.0 [+0.5, +4.0], together +0.0 [-1.0, +1.0].")

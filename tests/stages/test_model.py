@@ -24,7 +24,7 @@ def make_work(root: Path, gguf: Path) -> Work:
 def test_model_of_a_gguf_file_holds_its_tensors(tmp_path):
     gguf = make_tiny_gguf(tmp_path / "model.gguf")
     work = make_work(tmp_path, gguf)
-    assert model.build(work)["blocks"] == 3
+    assert model.build(work).blocks == 3
     held, written = {t.name: t.data for t in GGUFReader(gguf).tensors}, load_file(work.directory / "model.safetensors")
     assert len(written) == len(held) == 29
     for ours, theirs in (("mlp.up_proj", "ffn_up"), ("self_attn.v_proj", "attn_v"), ("input_layernorm", "attn_norm")):

@@ -3,12 +3,14 @@
 import itertools
 import json
 import random
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from pydantic import TypeAdapter
 
 from sdft_ray import pipeline
+from sdft_ray.core.rows import Row
 from sdft_ray.data import benchmarks
 from sdft_ray.errors import UserError
 from sdft_ray.results import SPLITS, read_split
@@ -16,14 +18,12 @@ from sdft_ray.spec.compute import load_compute
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.sources import RowSource
 from sdft_ray.spec.wording import validate
-from sdft_ray.stages.rows import split_rows, write_splits
+from sdft_ray.stages.rows import LeftOut, Summary, split_rows, write_splits
 from sdft_ray.store.storage import Storage
 
-BLANK = [{"prompt": "why?", "reference": " ", "answer": None}]
 
-
-def raw_rows(count: int) -> list[dict]:
-    return [{"prompt": f"{i} + {i}?", "reference": f"So {2 * i}.", "answer": None} for i in range(count)]
+def raw_rows(count: int) -> list[Row]:
+    return [Row(f"{i} + {i}?", f"So {2 * i}.") for i in range(count)]
 
 
 def split(raw, held_out=3, validation=2, seed=0, checker="number"):
@@ -31,54 +31,54 @@ def split(raw, held_out=3, validation=2, seed=0, checker="number"):
 
 
 def in_order(splits) -> list[str]:
-    return [row["prompt"] for name in SPLITS for row in splits[name]]
+    return [row.prompt for name in SPLITS for row in splits[name]]
 
 
 def test_split_rows_gives_each_row_to_one_split():
     splits, counts = split(raw_rows(20))
     assert {name: len(splits[name]) for name in SPLITS} == {"held_out": 3, "validation": 2, "train": 15}
-    assert sorted(in_order(splits)) == sorted(row["prompt"] for row in raw_rows(20))
-    assert counts == {"read": 20, "blank": 0, "duplicate_prompts": 0, "without_answer": 0}
+    assert sorted(in_order(splits)) == sorted(row.prompt for row in raw_rows(20))
+    assert counts == LeftOut(blank=0, duplicate_prompts=0, without_answer=0)
 
 
 def test_split_rows_reads_the_answer_and_keeps_the_reference():
-    raw = [*raw_rows(6), {"prompt": "with a column", "reference": "a long story", "answer": "1,234.5"}]
+    raw = [*raw_rows(6), Row("with a column", "a long story", "1,234.5")]
     splits, _ = split(raw)
-    rows = {row["prompt"]: row for name in SPLITS for row in splits[name]}
-    assert (rows["3 + 3?"]["reference"], rows["3 + 3?"]["answer"]) == ("So 6.", "6")
-    assert rows["with a column"]["answer"] == "2469/2"
+    rows = {row.prompt: row for name in SPLITS for row in splits[name]}
+    assert (rows["3 + 3?"].reference, rows["3 + 3?"].answer) == ("So 6.", "6")
+    assert rows["with a column"].answer == "2469/2"
 
 
 def test_split_rows_with_one_prompt_twice_keeps_the_first_and_counts_the_other():
-    raw = [*raw_rows(10), {"prompt": " 3 +\n 3?", "reference": "So 7.", "answer": None}, raw_rows(10)[4]]
+    raw = [*raw_rows(10), Row(" 3 +\n 3?", "So 7."), raw_rows(10)[4]]
     splits, counts = split(raw)
-    assert counts["duplicate_prompts"] == 2
-    assert sorted(in_order(splits)) == sorted(row["prompt"] for row in raw_rows(10))
-    assert "So 7." not in [row["reference"] for name in SPLITS for row in splits[name]]
+    assert counts.duplicate_prompts == 2
+    assert sorted(in_order(splits)) == sorted(row.prompt for row in raw_rows(10))
+    assert "So 7." not in [row.reference for name in SPLITS for row in splits[name]]
 
 
 def test_split_rows_without_a_checkable_answer_leaves_the_row_out_and_counts_it():
-    raw = [*raw_rows(10), {"prompt": "why?", "reference": "because", "answer": None}]
+    raw = [*raw_rows(10), Row("why?", "because")]
     splits, counts = split(raw)
-    assert counts["without_answer"] == 1
+    assert counts.without_answer == 1
     assert "why?" not in in_order(splits)
 
 
 def test_split_rows_of_choices_reads_the_letter():
-    raw = [{"prompt": f"{i}?", "reference": "They need light, so (B).", "answer": None} for i in range(9)]
-    splits, _ = split([*raw, {"prompt": "why?", "reference": "because", "answer": "c"}], checker="choice")
-    assert {row["prompt"]: row["answer"] for name in SPLITS for row in splits[name]} == {
+    raw = [Row(f"{i}?", "They need light, so (B).") for i in range(9)]
+    splits, _ = split([*raw, Row("why?", "because", "c")], checker="choice")
+    assert {row.prompt: row.answer for name in SPLITS for row in splits[name]} == {
         **{f"{i}?": "B" for i in range(9)},
         "why?": "C",
     }
 
 
 def test_split_rows_of_open_ended_rows_keeps_all_with_no_answer():
-    raw = [*raw_rows(10), {"prompt": "why?", "reference": "because", "answer": None}]
+    raw = [*raw_rows(10), Row("why?", "because")]
     splits, counts = split(raw, checker="none")
-    assert counts["without_answer"] == 0
+    assert counts.without_answer == 0
     assert len(in_order(splits)) == 11
-    assert {row["answer"] for name in SPLITS for row in splits[name]} == {None}
+    assert {row.answer for name in SPLITS for row in splits[name]} == {None}
 
 
 def test_split_rows_does_not_depend_on_the_order_of_the_source():
@@ -102,17 +102,15 @@ def test_split_rows_of_a_longer_source_keeps_the_order_of_the_rows_it_had():
 def test_split_rows_order_moves_with_the_seed_and_is_not_the_source_order():
     orders = [in_order(split(raw_rows(30), seed=seed)[0]) for seed in (0, 1)]
     assert orders[0] != orders[1]
-    assert orders[0] != [row["prompt"] for row in raw_rows(30)]
+    assert orders[0] != [row.prompt for row in raw_rows(30)]
     assert orders[0] == in_order(split(raw_rows(30), seed=0)[0])
 
 
 def test_split_rows_ids_stand_for_prompt_and_reference():
-    ids = {row["prompt"]: row["id"] for name in SPLITS for row in split(raw_rows(20))[0][name]}
+    ids = {row.prompt: row.id for name in SPLITS for row in split(raw_rows(20))[0][name]}
     assert len(set(ids.values())) == 20
-    changed = [
-        {**row, "reference": "Now 0." if row["prompt"] == "4 + 4?" else row["reference"]} for row in raw_rows(20)
-    ]
-    moved = {row["prompt"]: row["id"] for name in SPLITS for row in split(changed)[0][name]}
+    changed = [row._replace(reference="Now 0." if row.prompt == "4 + 4?" else row.reference) for row in raw_rows(20)]
+    moved = {row.prompt: row.id for name in SPLITS for row in split(changed)[0][name]}
     assert {prompt for prompt in ids if ids[prompt] != moved[prompt]} == {"4 + 4?"}
 
 
@@ -123,7 +121,7 @@ def test_split_rows_ids_stand_for_prompt_and_reference():
         (raw_rows(3), 3, ""),
         ([*raw_rows(5), *raw_rows(5)], 5, "; 5 prompts came before"),
         (
-            [*raw_rows(2), {"prompt": "why?", "reference": " ", "answer": None}],
+            [*raw_rows(2), Row("why?", " ")],
             2,
             "; 1 rows had a blank prompt or response",
         ),
@@ -147,7 +145,7 @@ def test_split_rows_that_leave_none_to_train_on_say_why(raw, usable, lost):
     ],
 )
 def test_split_rows_whose_answers_are_of_another_kind_say_so_and_what_to_set(checker, answers, what):
-    raw = [{"prompt": f"{i}?", "reference": "(B) y", "answer": answer} for i, answer in enumerate(answers)]
+    raw = [Row(f"{i}?", "(B) y", answer) for i, answer in enumerate(answers)]
     with pytest.raises(UserError, match=rf"^rows: 0 usable rows \(of 6; {what}\) leave none .*Set rows\.answer to"):
         split(raw, checker=checker)
 
@@ -160,7 +158,7 @@ def test_split_rows_counts_what_decontamination_left_out_among_the_reasons():
 def test_write_splits_reads_back_as_it_was_also_where_a_split_is_empty(tmp_path):
     splits, _ = split(raw_rows(12), validation=0, checker="none")
     write_splits(tmp_path, splits)
-    assert {name: read_split(tmp_path, name) for name in SPLITS} == splits
+    assert {name: read_split(tmp_path, name, Row) for name in SPLITS} == splits
     assert splits["validation"] == []
 
 
@@ -178,30 +176,30 @@ def make_recipe(tmp_path, tiny_model, source: dict) -> Recipe:
     )
 
 
-def build_rows(tmp_path, tiny_model, raw: list[dict], **rows) -> tuple[dict, Storage]:
-    """Build the rows stage of a recipe on these rows; return its manifest's summary and where it lies."""
+def build_rows(tmp_path, tiny_model, raw: list[Row], **rows) -> tuple[Summary, Path]:
+    """Build the rows stage of a recipe on these rows; return its summary and where it lies."""
     file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in raw))
+    file.write_text("".join(json.dumps(row._asdict()) + "\n" for row in raw))
     source = {"path": str(file), "fields": {"prompt": "prompt", "response": "reference"}, "held_out": 2, **rows}
     recipe = make_recipe(tmp_path, tiny_model, {**source, "validation": 2, "answer": "none"})
     storage = Storage(str(tmp_path / "root"))
     pipeline.run(recipe, load_compute(), storage, until="rows")
     stage = pipeline.chain(recipe).rows
-    return storage.manifest(stage)["summary"], storage.place(stage)
+    return Summary.of(stage, storage), storage.place(stage)
 
 
-def gsm8k_test(count: int) -> list[dict]:
+def gsm8k_test(count: int) -> list[Row]:
     documents = benchmarks.read_documents(benchmarks.offline_items_file("gsm8k"))
-    return [{"prompt": doc["question"], "reference": doc["answer"]} for doc in itertools.islice(documents, count)]
+    return [Row(doc["question"], doc["answer"]) for doc in itertools.islice(documents, count)]
 
 
 def test_rows_leave_out_the_items_of_a_task_and_list_them(tmp_path, tiny_model):
     items = gsm8k_test(50)
     summary, directory = build_rows(tmp_path, tiny_model, raw_rows(20) + items, decontaminate=["gsm8k", "sciq"])
-    assert (summary["read"], summary["decontaminated"]) == (70, 50)
-    assert summary["decontaminated_by_task"] == {"gsm8k": 50, "sciq": 0}
-    kept = [row["prompt"] for name in SPLITS for row in read_split(directory, name)]
-    assert sorted(kept) == sorted(row["prompt"] for row in raw_rows(20))
+    assert (summary.read, summary.decontaminated) == (70, 50)
+    assert summary.decontaminated_by_task == {"gsm8k": 50, "sciq": 0}
+    kept = [row.prompt for name in SPLITS for row in read_split(directory, name, Row)]
+    assert sorted(kept) == sorted(row.prompt for row in raw_rows(20))
     listed = pq.read_table(directory / "decontaminated.parquet").to_pylist()
     assert {line["task"] for line in listed} == {"gsm8k"}
     assert len({line["row"] for line in listed}) == len(listed) == 50
@@ -210,15 +208,15 @@ def test_rows_leave_out_the_items_of_a_task_and_list_them(tmp_path, tiny_model):
 
 def test_rows_with_a_task_answer_inside_are_left_out(tmp_path, tiny_model):
     item = gsm8k_test(1)[0]
-    raw = [*raw_rows(20), {"prompt": "Tell me a story.", "reference": f"Once: {item['prompt']} The end."}]
+    raw = [*raw_rows(20), Row("Tell me a story.", f"Once: {item.prompt} The end.")]
     summary, _ = build_rows(tmp_path, tiny_model, raw, decontaminate=["gsm8k"])
-    assert summary["decontaminated"] == 1
+    assert summary.decontaminated == 1
 
 
 def test_rows_without_tasks_leave_out_none_and_keep_their_identity(tmp_path, tiny_model):
     summary, directory = build_rows(tmp_path, tiny_model, raw_rows(20) + gsm8k_test(5))
-    assert summary["decontaminated"] == 0
-    assert sum(summary["rows"].values()) == 25
+    assert summary.decontaminated == 0
+    assert sum(summary.rows.plain().values()) == 25
     assert pq.read_table(directory / "decontaminated.parquet").num_rows == 0
     _, same = build_rows(tmp_path, tiny_model, raw_rows(20) + gsm8k_test(5), ngram=8)
     assert same == directory

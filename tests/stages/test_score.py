@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny_model, make_tiny_rows
 
+from sdft_ray.core.rows import Row
 from sdft_ray.core.surgery import ARCHITECTURES
 from sdft_ray.data import calibration
 from sdft_ray.data.calibration import Corpus, CorpusSettings
@@ -143,7 +144,7 @@ def make_work(root: Path, model: Path, *corpora: dict, actors: int = 1, batch_si
 def read_corpora(work: Work) -> list[Corpus]:
     """Return the corpora of a score stage as its build reads them."""
     wanted = work.settings.calibration
-    rows = {i: read_split(place, "train") for i, place in work.numbered_inputs("rows", len(wanted)).items()}
+    rows = {i: read_split(place, "train", Row) for i, place in work.numbered_inputs("rows", len(wanted)).items()}
     return calibration.read_corpora(work.input("model"), wanted, rows)
 
 
@@ -188,17 +189,17 @@ def test_score_of_a_killed_actor_is_that_of_a_calm_one(scored, tmp_path, monkeyp
 
 def test_score_summary_says_for_every_size_what_each_metric_and_each_corpus_would_remove(scored):
     work, summary = scored("two", {}, {"rows": True, "positions": "response"})
-    assert [(c["name"], c["positions"], c["texts"]) for c in summary["corpora"]] == [
+    assert [(c.name, c.positions, c.texts) for c in summary.corpora] == [
         ("corpus 0", "last", 20),
         ("corpus 1", "response", 20),
     ]
-    for choices in (summary["choices"], *(corpus["choices"] for corpus in summary["corpora"])):
+    for choices in (summary.choices, *(corpus.choices for corpus in summary.corpora)):
         assert set(choices) == {"angular", "influence"}
         for metric in choices.values():
-            assert list(metric) == ["1", "2", "3", "4", "5"]
+            assert list(metric) == [1, 2, 3, 4, 5]
             for size, choice in metric.items():
-                assert len(choice["blocks"]) == int(size) and 0 < choice["agreement"] <= 1
-    assert all(0 <= c["shared"] <= 1 for metric in summary["choices"].values() for c in metric.values())
+                assert len(choice.blocks) == size and 0 < choice.agreement <= 1
+    assert all(0 <= c.shared <= 1 for metric in summary.choices.values() for c in metric.values())
     mean = torch.tensor(json.loads((work.directory / "distances.json").read_text())["corpora"][0]["distances"])
     torch.testing.assert_close(mean, read_measured(work.directory)[0][0].mean(dim=0), atol=1e-6, rtol=0)
 
