@@ -114,7 +114,7 @@ def test_check_of_a_torn_line_names_file_and_line(folder):
         ),
         ("-", b"", ["train.max_tokens=5000"], "train.max_tokens: 5000 is more than the model's context of 2048 holds."),
         ("-", b"", ["distill.samples=3", "distill.temperature=0"], "distill.samples: 3 is the same text 3 times at"),
-        ("-", b"", ["train.rows=6"], "train.rows: 6 is more than the 5 training rows there are."),
+        ("-", b"", ["train.rows=6"], "train.rows: 6 is more than the 5 training rows. Lower train.rows."),
     ],
 )
 def test_check_of_wrong_input_is_one_line(folder, name, content, settings, line):
