@@ -330,9 +330,9 @@ def require_gates(finished: Iterable[Stage[Any]], storage: Storage) -> None:
 
 def _together(todo: Sequence[Stage[Any]]) -> Iterator[list[Stage[Any]]]:
     """Yield the stages that are built at once: all evaluations (each is small), everything else alone."""
-    for name, group in itertools.groupby(todo, key=lambda stage: stage.name):
+    for at_once, group in itertools.groupby(todo, key=lambda stage: isinstance(stage.settings, evaluate.Settings)):
         stages = list(group)
-        yield from [stages] if MODULES[name] is evaluate else ([stage] for stage in stages)
+        yield from [stages] if at_once else ([stage] for stage in stages)
 
 
 @dataclasses.dataclass(frozen=True)
