@@ -77,8 +77,8 @@ def training_batches(directory: Path, count: int | None, kind: type[R]) -> Itera
     file = pq.ParquetFile(directory / "train.parquet")
     left = file.metadata.num_rows if count is None else count
     if left > file.metadata.num_rows:
-        what = f"{count} is more than the {file.metadata.num_rows} training rows there are"
-        raise UserError(problem("train.rows", what, "Lower it, or give more rows"))
+        what = f"{count} is more than the {file.metadata.num_rows} training rows"
+        raise UserError(problem("train.rows", what, "Lower train.rows"))
     for batch in file.iter_batches(1024, columns=list(kind._fields)):
         yield read_columns(batch.slice(0, left), kind)
         left -= min(left, len(batch))

@@ -62,7 +62,7 @@ SCRIPT = textwrap.dedent(
     (folder / "compute.yaml").write_text(json.dumps({"ray": {"address": cluster.address}, "distill": plan}))
     compute = load_compute(folder / "compute.yaml")
     with ray_cluster(compute), ThreadPoolExecutor() as threads:
-        require_capacity(compute, "distill", "distill")
+        require_capacity(compute, distill.NEEDS, "distill")
         building = threads.submit(distill.build, dataclasses.replace(work, compute=compute))
         until(lambda: finished() > 5 or building.done())
         timeline.append("two nodes come")

@@ -120,7 +120,7 @@ def test_evaluations_end_with_the_one_beside_them_that_fails(ray_cluster, tiny_m
     with pytest.raises(StageFailed, match="evaluate: failed"):
         pipeline.build([failing, long], compute, storage)
     everything = {"evaluate": {"cpus": cores()}, "ray": {"wait_seconds": 15}}
-    require_capacity(validate(Compute, compute.model_dump(mode="json") | everything), "evaluate", "evaluate")
+    require_capacity(validate(Compute, compute.model_dump(mode="json") | everything), evaluate.NEEDS, "evaluate")
     assert storage.status(long) == "missing"
 
 
