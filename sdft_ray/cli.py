@@ -143,7 +143,7 @@ def _add_writers(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the commands that help to write files."""
     init = add("init", commands.init, "write a starter recipe, with comments, for a model and a file of rows", False)
     init.add_argument("--model", required=True, metavar="M", help="a model directory, a .gguf file or a hub name")
-    init.add_argument("--rows", required=True, metavar="F", help="rows as .jsonl, .json or .parquet")
+    init.add_argument("--rows", required=True, metavar="F", help="rows: a file, a directory or a quoted glob")
     init.add_argument("--out", type=Path, default="recipe.yaml", metavar="F", help="recipe file (default: %(default)s)")
     for column in ("prompt", "response", "context", "answer"):
         init.add_argument(f"--{column}", metavar="COL", help=f"column of the {column}; else guessed from the names")

@@ -136,9 +136,9 @@ def test_read_rows_without_a_column_suggests_the_nearest(tmp_path):
         ("rows.json", b'[{"question": "q", "answer": "a"}, 3]', "{path}:2: is not an object. Give a list of objects."),
         ("rows.json", b"[\n1,\n", "{path}:3: is not JSON (Expecting value). Fix this line."),
         (
-            "rows.csv",
+            "rows.tsv",
             b"a,b",
-            "{path}: is a .csv file, which is not known. Save it as a .json, .jsonl or .parquet file.",
+            "{path}: is a .tsv file, which is not known. Save it as a .json, .jsonl, .csv, .parquet or .arrow file.",
         ),
     ],
 )
@@ -252,11 +252,15 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n"
         ("rows.jsonl", POINTER, "{path}: is a Git LFS pointer, not the file itself. Do: git lfs pull."),
         ("rows.parquet", POINTER, "{path}: is a Git LFS pointer, not the file itself. Do: git lfs pull."),
         (
-            "rows.jsonl.gz",
+            "rows.jsonl.bz2",
             b"",
-            "{path}: is a .gz file, which is not known. Save it as a .json, .jsonl or .parquet file.",
+            "{path}: is a .bz2 file, which is not known. Save it as a .json, .jsonl, .csv, .parquet or .arrow file.",
         ),
-        ("rows", LINES, "{path}: has no suffix that names its format. Save it as a .json, .jsonl or .parquet file."),
+        (
+            "rows",
+            LINES,
+            "{path}: has no suffix that names its format. Save it as a .json, .jsonl, .csv, .parquet or .arrow file.",
+        ),
     ],
 )
 def test_read_rows_of_a_file_in_another_form_says_what_it_is_and_what_to_do(tmp_path, name, content, line):
@@ -273,15 +277,11 @@ def test_read_rows_of_an_empty_file_is_none(tmp_path, name, content):
     assert readers.read_rows(file_rows(tmp_path / name)) == []
 
 
-def test_read_rows_of_a_directory_is_one_clear_line(tmp_path):
-    assert complaint(readers.read_rows, file_rows(tmp_path)).startswith(
-        f"rows.path: {tmp_path} is a directory. Give a "
-    )
-
-
 def test_read_rows_of_a_missing_file_is_one_clear_line(tmp_path):
     path = tmp_path / "none.jsonl"
-    line = f"rows.path: {path} does not exist. Give a .json, .jsonl or .parquet file."
+    line = (
+        f"rows.path: {path} does not exist. Give a .json, .jsonl, .csv, .parquet or .arrow file, a directory or a glob."
+    )
     assert complaint(readers.read_rows, file_rows(path)) == line
     assert complaint(readers.rows_content, file_rows(path)) == line
 
@@ -831,12 +831,12 @@ def test_read_calibration_reads_no_further_than_the_texts_that_are_asked_for(tmp
     assert calibration.read_calibration(path, "text", 2) == ["One.", "Two."]
 
 
-@pytest.mark.parametrize("name", ["texts.arrow", "texts.csv", "texts"])
+@pytest.mark.parametrize("name", ["texts.pdf", "texts.gz", "texts"])
 def test_calibration_file_of_another_kind_is_one_clear_line(tmp_path, name):
     (tmp_path / name).write_text("text")
     line = complaint(calibration.calibration_file, str(tmp_path / name))
     assert line.startswith(f"prune.calibration.text: {tmp_path / name} ")
-    assert line.endswith(" Give boolq, or a .jsonl, .json, .parquet or .txt file.")
+    assert line.endswith(f"Give {calibration.TEXTS}.")
 
 
 def test_offline_task_file_of_an_unknown_task_suggests_the_nearest():

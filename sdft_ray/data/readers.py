@@ -1,14 +1,14 @@
-"""Read files of rows and texts: their values with file and line, or one line that names the mistake.
+"""Read rows of any source, and the JSON and text files of models, or one line that names the mistake.
 
-In: .json, .jsonl, .parquet and .txt files. Out: records and paragraphs, each with its place. This module does not
-know the meaning of the values.
+In: a row source, or the path of a file. Out: rows, and the content that ids hash; parsed values and texts. Columns of a
+file or hub dataset become fields of a row here and nowhere else.
 """
 
 from __future__ import annotations
 
 import codecs
 import importlib.util
-import json
+import itertools
 import math
 import warnings
 from collections.abc import Iterator, Mapping
@@ -20,45 +20,12 @@ from typing import Any
 from pydantic import JsonValue
 
 from sdft_ray.core.rows import Row
+from sdft_ray.data.files import find_files, hash_content
+from sdft_ray.data.records import Record, read_records
+from sdft_ray.data.text import decode, first_bytes, parse_json
 from sdft_ray.errors import UserError, nearest, problem
 from sdft_ray.spec.section import Section
 from sdft_ray.spec.sources import Fields, FileRows, GymRows, HubRows, RowSource
-from sdft_ray.store.files import hash_source
-
-ROW_FILE = "a .json, .jsonl or .parquet file"
-_LFS_POINTER = b"version https://git-lfs"
-
-
-def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line or row number, record) of a .json, .jsonl or .parquet file; raises UserError with the place."""
-    require_text(path)
-    match path.suffix.lower():
-        case ".jsonl":
-            with path.open("rb") as lines:
-                for number, line in enumerate(lines, 1):
-                    if text := decode(line, f"{path}:{number}").strip():
-                        yield number, _parse_record(text, path, number)
-        case ".json":
-            for number, record in enumerate(_read_list(path), 1):
-                if not isinstance(record, dict):
-                    raise UserError(problem(f"{path}:{number}", "is not an object", "Give a list of objects"))
-                yield number, record
-        case ".parquet":
-            import pyarrow
-            import pyarrow.parquet as pq
-
-            try:
-                yield from enumerate(pq.read_table(path).to_pylist(), 1)
-            except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
-                what = f"cannot be read as Parquet ({_first_line(error)})"
-                raise UserError(problem(str(path), what, "Give a valid file")) from None
-        case suffix:
-            raise UserError(problem(str(path), describe_suffix(suffix), f"Save it as {ROW_FILE}"))
-
-
-def describe_suffix(suffix: str) -> str:
-    """Return the problem of a file without a known suffix."""
-    return f"is a {suffix} file, which is not known" if suffix else "has no suffix that names its format"
 
 
 def is_missing(value: Any) -> bool:
@@ -80,89 +47,10 @@ def require_characters(text: str, where: str) -> None:
         raise UserError(problem(where, "holds half a character (a lone surrogate)", "Fix this row")) from None
 
 
-def _parse_record(line: str, path: Path, number: int) -> dict[str, Any]:
-    where = f"{path}:{number}"
-    if number == 1 and line.startswith("["):
-        raise UserError(problem(str(path), "is a JSON list, not one object a line", "Rename it to end in .json"))
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        do = "Fix this line: write one {...}"
-        raise UserError(problem(where, f"is not JSON ({error.msg} at column {error.colno})", do)) from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
-        raise UserError(problem(where, f"cannot be read ({_first_line(error)})", "Fix this line")) from None
-    if not isinstance(record, dict):
-        raise UserError(problem(where, "is not an object", "Write one {...} a line"))
-    return record
-
-
-def _read_list(path: Path) -> list[Any]:
-    text = decode(path.read_bytes(), str(path))
-    try:
-        records = parse_json(text, path) if text.strip() else []
-    except UserError:
-        if _is_object(text.strip().partition("\n")[0]):
-            raise UserError(problem(str(path), "holds JSON lines, not a list", "Rename it to end in .jsonl")) from None
-        raise
-    if isinstance(records, list):
-        return records
-    what, do = "is not a list", "Give a list of objects"
-    if isinstance(records, dict):
-        lists = [name for name, value in records.items() if isinstance(value, list)]
-        what = f"is an object, not a list ({'with a list in' if lists else 'of'} {', '.join(lists or records)})"
-        do = "Save one list of objects by itself" if lists else do
-    raise UserError(problem(str(path), what, do))
-
-
-def _is_object(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
-def parse_json(text: str, path: Path) -> Any:
-    """Return the value that a JSON file holds; raises UserError with the line of a mistake."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(problem(f"{path}:{error.lineno}", f"is not JSON ({error.msg})", "Fix this line")) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(problem(str(path), f"cannot be read ({_first_line(error)})", "Fix this file")) from None
-
-
 def require_whole(path: Path) -> None:
     """Raise UserError for a file that is empty, or a pointer to another one."""
-    if _first_bytes(path) == b"":
+    if first_bytes(path) == b"":
         raise UserError(problem(str(path), "is empty", "Copy or download it again"))
-
-
-def require_text(path: Path) -> None:
-    """Raise UserError for a file of rows or texts that is a pointer to another, or is in UTF-16 or UTF-32."""
-    encoding = json.detect_encoding(_first_bytes(path))  # by its byte-order mark or its zeros
-    if not encoding.startswith("utf-8"):
-        raise UserError(problem(str(path), f"is {encoding[:6].upper()} text", "Save it as UTF-8"))
-
-
-def _first_bytes(path: Path) -> bytes:
-    with path.open("rb") as file:
-        start = file.read(len(_LFS_POINTER))
-    if start == _LFS_POINTER:
-        what = "is a Git LFS pointer, not the file itself"
-        raise UserError(problem(str(path), what, "Do: git lfs pull"))
-    return start
-
-
-def decode(content: bytes, where: str) -> str:
-    """Return UTF-8 text without its byte-order mark."""
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError(problem(where, "is not UTF-8 text", "Save the file as UTF-8")) from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 # reasoning-gym makes row i of seed s from s + i: neighbouring seeds would share nearly all rows.
@@ -229,7 +117,8 @@ def rows_content(source: RowSource) -> RowsContent:
         case GymRows():
             return GymContent(gym=source.gym, options=source.options, version=metadata.version("reasoning-gym"))
         case FileRows():
-            return FileContent(sha256=hash_source(_row_file(source.path)), fields=source.fields)
+            sha256 = hash_content(find_files(source.path), source.path)
+            return FileContent(sha256=sha256, fields=source.fields)
         case HubRows():
             return HubContent(**{name: getattr(source, name) for name in HubContent.model_fields})
 
@@ -243,25 +132,13 @@ def read_rows(source: RowSource) -> list[Row]:
     """
     if isinstance(source, GymRows):
         return _gym_rows(source)
-    if isinstance(source, FileRows):
-        path = _row_file(source.path)
-        where, records = str(path), read_records(path)
-    else:
-        where, records = source.repo, _hub_records(source)
-    rows: list[Row] = []
-    for number, record in records:
-        if source.limit is not None and len(rows) == source.limit:
-            break
-        rows.append(_map_fields(record, source.fields, f"{where}:{number}"))
-    return rows
+    records = _file_records(source) if isinstance(source, FileRows) else _hub_records(source)
+    return [_map_fields(record, source.fields) for record in itertools.islice(records, source.limit)]
 
 
-def _row_file(text: str) -> Path:
-    path = Path(text).expanduser()
-    if not path.is_file():
-        what = f"{path} {'is a directory' if path.is_dir() else 'does not exist'}"
-        raise UserError(problem("rows.path", what, f"Give {ROW_FILE}"))
-    return path
+def _file_records(source: FileRows) -> Iterator[Record]:
+    for path in find_files(source.path):
+        yield from read_records(path)
 
 
 def _gym_rows(source: GymRows) -> list[Row]:
@@ -283,7 +160,7 @@ def _gym_rows(source: GymRows) -> list[Row]:
     return [Row(item["question"], answer := str(item["answer"]), answer) for item in dataset]
 
 
-def _hub_records(source: HubRows) -> Iterator[tuple[int, dict[str, Any]]]:
+def _hub_records(source: HubRows) -> Iterator[Record]:
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -294,16 +171,20 @@ def _hub_records(source: HubRows) -> Iterator[tuple[int, dict[str, Any]]]:
     except (ConnectionError, FileNotFoundError, HfHubHTTPError) as error:
         what = f"cannot be downloaded ({' '.join(str(error).split())})"
         raise UserError(problem(source.repo, what, "Check the network and HF_ENDPOINT")) from None
-    yield from enumerate(dataset, 1)
+    for number, values in enumerate(dataset, 1):
+        yield Record(place := f"{source.repo}:{number}", place, values)
 
 
-def _map_fields(record: Mapping[str, Any], fields: Fields, where: str) -> Row:
+def _map_fields(read: Record, fields: Fields) -> Row:
+    where, record = read.where, read.values
     columns = fields.model_dump(exclude_none=True)
     for key, column in columns.items():
         if column not in record or isinstance(record[column], list):
             _refuse_conversation(record, where)
         if column not in record:
-            raise UserError(problem(f"rows.fields.{key}", f"{where} has no {column}", nearest(column, record)))
+            raise UserError(
+                problem(f"rows.fields.{key}", f"{read.named_in} has no {column}", nearest(column, read.names()))
+            )
     texts = {key: None if is_missing(record[column]) else record[column] for key, column in columns.items()}
     for key, value in texts.items():
         optional = key in ("context", "answer")

@@ -21,7 +21,9 @@ import yaml
 from sdft_ray.core.answers import final_part, has_words
 from sdft_ray.core.rows import Row
 from sdft_ray.data.checkers import read_answer
-from sdft_ray.data.readers import ROW_FILE, read_json, read_records, read_refusal, read_rows
+from sdft_ray.data.files import find_files
+from sdft_ray.data.readers import read_json, read_refusal, read_rows
+from sdft_ray.data.records import ROW_FILE, read_records
 from sdft_ray.errors import UserError, nearest, problem
 from sdft_ray.models.sources import describe_model
 from sdft_ray.preflight import limits
@@ -73,7 +75,7 @@ def write(model: str, rows: str, out: Path, columns: Columns) -> str:
         raise UserError(problem(str(out), "exists already", "Give another --out"))
     if not out.absolute().parent.is_dir():
         raise UserError(problem("--out", f"{out.parent} is no directory", f"Make {out.parent}"))
-    fields, known = choose_columns(_row_file(rows), columns)
+    fields, known = choose_columns(rows, columns)
     facts = _describe(model)
     values = _describe_rows(rows, fields, facts) | _describe_depth(facts)
     chosen = ", ".join(f"{key} {column}" for key, column in fields.items())
@@ -98,9 +100,11 @@ def write(model: str, rows: str, out: Path, columns: Columns) -> str:
 # --- columns --------------------------------------------------------------------------------------------------
 
 
-def choose_columns(path: Path, columns: Columns) -> tuple[dict[str, str], list[str]]:
+def choose_columns(rows: str, columns: Columns) -> tuple[dict[str, str], list[str]]:
     """Return the column of each field, and all columns; raises UserError where a needed one cannot be guessed."""
-    records = [record for _, record in itertools.islice(read_records(path), _MOST_ROWS)]
+    path = Path(rows).expanduser()
+    all_records = (record.values for file in find_files(rows, "--rows") for record in read_records(file))
+    records = list(itertools.islice(all_records, _MOST_ROWS))
     if not records:
         raise UserError(problem("--rows", f"{path} has no rows", f"Give {ROW_FILE} with rows"))
     known = list(dict.fromkeys(name for record in records for name in record))
@@ -207,14 +211,6 @@ def _longest(texts: Sequence[str], count: limits.Counter) -> int:
 
 def _power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
-
-
-def _row_file(rows: str) -> Path:
-    path = Path(rows).expanduser()
-    if not path.is_file():
-        what = f"{path} {'is a directory' if path.is_dir() else 'does not exist'}"
-        raise UserError(problem("--rows", what, f"Give {ROW_FILE}"))
-    return path
 
 
 # --- model ----------------------------------------------------------------------------------------------------

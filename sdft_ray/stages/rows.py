@@ -22,6 +22,7 @@ from sdft_ray.core.decontamination import Overlap, find_overlaps
 from sdft_ray.core.rows import Row
 from sdft_ray.data.benchmarks import offline_items_file, read_task_texts
 from sdft_ray.data.checkers import CHECKERS, read_answer
+from sdft_ray.data.files import name_of
 from sdft_ray.data.readers import RowsContent, read_rows, rows_content
 from sdft_ray.errors import UserError, problem
 from sdft_ray.results import SPLITS
@@ -91,7 +92,7 @@ class Summary(stages.Summary):
 
 def stage(source: RowSource, preset: str) -> Stage[Settings]:
     """Return the stage of a recipe's rows, whose benchmarks are those of an evaluation preset."""
-    name = source.gym if isinstance(source, GymRows) else _name(source)
+    name = _name(source)
     split = Split(**{name: getattr(source, name) for name in Split.model_fields})
     settings = Settings(
         source=rows_content(source), split=split, decontaminate=_decontamination(source, preset), origin=source
@@ -99,8 +100,14 @@ def stage(source: RowSource, preset: str) -> Stage[Settings]:
     return Stage("rows", slugify(name), VERSION, settings)
 
 
-def _name(source: FileRows | HubRows) -> str:
-    return source.repo if isinstance(source, HubRows) else Path(source.path).stem
+def _name(source: RowSource) -> str:
+    match source:
+        case GymRows():
+            return source.gym
+        case HubRows():
+            return source.repo
+        case FileRows():
+            return name_of(source.path)
 
 
 def _decontamination(source: RowSource, preset: str) -> Decontamination | None:

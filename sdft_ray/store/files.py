@@ -23,32 +23,45 @@ def hash_file(path: Path) -> str:
 
 
 def hash_source(path: Path, without: Sequence[str] = ()) -> str:
-    """Return the content hash of a user's own file or directory, remembered by path, size and mtime.
+    """Return the content hash of a user's own file or directory.
 
-    Files whose names match a pattern of `without`, in any case, do not count. The memory lies in the user's cache
-    directory: a hint only, harmless to delete.
+    Files whose names match a pattern of `without`, in any case, do not count.
+    """
+    if path.is_file():
+        return hash_files([path])[0]
+    files = [
+        file
+        for file in source_files(path)
+        if not any(fnmatch.fnmatch(file.name.lower(), pattern) for pattern in without)
+    ]
+    hashes = dict(zip((file.relative_to(path).as_posix() for file in files), hash_files(files), strict=True))
+    return hashlib.sha256(canonical_json(hashes).encode()).hexdigest()
+
+
+def hash_files(files: Sequence[Path]) -> list[str]:
+    """Return the sha256 of each of a user's own files, remembered by path, size and mtime.
+
+    The memory lies in the user's cache directory: a hint only, harmless to delete.
     """
     memory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdft_ray" / "hashes.json"
     try:
         remembered = dict(json.loads(memory.read_text()))
     except (OSError, ValueError, TypeError):
         remembered = {}
-    hashes, fresh = {}, False
-    for file in source_files(path):
-        if any(fnmatch.fnmatch(file.name.lower(), pattern) for pattern in without):
-            continue
+    hashes, fresh = [], False
+    for file in files:
         stat = file.stat()
         key = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
         if key not in remembered:
             remembered[key], fresh = hash_file(file), True
-        hashes[file.relative_to(path).as_posix()] = remembered[key]
+        hashes.append(remembered[key])
     if fresh:
         try:
             memory.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(memory, json.dumps(remembered))
         except OSError:
             pass  # a read-only home only costs the time of hashing again
-    return hashes["."] if path.is_file() else hashlib.sha256(canonical_json(hashes).encode()).hexdigest()
+    return hashes
 
 
 def source_files(path: Path) -> list[Path]:

@@ -23,6 +23,7 @@ import yaml
 
 from sdft_ray import environment
 from sdft_ray.cluster import TOKEN
+from sdft_ray.data.files import matching_files, split_glob
 from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.progress import log
 from sdft_ray.spec.compute import Compute
@@ -88,8 +89,10 @@ def _write(archive: Path, texts: Mapping[str, str], shipped: Mapping[Path, str])
         for place, text in texts.items():
             packed.writestr(_entry(place), text)
         for source, place in shipped.items():
-            for file in source_files(source):
-                packed.writestr(_entry((Path(place) / file.relative_to(source)).as_posix()), file.read_bytes())
+            start, pattern = split_glob(source)
+            end = Path(place.removesuffix(pattern))
+            for file in _files(source):
+                packed.writestr(_entry((end / file.relative_to(start)).as_posix()), file.read_bytes())
 
 
 def _entry(place: str) -> ZipInfo:
@@ -131,6 +134,11 @@ def with_shipped(value: Any, key: str, root: str, shipped: dict[Path, str]) -> A
     if key not in _PATHS or not isinstance(value, str) or value == "boolq":
         return value
     path = Path(os.path.abspath(Path(value).expanduser()))  # noqa: PTH100 - a link keeps its name
+    start, pattern = split_glob(path)
+    if pattern and _files(path):
+        if not is_store(root) and start.is_relative_to(root):
+            return value
+        return shipped.setdefault(path, f"files/{len(shipped)}/{start.name}/{pattern}")
     if not path.exists():
         if Path(value).is_absolute():
             return value
@@ -152,8 +160,14 @@ def _require_small(shipped: Mapping[Path, str], root: str) -> None:
 
 
 def size_mb(path: Path) -> float:
-    """Return the size of a file, or of the files in a directory that count."""
-    return sum(file.stat().st_size for file in source_files(path)) / 1e6
+    """Return the size of a file, or of the files of a directory or glob that count."""
+    return sum(file.stat().st_size for file in _files(path)) / 1e6
+
+
+def _files(path: Path) -> list[Path]:
+    """Return the files of a job that a path names: one, those of a directory, or those that a glob matches."""
+    start, pattern = split_glob(path)
+    return matching_files(start, pattern) if pattern else source_files(path)
 
 
 def submit(address: str, archive: Path, command: str, name: str) -> tuple[Any, str]:

@@ -42,7 +42,8 @@ def test_check_of_a_good_recipe_touches_nothing(folder):
         (["prune.blocks=6"], "prune.blocks: 6 removes every block of a 6-block model. Give 1 to 5."),
         (
             ["rows.path=nowhere.jsonl"],
-            "rows.path: nowhere.jsonl does not exist. Give a .json, .jsonl or .parquet file.",
+            "rows.path: nowhere.jsonl does not exist. Give a .json, .jsonl, .csv, .parquet or .arrow file, a "
+            "directory or a glob.",
         ),
         (["rows.fields.prompt=question"], "rows.fields.prompt: rows.jsonl:1 has no question. Known: a, q."),
         (["model.path=nowhere"], "model.path: nowhere does not exist. Give a model directory or a .gguf file."),

@@ -1,0 +1,234 @@
+"""Read the records of one file, whatever its kind, each with the place it stands at.
+
+In: a .json, .jsonl, .csv, .parquet or .arrow file; the texts also packed as .gz or .zst. Out: one record at a time, so
+that a reader who wants few of them reads no further. This module does not know the meaning of the values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from sdft_ray.data.text import decode, first_bytes, first_line, parse_json, require_text
+from sdft_ray.errors import UserError, problem
+
+KINDS = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
+ROW_FILE = "a .json, .jsonl, .csv, .parquet or .arrow file"
+_TEXTS = (".json", ".jsonl", ".csv", ".txt")
+_PACKINGS = {".gz": "gzip", ".zst": "zstd"}  # as Arrow calls them
+_ROWS_AT_ONCE = 1000  # of a table that become Python objects together
+
+
+class Record(NamedTuple):
+    """The values of one record, by column."""
+
+    where: str
+    """Its file, with the line or the number of the row."""
+    named_in: str
+    """Where its columns are named: in the record itself, or in the header of its file."""
+    values: dict[str, Any]
+
+    def names(self) -> list[str]:
+        """Return the names of the columns, each short and on one line: without a header they are texts."""
+        return [" ".join(name.split())[:40] for name in self.values]
+
+
+def kind(path: Path) -> str:
+    """Return the suffix that names a file's format, lower case, without the packing of a text.
+
+    >>> kind(Path("rows.CSV.gz")), kind(Path("rows.parquet")), kind(Path("rows.parquet.gz"))
+    ('.csv', '.parquet', '.parquet.gz')
+    """
+    suffix, inner = path.suffix.lower(), Path(path.stem).suffix.lower()
+    if suffix not in _PACKINGS:
+        return suffix
+    return inner if inner in _TEXTS else inner + suffix
+
+
+def stem(path: Path) -> str:
+    """Return a file's name without the suffixes of its format and packing."""
+    return Path(path.stem).stem if path.suffix.lower() in _PACKINGS else path.stem
+
+
+def describe_kind(path: Path) -> str:
+    """Return the problem of a file of an unknown format."""
+    suffix = kind(path)
+    return f"is a {suffix} file, which is not known" if suffix else "has no suffix that names its format"
+
+
+def read_records(path: Path) -> Iterator[Record]:
+    """Yield the records of a file; raises UserError with the place of a mistake."""
+    readers = {".jsonl": _read_lines, ".json": _read_list, ".csv": _read_csv, ".parquet": _read_table}
+    readers[".arrow"] = _read_table
+    if (suffix := kind(path)) not in readers:
+        raise UserError(problem(str(path), describe_kind(path), f"Save it as {ROW_FILE}"))
+    yield from readers[suffix](path)
+
+
+@contextlib.contextmanager
+def open_text(path: Path) -> Iterator[IO[bytes]]:
+    """Yield the unpacked bytes of a text file; raises UserError where its packing or its encoding is wrong."""
+    start = first_bytes(path)
+    packing = _PACKINGS.get(path.suffix.lower())
+    if packing is None:
+        require_text(start, path)
+        with path.open("rb") as plain:
+            yield plain
+        return
+    import pyarrow
+
+    try:
+        if not start:
+            raise OSError("Truncated: no bytes at all")
+        with io.BufferedReader(pyarrow.input_stream(str(path), compression=packing), 1 << 20) as unpacked:
+            require_text(unpacked.peek(1), path)
+            yield unpacked
+    except OSError as error:
+        what = "is cut off" if "Truncated" in str(error) else f"cannot be unpacked ({first_line(error)})"
+        raise UserError(problem(str(path), what, "Copy or download it again")) from None
+
+
+def _at(place: str, values: dict[str, Any]) -> Record:
+    return Record(place, place, values)
+
+
+# --- JSON -----------------------------------------------------------------------------------------------------
+
+
+def _read_lines(path: Path) -> Iterator[Record]:
+    with open_text(path) as lines:
+        for number, line in enumerate(lines, 1):
+            if text := decode(line, f"{path}:{number}").strip():
+                yield _at(f"{path}:{number}", _parse_record(text, path, number))
+
+
+def _parse_record(line: str, path: Path, number: int) -> dict[str, Any]:
+    where = f"{path}:{number}"
+    if number == 1 and line.startswith("["):
+        raise UserError(problem(str(path), "is a JSON list, not one object a line", "Rename it to end in .json"))
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        do = "Fix this line: write one {...}"
+        raise UserError(problem(where, f"is not JSON ({error.msg} at column {error.colno})", do)) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise UserError(problem(where, f"cannot be read ({first_line(error)})", "Fix this line")) from None
+    if not isinstance(record, dict):
+        raise UserError(problem(where, "is not an object", "Write one {...} a line"))
+    return record
+
+
+def _read_list(path: Path) -> Iterator[Record]:
+    with open_text(path) as file:
+        text = decode(file.read(), str(path))
+    for number, record in enumerate(_parse_list(text, path), 1):
+        if not isinstance(record, dict):
+            raise UserError(problem(f"{path}:{number}", "is not an object", "Give a list of objects"))
+        yield _at(f"{path}:{number}", record)
+
+
+def _parse_list(text: str, path: Path) -> list[Any]:
+    try:
+        records = parse_json(text, path) if text.strip() else []
+    except UserError:
+        if _is_object(text.strip().partition("\n")[0]):
+            raise UserError(problem(str(path), "holds JSON lines, not a list", "Rename it to end in .jsonl")) from None
+        raise
+    if isinstance(records, list):
+        return records
+    what, do = "is not a list", "Give a list of objects"
+    if isinstance(records, dict):
+        lists = [name for name, value in records.items() if isinstance(value, list)]
+        what = f"is an object, not a list ({'with a list in' if lists else 'of'} {', '.join(lists or records)})"
+        do = "Save one list of objects by itself" if lists else do
+    raise UserError(problem(str(path), what, do))
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+# --- tables ---------------------------------------------------------------------------------------------------
+
+
+def _read_csv(path: Path) -> Iterator[Record]:
+    """Yield the records of a CSV file whose first line names the columns; every value is text."""
+    header: list[str] = []
+    header_at = ""
+    for number, cells in _csv_lines(path):
+        where = f"{path}:{number}"
+        if not header:
+            header, header_at = cells, f"the header {where}"
+            if twice := next((name for name in header if header.count(name) > 1), None):
+                raise UserError(problem(where, f"names the column {twice} twice", "Rename one of them"))
+        elif len(cells) != len(header):
+            what = f"has {len(cells)} columns, and the header has {len(header)}"
+            raise UserError(problem(where, what, "Fix this line"))
+        else:
+            yield Record(where, header_at, dict(zip(header, cells, strict=True)))
+
+
+def _csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield (number of its first line, values) of each line of a CSV file; quoted values may go over several lines."""
+    csv.field_size_limit(sys.maxsize)  # a document may be longer than the 128 KiB that Python allows
+    with open_text(path) as file:
+        lines = csv.reader((decode(line, f"{path}:{n}") for n, line in enumerate(file, 1)), strict=True)
+        first = 1
+        while True:
+            try:
+                cells = next(lines, None)
+            except csv.Error as error:
+                raise UserError(problem(f"{path}:{first}", f"is not CSV ({error})", "Fix this line")) from None
+            if cells is None:
+                return
+            if cells:
+                yield first, cells
+            first = lines.line_num + 1
+
+
+def _read_table(path: Path) -> Iterator[Record]:
+    """Yield the records of a Parquet or Arrow file, a few of its rows at a time."""
+    import pyarrow
+
+    first_bytes(path)
+    parquet = kind(path) == ".parquet"
+    number = 0
+    try:
+        for batch in _parquet_batches(path) if parquet else _arrow_batches(path):
+            for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
+                for values in batch.slice(start, _ROWS_AT_ONCE).to_pylist():
+                    number += 1
+                    yield _at(f"{path}:{number}", values)
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        what = f"cannot be read as {'Parquet' if parquet else 'Arrow'} ({first_line(error)})"
+        raise UserError(problem(str(path), what, "Give a valid file")) from None
+
+
+def _parquet_batches(path: Path) -> Iterator[Any]:
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(path) as file:
+        yield from file.iter_batches(_ROWS_AT_ONCE)
+
+
+def _arrow_batches(path: Path) -> Iterator[Any]:
+    """Yield the batches of an Arrow file, or of an Arrow stream, which `datasets` saves under the same suffix."""
+    import pyarrow
+
+    with pyarrow.memory_map(str(path)) as file:
+        is_stream = file.read(6) != b"ARROW1"
+        file.seek(0)
+        if is_stream:
+            yield from pyarrow.ipc.open_stream(file)
+        else:
+            reader = pyarrow.ipc.open_file(file)
+            yield from (reader.get_batch(i) for i in range(reader.num_record_batches))

@@ -1,0 +1,55 @@
+"""Bytes of a user's file as text and JSON, or one line that names the file, the line and the mistake.
+
+In: bytes, and the place they come from. Out: text, or a parsed value. Every reader of files uses these, so that the
+same mistake has the same message everywhere.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from sdft_ray.errors import UserError, problem
+
+_LFS_POINTER = b"version https://git-lfs"
+
+
+def first_bytes(path: Path) -> bytes:
+    """Return the start of a file; raises UserError for a pointer to another one."""
+    with path.open("rb") as file:
+        start = file.read(len(_LFS_POINTER))
+    if start == _LFS_POINTER:
+        what = "is a Git LFS pointer, not the file itself"
+        raise UserError(problem(str(path), what, "Do: git lfs pull"))
+    return start
+
+
+def require_text(start: bytes, path: Path) -> None:
+    """Raise UserError for a text file whose first bytes are UTF-16 or UTF-32."""
+    encoding = json.detect_encoding(start[: len(_LFS_POINTER)])  # by its byte-order mark or its zeros
+    if not encoding.startswith("utf-8"):
+        raise UserError(problem(str(path), f"is {encoding[:6].upper()} text", "Save it as UTF-8"))
+
+
+def decode(content: bytes, where: str) -> str:
+    """Return UTF-8 text without its byte-order mark."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(problem(where, "is not UTF-8 text", "Save the file as UTF-8")) from None
+
+
+def parse_json(text: str, path: Path) -> Any:
+    """Return the value that a JSON file holds; raises UserError with the line of a mistake."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(problem(f"{path}:{error.lineno}", f"is not JSON ({error.msg})", "Fix this line")) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(problem(str(path), f"cannot be read ({first_line(error)})", "Fix this file")) from None
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its kind where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,434 @@
+"""Files of rows of every kind, alone, in a directory or by a glob: the same rows, the right id, or one clear line."""
+
+import csv
+import gzip
+import json
+import os
+import shutil
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from sdft_ray import cli
+from sdft_ray.core.rows import Row
+from sdft_ray.data import calibration, files, readers, records
+from sdft_ray.errors import UserError
+from sdft_ray.spec.sources import Calibration, FileRows
+from sdft_ray.stages.rows import stage
+from sdft_ray.store.files import hash_file
+from sdft_ray.submit import job, kuberay
+
+FIELDS = {"prompt": "question", "response": "answer"}
+GSM = [{"question": f'What is "{i}",\nif not {i}?', "answer": f"#### {i}"} for i in range(5)]
+ROWS = [Row(row["question"], row["answer"], None) for row in GSM]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+def source(path, **settings) -> FileRows:
+    return FileRows.model_validate({"path": str(path), "fields": FIELDS, **settings})
+
+
+def read(path, **settings) -> list[Row]:
+    return readers.read_rows(source(path, **settings))
+
+
+def sha256(path) -> str:
+    return readers.rows_content(source(path)).hashed()["sha256"]
+
+
+def complaint(path, **settings) -> str:
+    with pytest.raises(UserError) as error:
+        read(path, **settings)
+    assert len(str(error.value).splitlines()) == 1
+    return str(error.value)
+
+
+def save(rows: list[dict], path: Path) -> Path:
+    """Write rows as the file's name says."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pylist(rows)
+    match records.kind(path):
+        case ".jsonl":
+            pack(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+        case ".json":
+            pack(path, json.dumps(rows).encode())
+        case ".csv":
+            with path.open("w", newline="") as file:
+                lines = csv.DictWriter(file, rows[0])
+                lines.writeheader()
+                lines.writerows(rows)
+            pack(path, path.read_bytes())
+        case ".parquet":
+            pq.write_table(table, path)
+        case ".arrow":
+            new = pa.ipc.new_stream if "stream" in path.name else pa.ipc.new_file
+            with new(path, table.schema) as file:
+                file.write_table(table, max_chunksize=2)
+    return path
+
+
+def pack(path: Path, content: bytes) -> None:
+    if path.suffix == ".zst":
+        with pa.output_stream(path, compression="zstd") as file:
+            file.write(content)
+    else:
+        path.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
+
+
+ONE_FILE = [
+    *(f"rows{suffix}{packing}" for suffix in (".json", ".jsonl", ".csv") for packing in ("", ".gz", ".zst")),
+    *("rows.parquet", "stream.arrow", "file.arrow", "ROWS.CSV"),
+]
+
+
+@pytest.mark.parametrize("name", ONE_FILE)
+def test_rows_are_the_same_from_every_kind_of_file_and_known_by_its_bytes(tmp_path, name):
+    path = save(GSM, tmp_path / name)
+    assert read(path) == ROWS
+    assert read(path, limit=3) == ROWS[:3]
+    assert sha256(path) == hash_file(path)
+
+
+@pytest.mark.parametrize("name", ONE_FILE)
+def test_a_missing_column_names_the_file_and_the_nearest_column(tmp_path, name):
+    path = save([{**row, "qestion": row["question"]} for row in GSM], tmp_path / name)
+    line = complaint(path, fields={"prompt": "kestion", "response": "answer"})
+    place = f"the header {path}:1" if records.kind(path) == ".csv" else f"{path}:1"
+    assert line == f"rows.fields.prompt: {place} has no kestion. Did you mean qestion?"
+
+
+# --- directories and globs ------------------------------------------------------------------------------------
+
+
+def save_parts(folder: Path) -> Path:
+    """Write the rows as files of several kinds, whose order is that of their names, with what may lie beside them."""
+    save(GSM[:2], folder / "part-0.parquet")
+    save(GSM[2:3], folder / "part-1.jsonl.gz")
+    save(GSM[3:], folder / "part-2.csv")
+    for name in ("README.md", "LICENSE", ".gitattributes", "notes.md", "dataset_infos.json"):
+        (folder / name).write_text("no rows")
+    (folder / ".cache").mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("pattern", ["", "*", "part-*", "part-[0-9].*", "../*/part-?.*", "**/part*"])
+def test_a_directory_or_glob_is_read_in_the_order_of_its_names(tmp_path, pattern):
+    folder = save_parts(tmp_path / "data")
+    assert read(folder / pattern) == ROWS
+    assert read(folder / pattern, limit=3) == ROWS[:3]
+    assert sha256(folder / pattern) == sha256(folder)
+
+
+def test_several_files_are_known_by_their_contents_in_order_and_not_by_their_names(tmp_path):
+    folder = save_parts(tmp_path / "data")
+    first = sha256(folder)
+    moved = folder.rename(tmp_path / "moved")
+    assert sha256(moved) == first
+    (moved / "part-0.parquet").rename(moved / "a.parquet")
+    (moved / "README.md").write_text("other words")
+    assert sha256(moved) == first
+    (moved / "a.parquet").rename(moved / "z.parquet")
+    assert sha256(moved) != first
+    save(GSM[:1], moved / "part-1.jsonl.gz")
+    assert len({first, sha256(moved), sha256(moved / "*.csv"), sha256(moved / "part-2.csv")}) == 4
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("rows.jsonl", "rows"),
+        ("my.rows.jsonl", "my.rows"),
+        ("rows.csv.gz", "rows"),
+        ("data.v2", "data.v2"),
+        ("data.v2/*.jsonl", "data.v2"),
+        ("data.v2/**/part-*.csv.zst", "data.v2"),
+    ],
+)
+def test_name_of_rows_is_that_of_the_file_or_directory(tmp_path, monkeypatch, path, name):
+    (tmp_path / "data.v2").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert files.name_of(path) == name
+    monkeypatch.chdir(tmp_path / "data.v2")
+    assert files.name_of(".") == files.name_of("*.csv") == "data.v2"
+
+
+def test_an_existing_name_with_marks_of_a_glob_is_that_name(tmp_path):
+    folder = save_parts(tmp_path / "data[1]")
+    assert read(folder / "*") == ROWS
+    assert read(save(GSM, tmp_path / "rows[2].jsonl")) == ROWS
+
+
+def test_a_dataset_saved_to_disk_is_read_through_its_own_files(tmp_path):
+    folder = tmp_path / "saved"
+    datasets.Dataset.from_list(GSM).save_to_disk(folder, num_shards=3)
+    (folder / "cache-0123.arrow").write_bytes(b"a cache of datasets")
+    assert read(folder) == ROWS
+    first = sha256(folder)
+    (folder / "cache-0123.arrow").unlink()
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps({**state, "_fingerprint": "0"}))
+    assert sha256(folder.rename(tmp_path / "moved")) == first
+    (tmp_path / "moved" / "data-00001-of-00003.arrow").unlink()
+    assert complaint(tmp_path / "moved") == (
+        f"rows.path: {tmp_path / 'moved'} lacks data-00001-of-00003.arrow, which its state.json names. Copy it, too."
+    )
+
+
+def test_datasets_saved_together_say_to_give_one(tmp_path):
+    one = datasets.Dataset.from_list(GSM)
+    datasets.DatasetDict({"train": one, "test": one}).save_to_disk(tmp_path / "saved")
+    line = complaint(tmp_path / "saved")
+    assert line.startswith(f"rows.path: {tmp_path / 'saved'} holds several splits (")
+    assert read(line.rpartition(" ")[2].removesuffix(".")) == ROWS
+
+
+def test_a_directory_without_row_files_says_what_to_give(tmp_path):
+    (tmp_path / "README.md").write_text("no rows")
+    line = f"rows.path: {tmp_path} is a directory without a file of a known kind. Give one with .json, .jsonl, .csv, "
+    assert complaint(tmp_path).startswith(line)
+
+
+@pytest.mark.parametrize("stray", ["notes.docx", "rows.tsv", "part-3.parquet.gz", "Makefile"])
+@pytest.mark.parametrize("pattern", ["", "/*"])
+def test_a_stray_file_is_named(tmp_path, stray, pattern):
+    save_parts(tmp_path / "data")
+    (tmp_path / "data" / stray).write_text("no rows")
+    place = f"{tmp_path / 'data'}{pattern}"
+    line = f"rows.path: {place} holds {stray}, which is no file of a known kind. Remove {stray} from there."
+    assert complaint(place) == line
+
+
+def test_a_directory_of_directories_says_to_give_a_glob(tmp_path):
+    save(GSM, tmp_path / "2024" / "rows.jsonl")
+    line = f"rows.path: {tmp_path} holds the directory 2024. Give a glob of all files, such as {tmp_path}/**/*.jsonl."
+    assert complaint(tmp_path) == line
+    assert read(tmp_path / "**" / "*.jsonl") == ROWS
+
+
+@pytest.mark.parametrize("pattern", ["*.jsonl", "none/*.csv", "sub*"])
+def test_a_glob_that_matches_no_file_says_so(tmp_path, pattern):
+    (tmp_path / "sub").mkdir()
+    assert complaint(tmp_path / pattern) == f"rows.path: {tmp_path / pattern} matches no file. Check the pattern."
+
+
+def test_the_file_of_several_that_lacks_a_column_is_named(tmp_path):
+    save(GSM, tmp_path / "a.jsonl")
+    lacking = save([{"question": "q", "output": "a"}], tmp_path / "b.parquet")
+    line = f"rows.fields.response: {lacking}:1 has no answer. Known: output, question."
+    assert complaint(tmp_path) == line
+
+
+# --- damage ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in ONE_FILE if name.endswith((".gz", ".zst"))])
+@pytest.mark.parametrize("kept", [0, 7, 0.5, -1])
+def test_a_packed_file_that_is_cut_off_says_so(tmp_path, name, kept):
+    path = save(GSM * 50, tmp_path / name)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content)) if kept == 0.5 else kept])
+    assert complaint(path) == f"{path}: is cut off. Copy or download it again."
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.jsonl.zst"])
+def test_a_packed_file_of_other_bytes_says_so(tmp_path, name):
+    (tmp_path / name).write_text(json.dumps(GSM[0]))
+    line = complaint(tmp_path / name)
+    assert line.startswith(f"{tmp_path / name}: cannot be unpacked (") and line.endswith("Copy or download it again.")
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"[1]\n", "is a JSON list, not one object a line. Rename it to end in .json."),
+        ('{"question": "q"}'.encode("utf-16"), "is UTF-16 text. Save it as UTF-8."),
+    ],
+)
+def test_text_inside_a_packed_file_is_checked_as_any_other(tmp_path, content, what):
+    pack(tmp_path / "rows.jsonl.gz", content)
+    assert complaint(tmp_path / "rows.jsonl.gz") == f"{tmp_path / 'rows.jsonl.gz'}: {what}"
+
+
+def test_a_bad_line_of_a_packed_file_is_named(tmp_path):
+    pack(tmp_path / "rows.jsonl.zst", b'{"question": "q", "answer": "a"}\n\nnot JSON\n')
+    assert complaint(tmp_path / "rows.jsonl.zst").startswith(f"{tmp_path / 'rows.jsonl.zst'}:3: is not JSON (")
+
+
+@pytest.mark.parametrize("name", ["rows.parquet", "stream.arrow", "file.arrow"])
+@pytest.mark.parametrize("kept", [0, 10, 0.5])
+def test_a_table_that_is_cut_off_is_one_line(tmp_path, name, kept):
+    path = save(GSM * 50, tmp_path / name)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content)) if kept == 0.5 else kept])
+    form = "Parquet" if name.endswith(".parquet") else "Arrow"
+    assert complaint(path).startswith(f"{path}: cannot be read as {form} (")
+
+
+# --- CSV ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("lines", "line"),
+    [
+        ('question,answer\n"two\nlines",a\nq,a,b\n', "{path}:4: has 3 columns, and the header has 2. Fix this line."),
+        ("question,answer\n\nq\n", "{path}:3: has 1 columns, and the header has 2. Fix this line."),
+        ("question,answer,answer\nq,a,b\n", "{path}:1: names the column answer twice. Rename one of them."),
+        ("What is 1?,1\nWhat is 2?,2\n", "rows.fields.prompt: the header {path}:1 has no question. Known: 1, What is"),
+        ("question;answer\nq;a\n", "rows.fields.prompt: the header {path}:1 has no question. Did you mean question;an"),
+        ('question,answer\nq,a\nq,"open\nto the end\n', "{path}:3: is not CSV (unexpected end of data). Fix this line"),
+        ('question,answer\nq,"a" b\n', "{path}:2: is not CSV ("),
+        (b"question,answer\nq,a\ncaf\xe9,a\n", "{path}:3: is not UTF-8 text. Save the file as UTF-8."),
+        ("question,answer\nq,a\n".encode("utf-16"), "{path}: is UTF-16 text. Save it as UTF-8."),
+    ],
+)
+def test_a_bad_csv_names_file_and_line(tmp_path, lines, line):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(lines if isinstance(lines, bytes) else lines.encode())
+    assert complaint(path).startswith(line.format(path=path))
+
+
+def test_values_of_a_csv_are_text_and_empty_ones_too(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"\xef\xbb\xbfquestion,context,answer,final\r\n007,,1e3,4.50\r\n\r\nq,Before.,a,\r\n")
+    fields = {**FIELDS, "context": "context", "answer": "final"}
+    assert read(path, fields=fields) == [Row("007", "1e3", "4.50"), Row("Before.\n\nq", "a", "")]
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.csv.gz"])
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"question,answer\n"])
+def test_a_csv_without_rows_is_none(tmp_path, name, content):
+    pack(tmp_path / name, content)
+    assert read(tmp_path / name) == []
+
+
+# --- values ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet", "stream.arrow", "file.arrow"])
+def test_a_column_that_is_sometimes_null_is_missing_there(tmp_path, name):
+    rows = [{**row, "final": None if i % 2 else i} for i, row in enumerate(GSM)]
+    path = save(rows, tmp_path / name)
+    fields = {**FIELDS, "answer": "final"}
+    assert [row.answer for row in read(path, fields=fields)] == ["0", None, "2", None, "4"]
+    save([*GSM, {"question": None, "answer": "a"}], path)
+    assert complaint(path) == f"{path}:6: question is empty, not text. Fix this row."
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.jsonl.zst"])
+def test_a_line_of_200_megabytes_is_read(tmp_path, name):
+    path = save([GSM[0], {"question": "long " * 40_000_000, "answer": "a"}], tmp_path / name)
+    assert [len(row.prompt) for row in read(path)] == [len(GSM[0]["question"]), 200_000_000]
+
+
+def test_a_value_longer_than_python_allows_a_csv_is_read(tmp_path):
+    path = save([{"question": "long " * 100_000, "answer": "a"}], tmp_path / "rows.csv")
+    assert [len(row.prompt) for row in read(path)] == [500_000]
+
+
+def test_files_are_read_no_further_than_the_limit(tmp_path, monkeypatch):
+    save(GSM, tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl").write_text("not JSON\n")
+    assert read(tmp_path, limit=5) == ROWS
+    assert complaint(tmp_path, limit=6).startswith(f"{tmp_path / 'b.jsonl'}:1: is not JSON")
+
+
+# --- calibration texts ----------------------------------------------------------------------------------------
+
+TEXTS = ["One text.", "Two texts.", "Three texts."]
+
+
+@pytest.mark.parametrize("name", [*ONE_FILE, "texts.txt", "texts.txt.gz", "texts.txt.zst"])
+def test_calibration_texts_are_the_same_from_every_kind_of_file(tmp_path, name):
+    path = tmp_path / name
+    if ".txt" in name:
+        pack(path, "\n\n".join(TEXTS).encode())
+    else:
+        save([{"text": text} for text in TEXTS], path)
+    assert calibration.read_calibration(path, "text", 9) == TEXTS
+    (corpus,) = calibration.describe_corpora((Calibration(text=str(path)),), (None,))
+    assert corpus.sha256 == hash_file(path)
+
+
+def test_calibration_texts_of_a_directory_or_glob_are_read_in_order(tmp_path, monkeypatch):
+    folder = tmp_path / "corpus"
+    save([{"text": TEXTS[1]}], folder / "b.csv")
+    for name, text in {"a.txt": TEXTS[0], "c.txt": TEXTS[2], "README.txt": "Not a text."}.items():
+        (folder / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    for path in ("corpus", "corpus/*"):
+        (corpus,) = calibration.describe_corpora((Calibration(text=path),), (None,))
+        assert (corpus.name, corpus.path) == ("corpus", str(tmp_path / path))
+        assert corpus.sha256 == sha256_of_all([folder / name for name in ("a.txt", "b.csv", "c.txt")])
+        assert calibration.read_calibration(Path(path), "text", 9) == TEXTS
+
+
+def sha256_of_all(paths: list[Path]) -> str:
+    return files.hash_content(paths, "several")
+
+
+# --- commands -------------------------------------------------------------------------------------------------
+
+SUMS = [{"question": f"What is {i} + {i}?", "answer": f"#### {2 * i}"} for i in range(60)]
+
+
+@pytest.mark.parametrize("rows", ["data", "data/*", "data/**/*.csv.gz", "rows.csv", "saved"])
+def test_init_check_and_submit_take_every_form(tiny_model, tmp_path, monkeypatch, capsys, rows):
+    monkeypatch.chdir(tmp_path)
+    for start in (0, 30):
+        save(SUMS[start : start + 30], tmp_path / "data" / f"{start:02}.csv.gz")
+    save(SUMS, tmp_path / "rows.csv")
+    datasets.Dataset.from_list(SUMS).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / "cache-1.arrow").write_bytes(b"")
+    assert cli.main(["init", "--model", str(tiny_model), "--rows", rows]) == 0, capsys.readouterr().err
+    assert cli.main(["check", "recipe.yaml"]) == 0, capsys.readouterr().err
+    with pytest.raises(UserError, match=rf"{tmp_path / rows.split('*')[0]}.* is a path of this machine") as error:
+        values = yaml.safe_load(Path("recipe.yaml").read_text())
+        Path("rows-only.yaml").write_text(yaml.safe_dump({**values, "model": {"repo": "a/b", "revision": "0" * 40}}))
+        kuberay.render(Path("rows-only.yaml"), None, "/r", None, "image")
+    assert len(error.value.problems) == 1
+    packed = unpack(Path("recipe.yaml"), tmp_path)
+    monkeypatch.chdir(packed)
+    inside = yaml.safe_load(Path("recipe.yaml").read_text())["rows"]
+    assert not Path(inside["path"]).is_absolute()
+    monkeypatch.chdir(tmp_path)
+    there = FileRows.model_validate({**inside, "path": str(packed / inside["path"])})
+    here = FileRows.model_validate({**inside, "path": rows})
+    assert (stage(there, "offline").id, stage(there, "offline").slug) == (
+        stage(here, "offline").id,
+        stage(here, "offline").slug,
+    )
+    assert readers.read_rows(there) == readers.read_rows(here)
+
+
+def unpack(recipe: Path, folder: Path) -> Path:
+    """Return the directory of a packed job."""
+    job.pack(recipe, None, "/r", None, folder / "job.zip")
+    shutil.unpack_archive(folder / "job.zip", folder / "job[0]")
+    return folder / "job[0]"
+
+
+@pytest.mark.parametrize("rows", ["data", "data/*.csv"])
+def test_rows_below_the_root_stay_there(tmp_path, monkeypatch, rows):
+    save(SUMS, tmp_path / "data" / "rows.csv")
+    shipped: dict[Path, str] = {}
+    value = str(tmp_path / rows)
+    assert job.with_shipped({"path": value}, "", str(tmp_path), shipped) == {"path": value} and not shipped
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^path: none/\*\.csv does not exist\. Check the path"):
+        job.with_shipped({"path": "none/*.csv"}, "", "/r", shipped)
+    assert job.with_shipped({"path": "/none/*.csv"}, "", "/r", shipped) == {"path": "/none/*.csv"}
+
+
+def test_a_large_glob_does_not_travel(tmp_path):
+    save(SUMS, tmp_path / "data" / "rows.csv")
+    os.truncate(tmp_path / "data" / "rows.csv", 200_000_000)  # sparse
+    assert round(job.size_mb(tmp_path / "data" / "*.csv")) == 200
