@@ -1,22 +1,27 @@
 """Find rows that share text with a benchmark: training on its items would make the evaluation a test of memory.
 
-In: the texts of rows and of tasks. Out: for each row and task that share a run of words, that run. Plain words are
-compared, without case and punctuation (characters, where a script sets no spaces), through sets of hashes: one pass
-over the tasks and one over the rows.
+In: the texts of tasks, once, and those of rows, one row at a time. Out: for each task that shares a run of words with
+a row, that run. Plain words are compared, without case and punctuation (characters, where a script sets no spaces).
+Nearly all rows share nothing, so a row is first asked for a few short runs, at a distance that no shared run fits in
+between; only a row that has one of those is compared run by run.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from sdft_ray.core.words import count_words, runs, split_unspaced
+from sdft_ray.core.words import UNSPACED, count_words, runs, split_unspaced
 
 # A task's text of fewer than n words counts where a row holds all of it. Shorter ones than this are everyday speech: in
 # 9,473 rows of GSM8K and Dolly texts of 5 to 7 words occurred 22 times, all by chance ("the position of the sun"),
 # texts of 8 and more words once.
 SHORTEST_WORDS = 8
+
+_WORD = re.compile(r"\w+")
+# What \w+ finds in lower-case ASCII, as one table: a third of the time.
+_ASCII = str.maketrans({i: c.lower() if (c := chr(i)).isalnum() or c == "_" else " " for i in range(128)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +44,10 @@ def ngrams(text: str, n: int) -> Iterator[str]:
 
 
 def _split(text: str) -> list[str]:
-    return split_unspaced(re.findall(r"\w+", text.lower()))
+    if text.isascii():
+        return text.translate(_ASCII).split()
+    words = _WORD.findall(lower := text.lower())
+    return split_unspaced(words) if UNSPACED.search(lower) else words
 
 
 def find_overlaps(rows: Mapping[str, Iterable[str]], tasks: Mapping[str, Iterable[str]], n: int) -> list[Overlap]:
@@ -49,23 +57,66 @@ def find_overlaps(rows: Mapping[str, Iterable[str]], tasks: Mapping[str, Iterabl
     "Which of these gases do green plants take in?". After: Overlap("r1", "quiz", "which of these gases do green plants
     take in").
     """
-    indexes = {task: _index(texts, n) for task, texts in tasks.items()}
-    sizes = sorted({size for hashes in indexes.values() for size in hashes}, reverse=True)
-    overlaps = []
-    for row, texts in rows.items():
-        grams = [(size, hash(gram), gram) for text in texts for size in sizes for gram in ngrams(text, size)]
-        for task, hashes in indexes.items():
-            shared = next((gram for size, key, gram in grams if key in hashes.get(size, ())), None)
-            if shared is not None:
-                overlaps.append(Overlap(row, task, shared))
-    return overlaps
+    index = TaskIndex(tasks, n)
+    return [overlap for row, texts in rows.items() for overlap in index.find(row, texts)]
 
 
-def _index(texts: Iterable[str], n: int) -> dict[int, set[int]]:
-    """Return the hashes of the runs that no row may hold, by their length in words."""
-    hashes: dict[int, set[int]] = {}
-    for text in texts:
-        size = min(n, count_words(_split(text)))
-        if size >= min(n, SHORTEST_WORDS):
-            hashes.setdefault(size, set()).update(map(hash, ngrams(text, size)))
-    return hashes
+class TaskIndex:
+    """The runs of words that no row may hold. It is built once and asked for each row.
+
+    Runs are held as hashes, which Python makes anew in each process: a copy in another process builds its own.
+    """
+
+    def __init__(self, tasks: Mapping[str, Iterable[str]], n: int) -> None:
+        self._tasks = {task: tuple(texts) for task, texts in tasks.items()}
+        self._n = n
+        self._owners: dict[int, dict[int, int]] = {}
+        """For each size in words: for the hash of each run, the tasks that hold it, as bits."""
+        # A run of so many words has as many pieces or more. Wherever it lies in a row, one of the row's short runs,
+        # taken at every stride, lies inside it.
+        self._shortest = min(n, SHORTEST_WORDS)
+        self._length = max(1, self._shortest - 2)
+        self._stride = self._shortest - self._length + 1
+        self._short: set[int] = set()
+        for number, texts in enumerate(self._tasks.values()):
+            for text in texts:
+                self._add(_split(text), 1 << number)
+        self._sizes = sorted(self._owners, reverse=True)
+
+    def __reduce__(self) -> tuple[type[TaskIndex], tuple[Mapping[str, Sequence[str]], int]]:
+        return TaskIndex, (self._tasks, self._n)
+
+    def find(self, row: str, texts: Iterable[str]) -> list[Overlap]:
+        """Return one overlap for each task that shares a run with a row, in the order of the tasks."""
+        shared: dict[int, str] = {}
+        for text in texts:
+            words = _split(text)
+            if not self._short.isdisjoint(_hashes(words, self._length, self._stride)):
+                self._compare(words, shared)
+        names = list(self._tasks)
+        return [Overlap(row, names[task], shared[task]) for task in sorted(shared)]
+
+    def _add(self, words: Sequence[str], task: int) -> None:
+        """Index the runs of a text that is long enough to count."""
+        size = min(self._n, count_words(words))
+        if size < self._shortest:
+            return
+        owners = self._owners.setdefault(size, {})
+        for key in map(hash, runs(words, size)):
+            owners[key] = owners.get(key, 0) | task
+        self._short.update(_hashes(words, self._length, 1))
+
+    def _compare(self, words: Sequence[str], shared: dict[int, str]) -> None:
+        """Note the first run that a text shares with each task that shares none so far."""
+        for size in self._sizes:
+            owners = self._owners[size]
+            for run in runs(words, size):
+                if tasks := owners.get(hash(run)):
+                    for task in range(tasks.bit_length()):
+                        if tasks >> task & 1:
+                            shared.setdefault(task, " ".join(run))
+
+
+def _hashes(words: Sequence[str], length: int, stride: int) -> Iterator[int]:
+    """Yield the hash of a run of `length` pieces at every stride."""
+    return map(hash, zip(*(words[i::stride] for i in range(length)), strict=False))

@@ -1,7 +1,14 @@
 # ruff: noqa: RUF001 (digits and marks of other scripts are what is tested)
-import pytest
+import pickle
+import re
+import string
 
-from sdft_ray.core.decontamination import Overlap, find_overlaps, ngrams
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from sdft_ray.core.decontamination import SHORTEST_WORDS, Overlap, TaskIndex, find_overlaps, ngrams
+from sdft_ray.core.words import count_words, runs, split_unspaced
 
 QUESTION = "Which gas do green plants take in from the air around them by day, and which by night?"
 
@@ -71,3 +78,89 @@ def test_find_overlaps_in_scripts_without_spaces(item):
 
 def test_find_overlaps_of_everyday_chinese_is_none():
     assert found("下列说法正确的是哪一项？请选择。", "下列说法正确的是哪一项") == []
+
+
+# --- the index against the plain algorithm --------------------------------------------------------------------
+
+
+def plain_ngrams(text: str, n: int) -> list[str]:
+    return list(map(" ".join, runs(split_unspaced(re.findall(r"\w+", text.lower())), n)))
+
+
+def plain_overlaps(rows: dict, tasks: dict, n: int) -> list[Overlap]:
+    """Compare every run of every row with every run of every task."""
+    indexes = {}
+    for task, texts in tasks.items():
+        indexes[task] = {}
+        for text in texts:
+            size = min(n, count_words(split_unspaced(re.findall(r"\w+", text.lower()))))
+            if size >= min(n, SHORTEST_WORDS):
+                indexes[task].setdefault(size, set()).update(plain_ngrams(text, size))
+    sizes = sorted({size for index in indexes.values() for size in index}, reverse=True)
+    overlaps = []
+    for row, texts in rows.items():
+        grams = [(size, gram) for text in texts for size in sizes for gram in plain_ngrams(text, size)]
+        for task, index in indexes.items():
+            shared = [gram for size, gram in grams if gram in index.get(size, ())]
+            overlaps += [Overlap(row, task, gram) for gram in shared[:1]]
+    return overlaps
+
+
+PIECES = ["a", "B", "the", "The", "gas", "it's", "CO2", "x_y", "été", "ÉTÉ", "İ", "ß", "K", "٣", "녹색", "식물은"]
+PIECES += [*"绿色植物のガス", "พืชสี", "น้ำ", "ខ្មែរ", "和氧气 CO2", "a\tb\nc", "\x1f"]
+words = st.lists(st.sampled_from(PIECES), max_size=30)
+marks = st.sampled_from([" ", " ", " ", ", ", " - ", "", "。", "\u00a0", "\n"])
+
+
+@st.composite
+def texts_with_shared_parts(draw) -> tuple[dict, dict]:
+    """Return rows and tasks of few different words, whose texts repeat parts of each other."""
+    parts = draw(st.lists(words, min_size=1, max_size=4))
+    text = st.builds(
+        lambda chosen, mark: mark.join(piece for part in chosen for piece in part),
+        st.lists(st.one_of(st.sampled_from(parts), words), max_size=3),
+        marks,
+    )
+    several = st.lists(text, max_size=3)
+    return tuple(draw(st.dictionaries(st.sampled_from(names), several, max_size=3)) for names in ("rst", "xyz"))
+
+
+@given(given=texts_with_shared_parts(), n=st.integers(1, 16))
+@example(({"r": ["a b c d e f g h i j k"]}, {"x": ["b c d e f g h i"], "y": ["c d e f g h i j k"]}), 13)
+@example(({"r": ["a b c d e f g h. i j k l m n o p q."]}, {"x": ["a b c d e f g h", "i j k l m n o p q"]}), 9)
+def test_find_overlaps_finds_what_the_plain_algorithm_finds(given, n):
+    rows, tasks = given
+    assert find_overlaps(rows, tasks, n) == plain_overlaps(rows, tasks, n)
+
+
+@given(
+    text=st.lists(st.sampled_from(string.ascii_letters + "  绿"), min_size=40, max_size=80).map("".join),
+    before=st.integers(0, 40),
+    n=st.integers(1, 14),
+)
+def test_find_overlaps_wherever_a_row_holds_the_text(text, before, n):
+    rows = {"r": [" ".join(f"w{i}" for i in range(before)) + f" {text.upper()}; {text[::-1]}"]}
+    assert find_overlaps(rows, {"x": [text]}, n) == plain_overlaps(rows, {"x": [text]}, n)
+
+
+@pytest.mark.parametrize("size", range(1, 16))
+@pytest.mark.parametrize("before", range(7))
+def test_a_run_of_any_size_is_found_at_any_place(size, before):
+    shared = [f"s{i}" for i in range(size)]
+    row = " ".join([*(f"b{i}" for i in range(before)), *shared, "end"])
+    tasks = {"x": [" ".join(["start", *shared, "other"])]}
+    assert find_overlaps({"r": [row]}, tasks, size) == [Overlap("r", "x", " ".join(shared))]
+
+
+def test_words_of_every_character_are_those_of_the_plain_algorithm():
+    for start in range(0, 0x30000, 64):
+        text = "".join(f"a{chr(code)}B " for code in range(start, start + 64) if not 0xD800 <= code < 0xE000)
+        assert list(ngrams(text, 1)) == plain_ngrams(text, 1)
+
+
+def test_index_is_asked_row_by_row_and_works_in_another_process():
+    index = TaskIndex({"quiz": iter([QUESTION]), "none": []}, 13)
+    (overlap,) = index.find("r", iter(["Hello.", QUESTION]))
+    assert (overlap.row, overlap.task) == ("r", "quiz")
+    assert index.find("s", ["Hello."]) == []
+    assert pickle.loads(pickle.dumps(index)).find("r", [QUESTION]) == [overlap]
