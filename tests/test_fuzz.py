@@ -11,6 +11,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from row_files import save
 
 from sdft_ray.data import readers
 from sdft_ray.errors import UserError
@@ -208,6 +209,28 @@ def test_jsonl_of_any_lines_is_read_or_refused(tmp_path, lines):
     read(tmp_path / "rows.jsonl")
     (tmp_path / "rows.json").write_bytes(b"[" + b",".join(lines) + b"]")
     read(tmp_path / "rows.json")
+
+
+@fuzzed
+@given(lines=st.lists(text.map(str.encode) | st.sampled_from([b"q,a,c,n", b'"x\n,y",,z,1']) | st.binary(max_size=20)))
+@example([b"q,a,c,n", b'"' + b"x" * 200_000 + b'",a,,'])
+@example([b"q,a,c,n", b"\0,\r,,\x85"])
+def test_csv_of_any_lines_is_read_or_refused(tmp_path, lines):
+    (tmp_path / "rows.csv").write_bytes(b"\n".join(lines))
+    read(tmp_path / "rows.csv")
+
+
+@fuzzed
+@given(draw=st.data(), name=st.sampled_from(["rows.jsonl.gz", "rows.csv.zst", "file.arrow", "stream.arrow"]))
+def test_other_files_with_any_damage_are_read_or_refused(tmp_path, draw, name):
+    rows = [{"q": f"{i}?", "a": f"#### {i}", "c": None, "n": str(i)} for i in range(20)]
+    content = bytearray(save(rows, tmp_path / name).read_bytes())
+    for _ in range(draw.draw(st.integers(1, 4))):
+        content[draw.draw(st.integers(0, len(content) - 1))] = draw.draw(st.integers(0, 255))
+    (tmp_path / name).write_bytes(
+        content[: draw.draw(st.integers(0, len(content)))] if draw.draw(st.booleans()) else content
+    )
+    read(tmp_path / name)
 
 
 @fuzzed

@@ -171,7 +171,7 @@ def _read_csv(path: Path) -> Iterator[Record]:
             if twice := next((name for name in header if header.count(name) > 1), None):
                 raise UserError(problem(where, f"names the column {twice} twice", "Rename one of them"))
         elif len(cells) != len(header):
-            what = f"has {len(cells)} columns, and the header has {len(header)}"
+            what = f"has another number of values than the header (got {len(cells)}; expected {len(header)})"
             raise UserError(problem(where, what, "Fix this line"))
         else:
             yield Record(where, header_at, dict(zip(header, cells, strict=True)))
@@ -204,6 +204,7 @@ def _read_table(path: Path) -> Iterator[Record]:
     number = 0
     try:
         for batch in _parquet_batches(path) if parquet else _arrow_batches(path):
+            batch.validate(full=True)  # or values of a damaged file are read from anywhere in memory
             for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
                 for values in batch.slice(start, _ROWS_AT_ONCE).to_pylist():
                     number += 1
