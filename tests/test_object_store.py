@@ -19,6 +19,7 @@ from sdft_ray.store.identity import Stage
 from sdft_ray.store.manifest import MANIFEST
 from sdft_ray.store.objects import Objects
 from sdft_ray.store.storage import Storage, probe
+from sdft_ray.sweep import notes
 
 STAGE = Stage("train", "tiny", 1, {"n": 1})
 RENAMED = dataclasses.replace(STAGE, slug="renamed-model")
@@ -285,10 +286,10 @@ def test_find_and_failures_of_a_store(s3, elsewhere):
     place = elsewhere(s3).find(STAGE.id[:6], MANIFEST)
     assert [path.name for path in place.iterdir()] == [MANIFEST]
     assert f"is no artifact under {s3}" in complaint(elsewhere(s3).find, "0" * 12)
-    Storage(s3).keep_failure(STAGE, "no room")
-    assert elsewhere(s3).failure(STAGE) == "no room"
-    elsewhere(s3).forget_failure(STAGE)
-    assert Storage(s3).failure(STAGE) is None
+    notes.keep_failure(Storage(s3), STAGE, "no room")
+    assert notes.read_failure(elsewhere(s3), STAGE) == "no room"
+    notes.forget_failure(elsewhere(s3), STAGE)
+    assert notes.read_failure(Storage(s3), STAGE) is None
 
 
 def test_probe_says_in_one_line_what_a_root_cannot_do(s3, s3_proxy):
