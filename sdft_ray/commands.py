@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,20 +142,29 @@ def submit(options: argparse.Namespace) -> int:
 
 
 def _show_report(options: argparse.Namespace, recipe: Any, storage: Any) -> None:
-    from rich.console import Console
-
-    from sdft_ray.progress import log
     from sdft_ray.report import collect, page, terminal
 
     report = collect.collect(recipe, str(options.recipe), storage)
+    _print_report(options, report, terminal.show)
+    if options.html:
+        _write_page(options.html, page.render(report))
+
+
+def _print_report(options: argparse.Namespace, report: Any, show: Callable[[Any, Any], None]) -> None:
+    from rich.console import Console
+
     if options.json:
         print(json.dumps(report.plain(), indent=1))
     else:
-        terminal.show(report, Console(width=None if sys.stdout.isatty() else 160))
-    if options.html:
-        options.html.parent.mkdir(exist_ok=True)
-        options.html.write_text(page.render(report), encoding="utf-8")
-        log(f"Report: {options.html}")
+        show(report, Console(width=None if sys.stdout.isatty() else 160))
+
+
+def _write_page(file: Path, page: str) -> None:
+    from sdft_ray.progress import log
+
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(page, encoding="utf-8")
+    log(f"Report: {file}")
 
 
 def _check_sweep(options: argparse.Namespace) -> None:
@@ -180,23 +189,16 @@ def _check_sweep(options: argparse.Namespace) -> None:
 
 
 def _show_sweep(options: argparse.Namespace, plan: Any, storage: Any) -> None:
-    from rich.console import Console
-
     from sdft_ray.progress import log
     from sdft_ray.report import page, sweep, table, terminal
 
     report = sweep.collect(plan, str(options.recipe), storage)
-    if options.json:
-        print(json.dumps(report.plain(), indent=1))
-    else:
-        terminal.show_sweep(report, Console(width=None if sys.stdout.isatty() else 160))
+    _print_report(options, report, terminal.show_sweep)
     if options.csv:
         options.csv.write_text(table.as_csv(report), encoding="utf-8")
         log(f"Table: {options.csv}")
     if options.html:
-        options.html.parent.mkdir(exist_ok=True)
-        options.html.write_text(page.render_sweep(report, options.html.parent), encoding="utf-8")
-        log(f"Report: {options.html}")
+        _write_page(options.html, page.render_sweep(report, options.html.parent))
 
 
 def _load_sweep(options: argparse.Namespace) -> tuple[Any, Any, Any]:
