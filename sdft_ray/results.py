@@ -52,14 +52,19 @@ class DistilledRow(NamedTuple):
     prompt_tokens: int
     generated_tokens: int
     sampling_seed: int
+    conversation: str | None = None
+    origin: int = 0
 
 
 R = TypeVar("R", bound=NamedTuple)
 
 
 def read_columns(table: Any, kind: type[R]) -> list[R]:
-    """Return the rows of an Arrow table or batch, as far as a kind of row has fields for its columns."""
-    columns = [table.column(name).to_pylist() for name in kind._fields]
+    """Return the rows of an Arrow table or batch; a column that it lacks has the default of its field."""
+    known, defaults = {*table.schema.names}, kind._field_defaults
+    columns = [
+        table.column(name).to_pylist() if name in known else [defaults[name]] * len(table) for name in kind._fields
+    ]
     return [kind._make(values) for values in zip(*columns, strict=True)]
 
 
@@ -67,7 +72,7 @@ def read_split(directory: Path, split: str, kind: type[R]) -> list[R]:
     """Return the rows of one split of a rows or distilled artifact."""
     import pyarrow.parquet as pq
 
-    return read_columns(pq.read_table(directory / f"{split}.parquet", columns=list(kind._fields)), kind)
+    return read_columns(pq.ParquetFile(directory / f"{split}.parquet").read(list(kind._fields)), kind)
 
 
 def training_batches(directory: Path, count: int | None, kind: type[R]) -> Iterator[list[R]]:

@@ -1,20 +1,83 @@
-"""A row: as text, and as the trainer sees it."""
+"""A row: as text, as a conversation, and as the trainer sees it."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+import json
+from typing import Any, NamedTuple
+
+Message = dict[str, Any]
+"""A turn as chat templates read it: role, content, and where it has them tool_calls, name and tool_call_id."""
+
+
+class Given(NamedTuple):
+    """What a model is given before it writes a response."""
+
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None = None
+    """Descriptions of the functions that it may call."""
+
+
+class Exchange(NamedTuple):
+    """What a model is given, and its response."""
+
+    prompt: str
+    """The last message of the user; empty for plain text, which answers nothing."""
+    response: str
+    conversation: str | None = None
+    """JSON of what a single message does not hold: see `write_conversation`."""
+
+    @property
+    def is_plain(self) -> bool:
+        return not self.prompt and self.conversation is None
+
+    @property
+    def given(self) -> Given:
+        """What comes before the response."""
+        if self.conversation is None:
+            return Given([{"role": "user", "content": self.prompt}])
+        parts = json.loads(self.conversation)
+        return Given(parts["messages"], parts.get("tools"))
+
+    @property
+    def calls(self) -> list[dict[str, Any]]:
+        """The functions that the response calls; mostly none."""
+        found = json.loads(self.conversation).get("calls", []) if self.conversation else []
+        return list(found)
+
+
+def write_conversation(given: Given, calls: list[dict[str, Any]] | None = None) -> str | None:
+    """Return canonical JSON of what leads to a response, and of what it calls; None where a prompt says it all."""
+    if not (given.tools or calls) and given.messages == [{"role": "user", "content": given.messages[0].get("content")}]:
+        return None
+    parts = {"messages": given.messages, "tools": given.tools, "calls": calls}
+    return json.dumps(
+        {name: value for name, value in parts.items() if value},
+        ensure_ascii=False,
+        sort_keys=True,
+        separators=(",", ":"),
+    )
 
 
 class Row(NamedTuple):
     """A prompt with its reference."""
 
     prompt: str
+    """The last message of the user; empty for plain text, which answers nothing."""
     reference: str
     answer: str | None = None
     """The final answer; of a raw row what the source has a column for."""
     id: str = ""
     """A hash of the content, once it is decided which rows exist."""
+    conversation: str | None = None
+    """JSON of what leads to the reference where it is more than the prompt, and of the functions that it calls."""
+    origin: int = 0
+    """Which of the recipe's sources it is of."""
+
+    @property
+    def exchange(self) -> Exchange:
+        """The row as it came: what is given, and the reference."""
+        return Exchange(self.prompt, self.reference, self.conversation)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -194,7 +194,7 @@ def _read_corpus(tokenizer: Any, settings: CorpusSettings, rows: Rows | None) ->
 
 
 def _read_chat(tokenizer: Any, rows: Rows) -> list[Text]:
-    encoded = encode_rows(tokenizer, [(row.prompt, row.reference) for row in rows])
+    encoded = encode_rows(tokenizer, [row.exchange for row in rows])
     opening = len(opening_ids(tokenizer))
     # Without the end of turn: the same token in every row measures hardly anything.
     return [Text(row.ids[:-1], row.trained_from + opening) for row in encoded]

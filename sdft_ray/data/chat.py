@@ -16,14 +16,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from sdft_ray.core.rows import TrainingRow
+from sdft_ray.core.rows import Exchange, Given, Message, TrainingRow
 from sdft_ray.core.selection import strip_thoughts
+from sdft_ray.data.text import first_line
 from sdft_ray.errors import UserError, problem
 
 # The default of Llama 3.1's template.
@@ -32,6 +34,7 @@ _DATE = "26 Jul 2024"
 _NO_THINKING = {"enable_thinking": False}
 # The conversation that shows what a template writes around a response.
 _QUESTION, _RESPONSE, _OTHER_RESPONSE = "QUESTION", "RESPONSE", "another"
+_PROBE = Exchange(_QUESTION, _RESPONSE)
 _BATCH_ROWS = 1024  # tokenised at once: enough for every core, and little memory
 # No text can hold these, as they are drawn anew in every process; they never reach a token id.
 _SPELLED, _WRITTEN = f"<{uuid.uuid4().hex}:", f"<{uuid.uuid4().hex}:"
@@ -52,34 +55,65 @@ class _Turn:
 
 def render_prompt(tokenizer: Any, prompt: str, template_options: Mapping[str, Any] = _NO_THINKING) -> list[int]:
     """Return the token ids of a user message up to where the assistant begins to speak."""
-    text = _render(tokenizer, _hide_spelled(tokenizer, prompt), template_options=template_options)
-    return _tokenise(tokenizer, [text])[0]
+    return render_prompts(tokenizer, [Exchange(prompt, "").given], template_options)[0]
 
 
-def encode_row(tokenizer: Any, prompt: str, response: str) -> TrainingRow:
-    """Return prompt + response + end of turn; only the part that the model has to write carries loss.
+def render_prompts(
+    tokenizer: Any, given: Iterable[Given], template_options: Mapping[str, Any] = _NO_THINKING
+) -> list[list[int]]:
+    """Return the token ids of conversations, each up to where the assistant begins to speak."""
+    texts = [_render(tokenizer, _hide_all(tokenizer, each), template_options=template_options) for each in given]
+    return _tokenise(tokenizer, texts)
+
+
+def encode_row(tokenizer: Any, prompt: str, response: str, conversation: str | None = None) -> TrainingRow:
+    """Return what the model is given + response + end of turn; only the part that it has to write carries loss.
 
     A row before: prompt "2 + 2?", response "4". After, decoded: `<|im_start|>user\\n2 + 2?<|im_end|>\\n
     <|im_start|>assistant\\n` without loss, then `4<|im_end|>` with loss.
     """
-    return next(encode_rows(tokenizer, [(prompt, response)]))
+    return next(encode_rows(tokenizer, [Exchange(prompt, response, conversation)]))
 
 
-def encode_rows(tokenizer: Any, rows: Iterable[tuple[str, str]]) -> Iterator[TrainingRow]:
-    """Yield each (prompt, response) as `encode_row` returns it; many at once are tokenised faster.
+def encode_rows(tokenizer: Any, rows: Iterable[Exchange]) -> Iterator[TrainingRow]:
+    """Yield each exchange as `encode_row` returns it; many at once are tokenised faster. All of a plain text carries
+    loss, except for its first token, which nothing predicts.
 
     Raises UserError where the chat template cannot give a training sequence, or changes a response.
     """
     turn, end = _read_turn(tokenizer, str(tokenizer.chat_template)), end_of_turn(tokenizer)
-    rows = list(rows)
-    for begin in range(0, len(rows), _BATCH_ROWS):
-        texts = [_write_conversation(tokenizer, turn, *row) for row in rows[begin : begin + _BATCH_ROWS]]
+    rows = iter(rows)
+    while batch := list(itertools.islice(rows, _BATCH_ROWS)):
+        texts = [_write_exchange(tokenizer, turn, row) for row in batch]
         prompts = _tokenise(tokenizer, [given for given, _ in texts])
         wholes = _tokenise(tokenizer, [given + written for given, written in texts])
-        for (_, written), before, whole in zip(texts, prompts, wholes, strict=True):
+        for row, (_, written), before, whole in zip(batch, texts, prompts, wholes, strict=True):
+            if row.is_plain:
+                ids = [*_beginning(tokenizer), *whole]
+                yield TrainingRow(ids, min(1, len(ids)))
+                continue
             if whole[: len(before)] != before:  # a token across the border: the model is given the prompt's own tokens
                 whole = before + _continue(tokenizer, written)
             yield TrainingRow(whole if turn.closing else [*whole, end], len(before))
+
+
+def require_writable(tokenizer: Any, rows: Iterable[Exchange]) -> None:
+    """Raise UserError where the chat template cannot write conversations as rows have them.
+
+    One row of each form is tried: a template asks which roles follow each other, and for tools, not what is said.
+    """
+    turn, forms = _read_turn(tokenizer, str(tokenizer.chat_template)), set()
+    for row in rows:
+        if row.conversation is None or (form := _form(row)) in forms:
+            continue
+        forms.add(form)
+        _write_exchange(tokenizer, turn, row)
+
+
+def _form(row: Exchange) -> tuple[Any, ...]:
+    """Return the form of a conversation: its roles, and where it calls functions."""
+    turns = tuple((message["role"], "tool_calls" in message) for message in row.given.messages)
+    return turns, row.given.tools is None, bool(row.calls)
 
 
 def require_trainable(tokenizer: Any) -> None:
@@ -105,7 +139,7 @@ def opening_ids(tokenizer: Any) -> tuple[int, ...]:
     """Return the tokens that the model has to write before every response; mostly none."""
     if not _read_turn(tokenizer, str(tokenizer.chat_template)).opening:
         return ()
-    first, second = encode_rows(tokenizer, [(_QUESTION, _RESPONSE), (_QUESTION, _OTHER_RESPONSE)])
+    first, second = (encode_row(tokenizer, _QUESTION, response) for response in (_RESPONSE, _OTHER_RESPONSE))
     pairs = enumerate(zip(first.ids, second.ids, strict=False))
     return tuple(first.ids[first.trained_from : next(i for i, (a, b) in pairs if a != b)])
 
@@ -121,7 +155,8 @@ def read_generated(tokenizer: Any, ids: Sequence[int], text: str, opened: str) -
 
 def opened_thought(tokenizer: Any, template_options: Mapping[str, Any] = _NO_THINKING) -> str:
     """Return the thought that the generation prompt opens and leaves to the model to end; mostly nothing."""
-    return _unended_thought(_render(tokenizer, _QUESTION, template_options=template_options).rpartition(_QUESTION)[2])
+    written = _render(tokenizer, _PROBE.given, template_options=template_options)
+    return _unended_thought(written.rpartition(_QUESTION)[2])
 
 
 def _unended_thought(text: str) -> str:
@@ -133,16 +168,14 @@ def _unended_thought(text: str) -> str:
 
 
 def _render(
-    tokenizer: Any, prompt: str, response: str | None = None, template_options: Mapping[str, Any] = _NO_THINKING
+    tokenizer: Any, given: Given, target: Message | None = None, template_options: Mapping[str, Any] = _NO_THINKING
 ) -> str:
-    """Return a prompt and its response as the template writes them; without a response, the generation prompt."""
-    messages = [{"role": "user", "content": prompt}]
-    if response is not None:
-        messages.append({"role": "assistant", "content": response})
+    """Return a conversation and its last turn as the template writes them; without that turn, the generation prompt."""
+    messages = given.messages if target is None else [*given.messages, target]
     # Some templates print today's date, and the same recipe would be another one tomorrow; other templates ignore it.
     options = {"date_string": _DATE, "strftime_now": lambda _format: _DATE, **template_options}
     text: str = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=response is None, **options
+        messages, tools=given.tools, tokenize=False, add_generation_prompt=target is None, **options
     )
     return text
 
@@ -180,23 +213,70 @@ def _read_end(tokenizer: Any, _template: str) -> tuple[str, int]:
 
 def _render_probe(tokenizer: Any, response: str | None) -> str:
     try:
-        return _render(tokenizer, _QUESTION, response)
+        return _render(tokenizer, _PROBE.given, None if response is None else _as_turn(response))
     except Exception as error:  # a template can raise anything
         line = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         what = f"its chat template cannot write a conversation of a user and an assistant ({line})"
         raise UserError(problem("model", what, "Correct its chat template")) from error
 
 
-def _write_conversation(tokenizer: Any, turn: _Turn, prompt: str, response: str) -> tuple[str, str]:
-    """Return a conversation as the template writes it: the part given to the model, and the part it has to write."""
-    prompt, response = _hide_spelled(tokenizer, prompt), _hide_spelled(tokenizer, response)
-    given, whole = _render(tokenizer, prompt), _render(tokenizer, prompt, response)
-    before, after = given + turn.opening, turn.closing + turn.dropped
-    inside = whole[len(before) : len(whole) - len(after)]
-    if whole != before + inside + after or inside.strip() != response.strip():  # many templates strip what they write
-        what = f"its chat template changes the response {_shorten(response)} of the prompt {_shorten(prompt)}"
+def _as_turn(response: str, calls: Sequence[Mapping[str, Any]] = ()) -> Message:
+    return {"role": "assistant", "content": response} | ({"tool_calls": list(calls)} if calls else {})
+
+
+def _write_exchange(tokenizer: Any, turn: _Turn, row: Exchange) -> tuple[str, str]:
+    """Return an exchange as the template writes it: the part given to the model, and the part it has to write."""
+    if row.is_plain:
+        return "", _hide_spelled(tokenizer, row.response)
+    given, response = _hide_all(tokenizer, row.given), _hide_spelled(tokenizer, row.response)
+    calls = _hide_inside(tokenizer, row.calls)
+    try:
+        before, whole = _render(tokenizer, given), _render(tokenizer, given, _as_turn(response, calls))
+    except Exception as error:  # a template can raise anything
+        what = f"its chat template cannot write {_describe(row)} ({first_line(error)})"
+        raise UserError(problem("model", what, "Remove such rows")) from error
+    written = whole[len(before) :]
+    if not whole.startswith(before):
+        what = f"its chat template writes {_describe(row)} otherwise before its response than with it"
+        raise UserError(problem("model", what, _OTHER_TEMPLATE))
+    if lacks := _unwritten(before, written, given, calls):
+        do = "Give the model a chat template that writes tools, or leave such rows out"
+        raise UserError(problem("model", f"its chat template does not write {lacks} of {_describe(row)}", do))
+    if calls:
+        return before, _end_turn(tokenizer, turn, written)
+    after = turn.closing + turn.dropped
+    inside = written[len(turn.opening) : len(written) - len(after)]
+    if written != turn.opening + inside + after or inside.strip() != response.strip():  # many templates strip it
+        what = f"its chat template changes the response {_shorten(row.response)} of {_describe(row)}"
         raise UserError(problem("model", what, "Remove such rows"))
-    return given, turn.opening + inside + turn.closing
+    return before, turn.opening + inside + turn.closing
+
+
+def _unwritten(before: str, written: str, given: Given, calls: Sequence[Mapping[str, Any]]) -> str:
+    """Return the kind of what a template leaves out, and its name; nothing where it writes all."""
+    earlier = [call for message in given.messages for call in message.get("tool_calls", ())]
+    for kind, functions, text in (
+        ("the tool", given.tools or (), before),
+        ("the call of", earlier, before),
+        ("the call of", calls, written),
+    ):
+        for function in functions:
+            name = str(function.get("function", function).get("name", ""))
+            if name not in text:
+                return f"{kind} {name}"
+    return ""
+
+
+def _end_turn(tokenizer: Any, turn: _Turn, written: str) -> str:
+    """Return what the model writes of a turn that calls functions, which may end in a token of its own."""
+    if written.endswith(turn.closing + turn.dropped):
+        return written.removesuffix(turn.dropped)
+    ends = [match.end() for match in _any_of(_added_tokens(tokenizer)).finditer(written)]
+    return written[: ends[-1]] if ends else written
+
+
+def _describe(row: Exchange) -> str:
+    return f"the {'prompt' if row.conversation is None else 'conversation at'} {_shorten(row.prompt)}"
 
 
 def _shorten(text: str) -> str:
@@ -243,7 +323,7 @@ def _control_tokens(tokenizer: Any, _template: str) -> tuple[re.Pattern[str], tu
     mark as special. Marks of thoughts and tools are not among them: a response may hold thoughts.
     """
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    written = _render(tokenizer, _QUESTION).partition(_QUESTION)
+    written = _render(tokenizer, _PROBE.given).partition(_QUESTION)
     around = written[0] + _read_end(tokenizer, _template)[0]
     tokens = sorted(special | set(_any_of(_added_tokens(tokenizer)).findall(around)))
     return _any_of(tokens), tuple(tokens)
@@ -253,6 +333,30 @@ def _hide_spelled(tokenizer: Any, text: str) -> str:
     """Return a text with stand-ins for the control tokens that it spells out."""
     pattern, tokens = _control_tokens(tokenizer, str(tokenizer.chat_template))
     return pattern.sub(lambda match: f"{_SPELLED}{tokens.index(match[0])}>", text)
+
+
+def _hide_all(tokenizer: Any, given: Given) -> Given:
+    return Given(*_hide_inside(tokenizer, list(given)))
+
+
+def _hide_inside(tokenizer: Any, value: Any) -> Any:
+    """Return plain JSON with stand-ins for the control tokens that its texts spell out."""
+    match value:
+        case str():
+            return _hide_spelled(tokenizer, value)
+        case list():
+            return [_hide_inside(tokenizer, inner) for inner in value]
+        case dict():
+            return {key: _hide_inside(tokenizer, inner) for key, inner in value.items()}
+        case _:
+            return value
+
+
+@functools.lru_cache
+def _beginning(tokenizer: Any) -> list[int]:
+    """Return the tokens that the tokenizer puts before a plain text: BOS, or none."""
+    ids, bare = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    return ids[: ids.index(bare[0])]
 
 
 def _tokenise_apart(tokenizer: Any, text: str) -> list[int]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from sdft_ray import stages
 from sdft_ray.cluster import use_assigned_cores
-from sdft_ray.core.rows import TrainingRow
+from sdft_ray.core.rows import Exchange, TrainingRow
 from sdft_ray.data.chat import encode_rows
 from sdft_ray.results import NLL, Likelihood, training_batches
 from sdft_ray.spec.compute import Needs
@@ -92,6 +92,11 @@ class Rewritten(NamedTuple):
     reference: str
     response: str
     reason: str
+    conversation: str | None = None
+
+    def exchange(self, column: str) -> Exchange:
+        """Return what is given, with one of both responses."""
+        return Exchange(self.prompt, getattr(self, column), self.conversation)
 
 
 def draw_rows(batches: Iterable[Sequence[Rewritten]], count: int, seed: int) -> list[Rewritten]:
@@ -126,7 +131,7 @@ def measure(
     use_assigned_cores()
     loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).to(device).eval()
     for name, column in COLUMNS.items():
-        for some in _portions(list(encode_rows(tokenizer, [(row.prompt, getattr(row, column)) for row in rows]))):
+        for some in _portions(list(encode_rows(tokenizer, [row.exchange(column) for row in rows]))):
             tokens = sum(len(row.ids) - row.trained_from for row in some)
             yield name, Portion(len(some), tokens, summed_loss(loaded, some))
 

@@ -164,7 +164,8 @@ def write_splits(directory: Path, splits: Mapping[str, Sequence[Row]]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = pa.schema([(name, pa.string()) for name in ("id", "prompt", "reference", "answer")])
+    schema = pa.schema([(name, pa.string()) for name in ("id", "prompt", "reference", "answer", "conversation")])
+    schema = schema.append(pa.field("origin", pa.int32()))
     for name in SPLITS:
         pq.write_table(
             pa.Table.from_pylist([row._asdict() for row in splits[name]], schema), directory / f"{name}.parquet"

@@ -2,6 +2,7 @@ import pytest
 from tiny import CHAT_TEMPLATE, make_tokenizer
 
 from sdft_ray.core.prompts import CHECKABLE, OPEN, rewrite_instruction
+from sdft_ray.core.rows import Exchange
 from sdft_ray.data.chat import (
     encode_row,
     encode_rows,
@@ -251,7 +252,7 @@ def test_control_tokens_spelled_out_in_a_row_are_text(make, end, text):
 
 
 def test_control_tokens_spelled_out_in_a_row_leave_the_rest_of_a_batch_alone(tokenizer):
-    rows = [("2 + 2?", "4"), ("And <|im_start|>?", "<|endoftext|>"), ("3 + 3?", "6")]
+    rows = [Exchange("2 + 2?", "4"), Exchange("And <|im_start|>?", "<|endoftext|>"), Exchange("3 + 3?", "6")]
     assert list(encode_rows(tokenizer, rows)) == [encode_row(tokenizer, *row) for row in rows]
     assert encode_row(tokenizer, *rows[1]).ids.count(tokenizer.pad_token_id) == 0
 

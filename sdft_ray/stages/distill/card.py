@@ -15,8 +15,11 @@ from sdft_ray.results import DistilledRow
 from sdft_ray.stages.distill.draws import Settings
 from sdft_ray.store.identity import Stage
 
-_TEXTS = ("id", "prompt", "reference", "answer", "response", "source", "reason", "generated", "finish_reason")
-_COUNTS = ("sample", "prompt_tokens", "generated_tokens")
+_TEXTS = (
+    *("id", "prompt", "reference", "answer", "response", "source", "reason", "generated", "finish_reason"),
+    "conversation",
+)
+_COUNTS = ("sample", "prompt_tokens", "generated_tokens", "origin")
 # Licences of sources that are known by name; what a file holds, its owner knows.
 _LICENCES = {"openai/gsm8k": "mit", "databricks/databricks-dolly-15k": "cc-by-sa-3.0"}
 _SAMPLING = ("temperature", "top_p", "max_new_tokens", "samples", "dtype", "seed")

@@ -37,7 +37,8 @@ def write_requests(
     import pyarrow.parquet as pq
 
     schema = pa.schema(
-        [(name, pa.string()) for name in Row._fields] + [(name, pa.int32()) for name in Asked._fields[1:]]
+        [(name, pa.int32() if name == "origin" else pa.string()) for name in Row._fields]
+        + [(name, pa.int32()) for name in Asked._fields[1:]]
     )
     rows = missing = 0
     waiting: list[dict[str, Any]] = []

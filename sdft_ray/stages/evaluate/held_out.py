@@ -32,7 +32,7 @@ def evaluate_held_out(
     byte separate models where exact match is on the floor: they need no answer to be right.
     """
     model, tokenizer = lm.model, lm.tokenizer
-    encoded = list(encode_rows(tokenizer, [(row.prompt, row.reference) for row in rows]))
+    encoded = list(encode_rows(tokenizer, [row.exchange for row in rows]))
     prompts = [row.ids[: row.trained_from] for row in encoded]
     texts = generate_greedily(model, tokenizer, prompts, max_new_tokens, batch_size)
     # What the template writes around a response is the format's, not the reference's: its bits are left out.

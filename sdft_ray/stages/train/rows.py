@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sdft_ray.core.rows import TrainingRow
+from sdft_ray.core.rows import Exchange, TrainingRow
 from sdft_ray.data.chat import encode_rows
 from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
@@ -32,6 +32,7 @@ class Reference(NamedTuple):
     id: str
     prompt: str
     reference: str
+    conversation: str | None = None
 
 
 class Rewrite(NamedTuple):
@@ -40,6 +41,7 @@ class Rewrite(NamedTuple):
     id: str
     prompt: str
     response: str
+    conversation: str | None = None
 
 
 def encode(
@@ -51,7 +53,7 @@ def encode(
     """
     limit, fate = settings.max_tokens, settings.too_long
     rows, ids, too_long, left_out = [], [], 0, 0
-    encoded = encode_rows(tokenizer, [(prompt, response) for _, prompt, response in raw])
+    encoded = encode_rows(tokenizer, [Exchange(*line[1:]) for line in raw])
     for line, row in zip(raw, encoded, strict=True):
         if len(row.ids) > limit:
             too_long += 1
