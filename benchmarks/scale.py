@@ -113,7 +113,7 @@ def write_rows(count: int, root: str) -> None:
     directory = rows_stage(count, Path(root)).location
     assert directory
     directory.mkdir()
-    train = [row._replace(id=rows.row_id(row.prompt, row.reference)) for row in made]
+    train = [row._replace(id=row.content_id) for row in made]
     rows.write_splits(directory, {"held_out": [], "validation": [], "train": train})
 
 

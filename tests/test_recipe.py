@@ -47,7 +47,7 @@ def load_text(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> Recip
         ),
         (
             {"prune": {"blocks": 2, "calibration": {"rows": {"path": "f.jsonl", "fields": {"prompt": "q"}}}}},
-            "prune.calibration.rows.fields.response: is missing. Add it.",
+            "prune.calibration.rows.fields: names no response. Set response, or messages for conversations.",
         ),
         (
             {"prune": {"blocks": 2, "calibration": []}},
@@ -184,7 +184,6 @@ def test_recipe_with_several_mistakes_reports_all_at_once(tmp_path):
         "model.revision: 'main' moves. Pin a commit: git ls-remote https://huggingface.co/REPO.",
         "prune: is missing. Add it.",
         "rows.fields.respons: unknown key. Did you mean response?",
-        "rows.fields.response: is missing. Add it.",
         'train.epochs: got "3"; expected a valid integer. Change this value.',
         "train.lora.rnk: unknown key. Did you mean rank?",
     ]

@@ -195,18 +195,17 @@ def test_read_rows_of_what_is_no_text_names_file_line_and_kind(tmp_path, column,
 
 
 @pytest.mark.parametrize(
-    ("key", "turns"),
+    ("key", "turns", "do"),
     [
-        ("messages", [{"role": "user", "content": "4 + 4?"}, {"role": "assistant", "content": "8"}]),
-        ("conversations", [{"from": "human", "value": "4 + 4?"}, {"from": "gpt", "value": "8"}]),
-        ("question", [{"role": "user", "content": "4 + 4?"}]),
+        ("messages", [{"role": "user", "content": "4 + 4?"}, {"role": "assistant", "content": "8"}], ""),
+        ("conversations", [{"from": "human", "value": "4?"}, {"from": "gpt", "value": "8"}], ", format: sharegpt"),
+        ("question", [{"role": "user", "content": "4 + 4?"}], ""),
     ],
 )
-def test_read_rows_of_a_conversation_says_that_none_is_taken_and_what_to_give(tmp_path, key, turns):
+def test_read_rows_of_a_conversation_as_columns_names_the_fields_to_set(tmp_path, key, turns, do):
     path = tmp_path / "rows.jsonl"
     line = complaint(read_jsonl, path, [{"answer": "8", key: turns}])
-    assert line.startswith(f"{path}:1: {key} is a conversation, and conversations are not supported yet. ")
-    assert "rows.fields" in line
+    assert line == f"{path}:1: {key} is a conversation. Set rows.fields to {{messages: {key}{do}}}."
 
 
 @pytest.mark.parametrize(

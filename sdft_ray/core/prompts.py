@@ -1,11 +1,14 @@
 """The instructions that ask the unpruned model for a rewrite.
 
-In: a prompt and its reference. Out: the user message. Both templates are part of the ledger's identity.
+In: a prompt and its reference, or a conversation that ends in one. Out: what the model is given. Both templates are
+part of the ledger's identity.
 """
 
 from __future__ import annotations
 
 import re
+
+from sdft_ray.core.rows import Given, Row
 
 # Part of the ledger's identity, beside the template's text: bump when rendering changes.
 RENDERING_VERSION = 2
@@ -34,3 +37,12 @@ def rewrite_instruction(prompt: str, reference: str, template: str) -> str:
     values = {"prompt": prompt, "reference": reference}
     # Not str.format: prompts hold braces of their own.
     return re.sub(r"\{(prompt|reference)\}", lambda m: values[m[1]], template)
+
+
+def ask_for_rewrite(row: Row, template: str) -> Given:
+    """Return what the unpruned model is given to rewrite a row's reference: its true history, with the instruction in
+    place of what the user asks last; after a tool's result, behind it."""
+    given = row.exchange.given
+    message = {"role": "user", "content": rewrite_instruction(row.prompt, row.reference, template)}
+    history = given.messages if given.messages[-1]["role"] != "user" else given.messages[:-1]
+    return Given([*history, message], given.tools)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 Message = dict[str, Any]
 """A turn as chat templates read it: role, content, and where it has them tool_calls, name and tool_call_id."""
+PLAIN = '{"plain":true}'
+"""The conversation of a plain text, which answers nothing."""
 
 
 class Given(NamedTuple):
@@ -22,14 +26,15 @@ class Exchange(NamedTuple):
     """What a model is given, and its response."""
 
     prompt: str
-    """The last message of the user; empty for plain text, which answers nothing."""
+    """The last message of the user."""
     response: str
     conversation: str | None = None
     """JSON of what a single message does not hold: see `write_conversation`."""
 
     @property
     def is_plain(self) -> bool:
-        return not self.prompt and self.conversation is None
+        """Whether it is a text by itself, all of which is trained."""
+        return self.conversation == PLAIN
 
     @property
     def given(self) -> Given:
@@ -37,7 +42,7 @@ class Exchange(NamedTuple):
         if self.conversation is None:
             return Given([{"role": "user", "content": self.prompt}])
         parts = json.loads(self.conversation)
-        return Given(parts["messages"], parts.get("tools"))
+        return Given(parts.get("messages", []), parts.get("tools"))
 
     @property
     def calls(self) -> list[dict[str, Any]]:
@@ -47,14 +52,13 @@ class Exchange(NamedTuple):
 
 
 def write_conversation(given: Given, calls: list[dict[str, Any]] | None = None) -> str | None:
-    """Return canonical JSON of what leads to a response, and of what it calls; None where a prompt says it all."""
+    """Return JSON of what leads to a response, and of what it calls; None where a prompt says it all."""
     if not (given.tools or calls) and given.messages == [{"role": "user", "content": given.messages[0].get("content")}]:
         return None
     parts = {"messages": given.messages, "tools": given.tools, "calls": calls}
     return json.dumps(
         {name: value for name, value in parts.items() if value},
-        ensure_ascii=False,
-        sort_keys=True,
+        ensure_ascii=False,  # and in their order, which templates write them in
         separators=(",", ":"),
     )
 
@@ -63,7 +67,7 @@ class Row(NamedTuple):
     """A prompt with its reference."""
 
     prompt: str
-    """The last message of the user; empty for plain text, which answers nothing."""
+    """The last message of the user; empty for plain text."""
     reference: str
     answer: str | None = None
     """The final answer; of a raw row what the source has a column for."""
@@ -78,6 +82,43 @@ class Row(NamedTuple):
     def exchange(self) -> Exchange:
         """The row as it came: what is given, and the reference."""
         return Exchange(self.prompt, self.reference, self.conversation)
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether nothing is asked, or nothing is responded."""
+        if self.conversation is None:
+            return not self.prompt.strip() or not self.reference.strip()
+        return not (self.reference.strip() or self.exchange.calls)
+
+    @property
+    def key(self) -> str:
+        """What rows have in common that ask the same: no two of them may exist."""
+        if self.conversation is None:
+            return " ".join(self.prompt.split())
+        parts = json.loads(self.conversation)
+        return " ".join(" ".join(_strings([parts.get("messages", self.reference), parts.get("tools")])).split())
+
+    @property
+    def texts(self) -> list[str]:
+        """Every text in it, in order; the last one is the reference."""
+        if self.conversation is None:
+            return [self.prompt, self.reference]
+        return [*_strings(json.loads(self.conversation)), self.reference]
+
+    @property
+    def content_id(self) -> str:
+        """The content hash that a row is known by everywhere: 16 hex digits."""
+        given = self.prompt if self.conversation is None else self.conversation
+        return hashlib.sha256(f"{given}\0{self.reference}".encode()).hexdigest()[:16]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yield every text in plain JSON."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _strings(inner)
 
 
 @dataclasses.dataclass(frozen=True)

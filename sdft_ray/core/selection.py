@@ -27,6 +27,8 @@ Reason = Literal[
     "too_long",
     "no_answer",
     "wrong_answer",
+    "tool_call",
+    "plain",
 ]
 REASONS: tuple[Reason, ...] = get_args(Reason)
 
@@ -94,6 +96,8 @@ def select_response(row: Row, generations: Sequence[Generated], rules: Rules) ->
     Before: reference "4 + 4 = 8\\n#### 8", answer "8", generation "Four and four make 8.".
     After: Selected("Four and four make 8.", "distilled", "kept").
     """
+    if reason := reason_not_to_rewrite(row):
+        return Selected(row.reference, "reference", reason)
     reasons: list[Reason] = []
     for sample, generation in enumerate(generations):
         text = strip_thoughts(generation.text) if rules.strip_thinking else generation.text.strip()
@@ -102,6 +106,14 @@ def select_response(row: Row, generations: Sequence[Generated], rules: Rules) ->
             assert text is not None
             return Selected(text, "distilled", "kept", sample)
     return Selected(row.reference, "reference", reasons[0])
+
+
+def reason_not_to_rewrite(row: Row) -> Reason | None:
+    """Return why a row keeps its reference whatever the model writes: no other words call a function, and a plain text
+    answers nothing."""
+    if row.conversation is None:
+        return None
+    return "plain" if row.exchange.is_plain else "tool_call" if row.exchange.calls else None
 
 
 _ANNOUNCEMENT = re.compile(r".*:")
@@ -202,7 +214,7 @@ _ALWAYS_SHORT_CHARS = 1000
 
 def mentions_rewriting(text: str, row: Row, filters: Mapping[str, Any]) -> bool:
     """Return whether a rewrite mentions its task in words that the row does not use."""
-    row_text = f"{row.prompt}\n{row.reference}".casefold()
+    row_text = "\n".join(row.texts).casefold()
     phrases = [match[0] for match in _LEAKS.finditer(text)] + _find_phrases(filters.get("leak_phrases", ()), text)
     return any(phrase.casefold() not in row_text for phrase in phrases)
 

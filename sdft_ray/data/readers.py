@@ -19,13 +19,14 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from sdft_ray.core.rows import Row
+from sdft_ray.core.rows import PLAIN, Row
+from sdft_ray.data.conversations import Turns, find_conversations, read_conversation
 from sdft_ray.data.files import find_files, hash_content
 from sdft_ray.data.records import Record, read_records
 from sdft_ray.data.text import decode, first_bytes, parse_json
 from sdft_ray.errors import UserError, nearest, problem
 from sdft_ray.spec.section import Section
-from sdft_ray.spec.sources import Fields, FileRows, GymRows, HubRows, RowSource
+from sdft_ray.spec.sources import Fields, FileRows, GymRows, HubRows, RowSource, TableRows
 
 
 def is_missing(value: Any) -> bool:
@@ -94,18 +95,24 @@ class GymContent(Section):
 class FileContent(Section):
     """Rows of a file."""
 
+    optional = ("turns", "plain")
     sha256: str
     fields: Fields
+    turns: Turns | None = None
+    plain: bool | None = None
 
 
 class HubContent(Section):
     """Rows of a dataset on a hub."""
 
+    optional = ("turns", "plain")
     repo: str
     revision: str
     subset: str | None
     split: str
     fields: Fields
+    turns: Turns | None = None
+    plain: bool | None = None
 
 
 RowsContent = GymContent | FileContent | HubContent
@@ -118,9 +125,15 @@ def rows_content(source: RowSource) -> RowsContent:
             return GymContent(gym=source.gym, options=source.options, version=metadata.version("reasoning-gym"))
         case FileRows():
             sha256 = hash_content(find_files(source.path), source.path)
-            return FileContent(sha256=sha256, fields=source.fields)
+            return FileContent(sha256=sha256, fields=source.fields, **_kind_of_rows(source))
         case HubRows():
-            return HubContent(**{name: getattr(source, name) for name in HubContent.model_fields})
+            names = ("repo", "revision", "subset", "split", "fields")
+            return HubContent(**{name: getattr(source, name) for name in names}, **_kind_of_rows(source))
+
+
+def _kind_of_rows(source: TableRows) -> dict[str, Any]:
+    """Return what makes other rows of the same columns; None where it makes no difference."""
+    return {"turns": source.turns if source.fields.messages else None, "plain": source.plain or None}
 
 
 def read_rows(source: RowSource) -> list[Row]:
@@ -133,7 +146,7 @@ def read_rows(source: RowSource) -> list[Row]:
     if isinstance(source, GymRows):
         return _gym_rows(source)
     records = _file_records(source) if isinstance(source, FileRows) else _hub_records(source)
-    return [_map_fields(record, source.fields) for record in itertools.islice(records, source.limit)]
+    return [row for record in itertools.islice(records, source.limit) for row in rows_of(record, source)]
 
 
 def _file_records(source: FileRows) -> Iterator[Record]:
@@ -175,37 +188,55 @@ def _hub_records(source: HubRows) -> Iterator[Record]:
         yield Record(place := f"{source.repo}:{number}", place, values)
 
 
-def _map_fields(read: Record, fields: Fields) -> Row:
-    where, record = read.where, read.values
-    columns = fields.model_dump(exclude_none=True)
-    for key, column in columns.items():
-        if column not in record or isinstance(record[column], list):
-            _refuse_conversation(record, where)
-        if column not in record:
-            raise UserError(
-                problem(f"rows.fields.{key}", f"{read.named_in} has no {column}", nearest(column, read.names()))
+def rows_of(read: Record, source: TableRows) -> list[Row]:
+    """Return the rows of a record: one, or those of a conversation; raises UserError for what is no row."""
+    where, fields = read.where, source.fields
+    columns = fields.model_dump(exclude_none=True, exclude={"format"})
+    _require_columns(read, columns)
+    if fields.messages is None:
+        texts = {key: _read_text(key, columns, read) for key in columns}
+        context = (texts.get("context") or "").strip()
+        prompt = f"{texts['context']}\n\n{texts.get('prompt')}" if context else texts.get("prompt")
+        return [
+            Row(
+                prompt or "", texts["response"] or "", texts.get("answer"), conversation=PLAIN if source.plain else None
             )
-    texts = {key: None if is_missing(record[column]) else record[column] for key, column in columns.items()}
-    for key, value in texts.items():
-        optional = key in ("context", "answer")
-        is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
-        if not (isinstance(value, str) or (optional and value is None) or (key == "answer" and is_number)):
-            what = f"{columns[key]} is {kind_of(value)}, not {'text or a number' if key == 'answer' else 'text'}"
-            raise UserError(problem(where, what, "Fix this row"))
-        require_characters(str(value), where)
-    context, answer = (texts.get("context") or "").strip(), texts.get("answer")
-    prompt = f"{texts['context']}\n\n{texts['prompt']}" if context else texts["prompt"]
-    return Row(str(prompt), str(texts["response"]), None if answer is None else str(answer))
+        ]
+    turns, tools = read.values[fields.messages], read.values[fields.tools] if fields.tools else None
+    system, answer = (_read_text(key, columns, read) if key in columns else None for key in ("context", "answer"))
+    form = fields.format or "messages"
+    rows = list(read_conversation(turns, tools, system, form, source.turns, answer, where))
+    for row in rows:
+        require_characters(f"{row.conversation or row.prompt}{row.reference}", where)
+    return rows
 
 
-def _refuse_conversation(record: Mapping[str, Any], where: str) -> None:
+def _require_columns(read: Record, columns: Mapping[str, str]) -> None:
+    for key, column in columns.items():
+        if column not in read.values or (isinstance(read.values[column], list) and key not in ("messages", "tools")):
+            _refuse_conversation(read)
+        if column not in read.values:
+            what = f"{read.named_in} has no {column}"
+            raise UserError(problem(f"rows.fields.{key}", what, nearest(column, read.names())))
+
+
+def _read_text(key: str, columns: Mapping[str, str], read: Record) -> str | None:
+    """Return the text of a record's field; None where an optional one has none."""
+    value = None if is_missing(read.values[columns[key]]) else read.values[columns[key]]
+    is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+    optional = key in ("context", "answer")
+    if not (isinstance(value, str) or (optional and value is None) or (key == "answer" and is_number)):
+        what = f"{columns[key]} is {kind_of(value)}, not {'text or a number' if key == 'answer' else 'text'}"
+        raise UserError(problem(read.where, what, "Fix this row"))
+    require_characters(str(value), read.where)
+    return None if value is None else str(value)
+
+
+def _refuse_conversation(read: Record) -> None:
     """Raise UserError for a record that holds its texts as the turns of a conversation."""
-    for name, turns in record.items():
-        keys = [turn.keys() for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
-        if any({"role", "content"} <= names or {"from", "value"} <= names for names in keys):
-            what = f"{name} is a conversation, and conversations are not supported yet"
-            do = "Save its question and its answer as two columns of text, and name them in rows.fields"
-            raise UserError(problem(where, what, do))
+    for name, form in find_conversations(read.values).items():
+        do = f"Set rows.fields to {{messages: {name}{', format: sharegpt' * (form == 'sharegpt')}}}"
+        raise UserError(problem(read.where, f"{name} is a conversation", do))
 
 
 def read_json(path: Path, missing: str = "does not exist") -> Any:

@@ -12,8 +12,9 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from sdft_ray.core.prompts import CHECKABLE, OPEN, rewrite_instruction
+from sdft_ray.core.prompts import CHECKABLE, OPEN, ask_for_rewrite
 from sdft_ray.core.rows import Row
+from sdft_ray.core.selection import reason_not_to_rewrite
 from sdft_ray.data import calibration, readers
 from sdft_ray.errors import UserError, problem
 from sdft_ray.models import sources
@@ -126,7 +127,7 @@ class _Length(NamedTuple):
 
 def _lengths(recipe: Recipe, compute: Compute, splits: Splits, context: int) -> Iterator[_Length]:
     new, held_out, train = _new_tokens(recipe), splits[HELD_OUT], splits["train"][: recipe.train.rows]
-    prompts = [row.prompt for row in held_out]
+    prompts = ["\n".join(row.texts[:-1]) for row in held_out]
 
     def leaves(key: str, most: int, extra: int = 0, of: str = "the model's context") -> tuple[int, str, str]:
         left = most - new[key] - extra
@@ -142,13 +143,14 @@ def _lengths(recipe: Recipe, compute: Compute, splits: Splits, context: int) -> 
         yield _Length("draft.max_new_tokens", some, *leaves("draft", context, max(recipe.draft.tokens) + 1))
     if "distill" in new:
         template = recipe.distill.template or (OPEN if recipe.rows.answer == "none" else CHECKABLE)
-        prompts = [rewrite_instruction(row.prompt, row.reference, template) for row in train]
+        asked = [ask_for_rewrite(row, template) for row in train if not reason_not_to_rewrite(row)]
+        prompts = ["\n".join(message["content"] for message in given.messages) for given in asked]
         allowed, of = recipe.distill.max_failed_fraction, "the model's context"
         if (own := compute.distill.engine.max_model_len) and own < context:
             context, of = own, "compute.distill.engine.max_model_len"
         yield _Length("distill.max_new_tokens", prompts, *leaves("distill", context, of=of), allowed)
     if recipe.arms.sft is not None:
-        texts = [f"{row.prompt}\n{row.reference}" for row in train]
+        texts = ["\n".join(row.texts) for row in train]
         what = f"{recipe.train.max_tokens} is too few for more rows than train.max_too_long_fraction allows"
         do, allowed = "Raise train.max_tokens", recipe.train.max_too_long_fraction
         yield _Length("train.max_tokens", texts, recipe.train.max_tokens, what, do, allowed)

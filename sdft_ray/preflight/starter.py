@@ -21,6 +21,7 @@ import yaml
 from sdft_ray.core.answers import final_part, has_words
 from sdft_ray.core.rows import Row
 from sdft_ray.data.checkers import read_answer
+from sdft_ray.data.conversations import find_conversations
 from sdft_ray.data.files import find_files
 from sdft_ray.data.readers import read_json, read_refusal, read_rows
 from sdft_ray.data.records import ROW_FILE, read_records
@@ -108,6 +109,10 @@ def choose_columns(rows: str, columns: Columns) -> tuple[dict[str, str], list[st
     if not records:
         raise UserError(problem("--rows", f"{path} has no rows", f"Give {ROW_FILE} with rows"))
     known = list(dict.fromkeys(name for record in records for name in record))
+    if columns == Columns() and (conversations := find_conversations(records[0])):
+        turns, form = next(iter(conversations.items()))
+        tools = {"tools": "tools"} if "tools" in known else {}
+        return {"messages": turns, **tools, **({"format": str(form)} if form != "messages" else {})}, known
     given = {key: name for key, name in dataclasses.asdict(columns).items() if name is not None}
     if wrong := {key: name for key, name in given.items() if name not in known}:
         do = {key: nearest(name, known) for key, name in wrong.items()}
@@ -137,7 +142,7 @@ def _guess(names: Sequence[str], columns: Sequence[str]) -> str | None:
 
 
 def _describe_columns(given: Columns, fields: Mapping[str, str], known: Sequence[str]) -> str:
-    guessed = [key for key in fields if getattr(given, key) is None]
+    guessed = [key for key in fields if getattr(given, key, None) is None]
     if not guessed:
         return "Columns as they were given."
     names = ", ".join(_scalar(name) for name in known)
@@ -149,7 +154,7 @@ def _describe_columns(given: Columns, fields: Mapping[str, str], known: Sequence
 
 def _describe_rows(rows: str, fields: Mapping[str, str], facts: _Model) -> dict[str, Any]:
     """Return the values of a recipe that follow from the rows: sizes, lengths, and how answers are checked."""
-    source = FileRows(path=rows, fields=Fields(**fields), limit=_MOST_ROWS + 1)
+    source = FileRows(path=rows, fields=Fields.model_validate(fields), limit=_MOST_ROWS + 1)
     raw = read_rows(source)
     more, raw = len(raw) > _MOST_ROWS, raw[:_MOST_ROWS]
     answer, note = guess_checker(raw)
@@ -193,7 +198,7 @@ def _fit_lengths(rows: Sequence[Row], facts: _Model) -> dict[str, int]:
     """Return numbers of tokens that hold 99 % of the rows, as far as the model's context goes."""
     source = HubModel(repo=facts.name, revision="0" * 40) if facts.is_hub else LocalModel(path=facts.name)
     context, count = facts.context or 1 << 20, limits.token_counter(source)
-    whole = _longest([f"{row.prompt}\n{row.reference}" for row in rows], count)
+    whole = _longest(["\n".join(row.texts) for row in rows], count)
     response = _longest([row.reference for row in rows], count)
     return {
         "max_tokens": min(context, max(512, _power_of_two(whole + 64))),  # the chat template adds some

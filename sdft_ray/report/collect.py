@@ -34,7 +34,7 @@ from sdft_ray.report.entries import (
     Trained,
     Training,
 )
-from sdft_ray.results import DISTANCES, HISTORY, ITEMS, Distances, read_history, read_items, read_split
+from sdft_ray.results import DISTANCES, HISTORY, ITEMS, Distances, read_history, read_items, training_batches
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.stages import evaluate
 from sdft_ray.store.identity import Stage
@@ -177,5 +177,9 @@ def _describe_merges(chain: Chain, storage: Storage) -> dict[str, MergeEntry]:
 
 def _read_examples(place: Path, each: int = 3) -> list[Example]:
     """Return a few rows for every reason."""
-    rows = read_split(place, "train", Example)
-    return [row for reason in REASONS for row in [row for row in rows if row.reason == reason][:each]]
+    rows: dict[str, list[Example]] = {reason: [] for reason in REASONS}
+    for batch in training_batches(place, None, Example):
+        for row in batch:
+            if len(rows[row.reason]) < each:
+                rows[row.reason].append(row)
+    return [row for reason in REASONS for row in rows[reason]]

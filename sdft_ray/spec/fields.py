@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from sdft_ray.spec.schema import KINDS, Kind, schema_of
+from sdft_ray.spec.sources import TableRows
 
 NAME = "NAME"
 """Placeholder in a path for a key that the author of a file chooses."""
@@ -110,8 +111,12 @@ def _about(sections: Mapping[str, dict[str, Any]]) -> tuple[str, ...]:
 
 
 def _key(section: Mapping[str, Any]) -> str:
-    """Return the key that distinguishes a section from its alternatives: the first that it requires."""
-    return str(next(iter(section.get("required", ())), ""))
+    """Return the key that distinguishes a section from its alternatives: the first that it requires.
+
+    What several sections inherit (`fields`) comes before what each has of its own.
+    """
+    required = [name for name in section.get("required", ()) if name not in TableRows.model_fields]
+    return str(next(iter(required), ""))
 
 
 def _sections(value: Mapping[str, Any], definitions: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

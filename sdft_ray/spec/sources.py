@@ -38,23 +38,42 @@ class HubModel(Section):
 
 
 class Fields(Section):
-    """Names of the columns of a file or hub dataset."""
+    """Names of the columns of a file or hub dataset: prompt and response, or messages."""
 
-    prompt: str
+    optional = ("messages", "tools", "format")
+    prompt: str | None = None
     """Column of the instruction or question."""
-    response: str
-    """Column of the reference response."""
+    response: str | None = None
+    """Column of the reference response; of the text where the source is plain."""
     context: str | None = None
-    """Column of a text the instruction refers to; put before it where it is not empty."""
+    """Column of a text the instruction refers to; put before it where it is not empty. In a conversation it is the
+    system's message."""
     answer: str | None = None
     """Column of the checkable final answer; without it the answer is read from the response."""
+    messages: str | None = None
+    """Column of a whole conversation, in place of prompt and response: a list of turns, or its JSON."""
+    tools: str | None = None
+    """Column of the functions that a conversation may call: a list, or its JSON."""
+    format: Literal["messages", "sharegpt"] | None = None
+    """Keys of a turn: `role` and `content` (messages, where absent), or `from` and `value` (sharegpt)."""
+
+    @model_validator(mode="after")
+    def _is_one_kind(self) -> Self:
+        if self.messages is None:
+            if wrong := next((name for name in ("tools", "format") if getattr(self, name) is not None), None):
+                raise ValueError(f"{wrong} is of a conversation, and no column holds one. Name it in messages")
+            if self.response is None:
+                raise ValueError("names no response. Set response, or messages for conversations")
+        elif wrong := next((name for name in ("prompt", "response") if getattr(self, name) is not None), None):
+            raise ValueError(f"messages holds the {wrong}. Remove {wrong}")
+        return self
 
 
 class Rows(Section):
     """Fields of every row source: how many rows it has and how they are split."""
 
     limit: int | None = Field(None, gt=0)
-    """Rows to take from the source, in its own order; all where absent (a gym has no end and needs a limit)."""
+    """Records to take from the source, in its own order; all where absent (a gym has no end and needs a limit)."""
     held_out: int = Field(40, ge=0)
     """Rows that are kept for the evaluation task `held_out` and for drafts."""
     validation: int = Field(16, ge=0)
@@ -88,17 +107,38 @@ class GymRows(Rows):
         return self
 
 
-class FileRows(Rows):
+class TableRows(Rows):
+    """Rows whose texts stand in columns."""
+
+    fields: Fields
+    turns: Literal["last", "each"] = "last"
+    """Responses of a conversation that become rows: the last one, or each one with what comes before it."""
+    plain: bool = False
+    """Whether the response column holds plain texts that answer nothing: all of each is trained, none is rewritten."""
+
+    @model_validator(mode="after")
+    def _has_prompts(self) -> Self:
+        if self.plain and (self.fields.prompt or self.fields.messages):
+            raise ValueError(f"plain: {'prompt' if self.fields.prompt else 'messages'} has no use. Remove plain")
+        if self.plain and self.answer != "none":
+            raise ValueError("plain: a plain text has no answer. Set answer: none")
+        if not self.plain and self.fields.prompt is None and self.fields.messages is None:
+            raise ValueError("fields.prompt: is missing. Set it, or plain: true for texts that answer nothing")
+        if self.turns == "each" and self.fields.messages is None:
+            raise ValueError("turns: each is of conversations. Set fields.messages")
+        return self
+
+
+class FileRows(TableRows):
     """Rows of local .json, .jsonl, .csv, .parquet or .arrow files."""
 
     path: LocalPath
     """A file, a directory of files (also one that `datasets` saved to disk), or a glob such as `data/*.jsonl`; several
     are read in the order of their names. A .json, .jsonl or .csv file may be packed as .gz or .zst. A relative path
     starts at the directory that the command is run in."""
-    fields: Fields
 
 
-class HubRows(Rows):
+class HubRows(TableRows):
     """Rows of a hub dataset, pinned by commit."""
 
     repo: str
@@ -109,7 +149,6 @@ class HubRows(Rows):
     """Name of the dataset's configuration, for example `main`; needed where the dataset has several."""
     split: str = "train"
     """Split of the dataset to read."""
-    fields: Fields
 
 
 def _by_key(*keys: str, word: str | None = None) -> Discriminator:

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdft_ray import stages
-from sdft_ray.core.rows import Row
+from sdft_ray.core.rows import Given, Row
 from sdft_ray.core.speculation import worth
-from sdft_ray.data.chat import end_of_turn, render_prompt
+from sdft_ray.data.chat import end_of_turn, render_prompts
 from sdft_ray.data.readers import read_json
 from sdft_ray.engine import NEAR_TIE, engine_arguments
 from sdft_ray.errors import StageFailed, UserError, problem
@@ -86,7 +86,9 @@ def build(work: Work[Settings]) -> Summary:
     summary: Summary = ray.get(
         ray.remote(max_calls=1)(measure)  # an engine takes threads and environment of its process for good
         .options(num_cpus=plan.cpus, num_gpus=plan.gpus, name="draft")
-        .remote(work.handle("model"), work.handle("draft"), [row.prompt for row in rows], work.settings, options)
+        .remote(
+            work.handle("model"), work.handle("draft"), [row.exchange.given for row in rows], work.settings, options
+        )
     )
     best = summary.greedy.best
     base, draft = (work.storage.where(work.stage.inputs[name]) for name in ("model", "draft"))
@@ -105,7 +107,7 @@ def build(work: Work[Settings]) -> Summary:
 def measure(
     target: Callable[[], Path],
     draft: Callable[[], Path],
-    prompts: Sequence[str],
+    prompts: Sequence[Given],
     settings: Settings,
     options: Mapping[str, Any],
 ) -> Summary:
@@ -159,7 +161,7 @@ def _count_all(largest: Measured, cost: float) -> tuple[Counted, ...]:
     )
 
 
-def render_alike(target: Path, draft: Path, prompts: Sequence[str]) -> tuple[list[list[int]], int]:
+def render_alike(target: Path, draft: Path, prompts: Sequence[Given]) -> tuple[list[list[int]], int]:
     """Return the prompts and the end of turn as token ids; raises UserError where the two models do not mean the same
     by an id."""
     from transformers import AutoTokenizer
@@ -168,7 +170,7 @@ def render_alike(target: Path, draft: Path, prompts: Sequence[str]) -> tuple[lis
     if ours.get_vocab() != theirs.get_vocab():
         do = "Give a draft that was made from the base"
         raise UserError(problem("draft.models", f"{draft} has another tokenizer than {target}", do))
-    return [render_prompt(ours, prompt) for prompt in prompts], end_of_turn(ours)
+    return render_prompts(ours, prompts), end_of_turn(ours)
 
 
 def _require_context(model: Path, length: int, new: int) -> None:

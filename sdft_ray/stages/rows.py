@@ -125,9 +125,7 @@ def build(work: Work[Settings]) -> Summary:
     chosen = work.settings.decontaminate or Decontamination(tasks={}, ngram=1, files={})
     tasks = {task: read_task_texts(task, chosen.files.get(task)) for task in chosen.tasks}
     raw = read_rows(source)
-    overlaps = find_overlaps(
-        {row_id(row.prompt, row.reference): (row.prompt, row.reference) for row in raw}, tasks, chosen.ngram
-    )
+    overlaps = find_overlaps({row.content_id: row.texts for row in raw}, tasks, chosen.ngram)
     clean = leave_out(raw, overlaps)
     lost = len(raw) - len(clean)
     splits, left_out = split_rows(clean, source.answer, source.seed, source.held_out, source.validation, lost)
@@ -146,7 +144,7 @@ def build(work: Work[Settings]) -> Summary:
 def leave_out(raw: Sequence[Row], overlaps: Sequence[Overlap]) -> list[Row]:
     """Return the rows that share nothing with a task."""
     held = {overlap.row for overlap in overlaps}
-    return [row for row in raw if row_id(row.prompt, row.reference) not in held]
+    return [row for row in raw if row.content_id not in held]
 
 
 def write_overlaps(directory: Path, overlaps: Sequence[Overlap]) -> None:
@@ -192,7 +190,7 @@ def split_rows(
     seen: dict[str, Row] = {}
     blank = duplicates = unanswered = 0
     for row in raw:
-        if not row.prompt.strip() or not row.reference.strip():
+        if row.is_blank:
             blank += 1
             continue
         answer = None
@@ -201,11 +199,10 @@ def split_rows(
             if answer is None:
                 unanswered += 1
                 continue
-        key = " ".join(row.prompt.split())
-        if key in seen:
+        if (key := row.key) in seen:
             duplicates += 1
             continue
-        seen[key] = row._replace(answer=answer, id=row_id(row.prompt, row.reference))
+        seen[key] = row._replace(answer=answer, id=row.content_id)
     rows = sorted(seen.values(), key=lambda row: hashlib.sha256(f"{seed}:{row.id}".encode()).digest())
     left_out = LeftOut(blank, duplicates, unanswered)
     first_train = held_out + validation
@@ -234,8 +231,3 @@ def _name_lost(left_out: LeftOut, checker: str, decontaminated: int) -> str:
         "rows held items of a benchmark": decontaminated,
     }
     return "".join(f"; {count} {reason}" for reason, count in lost.items() if count)
-
-
-def row_id(prompt: str, reference: str) -> str:
-    """Return the content hash that a row is known by everywhere: 16 hex digits."""
-    return hashlib.sha256(f"{prompt}\0{reference}".encode()).hexdigest()[:16]

@@ -72,6 +72,10 @@ OTHER = {
 }
 # Only one value exists, or the other needs another source.
 FIXED = {
+    # Of conversations.
+    *(f"rows.fields.{name}" for name in ("messages", "tools", "format")),
+    "rows.turns",
+    "rows.plain",
     "evaluate.preset",
     "model.path",
     "rows.path",

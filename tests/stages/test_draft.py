@@ -9,7 +9,8 @@ from tiny import make_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdft_ray import pipeline
-from sdft_ray.data.chat import render_prompt
+from sdft_ray.core.rows import Exchange
+from sdft_ray.data.chat import render_prompts
 from sdft_ray.errors import StageFailed, UserError
 from sdft_ray.preflight import savings
 from sdft_ray.report.lines import draft_line
@@ -25,7 +26,7 @@ from sdft_ray.sweep.planning import Plan, load_sweep, name_draft, stages_of
 
 torch.set_num_threads(1)
 
-PROMPTS = ["What is 1 + 1?", "What is 2 + 2?"]
+PROMPTS = [Exchange(text, "").given for text in ("What is 1 + 1?", "What is 2 + 2?")]
 SETTINGS = draft.Settings(
     name="blurred",
     tokens=(1, 3),
@@ -126,7 +127,7 @@ def test_values_of_requests_are_those_of_their_drafted_tokens():
 
 def test_a_token_that_really_differs_fails_in_float32_and_is_told_in_half_precision(tiny_model):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    ids = [render_prompt(tokenizer, prompt) for prompt in PROMPTS]
+    ids = render_prompts(tokenizer, PROMPTS)
     alone, drafted = [[5, 6, 7], [8, 9]], [[5, 6, 7], [8, 10]]
     assert draft.compare_texts(tiny_model, "bfloat16", ids, alone, drafted) == [Differing(prompt=1, token=1)]
     assert draft.compare_texts(tiny_model, "float32", ids, alone, alone) == []

@@ -270,6 +270,6 @@ def _write_dataset(work: Work[Settings], lines_of: Callable[..., ledgers.Lines],
         usual_error=messages.most_common(1)[0][0] if messages else None,
         generations=generated,
         generated_tokens=tokens,
-        mean_generated_tokens=tokens / generated,
+        mean_generated_tokens=tokens / max(1, generated),
         ledger=ledger,
     )

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sdft_ray.core.rows import Exchange
 from sdft_ray.data.readers import GymContent, HubContent, RowsContent
 from sdft_ray.results import DistilledRow
 from sdft_ray.stages.distill.draws import Settings
@@ -40,8 +41,9 @@ def schema() -> Any:
 
 def record(row: DistilledRow) -> dict[str, Any]:
     """Return a selected row with its conversation as chat messages."""
-    turns = (("user", row.prompt), ("assistant", row.response))
-    return {**row._asdict(), "messages": [{"role": role, "content": content} for role, content in turns]}
+    exchange = Exchange(row.prompt, row.response, row.conversation)
+    turns = [*exchange.given.messages, {"role": "assistant", "content": row.response}]
+    return {**row._asdict(), "messages": [{key: turn[key] for key in ("role", "content")} for turn in turns]}
 
 
 def write(

@@ -12,11 +12,13 @@ from collections.abc import Mapping, Sequence
 
 from sdft_ray.core.prompts import CHECKABLE, OPEN
 from sdft_ray.core.rows import Row
-from sdft_ray.core.selection import COMPLETE, REASONS, Reason, Rules, select_response
+from sdft_ray.core.selection import COMPLETE, REASONS, Reason, Rules, reason_not_to_rewrite, select_response
 from sdft_ray.data.checkers import CHECKERS
 from sdft_ray.results import DistilledRow
 from sdft_ray.spec.recipe import Distill
 from sdft_ray.store.ledger import Line
+
+_NOT_ASKED = Line("", 0, "", "", 0, 0, 0)
 
 
 class Settings(Distill):
@@ -52,7 +54,7 @@ def select_rows(
     for row in rows:
         samples = generations[row.id]
         chosen = select_response(row, samples, rules)
-        made = samples[chosen.sample]
+        made = samples[chosen.sample] if samples else _NOT_ASKED
         selected.append(
             DistilledRow(
                 **row._asdict(),
@@ -79,6 +81,8 @@ def next_draw(row: Row, lines: Sequence[Line], settings: Settings, first: int = 
 
     A sample is drawn only where none before it passes. `first`: the samples before it are known not to pass.
     """
+    if reason_not_to_rewrite(row):
+        return None
     for sample in range(first, settings.samples):
         mine = [line for line in lines if line.sample == sample]
         complete = [line for line in mine if line.finish_reason in COMPLETE]

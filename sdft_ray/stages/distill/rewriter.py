@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdft_ray.core.prompts import rewrite_instruction
+from sdft_ray.core.prompts import ask_for_rewrite
 from sdft_ray.core.selection import Generation
-from sdft_ray.data.chat import render_prompt
+from sdft_ray.data.chat import render_prompts
 from sdft_ray.engine import EngineFactory, Request
 from sdft_ray.stages.distill.draws import (
     Settings,
@@ -126,8 +126,8 @@ class Rewriter:
 
     def _request(self, batch: _Batch, row_id: str, sample: int) -> Request:
         row = batch.rows[row_id].row
-        instruction = rewrite_instruction(row.prompt, row.reference, instruction_template(self.settings))
-        prompt_ids = render_prompt(self.tokenizer, instruction, self.settings.template_options)
+        given = ask_for_rewrite(row, instruction_template(self.settings))
+        (prompt_ids,) = render_prompts(self.tokenizer, [given], self.settings.template_options)
         return Request(row_id, sample, prompt_ids, sampling_seed(row_id, self.settings.seed, sample))
 
     def _generate(self, batch: _Batch, group: Sequence[Request]) -> Iterator[tuple[Request, Generation]]:

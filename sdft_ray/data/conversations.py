@@ -1,0 +1,163 @@
+"""Turn the conversation in a record of a file into rows: (history, response).
+
+In: the value of a column of messages, of one of tools, and which form they have. Out: one row for the last response, or
+one for each. Messages get one form here, that of chat templates, so that nothing behind this module knows another one:
+
+    messages   {"role": "user", "content": "…"}; a call: {"role": "assistant", "tool_calls": [{"function": {…}}]}
+    sharegpt   {"from": "human", "value": "…"};  a call: {"from": "function_call", "value": "{\"name\": …}"}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from sdft_ray.core.rows import Given, Message, Row, write_conversation
+from sdft_ray.errors import UserError, nearest, problem
+
+Turns = Literal["last", "each"]
+Format = Literal["messages", "sharegpt"]
+_KEYS: dict[Format, tuple[str, str]] = {"messages": ("role", "content"), "sharegpt": ("from", "value")}
+_ROLES = ("system", "user", "assistant", "tool")
+_SHAREGPT_ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "model", "chatgpt", "bard", "bing"), "assistant"),
+    **dict.fromkeys(("observation", "tool", "function_response"), "tool"),
+    "system": "system",
+    "function_call": "function_call",
+}
+_KEPT = ("name", "tool_call_id", "reasoning_content")  # of a message, beside role, content and calls
+
+
+def find_conversations(values: Mapping[str, Any]) -> dict[str, Format]:
+    """Return the columns of a record that hold the turns of a conversation, and the form of each."""
+    found: dict[str, Format] = {}
+    for name, turns in values.items():
+        keys = [turn.keys() for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+        for form, pair in _KEYS.items():
+            if any({*pair} <= known for known in keys):
+                found.setdefault(name, form)
+    return found
+
+
+def read_conversation(
+    turns: Any, tools: Any, system: str | None, form: Format, which: Turns, answer: str | None, where: str
+) -> Iterator[Row]:
+    """Yield the rows of a conversation: that of its last turn, or of every turn of the assistant.
+
+    A turn that nothing answers gives a row without reference, and so do turns behind one that says nothing: such rows
+    are left out and counted. answer: the final answer of the last response. Raises UserError for another form.
+    """
+    messages = [_read_message(turn, form, f"{where}, turn {i}") for i, turn in enumerate(_as_list(turns, where), 1)]
+    if system and system.strip():
+        messages.insert(0, {"role": "system", "content": system})
+    described = _read_tools(tools, where)
+    ends = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if not ends or ends[-1] != len(messages) - 1:
+        ends.append(len(messages))
+    for end in ends if which == "each" else ends[-1:]:
+        last = end == ends[-1]
+        yield _row(Given(messages[:end], described), messages[end : end + 1], answer if last else None, where)
+
+
+def _row(given: Given, response: Sequence[Message], answer: str | None, where: str) -> Row:
+    asked = [message for message in given.messages if message["role"] == "user"]
+    prompt = str(asked[-1]["content"]) if asked else ""
+    target: Message = {"content": ""}
+    if response and not any(map(_says_nothing, given.messages)):
+        target = response[0]
+    if not asked and target["content"]:
+        raise UserError(problem(where, "begins with the assistant: no user asks before it", "Remove this conversation"))
+    conversation = write_conversation(given, target.get("tool_calls"))
+    return Row(prompt, str(target["content"]), answer, conversation=conversation)
+
+
+def _says_nothing(message: Message) -> bool:
+    return not (message["content"].strip() or message.get("tool_calls") or message["role"] == "tool")
+
+
+def _as_list(value: Any, where: str, name: str = "messages") -> list[Any]:
+    if isinstance(value, str):  # a column of JSON
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise UserError(problem(where, f"{name} is text, and no JSON list", "Fix this row")) from None
+    if not isinstance(value, list):
+        raise UserError(problem(where, f"{name} is no list", "Fix this row"))
+    return value
+
+
+def _read_message(turn: Any, form: Format, where: str) -> Message:
+    role_key, content_key = _KEYS[form]
+    other = next(pair for name, pair in _KEYS.items() if name != form)
+    if not isinstance(turn, dict) or role_key not in turn:
+        what, do = f"has no {role_key}", "Fix this row"
+        if isinstance(turn, dict) and {*other} <= turn.keys():
+            do = f"Set rows.fields.format: {'sharegpt' if form == 'messages' else 'messages'}"
+        raise UserError(problem(where, what, do))
+    given, content = turn[role_key], turn.get(content_key)
+    role = _SHAREGPT_ROLES.get(given) if form == "sharegpt" else given
+    if role == "function_call":
+        return {"role": "assistant", "content": "", "tool_calls": [_read_call(call, where) for call in _calls(content)]}
+    if role not in _ROLES:
+        known = _ROLES if form == "messages" else [*_SHAREGPT_ROLES]
+        raise UserError(problem(where, f"has the unknown role {given}", nearest(str(given), known)))
+    message: Message = {"role": role, "content": _read_content(content, bool(turn.get("tool_calls")), where)}
+    if calls := turn.get("tool_calls"):
+        message["tool_calls"] = [_read_call(call, where) for call in _as_list(calls, where, "tool_calls")]
+    return message | {key: turn[key] for key in _KEPT if turn.get(key) is not None}
+
+
+def _read_content(content: Any, may_lack: bool, where: str) -> str:
+    """Return the text of a message, which may be given in parts."""
+    if isinstance(content, list):
+        parts = [
+            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
+        ]
+        if not all(isinstance(part, str) for part in parts):
+            raise UserError(problem(where, "has content that is no text", "Leave such conversations out"))
+        return "".join(map(str, parts))
+    if content is None and may_lack:
+        return ""
+    if not isinstance(content, str):
+        raise UserError(problem(where, "has no text as its content", "Fix this row"))
+    return content
+
+
+def _calls(content: Any) -> list[Any]:
+    """Return the calls of a ShareGPT turn: JSON of one of them, or of a list."""
+    try:
+        value = json.loads(content) if isinstance(content, str) else content
+    except ValueError:
+        value = None
+    return value if isinstance(value, list) else [value]
+
+
+def _read_call(call: Any, where: str) -> dict[str, Any]:
+    """Return a call with its arguments as an object, as chat templates write them."""
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise UserError(problem(where, "calls a function without a name", "Fix this row"))
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except ValueError:
+            what = f"calls {function['name']} with arguments that are no JSON"
+            raise UserError(problem(where, what, "Fix this row")) from None
+    read = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    return read | ({"id": call["id"]} if call.get("id") else {})
+
+
+def _read_tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
+    """Return descriptions of functions in the form of chat templates; None where there are none."""
+    if not tools or (isinstance(tools, str) and not tools.strip()):
+        return None
+    read = []
+    for tool in _as_list(tools, where, "tools"):
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise UserError(problem(where, "has a tool without a name", "Fix this row"))
+        read.append({"type": "function", "function": function})
+    return read or None

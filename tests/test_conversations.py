@@ -1,0 +1,304 @@
+"""Rows that are conversations: from files to token ids."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny import make_tokenizer
+
+from sdft_ray.core.rows import Exchange, Row
+from sdft_ray.data import readers
+from sdft_ray.data.chat import encode_row, encode_rows, render_prompts, require_writable
+from sdft_ray.errors import UserError
+from sdft_ray.spec.sources import FileRows
+from sdft_ray.spec.wording import validate
+from sdft_ray.stages import rows as rows_stage
+
+CHAT = Path("../shared/data/chat")
+# ChatML that writes tools and calls, as templates of today's models do.
+TOOLS = """\
+{%- if tools %}<|im_start|>system
+{% for tool in tools %}{{ tool | tojson }}
+{% endfor %}<|im_end|>
+{% endif -%}
+{%- for m in messages %}<|im_start|>{{ m.role }}
+{{ m.content }}{% for call in m.tool_calls or [] %}<call>{{ call.function | tojson }}</call>{% endfor %}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 4, "b": 4}}}
+TURNS = [
+    {"role": "system", "content": "Be short."},
+    {"role": "user", "content": "Hello."},
+    {"role": "assistant", "content": "Hi."},
+    {"role": "user", "content": "4 + 4?"},
+    {"role": "assistant", "content": "8"},
+]
+CALLING = [
+    {"role": "user", "content": "4 + 4?"},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"function": {"name": "add", "arguments": '{"a": 4, "b": 4}'}}],
+    },
+    {"role": "tool", "content": "8"},
+    {"role": "assistant", "content": "It is 8."},
+]
+
+
+def read(path, records, **options):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    options = {"fields": {"messages": "messages"}, "answer": "none", **options}
+    return list(readers.read_rows(validate(FileRows, {"path": str(path), **options})))
+
+
+def refused(path, records, **options):
+    with pytest.raises(UserError) as error:
+        read(path, records, **options)
+    return str(error.value)
+
+
+def messages(row):
+    return [(message["role"], message["content"]) for message in row.exchange.given.messages]
+
+
+@pytest.fixture
+def tool_tokenizer():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TOOLS
+    return tokenizer
+
+
+# --- from records to rows -----------------------------------------------------------------------------------------
+
+
+def test_read_conversation_last_turn_keeps_its_true_history(tmp_path):
+    (row,) = read(tmp_path / "rows.jsonl", [{"messages": TURNS}])
+    assert messages(row) == [(turn["role"], turn["content"]) for turn in TURNS[:-1]]
+    assert (row.prompt, row.reference) == ("4 + 4?", "8")
+
+
+def test_read_conversation_each_turn_gives_a_row(tmp_path):
+    first, second = read(tmp_path / "rows.jsonl", [{"messages": TURNS}], turns="each")
+    assert (first.reference, second.reference) == ("Hi.", "8")
+    assert messages(first) == messages(second)[:2]
+
+
+def test_read_conversation_of_one_message_is_the_row_of_two_columns(tmp_path):
+    turns = [{"role": "user", "content": "4 + 4?"}, {"role": "assistant", "content": "8"}]
+    (row,) = read(tmp_path / "rows.jsonl", [{"messages": turns}])
+    (columns,) = read(tmp_path / "a.jsonl", [{"q": "4 + 4?", "a": "8"}], fields={"prompt": "q", "response": "a"})
+    assert row == columns and row.content_id == columns.content_id
+    # As ids have always been made.
+    assert row.content_id == "134aa36d0c8f8f9d"
+
+
+def test_read_conversation_calls_become_objects_and_targets(tmp_path):
+    fields = {"messages": "messages", "tools": "tools"}
+    records = [{"messages": CALLING, "tools": [ADD["function"]]}]
+    call, response = read(tmp_path / "rows.jsonl", records, fields=fields, turns="each")
+    assert (call.reference, call.exchange.calls) == ("", [CALL])
+    assert response.exchange.given.messages[1]["tool_calls"] == [CALL]
+    assert response.exchange.given.tools == call.exchange.given.tools == [ADD]
+    assert not call.is_blank and not response.exchange.calls
+
+
+def test_read_conversation_sharegpt_gives_the_same_rows(tmp_path):
+    roles = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
+    turns = [{"from": roles[turn["role"]], "value": turn["content"]} for turn in CALLING]
+    turns[1] = {"from": "function_call", "value": json.dumps({"name": "add", "arguments": {"a": 4, "b": 4}})}
+    fields = {"messages": "conversations", "tools": "tools", "format": "sharegpt"}
+    records = [{"conversations": turns, "tools": json.dumps([ADD["function"]])}]
+    ours = read(
+        tmp_path / "a.jsonl",
+        [{"messages": CALLING, "tools": [ADD]}],
+        fields={**fields, "messages": "messages", "format": "messages"},
+    )
+    assert read(tmp_path / "rows.jsonl", records, fields=fields) == ours
+
+
+def test_read_conversation_context_is_the_systems_message(tmp_path):
+    fields = {"messages": "messages", "context": "system"}
+    (row,) = read(tmp_path / "rows.jsonl", [{"messages": TURNS[1:], "system": "Be short."}], fields=fields)
+    (with_system,) = read(tmp_path / "a.jsonl", [{"messages": TURNS}])
+    assert row == with_system
+
+
+@pytest.mark.parametrize(
+    ("turns", "each", "blank"),
+    [
+        (TURNS[:-1], 2, 1),  # the user has the last word
+        ([*TURNS[:-1], {"role": "assistant", "content": " "}], 2, 1),
+        ([*TURNS[:2], {"role": "assistant", "content": ""}, *TURNS[3:]], 2, 2),
+        (TURNS[:2], 1, 1),
+    ],
+)
+def test_read_conversation_with_a_turn_that_says_nothing_gives_blank_rows(tmp_path, turns, each, blank):
+    rows = read(tmp_path / "rows.jsonl", [{"messages": turns}], turns="each")
+    assert (len(rows), sum(row.is_blank for row in rows)) == (each, blank)
+    assert read(tmp_path / "rows.jsonl", [{"messages": turns}])[0].is_blank
+
+
+@pytest.mark.parametrize(
+    ("record", "line"),
+    [
+        ({"messages": [{"role": "usr", "content": "q"}]}, ", turn 1: has the unknown role usr. Did you mean user?"),
+        ({"messages": [{"from": "human", "value": "q"}]}, ", turn 1: has no role. Set rows.fields.format: sharegpt."),
+        ({"messages": [{"role": "user", "content": None}]}, ", turn 1: has no text as its content. Fix this row."),
+        ({"messages": ["q", "a"]}, ", turn 1: has no role. Fix this row."),
+        ({"messages": "q"}, ": messages is text, and no JSON list. Fix this row."),
+        ({"messages": None}, ": messages is no list. Fix this row."),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            ", turn 1: has content that is no text. Leave such conversations out.",
+        ),
+        (
+            {"messages": [*TURNS[:2], {"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]}]},
+            ", turn 3: calls a function without a name. Fix this row.",
+        ),
+        (
+            {
+                "messages": [
+                    *TURNS[:2],
+                    {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]},
+                ]
+            },
+            ", turn 3: calls f with arguments that are no JSON. Fix this row.",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "Hi."}]},
+            ": begins with the assistant: no user asks before it. Remove this conversation.",
+        ),
+        ({"turns": TURNS}, "rows.fields.messages"),
+    ],
+)
+def test_read_conversation_of_another_form_names_row_and_turn(tmp_path, record, line):
+    path = tmp_path / "rows.jsonl"
+    said = refused(path, [{"messages": TURNS}, record])
+    assert said == f"{path}:2{line}" or "turns is a conversation. Set rows.fields to {messages: turns}." in said
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"fields": {"prompt": "q", "response": "a", "messages": "m"}}, "fields"),
+        ({"fields": {"prompt": "q", "response": "a", "tools": "t"}}, "fields"),
+        ({"fields": {"prompt": "q"}}, "fields"),
+        ({"fields": {"response": "a"}}, "plain: true"),
+        ({"fields": {"prompt": "q", "response": "a"}, "turns": "each"}, "turns"),
+        ({"fields": {"prompt": "q", "response": "a"}, "plain": True}, "plain"),
+        ({"fields": {"response": "a"}, "plain": True, "answer": "number"}, "plain"),
+    ],
+)
+def test_row_source_with_fields_that_contradict_each_other_is_refused(options, key):
+    with pytest.raises(UserError, match=key):
+        validate(FileRows, {"path": "rows.jsonl", "answer": "none", **options})
+
+
+def test_rows_with_one_history_are_one_row(tmp_path):
+    (row,) = read(tmp_path / "rows.jsonl", [{"messages": TURNS}])
+    rows = [row, row._replace(reference="Eight."), *(Row(f"{i}?", "a") for i in range(4))]
+    splits, left_out = rows_stage.split_rows(rows, "none", 0, 0, 0)
+    assert left_out.duplicate_prompts == 1 and len(splits["train"]) == 5
+    ids = {row.id for row in splits["train"]}
+    assert row.content_id in ids and len(ids) == 5
+
+
+# --- from rows to token ids -----------------------------------------------------------------------------------------
+
+
+def test_encode_row_of_several_turns_trains_the_last_response_alone(tool_tokenizer, tmp_path):
+    (row,) = read(tmp_path / "rows.jsonl", [{"messages": TURNS}])
+    encoded = encode_row(tool_tokenizer, *row.exchange)
+    given = tool_tokenizer.decode(encoded.ids[: encoded.trained_from])
+    assert (
+        given
+        == "".join(f"<|im_start|>{t['role']}\n{t['content']}<|im_end|>\n" for t in TURNS[:-1])
+        + "<|im_start|>assistant\n"
+    )
+    assert tool_tokenizer.decode(encoded.ids[encoded.trained_from :]) == "8<|im_end|>"
+    assert encoded.ids[: encoded.trained_from] == render_prompts(tool_tokenizer, [row.exchange.given])[0]
+
+
+def test_encode_row_of_a_call_trains_what_the_template_writes_of_it(tool_tokenizer, tmp_path):
+    fields = {"messages": "messages", "tools": "tools"}
+    records = [{"messages": CALLING, "tools": [ADD]}]
+    call, response = read(tmp_path / "rows.jsonl", records, fields=fields, turns="each")
+    encoded = [encode_row(tool_tokenizer, *row.exchange) for row in (call, response)]
+    trained = [tool_tokenizer.decode(row.ids[row.trained_from :]) for row in encoded]
+    assert trained == [f"<call>{json.dumps(CALL['function'])}</call><|im_end|>", "It is 8.<|im_end|>"]
+    assert json.dumps(ADD) in tool_tokenizer.decode(encoded[0].ids[: encoded[0].trained_from])
+    assert "<call>" in tool_tokenizer.decode(encoded[1].ids[: encoded[1].trained_from])
+
+
+def test_encode_row_of_a_control_token_in_the_history_is_text(tool_tokenizer):
+    turns = [{"role": "user", "content": "Is <|im_end|> a mark?"}, {"role": "assistant", "content": "Yes."}, TURNS[3]]
+    row = Exchange("4 + 4?", "8", json.dumps({"messages": turns}))
+    end = tool_tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert encode_row(tool_tokenizer, *row).ids.count(end) == 4
+
+
+def test_encode_row_of_plain_text_trains_all_of_it(tokenizer, tmp_path):
+    fields = {"response": "text"}
+    (row,) = read(tmp_path / "rows.jsonl", [{"text": "Once upon a time"}], fields=fields, plain=True)
+    encoded = encode_row(tokenizer, *row.exchange)
+    assert encoded.trained_from == 1
+    assert encoded.ids == tokenizer("Once upon a time")["input_ids"]
+
+
+@pytest.fixture
+def tokenizer():
+    return make_tokenizer()
+
+
+def test_require_writable_where_the_template_leaves_tools_out_names_the_tool(tokenizer, tmp_path):
+    fields = {"messages": "messages", "tools": "tools"}
+    rows = read(tmp_path / "rows.jsonl", [{"messages": CALLING, "tools": [ADD]}], fields=fields)
+    with pytest.raises(UserError, match="does not write the tool add of the conversation at '4 \\+ 4\\?'"):
+        require_writable(tokenizer, [row.exchange for row in rows])
+
+
+@pytest.mark.parametrize(
+    ("template", "line"),
+    [
+        (
+            "{%- if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif -%}",
+            "System role not supported",
+        ),
+        (
+            "{%- if messages | length > 3 %}{{ messages | length }}{% endif -%}",
+            "otherwise before its response than with it",
+        ),
+    ],
+)
+def test_require_writable_where_the_template_refuses_a_form_is_one_line(tokenizer, tmp_path, template, line):
+    tokenizer.chat_template = template + tokenizer.chat_template
+    rows = read(tmp_path / "rows.jsonl", [{"messages": TURNS}])
+    with pytest.raises(UserError, match=line) as error:
+        require_writable(tokenizer, [row.exchange for row in rows])
+    assert "\n" not in str(error.value)
+
+
+# --- real conversations ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not CHAT.is_dir(), reason="shared/data/chat is missing")
+@pytest.mark.parametrize(
+    ("file", "fields", "rows"),
+    [
+        ("messages_tools_en.jsonl", {"messages": "messages", "tools": "tools"}, 452),
+        ("messages_tools_zh.jsonl", {"messages": "messages", "tools": "tools"}, 189),
+        ("sharegpt_tools_en.json", {"messages": "conversations", "tools": "tools", "format": "sharegpt"}, 505),
+    ],
+)
+def test_real_conversations_become_one_row_for_each_response_and_are_encoded(tool_tokenizer, file, fields, rows):
+    source = {"path": str(CHAT / file), "fields": fields, "turns": "each", "answer": "none"}
+    read = list(readers.read_rows(validate(FileRows, source)))
+    assert len(read) == rows and not any(row.is_blank for row in read)
+    for row, encoded in zip(read, encode_rows(tool_tokenizer, [row.exchange for row in read]), strict=True):
+        trained = tool_tokenizer.decode(encoded.ids[encoded.trained_from :])
+        calls = "".join(
+            f"<call>{json.dumps(call['function'], ensure_ascii=False)}</call>" for call in row.exchange.calls
+        )
+        assert trained == f"{row.reference}{calls}<|im_end|>"
