@@ -22,6 +22,18 @@ def row(number: int, prompt: int = 0, reference: int = 0) -> dict:
     return {"q": f"{number}? {'p' * prompt}", "a": f"{'r' * reference} {number}"}
 
 
+def test_check_of_conversations_that_the_template_cannot_write_names_what_it_leaves_out(problems):
+    turns = [{"role": "user", "content": "4 + 4?"}, {"role": "assistant", "content": "8"}]
+    tools = [{"name": "add", "parameters": {}}]
+    rows = {"fields": {"messages": "messages", "tools": "tools"}, "answer": "none"}
+    lines = [{"messages": [{**turns[0], "content": f"{i} + 4?"}, turns[1]], "tools": []} for i in range(9)]
+    settings = {"rows": rows, "evaluate": {"tasks": ["sciq"]}}
+    assert problems(lines, **settings) == []
+    lines[4]["tools"] = tools
+    (line,) = problems(lines, **settings)
+    assert "its chat template does not write the tool add" in line
+
+
 @pytest.fixture
 def problems(tiny_model, tmp_path):
     """Return what check finds wrong with a recipe of these rows and texts; the recipe is good but for what is given."""

@@ -53,7 +53,8 @@ class Exchange(NamedTuple):
 
 def write_conversation(given: Given, calls: list[dict[str, Any]] | None = None) -> str | None:
     """Return JSON of what leads to a response, and of what it calls; None where a prompt says it all."""
-    if not (given.tools or calls) and given.messages == [{"role": "user", "content": given.messages[0].get("content")}]:
+    first = given.messages[0] if given.messages else {}
+    if not (given.tools or calls) and given.messages in ([], [{"role": "user", "content": first.get("content")}]):
         return None
     parts = {"messages": given.messages, "tools": given.tools, "calls": calls}
     return json.dumps(

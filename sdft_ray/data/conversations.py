@@ -46,8 +46,9 @@ def read_conversation(
 ) -> Iterator[Row]:
     """Yield the rows of a conversation: that of its last turn, or of every turn of the assistant.
 
-    A turn that nothing answers gives a row without reference, and so do turns behind one that says nothing: such rows
-    are left out and counted. answer: the final answer of the last response. Raises UserError for another form.
+    A turn that nothing answers gives a row without reference, and so does a response before which no user asks, or a
+    turn says nothing: such rows are left out and counted. answer: the final answer of the last response. Raises
+    UserError for another form.
     """
     messages = [_read_message(turn, form, f"{where}, turn {i}") for i, turn in enumerate(_as_list(turns, where), 1)]
     if system and system.strip():
@@ -58,17 +59,15 @@ def read_conversation(
         ends.append(len(messages))
     for end in ends if which == "each" else ends[-1:]:
         last = end == ends[-1]
-        yield _row(Given(messages[:end], described), messages[end : end + 1], answer if last else None, where)
+        yield _row(Given(messages[:end], described), messages[end : end + 1], answer if last else None)
 
 
-def _row(given: Given, response: Sequence[Message], answer: str | None, where: str) -> Row:
+def _row(given: Given, response: Sequence[Message], answer: str | None) -> Row:
     asked = [message for message in given.messages if message["role"] == "user"]
     prompt = str(asked[-1]["content"]) if asked else ""
     target: Message = {"content": ""}
-    if response and not any(map(_says_nothing, given.messages)):
+    if asked and response and not any(map(_says_nothing, given.messages)):
         target = response[0]
-    if not asked and target["content"]:
-        raise UserError(problem(where, "begins with the assistant: no user asks before it", "Remove this conversation"))
     conversation = write_conversation(given, target.get("tool_calls"))
     return Row(prompt, str(target["content"]), answer, conversation=conversation)
 

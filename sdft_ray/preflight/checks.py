@@ -42,6 +42,7 @@ def check(recipe: Recipe, compute: Compute, read: limits.FileReader = limits.rea
             splits = limits.read_splits(source, recipe.train.rows, read)
             if source is not recipe.rows:  # no task reads others' held-out rows
                 splits["held_out"] = []
+            limits.require_forms(recipe.model, splits)
             if context is not None:
                 limits.require_lengths(recipe, compute, splits, context, count)
     limits.require_texts(recipe, count, read)

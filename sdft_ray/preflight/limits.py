@@ -10,12 +10,14 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from sdft_ray.core.prompts import CHECKABLE, OPEN, ask_for_rewrite
 from sdft_ray.core.rows import Row
 from sdft_ray.core.selection import reason_not_to_rewrite
 from sdft_ray.data import calibration, readers
+from sdft_ray.data.chat import require_writable
 from sdft_ray.errors import UserError, problem
 from sdft_ray.models import sources
 from sdft_ray.results import HELD_OUT, SPLITS
@@ -156,6 +158,13 @@ def _lengths(recipe: Recipe, compute: Compute, splits: Splits, context: int) -> 
         yield _Length("train.max_tokens", texts, recipe.train.max_tokens, what, do, allowed)
 
 
+def require_forms(source: ModelSource, splits: Splits) -> None:
+    """Raise UserError for conversations that the chat template of a local model cannot write."""
+    exchanges = [row.exchange for rows in splits.values() for row in rows if row.conversation is not None]
+    if exchanges and not isinstance(source, HubModel):
+        require_writable(_load_tokenizer(sources.model_path(source)), exchanges)
+
+
 def token_counter(source: ModelSource) -> Counter:
     """Return a counter of a text's tokens; of its bytes, which are no fewer, for a model of a hub."""
     if isinstance(source, HubModel):
@@ -168,9 +177,13 @@ def token_counter(source: ModelSource) -> Counter:
             from tokenizers import Tokenizer
 
             return Tokenizer.from_file(str(file))
-        from transformers import AutoTokenizer
-
-        folder, gguf = (path, None) if path.is_dir() else (path.parent, path.name)
-        return AutoTokenizer.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False)
+        return _load_tokenizer(path)
 
     return lambda text: len(tokenizer().encode(text, add_special_tokens=False))
+
+
+def _load_tokenizer(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    folder, gguf = (path, None) if path.is_dir() else (path.parent, path.name)
+    return AutoTokenizer.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False)
