@@ -45,7 +45,9 @@ def main(arguments: Sequence[str] | None = None, engine: EngineFactory | None = 
         sys.stdout.flush()
         return done
     except (UserError, StageFailed) as error:
-        print(error, file=sys.stderr)
+        from sdft_ray.data.copies import name_addresses
+
+        print(name_addresses(str(error)), file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # the reader of our output has enough, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tries once more as it ends

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from sdft_ray.core.rows import Row
 from sdft_ray.data.benchmarks import olmo_file
 from sdft_ray.data.chat import encode_rows, opening_ids
-from sdft_ray.data.files import find_files, hash_content, name_of
+from sdft_ray.data.files import find_files, hash_content, name_of, path_of
 from sdft_ray.data.readers import read_json, require_characters
 from sdft_ray.data.records import KINDS, describe_kind, kind, open_text, read_records
 from sdft_ray.data.text import decode
@@ -48,7 +48,7 @@ def calibration_file(text: str) -> Path:
     """Return the file of calibration texts: that of `boolq`, or the file, directory or glob at a path."""
     if text == "boolq":
         return olmo_file(_BOOLQ, "prune.calibration.text")
-    path = Path(text).expanduser()
+    path = path_of(text, "prune.calibration.text")
     if find_text_files(path) == [path] and kind(path) not in _KINDS:
         raise UserError(problem("prune.calibration.text", f"{path} {describe_kind(path)}", f"Give {TEXTS}"))
     return path

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from sdft_ray.data.copies import is_address, local_path
 from sdft_ray.data.records import KINDS, ROW_FILE, kind, stem
 from sdft_ray.data.text import decode, parse_json
 from sdft_ray.errors import UserError, problem
@@ -25,13 +26,18 @@ _BESIDE = ("readme*", "license*", "licence*", "*.md", "dataset_info.json", "data
 _STATE, _SPLITS = "state.json", "dataset_dict.json"  # of datasets' save_to_disk
 
 
+def path_of(text: str, where: str = "rows.path") -> Path:
+    """Return the path of files that a recipe names: of an address that of its copy, which is brought up to date."""
+    return Path(local_path(text, where) if is_address(text) else text).expanduser()
+
+
 def find_files(text: str, where: str = "rows.path", kinds: Sequence[str] = KINDS, do: str = ROWS) -> list[Path]:
     """Return the files that a path names, in the order of their names; raises UserError where there are none.
 
     where: the key that the path stands at. kinds: suffixes of the files that a directory or glob may hold. do: what
     may be given, in words.
     """
-    path = Path(text).expanduser()
+    path = path_of(text, where)
     if path.is_file():
         return [path]
     if path.is_dir():
@@ -68,14 +74,14 @@ def matching_files(base: Path, pattern: str) -> list[Path]:
 
 def hash_content(files: Sequence[Path], text: str) -> str:
     """Return the content hash of the files that a path names: of a single file its own, else of all in order."""
-    if files == [Path(text).expanduser()]:
+    if files == [path_of(text)]:
         return hash_source(files[0])
     return hashlib.sha256(canonical_json(hash_files(files)).encode()).hexdigest()
 
 
 def name_of(text: str) -> str:
     """Return a name for people: of a file without suffixes, of a directory, or of the one that a glob starts at."""
-    path = Path(text).expanduser()
+    path = path_of(text)
     if not path.is_dir():
         base, pattern = split_glob(path)
         if not pattern:

