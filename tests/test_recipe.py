@@ -99,9 +99,8 @@ def load_text(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> Recip
             "rows.path: file:///data/rows.jsonl is an address, and a path is needed. Write /data/rows.jsonl.",
         ),
         (
-            {"prune": {"blocks": 2, "calibration": {"text": "https://host/texts.txt"}}},
-            "prune.calibration.text: https://host/texts.txt is an address, and a path is needed. "
-            "Give the path of a copy.",
+            {"prune": {"blocks": 2, "calibration": {"text": "https:/host/texts.txt"}}},
+            "prune.calibration.text: https:/host/texts.txt is no address. Write https://host/texts.txt.",
         ),
         ({"prune": {}}, "prune.blocks: is missing. Add it."),
         ({"model": {"repo": "a/b"}}, "model.revision: is missing. Add it."),
