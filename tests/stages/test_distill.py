@@ -45,7 +45,7 @@ SETTINGS = {
     "answer": "number",
     "rows": None,
 }
-PLAN = compute.Compute(distill=compute.Distill(cpus=1, batch_rows=8, piece_rows=2))
+PLAN = compute.Compute(distill=compute.Distill(cpus=1, batch_rows=8, piece_rows=2, piece_seconds=0))
 
 
 def fake_engine(
