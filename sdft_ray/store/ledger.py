@@ -77,7 +77,7 @@ def read_batch(ledger: Path, batch: str) -> Iterator[list[Line]]:
 def merge_batch(ledger: Path, batch: str) -> tuple[Path | None, list[Path]]:
     """Merge the pieces of a batch; return the merged piece, if there was more than one, and those that it holds."""
     paths, held = _pieces(ledger, batch)
-    remains = [ledger / name for name in held if (ledger / name).exists()]
+    remains = [ledger / name for name in sorted(held) if (ledger / name).exists()]
     if len(paths) < 2:
         return None, remains
     return _merge(ledger, batch, paths, remains), paths + remains

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 from sdft_ray.core.prompts import CHECKABLE, OPEN
 from sdft_ray.core.rows import Row
@@ -74,28 +73,25 @@ def select_rows(
     return selected, {reason: counts[reason] for reason in REASONS}
 
 
-class Standing(NamedTuple):
-    """What is to be done for a row."""
+def next_draw(row: Row, lines: Sequence[Line], samples: int, rules: Rules, first: int = 0) -> tuple[int, int] | None:
+    """Return the sample of a row that is to be drawn next and how often that failed; None where nothing is left.
 
-    draw: tuple[int, int] | None
-    """The sample that is to be drawn next, and how often that failed; None where nothing is left."""
-    kept: bool
-    """Whether the row keeps one of its rewrites."""
-
-
-def judge(row: Row, lines: Sequence[Line], samples: int, rules: Rules, first: int = 0) -> Standing:
-    """Return what is to be done for a row: one of `samples` is drawn only where none before it passes.
-
-    first: the samples before it are known not to pass.
+    One of `samples` is drawn only where none before it passes. `first`: the samples before it are known not to pass.
     """
     for sample in range(first, samples):
         mine = [line for line in lines if line.sample == sample]
         complete = [line for line in mine if line.finish_reason in COMPLETE]
         if not complete:
-            return Standing((sample, len(mine)), kept=False)
-        if select_response(row, complete[:1], rules).reason == "kept":
-            return Standing(None, kept=True)
-    return Standing(None, kept=False)
+            return sample, len(mine)
+        # Whether the last one passes decides nothing here, and selection is most of what a row costs.
+        if sample == samples - 1 or keeps(row, complete[:1], rules):
+            return None
+    return None
+
+
+def keeps(row: Row, lines: Sequence[Line], rules: Rules) -> bool:
+    """Return whether a row keeps one of its rewrites."""
+    return select_response(row, lines, rules).reason == "kept"
 
 
 def best_lines(lines: Sequence[Line], count: int) -> list[Line]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from sdft_ray.core.rows import Row
 from sdft_ray.results import read_columns, training_batches
 from sdft_ray.stages.distill.dealing import Dealt
-from sdft_ray.stages.distill.draws import Settings, judge, rules_of
+from sdft_ray.stages.distill.draws import Settings, next_draw, rules_of
 from sdft_ray.stages.distill.spread import Folder, Range, spread
 
 _GROUP_ROWS = 512  # of a file: what an actor reads at least
@@ -68,7 +68,7 @@ def _write_range(folder: Folder, rows: Callable[[], Path], dealt: Dealt, setting
     lines = dealt.lines_of(some.number, (row.id for row in kept))
     asked, rules = [], rules_of(settings)
     for position, row in enumerate(kept, some.start):
-        if draw := judge(row, lines[row.id], settings.samples, rules).draw:
+        if draw := next_draw(row, lines[row.id], settings.samples, rules):
             asked.append((*row, position, *draw))
     schema = _schema()
     columns = zip(*asked, strict=True) if asked else [[]] * len(schema)

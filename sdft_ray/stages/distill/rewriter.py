@@ -21,7 +21,7 @@ from typing import Any
 
 from sdft_ray.core.selection import Generation
 from sdft_ray.engine import EngineFactory, Request
-from sdft_ray.stages.distill.draws import Settings, judge, rules_of, sampling_seed
+from sdft_ray.stages.distill.draws import Settings, best_lines, keeps, next_draw, rules_of, sampling_seed
 from sdft_ray.stages.distill.instructions import prompts_of
 from sdft_ray.stages.distill.requests import Asked, Requests
 from sdft_ray.store import ledger as ledgers
@@ -192,15 +192,15 @@ class _Batch:
 
     def next_sample(self, row_id: str, poison: bool = False) -> int | None:
         """Return the sample that a row needs next; None where it needs none, failed too often or kills engines."""
-        asked = self.rows[row_id]
-        draw, kept = judge(asked.row, self._lines[row_id], self._settings.samples, self._rules, asked.sample)
-        if draw is not None and not poison:
+        asked, lines, samples = self.rows[row_id], self._lines[row_id], self._settings.samples
+        draw = None if poison else next_draw(asked.row, lines, samples, self._rules, asked.sample)
+        if draw is not None:
             sample, failed = draw
             before = asked.failed if sample == asked.sample else 0
             # Whatever happened in earlier runs, each run tries once: its cause may have been fixed.
             if not failed or before + failed < self._settings.max_attempts:
                 return sample
-        self._settled[row_id] = kept
+        self._settled[row_id] = keeps(asked.row, best_lines(lines, samples), self._rules)
         return None
 
     def counts(self) -> dict[str, int]:
