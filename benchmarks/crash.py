@@ -9,7 +9,7 @@ model's tokenizer; each third of its rows is a conversation. The last kills meet
 Before the last line: rows of the table in docs/results.md, of each kind how often, rows generated again, and seconds
 from the kill to the next row that an engine finished. The last line is JSON: `kills`, `lost` and `doubled` rows of the
 dataset and lines of the ledger (a row whose conversation came out changed is lost), and `rows_again_fraction`: of the
-rows that an engine had finished, how many were generated again. A piece is 16 rows, or the rows of a quarter of a second.
+rows that an engine had finished, how many were generated again. A piece is 16 rows, or what a quarter second brings.
 """
 
 from __future__ import annotations

@@ -71,6 +71,17 @@ def test_compact_that_dies_before_it_has_deleted_doubles_nothing(tmp_path):
     assert len(list(twice.iterdir())) == 1
 
 
+def test_compact_takes_the_name_of_its_batch_even_from_a_lone_piece(tmp_path):
+    lines = write_some(tmp_path)[3:6]
+    for path in tmp_path.iterdir():
+        path.unlink()
+    ledger.write_piece(tmp_path, "batch1", lines)
+    for _ in range(2):
+        ledger.compact(tmp_path)
+        assert everything(tmp_path) == lines and len(list(tmp_path.iterdir())) == 1
+        assert not list(ledger.read_batch(tmp_path, "batch1")), "a batch of a later run counts its own attempts"
+
+
 def test_compact_leaves_full_pieces_as_they_are(tmp_path, monkeypatch):
     monkeypatch.setattr(ledger, "_FULL_LINES", 5)
     lines = write_some(tmp_path)

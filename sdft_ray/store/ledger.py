@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 _KINDS = ("string", "int32", "string", "string", "int32", "int32", "int64")
 _HOLDS = b"holds"  # of a merged piece's metadata: the names of the pieces in it
 _MERGED = "merged"  # in the name of a merged piece
+_ALL = "all"  # instead of a batch in the name of one that `compact` made
 _READ_ROWS = 1024
 _GROUP_ROWS = 4096  # of a merged piece: readers hold metadata of every group
 _FULL_LINES = 2**20  # of a merged piece, which is not merged again
@@ -84,12 +85,13 @@ def merge_batch(ledger: Path, batch: str) -> tuple[Path | None, list[Path]]:
 
 
 def compact(ledger: Path) -> None:
-    """Merge all pieces that are not full; the next call finishes an interrupted one."""
+    """Merge all pieces that are not full, so that none is named after a batch; the next call finishes an interrupted
+    one."""
     paths, held = _pieces(ledger)
     remains = [ledger / name for name in sorted(held) if (ledger / name).exists()]
     for group in _fill(paths):
-        if len(group) > 1:
-            _merge(ledger, "all", group, remains)
+        if len(group) > 1 or not _is_compacted(group[0]):
+            _merge(ledger, _ALL, group, remains)
             for path in group:
                 path.unlink()
     for path in (*remains, *ledger.glob(".*.tmp")):  # and what a kill left of a write
@@ -140,20 +142,25 @@ def _pieces(ledger: Path, batch: str = "*") -> tuple[list[Path], set[str]]:
 
 
 def _fill(paths: Iterable[Path]) -> Iterator[list[Path]]:
-    """Yield pieces that are not full in groups that are."""
+    """Yield pieces in groups that are full, without those that are by themselves."""
     import pyarrow.parquet as pq
 
     group, lines = [], 0
     for path in paths:
         count = pq.read_metadata(path).num_rows
-        if count >= _FULL_LINES:
+        if count >= _FULL_LINES and _is_compacted(path):
             continue
         group.append(path)
         lines += count
         if lines >= _FULL_LINES:
             yield group
             group, lines = [], 0
-    yield group
+    if group:
+        yield group
+
+
+def _is_compacted(path: Path) -> bool:
+    return path.name.startswith(f"part-{_ALL}-")
 
 
 def _merge(ledger: Path, batch: str, paths: Sequence[Path], remains: Sequence[Path]) -> Path:
