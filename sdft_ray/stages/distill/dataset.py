@@ -55,13 +55,12 @@ class Figures(NamedTuple):
 
 def write_dataset(work: Work[Settings], folder: Folder, ranges: Sequence[Range], dealt: Dealt) -> Figures:
     """Write train.parquet and its card; return the figures."""
-    path, here = work.directory / "train.parquet", len(ranges) == 1
-    select = functools.partial(_select_range, folder, work.handle("rows"), dealt, work.settings)
-    selected = spread(select, ranges, here)
-    if here:
-        figures = next(selected)
-        folder.find(_name(ranges[0])).rename(path)
+    path, rows = work.directory / "train.parquet", work.handle("rows")
+    if len(ranges) == 1:
+        figures = _select(rows, dealt, work.settings, ranges[0], path)
     else:
+        select = functools.partial(_select_range, folder, rows, dealt, work.settings)
+        selected = spread(select, ranges, here=False)
         figures = functools.reduce(Figures.plus, _join(folder, ranges, selected, path), Figures.none())
     reasons: dict[str, int] = {reason: figures.reasons[reason] for reason in REASONS}
     card.write(work.directory, work.stage, reasons, figures.examples)
@@ -82,19 +81,25 @@ def _join(folder: Folder, ranges: Sequence[Range], selected: Iterator[Figures], 
 
 
 def _select_range(folder: Folder, rows: Callable[[], Path], dealt: Dealt, settings: Settings, some: Range) -> Figures:
-    """Write the rows of a range, each with its selected response; return the figures."""
+    """Write the file of a range; return the figures."""
+    figures = _select(rows, dealt, settings, some, folder.path / _name(some))
+    folder.keep(_name(some))
+    return figures
+
+
+def _select(rows: Callable[[], Path], dealt: Dealt, settings: Settings, some: Range, path: Path) -> Figures:
+    """Write the rows of a range to a file, each with its selected response; return the figures."""
     import pyarrow.parquet as pq
 
     batches = list(training_batches(rows(), some.stop, Row, some.start))
     lines = dealt.lines_of(some.number, (row.id for batch in batches for row in batch))
     figures = Figures.none()
-    with pq.ParquetWriter(folder.path / _name(some), card.schema()) as file:
+    with pq.ParquetWriter(path, card.schema()) as file:
         for batch in batches:
             samples = {row.id: best_lines(lines[row.id], settings.samples) for row in batch}
             selected, _ = select_rows(batch, samples, settings)
             file.write_table(card.table(selected))
             figures = figures.plus(_count(selected, samples))
-    folder.keep(_name(some))
     return figures
 
 
