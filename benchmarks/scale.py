@@ -1,18 +1,23 @@
-"""The cost of the distill stage itself with an engine that costs nothing: the driver's memory, and rows per second.
+"""The cost of the distill stage itself with an engine that costs nothing: memory, rows per second, processor time.
 
-    python -m benchmarks.scale                   # 1,000 and 100,000 rows, about 10 minutes on two cores
+    python -m benchmarks.scale                   # 1,000 and 100,000 rows, a few minutes on two cores
 
-The fake engine answers at once, with texts as long as real ones. Each number of rows has a process of its own, whose
-peak memory is read at its end, without that of Ray and the actors. The last line is JSON:
-`driver_peak_growth` is the peak at the most rows over the peak at the fewest, `rows_per_second` holds engine start too.
+The fake engine answers at once, with texts as long as real ones; the tokenizer is the demo's. Each number of rows has a
+process of its own, beside which its parent looks at the memory and processor time of it and of all that it starts. The
+last line is JSON: `driver_peak_growth` is the driver's peak at the most rows over that at the fewest,
+`largest_process_mb_at_N` the peak of any other process, `rows_per_second` holds all starts; `…_beyond_start` and
+`cpu_ms_per_row` (of all processes) are of the rows that the most have more than the fewest. `driver_ms_per_row` is the
+driver's processor time at the most rows, starts included.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -20,6 +25,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -53,14 +62,46 @@ def main() -> None:
         recipe = load_recipe(Path("configs/recipes/demo.yaml"))
         pipeline.build([pipeline.chain(recipe).base], load_compute(), Storage(folder))
         for count in sorted(options.rows):
-            again = [sys.executable, "-m", "benchmarks.scale", "--measure", str(count), folder]
-            done = subprocess.run(again, stdout=subprocess.PIPE, text=True, check=True)
-            measured[count] = json.loads(done.stdout.splitlines()[-1])
+            measured[count] = measure_apart(count, folder)
             print(f"{count} rows: {measured[count]}", flush=True)
     fewest, most = measured[min(measured)], measured[max(measured)]
+    more = max(measured) - min(measured)
     figures: dict[str, Any] = {"driver_peak_growth": round(most["peak_mb"] / fewest["peak_mb"], 3)}
     figures |= {f"driver_peak_mb_at_{count}": costs["peak_mb"] for count, costs in measured.items()}
-    print_figures("scale", figures | {"rows_per_second": most["rows_per_second"]})
+    figures |= {f"largest_process_mb_at_{count}": costs["largest_mb"] for count, costs in measured.items()}
+    figures |= {"rows_per_second": round(max(measured) / most["seconds"], 1)}
+    figures |= {"driver_ms_per_row": round(1000 * most["driver_cpu_seconds"] / max(measured), 4)}
+    if more:
+        figures["rows_per_second_beyond_start"] = round(more / (most["seconds"] - fewest["seconds"]), 1)
+        figures["cpu_ms_per_row"] = round(1000 * (most["cpu_seconds"] - fewest["cpu_seconds"]) / more, 4)
+    print_figures("scale", figures)
+
+
+def measure_apart(count: int, root: str) -> dict[str, float]:
+    """Return the cost of so many rows in a process of its own."""
+    again = [sys.executable, "-m", "benchmarks.scale", "--measure", str(count), root]
+    with subprocess.Popen(again, stdout=subprocess.PIPE, text=True) as process:
+        below = watch(process)
+        assert process.stdout
+        costs = json.loads(process.stdout.read().splitlines()[-1])
+    assert process.returncode == 0
+    return {**costs, **below}
+
+
+def watch(process: subprocess.Popen[str]) -> dict[str, float]:
+    """Return, once a process has ended, the peak memory of the largest of those that it started, and the processor time
+    of it and of all of them, as far as looks every half second show them."""
+    top, peak_kb, cpu_seconds = psutil.Process(process.pid), 0, {}
+    while process.poll() is None:
+        with contextlib.suppress(psutil.Error, OSError):
+            for each in [top, *top.children(recursive=True)]:
+                used = each.cpu_times()
+                cpu_seconds[each.pid] = used.user + used.system
+                found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{each.pid}/status").read_text())
+                if found and each != top:
+                    peak_kb = max(peak_kb, int(found[1]))
+        time.sleep(0.5)
+    return {"largest_mb": round(peak_kb / 1024), "cpu_seconds": round(sum(cpu_seconds.values()), 1)}
 
 
 def measure(count: int, root: Path) -> None:
@@ -71,14 +112,15 @@ def measure(count: int, root: Path) -> None:
     storage = Storage(str(root))
     stage = distill.stage(recipe.distill, pipeline.chain(recipe).base, rows_stage(count, root), None)
     (root / "compute.yaml").write_text(json.dumps({"distill": {"actors": 2, "cpus": 1}}))
-    begun = time.monotonic()
+    begun, cpu = time.monotonic(), sum(resource.getrusage(resource.RUSAGE_SELF)[:2])
     pipeline.build([stage], load_compute(root / "compute.yaml"), storage, engine=FakeEngine)
-    seconds = time.monotonic() - begun
+    costs = {"seconds": time.monotonic() - begun}
+    costs["driver_cpu_seconds"] = sum(resource.getrusage(resource.RUSAGE_SELF)[:2]) - cpu
     assert storage.manifest(stage).summary["kept"] == count
     # Not getrusage: its maximum is inherited from the process that started this one.
     (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    peak_mb = int(peak) / 1024
-    print(json.dumps({"peak_mb": round(peak_mb), "rows_per_second": round(count / seconds, 1)}))
+    costs["peak_mb"] = round(int(peak) / 1024)
+    print(json.dumps({name: round(value, 2) for name, value in costs.items()}))
 
 
 class FakeEngine:
@@ -107,14 +149,23 @@ def rows_stage(count: int, root: Path) -> Stage[rows.Settings]:
 
 
 def write_rows(count: int, root: str) -> None:
-    """Write the rows, each with a prompt of 250 and a reference of 300 characters."""
-    words = " and so on" * 22
-    made = (Row(f"Row {i}{words}?", f"Row {i}{words}, it is, and so it goes on for longer.") for i in range(count))
+    """Write the rows, each with a prompt of 250 and a reference of 300 characters, some at a time."""
     directory = rows_stage(count, Path(root)).location
     assert directory
     directory.mkdir()
-    train = [row._replace(id=row.content_id) for row in made]
-    rows.write_splits(directory, {"held_out": [], "validation": [], "train": train})
+    rows.write_splits(directory, {"held_out": [], "validation": [], "train": []})
+    schema = pq.read_schema(directory / "train.parquet")
+    with pq.ParquetWriter(directory / "train.parquet", schema) as file:
+        for start in range(0, count, 4096):
+            some = [make_row(i)._asdict() for i in range(start, min(start + 4096, count))]
+            file.write_table(pa.Table.from_pylist(some, schema))
+
+
+def make_row(number: int) -> Row:
+    """Return a row with its id."""
+    words = " and so on" * 22
+    row = Row(f"Row {number}{words}?", f"Row {number}{words}, it is, and so it goes on for longer.")
+    return row._replace(id=row.content_id)
 
 
 if __name__ == "__main__":

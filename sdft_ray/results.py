@@ -34,6 +34,12 @@ SPLITS = ("held_out", "validation", "train")
 HELD_OUT = "held_out"
 
 
+class Conversation(NamedTuple):
+    """The part of a row that its chat template may not be able to write."""
+
+    conversation: str | None = None
+
+
 class DistilledRow(NamedTuple):
     """A row of a `distill` artifact, with the response to train on and where it came from."""
 
@@ -57,6 +63,7 @@ class DistilledRow(NamedTuple):
 
 
 R = TypeVar("R", bound=NamedTuple)
+_BATCH_ROWS = 1024
 
 
 def read_columns(table: Any, kind: type[R]) -> list[R]:
@@ -75,20 +82,35 @@ def read_split(directory: Path, split: str, kind: type[R]) -> list[R]:
     return read_columns(pq.ParquetFile(directory / f"{split}.parquet").read(list(kind._fields)), kind)
 
 
-def training_batches(directory: Path, count: int | None, kind: type[R]) -> Iterator[list[R]]:
-    """Yield the first `count` training rows in order, some at a time; raises UserError where there are fewer."""
+def count_training_rows(directory: Path, count: int | None) -> int:
+    """Return how many training rows are wanted, all where `count` is absent; raises UserError where there are fewer."""
     import pyarrow.parquet as pq
 
-    file = pq.ParquetFile(directory / "train.parquet")
-    left = file.metadata.num_rows if count is None else count
-    if left > file.metadata.num_rows:
-        what = f"{count} is more than the {file.metadata.num_rows} training rows"
+    there = pq.read_metadata(directory / "train.parquet").num_rows
+    if count is not None and count > there:
+        what = f"{count} is more than the {there} training rows"
         raise UserError(problem("train.rows", what, "Lower train.rows"))
-    for batch in file.iter_batches(1024, columns=list(kind._fields)):
-        yield read_columns(batch.slice(0, left), kind)
-        left -= min(left, len(batch))
-        if not left:
+    return there if count is None else count
+
+
+def training_batches(directory: Path, count: int | None, kind: type[R], start: int = 0) -> Iterator[list[R]]:
+    """Yield the first `count` training rows in order, from `start` on, some at a time; raises UserError where there
+    are fewer."""
+    import pyarrow.parquet as pq
+
+    left = count_training_rows(directory, count) - start
+    file = pq.ParquetFile(directory / "train.parquet")
+    groups = list(range(file.num_row_groups))
+    while groups and start >= (rows := file.metadata.row_group(groups[0]).num_rows):
+        start -= rows
+        del groups[0]
+    for batch in file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=list(kind._fields)):
+        if left <= 0:
             return
+        some = batch.slice(min(start, len(batch)), left)
+        if len(some):
+            yield read_columns(some, kind)
+        start, left = max(0, start - len(batch)), left - len(some)
 
 
 # --- measures of blocks ---------------------------------------------------------------------------------------

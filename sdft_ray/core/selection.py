@@ -214,18 +214,19 @@ _ALWAYS_SHORT_CHARS = 1000
 
 def mentions_rewriting(text: str, row: Row, filters: Mapping[str, Any]) -> bool:
     """Return whether a rewrite mentions its task in words that the row does not use."""
-    row_text = "\n".join(row.texts).casefold()
     phrases = [match[0] for match in _LEAKS.finditer(text)] + _find_phrases(filters.get("leak_phrases", ()), text)
+    row_text = "\n".join(row.texts).casefold() if phrases else ""
     return any(phrase.casefold() not in row_text for phrase in phrases)
 
 
 def refuses(text: str, row: Row, filters: Mapping[str, Any]) -> bool:
     """Return whether a rewrite refuses where the reference does not."""
-    rewrite_does, reference_does = (
-        bool(_REFUSAL.search(each.replace("\u2019", "'")) or _find_phrases(filters.get("refusal_phrases", ()), each))
-        for each in (text, row.reference)
-    )
-    return rewrite_does and not reference_does
+    phrases = filters.get("refusal_phrases", ())
+
+    def does(each: str) -> bool:
+        return bool(_REFUSAL.search(each.replace("\u2019", "'")) or _find_phrases(phrases, each))
+
+    return does(text) and not does(row.reference)
 
 
 def _find_phrases(phrases: Sequence[str], text: str) -> list[str]:
@@ -250,6 +251,9 @@ def is_repetitive(text: str, words: int = 4, times: int = 5) -> bool:
     (True, False)
     """
     pieces = split_unspaced(text.split())
+    # At most one in `times` of the runs that count begins with a word of its own; they must be over half of the text.
+    if 2 * len(set(pieces)) >= (1 + 1 / times) * len(pieces):
+        return False
     counts = Counter(runs(pieces, words))
     if not counts:
         return False

@@ -107,7 +107,7 @@ def require_writable(tokenizer: Any, rows: Iterable[Exchange]) -> None:
         if row.conversation is None or (form := _form(row)) in forms:
             continue
         forms.add(form)
-        _write_exchange(tokenizer, turn, row)
+        _write_exchange(tokenizer, turn, row._replace(response="" if row.calls else _RESPONSE))
 
 
 def _form(row: Exchange) -> tuple[Any, ...]:
@@ -276,7 +276,10 @@ def _end_turn(tokenizer: Any, turn: _Turn, written: str) -> str:
 
 
 def _describe(row: Exchange) -> str:
-    return f"the {'prompt' if row.conversation is None else 'conversation at'} {_shorten(row.prompt)}"
+    if row.conversation is None:
+        return f"the prompt {_shorten(row.prompt)}"
+    asked = [message["content"] for message in row.given.messages if message["role"] == "user"]
+    return f"the conversation at {_shorten(asked[-1] if asked else '')}"
 
 
 def _shorten(text: str) -> str:

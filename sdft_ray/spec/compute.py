@@ -125,7 +125,10 @@ class Distill(Section):
     """Rows handed to an actor at once, fewer where there are too few for all actors. Its engine schedules them itself
     and runs empty only at their end."""
     piece_rows: int = Field(16, gt=0)
-    """Finished rows that are made durable together: the most that a kill can cost one actor."""
+    """Finished rows that are made durable together: the most that a kill can cost one actor. Where they take less than
+    piece_seconds, it is what that time brings."""
+    piece_seconds: float = Field(0.25, ge=0)
+    """Seconds between two pieces of one actor, at least: a fast engine writes larger ones instead of more."""
     max_failures: int = Field(10, ge=0)
     """Deaths of one actor, or over one batch, after which the stage fails; a poison row, which kills its engine, is
     set aside after about 5."""

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from sdft_ray import stages
 from sdft_ray.cluster import use_assigned_cores
@@ -57,8 +58,9 @@ def stage(wanted: Distill, base: Stage, distilled: Stage) -> Stage[Settings]:
 
 def build(work: Work[Settings]) -> Summary:
     """Write nll.json."""
-    batches = training_batches(work.input("distilled"), None, Rewritten)
-    rows = draw_rows(batches, work.settings.rows, work.settings.seed)
+    directory = work.input("distilled")
+    drawn = draw_rows(_judged(directory), work.settings.rows, work.settings.seed)
+    rows = [next(training_batches(directory, row.place + 1, Rewritten, row.place))[0] for row in drawn]
     work.progress.begin(len(COLUMNS) * len(rows))
     work.progress.enter("loading the model")
     portions: dict[str, list[Portion]] = {}
@@ -99,10 +101,28 @@ class Rewritten(NamedTuple):
         return Exchange(self.prompt, getattr(self, column), self.conversation)
 
 
-def draw_rows(batches: Iterable[Sequence[Rewritten]], count: int, seed: int) -> list[Rewritten]:
+class Judged(NamedTuple):
+    """What decides whether a row is drawn: of millions of rows no text is read."""
+
+    id: str
+    reason: str
+    place: int = 0
+    """Among the rows."""
+
+
+R = TypeVar("R", Judged, Rewritten)
+
+
+def _judged(directory: Path) -> Iterator[list[Judged]]:
+    places = itertools.count()
+    for batch in training_batches(directory, None, Judged):
+        yield [Judged(row.id, row.reason, place) for row, place in zip(batch, places, strict=False)]
+
+
+def draw_rows(batches: Iterable[Sequence[R]], count: int, seed: int) -> list[R]:
     """Return some of the rows that keep their rewrite, drawn by their ids without regard to their order."""
 
-    def rank(row: Rewritten) -> bytes:
+    def rank(row: R) -> bytes:
         return hashlib.sha256(f"shift:{seed}:{row.id}".encode()).digest()
 
     return heapq.nsmallest(count, (row for batch in batches for row in batch if row.reason == "kept"), key=rank)

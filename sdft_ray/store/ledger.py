@@ -1,27 +1,33 @@
 """The ledger keeps the generations of an engine in small durable pieces, so that a crash loses few.
 
 In: lines, one for each request of a sample of a row. Out: the lines of any row, from disk. A piece is a Parquet file
-that is written under another name, synced and renamed: it is never partial. `compact` merges pieces into one; a merged
-piece names the pieces that it holds, so a kill between writing it and deleting them doubles nothing. Readers go
-through a database on local disk: memory does not grow with the number of rows.
+that is written under another name, synced and renamed: it is never partial. Pieces are merged, those of a batch once it
+is finished, all that are small by `compact`; a merged piece names the pieces that it holds, so a kill between writing
+it and deleting them doubles nothing. A merged piece is full at about a million lines and then stays as it is: a ledger
+that grows does not write again what it has, and a kill costs the merge of one piece.
+
+There is no index. Rows are asked for in an order that has nothing to do with when their lines were written, so the
+lines of a thousand rows lie in a thousand places, and each look-up would decode nearly every row group. Readers pass
+over `parts_of` the ledger once instead and keep what they need.
 """
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import json
 import os
-import sqlite3
-import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 _KINDS = ("string", "int32", "string", "string", "int32", "int32", "int64")
 _HOLDS = b"holds"  # of a merged piece's metadata: the names of the pieces in it
+_MERGED = "merged"  # in the name of a merged piece
+_ALL = "all"  # instead of a batch in the name of one that `compact` made
 _READ_ROWS = 1024
 _GROUP_ROWS = 4096  # of a merged piece: readers hold metadata of every group
+_FULL_LINES = 2**20  # of a merged piece, which is not merged again
 
 
 class Line(NamedTuple):
@@ -41,59 +47,80 @@ Lines = dict[str, list[Line]]
 """For each row id its lines, in no order."""
 
 
+class Part(NamedTuple):
+    """Some row groups of a piece."""
+
+    name: str
+    """Of the piece."""
+    groups: tuple[int, ...]
+
+
 def write_piece(ledger: Path, batch: str, lines: Sequence[Line]) -> Path:
     """Write lines as one piece and return it; `batch` names it, so that a repeated batch finds what it wrote."""
     import pyarrow as pa
 
-    table = pa.Table.from_pylist([line._asdict() for line in lines], _schema())
+    schema = _schema()
+    columns = [pa.array(values, kind) for values, kind in zip(zip(*lines, strict=True), schema.types, strict=True)]
     path = ledger / f"part-{batch}-{uuid.uuid4().hex[:8]}.parquet"
-    _write(path, table.schema, table.to_batches())
+    _write(path, schema, pa.table(columns, schema).to_batches())
     return path
 
 
 def read_batch(ledger: Path, batch: str) -> Iterator[list[Line]]:
-    """Yield the lines of each piece that a batch wrote since the ledger was last compacted."""
-    for path in sorted(ledger.glob(f"part-{batch}-*.parquet")):
-        yield [Line._make(values) for lines in _read(path) for values in _values(lines)]
+    """Yield the lines of each piece that a batch wrote since the ledger was last compacted; nothing for those that
+    another one holds."""
+    paths, held = _pieces(ledger, batch)
+    for path in paths:
+        yield [line for lines in _read(path) for line in to_lines(lines)]
+    yield from itertools.repeat([], len(held))
+
+
+def merge_batch(ledger: Path, batch: str) -> tuple[Path | None, list[Path]]:
+    """Merge the pieces of a batch; return the merged piece, if there was more than one, and those that it holds."""
+    paths, held = _pieces(ledger, batch)
+    remains = [ledger / name for name in sorted(held) if (ledger / name).exists()]
+    if len(paths) < 2:
+        return None, remains
+    return _merge(ledger, batch, paths, remains), paths + remains
 
 
 def compact(ledger: Path) -> None:
-    """Merge all pieces into one; the next call finishes an interrupted one."""
-    paths, merged_names = _pieces(ledger)
-    if len(paths) > 1:
-        names = [path.name for path in paths] + [name for name in sorted(merged_names) if (ledger / name).exists()]
-        schema = _schema().with_metadata({_HOLDS: json.dumps(names)})
-        merged = ledger / f"part-merged-{uuid.uuid4().hex[:8]}.parquet"
-        _write(merged, schema, (lines for path in paths for lines in _read(path)))
-        merged_names |= {path.name for path in paths}
-    for name in merged_names:
-        (ledger / name).unlink(missing_ok=True)
-    for torn in ledger.glob(".*.tmp"):  # of a write that a kill cut short
-        torn.unlink(missing_ok=True)
+    """Merge all pieces that are not full, so that none is named after a batch; the next call finishes an interrupted
+    one."""
+    paths, held = _pieces(ledger)
+    remains = [ledger / name for name in sorted(held) if (ledger / name).exists()]
+    for group in _fill(paths):
+        if len(group) > 1 or not _is_compacted(group[0]):
+            _merge(ledger, _ALL, group, remains)
+            for path in group:
+                path.unlink()
+    for path in (*remains, *ledger.glob(".*.tmp")):  # and what a kill left of a write
+        path.unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def open_ledger(ledger: Path) -> Iterator[Callable[[Iterable[str]], Lines]]:
-    """Yield a function from row ids to their lines, as the ledger holds them now."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.closing(sqlite3.connect(f"{folder}/lines")) as database:
-        database.execute("PRAGMA journal_mode=OFF")
-        database.execute("PRAGMA synchronous=OFF")
-        database.execute(f"CREATE TABLE lines ({', '.join(Line._fields)})")
-        places = ", ".join("?" * len(Line._fields))
-        for path in _pieces(ledger)[0]:
-            for lines in _read(path):
-                database.executemany(f"INSERT INTO lines VALUES ({places})", _values(lines))
-        database.execute("CREATE INDEX by_id ON lines (id)")
+def parts_of(ledger: Path, lines: int) -> list[Part]:
+    """Return the ledger's content as parts of about so many lines."""
+    import pyarrow.parquet as pq
 
-        def lines_of(ids: Iterable[str]) -> Lines:
-            found: Lines = {row_id: [] for row_id in ids}
-            asked = ", ".join("?" * len(found))
-            for values in database.execute(f"SELECT * FROM lines WHERE id IN ({asked})", list(found)):
-                line = Line._make(values)
-                found[line.id].append(line)
-            return found
+    parts = []
+    for path in _pieces(ledger)[0]:
+        count = pq.read_metadata(path).num_row_groups
+        size = max(1, lines // _GROUP_ROWS)
+        parts += [Part(path.name, tuple(range(i, min(i + size, count)))) for i in range(0, count, size)]
+    return parts
 
-        yield lines_of
+
+def read_part(ledger: Path, part: Part) -> Any:
+    """Return a part as an Arrow table of lines."""
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(ledger / part.name).read_row_groups(part.groups)
+
+
+def to_lines(lines: Any) -> list[Line]:
+    """Return the lines of an Arrow table or record batch."""
+    columns = (lines.column(name).to_pylist() for name in Line._fields)
+    return [Line._make(values) for values in zip(*columns, strict=True)]
 
 
 def _schema() -> Any:
@@ -102,21 +129,46 @@ def _schema() -> Any:
     return pa.schema([(name, getattr(pa, kind)()) for name, kind in zip(Line._fields, _KINDS, strict=True)])
 
 
-def _values(lines: Any) -> Iterator[tuple[Any, ...]]:
-    """Return the lines of a record batch, each as its values."""
-    return zip(*(lines.column(name).to_pylist() for name in Line._fields), strict=True)
-
-
-def _pieces(ledger: Path) -> tuple[list[Path], set[str]]:
-    """Return the pieces that count, and the names of pieces that a merged one holds."""
+def _pieces(ledger: Path, batch: str = "*") -> tuple[list[Path], set[str]]:
+    """Return the pieces of a batch, or of all, that count, and the names of pieces that a merged one holds."""
     import pyarrow.parquet as pq
 
-    paths = sorted(ledger.glob("part-*.parquet"))
-    merged_names: set[str] = set()
+    paths = sorted(ledger.glob(f"part-{batch}-*.parquet"))
+    held: set[str] = set()
     for path in paths:
-        if path.name.startswith("part-merged-"):
-            merged_names |= set(json.loads(pq.read_metadata(path).metadata[_HOLDS]))
-    return [path for path in paths if path.name not in merged_names], merged_names
+        if f"-{_MERGED}-" in path.name:
+            held |= set(json.loads(pq.read_metadata(path).metadata[_HOLDS]))
+    return [path for path in paths if path.name not in held], held
+
+
+def _fill(paths: Iterable[Path]) -> Iterator[list[Path]]:
+    """Yield pieces in groups that are full, without those that are by themselves."""
+    import pyarrow.parquet as pq
+
+    group, lines = [], 0
+    for path in paths:
+        count = pq.read_metadata(path).num_rows
+        if count >= _FULL_LINES and _is_compacted(path):
+            continue
+        group.append(path)
+        lines += count
+        if lines >= _FULL_LINES:
+            yield group
+            group, lines = [], 0
+    if group:
+        yield group
+
+
+def _is_compacted(path: Path) -> bool:
+    return path.name.startswith(f"part-{_ALL}-")
+
+
+def _merge(ledger: Path, batch: str, paths: Sequence[Path], remains: Sequence[Path]) -> Path:
+    """Write the lines of pieces as one, which also holds the `remains` of earlier merges; return it."""
+    schema = _schema().with_metadata({_HOLDS: json.dumps([path.name for path in (*paths, *remains)])})
+    merged = ledger / f"part-{batch}-{_MERGED}-{uuid.uuid4().hex[:8]}.parquet"
+    _write(merged, schema, (lines for path in paths for lines in _read(path)))
+    return merged
 
 
 def _read(path: Path) -> Iterator[Any]:
@@ -132,7 +184,7 @@ def _write(path: Path, schema: Any, batches: Iterable[Any]) -> None:
 
     temporary = path.with_name(f".{path.name}.tmp")
     waiting: list[Any] = []
-    with pq.ParquetWriter(temporary, schema) as writer:
+    with pq.ParquetWriter(temporary, schema, use_dictionary=["finish_reason"]) as writer:  # all else differs by line
 
         def write() -> None:
             writer.write_table(pa.Table.from_batches(waiting).cast(schema))

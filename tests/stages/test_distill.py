@@ -25,6 +25,7 @@ from sdft_ray.results import read_split, training_batches
 from sdft_ray.spec import compute
 from sdft_ray.spec.wording import validate
 from sdft_ray.stages import Work, distill, rows
+from sdft_ray.stages.distill import spread
 from sdft_ray.stages.distill.draws import sampling_seed
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
@@ -45,7 +46,7 @@ SETTINGS = {
     "answer": "number",
     "rows": None,
 }
-PLAN = compute.Compute(distill=compute.Distill(cpus=1, batch_rows=8, piece_rows=2))
+PLAN = compute.Compute(distill=compute.Distill(cpus=1, batch_rows=8, piece_rows=2, piece_seconds=0))
 
 
 def fake_engine(
@@ -300,6 +301,24 @@ def test_distill_over_its_gate_is_finished_at_once_by_a_looser_one_and_stopped_b
     with pytest.raises(StageFailed) as again:
         pipeline.build([strict.stage], plan, strict.storage, engine=engine)
     assert str(again.value) == str(failure.value)
+
+
+def test_distill_in_many_ranges_makes_what_it_makes_in_one(ray_cluster, tiny_model, tmp_path, monkeypatch):
+    def build(root: Path) -> tuple[Work, distill.Summary]:
+        engine = fake_engine(tmp_path / "log", error_on="What is 11", right_from=2)
+        work = make_work(root, tiny_model, 20, samples=2, engine=engine)
+        distill.build(work)
+        grown = make_work(root, tiny_model, 36, samples=3, engine=engine)
+        return grown, distill.build(grown)
+
+    here, summary = build(tmp_path / "one")
+    monkeypatch.setattr(spread, "RANGE_ROWS", 7)
+    there, in_ranges = build(tmp_path / "many")
+    assert in_ranges == summary and summary.reasons["error"] == 1 and summary.kept == 35
+    assert pq.read_table(there.directory / "train.parquet").equals(pq.read_table(here.directory / "train.parquet"))
+    assert (there.directory / "README.md").read_text() == (here.directory / "README.md").read_text()
+    asked = Counter(json.dumps(line) for line in logged(tmp_path / "log"))
+    assert len(asked) > 36 and all(times % 2 == 0 for times in asked.values()), "both asked for the same"
 
 
 def test_distill_finds_its_ledger_after_the_model_and_the_rows_got_other_names(ray_cluster, tiny_model, tmp_path):

@@ -6,34 +6,37 @@ finishes goes into the ledger in small atomic pieces before anything else happen
 piece an actor; the artifact is a view of that ledger. The ledger's identity covers teacher, prompt and sampling, not
 which rows were asked for: more rows, more samples, another checker or another filter never generate anything again.
 How many rows may fail is a gate: it moves no id, and the finished counts are compared with it.
-Rows pass through the driver in batches: its memory does not grow with their number.
+Rows are read, joined with the ledger and selected in ranges, by tasks where there are many: neither the memory of the
+driver nor that of any other process grows with their number.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 import uuid
 import warnings
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from sdft_ray import stages
 from sdft_ray.core.prompts import RENDERING_VERSION
-from sdft_ray.core.rows import Row
+from sdft_ray.core.rows import Exchange
 from sdft_ray.core.selection import REASONS
-from sdft_ray.data.chat import require_trainable
+from sdft_ray.data.chat import require_trainable, require_writable
 from sdft_ray.errors import StageFailed, problem
-from sdft_ray.results import DistilledRow, training_batches
+from sdft_ray.results import Conversation, count_training_rows, training_batches
 from sdft_ray.spec.compute import Needs
 from sdft_ray.spec.recipe import Distill
 from sdft_ray.stages import Work
-from sdft_ray.stages.distill import card
-from sdft_ray.stages.distill.draws import Settings, best_lines, instruction_template, select_rows
-from sdft_ray.stages.distill.requests import write_requests
+from sdft_ray.stages.distill.dataset import Figures, write_dataset
+from sdft_ray.stages.distill.dealing import Dealt, RowId, deal
+from sdft_ray.stages.distill.draws import Settings, instruction_template
+from sdft_ray.stages.distill.requests import Requests, write_requests
 from sdft_ray.stages.distill.rewriter import COUNTS, Note, Rewriter
+from sdft_ray.stages.distill.spread import Folder, Range, ranges_of
 from sdft_ray.store import ledger as ledgers
 from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage, short_id
@@ -111,22 +114,53 @@ def _make_dataset(work: Work[Settings]) -> Summary:
         ledger = work.storage.ledger(f"{work.stage.inputs['model'].slug}-{identity}")
         work.storage.bring(ledger)
         _tidy(work, ledger)
-        # A name of its own: what another node has of an earlier run is not this.
-        for old in work.resumable.glob("requests-*"):
+        for old in work.resumable.iterdir():
             work.storage.drop(old)
-        requests = work.resumable / f"requests-{uuid.uuid4().hex[:8]}.parquet"
-        with ledgers.open_ledger(ledger) as lines_of:
-            batches = training_batches(work.input("rows"), work.settings.rows, Row)
-            rows, missing = write_requests(batches, lines_of, work.settings, requests)
+        ranges = ranges_of(count_training_rows(work.input("rows"), work.settings.rows))
+        dealt = _deal(work, ledger, ranges)
+        # Names of their own: what another node has of an earlier run is not this.
+        requests = write_requests(_folder(work, "requests"), work.handle("rows"), ranges, dealt, work.settings)
+        rows, missing = ranges[-1].stop, sum(requests.counts)
         work.progress.begin(rows, done=rows - missing)
-        work.progress.enter("starting the engine")
         if missing:
-            work.storage.publish(requests)
+            work.progress.enter("starting the engine")
             _generate(work, requests, missing, ledger)
+            work.progress.enter("selecting")
             work.storage.bring(ledger, "part-*")
             _tidy(work, ledger)
-        with ledgers.open_ledger(ledger) as lines_of:
-            return _write_dataset(work, lines_of, ledger.name)
+            dealt.folder.drop()
+            dealt = _deal(work, ledger, ranges)
+        figures = write_dataset(work, _folder(work, "dataset"), ranges, dealt)
+        return _summarise(figures, ledger.name)
+
+
+def _deal(work: Work[Settings], ledger: Path, ranges: Sequence[Range]) -> Dealt:
+    ids = functools.partial(_read_ids, work.handle("rows"), ranges[-1].stop)
+    return deal(_folder(work, "lines"), ledger, ranges, ids)
+
+
+def _read_ids(rows: Callable[[], Path], count: int) -> Iterable[list[RowId]]:
+    return training_batches(rows(), count, RowId)
+
+
+def _folder(work: Work[Settings], name: str) -> Folder:
+    return Folder(work.storage, work.stage, f"{name}-{uuid.uuid4().hex[:8]}")
+
+
+def _summarise(figures: Figures, ledger: str) -> Summary:
+    rows = figures.reasons.total()
+    kept = figures.reasons["kept"]
+    return Summary(
+        rows=rows,
+        kept=kept,
+        acceptance=kept / rows,
+        reasons={reason: figures.reasons[reason] for reason in REASONS},
+        usual_error=figures.errors.most_common(1)[0][0] if figures.errors else None,
+        generations=figures.generations,
+        generated_tokens=figures.tokens,
+        mean_generated_tokens=figures.tokens / max(1, figures.generations),
+        ledger=ledger,
+    )
 
 
 def _require_trainable(work: Work[Settings]) -> None:
@@ -135,7 +169,10 @@ def _require_trainable(work: Work[Settings]) -> None:
 
     for pattern in ("*.json", "*.jinja", "*.txt", "tokenizer.model"):  # this node needs no weights
         place = work.storage.files(work.stage.inputs["model"], pattern)
-    require_trainable(AutoTokenizer.from_pretrained(place))
+    tokenizer = AutoTokenizer.from_pretrained(place)
+    require_trainable(tokenizer)
+    batches = training_batches(work.input("rows"), work.settings.rows, Conversation)
+    require_writable(tokenizer, (Exchange("", "", row.conversation) for batch in batches for row in batch))
 
 
 def _tidy(work: Work[Settings], ledger: Path) -> None:
@@ -158,7 +195,7 @@ def ledger_id(work: Work[Settings]) -> str:
     return short_id(identity)
 
 
-def _generate(work: Work[Settings], requests: Path, missing: int, ledger: Path) -> None:
+def _generate(work: Work[Settings], requests: Requests, missing: int, ledger: Path) -> None:
     import ray
     from ray.util.annotations import RayDeprecationWarning
 
@@ -179,9 +216,9 @@ def _generate(work: Work[Settings], requests: Path, missing: int, ledger: Path) 
             "stage": work.stage,
             "options": plan.engine.model_dump() | {"tensor_parallel_size": plan.tensor_parallel_size},
             "alone": pool.max == 1,
-            "requests": requests.name,
+            "requests": requests,
             "ledger": ledger.name,
-            "piece_rows": plan.piece_rows,
+            "piece": (plan.piece_rows, plan.piece_seconds),
         },
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(min_size=pool.min, max_size=pool.max, max_tasks_in_flight_per_actor=2),
@@ -235,41 +272,3 @@ def _died_on(ledger: Path) -> str:
     said = f", saying {last.error}" if last.error else ""
     rows = f"rows {min(last.positions)} to {max(last.positions)} of the training rows"
     return f"the engine died {times} times over one batch, the last time on {rows}{said}"
-
-
-def _write_dataset(work: Work[Settings], lines_of: Callable[..., ledgers.Lines], ledger: str) -> Summary:
-    """Write train.parquet and its card; return the figures."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    counts: Counter[str] = Counter()
-    messages: Counter[str] = Counter()
-    generated = tokens = 0
-    examples: dict[str, DistilledRow] = {}
-    schema = card.schema()
-    with pq.ParquetWriter(work.directory / "train.parquet", schema) as file:
-        for batch in training_batches(work.input("rows"), work.settings.rows, Row):
-            read = lines_of(row.id for row in batch)
-            lines = {row_id: best_lines(found, work.settings.samples) for row_id, found in read.items()}
-            selected, found = select_rows(batch, lines, work.settings)
-            counts.update(found)
-            messages.update(row.generated for row in selected if row.reason == "error")
-            generated += sum(len(made) for made in lines.values())
-            tokens += sum(line.tokens for made in lines.values() for line in made)
-            for row in selected:
-                examples.setdefault(row.reason, row)
-            file.write_table(pa.Table.from_pylist([card.record(row) for row in selected], schema))
-    rows = counts.total()
-    reasons: dict[str, int] = {reason: counts[reason] for reason in REASONS}
-    card.write(work.directory, work.stage, reasons, examples)
-    return Summary(
-        rows=rows,
-        kept=(kept := reasons["kept"]),
-        acceptance=kept / rows,
-        reasons=reasons,
-        usual_error=messages.most_common(1)[0][0] if messages else None,
-        generations=generated,
-        generated_tokens=tokens,
-        mean_generated_tokens=tokens / max(1, generated),
-        ledger=ledger,
-    )

@@ -1,12 +1,12 @@
 """The distilled dataset as others read it: its Arrow schema, and the card that says how it was made.
 
-In: selected rows and the figures of the stage. Out: records for train.parquet, and README.md with the front matter that
+In: selected rows and the figures of the stage. Out: tables for train.parquet, and README.md with the front matter that
 dataset hubs read. `datasets.load_dataset("parquet", data_files=...)` and `load_dataset(DIRECTORY)` both load it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,20 @@ def schema() -> Any:
     )
 
 
-def record(row: DistilledRow) -> dict[str, Any]:
-    """Return a selected row with its conversation as chat messages."""
-    exchange = Exchange(row.prompt, row.response, row.conversation)
-    turns = [*exchange.given.messages, {"role": "assistant", "content": row.response}]
-    return {**row._asdict(), "messages": [{key: turn[key] for key in ("role", "content")} for turn in turns]}
+def table(rows: Sequence[DistilledRow]) -> Any:
+    """Return selected rows as an Arrow table, each with its conversation as chat messages."""
+    import pyarrow as pa
+
+    columns = dict(zip(DistilledRow._fields, zip(*rows, strict=True), strict=True))
+    columns["messages"] = tuple(map(_messages, rows))
+    return pa.table([pa.array(columns[field.name], field.type) for field in schema()], schema())
+
+
+def _messages(row: DistilledRow) -> list[dict[str, str]]:
+    history = Exchange(row.prompt, row.response, row.conversation).given.messages
+    return [{"role": turn["role"], "content": turn["content"]} for turn in history] + [
+        {"role": "assistant", "content": row.response}
+    ]
 
 
 def write(

@@ -41,6 +41,11 @@ def sampling_seed(row_id: str, seed: int, sample: int = 0) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
 
 
+def rules_of(settings: Settings) -> Rules:
+    """Return the rules that rewrites are judged by."""
+    return Rules(CHECKERS.get(settings.answer), settings.filters.model_dump(), settings.strip_thinking)
+
+
 def select_rows(
     rows: Sequence[Row], generations: Mapping[str, Sequence[Line]], settings: Settings
 ) -> tuple[list[DistilledRow], dict[Reason, int]]:
@@ -49,8 +54,7 @@ def select_rows(
     rows in = rows out, in the same order: each is trained on, with the first of its samples that passes, or with its
     reference. A function of what is there already: other settings select again and generate nothing.
     """
-    rules = Rules(CHECKERS.get(settings.answer), settings.filters.model_dump(), settings.strip_thinking)
-    selected = []
+    rules, selected = rules_of(settings), []
     for row in rows:
         samples = generations[row.id]
         chosen = select_response(row, samples, rules)
@@ -71,26 +75,27 @@ def select_rows(
     return selected, {reason: counts[reason] for reason in REASONS}
 
 
-def keeps(row: Row, lines: Sequence[Line], settings: Settings) -> bool:
-    """Return whether a row keeps one of its rewrites."""
-    return select_rows([row], {row.id: lines}, settings)[0][0].reason == "kept"
-
-
-def next_draw(row: Row, lines: Sequence[Line], settings: Settings, first: int = 0) -> tuple[int, int] | None:
+def next_draw(row: Row, lines: Sequence[Line], samples: int, rules: Rules, first: int = 0) -> tuple[int, int] | None:
     """Return the sample of a row that is to be drawn next and how often that failed; None where nothing is left.
 
-    A sample is drawn only where none before it passes. `first`: the samples before it are known not to pass.
+    One of `samples` is drawn only where none before it passes. `first`: the samples before it are known not to pass.
     """
     if reason_not_to_rewrite(row):
         return None
-    for sample in range(first, settings.samples):
+    for sample in range(first, samples):
         mine = [line for line in lines if line.sample == sample]
         complete = [line for line in mine if line.finish_reason in COMPLETE]
         if not complete:
             return sample, len(mine)
-        if keeps(row, complete[:1], settings):
+        # Whether the last one passes decides nothing here, and selection is most of what a row costs.
+        if sample == samples - 1 or keeps(row, complete[:1], rules):
             return None
     return None
+
+
+def keeps(row: Row, lines: Sequence[Line], rules: Rules) -> bool:
+    """Return whether a row keeps one of its rewrites."""
+    return select_response(row, lines, rules).reason == "kept"
 
 
 def best_lines(lines: Sequence[Line], count: int) -> list[Line]:

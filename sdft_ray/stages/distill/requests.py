@@ -1,20 +1,24 @@
-"""The file of requests: the rows that need the engine, read by any actor by their place.
+"""The requests: the rows that need the engine, read by any actor by their place.
 
-In: rows, and the ledger's lines of them. Out: a Parquet file, and parts of it.
+In: the training rows, and the ledger's lines of them. Out: a Parquet file for each range of rows, and parts of them.
+The places count through all files, so that a batch is full also where few rows of each range need the engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+import itertools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sdft_ray.core.rows import Row
-from sdft_ray.results import read_columns
-from sdft_ray.stages.distill.draws import Settings, next_draw
-from sdft_ray.store.ledger import Lines
+from sdft_ray.results import read_columns, training_batches
+from sdft_ray.stages.distill.dealing import Dealt
+from sdft_ray.stages.distill.draws import Settings, next_draw, rules_of
+from sdft_ray.stages.distill.spread import Folder, Range, spread
 
-_GROUP_ROWS = 64  # of the file: what an actor reads at least
+_GROUP_ROWS = 512  # of a file: what an actor reads at least
 
 
 class Asked(NamedTuple):
@@ -29,37 +33,52 @@ class Asked(NamedTuple):
     """How often that failed."""
 
 
+class Requests(NamedTuple):
+    """Files of requests."""
+
+    folder: Folder
+    counts: tuple[int, ...]
+    """Requests in the file of each range."""
+
+    def read(self, start: int, stop: int) -> list[Asked]:
+        """Return the requests at some places."""
+        found: list[Asked] = []
+        for number, end in enumerate(itertools.accumulate(self.counts)):
+            begin = end - self.counts[number]
+            if begin < stop and start < end:
+                path = self.folder.find(_name(number))
+                found += _read_file(path, max(start, begin) - begin, min(stop, end) - begin)
+        return found
+
+
 def write_requests(
-    batches: Iterable[Sequence[Row]], lines_of: Callable[..., Lines], settings: Settings, path: Path
-) -> tuple[int, int]:
-    """Write the rows that need the engine to a file; return how many rows there are and how many need it."""
+    folder: Folder, rows: Callable[[], Path], ranges: Sequence[Range], dealt: Dealt, settings: Settings
+) -> Requests:
+    """Return the requests, written for each range; rows: returns the directory of the training rows."""
+    work = functools.partial(_write_range, folder, rows, dealt, settings)
+    return Requests(folder, tuple(spread(work, ranges, here=len(ranges) == 1)))
+
+
+def _write_range(folder: Folder, rows: Callable[[], Path], dealt: Dealt, settings: Settings, some: Range) -> int:
+    """Write those rows of a range that need the engine; return how many they are."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = pa.schema(
-        [(name, pa.int32() if name == "origin" else pa.string()) for name in Row._fields]
-        + [(name, pa.int32()) for name in Asked._fields[1:]]
-    )
-    rows = missing = 0
-    waiting: list[dict[str, Any]] = []
-    with pq.ParquetWriter(path, schema) as file:
-        for batch in batches:
-            lines = lines_of(row.id for row in batch)
-            for position, row in enumerate(batch, rows):
-                if draw := next_draw(row, lines[row.id], settings):
-                    sample, failed = draw
-                    waiting.append({**row._asdict(), "position": position, "sample": sample, "failed": failed})
-            rows += len(batch)
-            while len(waiting) >= _GROUP_ROWS:
-                file.write_table(pa.Table.from_pylist(waiting[:_GROUP_ROWS], schema))
-                waiting = waiting[_GROUP_ROWS:]
-                missing += _GROUP_ROWS
-        file.write_table(pa.Table.from_pylist(waiting, schema))
-    return rows, missing + len(waiting)
+    kept = [row for batch in training_batches(rows(), some.stop, Row, some.start) for row in batch]
+    lines = dealt.lines_of(some.number, (row.id for row in kept))
+    asked, rules = [], rules_of(settings)
+    for position, row in enumerate(kept, some.start):
+        if draw := next_draw(row, lines[row.id], settings.samples, rules):
+            asked.append((*row, position, *draw))
+    schema = _schema()
+    columns = zip(*asked, strict=True) if asked else [[]] * len(schema)
+    arrays = [pa.array(values, kind) for values, kind in zip(columns, schema.types, strict=True)]
+    pq.write_table(pa.table(arrays, schema), folder.path / _name(some.number), row_group_size=_GROUP_ROWS)
+    folder.keep(_name(some.number))
+    return len(asked)
 
 
-def read_requests(path: Path, start: int, stop: int) -> list[Asked]:
-    """Return the requests at some places of the file."""
+def _read_file(path: Path, start: int, stop: int) -> list[Asked]:
     import pyarrow.parquet as pq
 
     first = start // _GROUP_ROWS
@@ -67,3 +86,16 @@ def read_requests(path: Path, start: int, stop: int) -> list[Asked]:
     some = groups.slice(start - first * _GROUP_ROWS, stop - start)
     numbers = (some.column(name).to_pylist() for name in Asked._fields[1:])
     return [Asked(*values) for values in zip(read_columns(some, Row), *numbers, strict=True)]
+
+
+def _name(number: int) -> str:
+    return f"{number:06}.parquet"
+
+
+def _schema() -> Any:
+    import pyarrow as pa
+
+    return pa.schema(
+        [(name, pa.int32() if name == "origin" else pa.string()) for name in Row._fields]
+        + [(name, pa.int32()) for name in Asked._fields[1:]]
+    )

@@ -15,23 +15,15 @@ import time
 import traceback
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdft_ray.core.prompts import ask_for_rewrite
 from sdft_ray.core.selection import Generation
-from sdft_ray.data.chat import render_prompts
 from sdft_ray.engine import EngineFactory, Request
-from sdft_ray.stages.distill.draws import (
-    Settings,
-    best_lines,
-    instruction_template,
-    keeps,
-    next_draw,
-    sampling_seed,
-)
-from sdft_ray.stages.distill.requests import Asked, read_requests
+from sdft_ray.stages.distill.draws import Settings, best_lines, keeps, next_draw, rules_of, sampling_seed
+from sdft_ray.stages.distill.instructions import prompts_of
+from sdft_ray.stages.distill.requests import Asked, Requests
 from sdft_ray.store import ledger as ledgers
 from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage
@@ -66,9 +58,9 @@ class Rewriter:
         stage: Stage[Settings],
         options: Mapping[str, Any],
         alone: bool,
-        requests: str,
+        requests: Requests,
         ledger: str,
-        piece_rows: int,
+        piece: tuple[int, float],
     ) -> None:
         import ray
         from transformers import AutoTokenizer
@@ -76,10 +68,9 @@ class Rewriter:
         directory = str(model())
         self.engine = engine(directory, stage.settings, options, alone)
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
-        self.settings, self.piece_rows = stage.settings, piece_rows
+        self.settings, self.requests = stage.settings, requests
+        self.piece_rows, self.piece_seconds = piece
         self.storage, self.ledger = storage, storage.ledger(ledger)
-        self.requests = storage.resumable(stage) / requests
-        storage.bring(self.requests.parent, requests)
         self.actor = ray.get_runtime_context().get_actor_id()
 
     def __call__(self, batch: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -87,7 +78,7 @@ class Rewriter:
         import numpy as np
 
         start, stop = batch["start"].item(), batch["stop"].item()
-        for counts in self._work_through(_Batch(read_requests(self.requests, start, stop), self.settings)):
+        for counts in self._work_through(_Batch(self.requests.read(start, stop), self.settings)):
             yield {name: np.array([value]) for name, value in {"start": start, "actor": self.actor, **counts}.items()}
 
     def _work_through(self, batch: _Batch) -> Iterator[dict[str, int]]:
@@ -96,26 +87,29 @@ class Rewriter:
         pieces = list(ledgers.read_batch(self.ledger, batch.name))
         batch.find(itertools.chain.from_iterable(pieces))
         deaths, poison = _read_deaths(self.ledger, batch.name)
-        for row_id in batch.without_lines(poison):
-            sample = batch.rows[row_id].sample
-            batch.take(self._request(batch, row_id, sample), Generation("the engine died on this row", "error"))
+        dead = [(row_id, batch.rows[row_id].sample) for row_id in batch.without_lines(poison)]
+        for request in self._requests(batch, dead):
+            batch.take(request, Generation("the engine died on this row", "error"))
         draws = [(row_id, batch.next_sample(row_id, row_id in poison)) for row_id in batch.rows]
-        reported = time.monotonic()
+        reported = stored = time.monotonic()
         for _ in pieces:  # Ray drops as many as it had from this batch before its actor died
             yield self._store(batch)
-        while requests := [self._request(batch, row_id, draw) for row_id, draw in draws if draw is not None]:
+        while requests := self._requests(batch, draws):
             draws = []
             for group in _groups(requests, deaths, len(batch.rows)):
                 for request, generation in self._generate(batch, group):
                     batch.take(request, generation)
                     draws.append((request.id, batch.next_sample(request.id)))
-                    if len(batch.piece) < self.piece_rows:
+                    now = time.monotonic()
+                    if len(batch.piece) < self.piece_rows or now - stored < self.piece_seconds:
                         continue
-                    counts = self._store(batch)
-                    if time.monotonic() - reported > _REPORT_SECONDS:
-                        reported = time.monotonic()
+                    counts, stored = self._store(batch), now
+                    if now - reported > _REPORT_SECONDS:
+                        reported = now
                         yield counts
-        yield self._store(batch)
+        counts = self._store(batch)
+        self._merge(batch)
+        yield counts
 
     def _store(self, batch: _Batch) -> dict[str, int]:
         """Make durable what the engine has finished, and return how far the batch is."""
@@ -124,11 +118,22 @@ class Rewriter:
             batch.piece.clear()
         return batch.counts()
 
-    def _request(self, batch: _Batch, row_id: str, sample: int) -> Request:
-        row = batch.rows[row_id].row
-        given = ask_for_rewrite(row, instruction_template(self.settings))
-        (prompt_ids,) = render_prompts(self.tokenizer, [given], self.settings.template_options)
-        return Request(row_id, sample, prompt_ids, sampling_seed(row_id, self.settings.seed, sample))
+    def _merge(self, batch: _Batch) -> None:
+        """Make one piece of those of a finished batch: else millions of rows leave more files than a folder bears."""
+        merged, pieces = ledgers.merge_batch(self.ledger, batch.name)
+        if merged:
+            self.storage.publish(merged)
+        for piece in pieces:
+            self.storage.drop(piece)
+
+    def _requests(self, batch: _Batch, draws: Sequence[tuple[str, int | None]]) -> list[Request]:
+        """Return the requests of those rows of which a sample is to be drawn."""
+        wanted = [(row_id, sample) for row_id, sample in draws if sample is not None]
+        prompts = prompts_of(self.tokenizer, [batch.rows[row_id].row for row_id, _ in wanted], self.settings)
+        return [
+            Request(row_id, sample, prompt_ids, sampling_seed(row_id, self.settings.seed, sample))
+            for (row_id, sample), prompt_ids in zip(wanted, prompts, strict=True)
+        ]
 
     def _generate(self, batch: _Batch, group: Sequence[Request]) -> Iterator[tuple[Request, Generation]]:
         """Yield what the engine makes of a group, with a note on disk for as long as it is at work on it.
@@ -162,20 +167,23 @@ class _Batch:
         self.name = hashlib.sha256("".join(self.rows).encode()).hexdigest()[:12]
         self.piece: list[ledgers.Line] = []
         """Lines that are not durable yet."""
-        self._settings = settings
+        self._settings, self._rules = settings, rules_of(settings)
         self._lines: ledgers.Lines = {row_id: [] for row_id in self.rows}
         self._settled: dict[str, bool] = {}
         """For each row that needs no engine any more, whether it keeps a rewrite."""
+        self._tokens_in = self._tokens_out = 0
 
-    def find(self, lines: Iterator[ledgers.Line]) -> None:
+    def find(self, lines: Iterable[ledgers.Line]) -> None:
         """Take in lines that the ledger holds."""
         for line in lines:
             self._lines[line.id].append(line)
+            self._tokens_in += line.prompt_tokens
+            self._tokens_out += line.tokens
 
     def take(self, request: Request, generation: Generation) -> None:
         """Take in what an engine made of a request."""
         line = ledgers.Line(request.id, request.sample, sampling_seed=request.sampling_seed, **vars(generation))
-        self._lines[request.id].append(line)
+        self.find([line])
         self.piece.append(line)
 
     def without_lines(self, row_ids: set[str]) -> set[str]:
@@ -184,22 +192,21 @@ class _Batch:
 
     def next_sample(self, row_id: str, poison: bool = False) -> int | None:
         """Return the sample that a row needs next; None where it needs none, failed too often or kills engines."""
-        asked, lines = self.rows[row_id], self._lines[row_id]
-        draw = None if poison else next_draw(asked.row, lines, self._settings, asked.sample)
+        asked, lines, samples = self.rows[row_id], self._lines[row_id], self._settings.samples
+        draw = None if poison else next_draw(asked.row, lines, samples, self._rules, asked.sample)
         if draw is not None:
             sample, failed = draw
             before = asked.failed if sample == asked.sample else 0
             # Whatever happened in earlier runs, each run tries once: its cause may have been fixed.
             if not failed or before + failed < self._settings.max_attempts:
                 return sample
-        self._settled[row_id] = keeps(asked.row, best_lines(lines, self._settings.samples), self._settings)
+        self._settled[row_id] = keeps(asked.row, best_lines(lines, samples), self._rules)
         return None
 
     def counts(self) -> dict[str, int]:
         """Return how many rows need no engine any more, how many keep a rewrite, and tokens in and out."""
-        lines = list(itertools.chain.from_iterable(self._lines.values()))
-        into, out = sum(line.prompt_tokens for line in lines), sum(line.tokens for line in lines)
-        return dict(zip(COUNTS, (len(self._settled), sum(self._settled.values()), into, out), strict=True))
+        values = (len(self._settled), sum(self._settled.values()), self._tokens_in, self._tokens_out)
+        return dict(zip(COUNTS, values, strict=True))
 
 
 def _read_deaths(ledger: Path, batch: str) -> tuple[Counter[str], set[str]]:
