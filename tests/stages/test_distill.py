@@ -14,9 +14,10 @@ import pytest
 from datasets import load_dataset
 from huggingface_hub import DatasetCard
 from tiny import make_tiny_model, rows_settings
+from transformers import AutoTokenizer
 
 from sdft_ray import pipeline
-from sdft_ray.core.rows import Row
+from sdft_ray.core.rows import PLAIN, Given, Row, write_conversation
 from sdft_ray.core.selection import Generation
 from sdft_ray.engine import EngineFactory, VllmEngine
 from sdft_ray.errors import StageFailed, UserError
@@ -84,7 +85,7 @@ def fake_engine(
                 if error_on in text:
                     yield request, Generation("prompt refused", "error")
                     continue
-                answer = text.partition("#### ")[2].split("\n")[0]
+                answer = text.partition("#### ")[2].split("\n")[0].removesuffix("<|im_end|>")
                 if "What is 1" in text and request.sample < right_from:
                     answer = "no number"
                 yield request, Generation(f"{answer} is it", "stop", len(request.prompt_ids), 3)
@@ -99,12 +100,15 @@ def make_work(
     max_failures: int = 10,
     slug: str = "sums",
     engine: EngineFactory = VllmEngine,
+    raw: list[Row] | None = None,
     **settings,
 ) -> Work:
     """Return the distill stage's work on `count` training rows, its inputs being there already; `slug` is what people
-    call model and rows."""
-    raw = [Row(f"What is {i} + {i}?", f"It is {2 * i}.\n#### {2 * i}") for i in range(max(40, count + 4))]
-    splits, _ = rows.split_rows(raw, "number", 0, 2, 2)
+    call model and rows; `raw` rows instead of sums are all training rows."""
+    splits = {"held_out": [], "validation": [], "train": [row._replace(id=row.content_id) for row in raw or ()]}
+    sums = [Row(f"What is {i} + {i}?", f"It is {2 * i}.\n#### {2 * i}") for i in range(max(40, count + 4))]
+    if raw is None:
+        splits, _ = rows.split_rows(sums, "number", 0, 2, 2)
     storage = Storage(str(root))
     base = Stage("model", slug, 1, {}, location=model)
     rows_stage = Stage("rows", slug, 1, rows_settings())
@@ -132,6 +136,53 @@ def test_distill_refuses_a_template_without_a_training_sequence_before_it_genera
     with pytest.raises(UserError, match=r"^model: its chat template's generation prompt ends in .*<think>"):
         distill.build(work)
     assert not list((tmp_path / "root" / "ledger").glob("*"))
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+HISTORY = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hi."}]
+
+
+def talk(prompt: str, reference: str, calls: list | None = None) -> Row:
+    """Return a row of three turns."""
+    given = Given([*HISTORY, {"role": "user", "content": prompt}])
+    return Row(prompt, reference, conversation=write_conversation(given, calls))
+
+
+def test_distill_refuses_conversations_that_the_template_cannot_write_before_it_generates(tiny_model, tmp_path):
+    work = make_work(tmp_path / "root", tiny_model, 2, raw=[talk("3 + 3?", "6"), talk("4 + 4?", "", [CALL])])
+    with pytest.raises(UserError, match=r"does not write the call of add of the conversation at '4 \+ 4"):
+        distill.build(work)
+    assert not list((tmp_path / "root" / "ledger").glob("*"))
+
+
+def test_distill_rewrites_a_response_in_its_history_and_leaves_calls_and_plain_texts(ray_cluster, tmp_path):
+    model, log = make_tiny_model(tmp_path / "model"), tmp_path / "log"
+    template = (model / "chat_template.jinja").read_text()
+    content = "message['content']"
+    calls = "(message['tool_calls'] | tojson if message['tool_calls'] else '')"
+    (model / "chat_template.jinja").write_text(template.replace(content, f"{content} + {calls}"))
+    plain = Row("", "Once upon a time.", conversation=PLAIN)
+    raw = [talk("3 + 3?", "It is\n#### 6"), talk("4 + 4?", "", [CALL]), plain]
+    work = make_work(tmp_path / "root", model, 3, engine=fake_engine(log), raw=raw, answer="none")
+    summary = distill.build(work)
+    assert {reason: count for reason, count in summary.reasons.items() if count} == {
+        "kept": 1,
+        "tool_call": 1,
+        "plain": 1,
+    }
+    rewritten, call, text = pq.read_table(work.directory / "train.parquet").to_pylist()
+    assert (rewritten["response"], rewritten["source"]) == ("6 is it", "distilled")
+    assert [turn["role"] for turn in rewritten["messages"]] == ["user", "assistant", "user", "assistant"]
+    assert [(row["response"], row["source"]) for row in (call, text)] == [
+        ("", "reference"),
+        ("Once upon a time.", "reference"),
+    ]
+    ((_, prompt_ids, _),) = logged(log)
+    asked = AutoTokenizer.from_pretrained(model).decode(prompt_ids)
+    assert asked.startswith(
+        "<|im_start|>user\nHello?<|im_end|>\n<|im_start|>assistant\nHi.<|im_end|>\n<|im_start|>user\n"
+    )
+    assert "3 + 3?" in asked and "#### 6" in asked and asked.endswith("<|im_start|>assistant\n")
 
 
 def logged(log: Path) -> list[list]:
