@@ -83,7 +83,7 @@ class Training:
     def __init__(self, assignment: Assignment) -> None:
         import ray.train
 
-        from sdft_ray.core.packing import schedule
+        from sdft_ray.core.packing import Schedule
         from sdft_ray.progress import quiet_transformers
 
         self.assignment = assignment
@@ -98,8 +98,7 @@ class Training:
         self.validation = list(EncodedRows(self.folder / "validation.parquet"))
         module = load_trainable(str(assignment.model()), self.settings, self.plan)
         self.engine = start_engine(module, self.settings, self.plan, assignment.deepspeed)
-        self.steps = schedule(len(self.rows), self.settings.epochs, self.settings.global_batch_size, self.settings.seed)
-        """For each step the numbers of its rows."""
+        self.steps = Schedule(len(self.rows), self.settings.epochs, self.settings.global_batch_size, self.settings.seed)
         bring = functools.partial(self.storage.bring, self.folder)
         self.history, self.best = _resume(self.engine, self.folder, self.rank, bring)
         self.begun, self.tokens = time.monotonic(), 0
@@ -118,16 +117,17 @@ class Training:
 
     def take(self, step: int) -> bool:
         """Take one optimizer step and return whether its loss and gradient are numbers; else say so on disk."""
-        chosen = [self.rows[i] for i in self.steps[step]]
+        numbers = self.steps[step]
+        chosen = [self.rows[i] for i in numbers]
         lr = learning_rate(step, len(self.steps), self.settings)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         # A row's dropout depends on seed, step and row alone.
-        keys = [f"{self.settings.seed}/{step}/{i}" for i in self.steps[step]]
+        keys = [f"{self.settings.seed}/{step}/{i}" for i in numbers]
         loss, norm = take_step(self.engine, chosen, keys, self._passes(chosen), self.settings.max_grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):  # before a checkpoint could keep what it did
             what, value = ("gradient", norm) if math.isfinite(loss) else ("loss", loss)
-            self._write(Outcome(failed=f"the {what} at step {step + 1} is {value}", rows=tuple(self.steps[step])))
+            self._write(Outcome(failed=f"the {what} at step {step + 1} is {value}", rows=tuple(numbers)))
             return False
         self.history.append(Step(step=step + 1, loss=loss, lr=lr, grad_norm=norm))
         self.tokens += sum(len(row.ids) for row in chosen)
