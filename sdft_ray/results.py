@@ -5,6 +5,7 @@ In: the directory of a finished artifact. Out: typed content. Each file name sta
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -32,6 +33,7 @@ SPEED = "speed.json"
 
 SPLITS = ("held_out", "validation", "train")
 HELD_OUT = "held_out"
+_BUFFER_BYTES = 1 << 20  # of a column: else a row group's columns are read whole
 
 
 class DistilledRow(NamedTuple):
@@ -77,18 +79,41 @@ def read_split(directory: Path, split: str, kind: type[R]) -> list[R]:
 
 def training_batches(directory: Path, count: int | None, kind: type[R]) -> Iterator[list[R]]:
     """Yield the first `count` training rows in order, some at a time; raises UserError where there are fewer."""
+    yield from read_range(directory, "train", 0, count_training_rows(directory, count), kind)
+
+
+def count_training_rows(directory: Path, count: int | None) -> int:
+    """Return how many training rows there are, or `count`; raises UserError where there are fewer."""
+    rows = count_rows(directory, "train")
+    if count is not None and count > rows:
+        raise UserError(problem("train.rows", f"{count} is more than the {rows} training rows", "Lower train.rows"))
+    return rows if count is None else count
+
+
+def count_rows(directory: Path, split: str) -> int:
+    """Return how many rows a split has."""
     import pyarrow.parquet as pq
 
-    file = pq.ParquetFile(directory / "train.parquet")
-    left = file.metadata.num_rows if count is None else count
-    if left > file.metadata.num_rows:
-        what = f"{count} is more than the {file.metadata.num_rows} training rows"
-        raise UserError(problem("train.rows", what, "Lower train.rows"))
-    for batch in file.iter_batches(1024, columns=list(kind._fields)):
-        yield read_columns(batch.slice(0, left), kind)
-        left -= min(left, len(batch))
-        if not left:
-            return
+    return int(pq.read_metadata(directory / f"{split}.parquet").num_rows)
+
+
+def read_range(directory: Path, split: str, start: int, stop: int, kind: type[R]) -> Iterator[list[R]]:
+    """Yield the rows of a split from `start` up to `stop` in order, some at a time; only the row groups that hold them
+    are read."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(directory / f"{split}.parquet", buffer_size=_BUFFER_BYTES) as file:
+        sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        ends = list(itertools.accumulate(sizes))
+        groups = [i for i, end in enumerate(ends) if end > start and end - sizes[i] < stop]
+        at = ends[groups[0]] - sizes[groups[0]] if groups else 0
+        for batch in file.iter_batches(1024, row_groups=groups, columns=list(kind._fields)):
+            chosen = batch.slice(max(start - at, 0), max(stop - max(at, start), 0))
+            at += len(batch)
+            if len(chosen):
+                yield read_columns(chosen, kind)
+            if at >= stop:
+                return
 
 
 # --- measures of blocks ---------------------------------------------------------------------------------------
@@ -191,6 +216,8 @@ class Step(Record):
     grad_norm: float
     validation_loss: float | None = None
     """After steps that are followed by a validation."""
+    validation_loss_by_source: dict[int, float] | None = None
+    """By the number of the recipe's source, where validation rows are of more than one."""
 
 
 def read_history(directory: Path) -> list[Step]:

@@ -12,18 +12,22 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sdft_ray import environment
+from sdft_ray.core.rows import TrainingRow
 from sdft_ray.results import Step
 from sdft_ray.spec import compute, training
+from sdft_ray.stages.train.encoded import FOLDER, EncodedRows
 from sdft_ray.stages.train.history import best_step, is_out_of_patience, learning_rate
 from sdft_ray.stages.train.log import Begun, open_log, peak_bytes, report
-from sdft_ray.stages.train.rows import EncodedRows, proof_rows
+from sdft_ray.stages.train.rows import proof_rows
 from sdft_ray.stages.train.state import PROGRESS, Checkpoint
-from sdft_ray.stages.train.step import compute_logits, mean_loss, take_step
+from sdft_ray.stages.train.step import compute_logits, take_step, total_loss
 from sdft_ray.stages.train.zero import load_trainable, start_engine
 from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage
@@ -91,11 +95,13 @@ class Training:
         _set_up_deepspeed(self.plan)
         quiet_transformers()
         self.storage, self.folder = assignment.storage, assignment.storage.resumable(assignment.stage)
-        self.storage.bring(self.folder, "*.parquet")
+        self.storage.bring(self.folder, f"{FOLDER}/*")
         context = ray.train.get_context()
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
-        self.rows = EncodedRows(self.folder / "train.parquet")
-        self.validation = list(EncodedRows(self.folder / "validation.parquet"))
+        encoded = self.folder / FOLDER
+        self.rows = EncodedRows(encoded, "train")
+        origins = np.unique(EncodedRows(encoded, "validation").column("origin")).tolist()
+        self.validation = {origin: EncodedRows(encoded, "validation", origin) for origin in origins}
         module = load_trainable(str(assignment.model()), self.settings, self.plan)
         self.engine = start_engine(module, self.settings, self.plan, assignment.deepspeed)
         self.steps = Schedule(len(self.rows), self.settings.epochs, self.settings.global_batch_size, self.settings.seed)
@@ -140,8 +146,13 @@ class Training:
 
     def validate(self) -> None:
         """Measure the loss of the validation rows, and keep the weights where they are to be kept as the best."""
-        loss = mean_loss(self.engine, self.validation, self._passes(self.validation))
-        self.history[-1] = self.history[-1].model_copy(update={"validation_loss": loss})
+        totals = {origin: total_loss(self.engine, rows, self._passes(rows)) for origin, rows in self.validation.items()}
+        found: dict[str, Any] = {
+            "validation_loss": sum(loss for loss, _ in totals.values()) / sum(tokens for _, tokens in totals.values())
+        }
+        if len(totals) > 1:
+            found["validation_loss_by_source"] = {origin: loss / tokens for origin, (loss, tokens) in totals.items()}
+        self.history[-1] = self.history[-1].model_copy(update=found)
         if self.settings.keep == "best" and best_step(self.history) == len(self.history):
             self.best = self._weights()
 
@@ -188,7 +199,7 @@ class Training:
         self._write(Outcome(history=tuple(self.history), **counts))
         dist.barrier()
 
-    def _passes(self, rows: list[Any]) -> list[list[int]]:
+    def _passes(self, rows: Sequence[TrainingRow]) -> list[list[int]]:
         """Return this worker's share of rows, as the places of those that go through the model together."""
         from sdft_ray.core.packing import assign_passes
 
