@@ -5,6 +5,7 @@ In: the directory of a finished artifact. Out: typed content. Each file name sta
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -32,6 +33,7 @@ SPEED = "speed.json"
 
 SPLITS = ("held_out", "validation", "train")
 HELD_OUT = "held_out"
+_BUFFER_BYTES = 1 << 20  # of a column: else a row group's columns are read whole
 
 
 class Conversation(NamedTuple):
@@ -82,35 +84,44 @@ def read_split(directory: Path, split: str, kind: type[R]) -> list[R]:
     return read_columns(pq.ParquetFile(directory / f"{split}.parquet").read(list(kind._fields)), kind)
 
 
-def count_training_rows(directory: Path, count: int | None) -> int:
-    """Return how many training rows are wanted, all where `count` is absent; raises UserError where there are fewer."""
-    import pyarrow.parquet as pq
-
-    there = pq.read_metadata(directory / "train.parquet").num_rows
-    if count is not None and count > there:
-        what = f"{count} is more than the {there} training rows"
-        raise UserError(problem("train.rows", what, "Lower train.rows"))
-    return there if count is None else count
-
-
 def training_batches(directory: Path, count: int | None, kind: type[R], start: int = 0) -> Iterator[list[R]]:
-    """Yield the first `count` training rows in order, from `start` on, some at a time; raises UserError where there
-    are fewer."""
+    """Yield the first `count` training rows in order, from `start` on, some at a time; raises UserError where there are
+    fewer."""
+    yield from read_range(directory, "train", start, count_training_rows(directory, count), kind)
+
+
+def count_training_rows(directory: Path, count: int | None) -> int:
+    """Return how many training rows there are, or `count`; raises UserError where there are fewer."""
+    rows = count_rows(directory, "train")
+    if count is not None and count > rows:
+        raise UserError(problem("train.rows", f"{count} is more than the {rows} training rows", "Lower train.rows"))
+    return rows if count is None else count
+
+
+def count_rows(directory: Path, split: str) -> int:
+    """Return how many rows a split has."""
     import pyarrow.parquet as pq
 
-    left = count_training_rows(directory, count) - start
-    file = pq.ParquetFile(directory / "train.parquet")
-    groups = list(range(file.num_row_groups))
-    while groups and start >= (rows := file.metadata.row_group(groups[0]).num_rows):
-        start -= rows
-        del groups[0]
-    for batch in file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=list(kind._fields)):
-        if left <= 0:
-            return
-        some = batch.slice(min(start, len(batch)), left)
-        if len(some):
-            yield read_columns(some, kind)
-        start, left = max(0, start - len(batch)), left - len(some)
+    return int(pq.read_metadata(directory / f"{split}.parquet").num_rows)
+
+
+def read_range(directory: Path, split: str, start: int, stop: int, kind: type[R]) -> Iterator[list[R]]:
+    """Yield the rows of a split from `start` up to `stop` in order, some at a time; only the row groups that hold them
+    are read."""
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(directory / f"{split}.parquet", buffer_size=_BUFFER_BYTES) as file:
+        sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        ends = list(itertools.accumulate(sizes))
+        groups = [i for i, end in enumerate(ends) if end > start and end - sizes[i] < stop]
+        at = ends[groups[0]] - sizes[groups[0]] if groups else 0
+        for batch in file.iter_batches(_BATCH_ROWS, row_groups=groups, columns=list(kind._fields)):
+            chosen = batch.slice(max(start - at, 0), max(stop - max(at, start), 0))
+            at += len(batch)
+            if len(chosen):
+                yield read_columns(chosen, kind)
+            if at >= stop:
+                return
 
 
 # --- measures of blocks ---------------------------------------------------------------------------------------
@@ -213,6 +224,8 @@ class Step(Record):
     grad_norm: float
     validation_loss: float | None = None
     """After steps that are followed by a validation."""
+    validation_loss_by_source: dict[int, float] | None = None
+    """By the number of the recipe's source, where validation rows are of more than one."""
 
 
 def read_history(directory: Path) -> list[Step]:

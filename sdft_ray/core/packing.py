@@ -7,7 +7,9 @@ restart at each row; core/rowwise.py keeps attention and dropout within a row.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,13 +55,41 @@ def pack_rows(rows: Sequence[TrainingRow]) -> Packed:
     return Packed(input_ids, torch.tensor([positions]), starts, kept, input_ids[0, kept + 1])
 
 
-def schedule(rows: int, epochs: int, global_batch_size: int, seed: int) -> list[list[int]]:
-    """Return, for each optimizer step, the indices of its rows: a pure function, the same for any workers.
+@dataclasses.dataclass(frozen=True)
+class Schedule(Sequence[list[int]]):
+    """For each optimizer step the numbers of its rows: a pure function, the same for any workers.
 
-    Each epoch is its own permutation; steps run over epoch ends, so only the very last step can be short.
+    Each epoch is its own permutation; steps run over epoch ends, so only the very last step can be short. An order is
+    drawn when a step asks for it: all epochs of ten million rows would be Python numbers by the gigabyte.
     """
-    order = np.concatenate([np.random.default_rng([seed, epoch]).permutation(rows) for epoch in range(epochs)])
-    return [order[i : i + global_batch_size].tolist() for i in range(0, len(order), global_batch_size)]
+
+    rows: int
+    epochs: int
+    global_batch_size: int
+    seed: int
+
+    def __len__(self) -> int:
+        return -(-self.rows * self.epochs // self.global_batch_size)
+
+    def __getitem__(self, step: Any) -> Any:
+        if isinstance(step, slice):
+            return [self[i] for i in range(*step.indices(len(self)))]
+        if not 0 <= step < len(self):
+            raise IndexError(step)
+        first = step * self.global_batch_size
+        stop = min(first + self.global_batch_size, self.rows * self.epochs)
+        numbers: list[int] = []
+        for epoch in range(first // self.rows, -(-stop // self.rows)):
+            begin, order = epoch * self.rows, _draw_order(self.rows, self.seed, epoch)
+            numbers += order[max(first - begin, 0) : stop - begin].tolist()
+        return numbers
+
+
+@functools.lru_cache(maxsize=2)  # those that meet in a step
+def _draw_order(rows: int, seed: int, epoch: int) -> np.ndarray[Any, Any]:
+    """Return an epoch's order (rows); numpy draws it as 8 bytes a row, and 4 are kept where they suffice."""
+    order = np.random.default_rng([seed, epoch]).permutation(rows)
+    return order.astype(np.min_scalar_type(rows))
 
 
 def assign_passes(lengths: Sequence[int], workers: int, micro_batch: int, pass_tokens: int) -> list[list[list[int]]]:

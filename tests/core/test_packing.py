@@ -1,6 +1,7 @@
+import numpy as np
 import pytest
 
-from sdft_ray.core.packing import assign_passes, pack_rows, schedule
+from sdft_ray.core.packing import Schedule, assign_passes, pack_rows
 from sdft_ray.core.rows import TrainingRow
 
 
@@ -21,7 +22,7 @@ def test_pack_rows_refuses_a_row_with_only_trained_tokens():
 
 
 def test_schedule_takes_every_row_once_an_epoch():
-    steps = schedule(10, 3, 4, seed=0)
+    steps = Schedule(10, 3, 4, seed=0)
     order = [i for step in steps for i in step]
     assert [len(step) for step in steps] == [4] * 7 + [2]
     assert all(sorted(order[e * 10 : e * 10 + 10]) == list(range(10)) for e in range(3))
@@ -29,7 +30,25 @@ def test_schedule_takes_every_row_once_an_epoch():
 
 
 def test_schedule_is_a_function_of_its_seed():
-    assert schedule(10, 2, 4, seed=1) == schedule(10, 2, 4, seed=1) != schedule(10, 2, 4, seed=2)
+    assert list(Schedule(10, 2, 4, seed=1)) == list(Schedule(10, 2, 4, seed=1)) != list(Schedule(10, 2, 4, seed=2))
+
+
+def draw_at_once(rows: int, epochs: int, global_batch_size: int, seed: int) -> list[list[int]]:
+    """Return the steps as lists, drawn all at once: trainings that were begun with this order must go on in it."""
+    order = np.concatenate([np.random.default_rng([seed, epoch]).permutation(rows) for epoch in range(epochs)])
+    return [order[i : i + global_batch_size].tolist() for i in range(0, len(order), global_batch_size)]
+
+
+@pytest.mark.parametrize(
+    "size", [(1, 1, 1), (3, 7, 8), (10, 3, 4), (12, 2, 6), (700, 2, 16), (300, 3, 299), (70_000, 2, 64)]
+)
+@pytest.mark.parametrize("seed", [0, 7])
+def test_schedule_drawn_by_the_step_is_the_one_drawn_at_once(size, seed):
+    steps, expected = Schedule(*size, seed), draw_at_once(*size, seed)
+    assert list(steps) == expected
+    assert (len(steps), steps[len(steps) - 1], steps[:2]) == (len(expected), expected[-1], expected[:2])
+    with pytest.raises(IndexError):
+        steps[len(steps)]
 
 
 @pytest.mark.parametrize(("workers", "micro_batch"), [(1, 8), (2, 2), (4, 2), (3, 1)])

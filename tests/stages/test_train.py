@@ -26,9 +26,10 @@ from sdft_ray.spec.wording import validate
 from sdft_ray.stages import Work, rows, train
 from sdft_ray.stages.train import state
 from sdft_ray.stages.train.adapters import name_adapters, outline_model
+from sdft_ray.stages.train.encoded import EncodedRows
 from sdft_ray.stages.train.fitting import require_fitting
 from sdft_ray.stages.train.history import learning_rate
-from sdft_ray.stages.train.rows import Counts, EncodedRows, Reference, Rewrite, encode, marked_example
+from sdft_ray.stages.train.rows import Counts, Reference, Rewrite, encode, marked_example, require_some
 from sdft_ray.stages.train.zero import deepspeed_config
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
@@ -349,7 +350,7 @@ def validation_loss_of(work: Work) -> float:
 
     model = AutoModelForCausalLM.from_pretrained(work.directory)
     total = count = 0.0
-    for row in EncodedRows(work.resumable / "validation.parquet"):
+    for row in EncodedRows(work.resumable / "encoded", "validation"):
         with torch.no_grad():
             logits = model(torch.tensor([row.ids])).logits[0, row.trained_from - 1 : -1]
         targets = torch.tensor(row.ids[row.trained_from :])
@@ -408,21 +409,22 @@ LONG = [Reference("a", "1?", "1"), Rewrite("b", "2?", "2" * 99)]
 
 
 def test_encode_leaves_long_rows_out_or_truncates_them():
-    settings = Train(max_tokens=60, too_long="leave_out")
-    rows, ids, counts = encode(make_tokenizer(), LONG, settings)
-    assert (len(rows), ids, counts) == (1, ["a"], Counts(rows=1, rows_too_long=1, rows_left_out=1))
-    rows, ids, counts = encode(make_tokenizer(), LONG, Train(max_tokens=60, too_long="truncate"))
-    assert (len(rows[1].ids), ids, counts) == (60, ["a", "b"], Counts(rows=2, rows_too_long=1, rows_left_out=0))
+    (only,) = encode(make_tokenizer(), LONG, Train(max_tokens=60, too_long="leave_out"))
+    assert only.number == 0
+    first, cut = encode(make_tokenizer(), LONG, Train(max_tokens=60, too_long="truncate"), first=7)
+    assert (first, cut.number, len(cut.row.ids)) == (only._replace(number=7), 8, 60)
+    assert cut.whole > 60
     end = make_tokenizer().convert_tokens_to_ids("<|im_end|>")
-    assert (rows[0].ids[-1], rows[1].ids[-1] == end) == (end, False), "a row that was cut off teaches no end"
+    assert (first.row.ids[-1], cut.row.ids[-1] == end) == (end, False), "a row that was cut off teaches no end"
 
 
 def test_encode_rows_that_truncation_leaves_without_loss_are_refused():
     settings = Train(max_tokens=20, too_long="truncate")
+    assert list(encode(make_tokenizer(), LONG, settings)) == []
     with pytest.raises(
         UserError, match="2 of 2 rows are longer than 20 tokens, and none of them has a token with loss"
     ):
-        encode(make_tokenizer(), LONG, settings)
+        require_some(Counts(rows=0, rows_too_long=2, rows_left_out=2), settings)
 
 
 def test_marked_example_shows_what_a_template_has_around_a_response():
@@ -433,8 +435,8 @@ def test_marked_example_shows_what_a_template_has_around_a_response():
         "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
     )
     settings = Train(max_tokens=600, too_long="leave_out", max_too_long_fraction=0.0)
-    encoded, _, _ = encode(tokenizer, LONG, settings)
-    assert marked_example(tokenizer, encoded[0]) == (
+    encoded = next(encode(tokenizer, LONG, settings))
+    assert marked_example(tokenizer, encoded.row) == (
         "<|im_start|>user\n1?<|im_end|>\n<|im_start|>assistant\n<think>\n",
         "\n</think>\n\n1<|im_end|>",
     )

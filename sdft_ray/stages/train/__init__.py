@@ -14,7 +14,9 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
+
+from pydantic import Field
 
 from sdft_ray import (
     progress,  # not `log` by name: the module log.py beside this would replace it
@@ -24,25 +26,25 @@ from sdft_ray.core.rows import TrainingRow
 from sdft_ray.data.chat import require_trainable
 from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.models.directory import require_loadable, require_same_logits
-from sdft_ray.results import HISTORY, read_split, training_batches, validations
+from sdft_ray.results import HISTORY, validations
 from sdft_ray.spec import training
 from sdft_ray.spec.compute import Needs
 from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
 from sdft_ray.stages.train.adapters import count_parameters, name_adapters, outline_model
+from sdft_ray.stages.train.encoded import FOLDER
 from sdft_ray.stages.train.fit import fit
 from sdft_ray.stages.train.fitting import require_fitting
 from sdft_ray.stages.train.history import best_step
+from sdft_ray.stages.train.prepare import encode_split, find_ids
 from sdft_ray.stages.train.rows import (
     Counts,
-    Reference,
-    Rewrite,
-    encode,
+    Tally,
     marked_example,
     proof_rows,
+    require_some,
     require_vocabulary,
     shorten,
-    write_rows,
 )
 from sdft_ray.stages.train.state import read_checkpoint, steps_in
 from sdft_ray.stages.train.tuned import write_model
@@ -77,6 +79,8 @@ class Summary(stages.Summary):
     rows_too_long: int
     rows_left_out: int
     """Of those: without a token to train."""
+    rows_by_source: dict[int, int] = Field(default_factory=dict)
+    """By the number of the recipe's source, where there is more than one."""
     validation_rows: int
     steps: int
     planned_steps: int
@@ -123,28 +127,29 @@ def build(work: Work[Settings]) -> Summary:
     _require_own_checkpoints(work)
     parts = _look_at(base, settings)
     data = _prepare(work, base)
-    work.progress.begin(math.ceil(len(data.rows) * settings.epochs / settings.global_batch_size))
+    work.progress.begin(math.ceil(data.tally.rows * settings.epochs / settings.global_batch_size))
     work.progress.enter("starting the workers")
     begun = time.monotonic()
     result = fit(work, given)
     if result.failed:
-        raise _give_up(work, result, data.ids)
+        raise _give_up(work, result)
     training_seconds = time.monotonic() - begun
-    difference = _write(work, base, data.rows, parts)
-    history = result.history
+    difference = _write(work, base, data.first_rows, parts)
+    history, tally = result.history, data.tally
     write_atomically(work.directory / HISTORY, json.dumps([step.plain() for step in history]))
     shutil.copytree(work.resumable / "tensorboard", work.directory / "tensorboard", dirs_exist_ok=True)
     return Summary(
         arm=work.settings.arm,
-        rows=len(data.rows),
-        rows_too_long=data.counts.rows_too_long,
-        rows_left_out=data.counts.rows_left_out,
+        rows=tally.rows,
+        rows_too_long=tally.rows_too_long,
+        rows_left_out=tally.rows_left_out,
+        rows_by_source=tally.rows_by_source if len(tally.rows_by_source) > 1 else {},
         validation_rows=data.validation_rows,
         steps=len(history),
         planned_steps=result.planned_steps,
         best_step=best_step(history),
-        tokens_per_epoch=sum(len(row.ids) for row in data.rows),
-        trained_tokens_per_epoch=sum(len(row.ids) - row.trained_from for row in data.rows),
+        tokens_per_epoch=tally.tokens,
+        trained_tokens_per_epoch=tally.trained_tokens,
         training_seconds=round(training_seconds, 1),
         workers=result.workers,
         peak_memory_gb=round(result.peak_bytes / 1e9, 2),
@@ -199,11 +204,13 @@ def _look_at(base: Path, settings: training.Train) -> _Parts:
 class _Data(NamedTuple):
     """What is trained on."""
 
-    rows: list[TrainingRow]
-    ids: list[str]
-    counts: Counts
+    tally: Tally
     validation_rows: int
     example: Example
+
+    @property
+    def first_rows(self) -> list[TrainingRow]:
+        return list(self.tally.first_rows.values())
 
 
 def _prepare(work: Work[Settings], base: Path) -> _Data:
@@ -213,30 +220,22 @@ def _prepare(work: Work[Settings], base: Path) -> _Data:
     settings = work.settings.train
     tokenizer = AutoTokenizer.from_pretrained(base)
     require_trainable(tokenizer)
-    raw: list[Reference | Rewrite] = []
-    source, kind = ("distilled", Rewrite) if work.settings.arm == "distilled" else ("rows", Reference)
-    for place in work.inputs(source):
-        for batch in training_batches(place, settings.rows, kind):
-            raw += cast(list[Reference | Rewrite], batch)
-    rows, ids, counts = encode(tokenizer, raw, settings)
-    require_gates(work.stage, counts)
-    watched = [row for place in work.inputs("rows") for row in read_split(place, "validation", Reference)]
-    validation, _, _ = encode(tokenizer, watched, settings, watched=True)
-    require_vocabulary(base, tokenizer, [*rows, *validation])
-    files = {"train": rows, "validation": validation}
-    for name, some in files.items():
-        write_rows(work.resumable / f"{name}.parquet", some)
-    work.storage.publish(*(work.resumable / f"{name}.parquet" for name in files))
-    before, after = marked_example(tokenizer, rows[0])
-    progress.log(f"train: {len(rows)} rows; of the first, no loss on {shorten(before)}, loss on {shorten(after)}")
-    return _Data(rows, ids, counts, len(validation), Example(without_loss=before, with_loss=after))
+    work.storage.drop(work.resumable / FOLDER)
+    rows = encode_split(work, tokenizer, "train")
+    require_some(rows, settings)
+    require_gates(work.stage, rows)
+    validation = encode_split(work, tokenizer, "validation")
+    require_vocabulary(base, tokenizer, max(rows.largest_id, validation.largest_id))
+    before, after = marked_example(tokenizer, next(iter(rows.first_rows.values())))
+    progress.log(f"train: {rows.rows} rows; of the first, no loss on {shorten(before)}, loss on {shorten(after)}")
+    return _Data(rows, validation.rows, Example(without_loss=before, with_loss=after))
 
 
-def _give_up(work: Work[Settings], result: Outcome, ids: Sequence[str]) -> StageFailed:
+def _give_up(work: Work[Settings], result: Outcome) -> StageFailed:
     """Return the error of a training whose loss is no number; a rerun tries again from the last checkpoint."""
     work.storage.drop(work.resumable / RESULT)
-    named = [ids[i] for i in result.rows]
-    some = ", ".join(named[:16]) + (f" and {len(named) - 16} more" if len(named) > 16 else "")
+    some = ", ".join(find_ids(work, result.rows[:16]))
+    some += f" and {len(result.rows) - 16} more" if len(result.rows) > 16 else ""
     kept = f"The last training checkpoint is kept in {work.storage.describe(work.resumable)}"
     return StageFailed(problem("train", f"{result.failed}, on rows {some}", f"Look at them, or lower train.lr. {kept}"))
 

@@ -51,7 +51,9 @@ def report(log: Any, ticker: Any, history: Sequence[Step], rate: float, engine: 
     from tensorboardX.summary import scalar
 
     step, memory = history[-1], peak_bytes(engine) / 1e9
-    values = step.model_dump(exclude={"step"}, exclude_none=True)
+    values = step.model_dump(exclude={"step", "validation_loss_by_source"}, exclude_none=True)
+    for source, loss in (step.validation_loss_by_source or {}).items():
+        values[f"validation_loss_of_source_{source}"] = loss
     for name, value in (values | {"tokens_per_second": rate, "memory_gb": memory}).items():
         log.write_event(Event(wall_time=time.time(), step=step.step, summary=scalar(f"train/{name}", value)))
     log.flush()

@@ -1,13 +1,18 @@
-"""Training rows: from text to token ids, on disk, and addressed by number.
+"""Training rows: from text to token ids, and the counts of what was too long.
 
-In: rows with responses. Out: rows as token ids, a file that workers read, and the counts of what was too long.
+In: rows with responses. Out: rows as token ids, one after another, and what a driver has to know of all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
+from pydantic import Field
 
 from sdft_ray.core.rows import Exchange, TrainingRow
 from sdft_ray.data.chat import encode_rows
@@ -15,6 +20,9 @@ from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
 from sdft_ray.spec import training
 from sdft_ray.stages import Summary
+from sdft_ray.stages.train.encoded import EncodedRow, EncodedRows
+
+_PROOFS = 2  # rows whose logits must be the same before and after writing
 
 
 class Counts(Summary):
@@ -26,6 +34,18 @@ class Counts(Summary):
     """Of those: without a token to train."""
 
 
+class Tally(Counts):
+    """What a driver has to know of encoded rows, which it never holds."""
+
+    tokens: int = 0
+    trained_tokens: int = 0
+    largest_id: int = -1
+    rows_by_source: dict[int, int] = Field(default_factory=dict)
+    """By the number of the recipe's source."""
+    first_rows: dict[int, TrainingRow] = Field(default_factory=dict)
+    """The first ones, by their number among all rows that were read."""
+
+
 class Reference(NamedTuple):
     """A row that is trained on with its reference."""
 
@@ -33,6 +53,12 @@ class Reference(NamedTuple):
     prompt: str
     reference: str
     conversation: str | None = None
+    origin: int = 0
+
+    @property
+    def exchange(self) -> Exchange:
+        """What is given, and what is trained on."""
+        return Exchange(self.prompt, self.reference, self.conversation)
 
 
 class Rewrite(NamedTuple):
@@ -42,39 +68,77 @@ class Rewrite(NamedTuple):
     prompt: str
     response: str
     conversation: str | None = None
+    origin: int = 0
+
+    @property
+    def exchange(self) -> Exchange:
+        """What is given, and what is trained on."""
+        return Exchange(self.prompt, self.response, self.conversation)
 
 
 def encode(
-    tokenizer: Any, raw: Sequence[Reference | Rewrite], settings: training.Train, watched: bool = False
-) -> tuple[list[TrainingRow], list[str], Counts]:
-    """Return rows as token ids, their ids, and how many were too long; `watched` rows are not trained on.
+    tokenizer: Any, raw: Iterable[Reference | Rewrite], settings: training.Train, first: int = 0
+) -> Iterator[EncodedRow]:
+    """Yield rows as token ids, without those that are too long; `first` is the number of the first one that is read.
 
-    Raises UserError where none is left with a token to train.
+    Raises UserError for the first row that the chat template cannot write.
     """
     limit, fate = settings.max_tokens, settings.too_long
-    rows, ids, too_long, left_out = [], [], 0, 0
-    encoded = encode_rows(tokenizer, [Exchange(*line[1:]) for line in raw])
-    for line, row in zip(raw, encoded, strict=True):
-        if len(row.ids) > limit:
-            too_long += 1
+    lines, written = itertools.tee(raw)  # they are a batch apart
+    encoded = encode_rows(tokenizer, (line.exchange for line in written))
+    for number, (line, row) in enumerate(zip(lines, encoded, strict=True), first):
+        whole = len(row.ids)
+        if whole > limit:
             if fate == "leave_out" or row.trained_from >= limit:
-                left_out += 1
                 continue
             row = TrainingRow(row.ids[:limit], row.trained_from)  # without its end of turn: none is taught there
-        rows.append(row)
-        ids.append(line.id)
-    if not watched and not rows:
-        what = f"{too_long} of {len(raw)} rows are longer than {limit} tokens"
-        if fate == "truncate":
+        yield EncodedRow(row, number, line.origin, whole)
+
+
+def count(shard: EncodedRows, read: int, limit: int) -> Tally:
+    """Return what a driver has to know of one shard, for which so many rows were read; `limit` is of tokens."""
+    tokens = int(shard.column("stop").max(initial=0))
+    left_out = read - len(shard)
+    return Tally(
+        rows=len(shard),
+        rows_too_long=left_out + int((shard.column("whole") > limit).sum()),
+        rows_left_out=left_out,
+        tokens=tokens,
+        trained_tokens=tokens - int(shard.column("trained_from").sum(dtype=np.int64)),
+        largest_id=shard.largest_id(),
+        rows_by_source=Counter(shard.column("origin").tolist()),
+        first_rows={shard.number_of(i): shard[i] for i in range(min(_PROOFS, len(shard)))},
+    )
+
+
+def add(one: Tally, other: Tally) -> Tally:
+    """Return what a driver has to know of two shards together."""
+    first = sorted({**one.first_rows, **other.first_rows}.items(), key=lambda item: item[0])
+    return Tally(
+        rows=one.rows + other.rows,
+        rows_too_long=one.rows_too_long + other.rows_too_long,
+        rows_left_out=one.rows_left_out + other.rows_left_out,
+        tokens=one.tokens + other.tokens,
+        trained_tokens=one.trained_tokens + other.trained_tokens,
+        largest_id=max(one.largest_id, other.largest_id),
+        rows_by_source=Counter(one.rows_by_source) + Counter(other.rows_by_source),
+        first_rows=dict(first[:_PROOFS]),
+    )
+
+
+def require_some(counts: Counts, settings: training.Train) -> None:
+    """Raise UserError where no row is left with a token to train."""
+    if not counts.rows:
+        what = f"{counts.rows_too_long} of {counts.rows_left_out} rows are longer than {settings.max_tokens} tokens"
+        if settings.too_long == "truncate":
             what += ", and none of them has a token with loss within those"
         raise UserError(problem("train.max_tokens", what, "Raise it"))
-    return rows, ids, Counts(rows=len(rows), rows_too_long=too_long, rows_left_out=left_out)
 
 
-def require_vocabulary(base: Path, tokenizer: Any, rows: Sequence[TrainingRow]) -> None:
-    """Raise UserError where rows hold tokens that the model has no embedding for."""
+def require_vocabulary(base: Path, tokenizer: Any, largest: int) -> None:
+    """Raise UserError where `largest`, the largest id of a token in the rows, is none that the model has an embedding
+    for."""
     known = read_json(base / "config.json")["vocab_size"]
-    largest = max(max(row.ids) for row in rows)
     if largest >= known:
         token = tokenizer.convert_ids_to_tokens(largest)
         what = f"the tokenizer has {len(tokenizer)} tokens and the rows hold {token} ({largest})"
@@ -90,47 +154,10 @@ def shorten(text: str) -> str:
     return repr(text if len(text) <= 120 else f"{text[:60]} … {text[-60:]}")
 
 
-def write_rows(path: Path, rows: Sequence[TrainingRow]) -> None:
-    """Write encoded rows where workers find them by number."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table = pa.table(
-        {
-            "ids": pa.array([row.ids for row in rows], pa.list_(pa.int32())),
-            "trained_from": pa.array([row.trained_from for row in rows], pa.int32()),
-        }
-    )
-    pq.write_table(table, path)
-
-
-class EncodedRows(Sequence[TrainingRow]):
-    """What `write_rows` wrote, addressed by number; a row becomes Python numbers only when it is asked for."""
-
-    def __init__(self, path: Path) -> None:
-        import pyarrow.parquet as pq
-
-        table = pq.read_table(path).combine_chunks()
-        ids = table["ids"].chunk(0) if len(table) else None
-        self._starts = [0] if ids is None else ids.offsets.to_pylist()
-        self._ids = None if ids is None else ids.values.to_numpy()
-        self._trained_from = table["trained_from"].to_pylist()
-
-    def __len__(self) -> int:
-        return len(self._trained_from)
-
-    def __getitem__(self, i: Any) -> Any:
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
-        if self._ids is None or not 0 <= i < len(self):
-            raise IndexError(i)
-        return TrainingRow(self._ids[self._starts[i] : self._starts[i + 1]].tolist(), self._trained_from[i])
-
-
 def proof_rows(rows: Sequence[TrainingRow]) -> list[TrainingRow]:
     """Return the ends of two rows, with loss on few tokens: their logits must be the same before and after writing.
 
     So few, because a CPU without bfloat16 computes 10 GFLOP/s: each token of an 8B model takes seconds there.
     """
-    ends = [row.ids[-32:] for row in rows[:2]]
+    ends = [row.ids[-32:] for row in rows[:_PROOFS]]
     return [TrainingRow(ids, max(1, len(ids) - 4)) for ids in ends]

@@ -40,8 +40,8 @@ def take_step(
     return _sum_over_workers(engine, total) / trained, float(norm) if norm >= 0 else math.nan
 
 
-def mean_loss(engine: Any, rows: Sequence[TrainingRow], passes: Sequence[Sequence[int]]) -> float:
-    """Return the loss per trained token of rows that are not trained on."""
+def total_loss(engine: Any, rows: Sequence[TrainingRow], passes: Sequence[Sequence[int]]) -> tuple[float, int]:
+    """Return the summed loss of rows that are not trained on, and the number of their trained tokens."""
     import torch
 
     engine.eval()
@@ -50,7 +50,7 @@ def mean_loss(engine: Any, rows: Sequence[TrainingRow], passes: Sequence[Sequenc
         for places in passes:
             total += _forward(engine, rows, [""] * len(rows), places).double().cpu()
     engine.train()
-    return _sum_over_workers(engine, total) / _trained_tokens(rows)
+    return _sum_over_workers(engine, total), _trained_tokens(rows)
 
 
 def _forward(engine: Any, rows: Sequence[TrainingRow], keys: Sequence[str], places: Sequence[int]) -> Any:

@@ -12,18 +12,22 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sdft_ray import environment
+from sdft_ray.core.rows import TrainingRow
 from sdft_ray.results import Step
 from sdft_ray.spec import compute, training
+from sdft_ray.stages.train.encoded import FOLDER, EncodedRows
 from sdft_ray.stages.train.history import best_step, is_out_of_patience, learning_rate
 from sdft_ray.stages.train.log import Begun, open_log, peak_bytes, report
-from sdft_ray.stages.train.rows import EncodedRows, proof_rows
+from sdft_ray.stages.train.rows import proof_rows
 from sdft_ray.stages.train.state import PROGRESS, Checkpoint
-from sdft_ray.stages.train.step import compute_logits, mean_loss, take_step
+from sdft_ray.stages.train.step import compute_logits, take_step, total_loss
 from sdft_ray.stages.train.zero import load_trainable, start_engine
 from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage
@@ -83,7 +87,7 @@ class Training:
     def __init__(self, assignment: Assignment) -> None:
         import ray.train
 
-        from sdft_ray.core.packing import schedule
+        from sdft_ray.core.packing import Schedule
         from sdft_ray.progress import quiet_transformers
 
         self.assignment = assignment
@@ -91,15 +95,16 @@ class Training:
         _set_up_deepspeed(self.plan)
         quiet_transformers()
         self.storage, self.folder = assignment.storage, assignment.storage.resumable(assignment.stage)
-        self.storage.bring(self.folder, "*.parquet")
+        self.storage.bring(self.folder, f"{FOLDER}/*")
         context = ray.train.get_context()
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
-        self.rows = EncodedRows(self.folder / "train.parquet")
-        self.validation = list(EncodedRows(self.folder / "validation.parquet"))
+        encoded = self.folder / FOLDER
+        self.rows = EncodedRows(encoded, "train")
+        origins = np.unique(EncodedRows(encoded, "validation").column("origin")).tolist()
+        self.validation = {origin: EncodedRows(encoded, "validation", origin) for origin in origins}
         module = load_trainable(str(assignment.model()), self.settings, self.plan)
         self.engine = start_engine(module, self.settings, self.plan, assignment.deepspeed)
-        self.steps = schedule(len(self.rows), self.settings.epochs, self.settings.global_batch_size, self.settings.seed)
-        """For each step the numbers of its rows."""
+        self.steps = Schedule(len(self.rows), self.settings.epochs, self.settings.global_batch_size, self.settings.seed)
         bring = functools.partial(self.storage.bring, self.folder)
         self.history, self.best = _resume(self.engine, self.folder, self.rank, bring)
         self.begun, self.tokens = time.monotonic(), 0
@@ -118,16 +123,17 @@ class Training:
 
     def take(self, step: int) -> bool:
         """Take one optimizer step and return whether its loss and gradient are numbers; else say so on disk."""
-        chosen = [self.rows[i] for i in self.steps[step]]
+        numbers = self.steps[step]
+        chosen = [self.rows[i] for i in numbers]
         lr = learning_rate(step, len(self.steps), self.settings)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         # A row's dropout depends on seed, step and row alone.
-        keys = [f"{self.settings.seed}/{step}/{i}" for i in self.steps[step]]
+        keys = [f"{self.settings.seed}/{step}/{i}" for i in numbers]
         loss, norm = take_step(self.engine, chosen, keys, self._passes(chosen), self.settings.max_grad_norm)
         if not (math.isfinite(loss) and math.isfinite(norm)):  # before a checkpoint could keep what it did
             what, value = ("gradient", norm) if math.isfinite(loss) else ("loss", loss)
-            self._write(Outcome(failed=f"the {what} at step {step + 1} is {value}", rows=tuple(self.steps[step])))
+            self._write(Outcome(failed=f"the {what} at step {step + 1} is {value}", rows=tuple(numbers)))
             return False
         self.history.append(Step(step=step + 1, loss=loss, lr=lr, grad_norm=norm))
         self.tokens += sum(len(row.ids) for row in chosen)
@@ -140,8 +146,13 @@ class Training:
 
     def validate(self) -> None:
         """Measure the loss of the validation rows, and keep the weights where they are to be kept as the best."""
-        loss = mean_loss(self.engine, self.validation, self._passes(self.validation))
-        self.history[-1] = self.history[-1].model_copy(update={"validation_loss": loss})
+        totals = {origin: total_loss(self.engine, rows, self._passes(rows)) for origin, rows in self.validation.items()}
+        found: dict[str, Any] = {
+            "validation_loss": sum(loss for loss, _ in totals.values()) / sum(tokens for _, tokens in totals.values())
+        }
+        if len(totals) > 1:
+            found["validation_loss_by_source"] = {origin: loss / tokens for origin, (loss, tokens) in totals.items()}
+        self.history[-1] = self.history[-1].model_copy(update=found)
         if self.settings.keep == "best" and best_step(self.history) == len(self.history):
             self.best = self._weights()
 
@@ -188,7 +199,7 @@ class Training:
         self._write(Outcome(history=tuple(self.history), **counts))
         dist.barrier()
 
-    def _passes(self, rows: list[Any]) -> list[list[int]]:
+    def _passes(self, rows: Sequence[TrainingRow]) -> list[list[int]]:
         """Return this worker's share of rows, as the places of those that go through the model together."""
         from sdft_ray.core.packing import assign_passes
 

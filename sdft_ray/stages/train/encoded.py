@@ -1,0 +1,130 @@
+"""Rows as token ids on disk: written once, in shards, and read by number.
+
+In: encoded rows, one after another. Out: two .npy files a shard, the ids of all rows and an index of them; and rows by
+number. Files are mapped into memory: a worker holds the pages that it reads, for as long as there is room for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from sdft_ray.core.rows import TrainingRow
+
+FOLDER = "encoded"
+Array = np.ndarray[Any, Any]
+_ID = np.dtype("<i4")
+_INDEX = np.dtype(
+    [
+        ("number", "<i8"),  # of the row among all that were read, also those that were left out
+        ("stop", "<i8"),  # where its ids end
+        ("trained_from", "<i4"),
+        ("whole", "<i4"),  # its tokens before it was cut
+        ("origin", "<i4"),
+    ]
+)
+
+
+class EncodedRow(NamedTuple):
+    """A row as token ids, and where it is from."""
+
+    row: TrainingRow
+    number: int
+    """Among all rows that were read, from 0."""
+    origin: int
+    """Which of the recipe's sources it is of."""
+    whole: int
+    """Its tokens before it was cut."""
+
+
+def write_shard(folder: Path, name: str, shard: int, rows: Iterable[EncodedRow]) -> list[Path]:
+    """Write rows, held in memory one at a time, and return the files; they appear whole, the index last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    index, stop = [], 0
+    ids_file, index_file = (folder / f"{name}-{shard:05d}.{part}.npy" for part in ("ids", "index"))
+    with _appearing(ids_file) as file:
+        _write_header(file, 0)
+        for row, number, origin, whole in rows:
+            file.write(np.array(row.ids, _ID).tobytes())
+            stop += len(row.ids)
+            index.append((number, stop, row.trained_from, whole, origin))
+        file.seek(0)
+        _write_header(file, stop)
+    with _appearing(index_file) as file:
+        np.save(file, np.array(index, _INDEX))
+    return [ids_file, index_file]
+
+
+class EncodedRows(Sequence[TrainingRow]):
+    """What `write_shard` wrote, by number; a row becomes Python numbers only when it is asked for."""
+
+    def __init__(self, folder: Path, name: str, origin: int | None = None) -> None:
+        """Open all shards of a name, or the one `NAME-00003`; origin: leave out the rows of other sources."""
+        self._files = sorted(folder.glob(f"{name}*.index.npy"))
+        self._indices = [np.load(file, mmap_mode="r") for file in self._files]
+        self._ids: dict[int, Array] = {}
+        self._ends = np.cumsum([len(index) for index in self._indices], dtype=np.int64)
+        self._chosen = None if origin is None else np.flatnonzero(self.column("origin") == origin)
+
+    def __len__(self) -> int:
+        if self._chosen is not None:
+            return len(self._chosen)
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        shard, place = self._find(i)
+        index, ids = self._indices[shard], self._ids_of(shard)
+        start = index["stop"][place - 1] if place else 0
+        return TrainingRow(ids[start : index["stop"][place]].tolist(), int(index["trained_from"][place]))
+
+    def number_of(self, i: int) -> int:
+        """Return the number of a row among all that were read."""
+        shard, place = self._find(i)
+        return int(self._indices[shard]["number"][place])
+
+    def column(self, name: str) -> Array:
+        """Return what the index has of every row (rows), whatever its source."""
+        return np.concatenate([np.empty(0, _INDEX[name]), *(index[name] for index in self._indices)])
+
+    def largest_id(self) -> int:
+        """Return the largest token id of all shards; -1 where they are empty."""
+        return max((int(self._ids_of(i).max(initial=-1)) for i in range(len(self._files))), default=-1)
+
+    def _find(self, i: int) -> tuple[int, int]:
+        """Return the shard of a row, and its place in it."""
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        at = i if self._chosen is None else int(self._chosen[i])
+        shard = int(np.searchsorted(self._ends, at, side="right"))
+        return shard, at - (int(self._ends[shard - 1]) if shard else 0)
+
+    def _ids_of(self, shard: int) -> Array:
+        if shard not in self._ids:  # opened when asked for: who looks up numbers needs none, and may not have the files
+            file = self._files[shard]
+            self._ids[shard] = np.load(file.with_name(file.name.replace(".index.", ".ids.")), mmap_mode="r")
+        return self._ids[shard]
+
+
+@contextlib.contextmanager
+def _appearing(path: Path) -> Iterator[BinaryIO]:
+    """Give a file that takes its name when all is written: another try of the same task may write it, too."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_header(file: BinaryIO, count: int) -> None:
+    """Write the header of a .npy file of `count` token ids; numpy makes it as long for every count."""
+    header = {"descr": _ID.str, "fortran_order": False, "shape": (count,)}
+    np.lib.format.write_array_header_1_0(file, header)
