@@ -289,7 +289,7 @@ def test_paper_sweep_is_the_papers_setting():
     plan = planning.load_sweep(Path(__file__).parents[1] / "configs" / "sweeps" / "paper.yaml")
     assert len(plan.trials) == 5 * 4 * 2
     assert {cell.recipe.prune.blocks for cell in plan.cells} == {2, 4, 6, 8, 10}
-    assert {cell.recipe.rows.repo for cell in plan.cells} == {
+    assert {cell.recipe.rows[0].repo for cell in plan.cells} == {
         "openai/gsm8k", "databricks/databricks-dolly-15k", "tatsu-lab/alpaca", "nvidia/OpenMathInstruct-2"
     }  # fmt: skip
     for cell in plan.cells:
