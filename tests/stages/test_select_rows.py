@@ -7,7 +7,7 @@ from sdft_ray.progress import Progress
 from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.recipe import Filters
 from sdft_ray.stages import Work, distill
-from sdft_ray.stages.distill.draws import Settings, select_rows
+from sdft_ray.stages.distill.draws import Settings, instruction_template, select_rows
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.ledger import Line
 from sdft_ray.store.storage import Storage
@@ -75,6 +75,7 @@ def test_select_rows_keeps_the_first_sample_that_passes_and_tells_its_seed():
 def test_ledger_is_another_one_only_where_other_text_would_be_generated(tmp_path, change, moves):
     def name(settings: Settings) -> str:
         stage = Stage("distill", "sums", 1, settings, {"model": Stage("model", "tiny", 1, {})})
-        return distill.ledger_id(Work(stage, Storage(str(tmp_path)), Compute(), Progress("distill", "rows")))
+        work = Work(stage, Storage(str(tmp_path)), Compute(), Progress("distill", "rows"))
+        return distill.ledger_id(work, instruction_template(settings))
 
     assert (name(changed(**change)) != name(SETTINGS)) is moves

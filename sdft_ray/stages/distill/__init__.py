@@ -11,14 +11,15 @@ Rows pass through the driver in batches: its memory does not grow with their num
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sdft_ray import stages
 from sdft_ray.core.prompts import RENDERING_VERSION
@@ -29,18 +30,37 @@ from sdft_ray.errors import StageFailed, problem
 from sdft_ray.results import DistilledRow, training_batches
 from sdft_ray.spec.compute import Needs
 from sdft_ray.spec.recipe import Distill
+from sdft_ray.spec.sources import RowSource
 from sdft_ray.stages import Work
 from sdft_ray.stages.distill import card
-from sdft_ray.stages.distill.draws import Settings, best_lines, instruction_template, select_rows
+from sdft_ray.stages.distill.draws import (
+    Settings,
+    Source,
+    best_lines,
+    instruction_template,
+    instruction_templates,
+    select_rows,
+)
 from sdft_ray.stages.distill.requests import write_requests
 from sdft_ray.stages.distill.rewriter import COUNTS, Note, Rewriter
 from sdft_ray.store import ledger as ledgers
 from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage, short_id
+from sdft_ray.store.record import Record
 
 VERSION, NEEDS, UNIT = 3, Needs("distill"), "rows"
 _FINISHED = "finished.json"  # the summary of a dataset that is whole and that its gate stopped
 _SAMPLING = ("temperature", "top_p", "max_new_tokens", "dtype", "seed")
+
+
+class SourceSummary(Record):
+    """How many rows of a source keep a rewrite, and why others do not."""
+
+    name: str
+    rows: int
+    kept: int
+    reasons: dict[str, int]
+    """Rows for each reason that occurs."""
 
 
 class Summary(stages.Summary):
@@ -61,7 +81,9 @@ class Summary(stages.Summary):
     mean_generated_tokens: float
     """A sample."""
     ledger: str = ""
-    """Its directory's name."""
+    """Its directory's name; several where sources have templates of their own."""
+    by_source: tuple[SourceSummary, ...] = ()
+    """Where there are several."""
 
     @property
     def failed_fraction(self) -> float:
@@ -69,9 +91,20 @@ class Summary(stages.Summary):
         return self.reasons["error"] / self.rows
 
 
-def stage(wanted: Distill, base: Stage, rows: Stage, count: int | None) -> Stage[Settings]:
-    """Return the stage that rewrites the first `count` training rows."""
-    settings = Settings(**dict(wanted), answer=rows.settings.split.answer, rows=count)
+def stage(
+    wanted: Distill, base: Stage, rows: Stage, sources: Mapping[str, RowSource], count: int | None
+) -> Stage[Settings]:
+    """Return the stage that rewrites the first `count` training rows of one source, or of several that are mixed."""
+    each = tuple(
+        Source(name=name, answer=source.answer, template=source.template or wanted.template)
+        for name, source in sources.items()
+    )
+    own: dict[str, Any]
+    if len(each) == 1:
+        own = {"answer": each[0].answer, "template": each[0].template}
+    else:
+        own = {"answer": None, "template": None, "sources": each}
+    settings = Settings(**dict(wanted) | own, rows=count)
     return Stage("distill", rows.slug, VERSION, settings, {"model": base, "rows": rows})
 
 
@@ -104,29 +137,64 @@ def require_gates(stage: Stage[Settings], summary: Summary) -> None:
 
 
 def _make_dataset(work: Work[Settings]) -> Summary:
-    """Generate what the ledger lacks and write the dataset; return its figures."""
+    """Generate what the ledgers lack and write the dataset; return its figures."""
     _require_trainable(work)
-    identity = ledger_id(work)
-    with work.storage.lock(f"ledger-{identity}"):  # recipes that ask for other rows share it
-        ledger = work.storage.ledger(f"{work.stage.inputs['model'].slug}-{identity}")
-        work.storage.bring(ledger)
-        _tidy(work, ledger)
+    ids = {template: ledger_id(work, template) for template in instruction_templates(work.settings)}
+    with contextlib.ExitStack() as locks:
+        for identity in sorted(ids.values()):  # recipes that ask for other rows share them
+            locks.enter_context(work.storage.lock(f"ledger-{identity}"))
+        slug = work.stage.inputs["model"].slug
+        ledger_of = {template: work.storage.ledger(f"{slug}-{identity}") for template, identity in ids.items()}
         # A name of its own: what another node has of an earlier run is not this.
         for old in work.resumable.glob("requests-*"):
             work.storage.drop(old)
-        requests = work.resumable / f"requests-{uuid.uuid4().hex[:8]}.parquet"
-        with ledgers.open_ledger(ledger) as lines_of:
-            batches = training_batches(work.input("rows"), work.settings.rows, Row)
-            rows, missing = write_requests(batches, lines_of, work.settings, requests)
-        work.progress.begin(rows, done=rows - missing)
-        work.progress.enter("starting the engine")
-        if missing:
-            work.storage.publish(requests)
-            _generate(work, requests, missing, ledger)
-            work.storage.bring(ledger, "part-*")
-            _tidy(work, ledger)
-        with ledgers.open_ledger(ledger) as lines_of:
-            return _write_dataset(work, lines_of, ledger.name)
+        asked = [(_ask(work, template, ledger), ledger) for template, ledger in ledger_of.items()]
+        missing = sum(requests.missing for requests, _ in asked)
+        work.progress.begin(rows := asked[0][0].rows, done=rows - missing)
+        for requests, ledger in asked:
+            work.progress.enter("starting the engine")
+            if requests.missing:
+                work.storage.publish(requests.path)
+                _generate(work, requests.path, requests.missing, ledger)
+                work.storage.bring(ledger, "part-*")
+                _tidy(work, ledger)
+        return _write_dataset(work, ledger_of)
+
+
+class _Requests(NamedTuple):
+    """The rows that need the engine, of those with one template."""
+
+    path: Path
+    rows: int
+    """All training rows."""
+    missing: int
+
+
+def _ask(work: Work[Settings], template: str, ledger: Path) -> _Requests:
+    """Write the rows with a template that its ledger lacks."""
+    work.storage.bring(ledger)
+    _tidy(work, ledger)
+    path = work.resumable / f"requests-{uuid.uuid4().hex[:8]}.parquet"
+    with ledgers.open_ledger(ledger) as lines_of:
+        batches = training_batches(work.input("rows"), work.settings.rows, Row)
+        return _Requests(path, *write_requests(batches, lines_of, work.settings, path, template))
+
+
+@contextlib.contextmanager
+def _open_ledgers(settings: Settings, ledger_of: Mapping[str, Path]) -> Iterator[Callable[[list[Row]], ledgers.Lines]]:
+    """Yield a function from rows to their lines, those of each row from the ledger of its template."""
+    with contextlib.ExitStack() as opened:
+        look_ups = {
+            template: opened.enter_context(ledgers.open_ledger(ledger)) for template, ledger in ledger_of.items()
+        }
+
+        def lines_of(rows: list[Row]) -> ledgers.Lines:
+            found: ledgers.Lines = {}
+            for template, look_up in look_ups.items():
+                found |= look_up(row.id for row in rows if instruction_template(settings, row.origin) == template)
+            return found
+
+        yield lines_of
 
 
 def _require_trainable(work: Work[Settings]) -> None:
@@ -146,12 +214,12 @@ def _tidy(work: Work[Settings], ledger: Path) -> None:
     work.storage.mirror(ledger)
 
 
-def ledger_id(work: Work[Settings]) -> str:
-    """Return the id of the ledger that these rows' generations go into."""
+def ledger_id(work: Work[Settings], template: str) -> str:
+    """Return the id of the ledger that the generations of rows with a template go into."""
     identity = {
         "model": work.stage.inputs["model"].id,
         "rendering": RENDERING_VERSION,
-        "template": instruction_template(work.settings),
+        "template": template,
         "template_options": work.settings.template_options,
         **{key: getattr(work.settings, key) for key in _SAMPLING},
     }
@@ -237,22 +305,25 @@ def _died_on(ledger: Path) -> str:
     return f"the engine died {times} times over one batch, the last time on {rows}{said}"
 
 
-def _write_dataset(work: Work[Settings], lines_of: Callable[..., ledgers.Lines], ledger: str) -> Summary:
+def _write_dataset(work: Work[Settings], ledger_of: Mapping[str, Path]) -> Summary:
     """Write train.parquet and its card; return the figures."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    counts: Counter[str] = Counter()
+    counts: Counter[tuple[int, str]] = Counter()
     messages: Counter[str] = Counter()
     generated = tokens = 0
     examples: dict[str, DistilledRow] = {}
     schema = card.schema()
-    with pq.ParquetWriter(work.directory / "train.parquet", schema) as file:
+    with (
+        _open_ledgers(work.settings, ledger_of) as lines_of,
+        pq.ParquetWriter(work.directory / "train.parquet", schema) as file,
+    ):
         for batch in training_batches(work.input("rows"), work.settings.rows, Row):
-            read = lines_of(row.id for row in batch)
+            read = lines_of(batch)
             lines = {row_id: best_lines(found, work.settings.samples) for row_id, found in read.items()}
-            selected, found = select_rows(batch, lines, work.settings)
-            counts.update(found)
+            selected, _ = select_rows(batch, lines, work.settings)
+            counts.update((row.origin, row.reason) for row in selected)
             messages.update(row.generated for row in selected if row.reason == "error")
             generated += sum(len(made) for made in lines.values())
             tokens += sum(line.tokens for made in lines.values() for line in made)
@@ -260,7 +331,9 @@ def _write_dataset(work: Work[Settings], lines_of: Callable[..., ledgers.Lines],
                 examples.setdefault(row.reason, row)
             file.write_table(pa.Table.from_pylist([card.record(row) for row in selected], schema))
     rows = counts.total()
-    reasons: dict[str, int] = {reason: counts[reason] for reason in REASONS}
+    reasons: dict[str, int] = {
+        reason: sum(count for (_, found), count in counts.items() if found == reason) for reason in REASONS
+    }
     card.write(work.directory, work.stage, reasons, examples)
     return Summary(
         rows=rows,
@@ -271,5 +344,16 @@ def _write_dataset(work: Work[Settings], lines_of: Callable[..., ledgers.Lines],
         generations=generated,
         generated_tokens=tokens,
         mean_generated_tokens=tokens / max(1, generated),
-        ledger=ledger,
+        ledger=", ".join(ledger.name for ledger in ledger_of.values()),
+        **({"by_source": _by_source(work.settings.sources, counts)} if work.settings.sources else {}),
     )
+
+
+def _by_source(sources: Sequence[Source], counts: Counter[tuple[int, str]]) -> tuple[SourceSummary, ...]:
+    """Return the figures of each source; counts: rows by source and reason."""
+    each = []
+    for number, source in enumerate(sources):
+        reasons = {reason: count for reason in REASONS if (count := counts[number, reason])}
+        kept = reasons.get("kept", 0)
+        each.append(SourceSummary(name=source.name, rows=sum(reasons.values()), kept=kept, reasons=reasons))
+    return tuple(each)

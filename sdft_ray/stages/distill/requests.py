@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from sdft_ray.core.rows import Row
 from sdft_ray.results import read_columns
-from sdft_ray.stages.distill.draws import Settings, next_draw
+from sdft_ray.stages.distill.draws import Settings, instruction_template, next_draw
 from sdft_ray.store.ledger import Lines
 
 _GROUP_ROWS = 64  # of the file: what an actor reads at least
@@ -30,9 +30,10 @@ class Asked(NamedTuple):
 
 
 def write_requests(
-    batches: Iterable[Sequence[Row]], lines_of: Callable[..., Lines], settings: Settings, path: Path
+    batches: Iterable[Sequence[Row]], lines_of: Callable[..., Lines], settings: Settings, path: Path, template: str
 ) -> tuple[int, int]:
-    """Write the rows that need the engine to a file; return how many rows there are and how many need it."""
+    """Write the rows of a template that need the engine to a file; return how many rows there are in all, and how many
+    need it."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -44,9 +45,10 @@ def write_requests(
     waiting: list[dict[str, Any]] = []
     with pq.ParquetWriter(path, schema) as file:
         for batch in batches:
-            lines = lines_of(row.id for row in batch)
+            mine = {row.id for row in batch if instruction_template(settings, row.origin) == template}
+            lines = lines_of(mine)
             for position, row in enumerate(batch, rows):
-                if draw := next_draw(row, lines[row.id], settings):
+                if row.id in mine and (draw := next_draw(row, lines[row.id], settings)):
                     sample, failed = draw
                     waiting.append({**row._asdict(), "position": position, "sample": sample, "failed": failed})
             rows += len(batch)

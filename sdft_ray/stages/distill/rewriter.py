@@ -126,7 +126,7 @@ class Rewriter:
 
     def _request(self, batch: _Batch, row_id: str, sample: int) -> Request:
         row = batch.rows[row_id].row
-        given = ask_for_rewrite(row, instruction_template(self.settings))
+        given = ask_for_rewrite(row, instruction_template(self.settings, row.origin))
         (prompt_ids,) = render_prompts(self.tokenizer, [given], self.settings.template_options)
         return Request(row_id, sample, prompt_ids, sampling_seed(row_id, self.settings.seed, sample))
 
