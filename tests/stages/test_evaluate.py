@@ -12,6 +12,7 @@ from sdft_ray.data.chat import encode_row, render_prompt
 from sdft_ray.errors import UserError
 from sdft_ray.stages import evaluate
 from sdft_ray.stages.evaluate import generation, harness, held_out, presets
+from sdft_ray.stages.evaluate.settings import Source
 
 torch.set_num_threads(1)
 
@@ -157,7 +158,7 @@ def test_held_out_answers_are_graded_without_thoughts_and_references_without_wha
     learn_by_heart(model, [(render_prompt(tokenizer, p), tokenizer(text)["input_ids"]) for p, text in said.items()])
     rows = [Row(prompt, "It is 4.", "4", id=prompt) for prompt in said]
     lm = types.SimpleNamespace(model=model, tokenizer=tokenizer, max_length=512)
-    _, items = held_out.evaluate_held_out(lm, rows, "number", 32, 4)
+    _, items = held_out.evaluate_held_out(lm, rows, [Source(name="sums", answer="number")], 32, 4)
     assert {item.id: item.value for item in items} == {"a?": 1.0, "b?": 0.0, "c?": 0.0, "d?": 1.0}
     assert [item.generated for item in items][::2] == ["4", "<think>\n4, 4, 4"]
     for item, row in zip(items, rows, strict=True):
