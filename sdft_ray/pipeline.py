@@ -98,6 +98,11 @@ class Chain:
     """By the name of the model and of the task."""
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the recipe's own sources of rows, for people."""
+        return tuple(self.data[""].sources)
+
+    @property
     def distilled(self) -> Stage[distill.Settings] | None:
         """The rewrites of the recipe's own rows."""
         return self.data[""].distilled
