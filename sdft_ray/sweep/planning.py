@@ -173,6 +173,9 @@ def _mistakes(cell: Cell) -> Iterator[str]:
         if not (path in (DEPTH, SIZE, RECIPE) or is_seed(path)) and not _validates(cell.recipe):
             what = f"without validation rows no loss compares values of {path}"
             yield problem(f"axes.{path}", what, "Set rows.validation in the recipe, for example to 16")
+        if field.endswith("weight") and cell.values[path] == 0 and section == "rows":
+            what = "0 leaves out its held-out and validation rows, too, so trials do not compare"
+            yield problem(f"axes.{path}", what, "Give a small weight, such as 0.01")
         for arm in cell.recipe.arms.names if section == "train" else ():
             own = getattr(cell.recipe.arms, arm).model_dump(exclude_none=True)
             if (name := field.partition(".")[0]) in own:
