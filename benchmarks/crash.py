@@ -278,7 +278,7 @@ def fake_stages(root: Path) -> tuple[Stage[Any], Stage[Any], Stage[Any]]:
     """Return base, rows and rewrites of the fake engine; the first two are there already."""
     base: Stage[Any] = Stage("model", "tiny", 1, {}, location=root / "tiny")
     rows = Stage("rows", "sums", 1, rows_stage(0, root).settings, location=root / "rows-made")
-    return base, rows, distill.stage(Distill(), base, rows, None)
+    return base, rows, distill.stage(Distill(), base, rows, {"sums": rows.settings.origin}, None)
 
 
 # --- the driver --------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from sdft_ray.cluster import ray_cluster
 from sdft_ray.results import training_batches
 from sdft_ray.spec.compute import load_compute
 from sdft_ray.stages.distill.dealing import RowId, deal
-from sdft_ray.stages.distill.draws import Settings
+from sdft_ray.stages.distill.draws import Settings, instruction_template
 from sdft_ray.stages.distill.requests import write_requests
 from sdft_ray.stages.distill.spread import Folder, ranges_of
 from sdft_ray.store import ledger as ledgers
@@ -120,8 +120,9 @@ def look(step: str, lines: int, storage: Storage) -> None:
             ranges = ranges_of(lines)
             dealt = deal(folder, ledger, ranges, functools.partial(ids_of, rows))
             settings = Settings(answer="none", rows=None)
-            requests = write_requests(folder, functools.partial(Path, rows), ranges, dealt, settings)
-            assert not sum(requests.counts), "nothing is generated again"
+            template = instruction_template(settings)
+            requests = write_requests(folder, functools.partial(Path, rows), ranges, dealt, settings, template)
+            assert not requests.missing, "nothing is generated again"
     finally:
         folder.drop()
 

@@ -3,6 +3,7 @@
 In: a recipe. Out: its `Chain`, and after `run` an artifact for each stage of it. `chain` connects the stages in plain
 code, and a finished artifact is not built again.
 
+    sources of rows ── mix, where there are several
     base model ──┬─ score ── loss ── cut ──┬─ train (sft, distilled)
                  └─ distill ───────────────┘            └── merge
     nll: likelihoods of rewrites and references under the base
@@ -43,6 +44,7 @@ from sdft_ray.stages import (
     evaluate,
     loss,
     merge,
+    mix,
     model,
     nll,
     rows,
@@ -52,10 +54,12 @@ from sdft_ray.stages import (
 )
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
+from sdft_ray.training_data import Data, MixedStage, read_sources, training_data
 
 MODULES: dict[str, StageModule] = {
     "model": model,
     "rows": rows,
+    "mix": mix,
     "score": score,
     "loss": loss,
     "cut": cut,
@@ -69,29 +73,14 @@ MODULES: dict[str, StageModule] = {
 }
 """Every kind of stage, in the order of a chain."""
 
-RowsStage = Stage[rows.Settings]
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """Rows, and the rewrites of them where an arm is trained on those."""
-
-    rows: RowsStage
-    distilled: Stage[distill.Settings] | None = None
-
-    @property
-    def inputs(self) -> dict[str, Stage[Any]]:
-        """The inputs of a training."""
-        return {"rows": self.rows} | ({"distilled": self.distilled} if self.distilled else {})
-
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
     """All stages of one recipe, by their roles."""
 
     base: Stage[model.Settings]
-    rows: RowsStage
-    corpus_rows: Mapping[str, RowsStage]
+    rows: MixedStage
+    corpus_rows: Mapping[str, MixedStage]
     """The rows of calibration corpora that are rows, by `rows_N` for the corpus N."""
     score: Stage[score.Settings]
     loss: Stage[loss.Settings] | None
@@ -107,6 +96,11 @@ class Chain:
     speed: Stage[speed.Settings] | None
     evaluations: Mapping[tuple[str, str], Stage[evaluate.Settings]]
     """By the name of the model and of the task."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the recipe's own sources of rows, for people."""
+        return tuple(self.data[""].sources)
 
     @property
     def distilled(self) -> Stage[distill.Settings] | None:
@@ -132,23 +126,22 @@ class Chain:
     def in_order(self) -> tuple[Stage[Any], ...]:
         """Every stage once, in the order in which they are built."""
         # Generation before training: an early failure costs less.
-        generated = [stage for data in self.data.values() for stage in data.inputs.values()]
+        own, generated = self.data[""], [stage for data in self.data.values() for stage in data.in_order]
         kept = [stage for stage in (self.score, self.loss, self.pruned) if stage is not None]
-        stages = [self.base, self.rows, *self.corpus_rows.values(), *kept, *generated, *self.models.values()]
+        stages = [self.base, *own.read, self.rows, *self.corpus_rows.values(), *kept, *generated, *self.models.values()]
         stages += [*self.nll, *self.drafts.values(), *([self.speed] if self.speed else []), *self.evaluations.values()]
         return tuple({stage.id: stage for stage in stages}.values())
 
 
 def chain(recipe: Recipe) -> Chain:
     """Return every stage of a recipe, each with its inputs."""
-    preset = recipe.evaluate.preset
     base = model.stage(recipe.model)
-    own = rows.stage(recipe.rows, preset)
-    corpora, corpus_rows = _calibration(recipe, own)
+    own = read_sources(recipe.sources, recipe)
+    corpora, corpus_rows = _calibration(recipe, own.rows)
     scored = score.stage(recipe.prune.dtype, corpora, base, corpus_rows)
     tried = loss.stage(recipe.prune, corpora, base, scored, corpus_rows) if recipe.prune.candidates else None
     pruned = cut.stage(recipe.prune, base, scored, tried if recipe.prune.metric == "loss" else None)
-    data = _training_data(recipe, base, own)
+    data = training_data(recipe, base, own)
     models: dict[str, Stage[Any]] = {"base": base, "pruned": pruned}
     for arm in recipe.arms.names:
         models[arm] = train.stage(recipe.train_settings(arm), arm, pruned, [data[""].inputs])
@@ -156,7 +149,7 @@ def chain(recipe: Recipe) -> Chain:
         models |= _merge_stages(recipe, recipe.merge, pruned, models[recipe.merge.arm], data)
     return Chain(
         base=base,
-        rows=own,
+        rows=own.rows,
         corpus_rows=corpus_rows,
         score=scored,
         loss=tried,
@@ -170,29 +163,14 @@ def chain(recipe: Recipe) -> Chain:
     )
 
 
-def _calibration(recipe: Recipe, own: RowsStage) -> tuple[tuple[CorpusSettings, ...], dict[str, RowsStage]]:
+def _calibration(recipe: Recipe, own: MixedStage) -> tuple[tuple[CorpusSettings, ...], dict[str, MixedStage]]:
     """Return the calibration corpora, and the rows of those that are rows."""
-    stages: dict[str, RowsStage] = {}
+    stages: dict[str, MixedStage] = {}
     for i, corpus in enumerate(recipe.prune.calibration):
         if corpus.rows is not None:
             stages[f"rows_{i}"] = own if corpus.rows == "own" else rows.stage(corpus.rows, recipe.evaluate.preset)
     names = [stages[key].slug if (key := f"rows_{i}") in stages else None for i in range(len(recipe.prune.calibration))]
     return describe_corpora(recipe.prune.calibration, names), stages
-
-
-def _training_data(recipe: Recipe, base: Stage[model.Settings], own: RowsStage) -> dict[str, Data]:
-    """Return the training data: the recipe's own rows, and those of other models that are merged."""
-    others = recipe.merge.others if recipe.merge else {}
-    sources = {"": own}
-    for name, other in others.items():
-        if other.rows is not None:
-            sources[name] = rows.stage(other.rows, recipe.evaluate.preset)
-    data: dict[str, Data] = {}
-    for name, source in sources.items():
-        rewritten = recipe.arms.distilled and (not name or (recipe.merge and recipe.merge.arm == "distilled"))
-        distilled = distill.stage(recipe.distill, base, source, recipe.train.rows) if rewritten else None
-        data[name] = Data(source, distilled)
-    return data
 
 
 def _merge_stages(
@@ -220,10 +198,12 @@ def _nll_stages(
 ) -> tuple[Stage[nll.Settings], ...]:
     if not recipe.distill.shift_rows:
         return ()
-    return tuple(nll.stage(recipe.distill, base, own.distilled) for own in data.values() if own.distilled)
+    return tuple(
+        nll.stage(recipe.distill, base, own.distilled, list(own.sources)) for own in data.values() if own.distilled
+    )
 
 
-def _draft_stages(recipe: Recipe, models: Mapping[str, Stage[Any]], own: RowsStage) -> dict[str, Stage[draft.Settings]]:
+def _draft_stages(recipe: Recipe, models: Mapping[str, Stage[Any]], own: Data) -> dict[str, Stage[draft.Settings]]:
     if not (settings := recipe.draft):
         return {}
     candidates = {name: stage for name, stage in models.items() if name != "base"}
@@ -231,19 +211,19 @@ def _draft_stages(recipe: Recipe, models: Mapping[str, Stage[Any]], own: RowsSta
     for name in settings.models or ("pruned", *recipe.arms.names):
         if name not in candidates:
             raise UserError(problem("draft.models", f"this recipe makes no {name}", nearest(name, candidates)))
-        drafts[name] = draft.stage(settings, name, models["pruned"], models["base"], candidates[name], own)
+        drafts[name] = draft.stage(settings, name, models["pruned"], models["base"], candidates[name], own.read)
     return drafts
 
 
 def _evaluations(
-    recipe: Recipe, models: Mapping[str, Stage[Any]], own: RowsStage
+    recipe: Recipe, models: Mapping[str, Stage[Any]], own: Data
 ) -> dict[tuple[str, str], Stage[evaluate.Settings]]:
     evaluations = {}
     for name, stage in models.items():
         # Recipes that train the same model share its evaluations, whatever each calls it.
         known = stage.settings.arm if isinstance(stage.settings, train.Settings) else name
         for task in recipe.evaluate.tasks:
-            evaluations[name, task] = evaluate.stage(recipe.evaluate, task, known, stage, own)
+            evaluations[name, task] = evaluate.stage(recipe.evaluate, task, known, stage, own.read, own.sources)
     return evaluations
 
 

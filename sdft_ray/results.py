@@ -6,13 +6,15 @@ In: the directory of a finished artifact. Out: typed content. Each file name sta
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from pydantic import Field
 
 from sdft_ray.core.choice import Choice, JointChoice
+from sdft_ray.core.mixture import join_rows
+from sdft_ray.core.rows import Row
 from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
 from sdft_ray.store.record import Record
@@ -33,6 +35,7 @@ SPEED = "speed.json"
 
 SPLITS = ("held_out", "validation", "train")
 HELD_OUT = "held_out"
+SPLIT_COLUMNS = ("id", "prompt", "reference", "answer", "conversation", "origin")
 _BUFFER_BYTES = 1 << 20  # of a column: else a row group's columns are read whole
 
 
@@ -40,6 +43,27 @@ class Conversation(NamedTuple):
     """The part of a row that its chat template may not be able to write."""
 
     conversation: str | None = None
+
+
+class Counts(Record):
+    """How many rows are in each split."""
+
+    held_out: int
+    validation: int
+    train: int
+
+
+class Decided(Record):
+    """What every artifact of rows keeps in its summary."""
+
+    rows: Counts
+
+
+def row_schema() -> Any:
+    """Return the columns of a split."""
+    import pyarrow as pa
+
+    return pa.schema([(name, pa.int32() if name == "origin" else pa.string()) for name in SPLIT_COLUMNS])
 
 
 class DistilledRow(NamedTuple):
@@ -82,6 +106,12 @@ def read_split(directory: Path, split: str, kind: type[R]) -> list[R]:
     import pyarrow.parquet as pq
 
     return read_columns(pq.ParquetFile(directory / f"{split}.parquet").read(list(kind._fields)), kind)
+
+
+def read_held_out(directories: Sequence[Path]) -> list[Row]:
+    """Return the held-out rows of one or several rows artifacts, those of several evenly mixed."""
+    each = [read_split(directory, HELD_OUT, Row) for directory in directories]
+    return each[0] if len(each) == 1 else join_rows(each)
 
 
 def training_batches(directory: Path, count: int | None, kind: type[R], start: int = 0) -> Iterator[list[R]]:

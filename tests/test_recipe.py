@@ -17,6 +17,7 @@ GOOD = {
     "evaluate": {"tasks": ["arc_easy"]},
 }
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+SUMS = {"gym": "chain_sum", "limit": 10}
 HUB_ROWS = {"repo": "a/b", "revision": COMMIT, "fields": {"prompt": "q", "response": "a"}}
 
 
@@ -121,6 +122,34 @@ def load_text(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> Recip
             "rows: has none or several of gym, path, repo. Give exactly one of them.",
         ),
         ({"rows": {"gym": "chain_sum"}}, "rows: a gym has no end. Set limit."),
+        ({"rows": 3}, "rows: has none or several of gym, path, repo. Give exactly one of them."),
+        ({"rows": []}, "rows: names no source. Give at least one."),
+        ({"rows": [SUMS, {"gym": "products"}]}, "rows.1: a gym has no end. Set limit."),
+        ({"rows": [SUMS, {**SUMS, "wieght": 2}]}, "rows.1.wieght: unknown key. Did you mean weight?"),
+        (
+            {"rows": [{**SUMS, "weight": -1}, {**SUMS, "weight": 1}]},
+            "rows.0.weight: got -1; expected greater than or equal to 0. Change this value.",
+        ),
+        (
+            {"rows": [{**SUMS, "weight": 0}, {**SUMS, "weight": 0}]},
+            "rows: weights sum to 0, so no rows are left. Raise a weight.",
+        ),
+        (
+            {"rows": [{**SUMS, "weight": 2}, {**SUMS}, {**SUMS}]},
+            "rows: some sources have a weight, and of 1, 2 it is missing. Give a weight to each, or to none.",
+        ),
+        (
+            {"rows": {**SUMS, "template": "Rewrite {reference}"}},
+            "rows.template: lacks {prompt} or {reference}. Write both.",
+        ),
+        (
+            {"evaluate": {"tasks": ["held_out"]}, "rows": [{**SUMS, "held_out": 0}, {**SUMS, "answer": "none"}]},
+            "evaluate.tasks: held_out needs checkable rows, but rows.answer is none. Remove held_out.",
+        ),
+        (
+            {"prune": {"blocks": 2, "calibration": {"rows": {**SUMS, "weight": 2}}}},
+            "prune.calibration.rows.weight: has no use in a calibration corpus. Remove weight.",
+        ),
         ({"arms": {}}, "arms: names no arm. Give at least one of sft, distilled."),
         ({"evaluate": {"tasks": ["piqa", "piqa"]}}, "evaluate.tasks: names a task twice. Remove one."),
         (
@@ -333,3 +362,16 @@ def test_require_depth_of_more_blocks_than_there_are_says_so(depth, first, last,
     with pytest.raises(UserError) as caught:
         require_depth(depth, Protect(first=first, last=last), 4)
     assert str(caught.value) == line
+
+
+def test_overrides_reach_into_a_list_of_sources(tmp_path):
+    recipe = load(tmp_path, {"rows": [{**SUMS}, {**SUMS}]}, ["rows.0.weight=2", "rows.1.weight=0.5", "rows.1.limit=12"])
+    assert [(source.weight, source.limit) for source in recipe.rows] == [(2, 10), (0.5, 12)]
+    for override, says in (
+        ("rows.2.weight=1", "2 is no place in a list of 2. Give a number from 0 to 1."),
+        ("rows.weight=1", "weight is no place in a list of 2. Give a number from 0 to 1."),
+        ("rows.0.limit.most=1", "limit has no keys below it. Check the dotted path."),
+    ):
+        with pytest.raises(UserError) as error:
+            load(tmp_path, {"rows": [{**SUMS}, {**SUMS}]}, [override])
+        assert str(error.value) == f"--set {override.partition('=')[0]}: {says}"

@@ -48,17 +48,17 @@ def test_init_writes_a_recipe_that_check_accepts(init, tmp_path, rows, suffix, c
 def test_init_fits_sizes_to_rows_and_model(init, tmp_path):
     init(save(SUMS, tmp_path / "rows.jsonl"))
     recipe = load_recipe(tmp_path / "recipe.yaml")
-    assert (recipe.rows.held_out, recipe.rows.validation, recipe.rows.limit) == (6, 6, None)
+    assert (recipe.rows[0].held_out, recipe.rows[0].validation, recipe.rows[0].limit) == (6, 6, None)
     assert recipe.prune.blocks == 1  # of 6
-    assert "held_out" in recipe.evaluate.tasks and recipe.rows.answer == "number"
+    assert "held_out" in recipe.evaluate.tasks and recipe.rows[0].answer == "number"
     assert {recipe.distill.dtype, recipe.train.dtype, recipe.evaluate.dtype} == {"float32"}
 
 
 def test_init_of_open_ended_rows_checks_no_answer(init, tmp_path):
     init(save(TALK, tmp_path / "rows.jsonl"))
     recipe = load_recipe(tmp_path / "recipe.yaml")
-    assert recipe.rows.answer == "none" and recipe.rows.held_out == 0 and "held_out" not in recipe.evaluate.tasks
-    assert recipe.rows.fields.model_dump(exclude_none=True) == {
+    assert recipe.rows[0].answer == "none" and recipe.rows[0].held_out == 0 and "held_out" not in recipe.evaluate.tasks
+    assert recipe.rows[0].fields.model_dump(exclude_none=True) == {
         "prompt": "instruction",
         "response": "output",
         "context": "input",
@@ -68,7 +68,7 @@ def test_init_of_open_ended_rows_checks_no_answer(init, tmp_path):
 def test_init_guesses_around_the_columns_that_are_given(init, tmp_path):
     rows = [{"question": f"{i}", "prompt": f"{i}?", "text": "x"} for i in range(40)]
     init(save(rows, tmp_path / "rows.jsonl"), "--response", "question")
-    fields = load_recipe(tmp_path / "recipe.yaml").rows.fields
+    fields = load_recipe(tmp_path / "recipe.yaml").rows[0].fields
     assert (fields.prompt, fields.response) == ("prompt", "question")
     assert "# Columns of prompt guessed from: question, prompt, text." in (tmp_path / "recipe.yaml").read_text()
 
@@ -76,7 +76,7 @@ def test_init_guesses_around_the_columns_that_are_given(init, tmp_path):
 def test_init_of_a_large_file_takes_a_part_and_says_so(init, tmp_path):
     rows = [{"question": f"{i}?", "answer": f"{i}"} for i in range(1500)]
     init(save(rows, tmp_path / "rows.jsonl"))
-    assert load_recipe(tmp_path / "recipe.yaml").rows.limit == 1000
+    assert load_recipe(tmp_path / "recipe.yaml").rows[0].limit == 1000
     assert "The file has more rows" in (tmp_path / "recipe.yaml").read_text()
 
 
@@ -96,7 +96,7 @@ def test_init_names_all_columns_in_a_comment_where_it_guesses(init, tmp_path):
 def test_init_takes_an_answer_column_beside_the_solution(init, tmp_path):
     rows = [{"problem": f"{i} + 1?", "solution": "Add one.", "answer": i + 1} for i in range(40)]
     init(save(rows, tmp_path / "rows.jsonl"))
-    fields = load_recipe(tmp_path / "recipe.yaml").rows.fields
+    fields = load_recipe(tmp_path / "recipe.yaml").rows[0].fields
     assert (fields.prompt, fields.response, fields.answer) == ("problem", "solution", "answer")
 
 
@@ -106,7 +106,7 @@ def test_init_takes_an_answer_column_beside_the_solution(init, tmp_path):
 def test_init_quotes_whatever_a_column_is_called(init, tmp_path, name, capsys):
     rows = [{name: f"{i}?", "answer": f"{i}"} for i in range(40)]
     assert init(save(rows, tmp_path / "rows.jsonl"), "--prompt", name) == 0
-    assert load_recipe(tmp_path / "recipe.yaml").rows.fields.prompt == name
+    assert load_recipe(tmp_path / "recipe.yaml").rows[0].fields.prompt == name
     assert cli.main(["check", "recipe.yaml"]) == 0, capsys.readouterr().err
 
 

@@ -10,7 +10,10 @@ from command import sdft
 
 from sdft_ray.errors import UserError
 from sdft_ray.preflight import savings
+from sdft_ray.progress import Progress
 from sdft_ray.spec.compute import load_compute
+from sdft_ray.stages import Work, distill
+from sdft_ray.stages.distill.draws import instruction_templates
 from sdft_ray.stages.evaluate.presets import OPENLLM_V1
 from sdft_ray.store.storage import Storage
 from sdft_ray.sweep import planning, trials
@@ -289,7 +292,7 @@ def test_paper_sweep_is_the_papers_setting():
     plan = planning.load_sweep(Path(__file__).parents[1] / "configs" / "sweeps" / "paper.yaml")
     assert len(plan.trials) == 5 * 4 * 2
     assert {cell.recipe.prune.blocks for cell in plan.cells} == {2, 4, 6, 8, 10}
-    assert {cell.recipe.rows.repo for cell in plan.cells} == {
+    assert {cell.recipe.rows[0].repo for cell in plan.cells} == {
         "openai/gsm8k", "databricks/databricks-dolly-15k", "tatsu-lab/alpaca", "nvidia/OpenMathInstruct-2"
     }  # fmt: skip
     for cell in plan.cells:
@@ -325,3 +328,41 @@ def test_sweep_with_asha_compares_within_arm_depth_and_size(folder):
     axes = {"prune.blocks": [2, 3], "arms.sft.lr": [1e-4, 2e-4], "arms.distilled.lr": [1e-4, 2e-4]}
     groups = [trial.compares_with for trial in load(folder, axes, asha={"grace_steps": 2}).trials]
     assert sorted(map(groups.count, set(groups))) == [2, 2, 2, 2]
+
+
+@pytest.fixture
+def mixture(folder):
+    """The directory with a recipe of two sources."""
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    (folder / "more.jsonl").write_text("".join(json.dumps({"q": f"{i}!", "a": f"{i}"}) + "\n" for i in range(60)))
+    more = {**recipe["rows"], "path": str(folder / "more.jsonl")}
+    sources = [recipe["rows"] | {"weight": 1}, more | {"weight": 1}]
+    (folder / "recipe.yaml").write_text(json.dumps(recipe | {"rows": sources}))
+    return folder
+
+
+def test_sweep_of_weights_shares_rows_and_evaluations_and_generates_into_one_ledger(mixture):
+    plan = load(mixture, {"rows.0.weight": [1, 2, 4], "train.rows": [12, 24]}, asha={"grace_steps": 1})
+    shared = names(plan.shared)
+    assert {name: shared.count(name) for name in ("rows", "mix", "distill")} == {"rows": 2, "mix": 3, "distill": 6}
+    assert shared.count("evaluate") == 2 * 2, "of base and pruned model, whatever the weights"
+    works = [
+        Work(stage, Storage(str(mixture)), load_compute(), Progress("distill"))
+        for stage in plan.shared
+        if stage.name == "distill"
+    ]
+    templates = [instruction_templates(work.settings) for work in works]
+    assert len({distill.ledger_id(work, one) for work, some in zip(works, templates, strict=True) for one in some}) == 1
+    assert len({trial.compares_with for trial in plan.trials}) == 2 * 2, "by arm and size: validation rows are the same"
+    planning.check(plan, load_compute())
+
+
+def test_sweep_of_weights_with_0_is_refused_where_trials_would_not_compare(mixture):
+    with pytest.raises(UserError, match=r"^axes\.rows\.0\.weight: 0 leaves out its held-out and validation rows"):
+        load(mixture, {"rows.0.weight": [0, 1]})
+
+
+def test_sweep_of_sizes_beyond_a_mixture_is_refused(mixture):
+    plan = load(mixture, {"rows.0.weight": [1, 8], "train.rows": [60]})
+    with pytest.raises(UserError, match=r"^axes\.train\.rows: 60 is more than the 4. training rows of the mixture"):
+        planning.check(plan, load_compute())

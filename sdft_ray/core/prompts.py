@@ -28,6 +28,11 @@ Question: {prompt}
 Answer: {reference}"""
 
 
+def rewriting_template(answer: str, own: str | None = None) -> str:
+    """Return the template for rows whose answers are checked in a way, or not (`none`): the recipe's own, if any."""
+    return own or (OPEN if answer == "none" else CHECKABLE)
+
+
 def rewrite_instruction(prompt: str, reference: str, template: str) -> str:
     """Return the user message that asks the unpruned model to rewrite a reference.
 

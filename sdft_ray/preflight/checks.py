@@ -12,7 +12,8 @@ from sdft_ray.models import directory, sources
 from sdft_ray.preflight import limits
 from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.recipe import Recipe, require_depth
-from sdft_ray.spec.sources import GymRows, HubModel, LocalModel
+from sdft_ray.spec.sources import GymRows, HubModel, LocalModel, RowSource
+from sdft_ray.spec.sources import in_use as sources_in_use
 from sdft_ray.stages import merge, train
 from sdft_ray.stages.evaluate.presets import require_known
 
@@ -35,16 +36,17 @@ def check(recipe: Recipe, compute: Compute, read: limits.FileReader = limits.rea
         merge.require_one_for_each(recipe.merge.slerp.t, facts.blocks - recipe.prune.blocks)
     context, count = facts.context if facts else None, limits.token_counter(recipe.model)
     limits.require_numbers(recipe, context)
-    for source in (recipe.rows, *(other.rows for other in others.values())):
-        if isinstance(source, GymRows):
-            readers.read_rows(source.model_copy(update={"limit": 1}))
-        if source is not None:
-            splits = limits.read_splits(source, recipe.train.rows, read)
-            if source is not recipe.rows:  # no task reads others' held-out rows
-                splits["held_out"] = []
-            limits.require_forms(recipe.model, splits)
-            if context is not None:
-                limits.require_lengths(recipe, compute, splits, context, count)
+    for key, given in _row_sources(recipe).items():
+        in_use = sources_in_use(given)
+        for source in in_use:
+            if isinstance(source, GymRows):
+                readers.read_rows(source.model_copy(update={"limit": 1}))
+        splits = limits.read_sources(given, recipe.train.rows, read, key)
+        if given is not recipe.rows:  # no task reads others' held-out rows
+            splits["held_out"] = []
+        limits.require_forms(recipe.model, splits)
+        if context is not None:
+            limits.require_lengths(recipe, compute, in_use, splits, context, count)
     limits.require_texts(recipe, count, read)
     if recipe.evaluate.preset == "harness":
         require_known(recipe.evaluate.tasks)
@@ -53,6 +55,13 @@ def check(recipe: Recipe, compute: Compute, read: limits.FileReader = limits.rea
     for name, other in others.items():
         if other.rows is not None and recipe.merge:
             train.require_fitting(recipe.train_settings(recipe.merge.arm, name), compute.train)
+
+
+def _row_sources(recipe: Recipe) -> dict[str, tuple[RowSource, ...]]:
+    """Return all sources of rows that are trained on, by their keys."""
+    others = recipe.merge.others if recipe.merge else {}
+    given = {f"merge.others.{name}.rows": other.rows for name, other in others.items() if other.rows is not None}
+    return {"rows": recipe.rows, **given}
 
 
 def _require_prunable(recipe: Recipe, facts: directory.ModelFacts) -> None:

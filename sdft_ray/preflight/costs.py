@@ -22,11 +22,11 @@ from sdft_ray.preflight import memory
 from sdft_ray.spec.compute import Compute, cores
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.sources import HubModel, ModelSource
-from sdft_ray.stages import rows as rows_stage
-from sdft_ray.stages import train
+from sdft_ray.stages import mix, train
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 from sdft_ray.sweep.planning import Plan
+from sdft_ray.training_data import MixedStage, count_rows
 
 # llama.cpp's names of the layers that may get an adapter.
 _GGUF = {
@@ -209,19 +209,18 @@ def _bytes(dtype: str) -> int:
 
 def _training_rows(stage: Stage[train.Settings], storage: Storage) -> int | None:
     """Return the number of training rows, or the most where they are not read yet; None where no limit is known."""
-    total = 0
-    for key in stage.keys("rows"):
-        rows = stage.inputs[key]
-        split = rows.settings.split
-        if stage.settings.train.rows:
-            total += stage.settings.train.rows
-        elif storage.status(rows) == "done":
-            total += rows_stage.Summary.of(rows, storage).rows.train
-        elif split.limit:
-            total += split.limit - split.held_out - split.validation
-        else:
-            return None
-    return total
+    each = [stage.settings.train.rows or _most_rows(stage.inputs[key], storage) for key in stage.keys("rows")]
+    return None if None in each else sum(rows or 0 for rows in each)
+
+
+def _most_rows(rows: MixedStage, storage: Storage) -> int | None:
+    if storage.status(rows) == "done":
+        return count_rows(rows, storage).train
+    if isinstance(rows.settings, mix.Settings):
+        each = [_most_rows(source, storage) for source in rows.inputs.values()]
+        return None if None in each else sum(most or 0 for most in each)
+    split = rows.settings.split
+    return split.limit - split.held_out - split.validation if split.limit else None
 
 
 # --- the shape of a model, from headers -----------------------------------------------------------------------

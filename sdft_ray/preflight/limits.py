@@ -7,18 +7,22 @@ text has more bytes than tokens are allowed, so that planning stays instant.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import math
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sdft_ray.core.prompts import CHECKABLE, OPEN, ask_for_rewrite
+from sdft_ray.core.mixture import interleave, mixture_size, whole_shares
+from sdft_ray.core.prompts import ask_for_rewrite, rewriting_template
 from sdft_ray.core.rows import Row
 from sdft_ray.core.selection import reason_not_to_rewrite
 from sdft_ray.data import calibration, readers
 from sdft_ray.data.chat import require_writable
-from sdft_ray.errors import UserError, problem
+from sdft_ray.errors import Problem, UserError, problem
 from sdft_ray.models import sources
 from sdft_ray.results import HELD_OUT, SPLITS
 from sdft_ray.spec.compute import Compute
@@ -68,23 +72,80 @@ def read_file(source: FileRows) -> Splits:
     return split_rows(readers.read_rows(source), checker, source.seed, source.held_out, source.validation)[0]
 
 
-def read_splits(source: RowSource, count: int | None = None, read: FileReader = read_file) -> Splits:
-    """Return the splits of a file's rows, empty ones where rows come from elsewhere.
+class _Read(NamedTuple):
+    """What is known of a source's rows."""
 
-    Raises UserError where rows are too few for the splits, or for `count` to train on.
-    """
+    splits: Splits
+    """Empty ones where rows come from elsewhere than a file."""
+    most: float
+    """Training rows that there can be."""
+
+
+def read_splits(source: RowSource, read: FileReader = read_file) -> _Read:
+    """Return the splits of a source; raises UserError where rows are too few for them."""
     splits: Splits = {name: [] for name in SPLITS}
     if isinstance(source, FileRows):
-        splits = dict(read(source))
+        splits = dict(read(source.alone))
     first_train = source.held_out + source.validation
     most = len(splits["train"]) or (source.limit or math.inf) - first_train
     if most <= 0:
         what = f"{source.limit} leaves none to train on after {source.held_out} held-out and {source.validation}"
         raise UserError(problem("rows.limit", f"{what} validation rows", "Raise rows.limit"))
+    return _Read(splits, most)
+
+
+def read_sources(
+    sources: Sequence[RowSource], count: int | None = None, read: FileReader = read_file, where: str = "rows"
+) -> Splits:
+    """Return the splits of one source or of several mixed, each row with the number of its source among those in use.
+
+    Raises UserError where rows are too few for the splits, or for `count` to train on; where: the sources' key.
+    """
+    each: list[_Read] = []
+    for number, source in enumerate(sources):
+        if source.weight != 0:
+            with _named(f"{where}.{number}" if len(sources) > 1 else where):
+                each.append(read_splits(source, read))
+    weights = [source.weight for source in sources if source.weight]
+    shares = whole_shares(weights) if weights and len(each) > 1 else None
+    most = mixture_size([one.most for one in each], shares)
     if count is not None and count > most:
-        what = f"{count} is more than the {most} training rows"
-        raise UserError(problem("train.rows", what, "Lower train.rows"))
-    return splits
+        what, do = f"{count} is more than the {most} training rows", "Lower train.rows"
+        if shares:
+            what += " of the mixture, which ends where a source has run out"
+            do += ", or the weight of the source with the fewest rows for its share"
+        raise UserError(problem("train.rows", what, do))
+    return each[0].splits if len(each) == 1 else _mix(each, shares, count)
+
+
+@contextlib.contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Let problems with rows name the source by its key."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(*(_with_key(line, where) for line in error.problems)) from None
+
+
+def _with_key(line: str, where: str) -> str:
+    if where == "rows" or not isinstance(line, Problem):
+        return line
+    key, do = (re.sub(r"\brows(?=\.[a-z]|$)", where, text) for text in (line.where, line.do))
+    return problem(key, line.what, do)
+
+
+def _mix(each: Sequence[_Read], shares: Sequence[int] | None, count: int | None) -> Splits:
+    """Return the rows of several sources, those to train on in their order as far as they are known."""
+    rows = {
+        name: [[row._replace(origin=i) for row in one.splits[name]] for i, one in enumerate(each)] for name in SPLITS
+    }
+    counts = [one.most for one in each]
+    if shares is None or math.isinf(min(counts)):
+        counts = [len(some) for some in rows["train"]]
+    waiting = [iter(some) for some in rows["train"]]
+    places = itertools.islice(interleave(counts, shares or [int(some) for some in counts]), count)
+    train = [row for source in places if (row := next(waiting[source], None))]
+    return {name: list(itertools.chain(*rows[name])) for name in SPLITS} | {"train": train}
 
 
 def require_texts(recipe: Recipe, count: Counter, read: FileReader = read_file) -> None:
@@ -93,7 +154,7 @@ def require_texts(recipe: Recipe, count: Counter, read: FileReader = read_file) 
     for corpus in recipe.prune.calibration:
         if corpus.rows is not None:
             if corpus.rows != "own":
-                read_splits(corpus.rows, read=read)
+                read_splits(corpus.rows, read)
             continue
         path = calibration.calibration_file(corpus.text or "boolq")
         texts = calibration.read_calibration(path, corpus.field, corpus.limit + corpus.held_back)
@@ -104,10 +165,12 @@ def require_texts(recipe: Recipe, count: Counter, read: FileReader = read_file) 
             raise UserError(problem("prune.calibration.text", what, "Give more texts"))
 
 
-def require_lengths(recipe: Recipe, compute: Compute, splits: Splits, context: int, count: Counter) -> None:
-    """Raise UserError for rows that are too long for a stage that reads them."""
+def require_lengths(
+    recipe: Recipe, compute: Compute, sources: Sequence[RowSource], splits: Splits, context: int, count: Counter
+) -> None:
+    """Raise UserError for rows that are too long for a stage that reads them; sources: those in use."""
     wrong = []
-    for length in _lengths(recipe, compute, splits, context):
+    for length in _lengths(recipe, compute, sources, splits, context):
         long = [text for text in length.texts if len(text.encode()) > length.most and count(text) > length.most]
         if len(long) > length.allowed * len(length.texts):
             what = f"{length.what}: {len(long)} of {len(length.texts)} are longer, such as {long[0][:40]!r}…"
@@ -127,9 +190,10 @@ class _Length(NamedTuple):
     allowed: float = 0.0
 
 
-def _lengths(recipe: Recipe, compute: Compute, splits: Splits, context: int) -> Iterator[_Length]:
+def _lengths(
+    recipe: Recipe, compute: Compute, sources: Sequence[RowSource], splits: Splits, context: int
+) -> Iterator[_Length]:
     new, held_out, train = _new_tokens(recipe), splits[HELD_OUT], splits["train"][: recipe.train.rows]
-    prompts = ["\n".join(row.texts[:-1]) for row in held_out]
 
     def leaves(key: str, most: int, extra: int = 0, of: str = "the model's context") -> tuple[int, str, str]:
         left = most - new[key] - extra
@@ -137,16 +201,18 @@ def _lengths(recipe: Recipe, compute: Compute, splits: Splits, context: int) -> 
         return left, what, f"Lower {key}.max_new_tokens"
 
     if "evaluate" in new:
-        yield _Length("evaluate.max_new_tokens", prompts, *leaves("evaluate", context))
+        asked = [row for row in held_out if sources[row.origin].answer != "none"]
+        yield _Length("evaluate.max_new_tokens", _prompts(asked), *leaves("evaluate", context))
         what = f"held-out references must fit the model's context of {context}"
         yield _Length("rows", [row.reference for row in held_out], context, what, "Remove these rows")
     if recipe.draft:
-        some = prompts[: recipe.draft.prompts]
-        yield _Length("draft.max_new_tokens", some, *leaves("draft", context, max(recipe.draft.tokens) + 1))
+        some = [row for row in held_out if not row.exchange.is_plain]
+        asked = some[: recipe.draft.prompts] if len(sources) == 1 else some  # of several they are evenly mixed
+        yield _Length("draft.max_new_tokens", _prompts(asked), *leaves("draft", context, max(recipe.draft.tokens) + 1))
     if "distill" in new:
-        template = recipe.distill.template or (OPEN if recipe.rows.answer == "none" else CHECKABLE)
-        asked = [ask_for_rewrite(row, template) for row in train if not reason_not_to_rewrite(row)]
-        prompts = ["\n".join(message["content"] for message in given.messages) for given in asked]
+        templates = [rewriting_template(each.answer, each.template or recipe.distill.template) for each in sources]
+        given = [ask_for_rewrite(row, templates[row.origin]) for row in train if not reason_not_to_rewrite(row)]
+        prompts = ["\n".join(message["content"] for message in each.messages) for each in given]
         allowed, of = recipe.distill.max_failed_fraction, "the model's context"
         if (own := compute.distill.engine.max_model_len) and own < context:
             context, of = own, "compute.distill.engine.max_model_len"
@@ -156,6 +222,10 @@ def _lengths(recipe: Recipe, compute: Compute, splits: Splits, context: int) -> 
         what = f"{recipe.train.max_tokens} is too few for more rows than train.max_too_long_fraction allows"
         do, allowed = "Raise train.max_tokens", recipe.train.max_too_long_fraction
         yield _Length("train.max_tokens", texts, recipe.train.max_tokens, what, do, allowed)
+
+
+def _prompts(rows: Sequence[Row]) -> list[str]:
+    return ["\n".join(row.texts[:-1]) for row in rows]
 
 
 def require_forms(source: ModelSource, splits: Splits) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from sdft_ray import pipeline
 from sdft_ray.core.recovery import mean_score, paired_differences, recovery, recovery_over_chance
@@ -30,13 +31,14 @@ from sdft_ray.report.entries import (
     Quality,
     Report,
     Selection,
+    SourceEntry,
     Speed,
     Trained,
     Training,
 )
-from sdft_ray.results import DISTANCES, HISTORY, ITEMS, Distances, read_history, read_items, training_batches
+from sdft_ray.results import DISTANCES, HELD_OUT, HISTORY, ITEMS, Distances, read_history, read_items, training_batches
 from sdft_ray.spec.recipe import Recipe
-from sdft_ray.stages import evaluate
+from sdft_ray.stages import evaluate, mix
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 
@@ -53,22 +55,25 @@ def collect(recipe: Recipe, name: str, storage: Storage) -> Report:
         names = ", ".join(dict.fromkeys(stage.name for stage in missing))
         raise UserError(problem(name, f"is not finished (missing: {names})", f"Do: sdft run {name}"))
     base = chain.tasks_of("base")
+    models = tuple(
+        ModelEntry(
+            model=name,
+            id=stage.id,
+            quality=describe_quality(chain.tasks_of(name), base, storage),
+            cost=count_cost(storage.files(stage, "config.json")),
+        )
+        for name, stage in chain.models.items()
+    )
+    sources = _describe_sources(chain, models, storage)
     return Report(
         recipe=name,
         flops_tokens=FLOPS_TOKENS,
-        models=tuple(
-            ModelEntry(
-                model=name,
-                id=stage.id,
-                quality=describe_quality(chain.tasks_of(name), base, storage),
-                cost=count_cost(storage.files(stage, "config.json")),
-            )
-            for name, stage in chain.models.items()
-        ),
+        models=models,
         comparison=compare_arms({arm: [chain.tasks_of(arm)] for arm in recipe.arms.names}, storage),
         speed=Speed.of(chain.speed, storage) if chain.speed else None,
         merges=_describe_merges(chain, storage),
         drafts={name: Draft.of(stage, storage) for name, stage in chain.drafts.items()},
+        **({"sources": sources} if sources else {}),
         details=_describe_details(recipe, chain, storage),
     )
 
@@ -157,6 +162,23 @@ def _describe_details(recipe: Recipe, chain: Chain, storage: Storage) -> Details
         artifacts=[Artifact(stage.name, storage.where(stage)) for stage in chain.in_order],
         settings=recipe.model_dump(mode="json"),
     )
+
+
+def _describe_sources(chain: Chain, models: Sequence[ModelEntry], storage: Storage) -> tuple[SourceEntry, ...]:
+    """Return one entry for each source where the rows are mixed of several."""
+    if not isinstance(chain.rows.settings, mix.Settings):
+        return ()
+    rewrites = Selection.of(chain.distilled, storage).by_source if chain.distilled else ()
+    likelihoods = Nll.of(chain.nll[0], storage).by_source if chain.nll else ()
+    held_out = {model.model: score for model in models if (score := model.quality.tasks.get(HELD_OUT))}
+    entries = []
+    for i, mixed in enumerate(mix.Summary.of(chain.rows, storage).sources):
+        more: dict[str, Any] = {"rewrites": rewrites[i]} if rewrites else {}
+        more |= {"nll": likelihoods[i]} if likelihoods else {}
+        key = f"exact_match {chain.names[i]}"
+        matches = {name: score.other_metrics[key] for name, score in held_out.items() if key in score.other_metrics}
+        entries.append(SourceEntry(mixed=mixed, **more, exact_match=matches))
+    return tuple(entries)
 
 
 def _describe_merges(chain: Chain, storage: Storage) -> dict[str, MergeEntry]:

@@ -14,10 +14,13 @@ from pydantic import Field, JsonValue, SerializerFunctionWrapHandler, model_seri
 from sdft_ray.core.recovery import Difference
 from sdft_ray.results import Cut, Distances, Drafting, Gain, Record, Score, Step
 from sdft_ray.stages.cut import Summary as Pruned
+from sdft_ray.stages.distill import SourceSummary as Rewrites
 from sdft_ray.stages.distill import Summary as Selection
 from sdft_ray.stages.draft import Summary as Draft
 from sdft_ray.stages.loss import Summary as Losses
 from sdft_ray.stages.merge import Summary as Merged
+from sdft_ray.stages.mix import Source as MixedSource
+from sdft_ray.stages.nll import SourceLikelihoods as SourceNll
 from sdft_ray.stages.nll import Summary as Nll
 from sdft_ray.stages.speed import Summary as Speed
 from sdft_ray.stages.train import Summary as Trained
@@ -133,6 +136,16 @@ class Details(Record):
     """The recipe."""
 
 
+class SourceEntry(Record):
+    """One of several sources of rows: what the mixture takes of it, and what came of that."""
+
+    mixed: MixedSource
+    rewrites: Rewrites | None = None
+    nll: SourceNll | None = None
+    exact_match: dict[str, float] = Field(default_factory=dict)
+    """On its held-out rows, by model; none where its answers are not checked."""
+
+
 class Report(Record):
     """What a run came to."""
 
@@ -145,6 +158,8 @@ class Report(Record):
     speed: Speed | None
     merges: dict[str, MergeEntry]
     drafts: dict[str, Draft]
+    sources: tuple[SourceEntry, ...] = ()
+    """Where there are several."""
     details: Details = Field(exclude=True)
 
     @property

@@ -32,6 +32,8 @@ def render(report: Report) -> str:
         difference_line=lines.difference_line(report.comparison) if report.comparison else None,
         merge_lines=[lines.merge_line(name, merged) for name, merged in report.merges.items()],
         draft_columns=table.DRAFT_COLUMNS,
+        source_columns=table.source_columns(report),
+        source_rows=table.source_rows(report),
         distance_maps=plots.as_svg(plots.distance_maps(details.distances, [details.cut.removed])),
         loss_curves=plots.loss_curves(details.trainings),
         nearby=_nearby(details),

@@ -36,11 +36,12 @@ from sdft_ray.report.entries import (
     Untried,
 )
 from sdft_ray.results import DISTANCES, Distances, Drafted
-from sdft_ray.stages import cut, rows, speed
+from sdft_ray.stages import cut, speed
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 from sdft_ray.sweep import notes
 from sdft_ray.sweep.planning import DEPTH, RECIPE, SIZE, Plan, Trial, describe_stopped, is_done, is_seed, name_draft
+from sdft_ray.training_data import count_rows
 
 
 def collect(plan: Plan, name: str, storage: Storage) -> SweepReport:
@@ -141,7 +142,7 @@ def _describe_trial(
     return TrialEntry(
         arm=trial.arm,
         blocks=recipe.prune.blocks,
-        rows=recipe.train.rows or rows.Summary.of(trial.train.inputs["rows"], storage).rows.train,
+        rows=recipe.train.rows or count_rows(trial.train.inputs["rows"], storage).train,
         values={path: value for path, value in trial.values.items() if path not in (DEPTH, SIZE)},
         id=trial.train.id,
         directory=storage.where(trial.train),

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from sdft_ray.core.choice import JointChoice
 from sdft_ray.core.surgery import name_blocks
-from sdft_ray.report.entries import Cost, Draft, Losses, Report, SweepReport
+from sdft_ray.report.entries import Cost, Draft, Losses, Report, SourceEntry, SweepReport
 from sdft_ray.report.lines import caption, interval, number, percent, ratio, saved, sweep_caption
 from sdft_ray.results import Corpus, Measured
 from sdft_ray.spec.loading import leaves
@@ -44,6 +44,48 @@ def recovery_table(report: Report) -> Table:
             f"{cost.flops_per_token / 1e6:.0f}M{saved(cost.flops_per_token, base.flops_per_token)}",
         )
     return table
+
+
+SOURCE_COLUMNS = (
+    *("source", "training rows", "unused", "held out elsewhere", "duplicates", "rewrites kept"),
+    *("NLL of rewrites", "of references"),
+)
+
+
+def source_columns(report: Report) -> list[str]:
+    """Return the columns of the table of sources."""
+    return [*SOURCE_COLUMNS, *(f"exact match, {model}" for model in _checked_models(report))]
+
+
+def source_rows(report: Report) -> list[list[str]]:
+    """Return for each source what the mixture takes of it, what was rewritten, and how models answer its rows."""
+    return [_source_row(entry, _checked_models(report)) for entry in report.sources]
+
+
+def source_table(report: Report) -> Table:
+    """Return the sources of a recipe that mixes several."""
+    table = _titled("Sources of rows")
+    for column in source_columns(report):
+        table.add_column(column, justify="left" if column == "source" else "right")
+    for row in source_rows(report):
+        table.add_row(*row)
+    return table
+
+
+def _source_row(entry: SourceEntry, models: Sequence[str]) -> list[str]:
+    mixed, rewrites, nll = entry.mixed, entry.rewrites, entry.nll
+    sides = (nll.distilled, nll.reference) if nll else (None, None)
+    return [
+        mixed.name,
+        *map(str, (mixed.rows.train, mixed.unused, mixed.held_elsewhere, mixed.duplicates)),
+        f"{rewrites.kept / rewrites.rows:.0%}" if rewrites and rewrites.rows else "-",
+        *(f"{side.nll_per_token:.3f}" if side else "-" for side in sides),
+        *(number(100 * entry.exact_match[model]) if model in entry.exact_match else "-" for model in models),
+    ]
+
+
+def _checked_models(report: Report) -> list[str]:
+    return list(dict.fromkeys(model for entry in report.sources for model in entry.exact_match))
 
 
 def _titled(title: str, below: str | None = None) -> Table:

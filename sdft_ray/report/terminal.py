@@ -31,6 +31,8 @@ def show(report: Report, console: Console) -> None:
         console.print(lines.draft_line(name, draft))
     if report.speed:
         console.print(lines.speed_line(report.speed))
+    if report.sources:
+        console.print(table.source_table(report))
     if details.selection:
         console.print(lines.selection_line(details.selection))
     if details.nll and (line := lines.nll_line(details.nll)):

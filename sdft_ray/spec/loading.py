@@ -104,15 +104,27 @@ def _parse_yaml(text: str, where: str) -> Any:
 
 
 def _apply(override: str, data: dict[str, Any]) -> None:
-    """Set one `dotted.key=value` in plain data; the value is YAML."""
+    """Set one `dotted.key=value` in plain data; the value is YAML, and a number in the key a place in a list."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(problem(f"--set {override}", "is not KEY=VALUE", "Write for example --set train.lr=2e-4"))
     *parents, last = key.split(".")
+    at: Any = data
     for parent in parents:
-        if data.get(parent) is None:
-            data[parent] = {}
-        data = data[parent]
-        if not isinstance(data, dict):
+        place = _place(at, parent, key)
+        if isinstance(at, dict) and at.get(place) is None:
+            at[place] = {}
+        at = at[place]
+        if not isinstance(at, dict | list):
             raise UserError(problem(f"--set {key}", f"{parent} has no keys below it", "Check the dotted path"))
-    data[last] = _parse_yaml(text, f"--set {key}")
+    at[_place(at, last, key)] = _parse_yaml(text, f"--set {key}")
+
+
+def _place(at: dict[str, Any] | list[Any], part: str, key: str) -> Any:
+    """Return one part of a dotted key as the key of a mapping or the place in a list."""
+    if isinstance(at, dict):
+        return part
+    if not (part.isdecimal() and int(part) < len(at)):
+        what = f"{part} is no place in a list of {len(at)}"
+        raise UserError(problem(f"--set {key}", what, f"Give a number from 0 to {len(at) - 1}"))
+    return int(part)

@@ -16,7 +16,15 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 
 from sdft_ray.errors import UserError, problem
 from sdft_ray.spec.section import LocalPath, Section, require_distinct
-from sdft_ray.spec.sources import Calibration, ModelSource, OneOrSeveral, RowSource
+from sdft_ray.spec.sources import (
+    Calibration,
+    ModelSource,
+    OneOrSeveral,
+    RewritingTemplate,
+    RowSource,
+    RowSources,
+    in_use,
+)
 from sdft_ray.spec.training import ArmOverrides, Arms, Train
 
 
@@ -111,7 +119,7 @@ class Distill(Section):
     """Precision of the teacher."""
     seed: int = 0
     """Moves the sampling seed of every row (a row's seed is derived from this and its id)."""
-    template: str | None = None
+    template: RewritingTemplate | None = None
     """Your own rewriting instruction with {prompt} and {reference}; where absent, one that suits rows.answer."""
     template_options: dict[str, JsonValue] = Field({"enable_thinking": False})
     """Options of the chat template in rewriting prompts; a template ignores options that it does not know."""
@@ -138,13 +146,6 @@ class Distill(Section):
             raise ValueError(f"{taken[0]} is set by sdft. Remove it")
         return value
 
-    @field_validator("template")
-    @classmethod
-    def _has_places(cls, value: str | None) -> str | None:
-        if value is not None and not ("{prompt}" in value and "{reference}" in value):
-            raise ValueError("lacks {prompt} or {reference}. Write both")
-        return value
-
 
 # Names that the report gives to models of its own.
 MODEL_NAMES = ("base", "pruned", "sft", "distilled", "slerp", "linear", "together")
@@ -153,8 +154,8 @@ MODEL_NAMES = ("base", "pruned", "sft", "distilled", "slerp", "linear", "togethe
 class Parent(Section):
     """A further model to merge: the arm trained on other rows, or a model that was tuned elsewhere."""
 
-    rows: RowSource | None = None
-    """Rows that it is trained on, with the arm's settings and from the same pruned model."""
+    rows: RowSources | None = None
+    """Rows that it is trained on, with the arm's settings and from the same pruned model; or a list of sources."""
     train: ArmOverrides = ArmOverrides()
     """What it trains with instead of the arm's settings."""
     path: LocalPath | None = None
@@ -286,8 +287,8 @@ class Recipe(Section):
 
     model: ModelSource
     """The base: the model that is pruned, and that rewrites the references."""
-    rows: RowSource
-    """The rows that the pruned model is trained and evaluated on."""
+    rows: RowSources
+    """The rows that the pruned model is trained and evaluated on; or a list of sources, which are mixed."""
     prune: Prune
     distill: Distill = Distill()
     train: Train = Train()
@@ -298,24 +299,38 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _has_what_tasks_need(self) -> Self:
+        held_out, validation = (
+            sum(getattr(source, name) for source in self.sources) for name in ("held_out", "validation")
+        )
         if "held_out" in self.evaluate.tasks:
-            if self.rows.held_out == 0:
+            if held_out == 0:
                 raise ValueError("evaluate.tasks: names held_out, but rows.held_out is 0. Raise rows.held_out")
-            if self.rows.answer == "none":
+            if not any(source.held_out and source.answer != "none" for source in self.sources):
                 raise ValueError(
                     "evaluate.tasks: held_out needs checkable rows, but rows.answer is none. Remove held_out"
                 )
         for name, wanted in (("patience", self.train.patience), ("keep", self.train.keep == "best")):
-            if wanted and self.rows.validation == 0:
+            if wanted and validation == 0:
                 raise ValueError(
                     f"train.{name}: needs validation rows, but rows.validation is 0. Raise rows.validation"
                 )
         if self.merge and self.merge.arm not in self.arms.names:
             raise ValueError(f"merge.arm: {self.merge.arm} is not among the arms. Add arms.{self.merge.arm}")
-        if self.draft and self.draft.prompts > self.rows.held_out:
-            what = f"{self.draft.prompts} is more than rows.held_out {self.rows.held_out}"
+        if self.draft and self.draft.prompts > held_out:
+            what = f"{self.draft.prompts} is more than rows.held_out {held_out}"
             raise ValueError(f"draft.prompts: {what}. Lower draft.prompts")
         return self
+
+    @property
+    def sources(self) -> tuple[RowSource, ...]:
+        """The sources of rows that are in use."""
+        return in_use(self.rows)
+
+    @property
+    def others(self) -> dict[str, tuple[RowSource, ...]]:
+        """The sources of other models that are trained here to be merged, by the names of these."""
+        others = self.merge.others if self.merge else {}
+        return {name: in_use(other.rows) for name, other in others.items() if other.rows is not None}
 
     def train_settings(self, arm: str, other: str | None = None) -> Train:
         """Return the training settings of an arm: the common ones with the arm's overrides, and those of another

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Discriminator, Field, JsonValue, Tag, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    JsonValue,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from sdft_ray.spec.section import Commit, DataPath, LocalPath, Section, require_distinct
 
@@ -69,6 +78,15 @@ class Fields(Section):
         return self
 
 
+def _require_places(template: str) -> str:
+    if not ("{prompt}" in template and "{reference}" in template):
+        raise ValueError("lacks {prompt} or {reference}. Write both")
+    return template
+
+
+RewritingTemplate = Annotated[str, AfterValidator(_require_places)]
+
+
 class Rows(Section):
     """Fields of every row source: how many rows it has and how they are split."""
 
@@ -88,8 +106,18 @@ class Rows(Section):
     """Tasks of the evaluation preset: rows that hold an item of these are left out, counted and listed."""
     ngram: int = Field(13, gt=0)
     """Words in a row that a row and a task must share; see docs/design.md."""
+    weight: float | None = Field(None, ge=0)
+    """Share of this source in a list of sources, relative to the sum; 0 leaves the source out. Give one to each, or
+    to none: then all rows of all are used."""
+    template: RewritingTemplate | None = None
+    """The rewriting instruction of this source's rows, with {prompt} and {reference}; distill.template where absent."""
 
     _tasks_distinct = field_validator("decontaminate")(lambda value: require_distinct(value))
+
+    @property
+    def alone(self) -> Self:
+        """It without what the other sources of a list and rewriting have to do with: what decides which rows it has."""
+        return self.model_copy(update={"weight": None, "template": None})
 
 
 class GymRows(Rows):
@@ -176,6 +204,40 @@ RowSource = Annotated[
     Annotated[GymRows, Tag("gym")] | Annotated[FileRows, Tag("path")] | Annotated[HubRows, Tag("repo")],
     _by_key("gym", "path", "repo"),
 ]
+
+
+def _listed(value: Any) -> Any:
+    """Return one source as a list of one."""
+    if value == []:
+        raise ValueError("names no source. Give at least one")
+    return tuple(value) if isinstance(value, list) else value if isinstance(value, tuple) else (value,)
+
+
+def _require_shares(sources: tuple[RowSource, ...]) -> tuple[RowSource, ...]:
+    """Return sources; raises ValueError where their weights make no mixture."""
+    weights = [source.weight for source in sources]
+    if None in weights and weights.count(None) < len(weights):
+        which = ", ".join(f"{number}" for number, weight in enumerate(weights) if weight is None)
+        raise ValueError(f"some sources have a weight, and of {which} it is missing. Give a weight to each, or to none")
+    if None not in weights and not sum(weight or 0 for weight in weights):
+        raise ValueError("weights sum to 0, so no rows are left. Raise a weight")
+    return sources
+
+
+_Sources = Annotated[tuple[RowSource, ...], Field(min_length=1)]
+RowSources = Annotated[
+    tuple[RowSource, ...],
+    BeforeValidator(_listed, json_schema_input_type=RowSource | _Sources),
+    AfterValidator(_require_shares),
+]
+"""One source of rows or several: one is a list of one."""
+
+
+def in_use(sources: Sequence[RowSource]) -> tuple[RowSource, ...]:
+    """Return the sources that rows are taken from: a weight of 0 leaves one out, as if it were not in the list."""
+    return tuple(source for source in sources if source.weight != 0)
+
+
 CalibrationRows = Annotated[
     Annotated[Literal["own"], Tag("own")]
     | Annotated[GymRows, Tag("gym")]
@@ -204,6 +266,15 @@ class Calibration(Section):
     positions: Literal["last", "all", "response"] = "last"
     """Tokens that angular distance is averaged over: the last content token (never one of the chat template), all, or
     those of the response (chat rows only). Block Influence is over all tokens, by its definition."""
+
+    @field_validator("rows")
+    @classmethod
+    def _is_no_mixture(cls, value: CalibrationRows | None) -> CalibrationRows | None:
+        if isinstance(value, Rows):
+            for name in ("weight", "template"):
+                if getattr(value, name) is not None:
+                    raise ValueError(f"{name}: has no use in a calibration corpus. Remove {name}")
+        return value
 
     @model_validator(mode="before")
     @classmethod

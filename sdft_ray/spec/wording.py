@@ -80,7 +80,7 @@ def _walk(
             models = [model for model in models if part in model.model_fields] or models
             tagged = False
             continue
-        if isinstance(part, int) and isinstance(data, Mapping):
+        if isinstance(part, int) and not isinstance(data, list):
             continue
         path.append(str(part))
         try:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdft_ray import stages
-from sdft_ray.core.rows import Given, Row
+from sdft_ray.core.rows import Given
 from sdft_ray.core.speculation import worth
 from sdft_ray.data.chat import end_of_turn, render_prompts
 from sdft_ray.data.readers import read_json
@@ -27,20 +27,19 @@ from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.progress import log
 from sdft_ray.results import (
     DRAFT,
-    HELD_OUT,
     SPECULATIVE_CONFIG,
     Counted,
     Differing,
     Drafted,
     Measured,
     Race,
-    read_split,
+    read_held_out,
 )
 from sdft_ray.spec.compute import Needs
 from sdft_ray.spec.recipe import Draft
 from sdft_ray.stages import Work
 from sdft_ray.store.files import write_atomically
-from sdft_ray.store.identity import Stage
+from sdft_ray.store.identity import Stage, numbered
 
 if TYPE_CHECKING:
     import torch
@@ -70,10 +69,11 @@ class Summary(stages.Summary):
     sampled: Drafted
 
 
-def stage(wanted: Draft, name: str, pruned: Stage, base: Stage, draft: Stage, rows: Stage) -> Stage[Settings]:
-    """Return the stage that tries the model of this name."""
+def stage(wanted: Draft, name: str, pruned: Stage, base: Stage, draft: Stage, rows: Sequence[Stage]) -> Stage[Settings]:
+    """Return the stage that tries the model of this name; rows: those of each source."""
     settings = Settings(**dict(wanted) | {"tokens": tuple(sorted(wanted.tokens))}, name=name)
-    return Stage("draft", f"{pruned.slug}-{name}", VERSION, settings, {"model": base, "draft": draft, "rows": rows})
+    inputs = {"model": base, "draft": draft, **{numbered("rows", i): each for i, each in enumerate(rows)}}
+    return Stage("draft", f"{pruned.slug}-{name}", VERSION, settings, inputs)
 
 
 def build(work: Work[Settings]) -> Summary:
@@ -81,7 +81,8 @@ def build(work: Work[Settings]) -> Summary:
     import ray
 
     plan = work.compute.distill
-    rows = read_split(work.input("rows"), HELD_OUT, Row)[: work.settings.prompts]
+    asked = [row for row in read_held_out(work.inputs("rows")) if not row.exchange.is_plain]
+    rows = asked[: work.settings.prompts]
     options = plan.engine.model_dump() | {"tensor_parallel_size": plan.tensor_parallel_size}
     summary: Summary = ray.get(
         ray.remote(max_calls=1)(measure)  # an engine takes threads and environment of its process for good

@@ -12,7 +12,7 @@ import hashlib
 import heapq
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -27,6 +27,7 @@ from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
 from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage
+from sdft_ray.store.record import Record
 
 VERSION, NEEDS, UNIT = 1, Needs("distill", alone=True), "texts"
 COLUMNS = {"reference": "reference", "distilled": "response"}
@@ -36,12 +37,15 @@ _FORWARD_TOKENS = 2048  # of one forward pass: a few rows of a small model's dat
 class Settings(Section):
     """How many rows are measured, which, and how exactly."""
 
+    unhashed = ("sources",)
     rows: int
     dtype: str
     seed: int
+    sources: tuple[str, ...] = ()
+    """Where there are several: their names."""
 
 
-class Summary(stages.Summary):
+class Likelihoods(Record):
     """How likely rewrites and references are; without rows there is neither."""
 
     rows: int
@@ -50,9 +54,23 @@ class Summary(stages.Summary):
     distilled: Likelihood | None = None
 
 
-def stage(wanted: Distill, base: Stage, distilled: Stage) -> Stage[Settings]:
-    """Return the stage."""
-    settings = Settings(rows=wanted.shift_rows, dtype=wanted.dtype, seed=wanted.seed)
+class SourceLikelihoods(Likelihoods):
+    """Those of one source."""
+
+    name: str
+
+
+class Summary(Likelihoods, stages.Summary):
+    """Those of all rows."""
+
+    by_source: tuple[SourceLikelihoods, ...] = ()
+    """Where there are several."""
+
+
+def stage(wanted: Distill, base: Stage, distilled: Stage, sources: Sequence[str]) -> Stage[Settings]:
+    """Return the stage; sources: the names of all that the rows are of."""
+    names = tuple(sources) if len(sources) > 1 else ()
+    settings = Settings(rows=wanted.shift_rows, dtype=wanted.dtype, seed=wanted.seed, sources=names)
     return Stage("nll", distilled.slug, VERSION, settings, {"model": base, "distilled": distilled})
 
 
@@ -67,7 +85,11 @@ def build(work: Work[Settings]) -> Summary:
     for name, portion in _measure_on_ray(work, rows) if rows else ():
         portions.setdefault(name, []).append(portion)
         work.progress.update(sum(each.rows for every in portions.values() for each in every))
-    summary = Summary(rows=len(rows), **{name: _likelihood(each, len(rows)) for name, each in portions.items()})
+    by_source = tuple(
+        SourceLikelihoods(name=name, **_likelihoods(portions, [row for row in rows if row.origin == i], i))
+        for i, name in enumerate(work.settings.sources)
+    )
+    summary = Summary(**_likelihoods(portions, rows), **({"by_source": by_source} if by_source else {}))
     write_atomically(work.directory / NLL, json.dumps(summary.plain(), indent=1) + "\n")
     return summary
 
@@ -79,6 +101,16 @@ class Portion(NamedTuple):
     tokens: int
     nll: float
     """In nats."""
+    origin: int = 0
+    """The source that they are of."""
+
+
+def _likelihoods(
+    portions: Mapping[str, Sequence[Portion]], rows: Sequence[Rewritten], origin: int | None = None
+) -> dict[str, Any]:
+    """Return the fields of `Likelihoods`, over rows of one source or of all."""
+    wanted = {name: [p for p in some if origin in (None, p.origin)] for name, some in portions.items()}
+    return {"rows": len(rows)} | {name: _likelihood(some, len(rows)) for name, some in wanted.items() if some}
 
 
 def _likelihood(portions: Sequence[Portion], rows: int) -> Likelihood:
@@ -95,6 +127,7 @@ class Rewritten(NamedTuple):
     response: str
     reason: str
     conversation: str | None = None
+    origin: int = 0
 
     def exchange(self, column: str) -> Exchange:
         """Return what is given, with one of both responses."""
@@ -151,9 +184,11 @@ def measure(
     use_assigned_cores()
     loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).to(device).eval()
     for name, column in COLUMNS.items():
-        for some in _portions(list(encode_rows(tokenizer, [row.exchange(column) for row in rows]))):
-            tokens = sum(len(row.ids) - row.trained_from for row in some)
-            yield name, Portion(len(some), tokens, summed_loss(loaded, some))
+        for origin in sorted({row.origin for row in rows}):
+            mine = [row.exchange(column) for row in rows if row.origin == origin]
+            for some in _portions(list(encode_rows(tokenizer, mine))):
+                tokens = sum(len(row.ids) - row.trained_from for row in some)
+                yield name, Portion(len(some), tokens, summed_loss(loaded, some), origin)
 
 
 def summed_loss(model: Any, rows: Sequence[TrainingRow]) -> float:

@@ -25,13 +25,12 @@ from sdft_ray.data.checkers import CHECKERS, read_answer
 from sdft_ray.data.files import name_of
 from sdft_ray.data.readers import RowsContent, read_rows, rows_content
 from sdft_ray.errors import UserError, problem
-from sdft_ray.results import SPLITS
+from sdft_ray.results import SPLITS, Counts, row_schema
 from sdft_ray.spec.section import Section
 from sdft_ray.spec.sources import FileRows, GymRows, HubRows, RowSource
 from sdft_ray.stages import Work
 from sdft_ray.store.files import hash_source
 from sdft_ray.store.identity import Stage, slugify
-from sdft_ray.store.record import Record
 
 VERSION, NEEDS, UNIT = 2, None, "parts"
 
@@ -68,14 +67,6 @@ class Settings(Section):
     """Where the rows are read."""
 
 
-class Counts(Record):
-    """How many rows are in each split."""
-
-    held_out: int
-    validation: int
-    train: int
-
-
 class Summary(stages.Summary):
     """How many rows there are, and how many were left out and why."""
 
@@ -95,7 +86,10 @@ def stage(source: RowSource, preset: str) -> Stage[Settings]:
     name = _name(source)
     split = Split(**{name: getattr(source, name) for name in Split.model_fields})
     settings = Settings(
-        source=rows_content(source), split=split, decontaminate=_decontamination(source, preset), origin=source
+        source=rows_content(source),
+        split=split,
+        decontaminate=_decontamination(source, preset),
+        origin=source.alone,
     )
     return Stage("rows", slugify(name), VERSION, settings)
 
@@ -158,16 +152,13 @@ def write_overlaps(directory: Path, overlaps: Sequence[Overlap]) -> None:
 
 
 def write_splits(directory: Path, splits: Mapping[str, Sequence[Row]]) -> None:
-    """Write one Parquet file a split: id, prompt, reference, answer."""
+    """Write one Parquet file a split."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    schema = pa.schema([(name, pa.string()) for name in ("id", "prompt", "reference", "answer", "conversation")])
-    schema = schema.append(pa.field("origin", pa.int32()))
     for name in SPLITS:
-        pq.write_table(
-            pa.Table.from_pylist([row._asdict() for row in splits[name]], schema), directory / f"{name}.parquet"
-        )
+        table = pa.Table.from_pylist([row._asdict() for row in splits[name]], row_schema())
+        pq.write_table(table, directory / f"{name}.parquet")
 
 
 class LeftOut(NamedTuple):

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -102,6 +102,19 @@ def slugify(text: str) -> str:
     'huggingfacetb-smollm2-135m-instruct'
     """
     return re.sub(r"[^a-z0-9.]+", "-", text.lower()).strip("-.")[:48] or "artifact"
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Return names with a number behind those that occurred before.
+
+    >>> distinct(["gsm8k", "dolly", "gsm8k"])
+    ['gsm8k', 'dolly', 'gsm8k-2']
+    """
+    used: list[str] = []
+    for name in names:
+        numbers = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        used.append(next(each for each in numbers if each not in used))
+    return used
 
 
 def _require_plain(value: Any) -> None:

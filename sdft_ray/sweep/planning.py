@@ -64,9 +64,10 @@ class Trial:
 
     @property
     def compares_with(self) -> tuple[Any, ...]:
-        """The key of trials whose validation losses compare: the pruned model, the rows, arm and size."""
+        """The key of trials whose validation losses compare: the pruned model, the validation rows, arm and size."""
         inputs = self.train.inputs
-        return inputs["model"].id, inputs["rows"].id, self.arm, self.train.settings.train.rows
+        read = inputs["rows"].inputs.values() or [inputs["rows"]]  # weights of a mixture move no validation row
+        return inputs["model"].id, *(rows.id for rows in read), self.arm, self.train.settings.train.rows
 
     @property
     def name(self) -> str:
@@ -169,9 +170,12 @@ def _mistakes(cell: Cell) -> Iterator[str]:
             yield problem(f"axes.{path}", "moves no number of a trial", "Set it in the recipe")
         if section == "draft":
             yield problem(f"axes.{path}", "every draft is tried in the same way", "Set it in the recipe")
-        if not (path in (DEPTH, SIZE, RECIPE) or is_seed(path)) and cell.recipe.rows.validation == 0:
+        if not (path in (DEPTH, SIZE, RECIPE) or is_seed(path)) and not _validates(cell.recipe):
             what = f"without validation rows no loss compares values of {path}"
             yield problem(f"axes.{path}", what, "Set rows.validation in the recipe, for example to 16")
+        if field.endswith("weight") and cell.values[path] == 0 and section == "rows":
+            what = "0 leaves out its held-out and validation rows, too, so trials do not compare"
+            yield problem(f"axes.{path}", what, "Give a small weight, such as 0.01")
         for arm in cell.recipe.arms.names if section == "train" else ():
             own = getattr(cell.recipe.arms, arm).model_dump(exclude_none=True)
             if (name := field.partition(".")[0]) in own:
@@ -179,12 +183,16 @@ def _mistakes(cell: Cell) -> Iterator[str]:
                 yield problem(f"axes.{path}", f"the arm {arm} has its own {name}", do)
 
 
+def _validates(recipe: Recipe) -> bool:
+    return any(source.validation for source in recipe.sources)
+
+
 def _mistakes_of_asha(plan: Plan) -> Iterator[str]:
     """Yield a problem for each reason against comparing and stopping trials of a plan."""
     for path in dict.fromkeys(path for cell in plan.cells for path in cell.values):
         if is_seed(path):
             yield problem(f"axes.{path}", "asha would keep the lucky seeds", "Remove asha")
-    if not all(cell.recipe.rows.validation for cell in plan.cells):
+    if not all(_validates(cell.recipe) for cell in plan.cells):
         yield problem("asha", "there are no validation rows to compare by", "Set rows.validation, for example to 16")
     if max(Counter(trial.compares_with for trial in plan.trials).values()) < 2:
         what = "no two trials have arm, depth and size in common, so no losses compare"

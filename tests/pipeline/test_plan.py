@@ -24,7 +24,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 @pytest.fixture
 def recipe(tiny_model, tmp_path) -> dict:
     """A complete recipe as plain data, every default written out."""
-    rows = tmp_path / "rows.jsonl"
+    rows = tmp_path / "rows.0.jsonl"
     rows.write_text("".join(json.dumps({"q": f"{i}?", "a": f"{i}"}) + "\n" for i in range(9)))
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": f"Some text {i}.", "other": f"Other {i}."}) + "\n" for i in range(3)))
@@ -46,18 +46,19 @@ def recipe(tiny_model, tmp_path) -> dict:
 
 # A second value for leaves where adding one or flipping would not be valid.
 OTHER = {
-    "rows.answer": "none",
-    "rows.decontaminate": ["sciq"],
-    "rows.fields.prompt": "a",
-    "rows.fields.response": "q",
-    "rows.fields.context": "q",
-    "rows.fields.answer": "a",
+    "rows.0.answer": "none",
+    "rows.0.decontaminate": ["sciq"],
+    "rows.0.fields.prompt": "a",
+    "rows.0.fields.response": "q",
+    "rows.0.fields.context": "q",
+    "rows.0.fields.answer": "a",
     "prune.dtype": "bfloat16",
     "prune.metric": "angular",
     "prune.calibration.0.field": "other",
     "prune.calibration.0.positions": "all",
     "distill.dtype": "float32",
     "distill.template": "{prompt} {reference}",
+    "rows.0.template": "{reference} {prompt}",
     "distill.filters.leak_phrases": ["given text"],
     "distill.filters.refusal_phrases": ["no puedo"],
     "train.method": "full",
@@ -73,12 +74,13 @@ OTHER = {
 # Only one value exists, or the other needs another source.
 FIXED = {
     # Of conversations.
-    *(f"rows.fields.{name}" for name in ("messages", "tools", "format")),
-    "rows.turns",
-    "rows.plain",
+    *(f"rows.0.fields.{name}" for name in ("messages", "tools", "format")),
+    "rows.0.weight",  # of a mixture
+    "rows.0.turns",
+    "rows.0.plain",
     "evaluate.preset",
     "model.path",
-    "rows.path",
+    "rows.0.path",
     "prune.contiguous",
     "prune.calibration.0.text",
     "prune.calibration.0.rows",
@@ -116,7 +118,7 @@ def test_every_recipe_leaf_that_can_change_a_number_moves_a_final_id(recipe):
     for path, value in leaves(recipe):
         if path in FIXED | GATES | {*DIAGNOSTICS} or path.startswith("arms."):
             continue
-        if path == "rows.answer":  # held_out needs checkable rows
+        if path == "rows.0.answer":  # held_out needs checkable rows
             changed = with_leaf(with_leaf(recipe, path, "none"), "evaluate.tasks", ["arc_easy"])
             assert final_ids(changed)[-1] not in original, path
             continue
@@ -220,8 +222,8 @@ def test_depth_moves_neither_scoring_nor_generation(recipe):
 def test_a_moved_file_keeps_its_identity(recipe, tmp_path):
     original = final_ids(recipe)
     moved = tmp_path / "elsewhere.jsonl"
-    Path(recipe["rows"]["path"]).rename(moved)
-    assert final_ids(with_leaf(recipe, "rows.path", str(moved))) == original
+    Path(recipe["rows"][0]["path"]).rename(moved)
+    assert final_ids(with_leaf(recipe, "rows.0.path", str(moved))) == original
 
 
 def test_storage_root_and_cwd_are_in_no_identity(recipe, tmp_path):

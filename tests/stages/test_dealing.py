@@ -13,7 +13,7 @@ from sdft_ray.core.rows import Row
 from sdft_ray.data.chat import render_prompt
 from sdft_ray.results import training_batches
 from sdft_ray.stages.distill import dealing, requests, spread
-from sdft_ray.stages.distill.draws import Settings
+from sdft_ray.stages.distill.draws import Settings, instruction_template
 from sdft_ray.stages.distill.instructions import prompts_of
 from sdft_ray.store import ledger as ledgers
 from sdft_ray.store.identity import Stage
@@ -95,7 +95,7 @@ def test_requests_are_the_rows_without_a_passing_sample_and_are_read_by_their_pl
     lines = make_lines(len(rows), chance)
     folder, ranges, dealt = join(rows, lines)
     pq.write_table(pa.Table.from_pylist([row._asdict() for row in rows]), tmp_path / "train.parquet", row_group_size=9)
-    written = requests.write_requests(folder, lambda: tmp_path, ranges, dealt, SETTINGS)
+    written = requests.write_requests(folder, lambda: tmp_path, ranges, dealt, SETTINGS, instruction_template(SETTINGS))
     oracle = []
     for position, row in enumerate(rows):
         for sample in range(3):

@@ -1,17 +1,19 @@
 """Evaluations: the harness is asked for what the recipe says, and our scores are its scores."""
 
+import math
 import types
 
 import pytest
 import torch
 from tiny import make_tiny_model, make_tokenizer
 
-from sdft_ray.core.rows import Row
+from sdft_ray.core.rows import PLAIN, Row
 from sdft_ray.data.benchmarks import offline_task_file
 from sdft_ray.data.chat import encode_row, render_prompt
 from sdft_ray.errors import UserError
 from sdft_ray.stages import evaluate
 from sdft_ray.stages.evaluate import generation, harness, held_out, presets
+from sdft_ray.stages.evaluate.settings import Source
 
 torch.set_num_threads(1)
 
@@ -157,7 +159,7 @@ def test_held_out_answers_are_graded_without_thoughts_and_references_without_wha
     learn_by_heart(model, [(render_prompt(tokenizer, p), tokenizer(text)["input_ids"]) for p, text in said.items()])
     rows = [Row(prompt, "It is 4.", "4", id=prompt) for prompt in said]
     lm = types.SimpleNamespace(model=model, tokenizer=tokenizer, max_length=512)
-    _, items = held_out.evaluate_held_out(lm, rows, "number", 32, 4)
+    _, items = held_out.evaluate_held_out(lm, rows, [Source(name="sums", answer="number")], 32, 4)
     assert {item.id: item.value for item in items} == {"a?": 1.0, "b?": 0.0, "c?": 0.0, "d?": 1.0}
     assert [item.generated for item in items][::2] == ["4", "<think>\n4, 4, 4"]
     for item, row in zip(items, rows, strict=True):
@@ -166,6 +168,49 @@ def test_held_out_answers_are_graded_without_thoughts_and_references_without_wha
             at = model(torch.tensor([ids])).logits[0].log_softmax(-1)[range(len(ids) - 1), ids[1:]]
         # The last nine are the eight bytes of the reference and the end of turn.
         assert item.bits == pytest.approx(-float(at[-9:-1].sum()) / torch.tensor(2.0).log().item(), rel=1e-4)
+
+
+def test_held_out_rows_of_several_sources_are_checked_as_each_says(tiny_model):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    lm = types.SimpleNamespace(
+        model=AutoModelForCausalLM.from_pretrained(tiny_model), tokenizer=tokenizer, max_length=512
+    )
+    sums = [Row(f"{i}?", f"It is {i}.", str(i), id=f"sum{i}") for i in range(3)]
+    chats = [Row(f"Say {i}.", f"I say {i}.", id=f"chat{i}", origin=1) for i in range(2)]
+    texts = [Row("", f"A plain text, number {i}.", conversation=PLAIN, id=f"text{i}", origin=2) for i in range(2)]
+    answers = {"sums": "number", "chats": "none", "texts": "none"}
+    sources = [Source(name=name, answer=answer) for name, answer in answers.items()]
+    score, items = held_out.evaluate_held_out(
+        lm, [*chats, *sums, *texts], [*sources, Source(name="texts", answer="none")], 4, 4
+    )
+    assert [item.id for item in items] == ["sum0", "sum1", "sum2"] and score.n == 3
+    assert {*score.other_metrics} == {
+        "exact_match sums",
+        *(f"bits_per_byte {name}" for name in ("sums", "chats", "texts")),
+    }
+    assert score.other_metrics["exact_match sums"] == score.value
+    for name, rows in (("sums", sums), ("chats", chats)):
+        own = [row._replace(origin=0, answer="0") for row in rows]
+        alone, _ = held_out.evaluate_held_out(lm, own, sources[:1], 4, 4)
+        assert alone.bits_per_byte == pytest.approx(score.other_metrics[f"bits_per_byte {name}"], rel=1e-4)
+        assert alone.other_metrics == {}
+    bits = 0.0
+    for row in texts:
+        ids = torch.tensor([encode_row(tokenizer, "", row.reference, PLAIN).ids])
+        with torch.inference_mode():
+            bits -= float(lm.model(ids).logits[0].log_softmax(-1)[range(ids.shape[1] - 1), ids[0, 1:]].sum())
+    size = sum(len(row.reference) for row in texts)
+    assert score.other_metrics["bits_per_byte texts"] == pytest.approx(bits / math.log(2) / size, rel=1e-4)
+
+
+def test_held_out_without_a_row_that_is_checked_is_one_clear_line(tiny_model):
+    from transformers import AutoTokenizer
+
+    lm = types.SimpleNamespace(model=None, tokenizer=AutoTokenizer.from_pretrained(tiny_model), max_length=512)
+    with pytest.raises(UserError, match=r"^evaluate\.tasks: held_out has no row"):
+        held_out.evaluate_held_out(lm, [Row("a?", "b")], [Source(name="chats", answer="none")], 4, 4)
 
 
 def learn_by_heart(model, texts):

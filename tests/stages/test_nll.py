@@ -94,3 +94,23 @@ def test_nll_line_of_a_report_names_both_with_their_lengths():
         "Negative log-likelihood a token under the base, 64 kept rows: rewrites 0.210 (202 tokens), "
         "references 0.812 (126 tokens)."
     )
+
+
+def test_likelihoods_of_each_source_are_those_of_its_rows_alone(tiny_model):
+    mixed = [row._replace(origin=i % 2) for i, row in enumerate(ROWS[:9])]
+
+    def measure(rows):
+        portions: dict[str, list] = {}
+        for name, portion in nll.measure(lambda: tiny_model, "float32", "cpu", rows):
+            portions.setdefault(name, []).append(portion)
+        return portions
+
+    together = measure(mixed)
+    for origin in (0, 1):
+        rows = [row for row in mixed if row.origin == origin]
+        alone = nll._likelihoods(measure([row._replace(origin=0) for row in rows]), rows)
+        ours = nll._likelihoods(together, rows, origin)
+        assert ours["rows"] == len(rows)
+        for side in ("reference", "distilled"):
+            assert ours[side].nll_per_token == pytest.approx(alone[side].nll_per_token, rel=1e-5)
+    assert sum(portion.rows for portion in together["reference"]) == 9

@@ -2,12 +2,13 @@
 
 import pytest
 
+from sdft_ray.core.prompts import CHECKABLE, OPEN
 from sdft_ray.core.rows import Row
 from sdft_ray.progress import Progress
 from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.recipe import Filters
 from sdft_ray.stages import Work, distill
-from sdft_ray.stages.distill.draws import Settings, select_rows
+from sdft_ray.stages.distill.draws import Settings, Source, instruction_template, instruction_templates, select_rows
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.ledger import Line
 from sdft_ray.store.storage import Storage
@@ -75,6 +76,24 @@ def test_select_rows_keeps_the_first_sample_that_passes_and_tells_its_seed():
 def test_ledger_is_another_one_only_where_other_text_would_be_generated(tmp_path, change, moves):
     def name(settings: Settings) -> str:
         stage = Stage("distill", "sums", 1, settings, {"model": Stage("model", "tiny", 1, {})})
-        return distill.ledger_id(Work(stage, Storage(str(tmp_path)), Compute(), Progress("distill", "rows")))
+        work = Work(stage, Storage(str(tmp_path)), Compute(), Progress("distill", "rows"))
+        return distill.ledger_id(work, instruction_template(settings))
 
     assert (name(changed(**change)) != name(SETTINGS)) is moves
+
+
+def test_select_rows_judges_a_row_as_its_source_says():
+    sources = [Source(name="sums", answer="number", template=None), Source(name="chats", answer="none", template=None)]
+    settings = Settings(answer=None, rows=None, sources=tuple(sources))
+    rows = [row._replace(origin=i % 2) for i, row in enumerate(ROWS)]
+    texts = {row.id: generated(row.id, "It is 99.") for row in rows}
+    assert [row.reason for row in select_rows(rows, texts, settings)[0]] == [
+        "wrong_answer" if row.origin == 0 else "kept" for row in rows
+    ]
+    assert [row.origin for row in select_rows(rows, texts, settings)[0]] == [0, 1, 0, 1, 0]
+    assert instruction_templates(settings) == [CHECKABLE, OPEN]
+
+
+def test_settings_of_one_source_hash_as_they_did():
+    assert {*Settings(answer="none", rows=None).hashed()} >= {"answer", "rows", "template"}
+    assert "sources" not in Settings(answer="none", rows=None).hashed()

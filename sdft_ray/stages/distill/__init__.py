@@ -12,12 +12,13 @@ driver nor that of any other process grows with their number.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +31,32 @@ from sdft_ray.errors import StageFailed, problem
 from sdft_ray.results import Conversation, count_training_rows, training_batches
 from sdft_ray.spec.compute import Needs
 from sdft_ray.spec.recipe import Distill
+from sdft_ray.spec.sources import RowSource
 from sdft_ray.stages import Work
-from sdft_ray.stages.distill.dataset import Figures, write_dataset
+from sdft_ray.stages.distill.dataset import Figures, count_reasons, write_dataset
 from sdft_ray.stages.distill.dealing import Dealt, RowId, deal
-from sdft_ray.stages.distill.draws import Settings, instruction_template
+from sdft_ray.stages.distill.draws import Settings, Source, instruction_templates
 from sdft_ray.stages.distill.requests import Requests, write_requests
 from sdft_ray.stages.distill.rewriter import COUNTS, Note, Rewriter
 from sdft_ray.stages.distill.spread import Folder, Range, ranges_of
 from sdft_ray.store import ledger as ledgers
 from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage, short_id
+from sdft_ray.store.record import Record
 
 VERSION, NEEDS, UNIT = 3, Needs("distill"), "rows"
 _FINISHED = "finished.json"  # the summary of a dataset that is whole and that its gate stopped
 _SAMPLING = ("temperature", "top_p", "max_new_tokens", "dtype", "seed")
+
+
+class SourceSummary(Record):
+    """How many rows of a source keep a rewrite, and why others do not."""
+
+    name: str
+    rows: int
+    kept: int
+    reasons: dict[str, int]
+    """Rows for each reason that occurs."""
 
 
 class Summary(stages.Summary):
@@ -64,7 +77,9 @@ class Summary(stages.Summary):
     mean_generated_tokens: float
     """A sample."""
     ledger: str = ""
-    """Its directory's name."""
+    """Its directory's name; several where sources have templates of their own."""
+    by_source: tuple[SourceSummary, ...] = ()
+    """Where there are several."""
 
     @property
     def failed_fraction(self) -> float:
@@ -72,9 +87,20 @@ class Summary(stages.Summary):
         return self.reasons["error"] / self.rows
 
 
-def stage(wanted: Distill, base: Stage, rows: Stage, count: int | None) -> Stage[Settings]:
-    """Return the stage that rewrites the first `count` training rows."""
-    settings = Settings(**dict(wanted), answer=rows.settings.split.answer, rows=count)
+def stage(
+    wanted: Distill, base: Stage, rows: Stage, sources: Mapping[str, RowSource], count: int | None
+) -> Stage[Settings]:
+    """Return the stage that rewrites the first `count` training rows of one source, or of several that are mixed."""
+    each = tuple(
+        Source(name=name, answer=source.answer, template=source.template or wanted.template)
+        for name, source in sources.items()
+    )
+    own: dict[str, Any]
+    if len(each) == 1:
+        own = {"answer": each[0].answer, "template": each[0].template}
+    else:
+        own = {"answer": None, "template": None, "sources": each}
+    settings = Settings(**dict(wanted) | own, rows=count)
     return Stage("distill", rows.slug, VERSION, settings, {"model": base, "rows": rows})
 
 
@@ -107,31 +133,39 @@ def require_gates(stage: Stage[Settings], summary: Summary) -> None:
 
 
 def _make_dataset(work: Work[Settings]) -> Summary:
-    """Generate what the ledger lacks and write the dataset; return its figures."""
+    """Generate what the ledgers lack and write the dataset; return its figures."""
     _require_trainable(work)
-    identity = ledger_id(work)
-    with work.storage.lock(f"ledger-{identity}"):  # recipes that ask for other rows share it
-        ledger = work.storage.ledger(f"{work.stage.inputs['model'].slug}-{identity}")
-        work.storage.bring(ledger)
-        _tidy(work, ledger)
+    ids = {template: ledger_id(work, template) for template in instruction_templates(work.settings)}
+    with contextlib.ExitStack() as locks:
+        for identity in sorted(ids.values()):  # recipes that ask for other rows share them
+            locks.enter_context(work.storage.lock(f"ledger-{identity}"))
+        slug = work.stage.inputs["model"].slug
+        ledgers_of = {template: work.storage.ledger(f"{slug}-{identity}") for template, identity in ids.items()}
         for old in work.resumable.iterdir():
             work.storage.drop(old)
         ranges = ranges_of(count_training_rows(work.input("rows"), work.settings.rows))
-        dealt = _deal(work, ledger, ranges)
-        # Names of their own: what another node has of an earlier run is not this.
-        requests = write_requests(_folder(work, "requests"), work.handle("rows"), ranges, dealt, work.settings)
-        rows, missing = ranges[-1].stop, sum(requests.counts)
+        dealt, asked = {}, {}
+        for template, ledger in ledgers_of.items():
+            work.storage.bring(ledger)
+            _tidy(work, ledger)
+            dealt[template] = own = _deal(work, ledger, ranges)
+            # Names of their own: what another node has of an earlier run is not this.
+            folder = _folder(work, "requests")
+            asked[template] = write_requests(folder, work.handle("rows"), ranges, own, work.settings, template)
+        rows, missing = ranges[-1].stop, sum(requests.missing for requests in asked.values())
         work.progress.begin(rows, done=rows - missing)
-        if missing:
+        for template, ledger in ledgers_of.items():
+            if not asked[template].missing:
+                continue
             work.progress.enter("starting the engine")
-            _generate(work, requests, missing, ledger)
+            _generate(work, asked[template], ledger)
             work.progress.enter("selecting")
             work.storage.bring(ledger, "part-*")
             _tidy(work, ledger)
-            dealt.folder.drop()
-            dealt = _deal(work, ledger, ranges)
+            dealt[template].folder.drop()
+            dealt[template] = _deal(work, ledger, ranges)
         figures = write_dataset(work, _folder(work, "dataset"), ranges, dealt)
-        return _summarise(figures, ledger.name)
+        return _summarise(figures, work.settings.sources or (), [ledger.name for ledger in ledgers_of.values()])
 
 
 def _deal(work: Work[Settings], ledger: Path, ranges: Sequence[Range]) -> Dealt:
@@ -147,20 +181,31 @@ def _folder(work: Work[Settings], name: str) -> Folder:
     return Folder(work.storage, work.stage, f"{name}-{uuid.uuid4().hex[:8]}")
 
 
-def _summarise(figures: Figures, ledger: str) -> Summary:
-    rows = figures.reasons.total()
-    kept = figures.reasons["kept"]
+def _summarise(figures: Figures, sources: Sequence[Source], ledgers: Sequence[str]) -> Summary:
+    reasons = count_reasons(figures)
+    rows = sum(reasons.values())
     return Summary(
         rows=rows,
-        kept=kept,
-        acceptance=kept / rows,
-        reasons={reason: figures.reasons[reason] for reason in REASONS},
+        kept=reasons["kept"],
+        acceptance=reasons["kept"] / rows,
+        reasons=reasons,
         usual_error=figures.errors.most_common(1)[0][0] if figures.errors else None,
         generations=figures.generations,
         generated_tokens=figures.tokens,
         mean_generated_tokens=figures.tokens / max(1, figures.generations),
-        ledger=ledger,
+        ledger=", ".join(ledgers),
+        **({"by_source": _by_source(figures, sources)} if sources else {}),
     )
+
+
+def _by_source(figures: Figures, sources: Sequence[Source]) -> tuple[SourceSummary, ...]:
+    """Return the figures of each source."""
+    each = []
+    for number, source in enumerate(sources):
+        reasons: dict[str, int] = {reason: count for reason in REASONS if (count := figures.reasons[number, reason])}
+        kept = reasons.get("kept", 0)
+        each.append(SourceSummary(name=source.name, rows=sum(reasons.values()), kept=kept, reasons=reasons))
+    return tuple(each)
 
 
 def _require_trainable(work: Work[Settings]) -> None:
@@ -183,24 +228,25 @@ def _tidy(work: Work[Settings], ledger: Path) -> None:
     work.storage.mirror(ledger)
 
 
-def ledger_id(work: Work[Settings]) -> str:
-    """Return the id of the ledger that these rows' generations go into."""
+def ledger_id(work: Work[Settings], template: str) -> str:
+    """Return the id of the ledger that the generations of rows with a template go into."""
     identity = {
         "model": work.stage.inputs["model"].id,
         "rendering": RENDERING_VERSION,
-        "template": instruction_template(work.settings),
+        "template": template,
         "template_options": work.settings.template_options,
         **{key: getattr(work.settings, key) for key in _SAMPLING},
     }
     return short_id(identity)
 
 
-def _generate(work: Work[Settings], requests: Requests, missing: int, ledger: Path) -> None:
+def _generate(work: Work[Settings], requests: Requests, ledger: Path) -> None:
     import ray
     from ray.util.annotations import RayDeprecationWarning
 
     plan, pool = work.compute.distill, work.compute.distill.actors
     assert plan.cpus != "auto", "load_compute settles auto"
+    missing = requests.missing
     size = min(plan.batch_rows, -(-missing // pool.max))
     batches = [(start, min(start + size, missing)) for start in range(0, missing, size)]
     # The number of restarts has no parameter of its own yet (docs/footguns.md).

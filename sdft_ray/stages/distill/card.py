@@ -61,10 +61,12 @@ def write(
     """Write README.md; counts: the rows for each reason."""
     from huggingface_hub import DatasetCardData
 
-    source = stage.inputs["rows"]
-    name, licence = _describe_source(source.settings.source, source.slug)
+    mixed = stage.inputs["rows"]
+    each = [_describe_source(read.settings.source, read.slug) for read in mixed.inputs.values() or [mixed]]
+    name, licences = " and ".join(name for name, _ in each), list(dict.fromkeys(licence for _, licence in each))
+    licence = ", ".join(licences)
     front = DatasetCardData(
-        license=licence,
+        license=licence if len(licences) == 1 else licences,
         task_categories=["text-generation"],
         tags=["self-data-distillation"],
         configs=[{"config_name": "default", "data_files": "train.parquet"}],

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from sdft_ray.results import DistilledRow, training_batches
 from sdft_ray.stages import Work
 from sdft_ray.stages.distill import card
 from sdft_ray.stages.distill.dealing import Dealt
-from sdft_ray.stages.distill.draws import Settings, best_lines, select_rows
+from sdft_ray.stages.distill.draws import Settings, best_lines, instruction_template, select_rows
 from sdft_ray.stages.distill.spread import Folder, Range, spread
 from sdft_ray.store.ledger import Lines
 
@@ -28,7 +28,8 @@ _GROUP_ROWS = 4096  # of a dataset of many ranges: whoever reads it holds metada
 class Figures(NamedTuple):
     """What selection comes to, of a range or of all."""
 
-    reasons: Counter[str]
+    reasons: Counter[tuple[int, str]]
+    """By source and reason."""
     errors: Counter[str]
     """What engines said of rows that they failed on."""
     generations: int
@@ -53,8 +54,8 @@ class Figures(NamedTuple):
         )
 
 
-def write_dataset(work: Work[Settings], folder: Folder, ranges: Sequence[Range], dealt: Dealt) -> Figures:
-    """Write train.parquet and its card; return the figures."""
+def write_dataset(work: Work[Settings], folder: Folder, ranges: Sequence[Range], dealt: Mapping[str, Dealt]) -> Figures:
+    """Write train.parquet and its card; return the figures. dealt: the lines of each template's ledger."""
     path, rows = work.directory / "train.parquet", work.handle("rows")
     if len(ranges) == 1:
         figures = _select(rows, dealt, work.settings, ranges[0], path)
@@ -62,9 +63,16 @@ def write_dataset(work: Work[Settings], folder: Folder, ranges: Sequence[Range],
         select = functools.partial(_select_range, folder, rows, dealt, work.settings)
         selected = spread(select, ranges, here=False)
         figures = functools.reduce(Figures.plus, _join(folder, ranges, selected, path), Figures.none())
-    reasons: dict[str, int] = {reason: figures.reasons[reason] for reason in REASONS}
-    card.write(work.directory, work.stage, reasons, figures.examples)
+    card.write(work.directory, work.stage, count_reasons(figures), figures.examples)
     return figures
+
+
+def count_reasons(figures: Figures) -> dict[str, int]:
+    """Return the rows for each reason, whatever their source."""
+    counts: Counter[str] = Counter()
+    for (_, reason), count in figures.reasons.items():
+        counts[reason] += count
+    return {reason: counts[reason] for reason in REASONS}
 
 
 def _join(folder: Folder, ranges: Sequence[Range], selected: Iterator[Figures], path: Path) -> Iterator[Figures]:
@@ -80,19 +88,26 @@ def _join(folder: Folder, ranges: Sequence[Range], selected: Iterator[Figures], 
             yield figures
 
 
-def _select_range(folder: Folder, rows: Callable[[], Path], dealt: Dealt, settings: Settings, some: Range) -> Figures:
+def _select_range(
+    folder: Folder, rows: Callable[[], Path], dealt: Mapping[str, Dealt], settings: Settings, some: Range
+) -> Figures:
     """Write the file of a range; return the figures."""
     figures = _select(rows, dealt, settings, some, folder.path / _name(some))
     folder.keep(_name(some))
     return figures
 
 
-def _select(rows: Callable[[], Path], dealt: Dealt, settings: Settings, some: Range, path: Path) -> Figures:
+def _select(
+    rows: Callable[[], Path], dealt: Mapping[str, Dealt], settings: Settings, some: Range, path: Path
+) -> Figures:
     """Write the rows of a range to a file, each with its selected response; return the figures."""
     import pyarrow.parquet as pq
 
     batches = list(training_batches(rows(), some.stop, Row, some.start))
-    lines = dealt.lines_of(some.number, (row.id for batch in batches for row in batch))
+    lines: Lines = {}
+    for template, own in dealt.items():
+        mine = (row for batch in batches for row in batch if instruction_template(settings, row.origin) == template)
+        lines |= own.lines_of(some.number, (row.id for row in mine))
     figures = Figures.none()
     with pq.ParquetWriter(path, card.schema()) as file:
         for batch in batches:
@@ -109,7 +124,7 @@ def _count(selected: Sequence[DistilledRow], samples: Lines) -> Figures:
         examples.setdefault(row.reason, row)
     drawn = [line for lines in samples.values() for line in lines]
     return Figures(
-        Counter(row.reason for row in selected),
+        Counter((row.origin, row.reason) for row in selected),
         Counter(row.generated for row in selected if row.reason == "error"),
         len(drawn),
         sum(line.tokens for line in drawn),

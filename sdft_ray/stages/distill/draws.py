@@ -8,31 +8,57 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from sdft_ray.core.prompts import CHECKABLE, OPEN
+from sdft_ray.core.prompts import rewriting_template
 from sdft_ray.core.rows import Row
 from sdft_ray.core.selection import COMPLETE, REASONS, Reason, Rules, reason_not_to_rewrite, select_response
 from sdft_ray.data.checkers import CHECKERS
 from sdft_ray.results import DistilledRow
 from sdft_ray.spec.recipe import Distill
+from sdft_ray.spec.section import Section
 from sdft_ray.store.ledger import Line
 
 _NOT_ASKED = Line("", 0, "", "", 0, 0, 0)
 
 
+class Source(Section):
+    """How the rows of one of several sources are rewritten and judged."""
+
+    unhashed = ("name",)
+    name: str
+    """For people."""
+    answer: str
+    template: str | None
+
+
 class Settings(Distill):
     """How rows are rewritten and judged."""
 
-    answer: str
-    """How their answers are checked."""
+    optional = ("sources",)
+    answer: str | None
+    """How their answers are checked; None where each source has its own way."""
     rows: int | None
     """How many training rows, the first ones; all where absent."""
+    sources: tuple[Source, ...] | None = None
+    """Where there are several: each with the answers and the template of its own."""
+
+    def answer_of(self, origin: int) -> str:
+        """Return how the answers of a source's rows are checked."""
+        answer = self.sources[origin].answer if self.sources else self.answer
+        assert answer, "one source has its answer here"
+        return answer
 
 
-def instruction_template(settings: Settings) -> str:
-    """Return the rewriting instruction: the recipe's own, else the one that suits how rows are checked."""
-    return settings.template or (OPEN if settings.answer == "none" else CHECKABLE)
+def instruction_template(settings: Settings, origin: int = 0) -> str:
+    """Return the rewriting instruction of a source's rows: its own, else the one that suits how they are checked."""
+    own = settings.sources[origin].template if settings.sources else settings.template
+    return rewriting_template(settings.answer_of(origin), own)
+
+
+def instruction_templates(settings: Settings) -> list[str]:
+    """Return the rewriting instructions of all sources, each once."""
+    return list(dict.fromkeys(instruction_template(settings, i) for i, _ in enumerate(settings.sources or [None])))
 
 
 def sampling_seed(row_id: str, seed: int, sample: int = 0) -> int:
@@ -41,9 +67,13 @@ def sampling_seed(row_id: str, seed: int, sample: int = 0) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
 
 
-def rules_of(settings: Settings) -> Rules:
-    """Return the rules that rewrites are judged by."""
-    return Rules(CHECKERS.get(settings.answer), settings.filters.model_dump(), settings.strip_thinking)
+def rules_of(settings: Settings, rows: Iterable[Row]) -> dict[int, Rules]:
+    """Return the rules that rewrites are judged by, by the source of a row."""
+    filters = settings.filters.model_dump()
+    return {
+        origin: Rules(CHECKERS.get(settings.answer_of(origin)), filters, settings.strip_thinking)
+        for origin in {row.origin for row in rows}
+    }
 
 
 def select_rows(
@@ -54,10 +84,10 @@ def select_rows(
     rows in = rows out, in the same order: each is trained on, with the first of its samples that passes, or with its
     reference. A function of what is there already: other settings select again and generate nothing.
     """
-    rules, selected = rules_of(settings), []
+    rules, selected = rules_of(settings, rows), []
     for row in rows:
         samples = generations[row.id]
-        chosen = select_response(row, samples, rules)
+        chosen = select_response(row, samples, rules[row.origin])
         made = samples[chosen.sample] if samples else _NOT_ASKED
         selected.append(
             DistilledRow(

@@ -17,8 +17,8 @@ from sdft_ray.stages.distill.draws import Settings, instruction_template
 
 def instructions_of(rows: Sequence[Row], settings: Settings) -> list[Given]:
     """Return what the model is given for each row."""
-    template = instruction_template(settings)
-    return [ask_for_rewrite(row, template) for row in rows]
+    templates = {origin: instruction_template(settings, origin) for origin in {row.origin for row in rows}}
+    return [ask_for_rewrite(row, templates[row.origin]) for row in rows]
 
 
 def prompts_of(tokenizer: Any, rows: Sequence[Row], settings: Settings) -> list[list[int]]:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from sdft_ray.core.rows import Row
 from sdft_ray.results import read_columns, training_batches
 from sdft_ray.stages.distill.dealing import Dealt
-from sdft_ray.stages.distill.draws import Settings, next_draw, rules_of
+from sdft_ray.stages.distill.draws import Settings, instruction_template, next_draw, rules_of
 from sdft_ray.stages.distill.spread import Folder, Range, spread
 
 _GROUP_ROWS = 512  # of a file: what an actor reads at least
@@ -40,6 +40,11 @@ class Requests(NamedTuple):
     counts: tuple[int, ...]
     """Requests in the file of each range."""
 
+    @property
+    def missing(self) -> int:
+        """How many rows need the engine."""
+        return sum(self.counts)
+
     def read(self, start: int, stop: int) -> list[Asked]:
         """Return the requests at some places."""
         found: list[Asked] = []
@@ -52,23 +57,28 @@ class Requests(NamedTuple):
 
 
 def write_requests(
-    folder: Folder, rows: Callable[[], Path], ranges: Sequence[Range], dealt: Dealt, settings: Settings
+    folder: Folder, rows: Callable[[], Path], ranges: Sequence[Range], dealt: Dealt, settings: Settings, template: str
 ) -> Requests:
-    """Return the requests, written for each range; rows: returns the directory of the training rows."""
-    work = functools.partial(_write_range, folder, rows, dealt, settings)
+    """Return the requests of rows with a template, written for each range; rows: returns the directory of the training
+    rows."""
+    work = functools.partial(_write_range, folder, rows, dealt, settings, template)
     return Requests(folder, tuple(spread(work, ranges, here=len(ranges) == 1)))
 
 
-def _write_range(folder: Folder, rows: Callable[[], Path], dealt: Dealt, settings: Settings, some: Range) -> int:
+def _write_range(
+    folder: Folder, rows: Callable[[], Path], dealt: Dealt, settings: Settings, template: str, some: Range
+) -> int:
     """Write those rows of a range that need the engine; return how many they are."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     kept = [row for batch in training_batches(rows(), some.stop, Row, some.start) for row in batch]
-    lines = dealt.lines_of(some.number, (row.id for row in kept))
-    asked, rules = [], rules_of(settings)
+    rules = rules_of(settings, kept)
+    mine = {origin for origin in rules if instruction_template(settings, origin) == template}
+    lines = dealt.lines_of(some.number, (row.id for row in kept if row.origin in mine))
+    asked = []
     for position, row in enumerate(kept, some.start):
-        if draw := next_draw(row, lines[row.id], settings.samples, rules):
+        if row.origin in mine and (draw := next_draw(row, lines[row.id], settings.samples, rules[row.origin])):
             asked.append((*row, position, *draw))
     schema = _schema()
     columns = zip(*asked, strict=True) if asked else [[]] * len(schema)

@@ -167,7 +167,8 @@ class _Batch:
         self.name = hashlib.sha256("".join(self.rows).encode()).hexdigest()[:12]
         self.piece: list[ledgers.Line] = []
         """Lines that are not durable yet."""
-        self._settings, self._rules = settings, rules_of(settings)
+        self._settings = settings
+        self._rules = rules_of(settings, (asked.row for asked in requests))
         self._lines: ledgers.Lines = {row_id: [] for row_id in self.rows}
         self._settled: dict[str, bool] = {}
         """For each row that needs no engine any more, whether it keeps a rewrite."""
@@ -193,14 +194,15 @@ class _Batch:
     def next_sample(self, row_id: str, poison: bool = False) -> int | None:
         """Return the sample that a row needs next; None where it needs none, failed too often or kills engines."""
         asked, lines, samples = self.rows[row_id], self._lines[row_id], self._settings.samples
-        draw = None if poison else next_draw(asked.row, lines, samples, self._rules, asked.sample)
+        rules = self._rules[asked.row.origin]
+        draw = None if poison else next_draw(asked.row, lines, samples, rules, asked.sample)
         if draw is not None:
             sample, failed = draw
             before = asked.failed if sample == asked.sample else 0
             # Whatever happened in earlier runs, each run tries once: its cause may have been fixed.
             if not failed or before + failed < self._settings.max_attempts:
                 return sample
-        self._settled[row_id] = keeps(asked.row, best_lines(lines, samples), self._rules)
+        self._settled[row_id] = keeps(asked.row, best_lines(lines, samples), rules)
         return None
 
     def counts(self) -> dict[str, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -18,16 +18,17 @@ from sdft_ray import environment, stages
 from sdft_ray.cluster import use_assigned_cores
 from sdft_ray.core.rows import Row
 from sdft_ray.data.benchmarks import offline_task_file
-from sdft_ray.results import HELD_OUT, ITEMS, SCORE, Item, Score, read_split
+from sdft_ray.results import HELD_OUT, ITEMS, SCORE, Item, Score, read_held_out
 from sdft_ray.spec.compute import Needs
 from sdft_ray.spec.recipe import Evaluate
+from sdft_ray.spec.sources import RowSource
 from sdft_ray.stages import Work
 from sdft_ray.stages.evaluate.harness import load_model, run_task
 from sdft_ray.stages.evaluate.held_out import evaluate_held_out
 from sdft_ray.stages.evaluate.presets import way_of
-from sdft_ray.stages.evaluate.settings import HeldOutSettings, Settings, TaskSettings
+from sdft_ray.stages.evaluate.settings import HeldOutSettings, Settings, Source, TaskSettings
 from sdft_ray.store.files import hash_source, write_atomically
-from sdft_ray.store.identity import Stage, slugify
+from sdft_ray.store.identity import Stage, numbered, slugify
 
 VERSION, NEEDS, UNIT = 2, Needs("evaluate"), "parts"
 
@@ -39,13 +40,24 @@ class Summary(Score, stages.Summary):
     """That it took in its worker."""
 
 
-def stage(wanted: Evaluate, task: str, name: str, model: Stage, rows: Stage) -> Stage[Settings]:
-    """Return the stage that takes the model of this name through a task."""
+def stage(
+    wanted: Evaluate, task: str, name: str, model: Stage, rows: Sequence[Stage], sources: Mapping[str, RowSource]
+) -> Stage[Settings]:
+    """Return the stage that takes the model of this name through a task; rows: those of each source.
+
+    Held-out rows are read from each source, not from the mixture: whatever its weights, the base is evaluated once.
+    """
     slug = slugify(f"{task}-{name}")
     if task == HELD_OUT:
-        answer = rows.settings.split.answer
-        held_out = HeldOutSettings(dtype=wanted.dtype, max_new_tokens=wanted.max_new_tokens, answer=answer)
-        return Stage("evaluate", slug, VERSION, held_out, {"model": model, "rows": rows})
+        each = tuple(Source(name=name, answer=source.answer) for name, source in sources.items())
+        held_out = HeldOutSettings(
+            dtype=wanted.dtype,
+            max_new_tokens=wanted.max_new_tokens,
+            answer=each[0].answer if len(each) == 1 else None,
+            sources=each if len(each) > 1 else None,
+        )
+        inputs = {numbered("rows", i): stage for i, stage in enumerate(rows)}
+        return Stage("evaluate", slug, VERSION, held_out, {"model": model, **inputs})
     way = way_of(wanted.preset, task)
     file = offline_task_file(task) if wanted.preset == "offline" else None
     settings = TaskSettings(
@@ -67,7 +79,7 @@ def build(work: Work[Settings]) -> Summary:
     import ray
 
     plan = work.compute.evaluate
-    held_out = read_split(work.input("rows"), HELD_OUT, Row) if work.settings.task == HELD_OUT else []
+    held_out = read_held_out(work.inputs("rows")) if work.settings.task == HELD_OUT else []
     summary, items = work.result(
         ray.remote(evaluate)
         .options(
@@ -106,7 +118,8 @@ def evaluate(
     use_assigned_cores()
     lm = load_model(str(model()), settings.dtype, batch_size, device)
     if isinstance(settings, HeldOutSettings):
-        score, items = evaluate_held_out(lm, held_out, settings.answer, settings.max_new_tokens, batch_size)
+        sources = settings.sources or [Source(name="", answer=str(settings.answer))]
+        score, items = evaluate_held_out(lm, held_out, sources, settings.max_new_tokens, batch_size)
     else:
         score, items = run_task(lm, settings)
     return Summary(**score.model_dump(exclude_unset=True), seconds=round(time.monotonic() - begun, 2)), items

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-from sdft_ray.core.rows import Row
+from sdft_ray.core.rows import Row, TrainingRow
 from sdft_ray.core.selection import strip_thoughts
 from sdft_ray.data.chat import encode_rows, opening_ids
 from sdft_ray.data.checkers import is_correct
+from sdft_ray.errors import UserError, problem
 from sdft_ray.results import Item, Score
 from sdft_ray.stages.evaluate.generation import generate_greedily
 from sdft_ray.stages.evaluate.likelihoods import score_requests
 from sdft_ray.stages.evaluate.scores import make_score
+from sdft_ray.stages.evaluate.settings import Source
 
 
 class _HeldOutItem(Item):
@@ -23,36 +26,99 @@ class _HeldOutItem(Item):
     """Of the reference."""
 
 
+class _Bits(NamedTuple):
+    """The likelihood of a reference."""
+
+    bits: float
+    bytes: int
+
+
 def evaluate_held_out(
-    lm: Any, rows: list[Row], checker: str, max_new_tokens: int, batch_size: int
+    lm: Any, rows: list[Row], sources: Sequence[Source], max_new_tokens: int, batch_size: int
 ) -> tuple[Score, list[Item]]:
     """Return exact match of greedily generated answers, and bits per byte of the references, on the held-out rows.
 
     What is generated begins where the loss of training begins, and its thoughts are no part of the answer. Bits per
-    byte separate models where exact match is on the floor: they need no answer to be right.
+    byte separate models where exact match is on the floor: they need no answer to be right. Rows of sources whose
+    answers are not checked count for them alone. Of several sources each has both figures among the other metrics.
     """
     model, tokenizer = lm.model, lm.tokenizer
     encoded = list(encode_rows(tokenizer, [row.exchange for row in rows]))
-    prompts = [row.ids[: row.trained_from] for row in encoded]
+    checked = [i for i, row in enumerate(rows) if sources[row.origin].answer != "none"]
+    if not checked:
+        do = "Hold out rows of a source with checkable answers"
+        raise UserError(problem("evaluate.tasks", "held_out has no row with an answer that is checked", do))
+    prompts = [encoded[i].ids[: encoded[i].trained_from] for i in checked]
     texts = generate_greedily(model, tokenizer, prompts, max_new_tokens, batch_size)
-    # What the template writes around a response is the format's, not the reference's: its bits are left out.
-    starts = [row.trained_from + len(opening_ids(tokenizer)) for row in encoded]
-    requests = [(row.ids[:start], row.ids[start:-1]) for row, start in zip(encoded, starts, strict=True)]
-    likelihoods = score_requests(model, requests, lm.max_length, batch_size)
+    references = _measure(lm, rows, encoded, batch_size)
     items = []
-    for row, text, (likelihood, _) in zip(rows, texts, likelihoods, strict=True):
-        answer = strip_thoughts(text)
+    for i, text in zip(checked, texts, strict=True):
+        row, answer = rows[i], strip_thoughts(text)
+        checker = sources[row.origin].answer
         items.append(
             _HeldOutItem(
                 id=row.id,
                 value=float(None not in (answer, row.answer) and is_correct(checker, str(row.answer), str(answer))),
                 generated=text,
-                bits=-likelihood / math.log(2),
-                bytes=len(row.reference.encode()),
+                **references[i]._asdict(),
             )
         )
     values = [item.value for item in items]
-    # Letters can be guessed; how many there are to choose from is seen in the answers.
-    chance = 1 / len({row.answer for row in rows}) if checker == "choice" else 0.0
-    bits = sum(item.bits for item in items) / sum(item.bytes for item in items)
-    return make_score("exact_match", values, chance, limited=False, bits_per_byte=bits), list(items)
+    chances = _chances(rows, sources)
+    by_source = _by_source(rows, sources, {i: item.value for i, item in zip(checked, items, strict=True)}, references)
+    return make_score(
+        "exact_match",
+        values,
+        sum(chances[rows[i].origin] for i in checked) / len(checked),
+        limited=False,
+        bits_per_byte=_per_byte(references),
+        **({"other_metrics": by_source} if len(sources) > 1 else {}),
+    ), list(items)
+
+
+def _measure(lm: Any, rows: Sequence[Row], encoded: Sequence[TrainingRow], batch_size: int) -> list[_Bits]:
+    """Return the likelihood of each reference.
+
+    What the template writes around a response is the format's, not the reference's: its bits are left out.
+    """
+    requests = []
+    for row, each in zip(rows, encoded, strict=True):
+        if row.exchange.is_plain:
+            requests.append((each.ids[:1], each.ids[1:]))
+        else:
+            start = each.trained_from + len(opening_ids(lm.tokenizer))
+            requests.append((each.ids[:start], each.ids[start:-1]))
+    likelihoods = score_requests(lm.model, requests, lm.max_length, batch_size)
+    return [
+        _Bits(-likelihood / math.log(2), len(row.reference.encode()))
+        for row, (likelihood, _) in zip(rows, likelihoods, strict=True)
+    ]
+
+
+def _per_byte(references: Sequence[_Bits]) -> float:
+    return sum(each.bits for each in references) / sum(each.bytes for each in references)
+
+
+def _chances(rows: Sequence[Row], sources: Sequence[Source]) -> list[float]:
+    """Return what guessing scores on each source.
+
+    Letters can be guessed; how many there are to choose from is seen in the answers.
+    """
+    answers = [{row.answer for row in rows if row.origin == i} for i, _ in enumerate(sources)]
+    return [
+        1 / max(1, len(those)) if each.answer == "choice" else 0.0 for each, those in zip(sources, answers, strict=True)
+    ]
+
+
+def _by_source(
+    rows: Sequence[Row], sources: Sequence[Source], values: Mapping[int, float], references: Sequence[_Bits]
+) -> dict[str, float]:
+    """Return the figures of each source that has some; values: of rows that are checked, by their numbers."""
+    figures: dict[str, float] = {}
+    for number, source in enumerate(sources):
+        mine = [i for i, row in enumerate(rows) if row.origin == number]
+        if matches := [values[i] for i in mine if i in values]:
+            figures[f"exact_match {source.name}"] = sum(matches) / len(matches)
+        if mine:
+            figures[f"bits_per_byte {source.name}"] = _per_byte([references[i] for i in mine])
+    return figures

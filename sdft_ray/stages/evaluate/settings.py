@@ -7,13 +7,26 @@ from typing import Literal
 from sdft_ray.spec.section import Section
 
 
+class Source(Section):
+    """One of several sources of held-out rows."""
+
+    unhashed = ("name",)
+    name: str
+    """For people."""
+    answer: str
+
+
 class HeldOutSettings(Section):
     """The recipe's own held-out rows, answered greedily."""
 
+    optional = ("sources",)
     task: Literal["held_out"] = "held_out"
     dtype: str
     max_new_tokens: int
-    answer: str
+    answer: str | None
+    """How they are checked; None where each source has its own way."""
+    sources: tuple[Source, ...] | None = None
+    """Where there are several."""
 
 
 class TaskSettings(Section):
