@@ -1,5 +1,6 @@
 """Encoded rows: by number they are what was encoded, whatever shards, processes and inputs they came through."""
 
+import dataclasses
 from pathlib import Path
 
 import pyarrow as pa
@@ -37,11 +38,11 @@ def make_rows(source: int, lengths: str) -> list[Row]:
     ]
 
 
-# The second and the third shard of five rows hold nothing that is left.
+# The second shard of five rows holds nothing that is left.
 INPUTS = [make_rows(0, "sslsslllllllls"), make_rows(1, "sls"), make_rows(2, "ssssssss")]
 
 
-def make_work(root: Path, model: Path, inputs: list[list[Row]] = INPUTS, **settings) -> Work:
+def make_work(root: Path | str, model: Path, inputs: list[list[Row]] = INPUTS, **settings) -> Work:
     """Return the work of training on several inputs, each with two of its rows for validation."""
     storage = Storage(str(root))
     stages = {"model": Stage("cut", "tiny", 1, {}, location=model)}
@@ -166,6 +167,18 @@ def test_train_a_conversation_that_the_template_cannot_write_is_one_line(refusin
     work = make_work(tmp_path, refusing_model, [with_system()])
     with pytest.raises(UserError, match=r"^model: its chat template cannot write the conversation at '3\?' \(System"):
         train.build(work)
+
+
+def test_encoded_rows_in_an_object_store_are_brought_by_other_nodes(s3, tiny_model, tmp_path, monkeypatch):
+    work = make_work(s3, tiny_model)
+    encode_split(work, make_tokenizer(), "train")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    other = dataclasses.replace(work, storage=Storage(s3))
+    assert find_ids(other, [0, 5]) == ["0-0", "1-0"]
+    folder = other.resumable / "encoded"
+    assert not list(folder.glob("*.ids.npy")), "numbers are looked up without the token ids"
+    other.storage.bring(other.resumable, "encoded/*")
+    assert list(EncodedRows(folder, "train")) == list(EncodedRows(work.resumable / "encoded", "train"))
 
 
 def test_encode_split_by_tasks_gives_what_one_process_gives(ray_cluster, tiny_model, refusing_model, tmp_path):
