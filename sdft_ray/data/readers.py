@@ -146,6 +146,13 @@ def read_rows(source: RowSource) -> list[Row]:
     return list(iterate_rows(source))
 
 
+def read_first(source: FileRows, most: int) -> tuple[list[Row], bool]:
+    """Return the raw rows of the first `most` records of a file, and whether these are all."""
+    records = itertools.islice(_file_records(source), source.limit)
+    rows = [row for record in itertools.islice(records, most) for row in rows_of(record, source)]
+    return rows, next(records, None) is None
+
+
 def iterate_rows(source: RowSource) -> Iterator[Row]:
     """Yield the rows of `read_rows` one at a time, whatever their number."""
     if isinstance(source, GymRows):
