@@ -101,11 +101,16 @@ def read_columns(table: Any, kind: type[R]) -> list[R]:
     return [kind._make(values) for values in zip(*columns, strict=True)]
 
 
-def read_split(directory: Path, split: str, kind: type[R]) -> list[R]:
-    """Return the rows of one split of a rows or distilled artifact."""
+def read_split(directory: Path, split: str, kind: type[R], most: int | None = None) -> list[R]:
+    """Return the rows of one split of a rows or distilled artifact, or the first ones of them."""
     import pyarrow.parquet as pq
 
-    return read_columns(pq.ParquetFile(directory / f"{split}.parquet").read(list(kind._fields)), kind)
+    rows: list[R] = []
+    for batch in pq.ParquetFile(directory / f"{split}.parquet").iter_batches(1024, columns=list(kind._fields)):
+        rows += read_columns(batch, kind)
+        if most is not None and len(rows) >= most:
+            break
+    return rows[:most]
 
 
 def read_held_out(directories: Sequence[Path]) -> list[Row]:

@@ -1,5 +1,6 @@
 """What does not fit together is found before anything is built: numbers, rows, calibration texts, lengths."""
 
+import functools
 import json
 import shutil
 
@@ -8,9 +9,11 @@ from tiny_gguf import make_tiny_gguf
 
 from sdft_ray import pipeline
 from sdft_ray.errors import UserError
+from sdft_ray.preflight import limits
 from sdft_ray.preflight.checks import check
 from sdft_ray.spec.compute import Compute, load_compute
 from sdft_ray.spec.recipe import Recipe
+from sdft_ray.spec.sources import FileRows
 from sdft_ray.spec.wording import validate
 
 CONTEXT = 2048  # of the tiny model, whose tokens are bytes
@@ -256,3 +259,32 @@ def test_corpora_with_one_name_are_numbered(tiny_model, tmp_path):
     }
     stage = pipeline.chain(validate(Recipe, recipe)).loss
     assert [corpus.name for corpus in stage.settings.calibration] == ["texts", "texts-2", "texts-2-2", "texts-3"]
+
+
+def test_read_of_a_large_file_is_of_its_first_records_and_refuses_no_number_of_rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row(i)) + "\n" for i in range(30)) + "{\n")
+    source = FileRows.model_validate({"path": str(path), "fields": {"prompt": "q", "response": "a"}})
+    first = functools.partial(limits.read_file, most=20)
+    splits, is_all = first(source)
+    assert not is_all and {name: len(rows) for name, rows in splits.items()} == {
+        "held_out": 0,
+        "validation": 0,
+        "train": 20,
+    }
+    assert limits.read_sources([source], 1000, first) == splits
+    limited = source.model_copy(update={"limit": 30, "held_out": 4, "validation": 2})
+    with pytest.raises(UserError, match="more than the 24 training rows"):
+        limits.read_sources([limited], 25, first)
+    assert limits.read_sources([limited], 24, first) == splits
+    with pytest.raises(UserError, match=r"rows\.jsonl:31: is not JSON"):
+        limits.read_file(source)
+
+
+@pytest.mark.parametrize("count", [20, 21])
+def test_read_of_a_file_with_as_many_records_as_are_read_is_of_all(tmp_path, count):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row(i)) + "\n" for i in range(count)))
+    source = FileRows.model_validate({"path": str(path), "fields": {"prompt": "q", "response": "a"}, "held_out": 5})
+    splits, is_all = limits.read_file(source.model_copy(update={"validation": 1}), 20)
+    assert is_all == (count == 20) and len(splits["held_out"]) == (5 if is_all else 0)

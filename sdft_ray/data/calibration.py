@@ -111,6 +111,11 @@ class CorpusSettings(Section):
     path: str | None = None
     """The path of its file."""
 
+    @property
+    def texts(self) -> int:
+        """How many texts are read, at most."""
+        return self.limit + self.held_back
+
 
 def describe_corpora(corpora: Sequence[Calibration], names_of_rows: Sequence[str | None]) -> tuple[CorpusSettings, ...]:
     """Return corpora as they are hashed, numbered where names repeat; names_of_rows: None for a corpus of a file."""
@@ -171,7 +176,7 @@ def read_corpora(base: Path, settings: Sequence[CorpusSettings], rows: Mapping[i
 
 
 def _read_corpus(tokenizer: Any, settings: CorpusSettings, rows: Rows | None) -> Corpus:
-    count = settings.limit + settings.held_back
+    count = settings.texts
     if rows:
         texts = _read_chat(tokenizer, rows[:count])
     else:

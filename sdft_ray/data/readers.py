@@ -137,16 +137,30 @@ def _kind_of_rows(source: TableRows) -> dict[str, Any]:
 
 
 def read_rows(source: RowSource) -> list[Row]:
-    """Return the raw rows of a source without ids, at most `limit`, in the source's order.
+    """Return the raw rows of a source without ids, at most those of `limit` records, in the source's order.
 
     `answer` is None where the source has no column for it. A worked row of GSM8K:
     {"question": "Weng earns…", "answer": "…#### 10"} becomes
     Row("Weng earns…", "…#### 10", None).
     """
+    return list(iterate_rows(source))
+
+
+def read_first(source: FileRows, most: int) -> tuple[list[Row], bool]:
+    """Return the raw rows of the first `most` records of a file, and whether these are all."""
+    records = itertools.islice(_file_records(source), source.limit)
+    rows = [row for record in itertools.islice(records, most) for row in rows_of(record, source)]
+    return rows, next(records, None) is None
+
+
+def iterate_rows(source: RowSource) -> Iterator[Row]:
+    """Yield the rows of `read_rows` one at a time, whatever their number."""
     if isinstance(source, GymRows):
-        return _gym_rows(source)
+        yield from _gym_rows(source)
+        return
     records = _file_records(source) if isinstance(source, FileRows) else _hub_records(source)
-    return [row for record in itertools.islice(records, source.limit) for row in rows_of(record, source)]
+    for record in itertools.islice(records, source.limit):
+        yield from rows_of(record, source)
 
 
 def _file_records(source: FileRows) -> Iterator[Record]:
@@ -154,7 +168,7 @@ def _file_records(source: FileRows) -> Iterator[Record]:
         yield from read_records(path)
 
 
-def _gym_rows(source: GymRows) -> list[Row]:
+def _gym_rows(source: GymRows) -> Iterator[Row]:
     with warnings.catch_warnings():
         # Python compiles a module where it is imported for the first time, and one of its dependencies is careless.
         warnings.simplefilter("ignore", SyntaxWarning)
@@ -170,7 +184,8 @@ def _gym_rows(source: GymRows) -> list[Row]:
         what = f"{source.gym} refuses them ({error})"
         raise UserError(problem("rows.options", what, "Change rows.options")) from None
     # A generated problem has no worked response: its answer is the reference.
-    return [Row(item["question"], answer := str(item["answer"]), answer) for item in dataset]
+    for item in dataset:
+        yield Row(item["question"], answer := str(item["answer"]), answer)
 
 
 def _hub_records(source: HubRows) -> Iterator[Record]:

@@ -1,7 +1,8 @@
 """Read the records of one file, whatever its kind, each with the place it stands at.
 
-In: a .json, .jsonl, .csv, .parquet or .arrow file; the texts also packed as .gz or .zst. Out: one record at a time, so
-that a reader who wants few of them reads no further. This module does not know the meaning of the values.
+In: a .json, .jsonl, .csv, .parquet or .arrow file; the texts also packed as .gz or .zst; or a span of a file that can
+be entered in its middle. Out: one record at a time, so that a reader who wants few of them reads no further (but a
+.json file is one value, which is read whole). This module does not know the meaning of the values.
 """
 
 from __future__ import annotations
@@ -23,6 +24,19 @@ ROW_FILE = "a .json, .jsonl, .csv, .parquet or .arrow file"
 _TEXTS = (".json", ".jsonl", ".csv", ".txt")
 _PACKINGS = {".gz": "gzip", ".zst": "zstd"}  # as Arrow calls them
 _ROWS_AT_ONCE = 1000  # of a table that become Python objects together
+
+
+class Span(NamedTuple):
+    """A range of a file: the lines of a .jsonl file that begin between two bytes, or row groups of a Parquet file."""
+
+    start: int = 0
+    stop: int | None = None
+    """The first byte or row group behind it; None for the file's end."""
+    first: int = 1
+    """The number of its first line or row in the file."""
+
+
+WHOLE = Span()
 
 
 class Record(NamedTuple):
@@ -62,13 +76,24 @@ def describe_kind(path: Path) -> str:
     return f"is a {suffix} file, which is not known" if suffix else "has no suffix that names its format"
 
 
-def read_records(path: Path) -> Iterator[Record]:
-    """Yield the records of a file; raises UserError with the place of a mistake."""
-    readers = {".jsonl": _read_lines, ".json": _read_list, ".csv": _read_csv, ".parquet": _read_table}
-    readers[".arrow"] = _read_table
-    if (suffix := kind(path)) not in readers:
-        raise UserError(problem(str(path), describe_kind(path), f"Save it as {ROW_FILE}"))
-    yield from readers[suffix](path)
+def read_records(path: Path, span: Span = WHOLE) -> Iterator[Record]:
+    """Yield the records of a file, or of a span of it; raises UserError with the place of a mistake."""
+    match kind(path):
+        case ".jsonl":
+            yield from _read_lines(path, span)
+        case ".parquet" | ".arrow":
+            yield from _read_table(path, span)
+        case ".json":
+            yield from _read_list(path)
+        case ".csv":
+            yield from _read_csv(path)
+        case _:
+            raise UserError(problem(str(path), describe_kind(path), f"Save it as {ROW_FILE}"))
+
+
+def can_be_cut(path: Path) -> bool:
+    """Return whether a file can be entered in its middle: a packed one cannot, and a CSV value may go over lines."""
+    return kind(path) == ".parquet" or (kind(path) == ".jsonl" and path.suffix.lower() not in _PACKINGS)
 
 
 @contextlib.contextmanager
@@ -101,9 +126,16 @@ def _at(place: str, values: dict[str, Any]) -> Record:
 # --- JSON -----------------------------------------------------------------------------------------------------
 
 
-def _read_lines(path: Path) -> Iterator[Record]:
+def _read_lines(path: Path, span: Span) -> Iterator[Record]:
     with open_text(path) as lines:
-        for number, line in enumerate(lines, 1):
+        if span.start:  # inside a line, which belongs to the span before; or at a line's start
+            lines.seek(span.start - 1)
+            lines.readline()
+        at = lines.tell() if span != WHOLE else 0
+        for number, line in enumerate(lines, span.first):
+            if span.stop is not None and at >= span.stop:
+                return
+            at += len(line)
             if text := decode(line, f"{path}:{number}").strip():
                 yield _at(f"{path}:{number}", _parse_record(text, path, number))
 
@@ -195,15 +227,15 @@ def _csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
             first = lines.line_num + 1
 
 
-def _read_table(path: Path) -> Iterator[Record]:
+def _read_table(path: Path, span: Span) -> Iterator[Record]:
     """Yield the records of a Parquet or Arrow file, a few of its rows at a time."""
     import pyarrow
 
     first_bytes(path)
     parquet = kind(path) == ".parquet"
-    number = 0
+    number = span.first - 1
     try:
-        for batch in _parquet_batches(path) if parquet else _arrow_batches(path):
+        for batch in _parquet_batches(path, span) if parquet else _arrow_batches(path):
             batch.validate(full=True)  # or values of a damaged file are read from anywhere in memory
             for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
                 for values in batch.slice(start, _ROWS_AT_ONCE).to_pylist():
@@ -214,11 +246,12 @@ def _read_table(path: Path) -> Iterator[Record]:
         raise UserError(problem(str(path), what, "Give a valid file")) from None
 
 
-def _parquet_batches(path: Path) -> Iterator[Any]:
+def _parquet_batches(path: Path, span: Span) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as file:
-        yield from file.iter_batches(_ROWS_AT_ONCE)
+    with pq.ParquetFile(path, buffer_size=1 << 20) as file:  # else a column of a whole row group is held at once
+        groups = [*range(file.num_row_groups)][span.start : span.stop]
+        yield from file.iter_batches(_ROWS_AT_ONCE, row_groups=groups)
 
 
 def _arrow_batches(path: Path) -> Iterator[Any]:

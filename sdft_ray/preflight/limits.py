@@ -28,12 +28,23 @@ from sdft_ray.results import HELD_OUT, SPLITS
 from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.sources import FileRows, HubModel, ModelSource, RowSource
-from sdft_ray.stages.rows import split_rows
+from sdft_ray.stages.rows import cut_rows, order_rows, split_rows
 
 Splits = dict[str, list[Row]]
-FileReader = Callable[[FileRows], Splits]
+RECORDS = 20_000  # of a file that are read before anything is built: a second
 Counter = Callable[[str], int]
 """Returns the number of tokens of a text."""
+
+
+class Read(NamedTuple):
+    """What was read of a file."""
+
+    splits: Splits
+    is_all: bool
+    """Whether these are the splits. Else they are the rows of the file's start, all of them to train on."""
+
+
+FileReader = Callable[[FileRows], Read]
 
 
 def require_numbers(recipe: Recipe, context: int | None) -> None:
@@ -62,17 +73,23 @@ def _new_tokens(recipe: Recipe) -> dict[str, int]:
     return new | ({"draft": recipe.draft.max_new_tokens} if recipe.draft else {})
 
 
-def read_file(source: FileRows) -> Splits:
+def read_file(source: FileRows, most: int = RECORDS) -> Read:
     """Return the splits of a file's rows; raises UserError where rows are too few for them.
 
+    Of a file with more than `most` records only these are read. They show its columns, its kind of answers and its
+    lengths, but not which of them are held out. The stage `rows`, which runs before anything expensive, reads all of
+    them and finds the other mistakes.
     Rows with a mathematical answer (slow to read) and rows that decontamination may leave out count as usable: only
     the stage knows.
     """
     checker = "none" if source.answer == "math" else source.answer
-    return split_rows(readers.read_rows(source), checker, source.seed, source.held_out, source.validation)[0]
+    raw, is_all = readers.read_first(source, most)
+    if is_all:
+        return Read(split_rows(raw, checker, source.seed, source.held_out, source.validation)[0], True)
+    return Read(cut_rows(order_rows(raw, checker, source.seed)[0], 0, 0), False)
 
 
-class _Read(NamedTuple):
+class _Known(NamedTuple):
     """What is known of a source's rows."""
 
     splits: Splits
@@ -81,17 +98,18 @@ class _Read(NamedTuple):
     """Training rows that there can be."""
 
 
-def read_splits(source: RowSource, read: FileReader = read_file) -> _Read:
+def read_splits(source: RowSource, read: FileReader = read_file) -> _Known:
     """Return the splits of a source; raises UserError where rows are too few for them."""
-    splits: Splits = {name: [] for name in SPLITS}
+    splits, is_all = Read({name: [] for name in SPLITS}, False)
     if isinstance(source, FileRows):
-        splits = dict(read(source.alone))
+        splits, is_all = read(source.alone)
+        splits = dict(splits)
     first_train = source.held_out + source.validation
-    most = len(splits["train"]) or (source.limit or math.inf) - first_train
+    most = len(splits["train"]) if is_all else (source.limit or math.inf) - first_train
     if most <= 0:
         what = f"{source.limit} leaves none to train on after {source.held_out} held-out and {source.validation}"
         raise UserError(problem("rows.limit", f"{what} validation rows", "Raise rows.limit"))
-    return _Read(splits, most)
+    return _Known(splits, most)
 
 
 def read_sources(
@@ -101,7 +119,7 @@ def read_sources(
 
     Raises UserError where rows are too few for the splits, or for `count` to train on; where: the sources' key.
     """
-    each: list[_Read] = []
+    each: list[_Known] = []
     for number, source in enumerate(sources):
         if source.weight != 0:
             with _named(f"{where}.{number}" if len(sources) > 1 else where):
@@ -134,7 +152,7 @@ def _with_key(line: str, where: str) -> str:
     return problem(key, line.what, do)
 
 
-def _mix(each: Sequence[_Read], shares: Sequence[int] | None, count: int | None) -> Splits:
+def _mix(each: Sequence[_Known], shares: Sequence[int] | None, count: int | None) -> Splits:
     """Return the rows of several sources, those to train on in their order as far as they are known."""
     rows = {
         name: [[row._replace(origin=i) for row in one.splits[name]] for i, one in enumerate(each)] for name in SPLITS

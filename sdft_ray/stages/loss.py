@@ -82,7 +82,8 @@ def build(work: Work[Settings]) -> Summary:
 
     candidates = rank_candidates(work)
     wanted = work.settings.calibration
-    rows = {i: read_split(place, "train", Row) for i, place in work.numbered_inputs("rows", len(wanted)).items()}
+    places = work.numbered_inputs("rows", len(wanted))
+    rows = {i: read_split(place, "train", Row, wanted[i].texts) for i, place in places.items()}
     corpora = read_corpora(work.input("model"), wanted, rows)
     assert len({corpus.name for corpus in corpora}) == len(corpora), "losses are kept by the names of corpora"
     for corpus in corpora:

@@ -64,7 +64,8 @@ def build(work: Work[Settings]) -> Summary:
 
     first = {"last": lambda text: len(text.ids) - 1, "all": lambda _: 0, "response": lambda text: text.content_from}
     wanted = work.settings.calibration
-    rows = {i: read_split(place, "train", Row) for i, place in work.numbered_inputs("rows", len(wanted)).items()}
+    places = work.numbered_inputs("rows", len(wanted))
+    rows = {i: read_split(place, "train", Row, wanted[i].texts) for i, place in places.items()}
     corpora = read_corpora(work.input("model"), wanted, rows)
     texts = [[(t.ids, first[c.positions](t)) for t in c.measured] for c in corpora]
     model = {"model": work.handle("model"), "dtype": work.settings.dtype}

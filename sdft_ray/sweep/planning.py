@@ -242,9 +242,9 @@ def _common_values(cells: Sequence[Cell]) -> dict[str, Any]:
 def check(plan: Plan, compute: Compute) -> None:
     """Raise UserError with the mistakes of all cells that show before anything is built."""
     problems: dict[str, None] = {}
-    files: dict[str, limits.Splits] = {}
+    files: dict[str, limits.Read] = {}
 
-    def read_once(source: FileRows) -> limits.Splits:
+    def read_once(source: FileRows) -> limits.Read:
         key = source.model_dump_json()
         if key not in files:
             files[key] = limits.read_file(source)
