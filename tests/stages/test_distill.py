@@ -25,7 +25,7 @@ from sdft_ray.results import read_split, training_batches
 from sdft_ray.spec import compute
 from sdft_ray.spec.wording import validate
 from sdft_ray.stages import Work, distill, rows
-from sdft_ray.stages.distill.draws import sampling_seed
+from sdft_ray.stages.distill.draws import instruction_template, sampling_seed
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 
@@ -312,12 +312,15 @@ def test_distill_finds_its_ledger_after_the_model_and_the_rows_got_other_names(r
 
 
 def test_ledger_moves_with_sampling_but_not_with_rows_names_or_checks(tmp_path, tiny_model):
-    name = distill.ledger_id(make_work(tmp_path, tiny_model, 10))
-    assert distill.ledger_id(make_work(tmp_path, tiny_model, 20)) == name
-    assert distill.ledger_id(make_work(tmp_path, tiny_model, 20, slug="renamed")) == name
-    assert distill.ledger_id(make_work(tmp_path, tiny_model, 10, max_failed_fraction=0.2)) == name
+    def ledger_id(work: Work) -> str:
+        return distill.ledger_id(work, instruction_template(work.settings))
+
+    name = ledger_id(make_work(tmp_path, tiny_model, 10))
+    assert ledger_id(make_work(tmp_path, tiny_model, 20)) == name
+    assert ledger_id(make_work(tmp_path, tiny_model, 20, slug="renamed")) == name
+    assert ledger_id(make_work(tmp_path, tiny_model, 10, max_failed_fraction=0.2)) == name
     for change in ({"temperature": 0.5}, {"seed": 1}, {"dtype": "bfloat16"}, {"template": "{prompt}{reference}"}):
-        assert distill.ledger_id(make_work(tmp_path, tiny_model, 10, **change)) != name
+        assert ledger_id(make_work(tmp_path, tiny_model, 10, **change)) != name
 
 
 def test_sampling_seed_depends_on_row_and_recipe_seed_only():
