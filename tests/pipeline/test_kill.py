@@ -42,8 +42,7 @@ def test_killed_while_generating_and_while_training_ends_as_if_left_alone(folder
     wait_for(first := start(folder, *RUN), lambda: list(artifacts.glob(PIECE)))
     kill(first)
     assert not list((artifacts / "distill").glob("*")), "nothing half-done stands in an artifact's place"
-    kept = sum(pq.read_metadata(path).num_rows for path in artifacts.glob(PIECE))
-    assert kept > 0
+    assert list(artifacts.glob(PIECE)), "what was generated is kept"
 
     second = start(folder, *RUN)
     wait_for(second, lambda: list(artifacts.glob(CHECKPOINT)))
@@ -95,9 +94,9 @@ def test_full_disk_while_generating_ends_in_one_line_and_costs_no_row(folder, al
     assert process.returncode == 1 and "Traceback" not in errors
     assert "No space left on device" in errors.splitlines()[-1]
     filled.unlink()
-    pieces, begun = len(list(small_disk.glob(PIECE))), time.time()
+    pieces, begun = set(small_disk.glob(PIECE)), time.time()
     process = start(folder, *run)
-    wait_for(process, lambda: len(list(small_disk.glob(PIECE))) > pieces)
+    wait_for(process, lambda: any("-all-" not in path.name for path in set(small_disk.glob(PIECE)) - pieces))
     record_property("full disk: seconds from the command to the next piece", time.time() - begun)
     finish(process)
     record_property("full disk: rows asked for again", count_asked(folder) - asked - 48)
@@ -125,8 +124,9 @@ def test_object_store_whose_every_request_fails_once_and_that_is_full_for_a_whil
             injected[f"{found[0]} {found[1]}"] += 1
         return found
 
-    def pieces() -> int:
-        return sum(fnmatch.fnmatch(key, PIECE) for key in Objects(s3).list())
+    def pieces() -> set[str]:
+        """Return the pieces of engines, without the one that the next command makes of all before it starts any."""
+        return {key for key in Objects(s3).list() if fnmatch.fnmatch(key, PIECE) and "-all-" not in key}
 
     asked, run = count_asked(folder), (*RUN, "--root", s3)
     with s3_proxy.broken(fault):
@@ -138,7 +138,7 @@ def test_object_store_whose_every_request_fails_once_and_that_is_full_for_a_whil
         full.clear()
         before, begun = pieces(), time.time()
         process = start(folder, *run)
-        wait_for(process, lambda: pieces() > before)
+        wait_for(process, lambda: pieces() - before)
         record_property("object store: seconds from the command to the next piece", time.time() - begun)
         finish(process)
     record_property("object store: rows asked for again", count_asked(folder) - asked - 48)
