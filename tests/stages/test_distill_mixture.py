@@ -7,15 +7,16 @@ import pytest
 from test_distill import fake_engine, logged
 
 from sdft_ray import pipeline
+from sdft_ray.progress import Progress
 from sdft_ray.results import DistilledRow, read_split
-from sdft_ray.spec.compute import Compute, Distill
+from sdft_ray.spec.compute import Compute, Distill, load_compute
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.wording import validate
-from sdft_ray.stages import distill
+from sdft_ray.stages import Work, distill
 from sdft_ray.store.storage import Storage
 
 PLAN = Compute(distill=Distill(cpus=1, batch_rows=8, piece_rows=2))
-SUMS = "Say it anew: {reference} for {prompt}"
+SUMS = "Say it anew: {prompt}\n{reference}\nNow."
 
 
 @pytest.fixture
@@ -54,10 +55,10 @@ def test_distill_of_mixtures_generates_each_row_once_with_the_template_of_its_so
     def build(*weights: float, **settings) -> tuple[list[DistilledRow], distill.Summary]:
         chain = pipeline.chain(make_recipe(*weights, **settings))
         data = chain.data[""]
-        pipeline.build([*data.read, *data.inputs.values()], PLAN, storage, engine=fake_engine(log))
-        return read_split(storage.place(chain.distilled), "train", DistilledRow), distill.Summary.of(
-            chain.distilled, storage
-        )
+        pipeline.build([*data.read, data.rows], load_compute(), storage)
+        work = Work(chain.distilled, storage, PLAN, Progress("distill", "rows"), engine=fake_engine(log))
+        summary = distill.build(work)
+        return read_split(work.directory, "train", DistilledRow), summary
 
     rows, summary = build(3, 1, train={"rows": 16})
     assert Counter(row.origin for row in rows) == {0: 12, 1: 4}
