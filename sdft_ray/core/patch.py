@@ -1,0 +1,124 @@
+"""A linear patch at a cut: the last projection before it also does, as well as a linear map can, what was removed.
+
+In: hidden states around the removed blocks, some tokens at a time. Out: a matrix T (D, D), and the tensors that it is
+folded into. With o (N, D) what the MLP of the last kept block adds to the residual stream, r the stream beside it, and
+y the stream behind the removed blocks, T minimises |y - r - o T|^2 + w |T - I|^2 (arXiv 2505.02819 has the idea; there
+w pulls towards 0). T acts on o alone, so it folds into the MLP's last projection: nothing else of the model changes.
+Pulled towards the identity, a patch from few tokens is near no patch; how hard is chosen on held-back tokens, where no
+patch at all is a candidate, too. Of the tokens only sums are kept, two (D, D) in float64.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import TYPE_CHECKING
+
+from sdft_ray.errors import UserError, problem
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Between the MLP and the residual stream these have a norm, which no linear map passes.
+_NORM_BETWEEN = ("exaone4", "gemma2", "gemma3_text", "glm4", "olmo2", "olmo3")
+_TRANSPOSED = ("gpt_oss",)  # its experts are (E, I, D)
+_PROJECTION = re.compile(r"(mlp|block_sparse_moe)\.(.*\.)?(down_proj|c_proj|w2)([._](weight|bias))?")
+WEIGHTS = (*(10.0**power for power in range(-6, 3)), float("inf"))
+"""Relative to the mean square of what the MLP adds; infinity is no patch."""
+
+
+def require_foldable(architecture: str, before: int) -> None:
+    """Raise UserError for a model or a cut that no patch folds into; before: the block before the removed ones."""
+    if architecture in _NORM_BETWEEN:
+        what = f"{architecture} has a norm between its MLP and the residual stream, which no linear map passes"
+        raise UserError(problem("prune.patch", what, "Set prune.patch: none"))
+    if before < 0:
+        what = "the cut begins at block 0, and no block before it can do what was removed"
+        raise UserError(problem("prune.patch", what, "Set prune.patch: none, or raise prune.protect.first"))
+
+
+def gaps(removed: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Return each run of removed blocks as (the block before it, the block behind it).
+
+    >>> gaps((4, 5, 8))
+    [(3, 6), (7, 9)]
+    """
+    starts = [block for block in removed if block - 1 not in removed]
+    ends = [block for block in removed if block + 1 not in removed]
+    return [(start - 1, end + 1) for start, end in zip(starts, ends, strict=True)]
+
+
+@dataclasses.dataclass
+class Sums:
+    """Sums over tokens, enough for the best map of any weight and for the error of any map."""
+
+    tokens: int
+    outer: Tensor
+    """o^T o (D, D), float64."""
+    cross: Tensor
+    """o^T (y - r) (D, D), float64."""
+    square: float
+    """|y - r|^2."""
+
+    @classmethod
+    def none(cls, width: int) -> Sums:
+        """Return the sums over no tokens."""
+        import torch
+
+        outer, cross = (torch.zeros(width, width, dtype=torch.float64) for _ in range(2))
+        return cls(0, outer, cross, 0.0)
+
+    def add(self, added: Tensor, wanted: Tensor) -> None:
+        """Take in tokens: what the MLP adds (N, D), and what it should add, y - r (N, D)."""
+        added, wanted = added.double(), wanted.double()
+        self.tokens += len(added)
+        self.outer += (added.T @ added).cpu()
+        self.cross += (added.T @ wanted).cpu()
+        self.square += float(wanted.square().sum())
+
+    def join(self, other: Sums) -> None:
+        """Take in the mean over other tokens, as one more corpus that counts the same."""
+        self.tokens += other.tokens
+        self.outer += other.outer / other.tokens
+        self.cross += other.cross / other.tokens
+        self.square += other.square / other.tokens
+
+    def error(self, patch: Tensor) -> float:
+        """Return the mean squared error of a map (D, D), relative to the mean square of what is wanted."""
+        inner = (patch * (self.outer @ patch - 2 * self.cross)).sum()
+        return float((inner + self.square) / self.square)
+
+
+def solve(sums: Sums, weight: float) -> Tensor:
+    """Return the map (D, D), float64; weight: of the pull towards the identity, see WEIGHTS."""
+    import torch
+
+    identity = torch.eye(len(sums.outer), dtype=torch.float64)
+    if weight == float("inf"):
+        return identity
+    ridge = weight * sums.outer.diagonal().mean() * identity
+    return identity + torch.linalg.solve(sums.outer + ridge, sums.cross - sums.outer)
+
+
+def fit(sums: Sums, held_back: Sums) -> tuple[Tensor, float, dict[float, float]]:
+    """Return the map whose weight has the least error on held-back tokens, that weight, and the error of each."""
+    maps = {weight: solve(sums, weight) for weight in WEIGHTS}
+    errors = {weight: held_back.error(patch) for weight, patch in maps.items()}
+    best = min(errors, key=lambda weight: errors[weight])
+    return maps[best], best, errors
+
+
+def is_patched(name: str, block: int) -> bool:
+    """Return whether a tensor belongs to the last projection of a block's MLP, experts and biases among them."""
+    prefix = f"model.layers.{block}."
+    return name.startswith(prefix) and _PROJECTION.fullmatch(name.removeprefix(prefix)) is not None
+
+
+def fold(patch: Tensor, name: str, tensor: Tensor, architecture: str) -> Tensor:
+    """Return a tensor of the projection after which its outputs are multiplied by the map: in float64, rounded once.
+
+    tensor: a weight (D, I), or those of experts (E, D, I) or (E, I, D); a bias (D) or (E, D).
+    """
+    if name.endswith("bias") or (tensor.ndim == 3 and architecture in _TRANSPOSED):
+        return (tensor.double() @ patch).to(tensor.dtype)
+    return (patch.T @ tensor.double()).to(tensor.dtype)

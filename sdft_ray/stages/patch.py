@@ -1,0 +1,254 @@
+"""Stage `patch`: the pruned model with a linear map folded in before each gap, fitted without any training.
+
+In: the base model, the cut of it, and the calibration corpora. Out: the pruned model with one projection changed for
+each run of removed blocks. One pass of the base over the texts that were measured, up to the block behind the last gap,
+gives the sums that the map needs; texts that were held back choose how far it may go. Everything that is not named in
+the manifest's `changed` is the cut's, byte by byte.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from sdft_ray import stages
+from sdft_ray.cluster import use_assigned_cores
+from sdft_ray.core.rows import Row
+from sdft_ray.data.calibration import Corpus, CorpusSettings, Text, read_corpora
+from sdft_ray.data.readers import read_json
+from sdft_ray.errors import UserError, problem
+from sdft_ray.models.directory import WEIGHTS_INDEX, require_loadable, stored_tensors, write_companions
+from sdft_ray.models.shards import StoredTensor, write_tensors
+from sdft_ray.results import Cut, read_split
+from sdft_ray.spec.compute import Needs
+from sdft_ray.spec.recipe import Prune
+from sdft_ray.spec.section import Section
+from sdft_ray.stages import Work
+from sdft_ray.store.files import remember_hash
+from sdft_ray.store.identity import Stage
+from sdft_ray.store.record import Record
+
+VERSION, NEEDS, UNIT = 1, Needs("score", alone=True), "texts"
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class Settings(Section):
+    """What the map is fitted on."""
+
+    dtype: str
+    calibration: tuple[CorpusSettings, ...]
+
+
+class Patched(Record):
+    """The map at one gap. Errors are mean squares on held-back tokens, relative to what should be added there."""
+
+    block: int
+    """The block of the base before the gap, whose projection is changed."""
+    weight: float
+    """Of the pull towards no patch: see core/patch.py."""
+    error: float
+    error_without: float
+    """Of no patch."""
+    tokens: int
+    held_back_tokens: int
+
+
+class Summary(stages.Summary):
+    """What was changed, and what it brought."""
+
+    patches: tuple[Patched, ...]
+    changed: tuple[str, ...]
+    """Names of the changed tensors, as the pruned model has them."""
+    parameters: int
+    removed: tuple[int, ...] = Field(default=())
+    """Of the base."""
+
+
+def stage(
+    prune: Prune,
+    corpora: tuple[CorpusSettings, ...],
+    base: Stage[Any],
+    pruned: Stage[Any],
+    corpus_rows: Mapping[str, Stage[Any]],
+) -> Stage[Settings]:
+    """Return the stage; corpus_rows: the rows of corpora that are rows, by `rows_N` for the corpus N."""
+    settings = Settings(dtype=prune.dtype, calibration=corpora)
+    return Stage("patch", f"{pruned.slug}-patched", VERSION, settings, {"model": base, "pruned": pruned, **corpus_rows})
+
+
+def build(work: Work[Settings]) -> Summary:
+    """Fit a map at each gap, and write the pruned model with the maps in it."""
+    from sdft_ray.core.patch import gaps, require_foldable
+
+    base, pruned, wanted = work.input("model"), work.input("pruned"), work.settings.calibration
+    removed = Cut.model_validate(work.storage.manifest(work.stage.inputs["pruned"]).summary).removed
+    architecture = read_json(base / "config.json")["model_type"]
+    for before, _ in gaps(removed):
+        require_foldable(architecture, before)
+    rows = {i: read_split(place, "train", Row) for i, place in work.numbered_inputs("rows", len(wanted)).items()}
+    corpora = read_corpora(base, wanted, rows)
+    for corpus in corpora:
+        if not corpus.loss_texts:
+            what = f"{corpus.name} has no text left to hold back, on which a patch is chosen"
+            raise UserError(problem("prune.calibration", what, "Give 3 texts of two tokens or more"))
+    patches, maps = _fit_on_ray(work, removed, corpora)
+    changed = write_patched(pruned, work.directory, removed, maps, architecture)
+    parameters = require_loadable(work.directory)
+    return Summary(patches=tuple(patches), changed=tuple(changed), parameters=parameters, removed=removed)
+
+
+def _fit_on_ray(
+    work: Work[Settings], removed: Sequence[int], corpora: Sequence[Corpus]
+) -> tuple[list[Patched], dict[int, Any]]:
+    """Return what is to be known of each patch, and the map (D, D) of each block before a gap."""
+    import ray
+
+    plan = work.compute.score
+    texts = sum(len(corpus.measured) + len(corpus.loss_texts) for corpus in corpora)
+    work.progress.begin(texts)
+    work.progress.enter("loading the model")
+    task: Any = ray.remote(fit_patches).options(
+        num_cpus=plan.cpus, num_gpus=plan.gpus or None, num_returns="streaming", name="patch"
+    )
+    device = "cuda" if plan.gpus else "cpu"
+    done = 0
+    for each in task.remote(work.handle("model"), work.settings.dtype, device, removed, corpora):
+        made = ray.get(each)
+        if isinstance(made, int):
+            done += made
+            work.progress.update(done)
+            continue
+        patches, maps = made
+    return patches, maps
+
+
+def fit_patches(
+    model: Callable[[], Path], dtype: str, device: str, removed: Sequence[int], corpora: Sequence[Corpus]
+) -> Iterator[Any]:
+    """Yield 1 for each text, then what is to be known of each patch with the maps (D, D) by block.
+
+    Corpora count the same, whatever their length.
+    """
+    import torch
+    from transformers import AutoModel
+
+    from sdft_ray.core.patch import Sums, fit, gaps
+
+    use_assigned_cores()
+    loaded = AutoModel.from_pretrained(model(), dtype=getattr(torch, dtype)).to(device).eval()
+    around, width = gaps(tuple(removed)), loaded.config.hidden_size
+    fitted, held_back = ({before: Sums.none(width) for before, _ in around} for _ in range(2))
+    for corpus in corpora:
+        for texts, whole in ((corpus.measured, fitted), (corpus.loss_texts, held_back)):
+            sums = {before: Sums.none(width) for before, _ in around}
+            for text in texts:
+                for before, added, wanted in see_gaps(loaded, text, around):
+                    sums[before].add(added, wanted)
+                yield 1
+            for before, own in sums.items():
+                whole[before].join(own)
+    patches, maps = [], {}
+    for before, _ in around:
+        maps[before], weight, errors = fit(fitted[before], held_back[before])
+        patches.append(
+            Patched(
+                block=before,
+                weight=weight,
+                error=errors[weight],
+                error_without=errors[float("inf")],
+                tokens=fitted[before].tokens,
+                held_back_tokens=held_back[before].tokens,
+            )
+        )
+    yield patches, maps
+
+
+class _Seen(Exception):
+    """Raised at the last block that is looked at: what comes behind it is not computed."""
+
+
+def see_gaps(model: Any, text: Text, around: Sequence[tuple[int, int]]) -> Iterator[tuple[int, Any, Any]]:
+    """Yield for each gap the block before it, what its MLP adds (T, D), and what it should add (T, D), so that the
+    stream is that behind the removed blocks."""
+    import torch
+
+    scale = float(getattr(model.config, "residual_multiplier", 1.0))  # of granite
+    added: dict[int, Any] = {}
+    outputs: dict[int, Any] = {}
+    states: dict[int, Any] = {}
+    last = around[-1][1]
+
+    def keep(found: dict[int, Any], block: int) -> Any:
+        def hook(_module: Any, _args: Any, output: Any) -> None:
+            found[block] = (output[0] if isinstance(output, tuple) else output).reshape(-1, model.config.hidden_size)
+
+        return hook
+
+    def stop(_module: Any, _args: Any, _output: Any) -> None:
+        raise _Seen
+
+    layers = model.layers
+    hooks = []
+    for before, behind in around:
+        mlp = getattr(layers[before], "mlp", None) or layers[before].block_sparse_moe
+        hooks.append(mlp.register_forward_hook(keep(added, before)))
+        hooks.append(layers[before].register_forward_hook(keep(outputs, before)))
+        hooks.append(layers[behind - 1].register_forward_hook(keep(states, behind)))
+    hooks.append(layers[last - 1].register_forward_hook(stop))
+    try:
+        with torch.inference_mode():
+            model(input_ids=torch.tensor([text.ids], device=model.device), use_cache=False)
+    except _Seen:
+        pass
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for before, behind in around:
+        adds = added[before].float() * scale
+        yield before, adds, states[behind].float() - (outputs[before].float() - adds)
+
+
+def write_patched(
+    pruned: Path, directory: Path, removed: Sequence[int], maps: Mapping[int, Any], architecture: str
+) -> list[str]:
+    """Write the pruned model with maps folded into it; return the names of the changed tensors.
+
+    maps: by the block of the base before each gap.
+    """
+    import torch
+
+    from sdft_ray.core.patch import fold, is_patched
+
+    by_block = {before - sum(block < before for block in removed): patch for before, patch in maps.items()}
+    changed: list[str] = []
+
+    def contents(shard: Path, tensors: Mapping[str, StoredTensor]) -> Iterator[Any]:
+        with shard.open("rb") as file:
+            for name, tensor in tensors.items():
+                file.seek(tensor.start)
+                data = file.read(tensor.bytes)
+                block = next((block for block in by_block if is_patched(name, block)), None)
+                if block is None:
+                    yield data
+                    continue
+                if tensor.dtype not in _DTYPES:
+                    do = f"Give it in {', '.join(_DTYPES.values())}"
+                    raise UserError(problem(str(pruned), f"{name} is stored as {tensor.dtype}", do))
+                stored = torch.frombuffer(bytearray(data), dtype=getattr(torch, _DTYPES[tensor.dtype]))
+                changed.append(name)
+                folded = fold(by_block[block], name, stored.view(tensor.shape), architecture).contiguous()
+                yield folded.view(torch.uint8).numpy()
+
+    for shard, tensors in stored_tensors(pruned).items():
+        sha256 = write_tensors(directory / shard.name, list(tensors.items()), contents(shard, tensors))
+        remember_hash(directory / shard.name, sha256)
+    for name in ("config.json", WEIGHTS_INDEX):
+        if (pruned / name).is_file():
+            shutil.copy2(pruned / name, directory / name)
+    write_companions(pruned, directory)
+    assert changed, "the block before a gap has a projection"
+    return changed
