@@ -4,8 +4,8 @@ In: a recipe. Out: its `Chain`, and after `run` an artifact for each stage of it
 code, and a finished artifact is not built again.
 
     sources of rows ── mix, where there are several
-    base model ──┬─ score ── loss ── cut ──┬─ train (sft, distilled)
-                 └─ distill ───────────────┘            └── merge
+    base model ──┬─ score ── loss ── cut ── (patch) ──┬─ train (sft, distilled)
+                 └─ distill ─────────────────────────┘            └── merge
     nll: likelihoods of rewrites and references under the base
     draft: pruned, tuned and merged models for the base
     evaluate: base, pruned, tuned and merged models on every task
@@ -47,6 +47,7 @@ from sdft_ray.stages import (
     mix,
     model,
     nll,
+    patch,
     rows,
     score,
     speed,
@@ -63,6 +64,7 @@ MODULES: dict[str, StageModule] = {
     "score": score,
     "loss": loss,
     "cut": cut,
+    "patch": patch,
     "distill": distill,
     "train": train,
     "merge": merge,
@@ -85,10 +87,12 @@ class Chain:
     score: Stage[score.Settings]
     loss: Stage[loss.Settings] | None
     pruned: Stage[cut.Settings]
+    patched: Stage[patch.Settings] | None
+    """The pruned model with a linear patch: arms are trained from it where there is one."""
     data: Mapping[str, Data]
     """Training data: the recipe's own under "", others by the names of their models."""
     models: Mapping[str, Stage[Any]]
-    """Every model, by the name that the report gives it: base, pruned, each arm, and those that are merged."""
+    """Every model, by the name that the report gives it: base, pruned, patched, each arm, and merged ones."""
     nll: tuple[Stage[nll.Settings], ...]
     """One for each set of rewrites; the recipe's own first."""
     drafts: Mapping[str, Stage[draft.Settings]]
@@ -127,7 +131,7 @@ class Chain:
         """Every stage once, in the order in which they are built."""
         # Generation before training: an early failure costs less.
         own, generated = self.data[""], [stage for data in self.data.values() for stage in data.in_order]
-        kept = [stage for stage in (self.score, self.loss, self.pruned) if stage is not None]
+        kept = [stage for stage in (self.score, self.loss, self.pruned, self.patched) if stage is not None]
         stages = [self.base, *own.read, self.rows, *self.corpus_rows.values(), *kept, *generated, *self.models.values()]
         stages += [*self.nll, *self.drafts.values(), *([self.speed] if self.speed else []), *self.evaluations.values()]
         return tuple({stage.id: stage for stage in stages}.values())
@@ -143,10 +147,14 @@ def chain(recipe: Recipe) -> Chain:
     pruned = cut.stage(recipe.prune, base, scored, tried if recipe.prune.metric == "loss" else None)
     data = training_data(recipe, base, own)
     models: dict[str, Stage[Any]] = {"base": base, "pruned": pruned}
+    start: Stage[Any] = pruned
+    patched = patch.stage(recipe.prune, corpora, base, pruned, corpus_rows) if recipe.prune.patch == "linear" else None
+    if patched:
+        models["patched"] = start = patched
     for arm in recipe.arms.names:
-        models[arm] = train.stage(recipe.train_settings(arm), arm, pruned, [data[""].inputs])
+        models[arm] = train.stage(recipe.train_settings(arm), arm, start, [data[""].inputs])
     if recipe.merge:
-        models |= _merge_stages(recipe, recipe.merge, pruned, models[recipe.merge.arm], data)
+        models |= _merge_stages(recipe, recipe.merge, start, models[recipe.merge.arm], data)
     return Chain(
         base=base,
         rows=own.rows,
@@ -154,6 +162,7 @@ def chain(recipe: Recipe) -> Chain:
         score=scored,
         loss=tried,
         pruned=pruned,
+        patched=patched,
         data=data,
         models=models,
         nll=_nll_stages(recipe, base, data),
@@ -174,7 +183,7 @@ def _calibration(recipe: Recipe, own: MixedStage) -> tuple[tuple[CorpusSettings,
 
 
 def _merge_stages(
-    recipe: Recipe, settings: Merge, pruned: Stage[cut.Settings], first: Stage[Any], data: Mapping[str, Data]
+    recipe: Recipe, settings: Merge, pruned: Stage[Any], first: Stage[Any], data: Mapping[str, Data]
 ) -> dict[str, Stage[Any]]:
     """Return the models that are merged with an arm's, one trained on all of their rows, and the merged ones."""
     models: dict[str, Stage[Any]] = {}

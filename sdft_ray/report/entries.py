@@ -175,10 +175,10 @@ class Report(Record):
 
 
 class SweepModel(Flat):
-    """A base or a pruned model of a sweep."""
+    """A base, a pruned or a patched model of a sweep."""
 
     flat = ("cut", "quality", "cost")
-    model: Literal["base", "pruned"]
+    model: Literal["base", "pruned", "patched"]
     slug: str
     blocks: int
     """That were removed."""

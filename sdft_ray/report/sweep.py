@@ -36,7 +36,7 @@ from sdft_ray.report.entries import (
     Untried,
 )
 from sdft_ray.results import DISTANCES, Distances, Drafted
-from sdft_ray.stages import cut, speed
+from sdft_ray.stages import cut, patch, speed
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 from sdft_ray.sweep import notes
@@ -84,13 +84,25 @@ class _Untuned:
 
     @functools.cached_property
     def evaluations(self) -> dict[str, Evaluations]:
-        """For each base and pruned model its evaluations, by task."""
-        return {chain.models[name].id: chain.tasks_of(name) for chain in self.chains for name in ("base", "pruned")}
+        """For each base, pruned and patched model its evaluations, by task."""
+        names = ("base", "pruned", "patched")
+        return {
+            chain.models[name].id: chain.tasks_of(name)
+            for chain in self.chains
+            for name in names
+            if name in chain.models
+        }
 
     @functools.cached_property
     def bases(self) -> dict[str, Stage[Any]]:
-        """For each pruned model its base."""
-        return {chain.pruned.id: chain.base for chain in self.chains}
+        """For each pruned and patched model its base."""
+        starts = [(stage, chain) for chain in self.chains for stage in (chain.pruned, chain.patched) if stage]
+        return {stage.id: chain.base for stage, chain in starts}
+
+    @functools.cached_property
+    def patched(self) -> dict[str, tuple[Stage[patch.Settings], Stage[cut.Settings]]]:
+        """The patched models, each with the pruned one."""
+        return {chain.patched.id: (chain.patched, chain.pruned) for chain in self.chains if chain.patched}
 
     @functools.cached_property
     def speeds(self) -> dict[str, Stage[speed.Settings]]:
@@ -105,8 +117,9 @@ class _Untuned:
         """Raise UserError where something is missing that trials are compared with."""
         needed: list[Stage[Any]] = [*self.speeds.values()]
         for chain in self.chains:
-            needed += [chain.rows, chain.score, chain.pruned, *self.evaluations[chain.base.id].values()]
-            needed += self.evaluations[chain.pruned.id].values()
+            needed += [chain.rows, chain.score, *self.evaluations[chain.base.id].values()]
+            for stage in (chain.pruned, chain.patched):
+                needed += [stage, *self.evaluations[stage.id].values()] if stage else []
         if missing := {stage.name for stage in pipeline.survey(needed, storage)[0]}:
             what = f"has nothing to compare with yet (missing: {', '.join(sorted(missing))})"
             raise UserError(problem(name, what, f"Do: sdft sweep {name}"))
@@ -115,10 +128,14 @@ class _Untuned:
         """Return one entry for each base, and for each pruned model."""
         bases = {base.id: base for base in self.bases.values()}
         models = [self._describe(base, base.id, storage, model="base", blocks=0) for base in bases.values()]
-        for key, stage in self.cuts.items():
-            pruned, where = Pruned.of(stage, storage), storage.where(stage)
-            more = {"model": "pruned", "blocks": len(pruned.removed), "directory": where, "cut": pruned}
-            models.append(self._describe(stage, self.bases[key].id, storage, **more))
+        made: list[tuple[str, Stage[Any], Stage[cut.Settings]]] = [
+            ("pruned", each, each) for each in self.cuts.values()
+        ]
+        made += [("patched", *both) for both in self.patched.values()]
+        for name, stage, cut_of in made:
+            pruned, where = Pruned.of(cut_of, storage), storage.where(stage)
+            more = {"model": name, "blocks": len(pruned.removed), "directory": where, "cut": pruned}
+            models.append(self._describe(stage, self.bases[stage.id].id, storage, **more))
         return tuple(models)
 
     def _describe(self, stage: Stage[Any], base: str, storage: Storage, **more: Any) -> SweepModel:

@@ -51,6 +51,10 @@ class Prune(Section):
     protect: Protect = Protect()
     candidates: int = Field(5, ge=0)
     """Spans whose loss is measured: so many of the best by distance, and so many of the best by influence. 0: none."""
+    patch: Literal["none", "linear"] = "none"
+    """What is folded into the block before the cut, fitted on the calibration texts without training: nothing, or the
+    `linear` map that stands in best for the removed blocks (after arXiv 2505.02819). Arms are trained from the patched
+    model; the pruned one is evaluated beside it."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the forward pass that is measured."""
     calibration: OneOrSeveral = (Calibration(text="boolq"),)
@@ -148,7 +152,7 @@ class Distill(Section):
 
 
 # Names that the report gives to models of its own.
-MODEL_NAMES = ("base", "pruned", "sft", "distilled", "slerp", "linear", "together")
+MODEL_NAMES = ("base", "pruned", "patched", "sft", "distilled", "slerp", "linear", "together")
 
 
 class Parent(Section):

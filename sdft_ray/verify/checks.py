@@ -30,7 +30,7 @@ from sdft_ray.verify.agreement import (
     load_in_float32,
     render_prompts,
 )
-from sdft_ray.verify.blocks import BLOCK, Failed, fingerprints, match_blocks, tensors
+from sdft_ray.verify.blocks import BLOCK, Blocks, Failed, fingerprints, match_blocks, tensors
 from sdft_ray.verify.models import Model
 
 # Largest difference of logits that are the same sums in float32 in the same order: in fact 0 on one machine.
@@ -241,6 +241,8 @@ def _check_base_tensors(model: Model) -> Finding:
     whole, cut = (fingerprints(directory) for directory in (model.base, model.directory))
     manifest = read_manifest(model.directory)
     claimed = manifest.summary.get("removed") if manifest else None
+    changed = manifest.summary.get("changed", []) if manifest else []
+    _take_back(changed, claimed or [], whole, cut)
     model.kept, others = match_blocks(model, whole, cut, claimed)
     for name in sorted(whole[None].keys() | cut[None].keys()):
         if whole[None].get(name) != cut[None].get(name):
@@ -253,7 +255,23 @@ def _check_base_tensors(model: Model) -> Finding:
     tensors = sum(map(len, cut.values()))
     change = f"blocks {name_blocks(removed)} are removed" if removed else "no block is removed"
     change += ", or equal ones" if others else ""
-    return f"{tensors} tensors bitwise equal; {change}", {"tensors": tensors, "removed": removed}
+    if changed:
+        change += f"; changed by the patch: {', '.join(changed)}"
+    figures = {"tensors": tensors - len(changed), "removed": removed} | ({"changed": changed} if changed else {})
+    return f"{tensors - len(changed)} tensors bitwise equal; {change}", figures
+
+
+def _take_back(changed: Sequence[str], removed: Sequence[int], whole: Blocks, cut: Blocks) -> None:
+    """Give tensors that a patch has changed the base's hashes; raises Failed for one that it has not changed."""
+    kept = [block for block in sorted(block for block in whole if block is not None) if block not in removed]
+    for name in changed:
+        match = BLOCK.match(name)
+        if match is None or cut.get(block := int(match[1]), {}).get(match[2]) in (
+            None,
+            whole[kept[block]].get(match[2]),
+        ):
+            raise Failed(f"{name} is the base's, and the manifest has it among the changed ones")
+        cut[block][match[2]] = whole[kept[block]][match[2]]
 
 
 def _check_base_config(model: Model) -> Finding:
@@ -279,6 +297,8 @@ def _check_base_config(model: Model) -> Finding:
 def _check_base_logits(model: Model) -> Finding:
     """The base with the removed blocks skipped by hooks computes the same logits."""
     assert model.base
+    if (manifest := read_manifest(model.directory)) and manifest.stage == "patch":
+        raise _Skipped("a patched model computes other logits")
     network = load_in_float32(model.base)
     with _skipping(network, _removed(model, len(network.model.layers))):
         difference = max(float((compute_logits(network, ids) - logits).abs().max()) for ids, logits in model.generated)

@@ -74,7 +74,7 @@ def _one_model(directory: Path, base: Path | None, storage: Storage) -> Model:
     if manifest is None:
         return Model(directory.name, directory, base)
     stage, name = manifest.stage, f"{manifest.stage} {manifest.id}"
-    if stage != "cut":
+    if stage not in ("cut", "patch"):
         return Model(name, directory, no_base=f"the weights of a `{stage}` artifact are its own")
     if base is None:
         base_id = manifest.identity.inputs["model"]

@@ -53,6 +53,7 @@ OTHER = {
     "rows.0.fields.context": "q",
     "rows.0.fields.answer": "a",
     "prune.dtype": "bfloat16",
+    "prune.patch": "linear",
     "prune.metric": "angular",
     "prune.calibration.0.field": "other",
     "prune.calibration.0.positions": "all",

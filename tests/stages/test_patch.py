@@ -1,0 +1,152 @@
+"""The patch stage on tiny models: what it fits is what hooks see, and what it writes computes that."""
+
+import pytest
+import torch
+from architectures import BLOCKS, VARIANTS, some_ids
+from tiny import make_tiny_model
+from transformers import AutoModelForCausalLM
+
+from sdft_ray import pipeline
+from sdft_ray.core.patch import require_foldable
+from sdft_ray.data.calibration import Corpus, Text
+from sdft_ray.errors import UserError
+from sdft_ray.spec.compute import load_compute
+from sdft_ray.spec.recipe import Recipe
+from sdft_ray.spec.wording import validate
+from sdft_ray.stages.cut import remove_blocks
+from sdft_ray.stages.patch import Summary, fit_patches, write_patched
+from sdft_ray.store.storage import Storage
+from sdft_ray.verify.checks import verify
+from sdft_ray.verify.models import Model
+
+pytestmark = pytest.mark.heavy
+
+torch.set_num_threads(1)
+
+
+def foldable(architecture: str) -> bool:
+    try:
+        require_foldable(architecture, 0)
+    except UserError:
+        return False
+    return True
+
+
+FOLDABLE = [variant for variant in VARIANTS if foldable(variant[0])]
+REMOVED = (2, 3)
+
+
+def load(directory):
+    return AutoModelForCausalLM.from_pretrained(directory).eval()
+
+
+def prune(base, directory, removed):
+    directory.mkdir()
+    remove_blocks(base, directory, removed)
+    return directory
+
+
+def states_of(directory, ids, block):
+    """Return the residual stream behind a block (T, D)."""
+    model, seen = load(directory), []
+
+    def keep(_module, _args, output):
+        seen.append((output[0] if isinstance(output, tuple) else output).reshape(-1, model.config.hidden_size))
+
+    handle = model.model.layers[block].register_forward_hook(keep)
+    with torch.inference_mode():
+        model(input_ids=ids)
+    handle.remove()
+    return seen[0].double()
+
+
+def make_corpus(seeds=range(12)):
+    texts = [Text(some_ids(1, 24)[0].roll(seed).tolist()) for seed in seeds]
+    return Corpus("made", "all", texts[:8], texts[8:], 0)
+
+
+@pytest.mark.parametrize("variant", FOLDABLE, ids=lambda v: "-".join([v[0], *v[1]]))
+def test_patched_model_adds_the_map_of_what_its_block_added(variant, tmp_path):
+    architecture, overrides = variant
+    base = make_tiny_model(tmp_path / "base", architecture, **overrides)
+    cut = prune(base, tmp_path / "cut", REMOVED)
+    source = torch.Generator().manual_seed(0)
+    width = load(base).config.hidden_size
+    patch = torch.randn(width, width, generator=source, dtype=torch.float64)
+    (tmp_path / "patched").mkdir()
+    changed = write_patched(cut, tmp_path / "patched", REMOVED, {1: patch}, architecture)
+    assert changed and all(name.startswith("model.layers.1.") for name in changed)
+    ids = some_ids(1, 24)
+    model, added = load(cut), []
+    layer = model.model.layers[1]
+    mlp = getattr(layer, "mlp", None) or layer.block_sparse_moe
+    scale = getattr(model.config, "residual_multiplier", 1.0)
+
+    def keep(_module, _args, output):
+        added.append(scale * (output[0] if isinstance(output, tuple) else output).reshape(-1, width).double())
+
+    mlp.register_forward_hook(keep)
+    with torch.inference_mode():
+        model(input_ids=ids)
+    expected = states_of(cut, ids, 1) - added[0] + added[0] @ patch
+    torch.testing.assert_close(states_of(tmp_path / "patched", ids, 1), expected, atol=2e-3, rtol=2e-3)
+
+
+def test_fit_brings_the_stream_nearer_to_what_was_removed(tmp_path):
+    base = make_tiny_model(tmp_path / "base")
+    cut = prune(base, tmp_path / "cut", REMOVED)
+    corpus = make_corpus()
+    *texts, (patches, maps) = fit_patches(lambda: base, "float32", "cpu", REMOVED, [corpus])
+    assert texts == [1] * 12
+    (patch,) = patches
+    assert (patch.block, patch.tokens, patch.held_back_tokens) == (1, 8 * 24, 4 * 24)
+    assert patch.error < patch.error_without
+    (tmp_path / "patched").mkdir()
+    changed = write_patched(cut, tmp_path / "patched", REMOVED, maps, "llama")
+    assert changed == ["model.layers.1.mlp.down_proj.weight"]
+    ids = torch.tensor([corpus.loss_texts[0].ids])
+    wanted = states_of(base, ids, 3)
+    gone, patched = (states_of(tmp_path / name, ids, 1) for name in ("cut", "patched"))
+    assert (patched - wanted).square().sum() < (gone - wanted).square().sum()
+
+
+def test_fit_of_scattered_blocks_patches_each_gap(tmp_path):
+    base = make_tiny_model(tmp_path / "base")
+    removed = (1, BLOCKS - 2)
+    *_, (patches, maps) = fit_patches(lambda: base, "float32", "cpu", removed, [make_corpus()])
+    assert [patch.block for patch in patches] == [0, BLOCKS - 3] == sorted(maps)
+    cut = prune(base, tmp_path / "cut", removed)
+    (tmp_path / "patched").mkdir()
+    changed = write_patched(cut, tmp_path / "patched", removed, maps, "llama")
+    assert changed == [f"model.layers.{block}.mlp.down_proj.weight" for block in (0, BLOCKS - 4)]
+
+
+def test_recipe_with_a_patch_trains_from_the_patched_model_and_verify_names_the_changed_tensor(ray_cluster, tmp_path):
+    base = make_tiny_model(tmp_path / "base")
+    (tmp_path / "texts.txt").write_text("\n\n".join(f"Some text about {i} and {i + 1}." for i in range(12)))
+    recipe = validate(
+        Recipe,
+        {
+            "model": {"path": str(base)},
+            "rows": {"gym": "products", "limit": 90},
+            "prune": {"blocks": 2, "protect": {"first": 1}, "patch": "linear"}
+            | {"calibration": {"text": str(tmp_path / "texts.txt"), "limit": 8, "held_back": 4}},
+            "evaluate": {"tasks": ["held_out"]},
+        },
+    )
+    chain, storage = pipeline.chain(recipe), Storage(str(tmp_path / "root"))
+    assert {chain.models[arm].inputs["model"].id for arm in ("sft", "distilled")} == {chain.models["patched"].id}
+    made = [stage for stage in chain.in_order if stage.name in ("score", "loss", "cut", "patch")]
+    pipeline.build(made, load_compute(), storage)
+    summary = Summary.of(chain.patched, storage)
+    (patch,) = summary.patches
+    assert patch.block == summary.removed[0] - 1 and patch.error <= patch.error_without
+    assert summary.changed == (f"model.layers.{patch.block}.mlp.down_proj.weight",)
+    directory = storage.fetch(chain.patched)
+    checks = {check.check: check for check in verify(Model("patched", directory, base))}
+    assert checks["base tensors"].status == "ok" and summary.changed[0] in checks["base tensors"].says
+    assert (checks["base logits"].status, checks["base logits"].says) == (
+        "skipped",
+        "a patched model computes other logits",
+    )
+    assert {check.status for check in checks.values()} == {"ok", "skipped"}
