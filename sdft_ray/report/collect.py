@@ -170,6 +170,8 @@ def _describe_sources(chain: Chain, models: Sequence[ModelEntry], storage: Stora
         return ()
     rewrites = Selection.of(chain.distilled, storage).by_source if chain.distilled else ()
     likelihoods = Nll.of(chain.nll[0], storage).by_source if chain.nll else ()
+    trained = {name: read_history(storage.files(stage, HISTORY)) for name, stage in chain.trained.items()}
+    validated = {name: steps[-1].validation_loss_by_source or {} for name, steps in trained.items()}
     held_out = {model.model: score for model in models if (score := model.quality.tasks.get(HELD_OUT))}
     entries = []
     for i, mixed in enumerate(mix.Summary.of(chain.rows, storage).sources):
@@ -177,7 +179,8 @@ def _describe_sources(chain: Chain, models: Sequence[ModelEntry], storage: Stora
         more |= {"nll": likelihoods[i]} if likelihoods else {}
         key = f"exact_match {chain.names[i]}"
         matches = {name: score.other_metrics[key] for name, score in held_out.items() if key in score.other_metrics}
-        entries.append(SourceEntry(mixed=mixed, **more, exact_match=matches))
+        losses = {name: by_source[i] for name, by_source in validated.items() if i in by_source}
+        entries.append(SourceEntry(mixed=mixed, **more, exact_match=matches, validation_loss=losses))
     return tuple(entries)
 
 

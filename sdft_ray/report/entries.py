@@ -144,6 +144,8 @@ class SourceEntry(Record):
     nll: SourceNll | None = None
     exact_match: dict[str, float] = Field(default_factory=dict)
     """On its held-out rows, by model; none where its answers are not checked."""
+    validation_loss: dict[str, float] = Field(default_factory=dict)
+    """The last one on its validation rows, by trained model."""
 
 
 class Report(Record):

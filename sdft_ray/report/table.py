@@ -54,12 +54,14 @@ SOURCE_COLUMNS = (
 
 def source_columns(report: Report) -> list[str]:
     """Return the columns of the table of sources."""
-    return [*SOURCE_COLUMNS, *(f"exact match, {model}" for model in _checked_models(report))]
+    losses = (f"validation loss, {model}" for model in _validated_models(report))
+    return [*SOURCE_COLUMNS, *losses, *(f"exact match, {model}" for model in _checked_models(report))]
 
 
 def source_rows(report: Report) -> list[list[str]]:
     """Return for each source what the mixture takes of it, what was rewritten, and how models answer its rows."""
-    return [_source_row(entry, _checked_models(report)) for entry in report.sources]
+    validated, checked = _validated_models(report), _checked_models(report)
+    return [_source_row(entry, validated, checked) for entry in report.sources]
 
 
 def source_table(report: Report) -> Table:
@@ -72,7 +74,7 @@ def source_table(report: Report) -> Table:
     return table
 
 
-def _source_row(entry: SourceEntry, models: Sequence[str]) -> list[str]:
+def _source_row(entry: SourceEntry, validated: Sequence[str], checked: Sequence[str]) -> list[str]:
     mixed, rewrites, nll = entry.mixed, entry.rewrites, entry.nll
     sides = (nll.distilled, nll.reference) if nll else (None, None)
     return [
@@ -80,12 +82,17 @@ def _source_row(entry: SourceEntry, models: Sequence[str]) -> list[str]:
         *map(str, (mixed.rows.train, mixed.unused, mixed.held_elsewhere, mixed.duplicates)),
         f"{rewrites.kept / rewrites.rows:.0%}" if rewrites and rewrites.rows else "-",
         *(f"{side.nll_per_token:.3f}" if side else "-" for side in sides),
-        *(number(100 * entry.exact_match[model]) if model in entry.exact_match else "-" for model in models),
+        *(f"{entry.validation_loss[model]:.3f}" if model in entry.validation_loss else "-" for model in validated),
+        *(number(100 * entry.exact_match[model]) if model in entry.exact_match else "-" for model in checked),
     ]
 
 
 def _checked_models(report: Report) -> list[str]:
     return list(dict.fromkeys(model for entry in report.sources for model in entry.exact_match))
+
+
+def _validated_models(report: Report) -> list[str]:
+    return list(dict.fromkeys(model for entry in report.sources for model in entry.validation_loss))
 
 
 def _titled(title: str, below: str | None = None) -> Table:

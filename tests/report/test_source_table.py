@@ -27,13 +27,15 @@ def test_source_table_of_everything_measured_shows_it(entry):
             "rewrites": Rewrites(name="sums", rows=20, kept=15, reasons={"kept": 15, "leak": 5}),
             "nll": SourceNll(name="sums", rows=8, **sides),
             "exact_match": {"base": 0.5, "pruned": 0.025},
+            "validation_loss": {"sft": 1.75},
         }
     )
     report = make_report(whole, entry)
-    assert table.source_columns(report)[-2:] == ["exact match, base", "exact match, pruned"]
+    columns = ["validation loss, sft", "exact match, base", "exact match, pruned"]
+    assert table.source_columns(report)[-3:] == columns
     assert table.source_rows(report) == [
-        ["sums", "30", "7", "1", "2", "75%", "1.250", "2.500", "50.0", "2.5"],
-        ["sums", "30", "7", "1", "2", *"-----"],
+        ["sums", "30", "7", "1", "2", "75%", "1.250", "2.500", "1.750", "50.0", "2.5"],
+        ["sums", "30", "7", "1", "2", *"------"],
     ]
     assert table.source_table(report).row_count == 2
 
