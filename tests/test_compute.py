@@ -55,6 +55,7 @@ def test_stages_whose_workers_share_a_section_of_the_compute_file_need_what_it_s
     assert needs == {
         "score": "score",
         "loss": "score",
+        "patch": "score",
         "distill": "distill",
         "train": "train",
         "nll": "distill",
@@ -72,6 +73,7 @@ def test_stages_of_one_worker_need_one_bundle_whatever_their_section_says(load):
     assert needs == {
         "score": (2, 4, 0),
         "loss": (2, 4, 0),
+        "patch": (1, 4, 0),
         "distill": (4, 2, 0),
         "train": (4, 2, 0),
         "nll": (1, 2, 0),
