@@ -47,7 +47,7 @@ def recovery_table(report: Report) -> Table:
 
 
 SOURCE_COLUMNS = (
-    *("source", "training rows", "unused", "held out elsewhere", "duplicates", "rewrites kept"),
+    *("source", "rows mixed", "unused", "held out elsewhere", "duplicates", "rewrites kept"),
     *("NLL of rewrites", "of references"),
 )
 
@@ -77,10 +77,11 @@ def source_table(report: Report) -> Table:
 def _source_row(entry: SourceEntry, validated: Sequence[str], checked: Sequence[str]) -> list[str]:
     mixed, rewrites, nll = entry.mixed, entry.rewrites, entry.nll
     sides = (nll.distilled, nll.reference) if nll else (None, None)
+    asked = sum(n for reason, n in rewrites.reasons.items() if reason not in ("plain", "tool_call")) if rewrites else 0
     return [
         mixed.name,
         *map(str, (mixed.rows.train, mixed.unused, mixed.held_elsewhere, mixed.duplicates)),
-        f"{rewrites.kept / rewrites.rows:.0%}" if rewrites and rewrites.rows else "-",
+        f"{rewrites.kept / asked:.0%}" if rewrites and asked else "-",
         *(f"{side.nll_per_token:.3f}" if side else "-" for side in sides),
         *(f"{entry.validation_loss[model]:.3f}" if model in entry.validation_loss else "-" for model in validated),
         *(number(100 * entry.exact_match[model]) if model in entry.exact_match else "-" for model in checked),

@@ -38,6 +38,8 @@ def test_source_table_of_everything_measured_shows_it(entry):
         ["sums", "30", "7", "1", "2", *"------"],
     ]
     assert table.source_table(report).row_count == 2
+    texts = entry.model_copy(update={"rewrites": Rewrites(name="texts", rows=9, kept=0, reasons={"plain": 9})})
+    assert table.source_rows(make_report(texts))[0][5] == "-", "there was nothing to rewrite"
 
 
 def test_source_table_without_held_out_rows_has_no_columns_of_models(entry):
