@@ -97,7 +97,8 @@ def peak_mb(pid: int) -> int:
 def train_stage(recipe: Recipe, count: int, root: Path) -> Stage[Any]:
     """Return the stage that trains the base of the recipe on the rows that `write_rows` wrote."""
     rows: Stage[Any] = Stage("rows", "made", 1, {"rows": count}, location=root / f"rows-{count}")
-    return train.stage(recipe.train, "sft", pipeline.chain(recipe).base, [{"rows": rows}])
+    settings = recipe.train.model_copy(update={"rows": None})
+    return train.stage(settings, "sft", pipeline.chain(recipe).base, [{"rows": rows}])
 
 
 def write_rows(count: int, root: Path) -> None:

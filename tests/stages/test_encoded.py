@@ -53,7 +53,8 @@ def make_work(root: Path | str, model: Path, inputs: list[list[Row]] = INPUTS, *
     usual = {"max_tokens": 70, "max_too_long_fraction": 1.0, "global_batch_size": 8, "validate_every_steps": 1}
     chosen = train.Settings(arm="sft", train=validate(Train, usual | settings))
     plan = validate(compute.Train, {"workers": 1, "cpus": 1})
-    return Work(Stage("train", "tiny", 1, chosen, stages), storage, compute.Compute(train=plan), Progress("train"))
+    whole = compute.load_compute().model_copy(update={"train": plan})
+    return Work(Stage("train", "tiny", 1, chosen, stages), storage, whole, Progress("train"))
 
 
 def encode_by_hand(raw: list[Row], limit: int, fate: str) -> list[tuple[int, TrainingRow]]:
@@ -190,7 +191,11 @@ def test_encode_split_by_tasks_gives_what_one_process_gives(ray_cluster, tiny_mo
     assert [len(list((work.resumable / "encoded").glob("train-*.ids.npy"))) for work in (here, apart)] == [3, 6]
     with pytest.raises(Exception, match="System role not supported") as error:
         encode_split(make_work(tmp_path / "bad", refusing_model, [with_system()]), None, "train", shard_rows=5)
-    assert isinstance(below_ray(error.value), UserError)
+    cause = below_ray(error.value)
+    assert isinstance(cause, UserError) and str(cause).startswith(
+        "model: its chat template cannot write the conversation"
+    )
+    assert "\n" not in str(cause)
 
 
 def test_train_rows_of_two_sources_are_counted_and_validated_apart(ray_cluster, tiny_model, tmp_path):

@@ -118,6 +118,7 @@ def _encode_apart(job: Job, parts: Sequence[Part], tries: int) -> Iterator[Tally
         num_cpus=1,
         max_retries=tries,
     )
+    tasks.context.raise_original_map_exception = True  # else a UserError is lost in the wrapper that Ray puts around it
     for line in tasks.iter_rows():
         yield Tally.model_validate_json(line["tally"])
 
