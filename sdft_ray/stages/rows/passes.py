@@ -32,7 +32,7 @@ OVERLAPS = pa.schema([(field.name, pa.string()) for field in dataclasses.fields(
 # Where a row comes in the order of all, and its number in the source; no process has counted the rows of other parts.
 _PLACE = [pa.field("place", HASH), pa.field("sequence", pa.int64())]
 _PART_ROWS = 1 << 32
-_KEYS_AT_ONCE = 1_000_000  # of 40 bytes
+_KEYS_AT_ONCE = 250_000  # of 40 bytes
 _ROW_BYTES = 256  # of a row's objects beside its texts
 _GROUP_ROWS = 4096  # of a Parquet file: whoever wants some rows reads no more than a few thousand others
 

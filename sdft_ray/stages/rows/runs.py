@@ -3,7 +3,7 @@
 In: batches whose first column is a hash, the key that rows are sorted by. Out: runs, which are files sorted each by
 itself, and what all of them hold between two hashes, in order. Hashes are spread evenly, so limits between which about
 the same number of rows lies are known without a look at them. A run is mapped, and what lies between two hashes is a
-slice of it: the memory of a process is that of one slice of each run.
+slice of it, which is copied before the next run is mapped: pages that a kernel maps around it count as memory, too.
 """
 
 from __future__ import annotations
@@ -42,13 +42,14 @@ def read_range(runs: Sequence[Path], start: bytes, stop: bytes | None) -> pa.Rec
     """
     slices = []
     for path in runs:
-        with pa.memory_map(str(path)) as file:  # the slices keep what is mapped, and no file stays open
+        with pa.memory_map(str(path)) as file:
             batch = pa.ipc.open_file(file).get_batch(0)
         hashes = hashes_of(batch)
         first = np.searchsorted(hashes, np.array(start, _HASHES))
         last = len(hashes) if stop is None else np.searchsorted(hashes, np.array(stop, _HASHES))
         if first < last:
-            slices.append(batch.slice(first, last - first))
+            slices.append(batch.take(pa.array(np.arange(first, last))))
+        del batch, hashes  # and what is mapped
     return _sort(pa.concat_batches(slices)) if slices else None
 
 
