@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from row_files import save
 
@@ -87,7 +87,7 @@ RECORDS = st.fixed_dictionaries(
 NAMES = st.sampled_from(["a.jsonl", "b.jsonl", "b.jsonl.gz", "c.json", "d.csv", "e.parquet", "f.jsonl.zst", "g.arrow"])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     files=st.dictionaries(NAMES, st.lists(RECORDS, min_size=1, max_size=30), min_size=1, max_size=4),
     sizes=st.builds(
