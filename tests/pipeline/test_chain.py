@@ -14,7 +14,7 @@ from sdft_ray.store.manifest import check_files, read_manifest
 
 REASONS = {
     *("kept", "error", "truncated", "empty", "leak", "refusal", "repeated", "too_long"),
-    *("no_answer", "wrong_answer"),
+    *("no_answer", "wrong_answer", "tool_call", "plain"),
 }
 
 
