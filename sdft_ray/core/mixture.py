@@ -61,7 +61,10 @@ def mixture_size(counts: Sequence[float], shares: Sequence[int] | None) -> float
     """Return how many rows a mixture has; without shares all of them are used. Every share is above 0."""
     if shares is None or math.isinf(min(counts)):
         return sum(counts)
-    return sum(1 for _ in interleave(counts, shares))
+    # After as many places as the shares sum to, each source has given exactly its share: whole rounds need no counting.
+    rounds = min(int(count // share) for count, share in zip(counts, shares, strict=True) if count < math.inf)
+    left = [count - rounds * share for count, share in zip(counts, shares, strict=True)]
+    return rounds * sum(shares) + sum(1 for _ in interleave(left, shares))
 
 
 def join_rows(sources: Sequence[Sequence[Row]]) -> list[Row]:

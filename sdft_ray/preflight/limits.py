@@ -162,7 +162,8 @@ def _mix(each: Sequence[_Known], shares: Sequence[int] | None, count: int | None
         counts = [len(some) for some in rows["train"]]
     waiting = [iter(some) for some in rows["train"]]
     places = itertools.islice(interleave(counts, shares or [int(some) for some in counts]), count)
-    train = [row for source in places if (row := next(waiting[source], None))]
+    known = (row for source in places if (row := next(waiting[source], None)))
+    train = list(itertools.islice(known, sum(map(len, rows["train"]))))  # behind the last known row are only places
     return {name: list(itertools.chain(*rows[name])) for name in SPLITS} | {"train": train}
 
 

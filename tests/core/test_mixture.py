@@ -57,6 +57,18 @@ def test_interleave_ends_where_the_source_that_is_due_has_run_out():
     assert list(interleave([2, 9], [1, 3])) == [1, 1, 0, 1, 1, 1, 0, 1, 1, 1]
 
 
+@pytest.mark.parametrize(
+    "shares", [[1], [3, 1], [5, 5, 1], *([s or 1 for s in random_shares(seed)] for seed in range(12))]
+)
+def test_mixture_size_is_what_counting_every_place_gives(shares):
+    draw = random.Random(len(shares))
+    for _ in range(20):
+        counts = [draw.choice([0, share, draw.randint(0, 5 * share)]) for share in shares]
+        counts[draw.randrange(len(counts))] = draw.randint(0, 400)
+        assert mixture_size(counts, shares) == sum(1 for _ in interleave(counts, shares))
+    assert mixture_size([10**12 * share for share in shares], shares) == 10**12 * sum(shares)
+
+
 def test_mixture_size_with_a_source_without_a_known_end_is_not_known():
     assert mixture_size([math.inf, 3], None) == mixture_size([math.inf, math.inf], [1, 1]) == math.inf
 
