@@ -94,3 +94,11 @@ def test_estimate_sweep_takes_the_most_of_any_recipe(data, tmp_path):
 
 def test_shape_of_a_hub_model_is_not_known_before_its_download():
     assert costs.shape_of(HubModel(repo="a/b", revision="0" * 40)) is None
+
+
+@pytest.mark.parametrize(("weights", "rows"), [((None, None), 70), ((1, 1), 41), ((3, 1), 66), ((1, 3), 27)])
+def test_estimate_of_a_mixture_that_is_not_read_yet_ends_where_it_will(data, tmp_path, weights, rows):
+    gym = {"gym": "products", "held_out": 4, "validation": 6}
+    sources = [{**gym, "limit": 60, "weight": weights[0]}, {**gym, "limit": 30, "seed": 1, "weight": weights[1]}]
+    chain = pipeline.chain(validate(Recipe, {**data, "rows": sources, "train": {}}))
+    assert costs._training_rows(chain.trained["sft"], Storage(str(tmp_path / "root"))) == rows

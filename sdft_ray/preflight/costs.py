@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from sdft_ray import pipeline
+from sdft_ray.core.mixture import mixture_size
 from sdft_ray.core.surgery import block_of
 from sdft_ray.data import readers
 from sdft_ray.models import sources
@@ -218,7 +219,9 @@ def _most_rows(rows: MixedStage, storage: Storage) -> int | None:
         return count_rows(rows, storage).train
     if isinstance(rows.settings, mix.Settings):
         each = [_most_rows(source, storage) for source in rows.inputs.values()]
-        return None if None in each else sum(most or 0 for most in each)
+        known = [math.inf if most is None else most for most in each]
+        size = mixture_size(known, rows.settings.shares)
+        return None if math.isinf(size) else int(size)
     split = rows.settings.split
     return split.limit - split.held_out - split.validation if split.limit else None
 
