@@ -297,6 +297,7 @@ def test_set_overrides_are_typed_and_the_last_one_wins(tmp_path):
         ("trian.lr=3", "trian: unknown key. Did you mean train?"),
         ("train.lr=abc", 'train.lr: got "abc"; expected a valid number. Change this value.'),
         ("train.epochs='3'", 'train.epochs: got "3"; expected a valid integer. Change this value.'),
+        ("rows.0.weight=2", "rows.0: 0 is a place in a list, and this is none. Leave out 0."),
         ("train.lr", "--set train.lr: is not KEY=VALUE. Write for example --set train.lr=2e-4."),
         ("=3", "--set =3: is not KEY=VALUE. Write for example --set train.lr=2e-4."),
         ("model.path.x=3", "--set model.path.x: path has no keys below it. Check the dotted path."),

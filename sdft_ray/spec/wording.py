@@ -46,6 +46,8 @@ def _describe(kind: type[BaseModel], data: Mapping[str, Any], item: Any) -> str:
     path, _ = _walk(kind, item["loc"], data)
     where = ".".join(path) or "recipe"
     match item["type"]:
+        case "extra_forbidden" if path[-1].isdecimal():
+            return problem(where, f"{path[-1]} is a place in a list, and this is none", f"Leave out {path[-1]}")
         case "extra_forbidden":
             return problem(where, "unknown key", nearest(path[-1], _keys_at(kind, item["loc"][:-1])))
         case "missing":
