@@ -1,7 +1,9 @@
 """Rows through sorted runs: what comes out is what the plain way in memory gives, however small the parts are."""
 
 import dataclasses
+import errno
 import json
+import os
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -144,6 +146,21 @@ def test_rows_with_two_mistakes_name_the_first(tmp_path):
         (tmp_path / "data" / name).write_text("\n".join([*records[:30], '{"q": 7, "a": "b"}', *records[30:]]))
     with pytest.raises(UserError, match=r"a\.jsonl:31: q is a number, not text"):
         build(make_source(tmp_path / "data"), tmp_path / "root")
+
+
+def test_rows_with_a_mistake_name_it_also_where_workers_still_write_what_is_deleted(tmp_path, monkeypatch):
+    path = save([{"q": f"{i} + {i}?", "a": f"#### {2 * i}"} for i in range(60)], tmp_path / "rows.jsonl")
+    good = path.read_text()
+    path.write_text(good + '{"q": 7, "a": "b"}\n')
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"rows\.jsonl:61: q is a number, not text"):
+        patch.setattr(os, "rmdir", refuse)
+        build(make_source(path), tmp_path / "root")
+    path.write_text(good)
+    build(make_source(path), tmp_path / "root")
 
 
 def test_rows_of_a_killed_run_are_read_again_and_none_is_doubled(tmp_path):

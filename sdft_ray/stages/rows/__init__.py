@@ -146,8 +146,9 @@ def build(work: Work[Settings], sizes: Sizes = Sizes()) -> Summary:  # noqa: B00
     """
     for left in work.resumable.glob("runs-*"):
         work.storage.drop(left)
-    # A name of its own: workers of a killed run may still write.
-    with tempfile.TemporaryDirectory(prefix="runs-", dir=work.resumable.absolute()) as runs:
+    # A name of its own: workers of a killed run may still write. So may those of this one after a mistake, into what is
+    # being deleted: what is left of that is no reason to hide the mistake.
+    with tempfile.TemporaryDirectory("", "runs-", work.resumable.absolute(), ignore_cleanup_errors=True) as runs:
         return _build(work, Path(runs), sizes)
 
 
