@@ -135,7 +135,7 @@ class Sizes(NamedTuple):
     """Of what a process reads at once of a source."""
     run: int = 32 << 20
     """Of the rows that are sorted and written at once."""
-    range: int = 32 << 20
+    range: int = 16 << 20
     """Of the rows that are put in order at once."""
 
 
