@@ -1,12 +1,14 @@
 """Rows as token ids on disk: written once, in shards, and read by number.
 
 In: encoded rows, one after another. Out: two .npy files a shard, the ids of all rows and an index of them; and rows by
-number. Files are mapped into memory: a worker holds the pages that it reads, for as long as there is room for them.
+number. Files are mapped into memory, and a worker gives back the pages of ids that it has read: kept, they would count
+as its own memory, which would grow with the number of rows.
 """
 
 from __future__ import annotations
 
 import contextlib
+import mmap
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -82,7 +84,9 @@ class EncodedRows(Sequence[TrainingRow]):
         shard, place = self._find(i)
         index, ids = self._indices[shard], self._ids_of(shard)
         start = index["stop"][place - 1] if place else 0
-        return TrainingRow(ids[start : index["stop"][place]].tolist(), int(index["trained_from"][place]))
+        row = TrainingRow(ids[start : index["stop"][place]].tolist(), int(index["trained_from"][place]))
+        _give_back(ids)
+        return row
 
     def number_of(self, i: int) -> int:
         """Return the number of a row among all that were read."""
@@ -95,7 +99,12 @@ class EncodedRows(Sequence[TrainingRow]):
 
     def largest_id(self) -> int:
         """Return the largest token id of all shards; -1 where they are empty."""
-        return max((int(self._ids_of(i).max(initial=-1)) for i in range(len(self._files))), default=-1)
+        largest = -1
+        for shard in range(len(self._files)):
+            ids = self._ids_of(shard)
+            largest = max(largest, int(ids.max(initial=-1)))
+            _give_back(ids)
+        return largest
 
     def _find(self, i: int) -> tuple[int, int]:
         """Return the shard of a row, and its place in it."""
@@ -110,6 +119,12 @@ class EncodedRows(Sequence[TrainingRow]):
             file = self._files[shard]
             self._ids[shard] = np.load(file.with_name(file.name.replace(".index.", ".ids.")), mmap_mode="r")
         return self._ids[shard]
+
+
+def _give_back(ids: Array) -> None:
+    """Let the pages of a mapped file go; the system's cache still has them."""
+    if isinstance(ids.base, mmap.mmap):
+        ids.base.madvise(mmap.MADV_DONTNEED)
 
 
 @contextlib.contextmanager
