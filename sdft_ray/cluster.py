@@ -9,19 +9,23 @@ from __future__ import annotations
 import logging
 import math
 import os
+import pickle
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from sdft_ray import environment
 from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.progress import log
 from sdft_ray.spec.compute import Compute, Needs, cores
 
+A = TypeVar("A")
+B = TypeVar("B")
 TOKEN = "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token"
 
 
@@ -213,6 +217,30 @@ class _Ticker:
 
     def read(self) -> Any:
         return self._state
+
+
+# --- tasks ----------------------------------------------------------------------------------------------------
+
+
+def in_tasks(function: Callable[[A], B], items: Sequence[A], tries: int = 3) -> Iterator[B]:
+    """Yield what a function makes of each item, in order, in tasks of Ray Data of one CPU each.
+
+    A task whose process dies is tried again, so often; an error of the function itself ends the work.
+    """
+    import ray.data
+    from ray.util.annotations import RayDeprecationWarning
+
+    def work(row: dict[str, Any]) -> dict[str, bytes]:
+        return {"made": pickle.dumps(function(pickle.loads(row["item"])))}
+
+    # The number of tries has no parameter of its own yet (docs/footguns.md); Ray Data's own default is for ever.
+    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", RayDeprecationWarning)
+    asked = [{"item": pickle.dumps(item)} for item in items]
+    dataset = ray.data.from_items(asked, override_num_blocks=len(asked)).map(work, num_cpus=1, max_retries=tries)
+    dataset.context.execution_options.preserve_order = True
+    dataset.context.raise_original_map_exception = True  # else a UserError is lost in the wrapper of Ray's
+    for row in dataset.iter_rows():
+        yield pickle.loads(row["made"])
 
 
 # --- threads and errors ---------------------------------------------------------------------------------------

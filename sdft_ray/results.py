@@ -103,14 +103,8 @@ def read_columns(table: Any, kind: type[R]) -> list[R]:
 
 def read_split(directory: Path, split: str, kind: type[R], most: int | None = None) -> list[R]:
     """Return the rows of one split of a rows or distilled artifact, or the first ones of them."""
-    import pyarrow.parquet as pq
-
-    rows: list[R] = []
-    for batch in pq.ParquetFile(directory / f"{split}.parquet").iter_batches(1024, columns=list(kind._fields)):
-        rows += read_columns(batch, kind)
-        if most is not None and len(rows) >= most:
-            break
-    return rows[:most]
+    stop = count_rows(directory, split) if most is None else most
+    return [row for batch in read_range(directory, split, 0, stop, kind) for row in batch]
 
 
 def read_held_out(directories: Sequence[Path]) -> list[Row]:
@@ -138,6 +132,12 @@ def count_rows(directory: Path, split: str) -> int:
     import pyarrow.parquet as pq
 
     return int(pq.read_metadata(directory / f"{split}.parquet").num_rows)
+
+
+def read_row(directory: Path, split: str, place: int, kind: type[R]) -> R:
+    """Return the row of a split at a place, from 0."""
+    ((row,),) = read_range(directory, split, place, place + 1, kind)
+    return row
 
 
 def read_range(directory: Path, split: str, start: int, stop: int, kind: type[R]) -> Iterator[list[R]]:

@@ -1,17 +1,28 @@
-"""A pool of actors that each hold a model, and the texts that they measure.
+"""Calibration texts, and a pool of actors that each hold a model and measure them.
 
-In: an actor's class, and corpora of texts as token ids. Out: the actors' results, in the order of the texts.
+In: the settings of corpora; an actor's class, and corpora of texts as token ids. Out: the corpora; the actors' results,
+in the order of the texts.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from sdft_ray.core.rows import Row
+from sdft_ray.data.calibration import Corpus, CorpusSettings, read_corpora
 from sdft_ray.progress import Progress
+from sdft_ray.results import read_split
 from sdft_ray.spec.compute import Score
+
+
+def read_texts(base: Path, settings: Sequence[CorpusSettings], rows: Mapping[int, Path]) -> list[Corpus]:
+    """Return corpora as token ids of the model in `base`; rows: the directories of corpora of rows, by their number."""
+    first = {i: read_split(place, "train", Row, settings[i].texts) for i, place in rows.items()}
+    return read_corpora(base, settings, first)
 
 
 def measure(

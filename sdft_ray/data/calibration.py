@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from sdft_ray.data.text import decode
 from sdft_ray.errors import UserError, nearest, problem
 from sdft_ray.spec.section import Section
 from sdft_ray.spec.sources import Calibration
+from sdft_ray.store.identity import distinct
 
 _KINDS = (*KINDS, ".txt")
 TEXTS = "boolq, or a .txt, .json, .jsonl, .csv, .parquet or .arrow file, a directory or a glob"
@@ -120,7 +120,6 @@ class CorpusSettings(Section):
 def describe_corpora(corpora: Sequence[Calibration], names_of_rows: Sequence[str | None]) -> tuple[CorpusSettings, ...]:
     """Return corpora as they are hashed, numbered where names repeat; names_of_rows: None for a corpus of a file."""
     described = []
-    names: list[str] = []
     for corpus, name in zip(corpora, names_of_rows, strict=True):
         fields: dict[str, Any] = {
             key: getattr(corpus, key) for key in ("field", "limit", "held_back", "max_tokens", "positions")
@@ -130,15 +129,9 @@ def describe_corpora(corpora: Sequence[Calibration], names_of_rows: Sequence[str
             sha256 = hash_content(find_text_files(file), str(file))
             name = "boolq" if corpus.text == "boolq" else name_of(str(file))
             fields |= {"sha256": sha256, "path": str(file.absolute())}  # workers run in other directories
-        names.append(_distinct(name, names))
-        described.append(CorpusSettings(name=names[-1], **fields))
-    return tuple(described)
-
-
-def _distinct(name: str, taken: Sequence[str]) -> str:
-    """Return a name that is not taken: a further `texts` is `texts-2`."""
-    numbers = (f"{name}-{number}" for number in itertools.count(2))
-    return next(candidate for candidate in itertools.chain([name], numbers) if candidate not in taken)
+        described.append(CorpusSettings(name=name, **fields))
+    names = distinct([corpus.name for corpus in described])
+    return tuple(corpus.model_copy(update={"name": name}) for corpus, name in zip(described, names, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from sdft_ray.core.rows import Given, Message, Row, write_conversation
 from sdft_ray.errors import UserError, nearest, problem
+from sdft_ray.spec.sources import Format, Turns
 
-Turns = Literal["last", "each"]
-Format = Literal["messages", "sharegpt"]
 _KEYS: dict[Format, tuple[str, str]] = {"messages": ("role", "content"), "sharegpt": ("from", "value")}
 _ROLES = ("system", "user", "assistant", "tool")
 _SHAREGPT_ROLES = {

@@ -12,7 +12,6 @@ import functools
 import glob
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -20,7 +19,7 @@ from typing import Any
 
 from sdft_ray.data.text import first_line
 from sdft_ray.errors import UserError, problem
-from sdft_ray.store.files import inside, write_atomically
+from sdft_ray.store.files import cache_directory, inside, write_atomically
 from sdft_ray.store.locks import file_lock
 from sdft_ray.store.objects import SCHEMES, read_address
 
@@ -46,13 +45,12 @@ def local_path(address: str, where: str) -> str:
         if not files:
             what = f"{address} {'matches no file' if pattern else 'does not exist, or is empty'}"
             raise UserError(problem(where, what, "Check the address"))
-        if [*files] == [path]:
-            start = str(PurePosixPath(path).parent)
+        if [*files] == [path]:  # a single file: the last part of its path is what a pattern is to others
+            start, pattern = str(PurePosixPath(path).parent), PurePosixPath(path).name
         folder = _folder(address) / (PurePosixPath(start).name or "files")
         with file_lock(_root(), f"copy-{_folder(address).name}"):
             _refresh(filesystem, files, start, folder, address)
-    rest = str(PurePosixPath(path).name) if [*files] == [path] else pattern
-    return str(folder / rest) if rest else str(folder)
+    return str(folder / pattern)
 
 
 def name_addresses(line: str) -> str:
@@ -66,7 +64,7 @@ def name_addresses(line: str) -> str:
 
 
 def _root() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdft_ray" / "copies"
+    return cache_directory() / "copies"
 
 
 def _folder(address: str) -> Path:

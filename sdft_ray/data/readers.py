@@ -20,13 +20,13 @@ from typing import Any
 from pydantic import JsonValue
 
 from sdft_ray.core.rows import PLAIN, Row
-from sdft_ray.data.conversations import Turns, find_conversations, read_conversation
+from sdft_ray.data.conversations import find_conversations, read_conversation
 from sdft_ray.data.files import find_files, hash_content
 from sdft_ray.data.records import Record, read_records
 from sdft_ray.data.text import decode, first_bytes, parse_json
 from sdft_ray.errors import UserError, nearest, problem
 from sdft_ray.spec.section import Section
-from sdft_ray.spec.sources import Fields, FileRows, GymRows, HubRows, RowSource, TableRows
+from sdft_ray.spec.sources import Fields, FileRows, GymRows, HubRows, RowSource, TableRows, Turns
 
 
 def is_missing(value: Any) -> bool:

@@ -45,6 +45,13 @@ _MOST_BYTES = 1 << 27  # the largest tokenizer.json of a well-known model has 34
 _SAME_LOGITS = {"float32": 1e-4, "bfloat16": 0.25}
 
 
+def require_dtype(model: Path, name: str, tensor: StoredTensor) -> None:
+    """Raise UserError for a tensor of a model that PyTorch does not compute with."""
+    if tensor.dtype not in DTYPES:
+        do = f"Give it in {', '.join(DTYPES.values())}"
+        raise UserError(problem(str(model), f"{name} is stored as {tensor.dtype}", do))
+
+
 # --- companions -----------------------------------------------------------------------------------------------
 
 
@@ -60,6 +67,14 @@ def write_companions(base: Path, directory: Path) -> None:
         shutil.copyfile(path, copy)  # not its mode: a hub's cache is read-only
     spell_tokenizer_for_older(directory)
     _add_end_of_turn(base, directory)
+
+
+def copy_all_but_weights(model: Path, directory: Path) -> None:
+    """Copy what describes a model whose tensors keep their names and shapes: config, index, companions."""
+    for name in ("config.json", WEIGHTS_INDEX):
+        if (model / name).is_file():
+            shutil.copy2(model / name, directory / name)
+    write_companions(model, directory)
 
 
 def _companions(base: Path) -> list[Path]:
@@ -170,6 +185,8 @@ def _compute_logits(directory: Path, rows: Sequence[TrainingRow], dtype: str) ->
 
 
 _WEIGHTS = "model.safetensors"
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""PyTorch's names of the kinds of weights, by those in safetensors files."""
 WEIGHTS_INDEX = f"{_WEIGHTS}.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # Files that transformers reads beside weights and config; it ignores a damaged generation_config.json silently.

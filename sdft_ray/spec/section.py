@@ -55,11 +55,9 @@ LocalPath = Annotated[str, AfterValidator(_require_path)]
 
 def _require_place(value: str) -> str:
     address = read_address(value)
-    if address is None:
-        return value
+    if address is None or address[0] == "file":
+        return _require_path(value)
     scheme, path = address
-    if scheme == "file":
-        raise ValueError(f"{value} is an address, and a path is needed. Write {path}")
     if "@" in path.partition("/")[0]:  # the address itself is not repeated: it holds a secret
         raise ValueError("the address holds credentials, which would end up in logs. Give them by the environment")
     if not path or value.rstrip("/") != (right := f"{scheme}://{path}"):

@@ -46,6 +46,12 @@ class HubModel(Section):
     """Commit hash, 40 hex digits: a moving name such as `main` is refused."""
 
 
+Format = Literal["messages", "sharegpt"]
+"""The keys of a conversation's turns."""
+Turns = Literal["last", "each"]
+"""Which responses of a conversation become rows."""
+
+
 class Fields(Section):
     """Names of the columns of a file or hub dataset: prompt and response, or messages."""
 
@@ -63,7 +69,7 @@ class Fields(Section):
     """Column of a whole conversation, in place of prompt and response: a list of turns, or its JSON."""
     tools: str | None = None
     """Column of the functions that a conversation may call: a list, or its JSON."""
-    format: Literal["messages", "sharegpt"] | None = None
+    format: Format | None = None
     """Keys of a turn: `role` and `content` (messages, where absent), or `from` and `value` (sharegpt)."""
 
     @model_validator(mode="after")
@@ -139,7 +145,7 @@ class TableRows(Rows):
     """Rows whose texts stand in columns."""
 
     fields: Fields
-    turns: Literal["last", "each"] = "last"
+    turns: Turns = "last"
     """Responses of a conversation that become rows: the last one, or each one with what comes before it."""
     plain: bool = False
     """Whether the response column holds plain texts that answer nothing: all of each is trained, none is rewritten."""

@@ -99,6 +99,13 @@ class Work(Generic[S]):
         return self.storage.handle(self.stage.inputs[name])
 
 
+def bring_tokenizer(storage: Storage, model: Stage[Any]) -> Path:
+    """Return the directory of a model, of which this node then has the tokenizer, and weights only if it had them."""
+    for pattern in ("*.json", "*.jinja", "*.txt", "tokenizer.model"):
+        place = storage.files(model, pattern)
+    return place
+
+
 class StageModule(Protocol):
     """What each module has."""
 

@@ -19,17 +19,16 @@ from pydantic import Field
 from sdft_ray import stages
 from sdft_ray.cluster import use_assigned_cores
 from sdft_ray.core.choice import Choice
-from sdft_ray.core.rows import Row
-from sdft_ray.data.calibration import CorpusSettings, read_corpora
+from sdft_ray.data.calibration import CorpusSettings
 from sdft_ray.errors import UserError, problem
-from sdft_ray.results import CANDIDATES, Candidate, Ranked, read_measured, read_split
+from sdft_ray.results import CANDIDATES, Candidate, Ranked, read_measured
 from sdft_ray.spec.compute import Needs
 from sdft_ray.spec.recipe import Protect, Prune
 from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
 from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage
-from sdft_ray.text_pool import measure
+from sdft_ray.text_pool import measure, read_texts
 
 VERSION, NEEDS, UNIT = 2, Needs("score"), "texts"
 
@@ -82,9 +81,7 @@ def build(work: Work[Settings]) -> Summary:
 
     candidates = rank_candidates(work)
     wanted = work.settings.calibration
-    places = work.numbered_inputs("rows", len(wanted))
-    rows = {i: read_split(place, "train", Row, wanted[i].texts) for i, place in places.items()}
-    corpora = read_corpora(work.input("model"), wanted, rows)
+    corpora = read_texts(work.input("model"), wanted, work.numbered_inputs("rows", len(wanted)))
     assert len({corpus.name for corpus in corpora}) == len(corpora), "losses are kept by the names of corpora"
     for corpus in corpora:
         if not corpus.loss_texts:

@@ -8,7 +8,6 @@ written one at a time, so the memory is that of the largest, whatever the model'
 from __future__ import annotations
 
 import itertools
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +16,14 @@ from sdft_ray import stages
 from sdft_ray.core.surgery import block_of
 from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
-from sdft_ray.models.directory import WEIGHTS_INDEX, require_loadable, stored_tensors, tensor_places, write_companions
+from sdft_ray.models.directory import (
+    DTYPES,
+    copy_all_but_weights,
+    require_dtype,
+    require_loadable,
+    stored_tensors,
+    tensor_places,
+)
 from sdft_ray.models.shards import StoredTensor, write_tensors
 from sdft_ray.spec.recipe import Linear, Slerp
 from sdft_ray.stages import Work
@@ -33,7 +39,6 @@ VERSION, NEEDS, UNIT = 2, None, "tensors"
 # Weights of models that grew out of one have cosines above 0.9; those of two unlike blocks are near 0.
 _SAME_ORIGIN = 0.5
 _NO_MATTER = ("dtype", "torch_dtype", "transformers_version", "use_cache", "_name_or_path")
-_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
 class SlerpSettings(Slerp):
@@ -123,17 +128,14 @@ def merge_models(
             else:
                 weights, facts[name] = mean(tensors, settings.weights or [1.0] * len(tensors))
             _require_same_origin(name, tensor, facts[name], list(parents))
-            yield weights.to(getattr(torch, _DTYPES[tensor.dtype])).view(torch.uint8).numpy()
+            yield weights.to(getattr(torch, DTYPES[tensor.dtype])).view(torch.uint8).numpy()
             update(len(facts))
 
     for shard, tensors in held.items():
         remember_hash(
             directory / shard.name, write_tensors(directory / shard.name, list(tensors.items()), merged(shard))
         )
-    for name in ("config.json", WEIGHTS_INDEX):
-        if (first / name).is_file():
-            shutil.copy2(first / name, directory / name)
-    write_companions(first, directory)
+    copy_all_but_weights(first, directory)
     changed = {name: min(similarity.cosines) for name, similarity in facts.items() if not similarity.identical}
     return Summary(
         parameters=require_loadable(directory),
@@ -160,7 +162,7 @@ def _read_tensor(path: Path, tensor: StoredTensor) -> torch.Tensor:
     import torch
 
     stored = torch.from_numpy(numpy.fromfile(path, numpy.uint8, tensor.bytes, offset=tensor.start))
-    return stored.view(getattr(torch, _DTYPES[tensor.dtype])).float()
+    return stored.view(getattr(torch, DTYPES[tensor.dtype])).float()
 
 
 # --- what may be merged ---------------------------------------------------------------------------------------
@@ -196,9 +198,7 @@ def _facts(model: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
     tokens = {f"the id of {token!r}": number for token, number in vocabulary}
     tensors = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, (_, tensor) in tensor_places(model).items()}
     for name, (_, tensor) in tensor_places(model).items():
-        if tensor.dtype not in _DTYPES:
-            do = f"Give it in {', '.join(_DTYPES.values())}"
-            raise UserError(problem(str(model), f"{name} is stored as {tensor.dtype}", do))
+        require_dtype(model, name, tensor)
     return config, {**tokens, "chat_template": tokenizer.chat_template}, tensors
 
 

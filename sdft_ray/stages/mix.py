@@ -26,7 +26,7 @@ from sdft_ray.core.mixture import interleave, join_rows, next_source, whole_shar
 from sdft_ray.core.rows import Row
 from sdft_ray.errors import UserError, problem
 from sdft_ray.progress import Progress, log
-from sdft_ray.results import SPLITS, Counts, read_columns, read_held_out, read_split, row_schema
+from sdft_ray.results import SPLITS, Counts, count_rows, read_columns, read_held_out, read_split, row_schema
 from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
 from sdft_ray.store.identity import Stage, numbered, slugify
@@ -159,7 +159,7 @@ def _choose(places: Sequence[Path], held: Iterable[str], progress: Progress) -> 
     watched = _sorted([_hash(held)])
     earlier: list[np.ndarray[Any, Any]] = []
     chosen: list[_Kept] = []
-    progress.begin(sum(map(_count_rows, places)))
+    progress.begin(sum(count_rows(place, "train") for place in places))
     for number, place in enumerate(places, 1):
         masks, hashes, held_elsewhere, duplicates = [np.zeros(0, bool)], [], 0, 0
         for batch in _read(place, ["prompt", "reference", "conversation"]):
@@ -272,9 +272,3 @@ def _read(place: Path, columns: Sequence[str]) -> Iterator[Any]:
 
     file = pq.ParquetFile(place / "train.parquet")
     yield from file.iter_batches(_BATCH_ROWS, columns=[name for name in columns if name in file.schema_arrow.names])
-
-
-def _count_rows(place: Path) -> int:
-    import pyarrow.parquet as pq
-
-    return int(pq.read_metadata(place / "train.parquet").num_rows)

@@ -20,7 +20,7 @@ from sdft_ray import stages
 from sdft_ray.cluster import use_assigned_cores
 from sdft_ray.core.rows import Exchange, TrainingRow
 from sdft_ray.data.chat import encode_rows
-from sdft_ray.results import NLL, Likelihood, training_batches
+from sdft_ray.results import NLL, Likelihood, read_row, training_batches
 from sdft_ray.spec.compute import Needs
 from sdft_ray.spec.recipe import Distill
 from sdft_ray.spec.section import Section
@@ -78,7 +78,7 @@ def build(work: Work[Settings]) -> Summary:
     """Write nll.json."""
     directory = work.input("distilled")
     drawn = draw_rows(_judged(directory), work.settings.rows, work.settings.seed)
-    rows = [next(training_batches(directory, row.place + 1, Rewritten, row.place))[0] for row in drawn]
+    rows = [read_row(directory, "train", row.place, Rewritten) for row in drawn]
     work.progress.begin(len(COLUMNS) * len(rows))
     work.progress.enter("loading the model")
     portions: dict[str, list[Portion]] = {}

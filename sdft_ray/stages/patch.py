@@ -8,7 +8,6 @@ the manifest's `changed` is the cut's, byte by byte.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,12 @@ from pydantic import Field
 
 from sdft_ray import stages
 from sdft_ray.cluster import use_assigned_cores
-from sdft_ray.core.rows import Row
-from sdft_ray.data.calibration import Corpus, CorpusSettings, Text, read_corpora
+from sdft_ray.data.calibration import Corpus, CorpusSettings, Text
 from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
-from sdft_ray.models.directory import WEIGHTS_INDEX, require_loadable, stored_tensors, write_companions
+from sdft_ray.models.directory import DTYPES, copy_all_but_weights, require_dtype, require_loadable, stored_tensors
 from sdft_ray.models.shards import StoredTensor, write_tensors
-from sdft_ray.results import Cut, read_split
+from sdft_ray.results import Cut
 from sdft_ray.spec.compute import Needs
 from sdft_ray.spec.recipe import Prune
 from sdft_ray.spec.section import Section
@@ -31,9 +29,9 @@ from sdft_ray.stages import Work
 from sdft_ray.store.files import remember_hash
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.record import Record
+from sdft_ray.text_pool import read_texts
 
 VERSION, NEEDS, UNIT = 1, Needs("score", alone=True), "texts"
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class Settings(Section):
@@ -89,8 +87,7 @@ def build(work: Work[Settings]) -> Summary:
     architecture = read_json(base / "config.json")["model_type"]
     for before, _ in gaps(removed):
         require_foldable(architecture, before)
-    rows = {i: read_split(place, "train", Row) for i, place in work.numbered_inputs("rows", len(wanted)).items()}
-    corpora = read_corpora(base, wanted, rows)
+    corpora = read_texts(base, wanted, work.numbered_inputs("rows", len(wanted)))
     for corpus in corpora:
         if not corpus.loss_texts:
             what = f"{corpus.name} has no text left to hold back, on which a patch is chosen"
@@ -235,10 +232,8 @@ def write_patched(
                 if block is None:
                     yield data
                     continue
-                if tensor.dtype not in _DTYPES:
-                    do = f"Give it in {', '.join(_DTYPES.values())}"
-                    raise UserError(problem(str(pruned), f"{name} is stored as {tensor.dtype}", do))
-                stored = torch.frombuffer(bytearray(data), dtype=getattr(torch, _DTYPES[tensor.dtype]))
+                require_dtype(pruned, name, tensor)
+                stored = torch.frombuffer(bytearray(data), dtype=getattr(torch, DTYPES[tensor.dtype]))
                 folded = fold(by_block[block], name, stored.view(tensor.shape), architecture).contiguous().view(-1)
                 if not torch.equal(folded, stored):
                     changed.append(name)
@@ -247,8 +242,5 @@ def write_patched(
     for shard, tensors in stored_tensors(pruned).items():
         sha256 = write_tensors(directory / shard.name, list(tensors.items()), contents(shard, tensors))
         remember_hash(directory / shard.name, sha256)
-    for name in ("config.json", WEIGHTS_INDEX):
-        if (pruned / name).is_file():
-            shutil.copy2(pruned / name, directory / name)
-    write_companions(pruned, directory)
+    copy_all_but_weights(pruned, directory)
     return changed

@@ -16,16 +16,15 @@ from typing import Any
 from sdft_ray import stages
 from sdft_ray.cluster import use_assigned_cores
 from sdft_ray.core.choice import Choice, JointChoice
-from sdft_ray.core.rows import Row
-from sdft_ray.data.calibration import CorpusSettings, read_corpora
+from sdft_ray.data.calibration import CorpusSettings
 from sdft_ray.errors import UserError, problem
-from sdft_ray.results import DISTANCES, TEXTS, Corpus, Distances, MeasuredCorpus, read_split
+from sdft_ray.results import DISTANCES, TEXTS, Corpus, Distances, MeasuredCorpus
 from sdft_ray.spec.compute import Needs
 from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
 from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage
-from sdft_ray.text_pool import measure
+from sdft_ray.text_pool import measure, read_texts
 
 VERSION, NEEDS, UNIT = 3, Needs("score"), "texts"
 
@@ -64,9 +63,7 @@ def build(work: Work[Settings]) -> Summary:
 
     first = {"last": lambda text: len(text.ids) - 1, "all": lambda _: 0, "response": lambda text: text.content_from}
     wanted = work.settings.calibration
-    places = work.numbered_inputs("rows", len(wanted))
-    rows = {i: read_split(place, "train", Row, wanted[i].texts) for i, place in places.items()}
-    corpora = read_corpora(work.input("model"), wanted, rows)
+    corpora = read_texts(work.input("model"), wanted, work.numbered_inputs("rows", len(wanted)))
     texts = [[(t.ids, first[c.positions](t)) for t in c.measured] for c in corpora]
     model = {"model": work.handle("model"), "dtype": work.settings.dtype}
     by_corpus = measure(Scorer, texts, work.compute.score, work.progress, **model)

@@ -16,6 +16,11 @@ from sdft_ray.errors import UserError, problem
 from sdft_ray.store.identity import canonical_json
 
 
+def cache_directory() -> Path:
+    """Return the directory of what may be deleted at any time and is made again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdft_ray"
+
+
 def hash_file(path: Path) -> str:
     """Return the sha256 of a file's bytes."""
     with path.open("rb") as file:
@@ -43,7 +48,7 @@ def hash_files(files: Sequence[Path]) -> list[str]:
 
     The memory lies in the user's cache directory: a hint only, harmless to delete.
     """
-    memory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdft_ray" / "hashes.json"
+    memory = cache_directory() / "hashes.json"
     try:
         remembered = dict(json.loads(memory.read_text()))
     except (OSError, ValueError, TypeError):

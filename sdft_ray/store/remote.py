@@ -9,7 +9,6 @@ from __future__ import annotations
 import fnmatch
 import functools
 import json
-import os
 import shutil
 import socket
 import uuid
@@ -22,7 +21,7 @@ from typing import Any
 from sdft_ray.errors import UserError, problem
 from sdft_ray.store import lease
 from sdft_ray.store.backend import Listing, by_id, id_in, make_directory
-from sdft_ray.store.files import hash_file, inside, write_atomically
+from sdft_ray.store.files import cache_directory, hash_file, inside, write_atomically
 from sdft_ray.store.identity import short_id, slugify
 from sdft_ray.store.locks import file_lock
 from sdft_ray.store.manifest import (
@@ -176,8 +175,7 @@ class ObjectStore:
 
 def _copy_of(uri: str) -> Path:
     """Return the directory of this node's copy of an object store; deleting it only costs bringing files again."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "sdft_ray" / "roots" / f"{slugify(uri)}-{short_id(uri)}"
+    return cache_directory() / "roots" / f"{slugify(uri)}-{short_id(uri)}"
 
 
 def _bytes_of(file: Path) -> int | None:

@@ -32,7 +32,7 @@ from sdft_ray.results import Conversation, count_training_rows, training_batches
 from sdft_ray.spec.compute import Needs
 from sdft_ray.spec.recipe import Distill
 from sdft_ray.spec.sources import RowSource
-from sdft_ray.stages import Work
+from sdft_ray.stages import Work, bring_tokenizer
 from sdft_ray.stages.distill.dataset import Figures, count_reasons, write_dataset
 from sdft_ray.stages.distill.dealing import Dealt, RowId, deal
 from sdft_ray.stages.distill.draws import Settings, Source, instruction_templates
@@ -212,9 +212,7 @@ def _require_trainable(work: Work[Settings]) -> None:
     """Raise UserError where the rewrites could not be trained on: before the first is generated."""
     from transformers import AutoTokenizer
 
-    for pattern in ("*.json", "*.jinja", "*.txt", "tokenizer.model"):  # this node needs no weights
-        place = work.storage.files(work.stage.inputs["model"], pattern)
-    tokenizer = AutoTokenizer.from_pretrained(place)
+    tokenizer = AutoTokenizer.from_pretrained(bring_tokenizer(work.storage, work.stage.inputs["model"]))
     require_trainable(tokenizer)
     batches = training_batches(work.input("rows"), work.settings.rows, Conversation)
     require_writable(tokenizer, (Exchange("", "", row.conversation) for batch in batches for row in batch))

@@ -8,11 +8,11 @@ memory does not grow with the number of rows. What is one range is done here: st
 from __future__ import annotations
 
 import dataclasses
-import pickle
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from sdft_ray.cluster import in_tasks
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 
@@ -67,16 +67,4 @@ class Folder:
 
 def spread(function: Callable[[A], B], items: Sequence[A], here: bool) -> Iterator[B]:
     """Yield what a function makes of each item, in order: in this process, or in tasks of one CPU each."""
-    if here:
-        yield from map(function, items)
-        return
-    import ray
-
-    def work(row: dict[str, Any]) -> dict[str, bytes]:
-        return {"made": pickle.dumps(function(pickle.loads(row["item"])))}
-
-    asked = [{"item": pickle.dumps(item)} for item in items]
-    dataset = ray.data.from_items(asked, override_num_blocks=len(asked)).map(work)
-    dataset.context.execution_options.preserve_order = True
-    for row in dataset.iter_rows():
-        yield pickle.loads(row["made"])
+    return map(function, items) if here else in_tasks(function, items)

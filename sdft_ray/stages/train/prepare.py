@@ -9,15 +9,15 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from sdft_ray import environment
-from sdft_ray.results import count_rows, count_training_rows, read_range
+from sdft_ray.cluster import in_tasks
+from sdft_ray.results import count_rows, count_training_rows, read_range, read_row
 from sdft_ray.spec import training
-from sdft_ray.stages import Work
+from sdft_ray.stages import Work, bring_tokenizer
 from sdft_ray.stages.train.encoded import FOLDER, EncodedRows, write_shard
 from sdft_ray.stages.train.rows import Reference, Rewrite, Tally, add, count, encode
 from sdft_ray.store.identity import Stage
@@ -25,7 +25,6 @@ from sdft_ray.store.storage import Storage
 
 SHARD_ROWS = 32768
 """Rows that one task encodes; more than this are worth processes of their own."""
-_TOKENIZER_FILES = ("*.json", "*.jinja", "*.txt", "tokenizer.model")
 
 
 class Part(NamedTuple):
@@ -72,7 +71,7 @@ def encode_split(work: Work[Any], tokenizer: Any, split: str, shard_rows: int = 
     work.progress.enter(f"encoding {total} rows")
     parts = plan_parts(sizes, shard_rows)
     if total > shard_rows:
-        tallies = _encode_apart(job, parts, work.compute.train.max_failures)
+        tallies = in_tasks(functools.partial(_encode_part, job), parts, work.compute.train.max_failures)
     else:
         tallies = (job.encode(tokenizer, work.input(part.key), part) for part in parts)
     for tally in tallies:
@@ -105,31 +104,12 @@ def plan_parts(sizes: dict[str, int], shard_rows: int) -> list[Part]:
     return parts
 
 
-def _encode_apart(job: Job, parts: Sequence[Part], tries: int) -> Iterator[Tally]:
-    """Yield what each part comes to, as tasks of Ray Data finish them."""
-    import ray.data
-    from ray.util.annotations import RayDeprecationWarning
-
-    # The number of tries has no parameter of its own yet (docs/footguns.md); Ray Data's own default is for ever.
-    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", RayDeprecationWarning)
-    tasks = ray.data.from_items([part._asdict() for part in parts], override_num_blocks=len(parts)).map(
-        _encode_part,  # type: ignore[arg-type] # it gets the job, too
-        fn_kwargs={"job": job},
-        num_cpus=1,
-        max_retries=tries,
-    )
-    tasks.context.raise_original_map_exception = True  # else a UserError is lost in the wrapper that Ray puts around it
-    for line in tasks.iter_rows():
-        yield Tally.model_validate_json(line["tally"])
-
-
-def _encode_part(part: dict[str, Any], job: Job) -> dict[str, str]:
+def _encode_part(job: Job, part: Part) -> Tally:
     """Encode a part in a task, on whatever node."""
     environment.go_offline()  # the tokenizer is in a local directory
-    for pattern in _TOKENIZER_FILES:  # this node needs no weights
-        model = job.storage.files(job.stage.inputs["model"], pattern)
-    directory = job.storage.files(job.stage.inputs[part["key"]], f"{job.split}.parquet")
-    return {"tally": job.encode(_load_tokenizer(model), directory, Part(**part)).model_dump_json()}
+    model = bring_tokenizer(job.storage, job.stage.inputs["model"])
+    directory = job.storage.files(job.stage.inputs[part.key], f"{job.split}.parquet")
+    return job.encode(_load_tokenizer(model), directory, part)
 
 
 @functools.lru_cache(maxsize=1)  # a process serves many parts
@@ -152,6 +132,5 @@ def find_ids(work: Work[Any], rows: Sequence[int]) -> list[str]:
     for number in map(encoded.number_of, rows):
         part = parts[bisect.bisect_right(parts, number, key=lambda part: part.first) - 1]
         place = part.start + number - part.first
-        ((named,),) = read_range(work.input(part.key), "train", place, place + 1, _Named)
-        ids.append(named.id)
+        ids.append(read_row(work.input(part.key), "train", place, _Named).id)
     return ids
