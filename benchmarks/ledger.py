@@ -16,9 +16,6 @@ import hashlib
 import json
 import os
 import random
-import re
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,8 +23,9 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from benchmarks.apart import measure_apart, peak_mb
 from benchmarks.report import print_figures
-from benchmarks.scale import make_row, rows_stage, watch, write_rows
+from benchmarks.scale import make_row, rows_stage, write_rows
 from sdft_ray.cluster import ray_cluster
 from sdft_ray.results import training_batches
 from sdft_ray.spec.compute import load_compute
@@ -63,16 +61,11 @@ def main() -> None:
         if location and not location.exists():
             write_rows(options.lines, str(root))
         for step in options.steps:
-            again = [sys.executable, "-m", "benchmarks.ledger", "--lines", str(options.lines), "--step", step, root]
-            with subprocess.Popen(again, stdout=subprocess.PIPE, text=True) as process:
-                below = watch(process)
-                assert process.stdout
-                costs = json.loads(process.stdout.read().splitlines()[-1])
-            assert process.returncode == 0
-            print(f"{step}: {costs | below}", flush=True)
-            largest = max(costs["peak_mb"], below["largest_mb"])
+            costs = measure_apart("benchmarks.ledger", "--lines", options.lines, "--step", step, root)
+            print(f"{step}: {costs}", flush=True)
+            largest = max(costs["peak_mb"], costs["largest_mb"])
             figures |= {f"{step}_seconds": costs["seconds"], f"{step}_peak_mb": largest}
-            figures[f"{step}_cpu_seconds"] = below["cpu_seconds"]
+            figures[f"{step}_cpu_seconds"] = costs["cpu_seconds"]
     print_figures("ledger", figures)
 
 
@@ -92,8 +85,7 @@ def take(step: str, lines: int, root: Path) -> dict[str, float]:
             begun = time.monotonic()
             look(step, lines, storage)
     seconds = time.monotonic() - begun
-    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return {"seconds": round(seconds, 1), "peak_mb": round(int(peak) / 1024)}
+    return {"seconds": round(seconds, 1), "peak_mb": peak_mb()}
 
 
 def make_line(number: int) -> ledgers.Line:

@@ -13,10 +13,8 @@ driver's processor time at the most rows, starts included.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import re
 import resource
 import subprocess
 import sys
@@ -26,12 +24,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from benchmarks.apart import measure_apart, peak_mb
 from benchmarks.report import print_figures
 from sdft_ray import pipeline
 from sdft_ray.core.rows import Row
@@ -62,7 +60,7 @@ def main() -> None:
         recipe = load_recipe(Path("configs/recipes/demo.yaml"))
         pipeline.build([pipeline.chain(recipe).base], load_compute(), Storage(folder))
         for count in sorted(options.rows):
-            measured[count] = measure_apart(count, folder)
+            measured[count] = measure_apart("benchmarks.scale", "--measure", count, folder)
             print(f"{count} rows: {measured[count]}", flush=True)
     fewest, most = measured[min(measured)], measured[max(measured)]
     more = max(measured) - min(measured)
@@ -75,33 +73,6 @@ def main() -> None:
         figures["rows_per_second_beyond_start"] = round(more / (most["seconds"] - fewest["seconds"]), 1)
         figures["cpu_ms_per_row"] = round(1000 * (most["cpu_seconds"] - fewest["cpu_seconds"]) / more, 4)
     print_figures("scale", figures)
-
-
-def measure_apart(count: int, root: str) -> dict[str, float]:
-    """Return the cost of so many rows in a process of its own."""
-    again = [sys.executable, "-m", "benchmarks.scale", "--measure", str(count), root]
-    with subprocess.Popen(again, stdout=subprocess.PIPE, text=True) as process:
-        below = watch(process)
-        assert process.stdout
-        costs = json.loads(process.stdout.read().splitlines()[-1])
-    assert process.returncode == 0
-    return {**costs, **below}
-
-
-def watch(process: subprocess.Popen[str]) -> dict[str, float]:
-    """Return, once a process has ended, the peak memory of the largest of those that it started, and the processor time
-    of it and of all of them, as far as looks every half second show them."""
-    top, peak_kb, cpu_seconds = psutil.Process(process.pid), 0, {}
-    while process.poll() is None:
-        with contextlib.suppress(psutil.Error, OSError):
-            for each in [top, *top.children(recursive=True)]:
-                used = each.cpu_times()
-                cpu_seconds[each.pid] = used.user + used.system
-                found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{each.pid}/status").read_text())
-                if found and each != top:
-                    peak_kb = max(peak_kb, int(found[1]))
-        time.sleep(0.5)
-    return {"largest_mb": round(peak_kb / 1024), "cpu_seconds": round(sum(cpu_seconds.values()), 1)}
 
 
 def measure(count: int, root: Path) -> None:
@@ -118,9 +89,7 @@ def measure(count: int, root: Path) -> None:
     costs = {"seconds": time.monotonic() - begun}
     costs["driver_cpu_seconds"] = sum(resource.getrusage(resource.RUSAGE_SELF)[:2]) - cpu
     assert storage.manifest(stage).summary["kept"] == count
-    # Not getrusage: its maximum is inherited from the process that started this one.
-    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    costs["peak_mb"] = round(int(peak) / 1024)
+    costs["peak_mb"] = peak_mb()
     print(json.dumps({name: round(value, 2) for name, value in costs.items()}))
 
 

@@ -4,7 +4,7 @@
 
 The rows are those of the demo, over and over, each with a number of its own, in the demo's tokenizer. Each number of
 rows has a process of its own. Seconds are those of the encoding with the start of its tasks, without that of Ray. Peaks
-are VmHWM at the end: of the driver, and of the largest process that it or Ray started. The last line is JSON.
+are VmHWM: of the driver at the end, and of the largest process that it or Ray started. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu"}
 
+from benchmarks.apart import measure_apart, peak_mb
 from benchmarks.report import print_figures
 from sdft_ray import pipeline
 from sdft_ray.core.rows import Row
@@ -53,9 +53,7 @@ def main() -> None:
         for count in sorted(options.rows):
             write = f"from benchmarks import scale_encode as s; s.write_rows({count}, s.Path({folder!r}))"
             subprocess.run([sys.executable, "-c", write], check=True)
-            again = [sys.executable, "-m", "benchmarks.scale_encode", "--measure", str(count), folder]
-            done = subprocess.run(again, stdout=subprocess.PIPE, text=True, check=True)
-            measured = json.loads(done.stdout.splitlines()[-1])
+            measured = measure_apart("benchmarks.scale_encode", "--measure", count, folder)
             print(f"{count} rows: {measured}", flush=True)
             figures |= {f"{name}_at_{count}": value for name, value in measured.items()}
     print_figures("scale_encode", figures)
@@ -63,7 +61,6 @@ def main() -> None:
 
 def measure(count: int, root: Path) -> None:
     """Encode so many rows and print the cost as a line of JSON."""
-    import psutil
     from transformers import AutoTokenizer
 
     from sdft_ray.cluster import ray_cluster
@@ -76,22 +73,14 @@ def measure(count: int, root: Path) -> None:
         begun, cpu = time.monotonic(), time.process_time()
         tally = encode_split(work, tokenizer, "train")
         seconds, cpu_seconds = time.monotonic() - begun, time.process_time() - cpu
-        others = [peak_mb(process.pid) for process in psutil.Process().children(recursive=True)]
     assert tally.rows + tally.rows_left_out == count
     costs = {
         "rows_per_second": round(count / seconds),
-        "driver_peak_mb": peak_mb(os.getpid()),
-        "largest_process_mb": max(others),
+        "driver_peak_mb": peak_mb(),
         "driver_cpu_ms_per_row": round(1000 * cpu_seconds / count, 4),
         "tokens_per_row": round(tally.tokens / tally.rows, 1),
     }
     print(json.dumps(costs))
-
-
-def peak_mb(pid: int) -> int:
-    """Return the most memory that a process held at once. Not getrusage: its maximum is inherited."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    return round(int(found[1]) / 1024) if found else 0
 
 
 def train_stage(recipe: Recipe, count: int, root: Path) -> Stage[Any]:

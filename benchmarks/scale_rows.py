@@ -16,18 +16,15 @@ import argparse
 import json
 import os
 import random
-import re
 import shutil
-import subprocess
-import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+from benchmarks.apart import measure_apart, peak_mb
 from benchmarks.report import print_figures
 from sdft_ray.cluster import ray_cluster
 from sdft_ray.progress import Progress
@@ -37,7 +34,6 @@ from sdft_ray.spec.wording import validate
 from sdft_ray.stages import Work, rows
 from sdft_ray.store.storage import Storage
 
-_LOOK_SECONDS = 0.2  # between two looks at the processes
 _WORDS = ("the", "cat", "sat", "on", "mats", "while", "she", "sold", "apples", "each", "day", "and", "pencils")
 
 
@@ -54,9 +50,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for count in sorted(options.rows):
             file = write_rows(count, Path(folder, f"{count}.jsonl"))
-            again = [sys.executable, "-m", "benchmarks.scale_rows", "--measure", str(file)]
-            done = subprocess.run(again, stdout=subprocess.PIPE, text=True, check=True)
-            measured[count] = json.loads(done.stdout.splitlines()[-1])
+            costs = measure_apart("benchmarks.scale_rows", "--measure", file)
+            peak = max(costs["driver_peak_gb"], costs.pop("largest_mb") * 2**20 / 1e9)
+            measured[count] = costs | {"peak_gb": round(peak, 3)}
             print(f"{count} rows: {measured[count]}", flush=True)
             file.unlink()
     fewest, most = measured[min(measured)], measured[max(measured)]
@@ -69,51 +65,21 @@ def measure(file: Path) -> None:
     fields = {"prompt": "question", "response": "answer"}
     source = validate(FileRows, {"path": str(file), "fields": fields, "held_out": 100, "validation": 32})
     root, compute = file.with_suffix(""), load_compute()
-    peaks: dict[int, float] = {}
     with ray_cluster(compute):
         work = Work(rows.stage(source, "offline"), Storage(str(root)), compute, Progress("rows"))
-        threading.Thread(target=_watch, args=(peaks,), daemon=True).start()
         begun, begun_cpu = time.monotonic(), time.process_time()
         with work.progress:
             summary = rows.build(work, rows.Sizes(large=1))
         seconds, cpu = time.monotonic() - begun, time.process_time() - begun_cpu
-        time.sleep(2 * _LOOK_SECONDS)
     shutil.rmtree(root)
-    driver = peaks.pop(os.getpid())
     costs = {
         "rows_per_second": round(summary.read / seconds),
         "driver_ms_per_row": round(1000 * cpu / summary.read, 4),
-        "peak_gb": round(max(driver, *peaks.values()), 3),
-        "driver_peak_gb": round(driver, 3),
+        "driver_peak_gb": round(peak_mb() * 2**20 / 1e9, 3),
         "seconds": round(seconds, 1),
         "kept": sum(summary.rows.model_dump().values()),
     }
     print(json.dumps(costs))
-
-
-def _watch(peaks: dict[int, float]) -> None:
-    """Keep the peak of this process and of every one that it started, in GB."""
-    while True:
-        for process in {os.getpid(), *_started_by(os.getpid())}:
-            try:
-                status = Path(f"/proc/{process}/status").read_text()
-            except OSError:  # it has ended
-                continue
-            if peak := re.search(r"VmHWM:\s+(\d+) kB", status):
-                peaks[process] = int(peak[1]) * 1024 / 1e9
-        time.sleep(_LOOK_SECONDS)
-
-
-def _started_by(process: int) -> list[int]:
-    """Return the processes that one has started, and those that they have."""
-    found = []
-    for children in Path(f"/proc/{process}/task").glob("*/children"):
-        try:
-            own = [int(child) for child in children.read_text().split()]
-        except OSError:
-            continue
-        found += own + [each for child in own for each in _started_by(child)]
-    return found
 
 
 def write_rows(count: int, file: Path) -> Path:
