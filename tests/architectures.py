@@ -40,6 +40,22 @@ def some_ids(rows: int = 2, tokens: int = 24) -> Any:
     return torch.randint(3, 250, (rows, tokens), generator=torch.Generator().manual_seed(1))
 
 
+def load(directory: Path) -> Any:
+    """Return a model for evaluation."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory).eval()
+
+
+def prune(base: Path, directory: Path, removed: Sequence[int]) -> Path:
+    """Write a model without some blocks, and return where."""
+    from sdft_ray.stages.cut import remove_blocks
+
+    directory.mkdir(parents=True)
+    remove_blocks(base, directory, removed)
+    return directory
+
+
 def logits_of(model: Any, ids: Any, skipped: Sequence[int] = ()) -> Any:
     """Return logits (B, T, V) of a model whose `skipped` blocks give back their input."""
     import torch
@@ -105,16 +121,12 @@ def examine(architecture: str, overrides: dict[str, Any], folder: Path, vllm: bo
     """Return what came of each check, in the order of CHECKS; raises AssertionError that names what is wrong."""
     from transformers import AutoModelForCausalLM
 
-    from sdft_ray.stages.cut import remove_blocks
-
     base = make_tiny_model(folder / "base", architecture, **overrides)
-    base_model, ids = AutoModelForCausalLM.from_pretrained(base).eval(), some_ids()
+    base_model, ids = load(base), some_ids()
     lists = {key: value for key in PER_BLOCK if (value := getattr(base_model.config, key, None))}
     largest = 0.0
     for place, removed in REMOVED.items():
-        directory = folder / place
-        directory.mkdir()
-        remove_blocks(base, directory, removed)
+        directory = prune(base, folder / place, removed)
         model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
         assert not any(info.values()), f"{place}: {info}"
         expected = logits_of(base_model, ids, skipped=removed)

@@ -1,13 +1,15 @@
-"""Writes rows as a file of any kind."""
+"""Writes rows as a file of any kind, and finds those that share text with tasks."""
 
 import csv
 import gzip
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sdft_ray.core.decontamination import Overlap, TaskIndex
 from sdft_ray.data import records
 
 ONE_FILE = [
@@ -46,3 +48,9 @@ def pack(path: Path, content: bytes) -> None:
             file.write(content)
     else:
         path.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
+
+
+def find_overlaps(rows: Mapping[str, Iterable[str]], tasks: Mapping[str, Iterable[str]], n: int) -> list[Overlap]:
+    """Return the overlaps of several rows, by their ids, with tasks."""
+    index = TaskIndex(tasks, n)
+    return [overlap for row, texts in rows.items() for overlap in index.find(row, texts)]

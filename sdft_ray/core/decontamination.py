@@ -50,17 +50,6 @@ def _split(text: str) -> list[str]:
     return split_unspaced(words) if UNSPACED.search(lower) else words
 
 
-def find_overlaps(rows: Mapping[str, Iterable[str]], tasks: Mapping[str, Iterable[str]], n: int) -> list[Overlap]:
-    """Return one overlap for each row and task that share n words in a row, or the whole of a task's shorter text.
-
-    A row before: "r1": ["Tell me: which of these gases do green plants take in?", "CO2"], and a task "quiz" that asks
-    "Which of these gases do green plants take in?". After: Overlap("r1", "quiz", "which of these gases do green plants
-    take in").
-    """
-    index = TaskIndex(tasks, n)
-    return [overlap for row, texts in rows.items() for overlap in index.find(row, texts)]
-
-
 class TaskIndex:
     """The runs of words that no row may hold. It is built once and asked for each row.
 
@@ -87,7 +76,12 @@ class TaskIndex:
         return TaskIndex, (self._tasks, self._n)
 
     def find(self, row: str, texts: Iterable[str]) -> list[Overlap]:
-        """Return one overlap for each task that shares a run with a row, in the order of the tasks."""
+        """Return one overlap for each task that shares a run with a row, in the order of the tasks.
+
+        A row before: "r1", ["Tell me: which of these gases do green plants take in?", "CO2"], and a task "quiz" that
+        asks "Which of these gases do green plants take in?". After: Overlap("r1", "quiz", "which of these gases do
+        green plants take in"). A task's text of fewer words than n counts where a row holds all of it.
+        """
         shared: dict[int, str] = {}
         for text in texts:
             words = _split(text)

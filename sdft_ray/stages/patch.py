@@ -112,14 +112,11 @@ def _fit_on_ray(
         num_cpus=plan.cpus, num_gpus=plan.gpus or None, num_returns="streaming", name="patch"
     )
     device = "cuda" if plan.gpus else "cpu"
-    done = 0
-    for each in task.remote(work.handle("model"), work.settings.dtype, device, removed, corpora):
-        made = ray.get(each)
-        if isinstance(made, int):
-            done += made
-            work.progress.update(done)
-            continue
-        patches, maps = made
+    pieces = task.remote(work.handle("model"), work.settings.dtype, device, removed, corpora)
+    for done, piece in enumerate(pieces, 1):
+        made = ray.get(piece)
+        work.progress.update(min(done, texts))  # the last piece is what was fitted
+    patches, maps = made
     return patches, maps
 
 

@@ -6,8 +6,9 @@ import string
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from row_files import find_overlaps
 
-from sdft_ray.core.decontamination import SHORTEST_WORDS, Overlap, TaskIndex, find_overlaps, ngrams
+from sdft_ray.core.decontamination import SHORTEST_WORDS, Overlap, TaskIndex, ngrams
 from sdft_ray.core.words import count_words, runs, split_unspaced
 
 QUESTION = "Which gas do green plants take in from the air around them by day, and which by night?"

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import yaml
-from architectures import BLOCKS, REMOVED, VARIANTS, generated_by, logits_of, some_ids
+from architectures import BLOCKS, REMOVED, VARIANTS, generated_by, load, logits_of, prune, some_ids
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny_model
 
@@ -44,18 +44,6 @@ def cut(base, removed, tmp_path_factory):
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     return make_tiny_model(tmp_path_factory.mktemp("llama") / "model")
-
-
-def load(directory):
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(directory).eval()
-
-
-def prune(base, directory, removed):
-    directory.mkdir()
-    remove_blocks(base, directory, removed)
-    return directory
 
 
 def config_of(directory):

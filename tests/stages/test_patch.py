@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from architectures import BLOCKS, VARIANTS, some_ids
+from architectures import BLOCKS, VARIANTS, load, prune, some_ids
 from tiny import make_tiny_model
-from transformers import AutoModelForCausalLM
 
 from sdft_ray import pipeline
 from sdft_ray.core.patch import require_foldable
@@ -13,7 +12,6 @@ from sdft_ray.errors import UserError
 from sdft_ray.spec.compute import load_compute
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.wording import validate
-from sdft_ray.stages.cut import remove_blocks
 from sdft_ray.stages.patch import Summary, fit_patches, write_patched
 from sdft_ray.store.storage import Storage
 from sdft_ray.verify.checks import verify
@@ -34,16 +32,6 @@ def foldable(architecture: str) -> bool:
 
 FOLDABLE = [variant for variant in VARIANTS if foldable(variant[0])]
 REMOVED = (2, 3)
-
-
-def load(directory):
-    return AutoModelForCausalLM.from_pretrained(directory).eval()
-
-
-def prune(base, directory, removed):
-    directory.mkdir()
-    remove_blocks(base, directory, removed)
-    return directory
 
 
 def states_of(directory, ids, block):

@@ -13,9 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from row_files import save
+from row_files import find_overlaps, save
 
-from sdft_ray.core.decontamination import find_overlaps
 from sdft_ray.core.rows import Row
 from sdft_ray.data import benchmarks, parts, readers
 from sdft_ray.errors import UserError
