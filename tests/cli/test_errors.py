@@ -95,7 +95,7 @@ def test_check_of_a_torn_line_names_file_and_line(folder):
             "rows.jsonl",
             b'{"messages": [{"role": "user", "content": "1?"}]}',
             [],
-            "rows.jsonl:1: messages is a conversation,",
+            "rows.jsonl:1: messages is a conversation. Set rows.fields to",
         ),
         ("rows.json", b'{"q": "1?"}\n{"q": "2?"}', ["rows.path=rows.json"], "rows.json: holds JSON lines, not a list."),
         ("texts.txt", b"One text.\n\nTwo caf\xe9s.\n\nThree.", [], "texts.txt:3: is not UTF-8 text."),
