@@ -4,8 +4,8 @@ In: a recipe. Out: its `Chain`, and after `run` an artifact for each stage of it
 code, and a finished artifact is not built again.
 
     sources of rows ── mix, where there are several
-    base model ──┬─ score ── loss ── cut ── (patch) ──┬─ train (sft, distilled)
-                 └─ distill ─────────────────────────┘            └── merge
+    base model ──┬─ score ── loss ── cut ── (patch) ──┬─ train (sft, distilled, logits)
+                 └─ distill ── (targets) ────────────┘            └── merge
     nll: likelihoods of rewrites and references under the base
     draft: pruned, tuned and merged models for the base
     evaluate: base, pruned, tuned and merged models on every task
@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from functools import cached_property
 from typing import Any
@@ -66,6 +67,7 @@ MODULES: dict[str, StageModule] = {
     "cut": cut,
     "patch": patch,
     "distill": distill,
+    "targets": train.targets,
     "train": train,
     "merge": merge,
     "nll": nll,
@@ -132,7 +134,9 @@ class Chain:
         # Generation before training: an early failure costs less.
         own, generated = self.data[""], [stage for data in self.data.values() for stage in data.in_order]
         kept = [stage for stage in (self.score, self.loss, self.pruned, self.patched) if stage is not None]
-        stages = [self.base, *own.read, self.rows, *self.corpus_rows.values(), *kept, *generated, *self.models.values()]
+        targets = [stage.inputs["targets"] for stage in self.trained.values() if "targets" in stage.inputs]
+        stages = [self.base, *own.read, self.rows, *self.corpus_rows.values(), *kept, *generated]
+        stages += [*targets, *self.models.values()]
         stages += [*self.nll, *self.drafts.values(), *([self.speed] if self.speed else []), *self.evaluations.values()]
         return tuple({stage.id: stage for stage in stages}.values())
 
@@ -151,10 +155,11 @@ def chain(recipe: Recipe) -> Chain:
     patched = patch.stage(recipe.prune, corpora, base, pruned, corpus_rows) if recipe.prune.patch == "linear" else None
     if patched:
         models["patched"] = start = patched
+    train_in = functools.partial(_train, recipe, base, start)
     for arm in recipe.arms.names:
-        models[arm] = train.stage(recipe.train_settings(arm), arm, start, [data[""].inputs])
+        models[arm] = train_in(arm, [data[""].inputs])
     if recipe.merge:
-        models |= _merge_stages(recipe, recipe.merge, start, models[recipe.merge.arm], data)
+        models |= _merge_stages(recipe.merge, start, models[recipe.merge.arm], data, train_in)
     return Chain(
         base=base,
         rows=own.rows,
@@ -182,21 +187,31 @@ def _calibration(recipe: Recipe, own: MixedStage) -> tuple[tuple[CorpusSettings,
     return describe_corpora(recipe.prune.calibration, names), stages
 
 
+def _train(
+    recipe: Recipe, base: Stage[Any], start: Stage[Any], arm: str, data: Sequence[Mapping[str, Any]], other: str = ""
+) -> Stage[train.Settings]:
+    """Return the training of an arm on some data; other: the name of another model, which is merged with the arm's."""
+    soft = recipe.arms.logits.soft if arm == "logits" and recipe.arms.logits else None
+    return train.stage(recipe.train_settings(arm, other), arm, start, data, soft, base)
+
+
 def _merge_stages(
-    recipe: Recipe, settings: Merge, pruned: Stage[Any], first: Stage[Any], data: Mapping[str, Data]
+    settings: Merge,
+    pruned: Stage[Any],
+    first: Stage[Any],
+    data: Mapping[str, Data],
+    train_in: Callable[..., Stage[train.Settings]],
 ) -> dict[str, Stage[Any]]:
     """Return the models that are merged with an arm's, one trained on all of their rows, and the merged ones."""
     models: dict[str, Stage[Any]] = {}
     for name, other in settings.others.items():
         if other.path is None:
-            own = recipe.train_settings(settings.arm, name)
-            models[name] = train.stage(own, settings.arm, pruned, [data[name].inputs])
+            models[name] = train_in(settings.arm, [data[name].inputs], name)
         else:
             models[name] = model.stage(LocalModel(path=other.path), f"merge.others.{name}.path")
     parents = {settings.arm: first, **models}
     if settings.together:
-        inputs = [own.inputs for own in data.values()]
-        models["together"] = train.stage(recipe.train_settings(settings.arm), settings.arm, pruned, inputs)
+        models["together"] = train_in(settings.arm, [own.inputs for own in data.values()])
     for name, method in settings.methods.items():
         models[name] = merge.stage(method, pruned, parents)
     return models

@@ -172,6 +172,11 @@ def _train(
     if section.offload == "all" and section.gpus:
         named |= {"weights": needs.weights - _bytes(settings.dtype) * pruned.parameters // section.workers.min}
     named |= {"activations": needs.activations}
+    soft = stage.settings.soft
+    if soft and not soft.likeliest:  # the base beside it, of which adapters share all but the removed blocks
+        shares = settings.method == "lora" and section.zero_stage < 3
+        own = shape.parameters - pruned.parameters if shares else shape.parameters
+        named |= {"teacher": _bytes(settings.dtype) * own}
     parts = f"{trained / 1e6:.1f} of {pruned.parameters / 1e6:.1f} M parameters are trained; " + ", ".join(
         f"{name} {value / 1e9:.2f}" for name, value in named.items()
     )

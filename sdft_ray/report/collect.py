@@ -6,6 +6,7 @@ In: a recipe's plan and the storage. Out: a `Report`. Nothing is measured here b
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,15 +66,17 @@ def collect(recipe: Recipe, name: str, storage: Storage) -> Report:
         for name, stage in chain.models.items()
     )
     sources = _describe_sources(chain, models, storage)
+    compared = compare_arms({arm: [chain.tasks_of(arm)] for arm in recipe.arms.names}, storage)
     return Report(
         recipe=name,
         flops_tokens=FLOPS_TOKENS,
         models=models,
-        comparison=compare_arms({arm: [chain.tasks_of(arm)] for arm in recipe.arms.names}, storage),
+        comparison=compared[0] if compared else None,
         speed=Speed.of(chain.speed, storage) if chain.speed else None,
         merges=_describe_merges(chain, storage),
         drafts={name: Draft.of(stage, storage) for name, stage in chain.drafts.items()},
         **({"sources": sources} if sources else {}),
+        **({"further_comparisons": tuple(compared[1:])} if compared[1:] else {}),
         details=_describe_details(recipe, chain, storage),
     )
 
@@ -95,17 +98,18 @@ def _read_scores(evaluations: Evaluations, storage: Storage) -> dict[str, evalua
     return {task: evaluate.Summary.of(stage, storage) for task, stage in evaluations.items()}
 
 
-def compare_arms(evaluations: Mapping[str, Sequence[Evaluations]], storage: Storage) -> Comparison | None:
-    """Return how much better the distilled arm does than sft on the same items; None where there is one arm only.
+def compare_arms(evaluations: Mapping[str, Sequence[Evaluations]], storage: Storage) -> list[Comparison]:
+    """Return how much better each arm does than the one before it on the same items.
 
-    evaluations: of each arm, those of one model or of several that differ in their seeds; an item counts as their mean.
+    evaluations: of each arm, in the order of spec/training.py, those of one model or of several that differ in their
+    seeds; an item counts as their mean.
     """
     values = {arm: _item_values(models, storage) for arm, models in evaluations.items() if models}
-    if len(values) < 2:
-        return None
-    first, second = "distilled", "sft"
-    tasks, mean = paired_differences(values[first], values[second])
-    return Comparison(first=first, second=second, tasks=tasks, mean=mean)
+    compared = []
+    for second, first in itertools.pairwise(values):
+        tasks, mean = paired_differences(values[first], values[second])
+        compared.append(Comparison(first=first, second=second, tasks=tasks, mean=mean))
+    return compared
 
 
 def _item_values(models: Sequence[Evaluations], storage: Storage) -> dict[str, list[float]]:

@@ -156,13 +156,20 @@ class Report(Record):
     models: tuple[ModelEntry, ...]
     """The base first."""
     comparison: Comparison | None
-    """None where there is one arm only."""
+    """Of the first two arms; None where there is one only."""
     speed: Speed | None
     merges: dict[str, MergeEntry]
     drafts: dict[str, Draft]
     sources: tuple[SourceEntry, ...] = ()
     """Where there are several."""
+    further_comparisons: tuple[Comparison, ...] = ()
+    """Of each further arm with the one before it."""
     details: Details = Field(exclude=True)
+
+    @property
+    def compared(self) -> tuple[Comparison, ...]:
+        """Every two arms that are compared."""
+        return (*([self.comparison] if self.comparison else []), *self.further_comparisons)
 
     @property
     def base(self) -> ModelEntry:
@@ -281,7 +288,7 @@ class Group(Place):
 
 
 class SweepComparison(Flat):
-    """How much better the distilled arm does than sft at one depth and size."""
+    """How much better an arm does than the one before it at one depth and size."""
 
     flat = ("compared",)
     recipe: str | None

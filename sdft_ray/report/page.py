@@ -29,7 +29,7 @@ def render(report: Report) -> str:
         cut_line=lines.cut_line(details.cut, details.losses),
         speed_line=lines.speed_line(report.speed) if report.speed else None,
         nll_line=lines.nll_line(details.nll) if details.nll else None,
-        difference_line=lines.difference_line(report.comparison) if report.comparison else None,
+        difference_lines=[lines.difference_line(compared) for compared in report.compared],
         merge_lines=[lines.merge_line(name, merged) for name, merged in report.merges.items()],
         draft_columns=table.DRAFT_COLUMNS,
         source_columns=table.source_columns(report),

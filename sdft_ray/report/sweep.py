@@ -36,6 +36,7 @@ from sdft_ray.report.entries import (
     Untried,
 )
 from sdft_ray.results import DISTANCES, Distances, Drafted
+from sdft_ray.spec.training import ARMS
 from sdft_ray.stages import cut, patch, speed
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
@@ -195,7 +196,7 @@ def _group(entries: Sequence[TrialEntry]) -> tuple[Group, ...]:
         if _loss(group) < _loss(rival):
             best[_point(group)] = group
     chosen = [group.model_copy(update={"chosen": best[_point(group)] is group}) for group in groups]
-    return tuple(sorted(chosen, key=lambda group: (group.blocks, group.rows, group.arm != "sft")))
+    return tuple(sorted(chosen, key=lambda group: (group.blocks, group.rows, ARMS.index(group.arm))))
 
 
 def _join_trials(entries: Sequence[TrialEntry], members: Sequence[int]) -> Group:
@@ -245,14 +246,14 @@ def _spread(values: Sequence[float | None]) -> float | None:
 
 
 def _compare(groups: Sequence[Group], trials: Sequence[Trial], storage: Storage) -> Iterable[SweepComparison]:
-    """Yield, for each depth and size that both arms have, how much better the distilled one does on the same items."""
+    """Yield, for each depth and size, how much better each arm does than the one before it on the same items."""
     chosen = {_point(group): group for group in groups if group.chosen}
     for recipe, blocks, size in dict.fromkeys((recipe, blocks, size) for recipe, _, blocks, size in chosen):
-        points = {arm: (recipe, arm, blocks, size) for arm in ("sft", "distilled")}
+        points = {arm: (recipe, arm, blocks, size) for arm in ARMS}
         both = {arm: chosen[point].trials for arm, point in points.items() if point in chosen}
         evaluations = {arm: [trials[i].evaluations for i in members] for arm, members in both.items()}
-        if compared := compare_arms(evaluations, storage):
-            seeds = {arm: len(members) for arm, members in both.items()}
+        for compared in compare_arms(evaluations, storage):
+            seeds = {arm: len(members) for arm, members in both.items() if arm in (compared.first, compared.second)}
             yield SweepComparison(recipe=recipe, blocks=blocks, rows=size, seeds=seeds, compared=compared)
 
 

@@ -139,14 +139,16 @@ def name_chosen(name: str, chosen: bool) -> str:
 
 
 def comparison_table(report: SweepReport) -> Table:
-    """Return how much better the distilled arm does than sft on the same items, with 95 % intervals."""
-    title = "distilled - sft on the same items, in points, with 95 % intervals (paired bootstrap)"
+    """Return how much better each arm does than the one before it on the same items, with 95 % intervals."""
+    pairs = {f"{entry.compared.first} - {entry.compared.second}": None for entry in report.comparisons}
+    title = f"{', '.join(pairs)} on the same items, in points, with 95 % intervals (paired bootstrap)"
     table = Table("blocks", "rows", box=box.SIMPLE_HEAD, title=title, title_justify="left")
     for column in (*report.tasks, "mean"):
         table.add_column(column, justify="right")
     for entry in report.comparisons:
         differences = [*(entry.compared.tasks[task] for task in report.tasks), entry.compared.mean]
         rows = f"{entry.rows} {entry.recipe}" if entry.recipe else str(entry.rows)
+        rows += f" {entry.compared.first} - {entry.compared.second}" if len(pairs) > 1 else ""
         table.add_row(str(entry.blocks), rows, *map(interval, differences))
     return table
 

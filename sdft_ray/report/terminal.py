@@ -23,8 +23,8 @@ def show(report: Report, console: Console) -> None:
     details = report.details
     console.print(table.recovery_table(report))
     console.print(lines.cut_line(details.cut, details.losses))
-    if report.comparison:
-        console.print(lines.difference_line(report.comparison))
+    for compared in report.compared:
+        console.print(lines.difference_line(compared))
     for name, merged in report.merges.items():
         console.print(lines.merge_line(name, merged))
     for name, draft in report.drafts.items():

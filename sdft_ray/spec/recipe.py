@@ -25,7 +25,7 @@ from sdft_ray.spec.sources import (
     RowSources,
     in_use,
 )
-from sdft_ray.spec.training import ArmOverrides, Arms, Train
+from sdft_ray.spec.training import ARMS, ArmOverrides, Arms, Train
 
 
 class Protect(Section):
@@ -152,7 +152,7 @@ class Distill(Section):
 
 
 # Names that the report gives to models of its own.
-MODEL_NAMES = ("base", "pruned", "patched", "sft", "distilled", "slerp", "linear", "together")
+MODEL_NAMES = ("base", "pruned", "patched", *ARMS, "slerp", "linear", "together")
 
 
 class Parent(Section):
@@ -199,7 +199,7 @@ class Linear(Section):
 class Merge(Section):
     """Models that are merged: an arm of this recipe, and others from the same pruned model."""
 
-    arm: Literal["sft", "distilled"] = "distilled"
+    arm: Literal["sft", "distilled", "logits"] = "distilled"
     """The arm whose model is the first; models on other rows are trained with its settings."""
     others: dict[str, Parent] = Field(min_length=1)
     """The other models, in this order, by the names that the report gives them."""
@@ -342,5 +342,8 @@ class Recipe(Section):
         overrides = [getattr(self.arms, arm)]
         if other and self.merge:
             overrides.append(self.merge.others[other].train)
-        changes = [{name: value for name, value in section if value is not None} for section in overrides]
+        changes = [
+            {name: value for name, value in section if value is not None and name in ArmOverrides.model_fields}
+            for section in overrides
+        ]
         return Train(**functools.reduce(operator.or_, changes, dict(self.train)))

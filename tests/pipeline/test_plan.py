@@ -202,6 +202,43 @@ def test_an_arm_override_moves_only_that_arm(recipe):
     assert [name for name in before if before[name] != after[name]] == [name for name in before if "distilled" in name]
 
 
+def test_an_arm_with_soft_targets_stands_beside_the_others_and_stores_them_where_asked_for(recipe):
+    def plan(**soft):
+        stages = pipeline.chain(validate(Recipe, with_leaf(recipe, "arms.logits", soft))).in_order
+        return {(stage.name, stage.slug): stage for stage in stages}
+
+    def soft_arm(stages):
+        return next(stage for (name, slug), stage in stages.items() if name == "train" and "logits" in slug)
+
+    before = {(stage.name, stage.slug): stage for stage in pipeline.chain(validate(Recipe, recipe)).in_order}
+    online, stored = plan(), plan(likeliest=8)
+    for changed in (online, stored):
+        assert all(changed[key].id == stage.id for key, stage in before.items() if key[0] != "evaluate")
+    assert {name for name, _ in stored} - {name for name, _ in online} == {"targets"}
+    assert (
+        {"model", "teacher", "rows", "distilled"}
+        == {*soft_arm(online).inputs}
+        == {*soft_arm(stored).inputs} - {"targets"}
+    )
+    others = [plan(), plan(temperature=2.0), plan(cross_entropy=0.5), plan(lr=1e-5), stored, plan(likeliest=9)]
+    assert len({soft_arm(each).id for each in others}) == len(others)
+
+    def targets(stages):
+        return next(stage.id for (name, _), stage in stages.items() if name == "targets")
+
+    assert targets(stored) == targets(plan(likeliest=8, lr=1e-5)), "they do not depend on how the student learns"
+    names = [name for name, _ in stored]
+    assert names.index("distill") < names.index("targets") < names.index("train")
+
+
+def test_only_the_arm_with_soft_targets_alone_generates_too(recipe):
+    alone = recipe | {"arms": {"logits": {}}}
+    assert "distill" in {stage.name for stage in pipeline.chain(validate(Recipe, alone)).in_order}
+    assert "distill" not in {
+        stage.name for stage in pipeline.chain(validate(Recipe, recipe | {"arms": {"sft": {}}})).in_order
+    }
+
+
 def test_no_compute_leaf_is_part_of_any_identity(recipe):
     names = {path.rpartition(".")[2] for path, _ in leaves(Compute())} - {"tensor_parallel_size"}
     for stage in pipeline.chain(validate(Recipe, recipe)).in_order:
