@@ -99,13 +99,14 @@ def sweep(options: argparse.Namespace) -> None:
     """Build the missing artifacts of a sweep, then report."""
     from sdft_ray.engine import VllmEngine
     from sdft_ray.progress import log
-    from sdft_ray.sweep import planning, trials
+    from sdft_ray.sweep import goal, planning, trials
 
     plan, compute, storage = _load_sweep(options)
     failed = None
     with contextlib.redirect_stdout(sys.stderr):
         try:
-            built = trials.run(plan, compute, storage, options.engine or VllmEngine)
+            run_all = goal.run if plan.goal else trials.run
+            built = run_all(plan, compute, storage, options.engine or VllmEngine)
         except StageFailed as error:
             if not any(planning.is_done(trial, storage) for trial in plan.trials):
                 raise

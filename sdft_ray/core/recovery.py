@@ -73,6 +73,30 @@ def paired_differences(
     return by_task, _difference(value, np.mean(drawn, axis=0), sum(difference.n for difference in by_task.values()))
 
 
+def recovery_interval(
+    model: Mapping[str, Sequence[float]], base: Mapping[str, Sequence[float]], draws: int = 2000, seed: int = 0
+) -> Difference | None:
+    """Return the recovery in percent with its 95 % interval, by a paired bootstrap over items; None where the base
+    scores nothing.
+
+    model, base: the value of every item of every task, in the same order.
+    """
+    random = np.random.default_rng(seed)
+    pairs = [(np.asarray(model[task], float), np.asarray(values, float)) for task, values in base.items()]
+    means = np.zeros((2, draws))
+    for pair in pairs:
+        n = len(pair[0])
+        assert n == len(pair[1]) > 0, "both have the same items"
+        for draw in range(draws):
+            chosen = random.integers(0, n, n)
+            means[:, draw] += [each[chosen].mean() for each in pair]
+    below = sum(values.mean() for _, values in pairs)
+    if not below or not means[1].all():
+        return None
+    value = 100 * sum(values.mean() for values, _ in pairs) / below
+    return _difference(float(value), 100 * means[0] / means[1], sum(len(values) for values, _ in pairs))
+
+
 def _difference(value: float, means: Any, n: int) -> Difference:
     low, high = np.percentile(means, (2.5, 97.5))
     return Difference(value, float(low), float(high), n)

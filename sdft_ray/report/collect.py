@@ -37,9 +37,10 @@ from sdft_ray.report.entries import (
     Trained,
     Training,
 )
-from sdft_ray.results import DISTANCES, HELD_OUT, HISTORY, ITEMS, Distances, read_history, read_items, training_batches
+from sdft_ray.results import DISTANCES, HELD_OUT, HISTORY, Distances, read_history, training_batches
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.stages import evaluate, mix
+from sdft_ray.stages.evaluate.scores import item_values
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 
@@ -104,22 +105,12 @@ def compare_arms(evaluations: Mapping[str, Sequence[Evaluations]], storage: Stor
     evaluations: of each arm, in the order of spec/training.py, those of one model or of several that differ in their
     seeds; an item counts as their mean.
     """
-    values = {arm: _item_values(models, storage) for arm, models in evaluations.items() if models}
+    values = {arm: item_values(models, storage) for arm, models in evaluations.items() if models}
     compared = []
     for second, first in itertools.pairwise(values):
         tasks, mean = paired_differences(values[first], values[second])
         compared.append(Comparison(first=first, second=second, tasks=tasks, mean=mean))
     return compared
-
-
-def _item_values(models: Sequence[Evaluations], storage: Storage) -> dict[str, list[float]]:
-    """Return the value of every item of every task, as the mean over models."""
-    values: dict[str, list[float]] = {}
-    for task in models[0]:
-        each = [read_items(storage.files(evaluations[task], ITEMS)) for evaluations in models]
-        assert all([i.id for i in items] == [i.id for i in each[0]] for items in each), f"{task}: other items"
-        values[task] = [sum(item.value for item in same) / len(same) for same in zip(*each, strict=True)]
-    return values
 
 
 @functools.cache
@@ -193,7 +184,7 @@ def _describe_merges(chain: Chain, storage: Storage) -> dict[str, MergeEntry]:
 
     @functools.cache  # merges have their parents in common
     def items(name: str) -> dict[str, list[float]]:
-        return _item_values([chain.tasks_of(name)], storage)
+        return item_values([chain.tasks_of(name)], storage)
 
     entries = {}
     for name, stage in chain.merged.items():

@@ -324,6 +324,22 @@ class Map(NamedTuple):
     removed: Sequence[Sequence[int]]
 
 
+class GoalEntry(Record):
+    """How far the search for the deepest cut that keeps enough is."""
+
+    recovery: float
+    """In percent, which the lower end of an interval must reach."""
+    arm: str
+    chosen: int | None
+    """Blocks that may be removed; None where no depth keeps enough, or where the search goes on."""
+    following: int | None
+    """The depth that is tried next."""
+    depths: tuple[int, ...]
+    """All that could be tried."""
+    lines: tuple[str, ...]
+    """What came of each depth that was tried, in their order."""
+
+
 class SweepReport(Record):
     """What a sweep has come to so far."""
 
@@ -339,6 +355,7 @@ class SweepReport(Record):
     untried: tuple[Untried, ...]
     maps: Sequence[Map] = Field(exclude=True)
     flops_tokens: int
+    goal: GoalEntry | None = None
 
     @property
     def base(self) -> SweepModel:

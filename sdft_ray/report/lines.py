@@ -11,6 +11,7 @@ from sdft_ray.core.surgery import name_blocks
 from sdft_ray.report.entries import (
     Comparison,
     Draft,
+    GoalEntry,
     Losses,
     MergeEntry,
     Nll,
@@ -73,6 +74,18 @@ def difference_line(compared: Comparison) -> str:
     each = ", ".join(f"{task} {interval(difference)}" for task, difference in compared.tasks.items())
     names = f"{compared.first} - {compared.second}"
     return f"{names} on the same items, in points with 95 % intervals: mean {interval(compared.mean)}; {each}."
+
+
+def goal_line(goal: GoalEntry) -> str:
+    """Return how deep the cut may be, and what was tried to know it."""
+    if goal.following is not None:
+        found = f"not decided yet: {goal.following} blocks are tried next"
+    elif goal.chosen is None:
+        found = f"no depth keeps {goal.recovery:g} %"
+    else:
+        found = f"{goal.chosen} blocks may go"
+    tried = "; ".join(goal.lines) or "nothing was tried"
+    return f"Goal, {goal.arm} above {goal.recovery:g} % with its 95 % interval: {found}. {tried}."
 
 
 def merge_line(name: str, entry: MergeEntry) -> str:

@@ -45,6 +45,7 @@ def render_sweep(report: SweepReport, folder: Path) -> str:
     return _template("sweep.html.jinja").render(
         report=report,
         base=report.base.cost,
+        goal_line=lines.goal_line(report.goal) if report.goal else None,
         figures=_draw_recovery(report),
         draft_figures=_draw_drafts(report),
         draft_columns=table.SWEEP_DRAFT_COLUMNS,

@@ -22,6 +22,7 @@ from sdft_ray.report.entries import (
     DraftEntry,
     DraftFigures,
     DraftWorth,
+    GoalEntry,
     Group,
     Map,
     Place,
@@ -40,13 +41,16 @@ from sdft_ray.spec.training import ARMS
 from sdft_ray.stages import cut, patch, speed
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
-from sdft_ray.sweep import notes
+from sdft_ray.sweep import goal, notes
 from sdft_ray.sweep.planning import DEPTH, RECIPE, SIZE, Plan, Trial, describe_stopped, is_done, is_seed, name_draft
 from sdft_ray.training_data import count_rows
 
 
 def collect(plan: Plan, name: str, storage: Storage) -> SweepReport:
     """Return everything that the report of a sweep shows; raises UserError where there is no base to compare with."""
+    looked_for = {"goal": _describe_goal(plan, storage)} if plan.goal else {}
+    if plan.goal:
+        plan = goal.done_part(plan, storage)
     untuned = _Untuned.of(plan)
     untuned.require_done(name, storage)
     with storage.survey():
@@ -65,6 +69,20 @@ def collect(plan: Plan, name: str, storage: Storage) -> SweepReport:
         untried=tuple(untried),
         maps=_read_maps(untuned.cuts.values(), storage),
         flops_tokens=FLOPS_TOKENS,
+        **looked_for,
+    )
+
+
+def _describe_goal(plan: Plan, storage: Storage) -> GoalEntry:
+    assert plan.goal
+    search = goal.replay(plan, storage)
+    return GoalEntry(
+        recovery=plan.goal.recovery,
+        arm=plan.goal.arm,
+        chosen=search.chosen.blocks if search.chosen else None,
+        following=search.following,
+        depths=search.depths,
+        lines=tuple(goal.describe(plan, each) for each in search.tried),
     )
 
 

@@ -42,6 +42,8 @@ def show(report: Report, console: Console) -> None:
 def show_sweep(report: SweepReport, console: Console) -> None:
     """Print the tables of a sweep, and what did not end."""
     console.print(table.sweep_table(report))
+    if report.goal:
+        console.print(lines.goal_line(report.goal))
     if report.comparisons:
         console.print(table.comparison_table(report))
     if report.drafts:

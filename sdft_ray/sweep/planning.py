@@ -24,8 +24,8 @@ from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.loading import load_recipe, load_section, read_yaml
 from sdft_ray.spec.recipe import Distill, Recipe
 from sdft_ray.spec.sources import FileRows
-from sdft_ray.spec.sweep import Asha, Sweep
-from sdft_ray.spec.training import Train
+from sdft_ray.spec.sweep import Asha, Goal, Sweep
+from sdft_ray.spec.training import Arms, Train
 from sdft_ray.stages import distill, evaluate, train
 from sdft_ray.store.identity import Stage, short_id
 from sdft_ray.store.storage import Storage
@@ -85,6 +85,8 @@ class Plan:
     drafts: tuple[Stage, ...] = ()
     """Pruned and trained models as drafts of the base: last, one at a time, because their speed is measured."""
     asha: Asha | None = None
+    goal: Goal | None = None
+    """Where there is one, its depths are tried one by one: see goal.py."""
 
     @property
     def name(self) -> str:
@@ -103,7 +105,10 @@ def is_sweep(path: Path) -> bool:
 def load_sweep(path: Path) -> Plan:
     """Return the plan of the sweep in `path`; raises UserError with every problem of the file at once."""
     sweep = load_section(Sweep, path)
-    plan = dataclasses.replace(make_plan(expand(sweep, path.parent)), asha=sweep.asha)
+    cells = expand(sweep, path.parent)
+    if sweep.goal:
+        cells = _of_arm(cells, sweep.goal.arm)
+    plan = dataclasses.replace(make_plan(cells), asha=sweep.asha, goal=sweep.goal)
     if problems := list(_mistakes_of_asha(plan)) if plan.asha else []:
         raise UserError(*problems)
     return plan
@@ -138,6 +143,15 @@ def expand(sweep: Sweep, folder: Path) -> tuple[Cell, ...]:
     if problems:
         raise UserError(*problems)
     return tuple(cells)
+
+
+def _of_arm(cells: Sequence[Cell], arm: str) -> tuple[Cell, ...]:
+    """Return cells that train one arm alone."""
+    (own,) = {getattr(cell.recipe.arms, arm) for cell in cells}
+    if own is None:
+        raise UserError(problem("goal.arm", f"the recipe does not train {arm}", f"Add arms.{arm}: {{}} to it"))
+    arms = Arms(**{arm: own})
+    return tuple(Cell(cell.values, cell.recipe.model_copy(update={"arms": arms})) for cell in cells)
 
 
 def _combinations(sweep: Sweep) -> Iterator[dict[str, Any]]:

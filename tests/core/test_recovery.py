@@ -1,8 +1,15 @@
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 
-from sdft_ray.core.recovery import mean_score, paired_differences, recovery, recovery_over_chance
+from sdft_ray.core.recovery import (
+    mean_score,
+    paired_differences,
+    recovery,
+    recovery_interval,
+    recovery_over_chance,
+)
 
 
 class Score(NamedTuple):
@@ -58,3 +65,25 @@ def test_paired_differences_mean_counts_every_task_the_same():
 def test_paired_differences_refuses_other_items():
     with pytest.raises(AssertionError, match="a has other items"):
         paired_differences({"a": [1, 0]}, {"a": [1]})
+
+
+def test_recovery_interval_of_the_base_itself_is_exactly_all_of_it():
+    values = {"a": [0, 1, 1, 0, 1] * 4, "b": [1, 0] * 5}
+    found = recovery_interval(values, values)
+    assert (found.value, found.low, found.high) == pytest.approx((100, 100, 100))
+    assert found.n == 30
+
+
+def test_recovery_interval_covers_the_truth_as_often_as_it_says():
+    """Models that keep 80 % of the base's right answers: the interval holds 80 in about 95 of 100 draws of items."""
+    random, covered = np.random.default_rng(1), 0
+    for draw in range(100):
+        base = {task: (random.random(200) < 0.6).astype(float) for task in "ab"}
+        model = {task: values * (random.random(200) < 0.8) for task, values in base.items()}
+        found = recovery_interval(model, base, draws=300, seed=draw)
+        covered += found.low <= 80 <= found.high
+    assert 88 <= covered <= 100
+
+
+def test_recovery_interval_of_a_base_that_scores_nothing_is_none():
+    assert recovery_interval({"a": [0, 1]}, {"a": [0, 0]}) is None
