@@ -123,6 +123,7 @@ def test_stored_targets_over_the_vocabulary_train_as_the_teacher_beside_the_stud
     assert close(stored, online[1])
 
 
+@pytest.mark.full
 def test_few_likeliest_tokens_and_a_temperature_are_another_loss(online, models, tmp_path):
     soft = Soft(likeliest=4, temperature=2.0, cross_entropy=0.5)
     _, steps = run(tmp_path, models, soft)
