@@ -91,8 +91,9 @@ def recovery_interval(
             chosen = random.integers(0, n, n)
             means[:, draw] += [each[chosen].mean() for each in pair]
     below = sum(values.mean() for _, values in pairs)
-    if not below or not means[1].all():
+    if not below:
         return None
+    means = means[:, means[1] > 0]  # few items may be drawn so that the base has none of them right
     value = 100 * sum(values.mean() for values, _ in pairs) / below
     return _difference(float(value), 100 * means[0] / means[1], sum(len(values) for values, _ in pairs))
 
