@@ -4,8 +4,8 @@ import json
 import shutil
 
 import pytest
-from huggingface_hub import DatasetCard, HfApi, ModelCard, constants
 from hub import KEY, Hub
+from huggingface_hub import DatasetCard, HfApi, ModelCard, constants
 from published import SECRET, Root, make_root
 
 from sdft_ray import cli

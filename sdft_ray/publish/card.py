@@ -20,8 +20,8 @@ from sdft_ray.stages import merge, patch
 
 _LICENCE = re.compile(r"licen[cs]e|copying", re.IGNORECASE)
 _KINDS = {
-    "cut": "Every weight that is left is the base's, bit by bit. **Its quality is not restored**: fine-tune it before use.",
-    "patch": "A linear map that stands in for the removed blocks is folded into the block before them; nothing was trained.",
+    "cut": "Every other weight is the base's, bit by bit. **Its quality is not restored**: fine-tune it before use.",
+    "patch": "A linear map that stands in for them is folded into the block before them. Nothing was trained.",
     "train": "What is left was fine-tuned.",
     "merge": "What is left was fine-tuned, on several kinds of rows apart, and the tuned models were merged.",
 }

@@ -14,8 +14,8 @@ from sdft_ray import environment
 from sdft_ray.errors import UserError, problem
 
 if TYPE_CHECKING:
+    from sdft_ray.publish.gguf import Written
     from sdft_ray.publish.hub import Publication
-    from sdft_ray.store.storage import Storage
 
 
 def push(options: argparse.Namespace) -> None:
@@ -75,7 +75,7 @@ def export(options: argparse.Namespace) -> None:
     _show_written(written, model, options)
 
 
-def _show_written(written: gguf.Written, model: Path, options: argparse.Namespace) -> None:
+def _show_written(written: Written, model: Path, options: argparse.Namespace) -> None:
     serve = [
         f"llama-server --model {written.file} --ctx-size {written.context} --jinja",
         f"vllm serve {model}  # the directory itself",

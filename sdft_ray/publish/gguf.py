@@ -216,7 +216,7 @@ def _kind_of(shape: Sequence[int], kind: Kind) -> Kind:
 
 
 def _stretched(config: PretrainedConfig) -> _Tensor:
-    """Return by how much each frequency of RoPE is divided in a model that stretches its positions as Llama 3.1 does."""
+    """Return the divisor of each frequency of RoPE in a model that stretches its positions as Llama 3.1 does."""
     stretched, _ = ROPE_INIT_FUNCTIONS["llama3"](config, None)
     size = _head_size(config)
     plain = config.rope_parameters["rope_theta"] ** -(np.arange(0, size, 2, dtype=np.float32) / size)

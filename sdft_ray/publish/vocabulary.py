@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 # The patterns of Llama 3 and Qwen 2 as their tokenizer.json has them; they differ in how many digits stay together.
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA_3, _QWEN_2 = _WORDS.format("{1,3}"), _WORDS.format("")
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA_3, _QWEN_2 = (rf"{_WORDS}{digits}{_REST}" for digits in (r"\p{N}{1,3}", r"\p{N}"))
 # llama.cpp's names (`tokenizer.ggml.pre`), by the steps of tokenizer.json and whether whole words skip the merges.
 _NAMES = {
     (("ByteLevel", True), False): "gpt-2",
@@ -41,7 +42,7 @@ def add_vocabulary(writer: GGUFWriter, model: Path, size: int) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(_name_of(model / "tokenizer.json"))
+    writer.add_tokenizer_pre(name_pre_tokenizer(model / "tokenizer.json"))
     tokens, kinds = [f"[PAD{i}]" for i in range(size)], [TokenType.UNUSED] * size
     for token, i in tokenizer.get_vocab().items():
         tokens[i], kinds[i] = token, TokenType.NORMAL
@@ -52,18 +53,20 @@ def add_vocabulary(writer: GGUFWriter, model: Path, size: int) -> None:
     special = SpecialVocab(model, load_merges=True, n_vocab=size)
     special.chat_template = tokenizer.chat_template
     special.add_special_token = {"bos": tokenizer("a").input_ids[0] == tokenizer.bos_token_id}
-    # llama.cpp ends a text at each of these; the second is how an assistant's turn ends where the model's text does not.
+    # llama.cpp ends a text at both: at the end of a text, and at that of an assistant's turn.
     if (end := end_of_turn(tokenizer)) != tokenizer.eos_token_id:
         special.special_token_ids["eot"] = end
     special.add_to_gguf(writer, quiet=True)
 
 
-def _name_of(path: Path) -> str:
+def name_pre_tokenizer(path: Path) -> str:
     """Return llama.cpp's name of how a tokenizer splits text."""
     if not path.is_file():
         raise UserError(problem(str(path.parent), "has no tokenizer.json", _INSTEAD))
     tokenizer = read_object(path)
     model, normalizer = tokenizer.get("model") or {}, (tokenizer.get("normalizer") or {}).get("type")
+    if not model.get("merges"):
+        raise UserError(problem(str(path), "holds no merges, without which llama.cpp reads no tokenizer", _INSTEAD))
     if model.get("type") != "BPE" or model.get("byte_fallback") or normalizer not in _NORMALIZERS:
         kind = "SentencePiece's" if model.get("byte_fallback") else f"of kind {model.get('type')}"
         what = f"holds a tokenizer {kind}; only those that merge bytes (BPE) are written as GGUF"

@@ -39,7 +39,8 @@ def render(recipe: Path, compute: Path | None, root: str, until: str | None) -> 
     data["ray"].pop("largest_node", None)  # an autoscaler's; a job's nodes are all there
     command = ["sdft", "sweep" if sweep else "run", str(recipe), "--root", root]
     where = jinja2.PackageLoader("sdft_ray.submit", ".")
-    rules = jinja2.Environment(loader=where, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    rules = jinja2.Environment(loader=where, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    rules.keep_trailing_newline = True
     return rules.get_template("slurm.sh.jinja").render(
         name=job_name(recipe.stem),
         nodes=nodes,
