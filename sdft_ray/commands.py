@@ -123,10 +123,13 @@ def submit(options: argparse.Namespace) -> int:
     import tempfile
 
     from sdft_ray.progress import log
-    from sdft_ray.submit import job, kuberay
+    from sdft_ray.submit import job, kuberay, slurm
 
     if options.print_manifest:
         print(kuberay.render(options.recipe, options.compute, options.root, options.until, options.image), end="")
+        return 0
+    if options.print_slurm:
+        print(slurm.render(options.recipe, options.compute, options.root, options.until), end="")
         return 0
     if not options.address:
         do = "Give the cluster's dashboard, for example http://127.0.0.1:8265"

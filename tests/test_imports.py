@@ -15,7 +15,7 @@ ORDER = (
     *("text_pool", "stages"),
     *("preflight.precision", "preflight.limits", "preflight.checks", "training_data", "pipeline", "sweep"),
     *("preflight.memory", "preflight.costs", "preflight.savings", "preflight.doctor", "preflight.starter"),
-    *("report", "verify", "submit", "commands", "cli"),
+    *("report", "verify", "submit", "publish", "commands", "cli"),
 )
 HEAVY = ("torch", "ray", "vllm", "deepspeed", "lm_eval", "transformers")
 
