@@ -22,9 +22,15 @@ def show(report: Report, console: Console) -> None:
     """Print the table of a recipe and the sentences that explain it."""
     details = report.details
     console.print(table.recovery_table(report))
+    if report.base.retention:
+        console.print(table.retention_table(report))
+    if report.base.generated:
+        console.print(table.generated_table(report))
     console.print(lines.cut_line(details.cut, details.losses))
     if report.comparison:
         console.print(lines.difference_line(report.comparison))
+    if report.retention:
+        console.print(lines.retention_line(report.retention))
     for name, merged in report.merges.items():
         console.print(lines.merge_line(name, merged))
     for name, draft in report.drafts.items():
