@@ -8,6 +8,7 @@ code, and a finished artifact is not built again.
                  └─ distill ── (targets) ────────────┘            └── merge
     nll: likelihoods of rewrites and references under the base
     draft: pruned, tuned and merged models for the base
+    probes ── retention: every model against the base, token by token
     evaluate: base, pruned, tuned and merged models on every task
 """
 
@@ -29,6 +30,7 @@ from sdft_ray.cluster import below_ray, in_thread, last_line, ray_cluster, requi
 from sdft_ray.data.calibration import CorpusSettings, describe_corpora
 from sdft_ray.engine import EngineFactory, VllmEngine
 from sdft_ray.errors import StageFailed, UserError, nearest, problem
+from sdft_ray.measures import evaluation_stages, retention_stages
 from sdft_ray.preflight import precision
 from sdft_ray.preflight.checks import check
 from sdft_ray.progress import Progress, duration, log
@@ -37,6 +39,7 @@ from sdft_ray.spec.recipe import Merge, Recipe
 from sdft_ray.spec.sources import LocalModel
 from sdft_ray.stages import (
     StageModule,
+    Timed,
     Validated,
     Work,
     cut,
@@ -49,6 +52,8 @@ from sdft_ray.stages import (
     model,
     nll,
     patch,
+    probes,
+    retention,
     rows,
     score,
     speed,
@@ -73,6 +78,8 @@ MODULES: dict[str, StageModule] = {
     "nll": nll,
     "draft": draft,
     "speed": speed,
+    "probes": probes,
+    "retention": retention,
     "evaluate": evaluate,
 }
 """Every kind of stage, in the order of a chain."""
@@ -100,6 +107,8 @@ class Chain:
     drafts: Mapping[str, Stage[draft.Settings]]
     """By the name of the model that drafts."""
     speed: Stage[speed.Settings] | None
+    retention: Mapping[str, Stage[retention.Settings]]
+    """By the name of the model; none where the recipe asks for none."""
     evaluations: Mapping[tuple[str, str], Stage[evaluate.Settings]]
     """By the name of the model and of the task."""
 
@@ -137,7 +146,9 @@ class Chain:
         targets = [stage.inputs["targets"] for stage in self.trained.values() if "targets" in stage.inputs]
         stages = [self.base, *own.read, self.rows, *self.corpus_rows.values(), *kept, *generated]
         stages += [*targets, *self.models.values()]
-        stages += [*self.nll, *self.drafts.values(), *([self.speed] if self.speed else []), *self.evaluations.values()]
+        stages += [*self.nll, *self.drafts.values(), *([self.speed] if self.speed else [])]
+        stages += [stage.inputs["probes"] for stage in self.retention.values()]
+        stages += [*self.retention.values(), *self.evaluations.values()]
         return tuple({stage.id: stage for stage in stages}.values())
 
 
@@ -173,7 +184,8 @@ def chain(recipe: Recipe) -> Chain:
         nll=_nll_stages(recipe, base, data),
         drafts=_draft_stages(recipe, models, own),
         speed=speed.stage(recipe.evaluate.dtype, base, pruned) if recipe.evaluate.speed else None,
-        evaluations=_evaluations(recipe, models, own),
+        retention=retention_stages(recipe, models, own, corpora),
+        evaluations=evaluation_stages(recipe, models, own),
     )
 
 
@@ -237,18 +249,6 @@ def _draft_stages(recipe: Recipe, models: Mapping[str, Stage[Any]], own: Data) -
             raise UserError(problem("draft.models", f"this recipe makes no {name}", nearest(name, candidates)))
         drafts[name] = draft.stage(settings, name, models["pruned"], models["base"], candidates[name], own.read)
     return drafts
-
-
-def _evaluations(
-    recipe: Recipe, models: Mapping[str, Stage[Any]], own: Data
-) -> dict[tuple[str, str], Stage[evaluate.Settings]]:
-    evaluations = {}
-    for name, stage in models.items():
-        # Recipes that train the same model share its evaluations, whatever each calls it.
-        known = stage.settings.arm if isinstance(stage.settings, train.Settings) else name
-        for task in recipe.evaluate.tasks:
-            evaluations[name, task] = evaluate.stage(recipe.evaluate, task, known, stage, own.read, own.sources)
-    return evaluations
 
 
 # --- from stages to artifacts ---------------------------------------------------------------------------------
@@ -334,7 +334,8 @@ def require_gates(finished: Iterable[Stage[Any]], storage: Storage) -> None:
 
 def _together(todo: Sequence[Stage[Any]]) -> Iterator[list[Stage[Any]]]:
     """Yield the stages that are built at once: all evaluations (each is small), everything else alone."""
-    for at_once, group in itertools.groupby(todo, key=lambda stage: isinstance(stage.settings, evaluate.Settings)):
+    small = evaluate.Settings | retention.Settings
+    for at_once, group in itertools.groupby(todo, key=lambda stage: isinstance(stage.settings, small)):
         stages = list(group)
         yield from [stages] if at_once else ([stage] for stage in stages)
 
@@ -378,7 +379,7 @@ class _Maker:
             try:
                 summary = MODULES[stage.name].build(work)
                 # An evaluation reports itself how long it took: this thread also waited for its turn on the cluster.
-                own = summary.seconds if isinstance(summary, evaluate.Summary) else None
+                own = summary.seconds if isinstance(summary, Timed) else None
                 seconds = time.monotonic() - begun if own is None else own
                 self.storage.commit(stage, summary.plain(), seconds)
             except Exception as error:  # the edge: report what is kept and where the trace is

@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parents[1] / "sdft_ray"
 # Each imports only what stands before it. A package stands for its modules, among which there is no circle.
 ORDER = (
     *("errors", "environment", "progress", "store", "spec", "core", "data", "models", "results", "cluster", "engine"),
-    *("text_pool", "stages"),
-    *("preflight.precision", "preflight.limits", "preflight.checks", "training_data", "pipeline", "sweep"),
+    *("generated", "text_pool", "stages"),
+    *("preflight.precision", "preflight.limits", "preflight.checks", "training_data", "measures", "pipeline", "sweep"),
     *("preflight.memory", "preflight.costs", "preflight.savings", "preflight.doctor", "preflight.starter"),
     *("report", "verify", "submit", "publish", "commands", "cli"),
 )

@@ -1,8 +1,8 @@
-"""Measures of the quality that a model kept: means, recovery, and the interval of a difference of two models.
+"""Measures of the quality that a model kept: means, recovery, and the intervals of figures and of their differences.
 
-In: scores of tasks, values of items. Out: the figures of the recovery table. Recovery is mean(model) / mean(base),
-unweighted over tasks, as in the paper; because a model that guesses also scores, the chance-corrected figure stands
-beside it.
+In: scores of tasks, values of items, sums over texts. Out: the figures of the recovery table. Recovery is mean(model) /
+mean(base), unweighted over tasks, as in the paper; because a model that guesses also scores, the chance-corrected
+figure stands beside it.
 """
 
 from __future__ import annotations
@@ -42,14 +42,33 @@ def recovery_over_chance(scores: Sequence[Score], base: Sequence[Score]) -> floa
 
 
 @dataclasses.dataclass(frozen=True)
-class Difference:
-    """The advantage of one model over another on the same items, with its 95 % interval."""
+class Estimate:
+    """A figure with its 95 % interval."""
 
     value: float
     low: float
     high: float
     n: int
-    """Items; of a mean over tasks, the items of all tasks."""
+    """Items or texts; of a mean over tasks, the items of all tasks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference(Estimate):
+    """The advantage of one model over another on the same items."""
+
+
+def ratio(sums: Sequence[float], counts: Sequence[float], draws: int = 2000, seed: int = 0) -> Estimate:
+    """Return sum(sums) / sum(counts) over texts, such as nats over tokens, with the interval of a bootstrap over texts.
+
+    Tokens of one text are not independent, so texts are drawn again, whole. With differences of two models as sums, and
+    what both were measured on as counts, it is the paired interval of the difference.
+    """
+    random = np.random.default_rng(seed)
+    above, below = np.asarray(sums, float), np.asarray(counts, float)
+    assert len(above) == len(below) > 0, "every text has a sum and a count"
+    drawn = (random.integers(0, len(above), len(above)) for _ in range(draws))
+    low, high = np.percentile([above[texts].sum() / below[texts].sum() for texts in drawn], (2.5, 97.5))
+    return Estimate(float(above.sum() / below.sum()), float(low), float(high), len(above))
 
 
 def paired_differences(

@@ -13,8 +13,10 @@ from typing import Any
 
 from sdft_ray import pipeline
 from sdft_ray.core.recovery import mean_score, paired_differences, recovery, recovery_over_chance
+from sdft_ray.core.retention import Measured, read_lines
 from sdft_ray.core.selection import REASONS
 from sdft_ray.errors import UserError, problem
+from sdft_ray.generated import Habits, describe, read_held_out_items
 from sdft_ray.pipeline import Chain
 from sdft_ray.report.entries import (
     Artifact,
@@ -31,15 +33,27 @@ from sdft_ray.report.entries import (
     Pruned,
     Quality,
     Report,
+    Retention,
+    RetentionComparison,
     Selection,
     SourceEntry,
     Speed,
     Trained,
     Training,
 )
-from sdft_ray.results import DISTANCES, HELD_OUT, HISTORY, Distances, read_history, training_batches
+from sdft_ray.results import (
+    DISTANCES,
+    HELD_OUT,
+    HISTORY,
+    ITEMS,
+    RETENTION,
+    Distances,
+    read_held_out,
+    read_history,
+    training_batches,
+)
 from sdft_ray.spec.recipe import Recipe
-from sdft_ray.stages import evaluate, mix
+from sdft_ray.stages import evaluate, mix, retention
 from sdft_ray.stages.evaluate.scores import item_values
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
@@ -57,12 +71,15 @@ def collect(recipe: Recipe, name: str, storage: Storage) -> Report:
         names = ", ".join(dict.fromkeys(stage.name for stage in missing))
         raise UserError(problem(name, f"is not finished (missing: {names})", f"Do: sdft run {name}"))
     base = chain.tasks_of("base")
+    generated = describe_generated(recipe, chain, storage)
     models = tuple(
         ModelEntry(
             model=name,
             id=stage.id,
             quality=describe_quality(chain.tasks_of(name), base, storage),
             cost=count_cost(storage.files(stage, "config.json")),
+            **describe_retention(chain.retention.get(name), storage),
+            **({"generated": generated[name]} if generated else {}),
         )
         for name, stage in chain.models.items()
     )
@@ -73,6 +90,7 @@ def collect(recipe: Recipe, name: str, storage: Storage) -> Report:
         flops_tokens=FLOPS_TOKENS,
         models=models,
         comparison=compared[0] if compared else None,
+        **_compare_retention(recipe, chain, storage),
         speed=Speed.of(chain.speed, storage) if chain.speed else None,
         merges=_describe_merges(chain, storage),
         drafts={name: Draft.of(stage, storage) for name, stage in chain.drafts.items()},
@@ -97,6 +115,37 @@ def describe_quality(evaluations: Evaluations, base: Evaluations, storage: Stora
 
 def _read_scores(evaluations: Evaluations, storage: Storage) -> dict[str, evaluate.Summary]:
     return {task: evaluate.Summary.of(stage, storage) for task, stage in evaluations.items()}
+
+
+def describe_retention(stage: Stage[retention.Settings] | None, storage: Storage) -> dict[str, Retention]:
+    """Return how near a model stays to the base, as the field of an entry; none where that was not asked for."""
+    return {"retention": Retention.of(stage, storage)} if stage else {}
+
+
+def _compare_retention(recipe: Recipe, chain: Chain, storage: Storage) -> dict[str, tuple[RetentionComparison, ...]]:
+    """Return how much nearer to the base each arm stays than the one before it, as the field of a report."""
+    measured = {
+        arm: read_lines(
+            (storage.files(chain.retention[arm], RETENTION) / RETENTION).read_text(encoding="utf-8"), Measured
+        )
+        for arm in recipe.arms.names
+        if arm in chain.retention
+    }
+    compared = []
+    for second, first in itertools.pairwise(measured):
+        figures = retention.summarise(retention.subtract(measured[first], measured[second])).figures
+        compared.append(RetentionComparison(first=first, second=second, figures=figures))
+    return {"retention": tuple(compared)} if compared else {}
+
+
+def describe_generated(recipe: Recipe, chain: Chain, storage: Storage) -> dict[str, Habits]:
+    """Return how each model answers held-out rows; nothing where those are no task."""
+    if HELD_OUT not in recipe.evaluate.tasks:
+        return {}
+    rows = read_held_out([storage.files(stage, f"{HELD_OUT}.parquet") for stage in chain.data[""].read])
+    by_id, filters = {row.id: row for row in rows}, recipe.distill.filters.model_dump()
+    items = {name: storage.files(chain.evaluations[name, HELD_OUT], ITEMS) for name in chain.models}
+    return {name: describe(read_held_out_items(place), by_id, filters) for name, place in items.items()}
 
 
 def compare_arms(evaluations: Mapping[str, Sequence[Evaluations]], storage: Storage) -> list[Comparison]:

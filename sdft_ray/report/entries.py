@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, JsonValue, SerializerFunctionWrapHandler, model_serializer
 
-from sdft_ray.core.recovery import Difference
+from sdft_ray.core.recovery import Difference, Estimate
+from sdft_ray.generated import Habits
 from sdft_ray.results import Cut, Distances, Drafting, Gain, Record, Score, Step
 from sdft_ray.stages.cut import Summary as Pruned
 from sdft_ray.stages.distill import SourceSummary as Rewrites
@@ -22,6 +23,7 @@ from sdft_ray.stages.merge import Summary as Merged
 from sdft_ray.stages.mix import Source as MixedSource
 from sdft_ray.stages.nll import SourceLikelihoods as SourceNll
 from sdft_ray.stages.nll import Summary as Nll
+from sdft_ray.stages.retention import Summary as Retention
 from sdft_ray.stages.speed import Summary as Speed
 from sdft_ray.stages.train import Summary as Trained
 from sdft_ray.store.manifest import Provenance
@@ -80,6 +82,19 @@ class ModelEntry(Flat):
     id: str
     quality: Quality
     cost: Cost
+    retention: Retention | None = None
+    """Where the recipe asks for it."""
+    generated: Habits | None = None
+    """How it answers held-out rows, where those are a task."""
+
+
+class RetentionComparison(Record):
+    """How much nearer to the base one arm stays than the other, on the same texts."""
+
+    first: str
+    second: str
+    figures: dict[str, Estimate]
+    """By their names in a model's retention, such as `kl_responses`."""
 
 
 class MergeEntry(Flat):
@@ -157,6 +172,8 @@ class Report(Record):
     """The base first."""
     comparison: Comparison | None
     """Of the first two arms; None where there is one only."""
+    retention: tuple[RetentionComparison, ...] = ()
+    """Of each arm with the one before it."""
     speed: Speed | None
     merges: dict[str, MergeEntry]
     drafts: dict[str, Draft]
@@ -197,6 +214,7 @@ class SweepModel(Flat):
     id: str
     quality: Quality
     cost: Cost
+    retention: Retention | None = None
 
 
 class TrialResult(Flat):
@@ -208,6 +226,7 @@ class TrialResult(Flat):
     """Of its training."""
     quality: Quality
     cost: Cost
+    retention: Retention | None = None
 
 
 class SpeedFigures(Drafting):
@@ -281,6 +300,8 @@ class Group(Place):
     recovery_over_chance: float | None
     validation_loss: float | None
     parameters: int
+    retention: dict[str, float] = Field(default_factory=dict)
+    """Its figures by their names, where the recipe asks for it."""
     pruned: str
     limited: bool
     chosen: bool = False

@@ -16,7 +16,14 @@ from typing import Any
 from sdft_ray import pipeline
 from sdft_ray.core.speculation import acceptance_error, worth
 from sdft_ray.errors import UserError, problem
-from sdft_ray.report.collect import FLOPS_TOKENS, Evaluations, compare_arms, count_cost, describe_quality
+from sdft_ray.report.collect import (
+    FLOPS_TOKENS,
+    Evaluations,
+    compare_arms,
+    count_cost,
+    describe_quality,
+    describe_retention,
+)
 from sdft_ray.report.entries import (
     Draft,
     DraftEntry,
@@ -27,6 +34,7 @@ from sdft_ray.report.entries import (
     Map,
     Place,
     Pruned,
+    Retention,
     Speed,
     SweepComparison,
     SweepModel,
@@ -38,7 +46,7 @@ from sdft_ray.report.entries import (
 )
 from sdft_ray.results import DISTANCES, Distances, Drafted
 from sdft_ray.spec.training import ARMS
-from sdft_ray.stages import cut, patch, speed
+from sdft_ray.stages import cut, patch, retention, speed
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 from sdft_ray.sweep import goal, notes
@@ -113,6 +121,12 @@ class _Untuned:
         }
 
     @functools.cached_property
+    def retentions(self) -> dict[str, Stage[retention.Settings]]:
+        """How near each of them stays to the base, where the recipe asks for that."""
+        kept = [(chain, name) for chain in self.chains for name in ("base", "pruned", "patched")]
+        return {chain.models[name].id: chain.retention[name] for chain, name in kept if name in chain.retention}
+
+    @functools.cached_property
     def bases(self) -> dict[str, Stage[Any]]:
         """For each pruned and patched model its base."""
         starts = [(stage, chain) for chain in self.chains for stage in (chain.pruned, chain.patched) if stage]
@@ -134,7 +148,7 @@ class _Untuned:
 
     def require_done(self, name: str, storage: Storage) -> None:
         """Raise UserError where something is missing that trials are compared with."""
-        needed: list[Stage[Any]] = [*self.speeds.values()]
+        needed: list[Stage[Any]] = [*self.speeds.values(), *self.retentions.values()]
         for chain in self.chains:
             needed += [chain.rows, chain.score, *self.evaluations[chain.base.id].values()]
             for stage in (chain.pruned, chain.patched):
@@ -165,6 +179,7 @@ class _Untuned:
             id=stage.id,
             quality=describe_quality(self.evaluations[stage.id], self.evaluations[base], storage),
             cost=count_cost(storage.files(stage, "config.json")),
+            **describe_retention(self.retentions.get(stage.id), storage),
         )
 
 
@@ -190,6 +205,7 @@ def _describe_trial(
             seconds=storage.manifest(trial.train).provenance.wall_seconds,
             quality=describe_quality(trial.evaluations, untuned.base_of(pruned.id), storage),
             cost=count_cost(storage.files(pruned, "config.json")),
+            **describe_retention(trial.retention, storage),
         )
         if done
         else None,
@@ -234,10 +250,19 @@ def _join_trials(entries: Sequence[TrialEntry], members: Sequence[int]) -> Group
         recovery_over_chance=_mean([quality.recovery_over_chance for quality in qualities]),
         validation_loss=_mean([result.validation_loss for result in results]),
         parameters=results[0].cost.parameters,
+        **_mean_retention([result.retention for result in results if result.retention]),
         pruned=first.pruned,
         limited=any(quality.limited for quality in qualities),
         chosen=False,
     )
+
+
+def _mean_retention(each: Sequence[Retention]) -> dict[str, dict[str, float]]:
+    """Return the means over seeds of what is known of how near to the base models stay, as the field of a group."""
+    if not each:
+        return {}
+    figures = [own.figures for own in each]
+    return {"retention": {name: statistics.fmean(own[name].value for own in figures) for name in figures[0]}}
 
 
 def _unseeded(entry: TrialEntry) -> dict[str, Any]:

@@ -22,9 +22,15 @@ def show(report: Report, console: Console) -> None:
     """Print the table of a recipe and the sentences that explain it."""
     details = report.details
     console.print(table.recovery_table(report))
+    if report.base.retention:
+        console.print(table.retention_table(report))
+    if report.base.generated:
+        console.print(table.generated_table(report))
     console.print(lines.cut_line(details.cut, details.losses))
     for compared in report.compared:
         console.print(lines.difference_line(compared))
+    for kept in report.retention:
+        console.print(lines.retention_line(kept))
     for name, merged in report.merges.items():
         console.print(lines.merge_line(name, merged))
     for name, draft in report.drafts.items():

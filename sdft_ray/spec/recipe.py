@@ -15,6 +15,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, JsonValue, field_validator, model_validator
 
 from sdft_ray.errors import UserError, problem
+from sdft_ray.spec.retention import Retention
 from sdft_ray.spec.section import LocalPath, Section, require_distinct
 from sdft_ray.spec.sources import (
     Calibration,
@@ -280,6 +281,8 @@ class Evaluate(Section):
     """Tokens of a generated held-out answer."""
     speed: bool = False
     """Whether tokens per second of the pruned model are measured against the base's; scores do not change."""
+    retention: Retention | None = None
+    """Whether, and on what, every model is compared with the base token by token; scores do not change."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Precision of every evaluated model."""
 
@@ -313,6 +316,9 @@ class Recipe(Section):
                 raise ValueError(
                     "evaluate.tasks: held_out needs checkable rows, but rows.answer is none. Remove held_out"
                 )
+        if (kept := self.evaluate.retention) and not (kept.texts or min(kept.rows, held_out)):
+            what = "has neither held-out rows nor texts to measure on"
+            raise ValueError(f"evaluate.retention: {what}. Raise rows.held_out or evaluate.retention.texts")
         for name, wanted in (("patience", self.train.patience), ("keep", self.train.keep == "best")):
             if wanted and validation == 0:
                 raise ValueError(

@@ -26,7 +26,7 @@ from sdft_ray.spec.recipe import Distill, Recipe
 from sdft_ray.spec.sources import FileRows
 from sdft_ray.spec.sweep import Asha, Goal, Sweep
 from sdft_ray.spec.training import Arms, Train
-from sdft_ray.stages import distill, evaluate, train
+from sdft_ray.stages import distill, evaluate, retention, train
 from sdft_ray.store.identity import Stage, short_id
 from sdft_ray.store.storage import Storage
 
@@ -52,11 +52,12 @@ class Trial:
     """The first cell that needs it."""
     values: Mapping[str, Any]
     """Those of the cell's values that determine it."""
+    retention: Stage[retention.Settings] | None = None
 
     @property
     def stages(self) -> tuple[Stage[Any], ...]:
         """The training and its evaluations."""
-        return self.train, *self.evaluations.values()
+        return self.train, *([self.retention] if self.retention else []), *self.evaluations.values()
 
     @property
     def arm(self) -> str:
@@ -221,18 +222,24 @@ def is_seed(path: str) -> bool:
 def make_plan(cells: Sequence[Cell]) -> Plan:
     """Return the plan of cells, with each stage once."""
     chains = [(cell, pipeline.chain(cell.recipe)) for cell in cells]
-    trained: dict[str, tuple[Stage[train.Settings], Mapping[str, Stage[evaluate.Settings]]]] = {}
+    trained: dict[str, tuple[pipeline.Chain, str]] = {}
     needed_by: dict[str, list[Cell]] = {}
     for cell, chain in chains:
         for name, stage in chain.trained.items():
-            trained.setdefault(stage.id, (stage, chain.tasks_of(name)))
+            trained.setdefault(stage.id, (chain, name))
             needed_by.setdefault(stage.id, []).append(cell)
     trials = [
-        Trial(stage, evaluations, needed_by[key][0], _common_values(needed_by[key]))
-        for key, (stage, evaluations) in trained.items()
+        Trial(
+            train=chain.trained[name],
+            evaluations=chain.tasks_of(name),
+            cell=needed_by[key][0],
+            values=_common_values(needed_by[key]),
+            retention=chain.retention.get(name),
+        )
+        for key, (chain, name) in trained.items()
     ]
     drafts = {stage.id: stage for _, chain in chains for stage in chain.drafts.values()}
-    own = {*trained, *drafts, *(stage.id for trial in trials for stage in trial.evaluations.values())}
+    own = {*drafts, *(stage.id for trial in trials for stage in trial.stages)}
     shared = {stage.id: stage for _, chain in chains for stage in chain.in_order if stage.id not in own}
     in_order = tuple(sorted(shared.values(), key=_in_order))
     return Plan(tuple(cells), in_order, tuple(trials), drafts=tuple(drafts.values()))
