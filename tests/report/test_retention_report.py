@@ -35,7 +35,7 @@ def report() -> Report:
     compared = RetentionComparison(
         first="distilled", second="sft", figures={"kl_texts": Estimate(-0.1, -0.2, -0.05, 9)}
     )
-    return Report.model_construct(recipe="r", flops_tokens=256, models=models, retention=compared)
+    return Report.model_construct(recipe="r", flops_tokens=256, models=models, retention=(compared,))
 
 
 def test_tables_show_figures_with_intervals_and_what_is_not_known_as_a_dash(report):
