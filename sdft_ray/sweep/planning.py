@@ -95,15 +95,19 @@ class Plan:
 # --- from file to plan ----------------------------------------------------------------------------------------
 
 
-def is_sweep(path: Path) -> bool:
-    """Return whether a file is a sweep and not a recipe: it has axes."""
-    return "axes" in read_yaml(path)
+def is_sweep(path: Path | Mapping[str, Any]) -> bool:
+    """Return whether a file, or such content, is a sweep and not a recipe: it has axes."""
+    return "axes" in (read_yaml(path) if isinstance(path, Path) else path)
 
 
-def load_sweep(path: Path) -> Plan:
-    """Return the plan of the sweep in `path`; raises UserError with every problem of the file at once."""
+def load_sweep(path: Path | Mapping[str, Any]) -> Plan:
+    """Return the plan of the sweep in `path`, or of such content; raises UserError with every problem of it at once.
+
+    Recipes are named from the file's directory, in mere content from the current one.
+    """
     sweep = load_section(Sweep, path)
-    plan = dataclasses.replace(make_plan(expand(sweep, path.parent)), asha=sweep.asha)
+    folder = path.parent if isinstance(path, Path) else Path()
+    plan = dataclasses.replace(make_plan(expand(sweep, folder)), asha=sweep.asha)
     if problems := list(_mistakes_of_asha(plan)) if plan.asha else []:
         raise UserError(*problems)
     return plan
