@@ -8,6 +8,7 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+from tracked import Server
 
 from sdft_ray import trackers
 from sdft_ray.errors import UserError
@@ -19,44 +20,6 @@ from sdft_ray.store.storage import Storage
 from sdft_ray.trackers import Tracking, libraries, run_of
 
 RUN = run_of(Stage("train", "tiny-sft", 1, {"train": {"lr": 1e-3, "lora": {"targets": ["q", "v"]}}}))
-
-
-class Server:
-    """What a tracker's server would hold: runs by key, and how it fails."""
-
-    def __init__(self):
-        self.runs, self.statuses, self.down, self.takes = {}, [], False, 10**6
-
-    def make(self, name):
-        return FakeTracker(self)
-
-
-class FakeTracker:
-    """Stands where a library would."""
-
-    def __init__(self, server: Server):
-        self.server = server
-
-    def call(self) -> None:
-        self.server.takes -= 1
-        if self.server.down or self.server.takes < 0:
-            raise ConnectionError("HTTPConnectionPool:\nconnection refused")
-
-    def start(self, run, key):
-        self.call()
-        self.key = key or f"run-{len(self.server.runs)}"
-        self.server.runs.setdefault(self.key, [])
-        return self.key
-
-    def log(self, step, metrics):
-        self.call()
-        self.server.runs[self.key].append((step, dict(metrics)))
-
-    def artifact(self, file):
-        self.server.runs[self.key].append(file.name)
-
-    def finish(self, status):
-        self.server.statuses.append(status)
 
 
 @pytest.fixture
