@@ -276,15 +276,15 @@ def build(
     storage: Storage,
     validated: Validated = None,
     engine: EngineFactory = VllmEngine,
-    group: str | None = None,
+    sweep: str | None = None,
 ) -> Built:
     """Build every stage that is not there yet, in their order, on one cluster.
 
-    `validated` is called with the step and the loss of every validation of a training; `group` is the sweep that
+    `validated` is called with the step and the loss of every validation of a training; `sweep` names the sweep that
     trackers show the trainings in.
     """
     todo, done = survey(stages, storage)
-    maker = _Maker(storage, compute, validated, engine, group)
+    maker = _Maker(storage, compute, validated, engine, sweep)
     require_gates(done, storage)
     with contextlib.ExitStack() as stack:
         connected = False
@@ -334,7 +334,7 @@ class _Maker:
     compute: Compute
     validated: Validated
     engine: EngineFactory
-    group: str | None
+    sweep: str | None
 
     def make(self, group: Sequence[Stage[Any]]) -> None:
         """Build one stage, or several at once."""
@@ -362,7 +362,7 @@ class _Maker:
             if stopped.is_set():  # while this one waited
                 return
             begun = time.monotonic()
-            more = (self.validated, stopped, self.engine, self.group)
+            more = (self.validated, stopped, self.engine, self.sweep)
             work = Work(stage, self.storage, self.compute, progress, *more)
             try:
                 summary = MODULES[stage.name].build(work)

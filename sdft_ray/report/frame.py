@@ -21,7 +21,8 @@ def of_recipe(report: Report) -> pandas.DataFrame:
 
     lines = []
     for entry in report.models:
-        quality, scores = entry.quality, {}
+        quality = entry.quality
+        scores: dict[str, float | None] = {}
         for task, score in quality.tasks.items():
             scores |= {task: score.value, f"{task}_stderr": score.stderr}
         summed = quality.model_dump(include={"mean", "recovery", "recovery_over_chance", "limited"})

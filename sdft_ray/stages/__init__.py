@@ -55,7 +55,7 @@ class Work(Generic[S]):
     """Set when a stage that is built beside this one failed: nobody waits for this one any more."""
     engine: EngineFactory = VllmEngine
     """What generates."""
-    group: str | None = None
+    sweep: str | None = None
     """The sweep that this work is part of, as trackers show it."""
 
     @property

@@ -60,8 +60,10 @@ class _End(NamedTuple):
 
 def run_of(stage: Stage[Any], group: str | None = None, **more: str) -> Run:
     """Return the run of a training stage, with its settings and what else is known of it."""
-    settings = {key: value if isinstance(value, int | float) else str(value) for key, value in leaves(stage.settings)}
-    return Run(stage.directory_name, group, settings | more)
+    settings: dict[str, str | int | float] = dict(more)
+    for key, value in leaves(stage.settings):
+        settings[key] = value if isinstance(value, int | float) else str(value)
+    return Run(stage.directory_name, group, settings)
 
 
 class Tracking:

@@ -28,7 +28,7 @@ class Run(NamedTuple):
     name: str
     group: str | None
     """The sweep that it belongs to."""
-    settings: Mapping[str, str | int | float | bool | None]
+    settings: Mapping[str, str | int | float]
     """By dotted key."""
 
 

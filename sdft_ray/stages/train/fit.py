@@ -34,7 +34,7 @@ def fit(work: Work[Any], given: dict[str, Any]) -> Outcome:
         return Outcome.from_file(work.resumable / RESULT)
     work.storage.drop(work.resumable / "tuned")  # of other numbers of workers
     _set_torn_list_aside(work.resumable)
-    reports, run = ticker(), run_of(work.stage, work.group)
+    reports, run = ticker(), run_of(work.stage, work.sweep)
     trainer = _make_trainer(work, given, reports)
     with (
         _own_interrupt(),
