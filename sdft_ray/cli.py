@@ -1,5 +1,5 @@
-"""The command `sdft`: check, run, sweep, submit, report, verify, doctor, show, diff, push, export, init,
-explain, schema.
+"""The command `sdft`: check, run, sweep, submit, report, verify, doctor, show, diff, push, export, init, explain,
+schema, completion.
 
 In: arguments. Out: results on stdout, progress on stderr, exit code 0 (done), 1 (a stage failed) or 2 (bad recipe or
 usage). Nothing heavy is imported at the top: `sdft --help` answers at once.
@@ -91,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_readers(add)
     _add_publishers(add)
     _add_writers(add)
+    parser.set_defaults(parsers=subparsers.choices)
     return parser
 
 
@@ -174,11 +175,13 @@ def _add_writers(add: Callable[..., argparse.ArgumentParser]) -> None:
     explain.add_argument("--json", action="store_true", help="print JSON instead of text")
     schema = add("schema", commands.schema, "print the JSON Schema of a recipe, compute or sweep file", False)
     schema.add_argument("kind", nargs="?", default="recipe", choices=("recipe", "compute", "sweep"))
+    completion = add("completion", commands.completion, "print the completion of this command for a shell", False)
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"))
 
 
 _COMMANDS = (
     *("check", "run", "sweep", "submit", "report", "verify", "doctor", "show", "diff"),
-    *("push", "export", "init", "explain", "schema"),
+    *("push", "export", "init", "explain", "schema", "completion"),
 )
 
 

@@ -201,7 +201,7 @@ def on_this_node() -> Any:
 
 
 def ticker() -> Any:
-    """Return a new actor to which workers report how far they are, and from which the driver reads it."""
+    """Return a new actor to which workers report how far they are, and from which the driver reads each report once."""
     import ray
 
     # Ray puts an actor without needs on any node; on the driver's own node it dies only with the driver.
@@ -210,13 +210,14 @@ def ticker() -> Any:
 
 class _Ticker:
     def __init__(self) -> None:
-        self._state: Any = None
+        self._reports: list[Any] = []
 
-    def report(self, state: Any) -> None:
-        self._state = state
+    def report(self, report: Any) -> None:
+        self._reports.append(report)
 
-    def read(self) -> Any:
-        return self._state
+    def read(self) -> list[Any]:
+        reports, self._reports = self._reports, []
+        return reports
 
 
 # --- tasks ----------------------------------------------------------------------------------------------------

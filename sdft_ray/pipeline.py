@@ -291,13 +291,15 @@ def build(
     storage: Storage,
     validated: Validated = None,
     engine: EngineFactory = VllmEngine,
+    sweep: str | None = None,
 ) -> Built:
     """Build every stage that is not there yet, in their order, on one cluster.
 
-    `validated` is called with the step and the loss of every validation of a training.
+    `validated` is called with the step and the loss of every validation of a training; `sweep` names the sweep that
+    trackers show the trainings in.
     """
     todo, done = survey(stages, storage)
-    maker = _Maker(storage, compute, validated, engine)
+    maker = _Maker(storage, compute, validated, engine, sweep)
     require_gates(done, storage)
     with contextlib.ExitStack() as stack:
         connected = False
@@ -348,6 +350,7 @@ class _Maker:
     compute: Compute
     validated: Validated
     engine: EngineFactory
+    sweep: str | None
 
     def make(self, group: Sequence[Stage[Any]]) -> None:
         """Build one stage, or several at once."""
@@ -375,7 +378,8 @@ class _Maker:
             if stopped.is_set():  # while this one waited
                 return
             begun = time.monotonic()
-            work = Work(stage, self.storage, self.compute, progress, self.validated, stopped, self.engine)
+            more = (self.validated, stopped, self.engine, self.sweep)
+            work = Work(stage, self.storage, self.compute, progress, *more)
             try:
                 summary = MODULES[stage.name].build(work)
                 # An evaluation reports itself how long it took: this thread also waited for its turn on the cluster.

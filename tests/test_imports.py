@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +13,10 @@ PACKAGE = Path(__file__).parents[1] / "sdft_ray"
 # Each imports only what stands before it. A package stands for its modules, among which there is no circle.
 ORDER = (
     *("errors", "environment", "progress", "store", "spec", "core", "data", "models", "results", "cluster", "engine"),
-    *("generated", "text_pool", "stages"),
+    *("generated", "text_pool", "trackers", "stages"),
     *("preflight.precision", "preflight.limits", "preflight.checks", "training_data", "measures", "pipeline", "sweep"),
     *("preflight.memory", "preflight.costs", "preflight.savings", "preflight.doctor", "preflight.starter"),
-    *("report", "verify", "submit", "publish", "commands", "cli"),
+    *("report", "verify", "submit", "publish", "surface", "completion", "commands", "cli"),
 )
 HEAVY = ("torch", "ray", "vllm", "deepspeed", "lm_eval", "transformers")
 
@@ -100,4 +101,4 @@ def test_spec_alone_loads_nothing_heavy():
 def test_help_lists_the_commands():
     done = subprocess.run([sys.executable, "-m", "sdft_ray.cli", "--help"], capture_output=True, text=True, check=True)
     for command in cli._COMMANDS:
-        assert f"    {command} " in done.stdout
+        assert re.search(rf"^    {command}\s", done.stdout, re.MULTILINE)

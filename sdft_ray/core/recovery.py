@@ -8,6 +8,7 @@ figure stands beside it.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -26,6 +27,13 @@ class Score(Protocol):
 def mean_score(scores: Sequence[Score]) -> float:
     """Return the unweighted mean over tasks."""
     return sum(score.value for score in scores) / len(scores)
+
+
+def mean_error(errors: Sequence[float | None]) -> float | None:
+    """Return the standard error of the unweighted mean over tasks from those of the tasks, whose items are others;
+    None where one is not known."""
+    known = [error for error in errors if error is not None]
+    return math.hypot(*known) / len(known) if known and len(known) == len(errors) else None
 
 
 def recovery(scores: Sequence[Score], base: Sequence[Score]) -> float | None:

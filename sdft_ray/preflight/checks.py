@@ -16,6 +16,7 @@ from sdft_ray.spec.sources import GymRows, HubModel, LocalModel, RowSource
 from sdft_ray.spec.sources import in_use as sources_in_use
 from sdft_ray.stages import merge, train
 from sdft_ray.stages.evaluate.presets import require_known
+from sdft_ray.trackers import libraries
 
 
 def check(recipe: Recipe, compute: Compute, read: limits.FileReader = limits.read_file) -> None:
@@ -23,6 +24,8 @@ def check(recipe: Recipe, compute: Compute, read: limits.FileReader = limits.rea
 
     read: reads a row file; a caller that checks many recipes remembers the rows.
     """
+    if problems := list(libraries.missing(compute.track)):
+        raise UserError(*problems)
     facts = sources.describe_model(recipe.model)
     others = recipe.merge.others if recipe.merge else {}
     if facts:

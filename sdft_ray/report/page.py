@@ -41,6 +41,7 @@ def render(report: Report) -> str:
         draft_columns=table.DRAFT_COLUMNS,
         source_columns=table.source_columns(report),
         source_rows=table.source_rows(report),
+        ladder=plots.ladder(report.models),
         distance_maps=plots.as_svg(plots.distance_maps(details.distances, [details.cut.removed])),
         loss_curves=plots.loss_curves(details.trainings),
         nearby=_nearby(details),

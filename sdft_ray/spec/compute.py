@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
 
 from sdft_ray.errors import UserError, problem
 from sdft_ray.spec.loading import load_section
-from sdft_ray.spec.section import Section, require_path
+from sdft_ray.spec.section import Section, require_distinct, require_path
 from sdft_ray.spec.wording import validate
 
 Auto = Literal["auto"]
 Count = Annotated[int, Field(gt=0)]
+TrackerName = Literal["wandb", "mlflow", "trackio"]
 
 
 class Node(Section):
@@ -215,6 +217,9 @@ class Compute(Section):
     distill: Distill = Distill()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+    track: Annotated[tuple[TrackerName, ...], AfterValidator(require_distinct)] = ()
+    """Trackers in which each training is a run, beside TensorBoard's files and metrics.jsonl, which are always written.
+    Each needs its library (`pip install 'sdft-ray[mlflow]'`); keys and addresses come from the environment."""
 
     def needs(self) -> dict[str, tuple[int, int, float]]:
         """Return how many bundles of how many CPUs and GPUs the stages of each section hold at once, at least."""
@@ -241,12 +246,12 @@ def cores() -> int:
         return mask
 
 
-def load_compute(path: Path | None = None) -> Compute:
-    """Return the compute file at `path`, or the defaults, with every `auto` settled for this machine.
+def load_compute(path: Path | Mapping[str, Any] | None = None) -> Compute:
+    """Return the compute file at `path` (or its content), or the defaults, with every `auto` settled for this machine.
 
     Raises UserError where a local cluster could never hold a stage: nobody profits from a silent wait.
     """
-    compute = load_section(Compute, path) if path else Compute()
+    compute = Compute() if path is None else load_section(Compute, path)
     available = cores()
     data = compute.model_dump(mode="json")
     counts = {"score": "actors", "distill": "actors", "train": "workers", "evaluate": None}

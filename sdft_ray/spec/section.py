@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, WithJsonSchema
 
@@ -81,8 +81,11 @@ Commit = Annotated[
 ]
 
 
-def require_distinct(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return names of tasks; raises ValueError where a name occurs twice."""
+N = TypeVar("N", bound=str)
+
+
+def require_distinct(names: tuple[N, ...]) -> tuple[N, ...]:
+    """Return names; raises ValueError where one occurs twice."""
     if len(set(names)) != len(names):
-        raise ValueError("names a task twice. Remove one")
+        raise ValueError("has a name twice. Remove one")
     return names

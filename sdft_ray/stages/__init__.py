@@ -78,6 +78,8 @@ class Work(Generic[S]):
     """Set when a stage that is built beside this one failed: nobody waits for this one any more."""
     engine: EngineFactory = VllmEngine
     """What generates."""
+    sweep: str | None = None
+    """The sweep that this work is part of, as trackers show it."""
 
     @property
     def settings(self) -> S:

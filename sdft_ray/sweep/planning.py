@@ -98,15 +98,18 @@ class Plan:
 # --- from file to plan ----------------------------------------------------------------------------------------
 
 
-def is_sweep(path: Path) -> bool:
-    """Return whether a file is a sweep and not a recipe: it has axes."""
-    return "axes" in read_yaml(path)
+def is_sweep(path: Path | Mapping[str, Any]) -> bool:
+    """Return whether a file, or such content, is a sweep and not a recipe: it has axes."""
+    return "axes" in (read_yaml(path) if isinstance(path, Path) else path)
 
 
-def load_sweep(path: Path) -> Plan:
-    """Return the plan of the sweep in `path`; raises UserError with every problem of the file at once."""
+def load_sweep(path: Path | Mapping[str, Any]) -> Plan:
+    """Return the plan of the sweep in `path`, or of such content; raises UserError with every problem of it at once.
+
+    Recipes are named from the file's directory, in mere content from the current one.
+    """
     sweep = load_section(Sweep, path)
-    cells = expand(sweep, path.parent)
+    cells = expand(sweep, path.parent if isinstance(path, Path) else Path())
     if sweep.goal:
         cells = _of_arm(cells, sweep.goal.arm)
     plan = dataclasses.replace(make_plan(cells), asha=sweep.asha, goal=sweep.goal)

@@ -20,12 +20,12 @@ import numpy as np
 
 from sdft_ray import environment
 from sdft_ray.core.rows import TrainingRow
-from sdft_ray.results import Step
+from sdft_ray.results import METRICS, Step
 from sdft_ray.spec import compute, training
 from sdft_ray.stages.train.encoded import FOLDER, EncodedRows
 from sdft_ray.stages.train.history import best_step, is_out_of_patience, learning_rate
 from sdft_ray.stages.train.likeliest import LikeliestTokens
-from sdft_ray.stages.train.log import Begun, open_log, peak_bytes, report
+from sdft_ray.stages.train.log import EVENTS, Begun, Log, peak_bytes, report
 from sdft_ray.stages.train.rows import proof_rows
 from sdft_ray.stages.train.state import PROGRESS, Checkpoint
 from sdft_ray.stages.train.step import compute_logits, take_step, total_loss
@@ -132,11 +132,12 @@ class Training:
         bring = functools.partial(self.storage.bring, self.folder)
         self.history, self.best = _resume(self.engine, self.folder, self.rank, bring)
         self.begun, self.tokens = time.monotonic(), 0
-        self.events, self.log = self.folder / "tensorboard", None
+        self.log: Log | None = None
         if self.rank == 0:
-            assignment.ticker.report.remote(Begun(len(self.history)))
-            self.storage.bring(self.events)
-            self.log = open_log(self.events, len(self.history))
+            assignment.ticker.report.remote(Begun(tuple(self.history)))
+            self.storage.bring(self.folder / EVENTS)
+            self.storage.bring(self.folder, METRICS)
+            self.log = Log(self.folder, len(self.history))
 
     def steps_left(self) -> Iterator[int]:
         """Yield the steps that are not taken yet, until patience ends."""
@@ -203,7 +204,7 @@ class Training:
                 stage, history = self.assignment.stage.id, tuple(self.history)
                 checkpoint = Checkpoint(stage=stage, workers=self.workers, history=history)
                 write_atomically(Path(state) / PROGRESS, json.dumps(checkpoint.plain()))
-                self.storage.publish(*self.events.iterdir())
+                self.storage.publish(*(self.log.files() if self.log else ()))
             ray.train.report({"step": step + 1}, checkpoint=ray.train.Checkpoint.from_directory(state))
 
     def finish(self) -> None:
@@ -218,7 +219,7 @@ class Training:
         dist.all_reduce(peak, op=dist.ReduceOp.MAX)
         if self.log is not None:
             self.log.close()
-            self.storage.publish(*self.events.iterdir())
+            self.storage.publish(*self.log.files())
         counts = {"workers": self.workers, "peak_bytes": int(peak), "planned_steps": len(self.steps)}
         self._write(Outcome(history=tuple(self.history), **counts))
         dist.barrier()
