@@ -332,6 +332,8 @@ class SweepReport(Record):
     untried: tuple[Untried, ...]
     maps: Sequence[Map] = Field(exclude=True)
     flops_tokens: int
+    teachers: tuple[str, ...] = ()
+    """The models that rewrite, where they are not the base."""
 
     @property
     def base(self) -> SweepModel:

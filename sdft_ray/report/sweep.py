@@ -36,7 +36,7 @@ from sdft_ray.report.entries import (
     Untried,
 )
 from sdft_ray.results import DISTANCES, Distances, Drafted
-from sdft_ray.stages import cut, patch, speed
+from sdft_ray.stages import cut, distill, patch, speed
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 from sdft_ray.sweep import notes
@@ -51,7 +51,7 @@ def collect(plan: Plan, name: str, storage: Storage) -> SweepReport:
     with storage.survey():
         tried, untried = _read_drafts(plan, storage)
         entries = [_describe_trial(trial, plan.name, untuned, tried, storage) for trial in plan.trials]
-    groups = _group(entries)
+    groups, teachers = _group(entries), untuned.teachers
     return SweepReport(
         sweep=name,
         axes=tuple(dict.fromkeys(path for cell in plan.cells for path in cell.values)),
@@ -64,6 +64,7 @@ def collect(plan: Plan, name: str, storage: Storage) -> SweepReport:
         untried=tuple(untried),
         maps=_read_maps(untuned.cuts.values(), storage),
         flops_tokens=FLOPS_TOKENS,
+        **({"teachers": teachers} if teachers else {}),
     )
 
 
@@ -76,6 +77,12 @@ class _Untuned:
     @classmethod
     def of(cls, plan: Plan) -> _Untuned:
         return cls(tuple(pipeline.chain(cell.recipe) for cell in plan.cells))
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """The models that rewrite, where they are not the base."""
+        names = (distill.teacher_name(chain.distilled) for chain in self.chains if chain.distilled)
+        return tuple(dict.fromkeys(filter(None, names)))
 
     @functools.cached_property
     def cuts(self) -> dict[str, Stage[cut.Settings]]:
