@@ -23,7 +23,7 @@ def check(options: argparse.Namespace) -> None:
     from rich.table import Table
 
     from sdft_ray import pipeline
-    from sdft_ray.preflight import precision
+    from sdft_ray.preflight import precision, teachers
     from sdft_ray.preflight.checks import check
     from sdft_ray.preflight.costs import estimate_stages
     from sdft_ray.sweep import planning
@@ -35,7 +35,9 @@ def check(options: argparse.Namespace) -> None:
     check(recipe, compute)
     chain = pipeline.chain(recipe)
     stages = pipeline.describe(chain.in_order, storage)
-    precision.report_slow(pipeline.survey(chain.in_order, storage)[0], compute)
+    todo, _ = pipeline.survey(chain.in_order, storage)
+    precision.report_slow(todo, compute)
+    teachers.require_endpoints(todo)
     costs = estimate_stages(recipe, compute, chain, storage) if options.compute else []
     if options.json:
         estimates = [dataclasses.asdict(cost) for cost in costs]
@@ -69,13 +71,13 @@ def _show_costs(costs: Sequence[Any], title: str = "Estimate") -> None:
 def run(options: argparse.Namespace) -> None:
     """Build the missing artifacts of a recipe, then report."""
     from sdft_ray import pipeline
-    from sdft_ray.engine import VllmEngine
+    from sdft_ray.engine import start_engine
     from sdft_ray.progress import log
     from sdft_ray.report import track
 
     recipe, compute, storage = _load(options)
     with contextlib.redirect_stdout(sys.stderr):  # Ray prints notices of dead workers to stdout, which is for results
-        built = pipeline.run(recipe, compute, storage, options.until, options.engine or VllmEngine)
+        built = pipeline.run(recipe, compute, storage, options.until, options.engine or start_engine)
     if not built.new:
         log(f"Nothing to do: all {len(built.reused)} artifacts are there already under {storage.uri}.")
     if options.until in (None, "evaluate"):
@@ -100,17 +102,16 @@ def report(options: argparse.Namespace) -> None:
 
 def sweep(options: argparse.Namespace) -> None:
     """Build the missing artifacts of a sweep, then report."""
-    from sdft_ray.engine import VllmEngine
+    from sdft_ray.engine import start_engine
     from sdft_ray.progress import log
     from sdft_ray.report import track
-    from sdft_ray.sweep import goal, planning, trials
+    from sdft_ray.sweep import goal, planning
 
     plan, compute, storage = _load_sweep(options)
     failed = None
     with contextlib.redirect_stdout(sys.stderr):
         try:
-            run_all = goal.run if plan.goal else trials.run
-            built = run_all(plan, compute, storage, options.engine or VllmEngine)
+            built = goal.run(plan, compute, storage, options.engine or start_engine)
         except StageFailed as error:
             if not any(planning.is_done(trial, storage) for trial in plan.trials):
                 raise
@@ -182,13 +183,15 @@ def _check_sweep(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from sdft_ray import pipeline
-    from sdft_ray.preflight import precision, savings
+    from sdft_ray.preflight import precision, savings, teachers
     from sdft_ray.preflight.costs import estimate_sweep
     from sdft_ray.sweep import planning
 
     plan, compute, storage = _load_sweep(options)
     planning.check(plan, compute)
-    precision.report_slow(pipeline.survey(planning.stages_of(plan), storage)[0], compute)
+    todo, _ = pipeline.survey(planning.stages_of(plan), storage)
+    precision.report_slow(todo, compute)
+    teachers.require_endpoints(todo)
     saved = savings.measure(plan, storage)
     costs = estimate_sweep(plan, compute, storage) if options.compute else []
     if options.json:

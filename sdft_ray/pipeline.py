@@ -28,10 +28,10 @@ from typing import Any
 
 from sdft_ray.cluster import below_ray, in_thread, last_line, ray_cluster, require_capacity
 from sdft_ray.data.calibration import CorpusSettings, describe_corpora
-from sdft_ray.engine import EngineFactory, VllmEngine
+from sdft_ray.engine import EngineFactory, start_engine
 from sdft_ray.errors import StageFailed, UserError, nearest, problem
 from sdft_ray.measures import evaluation_stages, retention_stages
-from sdft_ray.preflight import precision
+from sdft_ray.preflight import precision, teachers
 from sdft_ray.preflight.checks import check
 from sdft_ray.progress import Progress, duration, log
 from sdft_ray.spec.compute import Compute
@@ -263,14 +263,16 @@ class Built:
 
 
 def run(
-    recipe: Recipe, compute: Compute, storage: Storage, until: str | None = None, engine: EngineFactory = VllmEngine
+    recipe: Recipe, compute: Compute, storage: Storage, until: str | None = None, engine: EngineFactory = start_engine
 ) -> Built:
     """Build every stage of a recipe that is not there yet, up to and including the stages named `until`."""
     check(recipe, compute)
     stages: Sequence[Stage[Any]] = chain(recipe).in_order
     if until:
         stages = _up_to(stages, until)
-    precision.report_slow(survey(stages, storage)[0], compute)
+    todo, _ = survey(stages, storage)
+    precision.report_slow(todo, compute)
+    teachers.require_endpoints(todo, storage)
     return build(stages, compute, storage, engine=engine)
 
 
@@ -290,7 +292,7 @@ def build(
     compute: Compute,
     storage: Storage,
     validated: Validated = None,
-    engine: EngineFactory = VllmEngine,
+    engine: EngineFactory = start_engine,
     sweep: str | None = None,
 ) -> Built:
     """Build every stage that is not there yet, in their order, on one cluster.

@@ -84,7 +84,7 @@ class DistilledRow(NamedTuple):
     finish_reason: str
     prompt_tokens: int
     generated_tokens: int
-    sampling_seed: int
+    sampling_seed: int | None
     conversation: str | None = None
     origin: int = 0
 

@@ -61,10 +61,10 @@ def sweep(
     from sdft_ray.report.sweep import collect
     from sdft_ray.spec.compute import load_compute
     from sdft_ray.store.storage import Storage
-    from sdft_ray.sweep import planning, trials
+    from sdft_ray.sweep import goal, planning
 
     plan, machine, storage = planning.load_sweep(_given(sweep)), load_compute(_given(compute)), Storage(str(root))
-    trials.run(plan, machine, storage)
+    goal.run(plan, machine, storage)
     if machine.track:
         track.log_sweep(collect(plan, _name(sweep), storage), plan, machine, storage)
     done = [trial for trial in plan.trials if planning.is_done(trial, storage)]

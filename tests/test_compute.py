@@ -145,6 +145,10 @@ def test_load_compute_for_a_running_cluster_is_not_bound_by_this_machine(load):
             "distill: tensor_parallel_size 2 is more than the 1 gpus of an actor. Raise gpus to 2.",
         ),
         (
+            {"distill": {"tensor_parallel_size": 4, "pipeline_parallel_size": 2, "gpus": 4}},
+            "distill: tensor_parallel_size 4 x pipeline_parallel_size 2 is more than the 4 gpus of an actor. Raise",
+        ),
+        (
             {"train": {"deepspeed": "gs://bucket/zero.json"}},
             "train.deepspeed: gs://bucket/zero.json is an address, and a path is needed. Give the path of a copy",
         ),

@@ -12,9 +12,10 @@ from sdft_ray import cli, pipeline
 PACKAGE = Path(__file__).parents[1] / "sdft_ray"
 # Each imports only what stands before it. A package stands for its modules, among which there is no circle.
 ORDER = (
-    *("errors", "environment", "progress", "store", "spec", "core", "data", "models", "results", "cluster", "engine"),
-    *("generated", "text_pool", "trackers", "stages"),
-    *("preflight.precision", "preflight.limits", "preflight.checks", "training_data", "measures", "pipeline", "sweep"),
+    *("errors", "environment", "progress", "store", "spec", "core", "data", "models", "results", "cluster"),
+    *("endpoint", "engine", "generated", "text_pool", "trackers", "stages"),
+    *("preflight.precision", "preflight.teachers", "preflight.limits", "preflight.checks"),
+    *("training_data", "measures", "pipeline", "sweep"),
     *("preflight.memory", "preflight.costs", "preflight.savings", "preflight.doctor", "preflight.starter"),
     *("report", "verify", "submit", "publish", "surface", "completion", "commands", "cli"),
 )

@@ -355,7 +355,8 @@ def test_sweep_of_weights_shares_rows_and_evaluations_and_generates_into_one_led
         if stage.name == "distill"
     ]
     templates = [instruction_templates(work.settings) for work in works]
-    assert len({distill.ledger_id(work, one) for work, some in zip(works, templates, strict=True) for one in some}) == 1
+    ledgers = {distill.ledger_id(work.stage, one) for work, some in zip(works, templates, strict=True) for one in some}
+    assert len(ledgers) == 1
     assert len({trial.compares_with for trial in plan.trials}) == 2 * 2, "by arm and size: validation rows are the same"
     planning.check(plan, load_compute())
 

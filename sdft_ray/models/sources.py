@@ -29,15 +29,16 @@ if TYPE_CHECKING:
 NO_NUMBERS = ("generation_config.json", "*.md", *LICENCES)
 
 
-def describe_model(source: ModelSource) -> ModelFacts | None:
+def describe_model(source: ModelSource, where: str = "model.path", teaches: bool = False) -> ModelFacts | None:
     """Return a model's facts from its headers; None for a hub model, whose headers come with the download.
 
-    Raises UserError for a directory that is not a chat model in safetensors.
+    teaches: it only generates. Raises UserError for a directory that is not a chat model in safetensors, and at `where`
+    the recipe names it for one that is not there.
     """
     if isinstance(source, HubModel):
         return None
-    path = model_path(source)
-    return describe_directory(path) if path.is_dir() else describe_gguf(path)
+    path = model_path(source, where)
+    return describe_directory(path, teaches) if path.is_dir() else describe_gguf(path)
 
 
 def describe_gguf(path: Path) -> ModelFacts:
@@ -60,7 +61,9 @@ def describe_gguf(path: Path) -> ModelFacts:
     blocks = int(gguf_field(path, f"{architecture}.block_count"))
     _require_gguf_tensors(path, blocks)
     context = f"{architecture}.context_length"
-    return ModelFacts(architecture, blocks, int(gguf_field(path, context)) if context in fields else None)
+    heads = _gguf_value(path, f"{architecture}.attention.head_count", None)
+    most = int(gguf_field(path, context)) if context in fields else None
+    return ModelFacts(architecture, blocks, most, heads if isinstance(heads, int) else None)
 
 
 def _require_gguf_tensors(path: Path, blocks: int) -> None:

@@ -17,12 +17,12 @@ from sdft_ray.core.mixture import mixture_size
 from sdft_ray.core.surgery import block_of
 from sdft_ray.data import readers
 from sdft_ray.models import sources
-from sdft_ray.models.directory import stored_tensors
+from sdft_ray.models.directory import stored_tensors, weight_files
 from sdft_ray.pipeline import Chain
 from sdft_ray.preflight import memory
 from sdft_ray.spec.compute import Compute, cores
 from sdft_ray.spec.recipe import Recipe
-from sdft_ray.spec.sources import HubModel, ModelSource
+from sdft_ray.spec.sources import HubModel, LocalModel, ModelSource, ServedModel
 from sdft_ray.stages import mix, retention, train
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
@@ -108,8 +108,20 @@ def _score(recipe: Recipe, compute: Compute, shape: memory.Shape | None) -> Cost
 
 def _distill(recipe: Recipe, compute: Compute, shape: memory.Shape | None, rows: int | None) -> Cost:
     work = f"{rows or 'all training'} rows of up to {recipe.distill.max_new_tokens} new tokens"
+    actors, teacher = compute.distill.actors.max, recipe.distill.teacher
+    if isinstance(teacher, ServedModel):
+        return _cost("distill", work, actors, None, f"{teacher.model} generates at its endpoint", compute, 0)
     weights = None if shape is None else _bytes(recipe.distill.dtype) * shape.parameters
-    return _engine("distill", work, compute.distill.actors.max, weights, compute)
+    if teacher:
+        weights = _stored_bytes(teacher)
+    return _engine("distill", work, actors, weights, compute)
+
+
+def _stored_bytes(model: LocalModel | HubModel) -> int | None:
+    """Return the bytes of a model's weights as stored, which may be quantised; None where they are not here."""
+    if isinstance(model, HubModel) or not (path := sources.model_path(model, "distill.teacher.path")).is_dir():
+        return None
+    return sum(file.stat().st_size for file in weight_files(path))
 
 
 def _drafts(recipe: Recipe, compute: Compute, shape: memory.Shape | None, drafts: int) -> list[Cost]:

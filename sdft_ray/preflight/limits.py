@@ -68,8 +68,9 @@ def require_numbers(recipe: Recipe, context: int | None) -> None:
 
 
 def _new_tokens(recipe: Recipe) -> dict[str, int]:
-    """Return how many tokens are generated behind a prompt, by section of the recipe."""
-    new = {"distill": recipe.distill.max_new_tokens} if recipe.arms.need_rewrites else {}
+    """Return how many tokens the base generates behind a prompt, by section of the recipe."""
+    rewrites = recipe.arms.need_rewrites and not recipe.distill.teacher
+    new = {"distill": recipe.distill.max_new_tokens} if rewrites else {}
     if HELD_OUT in recipe.evaluate.tasks or recipe.evaluate.retention:
         new["evaluate"] = recipe.evaluate.max_new_tokens
     return new | ({"draft": recipe.draft.max_new_tokens} if recipe.draft else {})

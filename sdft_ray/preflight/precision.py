@@ -17,6 +17,7 @@ from typing import Any
 from sdft_ray.errors import Problem, problem
 from sdft_ray.progress import log
 from sdft_ray.spec.compute import Compute, Needs
+from sdft_ray.spec.sources import ServedModel
 from sdft_ray.stages import distill, draft, evaluate, loss, nll, probes, retention, score, speed, train
 from sdft_ray.store.identity import Stage
 
@@ -44,6 +45,8 @@ def _find_dtype(settings: Any) -> tuple[str, str, Needs] | None:
     match settings:
         case score.Settings() | loss.Settings():
             return "prune.dtype", settings.dtype, score.NEEDS
+        case distill.Settings(teacher=ServedModel()):  # computes elsewhere
+            return None
         case distill.Settings() | nll.Settings():
             return "distill.dtype", settings.dtype, distill.NEEDS
         case train.Settings():

@@ -377,6 +377,8 @@ class SweepReport(Record):
     maps: Sequence[Map] = Field(exclude=True)
     flops_tokens: int
     goal: GoalEntry | None = None
+    teachers: tuple[str, ...] = ()
+    """The models that rewrite, where they are not the base."""
 
     @property
     def base(self) -> SweepModel:

@@ -159,7 +159,8 @@ def draft_line(name: str, draft: Draft) -> str:
 def selection_line(selection: Selection) -> str:
     """Return how many rewrites were kept, and why the others were not."""
     others = ", ".join(f"{n} {reason}" for reason, n in selection.reasons.items() if n and reason != "kept")
-    text = f"Rewrites: {selection.kept} of {selection.rows} rows kept"
+    by = f" by {selection.teacher}, which is not the base" if selection.teacher else ""
+    text = f"Rewrites{by}: {selection.kept} of {selection.rows} rows kept"
     return text + (f"; the reference stays for {others}." if others else ".")
 
 

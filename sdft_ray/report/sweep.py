@@ -46,7 +46,7 @@ from sdft_ray.report.entries import (
 )
 from sdft_ray.results import DISTANCES, Distances, Drafted
 from sdft_ray.spec.training import ARMS
-from sdft_ray.stages import cut, patch, retention, speed
+from sdft_ray.stages import cut, distill, patch, retention, speed
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 from sdft_ray.sweep import goal, notes
@@ -64,7 +64,7 @@ def collect(plan: Plan, name: str, storage: Storage) -> SweepReport:
     with storage.survey():
         tried, untried = _read_drafts(plan, storage)
         entries = [_describe_trial(trial, plan.name, untuned, tried, storage) for trial in plan.trials]
-    groups = _group(entries)
+    groups, teachers = _group(entries), untuned.teachers
     return SweepReport(
         sweep=name,
         axes=tuple(dict.fromkeys(path for cell in plan.cells for path in cell.values)),
@@ -78,6 +78,7 @@ def collect(plan: Plan, name: str, storage: Storage) -> SweepReport:
         maps=_read_maps(untuned.cuts.values(), storage),
         flops_tokens=FLOPS_TOKENS,
         **looked_for,
+        **({"teachers": teachers} if teachers else {}),
     )
 
 
@@ -103,6 +104,12 @@ class _Untuned:
     @classmethod
     def of(cls, plan: Plan) -> _Untuned:
         return cls(tuple(pipeline.chain(cell.recipe) for cell in plan.cells))
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """The models that rewrite, where they are not the base."""
+        names = (distill.teacher_name(chain.distilled) for chain in self.chains if chain.distilled)
+        return tuple(dict.fromkeys(filter(None, names)))
 
     @functools.cached_property
     def cuts(self) -> dict[str, Stage[cut.Settings]]:

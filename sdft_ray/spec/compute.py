@@ -8,6 +8,7 @@ No field here may change a number beyond rounding: such a field belongs to the r
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -113,8 +114,22 @@ OneNumberOrPool = Annotated[
 ]
 
 
+class Endpoint(Section):
+    """How an endpoint is asked, where `distill.teacher` names one."""
+
+    requests: int = Field(32, gt=0)
+    """Requests that it works on at once, shared among the actors."""
+    timeout_seconds: float = Field(600, gt=0)
+    """Seconds that one answer may take; then it is asked for again."""
+    patience_seconds: float = Field(900, ge=0)
+    """Seconds without any answer after which the stage stops: a server may be started anew meanwhile."""
+
+
+_SIZES = ("tensor_parallel_size", "pipeline_parallel_size")
+
+
 class Distill(Section):
-    """Actors that each hold a vLLM engine."""
+    """Actors that each hold a vLLM engine, or ask an endpoint."""
 
     actors: OneNumberOrPool = Pool(max=1)
     """Number of actors; {min: 1, max: 16} grows with the capacity of the cluster and shrinks when rows run out."""
@@ -123,7 +138,9 @@ class Distill(Section):
     gpus: float = Field(0, ge=0)
     """GPUs of one actor; 0 generates on the CPU."""
     tensor_parallel_size: int = Field(1, gt=0)
-    """GPUs that each layer of the model is spread over; at most gpus."""
+    """GPUs that each layer of the model is spread over; it must divide the attention heads."""
+    pipeline_parallel_size: int = Field(1, gt=0)
+    """Groups of GPUs that the blocks of the model are spread over. An actor needs gpus for both sizes multiplied."""
     batch_rows: int = Field(2048, gt=0)
     """Rows handed to an actor at once, fewer where there are too few for all actors. Its engine schedules them itself
     and runs empty only at their end."""
@@ -136,13 +153,24 @@ class Distill(Section):
     """Deaths of one actor, or over one batch, after which the stage fails; a poison row, which kills its engine, is
     set aside after about 5."""
     engine: Engine = Engine()
+    endpoint: Endpoint = Endpoint()
 
     @model_validator(mode="after")
     def _has_gpus_for_its_engine(self) -> Self:
-        if self.tensor_parallel_size > max(1, self.gpus):
-            what = f"{self.tensor_parallel_size} is more than the {self.gpus:g} gpus of an actor"
-            raise ValueError(f"tensor_parallel_size {what}. Raise gpus to {self.tensor_parallel_size}")
+        sizes = {name: size for name in _SIZES if (size := getattr(self, name)) > 1}
+        if (needed := math.prod(sizes.values())) > max(1, self.gpus):
+            what = " x ".join(f"{name} {size}" for name, size in sizes.items())
+            raise ValueError(f"{what} is more than the {self.gpus:g} gpus of an actor. Raise gpus to {needed}")
         return self
+
+    def engine_options(self) -> dict[str, Any]:
+        """Return the options of the engine, by vLLM's names except for `kv_cache_gib`."""
+        return self.engine.model_dump() | {name: getattr(self, name) for name in _SIZES}
+
+    def endpoint_options(self) -> dict[str, Any]:
+        """Return how one actor asks an endpoint."""
+        options = self.endpoint.model_dump()
+        return options | {"requests": max(1, self.endpoint.requests // self.actors.max)}
 
 
 def _path_or_content(value: str | dict[str, JsonValue]) -> str | dict[str, JsonValue]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import operator
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
@@ -24,6 +24,7 @@ from sdft_ray.spec.sources import (
     RewritingTemplate,
     RowSource,
     RowSources,
+    TeacherSource,
     in_use,
 )
 from sdft_ray.spec.training import ARMS, ArmOverrides, Arms, Train
@@ -113,7 +114,11 @@ class Distill(Section):
     """How the unpruned model rewrites the references. Defaults: the published code of SDFT (arXiv 2402.13669)."""
 
     unhashed = ("max_attempts", "shift_rows", "max_failed_fraction")
+    optional: ClassVar[tuple[str, ...]] = ("teacher", "seeds")
 
+    teacher: TeacherSource | None = None
+    """Another model that rewrites instead of the base, also a quantised one or one behind an endpoint: it is not cut.
+    Its rewrites are no self-distillation, and reports name it."""
     temperature: float = Field(0.95, ge=0)
     """Sampling temperature of the rewrites; 0 is greedy."""
     top_p: float = Field(0.7, gt=0, le=1)
@@ -124,6 +129,9 @@ class Distill(Section):
     """Precision of the teacher."""
     seed: int = 0
     """Moves the sampling seed of every row (a row's seed is derived from this and its id)."""
+    seeds: Literal["row", "engine"] = "row"
+    """What text is drawn by: `row`, a generator for each row, so that a row's text does not depend on which others the
+    engine works on; `engine`, one for all, which saves a GPU a kernel a row and step, and is not repeatable."""
     template: RewritingTemplate | None = None
     """Your own rewriting instruction with {prompt} and {reference}; where absent, one that suits rows.answer."""
     template_options: dict[str, JsonValue] = Field({"enable_thinking": False})

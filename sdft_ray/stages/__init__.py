@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, Protocol, Self, TypeVar
 
-from sdft_ray.engine import EngineFactory, VllmEngine
+from sdft_ray.engine import EngineFactory, start_engine
 from sdft_ray.errors import StageFailed
 from sdft_ray.progress import Progress
 from sdft_ray.spec.compute import Compute, Needs
@@ -76,7 +76,7 @@ class Work(Generic[S]):
     """Who hears of a training's validation losses while it runs."""
     stopped: threading.Event = dataclasses.field(default_factory=threading.Event)
     """Set when a stage that is built beside this one failed: nobody waits for this one any more."""
-    engine: EngineFactory = VllmEngine
+    engine: EngineFactory = start_engine
     """What generates."""
     sweep: str | None = None
     """The sweep that this work is part of, as trackers show it."""

@@ -18,7 +18,7 @@ from sdft_ray.errors import UserError, problem
 from sdft_ray.models.directory import describe_directory, spell_tokenizer_for_older
 from sdft_ray.models.sources import NO_NUMBERS, download_model, gguf_field, model_path, read_gguf
 from sdft_ray.spec.section import Section
-from sdft_ray.spec.sources import HubModel, ModelSource
+from sdft_ray.spec.sources import HubModel, LocalModel, ModelSource
 from sdft_ray.stages import Work
 from sdft_ray.store.files import hash_source
 from sdft_ray.store.identity import Stage, slugify
@@ -32,8 +32,11 @@ VERSION, NEEDS, UNIT = 1, None, "parts"
 class HubSettings(Section):
     """A model of a hub."""
 
+    optional = ("teaches",)
     repo: str
     revision: str
+    teaches: bool = False
+    """Whether it is no base: then it need not be of an architecture that can be pruned, and may be quantised."""
 
 
 class FileSettings(Section):
@@ -62,13 +65,14 @@ class Summary(stages.Summary):
     """Of a dequantised file."""
 
 
-def stage(source: ModelSource, where: str = "model.path") -> Stage[Settings]:
+def stage(source: ModelSource, where: str = "model.path", teaches: bool = False) -> Stage[Settings]:
     """Return the stage that stands for a model: a conversion (GGUF), a download, or a directory as it is.
 
+    teaches: it only rewrites and is never pruned.
     Raises UserError at `where` the recipe names it for one that is not there.
     """
     if isinstance(source, HubModel):
-        settings = HubSettings(repo=source.repo, revision=source.revision)
+        settings = HubSettings(repo=source.repo, revision=source.revision, teaches=teaches)
         return Stage("model", slugify(source.repo), VERSION, settings)
     path = model_path(source, where)
     sha256 = hash_source(path, without=NO_NUMBERS)
@@ -77,13 +81,27 @@ def stage(source: ModelSource, where: str = "model.path") -> Stage[Settings]:
     return Stage("model", slugify(path.name), VERSION, FileSettings(sha256=sha256), location=path.resolve())
 
 
+def tokenizer_stage(path: str, where: str) -> Stage[Settings]:
+    """Return the stage that stands for the tokenizer in a directory, whatever weights lie beside it.
+
+    Raises UserError at `where` the recipe names it for one that is not there.
+    """
+    directory = model_path(LocalModel(path=path), where)
+    if directory.is_file() or not (directory / "config.json").is_file():
+        do = "Give a directory with tokenizer, chat template and config.json"
+        raise UserError(problem(where, f"{directory} holds no config.json", do))
+    sha256 = hash_source(directory, without=(*NO_NUMBERS, "*.safetensors", "*.bin", "*.gguf"))
+    return Stage("model", slugify(directory.name), VERSION, FileSettings(sha256=sha256), location=directory.resolve())
+
+
 def build(work: Work[Settings]) -> Summary:
     """Download the model, or write the dequantised one."""
     settings = work.settings
     if isinstance(settings, HubSettings):
         download_model(settings.repo, settings.revision, work.directory)
-        facts = describe_directory(work.directory)
-        require_supported(facts.architecture, "model")
+        facts = describe_directory(work.directory, settings.teaches)
+        if not settings.teaches:
+            require_supported(facts.architecture, "model")
         return Summary(source=settings.repo, architecture=facts.architecture, blocks=facts.blocks)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig

@@ -165,6 +165,10 @@ class Storage:
         views of it."""
         return make_directory(self.root / "ledger" / self._name_in("ledger", name))
 
+    def has_ledger(self, identity: str) -> bool:
+        """Return whether there is a ledger with an id."""
+        return identity in self._list("ledger").names
+
     def publish(self, *files: Path) -> None:
         """Make pieces of work durable under the root, and visible to other nodes."""
         self._backend.publish(files)

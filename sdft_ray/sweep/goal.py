@@ -13,7 +13,7 @@ from typing import Any
 
 from sdft_ray import pipeline
 from sdft_ray.core.recovery import Difference, recovery_interval
-from sdft_ray.engine import EngineFactory
+from sdft_ray.engine import EngineFactory, start_engine
 from sdft_ray.progress import log
 from sdft_ray.spec.compute import Compute
 from sdft_ray.stages.evaluate.scores import item_values
@@ -53,8 +53,13 @@ class Search:
         return max(met, key=lambda each: each.blocks) if met and self.following is None else None
 
 
-def run(plan: Plan, compute: Compute, storage: Storage, engine: EngineFactory) -> pipeline.Built:
-    """Train and evaluate one depth after another until the goal is decided; raises as a sweep does."""
+def run(plan: Plan, compute: Compute, storage: Storage, engine: EngineFactory = start_engine) -> pipeline.Built:
+    """Build a sweep: all of it, or where it has a goal one depth after another until that is decided.
+
+    Raises as `trials.run` does.
+    """
+    if plan.goal is None:
+        return trials.run(plan, compute, storage, engine)
     new: list[Stage[Any]] = []
     while True:
         search = replay(plan, storage)

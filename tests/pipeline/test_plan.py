@@ -59,6 +59,8 @@ OTHER = {
     "prune.calibration.0.field": "other",
     "prune.calibration.0.positions": "all",
     "distill.dtype": "float32",
+    "distill.teacher": {"endpoint": "http://127.0.0.1:1/v1", "model": "some/teacher"},
+    "distill.seeds": "engine",
     "distill.template": "{prompt} {reference}",
     "rows.0.template": "{reference} {prompt}",
     "distill.filters.leak_phrases": ["given text"],
