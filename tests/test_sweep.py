@@ -272,7 +272,7 @@ def test_report_of_a_sweep_that_has_not_begun_says_what_to_do(folder):
 
 def test_every_shipped_sweep_plans_and_saves(tmp_path):
     files = sorted((Path(__file__).parents[1] / "configs" / "sweeps").glob("*.yaml"))
-    assert [file.name for file in files] == ["depth.yaml", "draft.yaml", "paper.yaml", "small.yaml"]
+    assert [file.name for file in files] == ["depth.yaml", "draft.yaml", "goal.yaml", "paper.yaml", "small.yaml"]
     for file in files:
         plan = planning.load_sweep(file)
         found = savings.measure(plan, Storage(str(tmp_path)))
