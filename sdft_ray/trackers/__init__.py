@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
@@ -29,7 +29,8 @@ from sdft_ray.store.record import Record
 from sdft_ray.store.storage import Storage
 from sdft_ray.trackers.libraries import Run, Tracker, make
 
-_END_SECONDS = 30.0  # that a command waits at its end for a tracker which does not answer
+_END_SECONDS = 30.0  # that a command waits at its end for a tracker's next answer
+_LOOK_SECONDS = 0.5  # between two looks at whether it is there
 _KEEP_SECONDS = 10.0  # between two notes of how far a tracker is: in an object store each is a request
 Make = Callable[[TrackerName], Tracker]
 
@@ -82,10 +83,9 @@ class Tracking:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for follower in self._followers:
-            follower.given.put(_End("stopped" if kind else "done"))
-        until = time.monotonic() + _END_SECONDS
+            follower.end("stopped" if kind else "done")
         for follower in self._followers:
-            follower.wait(until)
+            follower.wait()
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log the metrics of a step, by names as TensorBoard has them."""
@@ -106,14 +106,22 @@ class _Follower:
         self._name, self._run, self._storage, self._make = name, run, storage, make
         self._note = f"tracking/{training}-{name}.json"
         self._tracker: Tracker | None = None
+        self._answered_at = time.monotonic()
         self._thread: Future[None] = in_thread(self._follow)
 
-    def wait(self, until: float) -> None:
-        """Return once the tracker has logged everything, or the clock says `until`."""
-        try:
-            self._thread.result(max(0.0, until - time.monotonic()))
-        except TimeoutError:
-            self._report("does not answer")
+    def end(self, status: Literal["done", "stopped"]) -> None:
+        """Let the tracker close its run once it has everything."""
+        self._answered_at = time.monotonic()
+        self.given.put(_End(status))
+
+    def wait(self) -> None:
+        """Return once the tracker has closed its run, or does not answer."""
+        while not self._thread.done():
+            with suppress(TimeoutError):
+                self._thread.result(_LOOK_SECONDS)
+            if time.monotonic() - self._answered_at > _END_SECONDS:
+                self._report("does not answer")
+                return
 
     def _follow(self) -> None:
         try:
@@ -141,7 +149,8 @@ class _Follower:
                 for file in files:
                     self._opened().artifact(file)
                 self._kept = self._kept.model_copy(update={"results": dict(metrics)})
-        if time.monotonic() - self._written_at > _KEEP_SECONDS:
+        self._answered_at = time.monotonic()
+        if self._answered_at - self._written_at > _KEEP_SECONDS:
             self._write()
 
     def _opened(self) -> Tracker:
