@@ -8,7 +8,7 @@ from tiny import make_tiny_model
 from sdft_ray import pipeline
 from sdft_ray.preflight import costs
 from sdft_ray.preflight.memory import trainable_parameters
-from sdft_ray.spec.compute import Compute
+from sdft_ray.spec.compute import Compute, load_compute
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.sources import HubModel, PackagedModel
 from sdft_ray.spec.training import Train
@@ -68,6 +68,13 @@ def test_estimate_stages_names_steps_and_what_does_not_fit(data):
     assert found["train (sft)"].fits is False
     assert found["score"].fits is None, "what the nodes of another cluster hold is not known"
     assert "draft" not in found
+
+    kept = validate(Recipe, data | {"evaluate": data["evaluate"] | {"retention": {"texts": 9}}})
+    of_both = {
+        cost.stage: cost for cost in costs.estimate_stages(kept, load_compute(), pipeline.chain(kept), Storage("x"))
+    }
+    assert of_both["retention"].work == "4 models x up to 64 rows and 9 texts"
+    assert of_both["retention"].gb >= 0.8 and of_both["retention"].processes == of_both["evaluate"].processes
 
     drafts = validate(Recipe, data | {"draft": {"tokens": [1, 2], "prompts": 5, "dtype": "float32"}})
     for kv_cache_gib, fits in ((1.0, True), (1e6, False)):

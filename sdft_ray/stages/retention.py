@@ -10,6 +10,7 @@ Memory: both models, and five pieces of at most 2^25 logits in float32 (0.7 GB).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from sdft_ray import stages
 from sdft_ray.cluster import use_assigned_cores
 from sdft_ray.core.recovery import Estimate, ratio
 from sdft_ray.core.retention import Measured, Nearness, Probe, compare, read_lines, write_lines
+from sdft_ray.errors import UserError, problem
 from sdft_ray.results import PROBES, RETENTION
 from sdft_ray.spec.compute import Needs
 from sdft_ray.spec.section import Section
@@ -87,6 +89,8 @@ def build(work: Work[Settings]) -> Summary:
         .options(num_cpus=plan.cpus, num_gpus=plan.gpus, name=work.stage.slug, scheduling_strategy="DEFAULT")
         .remote(work.handle("base"), model, probes, work.settings.dtype, "cuda" if plan.gpus else "cpu")
     )
+    if not all(math.isfinite(each.kl + each.nll) for each in measured):
+        raise UserError(problem("evaluate.dtype", f"{work.settings.dtype} gives logits of NaN", "Set float32"))
     write_atomically(work.directory / RETENTION, write_lines(measured))
     return summarise(measured, seconds=seconds)
 
