@@ -34,7 +34,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "lfm2": {"full_attn_idxs": [1, 4]},
     "llama4_text": {"num_local_experts": 4, "intermediate_size_mlp": 96, "attention_chunk_size": 8}
     | {"no_rope_layer_interval": 2, "interleave_moe_layer_step": 2},
-    "nemotron_h": _EXPERTS | {"tie_word_embeddings": False}  # as every model of it
+    "nemotron_h": _EXPERTS
+    | {"tie_word_embeddings": False}  # as every model of it
     | {"n_routed_experts": 4, "moe_shared_expert_intermediate_size": 32, "mamba_num_heads": 4, "mamba_head_dim": 32}
     | {"n_groups": 1, "ssm_state_size": 16, "chunk_size": 8}
     | {"layers_block_type": [*_MIXED[:2], "mlp", "moe", *_MIXED[1::-1]]},

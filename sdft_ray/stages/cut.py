@@ -232,6 +232,7 @@ def explicit_config(base: Path) -> dict[str, Any]:
     return config | {
         key: value
         for key, value in computed.items()
-        if value is not None is config.get(key)
+        if config.get(key) is None
+        and value is not None
         and (key in BY_POSITION or (isinstance(value, list) and len(value) == blocks))
     }

@@ -20,7 +20,7 @@ from sdft_ray.models.directory import describe_directory, spell_tokenizer_for_ol
 from sdft_ray.models.parts import text_config, write_text_part
 from sdft_ray.models.sources import NO_NUMBERS, download_model, gguf_field, model_path, read_gguf
 from sdft_ray.spec.section import Section
-from sdft_ray.spec.sources import HubModel, ModelSource, Part
+from sdft_ray.spec.sources import HubModel, LocalModel, ModelSource, Part
 from sdft_ray.stages import Work
 from sdft_ray.store.files import hash_source
 from sdft_ray.store.identity import Stage, slugify
@@ -77,15 +77,19 @@ def stage(source: ModelSource, where: str = "model.path") -> Stage[Settings]:
     """
     if isinstance(source, HubModel):
         settings = HubSettings(repo=source.repo, revision=source.revision, part=source.part)
-        return Stage("model", slugify(source.repo), VERSION, settings)
+        return Stage("model", slugify(_name_part(source.repo, source.part)), VERSION, settings)
     path = model_path(source, where)
     sha256 = hash_source(path, without=NO_NUMBERS)
     if path.is_file():
         return Stage("model", slugify(path.stem), VERSION, FileSettings(sha256=sha256, gguf=str(path)))
-    if (part := getattr(source, "part", None)) is not None:
-        settings = FileSettings(sha256=sha256, part=part, directory=str(path))
-        return Stage("model", slugify(f"{path.name}-{part}"), VERSION, settings)
+    if isinstance(source, LocalModel) and source.part:
+        of_part = FileSettings(sha256=sha256, part=source.part, directory=str(path.resolve()))
+        return Stage("model", slugify(_name_part(path.name, source.part)), VERSION, of_part)
     return Stage("model", slugify(path.name), VERSION, FileSettings(sha256=sha256), location=path.resolve())
+
+
+def _name_part(name: str, part: Part | None) -> str:
+    return f"{name}-{part}" if part else name
 
 
 def build(work: Work[Settings]) -> Summary:

@@ -173,7 +173,9 @@ def see_gaps(model: Any, text: Text, around: Sequence[tuple[int, int]]) -> Itera
     from sdft_ray.core.patch import last_parts
 
     scale = float(getattr(model.config, "residual_multiplier", 1.0))  # of granite
-    added, outputs, states = ({} for _ in range(3))
+    added: dict[int, Any] = {}
+    outputs: dict[int, Any] = {}
+    states: dict[int, Any] = {}
     last = around[-1][1]
 
     def keep(found: dict[int, Any], block: int) -> Any:

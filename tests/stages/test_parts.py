@@ -74,22 +74,23 @@ def test_text_part_computes_what_the_whole_does_and_is_pruned_as_any_model(archi
     assert sum(t.numel() for t in kept.values()) == shape_of(LocalModel(path=str(whole), part="text")).parameters
 
 
-def test_text_part_of_an_older_file_and_of_shards_is_the_same(tmp_path):
+def test_text_part_of_a_newer_file_and_of_shards_is_the_same(tmp_path):
     whole = make_wrapped(tmp_path / "whole", "gemma3", tie_word_embeddings=False)
     plain = make_work(tmp_path / "a", whole)
     model.build(plain)
     weights = load_file(whole / "model.safetensors")
     (whole / "model.safetensors").unlink()
-    older = {
-        name.replace("model.language_model.", "language_model.model.").replace("lm_head.", "language_model.lm_head."): t
+    newer = {
+        name.replace("language_model.model.", "model.language_model.").replace("language_model.lm_head.", "lm_head."): t
         for name, t in weights.items()
     }
+    assert newer.keys() != weights.keys()
     files = {
-        "model-00001-of-00002.safetensors": list(older)[::2],
-        "model-00002-of-00002.safetensors": list(older)[1::2],
+        "model-00001-of-00002.safetensors": list(newer)[::2],
+        "model-00002-of-00002.safetensors": list(newer)[1::2],
     }
     for file, names in files.items():
-        save_file({name: older[name] for name in names}, whole / file, metadata={"format": "pt"})
+        save_file({name: newer[name] for name in names}, whole / file, metadata={"format": "pt"})
     index = {"weight_map": {name: file for file, names in files.items() for name in names}}
     (whole / "model.safetensors.index.json").write_text(json.dumps(index))
     sharded = make_work(tmp_path / "b", whole)
