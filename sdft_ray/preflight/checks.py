@@ -8,7 +8,7 @@ from __future__ import annotations
 from sdft_ray.core.surgery import require_blocks, require_supported
 from sdft_ray.data import readers
 from sdft_ray.errors import UserError, problem
-from sdft_ray.models import directory, sources
+from sdft_ray.models import directory, parts, sources
 from sdft_ray.preflight import limits
 from sdft_ray.progress import log
 from sdft_ray.spec.compute import Compute
@@ -76,8 +76,12 @@ def _require_prunable(recipe: Recipe, facts: directory.ModelFacts) -> None:
     require_depth(recipe.prune.blocks, recipe.prune.protect, facts.blocks)
     assert not isinstance(recipe.model, HubModel), "a hub model has no facts"
     if (path := sources.model_path(recipe.model)).is_dir():
-        names = (name for tensors in directory.stored_tensors(path).values() for name in tensors)
-        require_blocks(path, names, facts.blocks)
+        names = [name for tensors in directory.stored_tensors(path).values() for name in tensors]
+        if getattr(recipe.model, "part", None):
+            config, names = parts.text_config(path), [new for name in names if (new := parts.text_name(name))]
+        else:
+            config = readers.read_json(path / "config.json")
+        require_blocks(path, names, config)
 
 
 def _teacher_facts(recipe: Recipe, base: directory.ModelFacts | None) -> directory.ModelFacts | None:

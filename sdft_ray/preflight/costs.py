@@ -18,6 +18,7 @@ from sdft_ray.core.surgery import block_of
 from sdft_ray.data import readers
 from sdft_ray.models import sources
 from sdft_ray.models.directory import stored_tensors, weight_files
+from sdft_ray.models.parts import text_config, text_name
 from sdft_ray.pipeline import Chain
 from sdft_ray.preflight import memory
 from sdft_ray.spec.compute import Compute, cores
@@ -265,18 +266,26 @@ def _most_rows(rows: MixedStage, storage: Storage) -> int | None:
 # --- the shape of a model, from headers -----------------------------------------------------------------------
 
 
+_FEED_FORWARD = ("intermediate_size", "ffn_dim", "block_ff_dim")  # of opt, of lfm2's published files
+
+
 def shape_of(source: ModelSource) -> memory.Shape | None:
     """Return a model's shape; None for a hub model, which has no file here."""
     if isinstance(source, HubModel):
         return None
     path = sources.model_path(source)
-    return shape_of_directory(path) if path.is_dir() else _shape_of_gguf(path)
+    return shape_of_directory(path, getattr(source, "part", None)) if path.is_dir() else _shape_of_gguf(path)
 
 
-def shape_of_directory(directory: Path) -> memory.Shape:
-    """Return the shape of a Hugging Face model directory."""
-    config = readers.read_json(directory / "config.json")
-    tensors = {name: tensor.shape for shard in stored_tensors(directory).values() for name, tensor in shard.items()}
+def shape_of_directory(directory: Path, part: str | None = None) -> memory.Shape:
+    """Return the shape of a Hugging Face model directory, or of a part of it."""
+    config = text_config(directory) if part else readers.read_json(directory / "config.json")
+    tensors = {
+        new: tensor.shape
+        for shard in stored_tensors(directory).values()
+        for name, tensor in shard.items()
+        if (new := text_name(name) if part else name)
+    }
     heads = config["num_attention_heads"]
     head = config.get("head_dim") or config["hidden_size"] // heads
     experts = config.get("num_experts_per_tok")
@@ -285,7 +294,7 @@ def shape_of_directory(directory: Path) -> memory.Shape:
         tensors,
         width=config["hidden_size"],
         kv_width=(config.get("num_key_value_heads") or heads) * head,
-        feed_forward=(inner or config["intermediate_size"]) * (experts or 1),
+        feed_forward=(inner or next(config[key] for key in _FEED_FORWARD if key in config)) * (experts or 1),
         vocabulary=config["vocab_size"],
     )
 

@@ -237,7 +237,8 @@ class Training:
         from sdft_ray.core.packing import assign_passes
 
         most = self.plan.pass_tokens or self.plan.micro_batch * self.settings.max_tokens
-        return assign_passes([len(row.ids) for row in rows], self.workers, self.plan.micro_batch, most)[self.rank]
+        micro_batch = self.plan.micro_batch if self.engine.module.packs else 1
+        return assign_passes([len(row.ids) for row in rows], self.workers, micro_batch, most)[self.rank]
 
     def _weights(self) -> dict[str, Any]:
         from sdft_ray.stages.train.state import share_of_weights

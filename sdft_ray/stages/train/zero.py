@@ -18,7 +18,7 @@ def load_trainable(base: str, settings: training.Train, plan: compute.Train) -> 
     """Return a module from packed rows to the summed loss of their trained tokens, or to the logits of those."""
     import torch
 
-    from sdft_ray.core.rowwise import drop_by_row, keep_within_rows
+    from sdft_ray.core.rowwise import drop_by_row, keep_within_rows, may_share_a_sequence
 
     model = load_model(base, settings)
     rows = keep_within_rows(model.get_base_model() if settings.method == "lora" else model)
@@ -33,8 +33,10 @@ def load_trainable(base: str, settings: training.Train, plan: compute.Train) -> 
             super().__init__()
             self.model = model
             self.soften: Callable[[Any, Any], Any] | None = None
+            self.packs = may_share_a_sequence(model.config)
 
         def forward(self, packed: Any, keys: Sequence[str], as_logits: bool = False) -> Any:
+            assert self.packs or len(keys) == 1, "a model that carries a state on gets one row a sequence"
             rows.starts, rows.keys = packed.starts, keys
             device = next(self.model.parameters()).device
             # Only the K trained positions go through the head: the vocabulary is the widest layer of a small model.
