@@ -102,7 +102,7 @@ class Training:
         self.rows = EncodedRows(encoded, "train")
         origins = np.unique(EncodedRows(encoded, "validation").column("origin")).tolist()
         self.validation = {origin: EncodedRows(encoded, "validation", origin) for origin in origins}
-        module = load_trainable(str(assignment.model()), self.settings, self.plan)
+        module = load_trainable(str(assignment.model()), self.settings, self.plan, assignment.deepspeed)
         self.engine = start_engine(module, self.settings, self.plan, assignment.deepspeed)
         self.steps = Schedule(len(self.rows), self.settings.epochs, self.settings.global_batch_size, self.settings.seed)
         bring = functools.partial(self.storage.bring, self.folder)
