@@ -91,12 +91,15 @@ def compare_estimates(options: argparse.Namespace) -> None:
 
 
 def run_workers(function: Any, workers: int, *arguments: Any) -> list[Any]:
-    """Return what a function returns in each of some joined processes, by rank."""
+    """Return what a function returns in each of some joined processes, by rank; forks of one that has the libraries."""
     import torch.multiprocessing as multiprocessing
 
-    queue = multiprocessing.get_context("spawn").SimpleQueue()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers", "peft", "deepspeed", "ray.train"])
+    queue = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_join, (workers, folder, function, queue, *arguments), nprocs=workers)
+        given = (workers, folder, function, queue, *arguments)
+        multiprocessing.start_processes(_join, given, nprocs=workers, start_method="forkserver")
         return [result for _, result in sorted(queue.get() for _ in range(workers))]
 
 
@@ -212,7 +215,7 @@ def measure_shares(
         return phases
     with _peak_of(phases, "train"):
         engine = zero.start_engine(module, settings, section, given)
-        take_steps(engine, rank, workers, 2, 32)
+        take_steps(engine, rank, workers, 1, 16)
     with _peak_of(phases, "write"), tempfile.TemporaryDirectory() as folder:
         state.save_state(engine, Path(folder), {})
         save_file(dict(state.share_of_weights(engine, torch.zeros(1))), Path(folder) / "tuned.safetensors")

@@ -1,10 +1,14 @@
 """Training that spreads a model over workers by ZeRO-3: what each loads, and its state, without Ray."""
 
+import itertools
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
+from architectures import VARIANTS
 from tiny import make_tiny_model
 from workers import run_workers
 
@@ -44,93 +48,119 @@ def take_steps(engine, rank: int, workers: int, count: int) -> list[tuple[float,
 # --- the base, read by shares -------------------------------------------------------------------------------------
 
 
-def load_both_ways(rank: int, base: Path, method: str, dtype: str) -> tuple:
-    """Return which tensors differ between the plain load and the spread one, how far logits do, and both's steps."""
-    import deepspeed
+class Compared(NamedTuple):
+    """The plain load of a model beside the one by shares."""
 
+    differing: list[str]
+    """Tensors of the two that are not the same."""
+    logits_differ_by: float
+    steps: list[tuple[float, float]]
+    """Loss and gradient norm, of the model that is spread."""
+    expected: list[tuple[float, float]]
+
+
+def compare_loads(rank: int, cases: list[tuple[Path, str, str]]) -> list[Compared]:
+    return [compare(rank, *case) for case in cases]
+
+
+def compare(rank: int, base: Path, method: str, dtype: str) -> Compared:
     from sdft_ray.stages.train.step import compute_logits
 
-    settings = settings_of(method, dtype)
+    settings, least = settings_of(method, dtype), 0 if dtype == "float32" else 1
+    differing, start_engine = differing_tensors(base, settings)
+    engines = [start_engine(), start(base, settings, least)[1]()]
+    logits = [compute_logits(engine, ROWS[:2]) for engine in engines]
+    steps = [take_steps(engine, rank, 2, 3) for engine in engines]
+    return Compared(differing, float((logits[0] - logits[1]).abs().max()), *steps)
+
+
+def differing_tensors(base: Path, settings: Train) -> tuple[list[str], Callable]:
+    """Return which tensors of the plain load and the one by shares are not the same, and what starts the latter."""
+    import deepspeed
+
     plain = load_model(str(base), settings)
     module, start_engine = start(base, settings, 3)
-    assert all(hasattr(parameter, "ds_id") for parameter in module.parameters() if not parameter.requires_grad)
-    wrong = [] if [*dict(plain.named_parameters())] == [*dict(module.model.named_parameters())] else ["names differ"]
-    pairs = [*zip(plain.named_parameters(), module.model.parameters(), strict=True)]
-    for (name, expected), got in pairs:
+    shared = module.model
+    assert all(hasattr(parameter, "ds_id") for parameter in shared.parameters() if not parameter.requires_grad)
+    differing = [*{*dict(plain.named_parameters())} ^ {*dict(shared.named_parameters())}]
+    for (name, expected), got in zip(plain.named_parameters(), shared.parameters(), strict=True):
         with deepspeed.zero.GatheredParameters([got]):
-            kept = expected.to(getattr(torch, dtype))  # peft keeps adapters in float32
-            if got.dtype != kept.dtype or not torch.equal(got, kept) or got.requires_grad != expected.requires_grad:
-                wrong.append(name)
-    for (name, expected), got in zip(plain.named_buffers(), module.model.buffers(), strict=True):
-        if got.dtype != expected.dtype or not torch.equal(got, expected):
-            wrong.append(name)
-    engines = {3: start_engine(), (least := 0 if dtype == "float32" else 1): start(base, settings, least)[1]()}
-    logits = {stage: compute_logits(engine, ROWS[:2]) for stage, engine in engines.items()}
-    steps = {stage: take_steps(engine, rank, 2, 3) for stage, engine in engines.items()}
-    difference = float((logits[3] - logits[least]).abs().max())
-    return wrong, difference, steps[3], steps[least]
+            kept = expected.to(getattr(torch, settings.dtype))  # peft keeps adapters in float32
+            same = got.dtype == kept.dtype and torch.equal(got, kept) and got.requires_grad == expected.requires_grad
+            differing += [] if same else [name]
+    for (name, expected), got in zip(plain.named_buffers(), shared.named_buffers(), strict=True):
+        same = got[0] == name and got[1].dtype == expected.dtype and torch.equal(got[1], expected)
+        differing += [] if same else [name]
+    return differing, start_engine
+
+
+MODELS: dict[str, tuple[str, str, dict]] = {
+    "tied": ("llama", "float32", {}),
+    "untied": ("llama", "bfloat16", {"tie_word_embeddings": False}),
+    "mixture": ("qwen3_moe", "float32", {}),
+}
+CASES = list(itertools.product(MODELS, ("lora", "full"), ("float32", "bfloat16")))
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Make a tiny model once, stored in a dtype, in files of 100 kB."""
-    made: dict[str, Path] = {}
+def compared(tmp_path_factory) -> dict[tuple[str, str, str], list[Compared]]:
+    """What each of two workers found of all cases, of models in files of 100 kB."""
+    from transformers import AutoModelForCausalLM
 
-    def make(name: str, architecture: str, stored: str, **overrides) -> Path:
-        if name not in made:
-            from transformers import AutoModelForCausalLM
-
-            made[name] = make_tiny_model(tmp_path_factory.mktemp(name), architecture, **overrides)
-            model = AutoModelForCausalLM.from_pretrained(made[name], dtype=getattr(torch, stored))
-            (made[name] / "model.safetensors").unlink()
-            model.save_pretrained(made[name], max_shard_size="100KB")
-        return made[name]
-
-    return make
+    folder = tmp_path_factory.mktemp("models")
+    for name, (architecture, stored, overrides) in MODELS.items():
+        base = make_tiny_model(folder / name, architecture, **overrides)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, stored))
+        (base / "model.safetensors").unlink()
+        model.save_pretrained(base, max_shard_size="100KB")
+    cases = [(folder / name, method, dtype) for name, method, dtype in CASES]
+    return dict(zip(CASES, zip(*run_workers(2, compare_loads, cases), strict=True), strict=True))
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize(
-    ("name", "architecture", "stored", "overrides"),
-    [
-        ("tied", "llama", "float32", {}),
-        ("untied", "llama", "bfloat16", {"tie_word_embeddings": False}),
-        ("mixture", "qwen3_moe", "float32", {}),
-    ],
-)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_model_read_by_shares_is_the_one_read_whole(models, name, architecture, stored, overrides, method, dtype):
-    base = models(name, architecture, stored, **overrides)
-    results = run_workers(2, load_both_ways, base, method, dtype)
-    for wrong, logits_differ_by, steps, expected in results:
-        assert not wrong
-        assert logits_differ_by <= (1e-5 if dtype == "float32" else 0.1)
-        for got, wanted in zip(steps, expected, strict=True):
-            assert got == pytest.approx(wanted, rel=1e-4 if dtype == "float32" else 2e-2)
+@pytest.mark.parametrize("case", CASES)
+def test_a_model_read_by_shares_is_the_one_read_whole(compared, case):
+    half = case[2] == "bfloat16"
+    for found in compared[case]:
+        assert not found.differing
+        assert found.logits_differ_by <= (0.1 if half else 1e-5)
+        for got, expected in zip(found.steps, found.expected, strict=True):
+            assert got == pytest.approx(expected, rel=2e-2 if half else 1e-4)
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_worker_never_holds_the_whole_model(tmp_path, method):
+def compare_tensors(rank: int, bases: list[Path]) -> list[list[str]]:
+    return [differing_tensors(base, settings_of("full", "bfloat16"))[0] for base in bases]
+
+
+@pytest.mark.full
+def test_every_architecture_is_read_by_shares(tmp_path):
+    bases = [make_tiny_model(tmp_path / str(i), name, **fields) for i, (name, fields) in enumerate(VARIANTS)]
+    for found in run_workers(3, compare_tensors, bases):
+        assert not [(*variant, names) for variant, names in zip(VARIANTS, found, strict=True) if names]
+
+
+def test_a_worker_never_holds_the_whole_model(tmp_path):
     base = make_tiny_model(tmp_path, hidden_size=1024, intermediate_size=2048, num_attention_heads=32, head_dim=32)
     size = (base / "model.safetensors").stat().st_size
     assert size > 150e6, "far more than what the libraries themselves take meanwhile"
-    assert max(run_workers(4, hold_after_load, base, method)) < size / 4 + 30e6
+    for held in run_workers(4, hold_after_load, base):
+        assert max(held) < size / 4 + 30e6
 
 
-def hold_after_load(rank: int, base: Path, method: str) -> int:
-    """Return the bytes that a load adds to the memory of this process that is no file's."""
+def hold_after_load(rank: int, base: Path) -> list[int]:
+    """Return the bytes that loads for LoRA and full fine-tuning add to this process and are no file's."""
+    return [added_by_load(base, method) for method in ("lora", "full")]
 
-    def held() -> int:
-        return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
-    import deepspeed  # noqa: F401 - what the libraries take is no part of it
-    import peft  # noqa: F401
-
-    before = held()
+def added_by_load(base: Path, method: str) -> int:
+    before = anonymous_bytes()
     module, _ = start(base, settings_of(method), 3)
-    after = held()
+    added = anonymous_bytes() - before
     assert sum(parameter.ds_numel for parameter in module.parameters() if hasattr(parameter, "ds_id")) > 30e6
-    return after - before
+    return added
+
+
+def anonymous_bytes() -> int:
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 @pytest.mark.parametrize(
@@ -179,19 +209,34 @@ def write_state(base: Path, method: str, folder: Path) -> dict[str, torch.Tensor
     return tensors
 
 
+@pytest.fixture(scope="module")
+def alone(tiny_model, tmp_path_factory) -> dict[str, tuple[Path, dict[str, torch.Tensor], list]]:
+    """By method a state in a folder, its tensors, and the steps of one worker behind it."""
+    folders = {method: tmp_path_factory.mktemp(method) for method in ("lora", "full")}
+    states = {method: write_state(tiny_model, method, folder / "saved") for method, folder in folders.items()}
+    [steps] = run_workers(1, resume_each, tiny_model, folders)
+    return {method: (folders[method], states[method], steps[method]) for method in folders}
+
+
+def resume_each(rank: int, base: Path, folders: dict[str, Path]) -> dict[str, list]:
+    return {
+        method: resume(rank, 1, base, method, 0, folder / "saved", folder / "alone")
+        for method, folder in folders.items()
+    }
+
+
 @pytest.mark.parametrize(("workers", "method"), [(3, "lora"), (5, "full"), (7, "lora")])
-def test_a_state_moves_to_workers_that_divide_no_size(tiny_model, tmp_path, workers, method):
+def test_a_state_moves_to_workers_that_divide_no_size(alone, tiny_model, tmp_path, workers, method):
     from safetensors.torch import load_file
 
-    state = write_state(tiny_model, method, tmp_path / "saved")
+    folder, state, expected = alone[method]
     assert any(values.numel() % workers for values in state.values())
-    [alone] = run_workers(1, resume, 1, tiny_model, method, 0, tmp_path / "saved", tmp_path / "alone")
-    together = run_workers(workers, resume, workers, tiny_model, method, 3, tmp_path / "saved", tmp_path / "again")
+    together = run_workers(workers, resume, workers, tiny_model, method, 3, folder / "saved", tmp_path)
     written = {}
-    for path in (tmp_path / "again").iterdir():
+    for path in tmp_path.iterdir():
         written |= load_file(path)
     assert written.keys() == state.keys()
     assert all(torch.equal(written[name], state[name]) for name in state)
     for steps in together:
-        for got, expected in zip(steps, alone, strict=True):
-            assert got == pytest.approx(expected, rel=1e-4)
+        for got, wanted in zip(steps, expected, strict=True):
+            assert got == pytest.approx(wanted, rel=1e-4)

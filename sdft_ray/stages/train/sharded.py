@@ -115,8 +115,7 @@ class _Source:
     def convert(self, piece: Mapping[str, list[str]], target: str, outline: Any, read: Read) -> dict[str, torch.Tensor]:
         """Return the tensors of a model that a piece makes, by name: one, or what a fused tensor is split into."""
         if not self.converter:
-            [[name]] = piece.values()
-            return {target: read(name)}
+            return {target: read(next(iter(piece.values()))[0])}
         converter = copy.deepcopy(self.converter)
         for pattern, names in piece.items():
             for name in names:
