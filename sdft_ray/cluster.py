@@ -222,8 +222,10 @@ class _Ticker:
 # --- tasks ----------------------------------------------------------------------------------------------------
 
 
-def in_tasks(function: Callable[[A], B], items: Sequence[A], tries: int = 3) -> Iterator[B]:
-    """Yield what a function makes of each item, in order, in tasks of Ray Data of one CPU each.
+def in_tasks(
+    function: Callable[[A], B], items: Sequence[A], tries: int = 3, cpus: int = 1, gpus: float = 0
+) -> Iterator[B]:
+    """Yield what a function makes of each item, in order, in tasks of Ray Data of so many CPUs and GPUs each.
 
     A task whose process dies is tried again, so often; an error of the function itself ends the work.
     """
@@ -236,7 +238,8 @@ def in_tasks(function: Callable[[A], B], items: Sequence[A], tries: int = 3) -> 
     # The number of tries has no parameter of its own yet (docs/footguns.md); Ray Data's own default is for ever.
     warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", RayDeprecationWarning)
     asked = [{"item": pickle.dumps(item)} for item in items]
-    dataset = ray.data.from_items(asked, override_num_blocks=len(asked)).map(work, num_cpus=1, max_retries=tries)
+    takes: dict[str, Any] = {"num_cpus": cpus, **({"num_gpus": gpus} if gpus else {})}
+    dataset = ray.data.from_items(asked, override_num_blocks=len(asked)).map(work, **takes, max_retries=tries)
     dataset.context.execution_options.preserve_order = True
     dataset.context.raise_original_map_exception = True  # else a UserError is lost in the wrapper of Ray's
     for row in dataset.iter_rows():

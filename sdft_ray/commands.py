@@ -99,13 +99,14 @@ def sweep(options: argparse.Namespace) -> None:
     """Build the missing artifacts of a sweep, then report."""
     from sdft_ray.engine import VllmEngine
     from sdft_ray.progress import log
-    from sdft_ray.sweep import planning, trials
+    from sdft_ray.sweep import goal, planning, trials
 
     plan, compute, storage = _load_sweep(options)
     failed = None
     with contextlib.redirect_stdout(sys.stderr):
         try:
-            built = trials.run(plan, compute, storage, options.engine or VllmEngine)
+            run_all = goal.run if plan.goal else trials.run
+            built = run_all(plan, compute, storage, options.engine or VllmEngine)
         except StageFailed as error:
             if not any(planning.is_done(trial, storage) for trial in plan.trials):
                 raise
@@ -122,10 +123,13 @@ def submit(options: argparse.Namespace) -> int:
     import tempfile
 
     from sdft_ray.progress import log
-    from sdft_ray.submit import job, kuberay
+    from sdft_ray.submit import job, kuberay, slurm
 
     if options.print_manifest:
         print(kuberay.render(options.recipe, options.compute, options.root, options.until, options.image), end="")
+        return 0
+    if options.print_slurm:
+        print(slurm.render(options.recipe, options.compute, options.root, options.until), end="")
         return 0
     if not options.address:
         do = "Give the cluster's dashboard, for example http://127.0.0.1:8265"

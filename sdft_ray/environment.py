@@ -61,6 +61,11 @@ def for_deepspeed(gpus: float) -> None:
     _force(DS_ACCELERATOR="cuda" if gpus else "cpu")
 
 
+def for_upload() -> None:
+    """Let the hub's client upload by plain HTTP: its other protocol has a client of its own, which no test reaches."""
+    _set_default(HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_TELEMETRY="1")
+
+
 def go_offline() -> None:
     """Keep this process from trying a network, and from its timeouts."""
     _force(HF_HUB_OFFLINE="1")

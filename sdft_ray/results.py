@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 ITEMS, SCORE = "items.jsonl", "score.json"  # of evaluate
+PROBES, RETENTION = "probes.jsonl", "retention.jsonl"
 DISTANCES, TEXTS = "distances.json", "texts.safetensors"  # of score
 CANDIDATES = "losses.json"  # of loss
 HISTORY = "losses.json"  # of train

@@ -12,6 +12,7 @@ from typing import Any
 from sdft_ray.results import Counts, Decided
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.sources import RowSource
+from sdft_ray.spec.training import is_on_rewrites
 from sdft_ray.stages import distill, mix, model, rows
 from sdft_ray.store.identity import Stage, distinct
 from sdft_ray.store.storage import Storage
@@ -62,7 +63,7 @@ def training_data(recipe: Recipe, base: Stage[model.Settings], own: Data) -> dic
     others = {name: read_sources(sources, recipe) for name, sources in recipe.others.items()}
     data: dict[str, Data] = {}
     for name, each in {"": own, **others}.items():
-        rewritten = recipe.arms.distilled and (not name or (recipe.merge and recipe.merge.arm == "distilled"))
+        rewritten = recipe.arms.need_rewrites and (not name or (recipe.merge and is_on_rewrites(recipe.merge.arm)))
         made = distill.stage(recipe.distill, base, each.rows, each.sources, recipe.train.rows) if rewritten else None
         data[name] = dataclasses.replace(each, distilled=made)
     return data

@@ -150,7 +150,7 @@ def load_text(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> Recip
             {"prune": {"blocks": 2, "calibration": {"rows": {**SUMS, "weight": 2}}}},
             "prune.calibration.rows.weight: has no use in a calibration corpus. Remove weight.",
         ),
-        ({"arms": {}}, "arms: names no arm. Give at least one of sft, distilled."),
+        ({"arms": {}}, "arms: names no arm. Give at least one of sft, distilled, logits."),
         ({"evaluate": {"tasks": ["piqa", "piqa"]}}, "evaluate.tasks: names a task twice. Remove one."),
         (
             {"evaluate": {"tasks": ["held_out"]}, "rows": {"gym": "chain_sum", "limit": 10, "held_out": 0}},

@@ -27,7 +27,7 @@ def check(recipe: Recipe, compute: Compute, read: limits.FileReader = limits.rea
     others = recipe.merge.others if recipe.merge else {}
     if facts:
         _require_prunable(recipe, facts)
-        if recipe.arms.distilled or recipe.draft:
+        if recipe.arms.need_rewrites or recipe.draft:
             _require_generates(facts, compute)
     for name, other in others.items():
         if other.path is not None and facts:

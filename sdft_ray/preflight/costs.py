@@ -25,7 +25,7 @@ from sdft_ray.spec import training
 from sdft_ray.spec.compute import Compute, cores
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.sources import HubModel, ModelSource
-from sdft_ray.stages import mix, train
+from sdft_ray.stages import mix, retention, train
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 from sdft_ray.sweep.planning import Plan
@@ -90,6 +90,7 @@ def estimate_stages(recipe: Recipe, compute: Compute, chain: Chain, storage: Sto
         _distill(recipe, compute, shape, _training_rows(first, storage)),
         *(_train(recipe, compute, shape, name, stage, storage) for name, stage in trained.items()),
         *_drafts(recipe, compute, shape, len(chain.drafts)),
+        *_retention(recipe, compute, shape, len(chain.retention)),
         _evaluate(recipe, compute, shape, len(chain.models)),
     ]
 
@@ -174,6 +175,11 @@ def _train(
     if section.offload == "all" and section.gpus:
         named |= {"weights": needs.weights - _bytes(settings.dtype) * pruned.parameters // section.workers.min}
     named |= {"activations": needs.activations}
+    soft = stage.settings.soft
+    if soft and not soft.likeliest:  # the base beside it, of which adapters share all but the removed blocks
+        shares = settings.method == "lora" and section.zero_stage < 3
+        own = shape.parameters - pruned.parameters if shares else shape.parameters
+        named |= {"teacher": _bytes(settings.dtype) * own}
     parts = f"{trained / 1e6:.1f} of {pruned.parameters / 1e6:.1f} M parameters are trained; " + ", ".join(
         f"{name} {value / 1e9:.2f}" for name, value in named.items()
     )
@@ -191,6 +197,27 @@ def _main_memory(settings: training.Train, section: compute_spec.Train, shape: m
     return f"; main memory {loading / 1e9:.2f} to load, {writing / 1e9:.2f} in the process that writes the model"
 
 
+def _retention(recipe: Recipe, compute: Compute, shape: memory.Shape | None, models: int) -> list[Cost]:
+    if not (settings := recipe.evaluate.retention):
+        return []
+    work = f"{models} models x up to {settings.rows} rows and {settings.texts} texts"
+    bytes_each = None
+    if shape is not None:  # the base beside a model, and pieces of their logits
+        small, number = memory.prune(shape, recipe.prune.blocks), _bytes(recipe.evaluate.dtype)
+        bytes_each = memory.holding_memory(shape, number, settings.max_tokens) + number * small.parameters
+        bytes_each += 5 * 4 * min(retention.PIECE_LOGITS, settings.max_tokens * shape.vocabulary)
+    return [_cost("retention", work, _at_once(compute, models), bytes_each, "", compute, compute.evaluate.gpus)]
+
+
+def _at_once(compute: Compute, stages: int) -> int:
+    """Return how many evaluations run side by side on this machine; 1 where that is not known."""
+    section = compute.evaluate
+    if compute.ray.address != "local" or section.gpus:
+        return 1
+    assert section.cpus != "auto", "load_compute settles auto"
+    return max(1, min(cores() // section.cpus, stages))
+
+
 def _evaluate(recipe: Recipe, compute: Compute, shape: memory.Shape | None, models: int) -> Cost:
     settings, section = recipe.evaluate, compute.evaluate
     items = f"{settings.limit} items" if settings.limit else "all items"
@@ -198,10 +225,7 @@ def _evaluate(recipe: Recipe, compute: Compute, shape: memory.Shape | None, mode
     bytes_each = (
         None if shape is None else memory.holding_memory(shape, _bytes(settings.dtype), section.batch_size * 256)
     )
-    at_once = 1
-    if compute.ray.address == "local" and not section.gpus:
-        assert section.cpus != "auto", "load_compute settles auto"
-        at_once = max(1, min(cores() // section.cpus, models * len(settings.tasks)))
+    at_once = _at_once(compute, models * len(settings.tasks))
     return _cost("evaluate", work, at_once, bytes_each, "", compute, section.gpus)
 
 

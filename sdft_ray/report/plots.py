@@ -19,7 +19,7 @@ from sdft_ray.sweep.planning import RECIPE
 
 _INK = "#010203"  # stands for the page's text colour until the SVG is written
 _METRIC_MARKS = {"angular": ("o", "#ffffff"), "influence": ("^", "#ff9f1c")}
-ARM_COLOURS = {"sft": "#e0832a", "distilled": "#2a8fe0"}
+ARM_COLOURS = {"sft": "#e0832a", "distilled": "#2a8fe0", "logits": "#8a4fd0"}
 _OTHER_COLOURS = ("#a15fd6", "#3aa59b", "#c2527a")  # of models on other rows, in their order
 _UNTRAINED, _BASE = "#8a8f98", "#14a06a"
 _STYLES = ("-", "--", ":", "-.")

@@ -7,15 +7,16 @@ No field here may change a number beyond rounding: such a field belongs to the r
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
 
 from sdft_ray.errors import UserError, problem
 from sdft_ray.spec.loading import load_section
-from sdft_ray.spec.section import LocalPath, Section
+from sdft_ray.spec.section import Section, require_path
 from sdft_ray.spec.wording import validate
 
 Auto = Literal["auto"]
@@ -142,6 +143,10 @@ class Distill(Section):
         return self
 
 
+def _path_or_content(value: str | dict[str, JsonValue]) -> str | dict[str, JsonValue]:
+    return require_path(value) if isinstance(value, str) else value
+
+
 class Train(Section):
     """Workers of Ray Train, and how DeepSpeed shares memory among them."""
 
@@ -162,8 +167,9 @@ class Train(Section):
     """Tokens of that sequence at most, for memory; at least train.max_tokens. Absent: as many as its rows have."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, a third more time."""
-    deepspeed: LocalPath | None = None
-    """A DeepSpeed JSON, see configs/deepspeed; it is passed on unchanged and must not set what a recipe decides."""
+    deepspeed: Annotated[str | dict[str, JsonValue], AfterValidator(_path_or_content)] | None = None
+    """A file with DeepSpeed's JSON, see configs/deepspeed, or its content here; it is passed on unchanged and must not
+    set what a recipe decides."""
     checkpoint_every_steps: int = Field(10, gt=0)
     """Optimizer steps between two training checkpoints: the most that a kill can cost."""
     keep_checkpoints: int = Field(2, gt=0)
@@ -249,6 +255,8 @@ def load_compute(path: Path | None = None) -> Compute:
             wanted = data[name][count] if count else 1
             sharing = wanted["max"] if isinstance(wanted, dict) else wanted
             data[name]["cpus"] = max(1, available // sharing)
+    if isinstance(given := data["train"]["deepspeed"], str):  # workers on other nodes do not have the file
+        data["train"]["deepspeed"] = _read_deepspeed(given)
     compute = validate(Compute, data)
     if compute.ray.address == "local":
         short = [
@@ -263,6 +271,17 @@ def load_compute(path: Path | None = None) -> Compute:
         if short:
             raise UserError(*short)
     return compute
+
+
+def _read_deepspeed(path: str) -> dict[str, JsonValue]:
+    where = f"compute.train.deepspeed: {path}"
+    try:
+        given = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(problem(where, f"is no JSON file that can be read ({error})", "Mend it")) from None
+    if not isinstance(given, dict):
+        raise UserError(problem(where, "is not a JSON object", "See configs/deepspeed for one"))
+    return given
 
 
 def _settled(cpus: int | Auto) -> int:

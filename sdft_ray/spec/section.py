@@ -43,20 +43,21 @@ def _hashed(value: Any, plain: Any) -> Any:
     return plain
 
 
-def _require_path(value: str) -> str:
+def require_path(value: str) -> str:
+    """Return a local path; raises ValueError for an address."""
     if address := read_address(value):
         do = f"Write {address[1]}" if address[0] == "file" else "Give the path of a copy"
         raise ValueError(f"{value} is an address, and a path is needed. {do}")
     return value
 
 
-LocalPath = Annotated[str, AfterValidator(_require_path)]
+LocalPath = Annotated[str, AfterValidator(require_path)]
 
 
 def _require_place(value: str) -> str:
     address = read_address(value)
     if address is None or address[0] == "file":
-        return _require_path(value)
+        return require_path(value)
     scheme, path = address
     if "@" in path.partition("/")[0]:  # the address itself is not repeated: it holds a secret
         raise ValueError("the address holds credentials, which would end up in logs. Give them by the environment")

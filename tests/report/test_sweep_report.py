@@ -30,7 +30,7 @@ def plan(tiny_model, tmp_path):
         "prune": {"blocks": 2, "calibration": {"text": str(tmp_path / "texts.txt")}},
         "train": {"rows": 16},
         "draft": {"tokens": [1, 2], "prompts": 1},
-        "evaluate": {"tasks": ["arc_easy", "sciq"], "limit": ITEMS},
+        "evaluate": {"tasks": ["arc_easy", "sciq"], "limit": ITEMS, "retention": {"texts": 0}},
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     axes = [
@@ -64,6 +64,14 @@ def write_evaluation(storage: Storage, stage, right: int) -> None:
     write(storage, stage, summary, {"items.jsonl": items})
 
 
+def write_retention(storage: Storage, stage, kl: float) -> None:
+    """Write a retention of responses alone."""
+    kept = {"texts": 1, "tokens": 9}
+    figures = {"kl": kl, "agreement": 1 - kl}
+    kept |= {name: {"value": value, "low": value, "high": value, "n": 1} for name, value in figures.items()}
+    write(storage, stage, {"responses": kept, "seconds": 1.0}, {})
+
+
 def write_shared(plan: planning.Plan, storage: Storage, tiny_model: Path) -> None:
     """Write what all trials need; the base is right on 16 of 20 items, a model without n blocks on 16 - 2 n."""
     config = json.loads((tiny_model / "config.json").read_text())
@@ -81,6 +89,9 @@ def write_shared(plan: planning.Plan, storage: Storage, tiny_model: Path) -> Non
                 summary = {"removed": list(range(gone)), "metric": "loss", "cost": 1.0, "agreement": 0.5}
                 summary |= {"blocks": 6 - gone, "parameters": 1}
                 write(storage, stage, summary, {"config.json": json.dumps(smaller)})
+            case "retention":
+                cut = stage.inputs["model"]
+                write_retention(storage, stage, 0.25 * cut.settings.depth if cut.name == "cut" else 0.0)
             case "evaluate":
                 cut = stage.inputs["model"]
                 write_evaluation(storage, stage, 16 - (2 * cut.settings.depth if cut.name == "cut" else 0))
@@ -95,6 +106,7 @@ TRAINED |= {"example": {"without_loss": "1?", "with_loss": "1"}}
 
 def write_trial(trial: planning.Trial, storage: Storage, right: int, validation_loss: float) -> None:
     write(storage, trial.train, {**TRAINED, "validation_loss": validation_loss}, {})
+    write_retention(storage, trial.retention, 0.1 + 0.01 * right)
     for evaluation in trial.evaluations.values():
         write_evaluation(storage, evaluation, right)
 
@@ -161,6 +173,22 @@ def test_report_compares_chosen_arms_item_by_item_over_seeds(collected):
     mean = entry.compared.mean
     assert entry.compared.tasks["arc_easy"].value == pytest.approx(2 / ITEMS) == mean.value
     assert 0 <= mean.low < mean.value < mean.high
+
+
+def test_report_of_retention_takes_seeds_together_and_stands_on_terminal_csv_and_json(collected):
+    group = next(group for group in collected.groups if group.arm == "sft" and not group.values)
+    assert group.retention == pytest.approx({"kl_responses": 0.1 + 0.01 * 13, "agreement_responses": 0.9 - 0.01 * 13})
+    kept = [model.retention.figures["kl_responses"].value for model in collected.models]
+    assert kept == [0.0, 0.5, 0.75]
+    console = Console(width=200, record=True, file=io.StringIO())
+    terminal.show_sweep(collected, console)
+    text = console.export_text()
+    assert all(said in text for said in ("KL, responses", "0.230", "0.750")) and "KL, texts" not in text
+    lines = list(csv.DictReader(io.StringIO(table.as_csv(collected))))
+    values = [line["retention.responses.kl.value"] for line in lines]
+    assert values.count("") == sum(line["status"] != "done" for line in lines) == 2 and "0.22" in values
+    done = next(trial for trial in collected.plain()["trials"] if trial["status"] == "done")
+    assert done["retention"]["responses"]["tokens"] == 9
 
 
 def test_report_lists_every_trial_with_its_state_and_reason(collected):

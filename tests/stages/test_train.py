@@ -497,22 +497,19 @@ def test_require_fitting_says_what_does_not_fit(fields, settings, expected):
         ({"bf16": {"enabled": True}}, "bf16.enabled is true, but recipe and compute file say false"),
         ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage is 3, but recipe and compute file say 2"),
         ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "compiled on first use. Use cpu"),
-        ([], "is not a JSON object"),
     ],
 )
-def test_read_deepspeed_refuses_by_name_what_is_decided_elsewhere(tmp_path, given, expected):
-    path = tmp_path / "deepspeed.json"
-    path.write_text(json.dumps(given))
+def test_deepspeed_json_is_refused_by_name_where_it_sets_what_is_decided_elsewhere(given, expected):
     with pytest.raises(UserError) as error:
-        require_fitting(Train(), plan(deepspeed=str(path)))
+        require_fitting(Train(), plan(deepspeed=given))
     assert expected in str(error.value)
 
 
-def test_read_deepspeed_hands_over_what_is_the_users_and_lets_equal_values_stand(tmp_path):
-    path = tmp_path / "deepspeed.json"
+def test_deepspeed_json_of_the_user_is_handed_over_and_equal_values_stand():
     zero = {"stage": "auto", "reduce_bucket_size": 1000}
-    path.write_text(json.dumps({"train_batch_size": 16, "gradient_clipping": "auto", "zero_optimization": zero}))
-    given = require_fitting(Train(), plan(deepspeed=str(path)))
+    own = {"train_batch_size": 16, "gradient_clipping": "auto", "zero_optimization": zero}
+    given = require_fitting(Train(), plan(deepspeed=own))
+    assert own["train_batch_size"] == 16, "the compute file stays as it is"
     made = deepspeed_config(Train(), plan(), given)
     assert made["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
 

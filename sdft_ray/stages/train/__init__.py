@@ -31,6 +31,7 @@ from sdft_ray.spec import training
 from sdft_ray.spec.compute import Needs
 from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
+from sdft_ray.stages.train import targets
 from sdft_ray.stages.train.adapters import count_parameters, name_adapters, outline_model
 from sdft_ray.stages.train.encoded import FOLDER
 from sdft_ray.stages.train.fit import fit
@@ -59,8 +60,12 @@ VERSION, NEEDS, UNIT = 4, Needs("train"), "steps"
 class Settings(Section):
     """What the pruned model is trained on, and how."""
 
+    optional = ("soft",)
+
     arm: str
     train: training.Train
+    soft: training.Soft | None = None
+    """How the base's distribution is the target, where it is."""
 
 
 class Example(Record):
@@ -108,14 +113,22 @@ class Summary(stages.Summary):
 
 
 def stage(
-    settings: training.Train, arm: str, pruned: Stage[Any], data: Sequence[Mapping[str, Stage[Any]]]
+    settings: training.Train,
+    arm: str,
+    pruned: Stage[Any],
+    data: Sequence[Mapping[str, Stage[Any]]],
+    soft: training.Soft | None = None,
+    base: Stage[Any] | None = None,
 ) -> Stage[Settings]:
-    """Return the stage that trains in an arm, on one or several data together."""
-    kinds = ("rows", "distilled") if arm == "distilled" else ("rows",)
+    """Return the stage that trains in an arm, on one or several data together; with soft targets, those of the base."""
+    kinds = ("rows", "distilled") if training.is_on_rewrites(arm) else ("rows",)
     inputs = {numbered(kind, i): own[kind] for i, own in enumerate(data) for kind in kinds}
-    return Stage(
-        "train", f"{pruned.slug}-{arm}", VERSION, Settings(arm=arm, train=settings), {"model": pruned, **inputs}
-    )
+    if soft and base:
+        inputs["teacher"] = base
+        if soft.likeliest:
+            inputs["targets"] = targets.stage(settings, soft, base, data)
+    own = Settings(arm=arm, train=settings, soft=soft)
+    return Stage("train", f"{pruned.slug}-{arm}", VERSION, own, {"model": pruned, **inputs})
 
 
 def build(work: Work[Settings]) -> Summary:

@@ -7,7 +7,7 @@ the summed loss of packed rows.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sdft_ray.spec import compute, training
@@ -38,6 +38,7 @@ def load_trainable(base: str, settings: training.Train, plan: compute.Train, giv
         def __init__(self) -> None:
             super().__init__()
             self.model = model
+            self.soften: Callable[[Any, Any], Any] | None = None
 
         def forward(self, packed: Any, keys: Sequence[str], as_logits: bool = False) -> Any:
             rows.starts, rows.keys = packed.starts, keys
@@ -55,6 +56,8 @@ def load_trainable(base: str, settings: training.Train, plan: compute.Train, giv
             )  # (K V)
             if as_logits:
                 return logits
+            if self.soften is not None and self.training:  # validation losses compare, whatever the arm
+                return self.soften(logits, packed)
             return torch.nn.functional.cross_entropy(logits, packed.targets.to(logits.device), reduction="sum")
 
     return ResponseLoss()
