@@ -21,6 +21,8 @@ from sdft_ray.models.directory import stored_tensors, weight_files
 from sdft_ray.models.parts import text_config, text_name
 from sdft_ray.pipeline import Chain
 from sdft_ray.preflight import memory
+from sdft_ray.spec import compute as compute_spec
+from sdft_ray.spec import training
 from sdft_ray.spec.compute import Compute, cores
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.sources import HubModel, LocalModel, ModelSource, ServedModel
@@ -194,8 +196,18 @@ def _train(
     parts = f"{trained / 1e6:.1f} of {pruned.parameters / 1e6:.1f} M parameters are trained; " + ", ".join(
         f"{name} {value / 1e9:.2f}" for name, value in named.items()
     )
+    if section.gpus:
+        parts += _main_memory(settings, section, pruned)
     bytes_each = sum(named.values()) + memory.PROCESS_BYTES
     return _cost(name, work, section.workers.max, bytes_each, parts, compute, section.gpus)
+
+
+def _main_memory(settings: training.Train, section: compute_spec.Train, shape: memory.Shape) -> str:
+    """Return in words the main memory of a training whose workers compute on GPUs."""
+    number, shares = _bytes(settings.dtype), section.workers.min if section.zero_stage == 3 else 0
+    loading = memory.loading_memory(shape, number, shares, on_gpu=section.offload != "all")
+    writing = number * shape.parameters + memory.PROCESS_BYTES
+    return f"; main memory {loading / 1e9:.2f} to load, {writing / 1e9:.2f} in the process that writes the model"
 
 
 def _retention(recipe: Recipe, compute: Compute, shape: memory.Shape | None, models: int) -> list[Cost]:

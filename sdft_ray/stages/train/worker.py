@@ -124,7 +124,7 @@ class Training:
         self.rows = EncodedRows(encoded, "train", targets=stored)
         origins = np.unique(EncodedRows(encoded, "validation").column("origin")).tolist()
         self.validation = {origin: EncodedRows(encoded, "validation", origin) for origin in origins}
-        module = load_trainable(str(assignment.model()), self.settings, self.plan)
+        module = load_trainable(str(assignment.model()), self.settings, self.plan, assignment.deepspeed)
         self.engine = start_engine(module, self.settings, self.plan, assignment.deepspeed)
         if lesson:
             module.soften = Softener(lesson.soft, self._teacher(lesson))
