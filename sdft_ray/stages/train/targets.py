@@ -130,18 +130,22 @@ def _load_teacher(base: Path, dtype: str, device: str) -> Teacher:
 
 def _find(teacher: Teacher, rows: EncodedRows, soft: training.Soft) -> Iterator[Likeliest]:
     from sdft_ray.core.packing import pack_rows
+    from sdft_ray.core.rowwise import may_share_a_sequence
 
     vocabulary, k = teacher.model.config.vocab_size, soft.likeliest or 0
     if k > vocabulary:
         what = f"{k} is more than the {vocabulary} tokens of the model's vocabulary"
         raise UserError(problem("arms.logits.likeliest", what, f"Lower it to {vocabulary} or less"))
-    for passed in _passes(rows):
+    for passed in _passes(rows, may_share_a_sequence(teacher.model.config)):
         found = find_likeliest(teacher.logits(pack_rows(passed)), k, soft.temperature)
         yield Likeliest(found.ids.cpu(), found.log_probs.cpu())
 
 
-def _passes(rows: EncodedRows) -> Iterator[list[TrainingRow]]:
-    """Yield rows in their order, as many at a time as a pass holds."""
+def _passes(rows: EncodedRows, packs: bool) -> Iterator[list[TrainingRow]]:
+    """Yield rows in their order, as many at a time as a pass holds; of a model that carries a state on, one."""
+    if not packs:
+        yield from ([row] for row in rows)
+        return
     passed: list[TrainingRow] = []
     for row in rows:
         if passed and sum(len(each.ids) for each in passed) + len(row.ids) > _PASS_TOKENS:
