@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     import torch
 
 ITEMS, SCORE = "items.jsonl", "score.json"  # of evaluate
+PROBES, RETENTION = "probes.jsonl", "retention.jsonl"
 DISTANCES, TEXTS = "distances.json", "texts.safetensors"  # of score
 CANDIDATES = "losses.json"  # of loss
-HISTORY = "losses.json"  # of train
+HISTORY, METRICS = "losses.json", "metrics.jsonl"  # of train
 NLL = "nll.json"
 DRAFT, SPECULATIVE_CONFIG = "draft.json", "speculative_config.json"
 SPEED = "speed.json"
@@ -261,6 +262,12 @@ class Step(Record):
     """After steps that are followed by a validation."""
     validation_loss_by_source: dict[int, float] | None = None
     """By the number of the recipe's source, where validation rows are of more than one."""
+
+    def metrics(self) -> dict[str, float]:
+        """Return its numbers by name."""
+        values = self.model_dump(exclude={"step", "validation_loss_by_source"}, exclude_none=True)
+        by_source = self.validation_loss_by_source or {}
+        return values | {f"validation_loss_of_source_{source}": loss for source, loss in by_source.items()}
 
 
 def read_history(directory: Path) -> list[Step]:

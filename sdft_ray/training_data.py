@@ -12,6 +12,7 @@ from typing import Any
 from sdft_ray.results import Counts, Decided
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.sources import HubModel, LocalModel, RowSource, ServedModel
+from sdft_ray.spec.training import is_on_rewrites
 from sdft_ray.stages import distill, mix, model, rows
 from sdft_ray.store.identity import Stage, distinct
 from sdft_ray.store.storage import Storage
@@ -64,7 +65,7 @@ def training_data(recipe: Recipe, base: Stage[model.Settings], own: Data) -> dic
     teacher = _teacher(recipe, base)
     data: dict[str, Data] = {}
     for name, each in {"": own, **others}.items():
-        rewritten = recipe.arms.distilled and (not name or (recipe.merge and recipe.merge.arm == "distilled"))
+        rewritten = recipe.arms.need_rewrites and (not name or (recipe.merge and is_on_rewrites(recipe.merge.arm)))
         arguments = (recipe.distill, base, each.rows, each.sources, recipe.train.rows, teacher)
         data[name] = dataclasses.replace(each, distilled=distill.stage(*arguments) if rewritten else None)
     return data

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdft_ray.core.rows import TrainingRow
-from sdft_ray.core.surgery import rename_tensor
+from sdft_ray.core.surgery import EMBEDDINGS, count_blocks, further_blocks, rename_tensor
 from sdft_ray.data.chat import end_of_turn
 from sdft_ray.data.readers import read_json, read_object, read_text, require_whole
 from sdft_ray.errors import UserError, problem
@@ -135,10 +135,11 @@ def require_loadable(directory: Path) -> int:
     from sdft_ray.progress import quiet_transformers
 
     quiet_transformers()
+    further = further_blocks(read_json(directory / "config.json"))
     tensors = {
         name: torch.empty(tensor.shape, device="meta")
         for name, (_, tensor) in tensor_places(directory).items()
-        if rename_tensor(name, ())
+        if rename_tensor(name, further)
     }
     config = AutoConfig.from_pretrained(directory)
     # The loader also knows names of tensors that only files have (each expert by itself).
@@ -237,8 +238,8 @@ def describe_directory(directory: Path, teaches: bool = False) -> ModelFacts:
         do = "Save the tokenizer as tokenizer.json and remove auto_map"
         raise UserError(problem(str(directory / "tokenizer_config.json"), what, do))
     _require_chat_template(directory, settings.get("chat_template"))
-    blocks, context, heads = (_count(directory / "config.json", config, name) for name in _COUNTS)
-    return ModelFacts(str(config.get("model_type")), blocks or 0, context, heads)
+    _, context, heads = (_count(directory / "config.json", config, name) for name in _COUNTS)
+    return ModelFacts(str(config.get("model_type")), count_blocks(config), context, heads)
 
 
 def _count(path: Path, config: Mapping[str, Any], name: str) -> int | None:
@@ -353,7 +354,7 @@ def _require_weights(directory: Path, config: Mapping[str, Any], teaches: bool) 
         method = settings.get("quant_method", "somehow") if isinstance(settings, dict) else settings
         do = "Give the model as it was before, in bfloat16"
         raise UserError(problem(str(directory / "config.json"), f"its weights are quantised ({method})", do))
-    embeddings, head = (places.get(f"{name}.weight") for name in ("model.embed_tokens", "lm_head"))
+    embeddings, head = next((places[n] for n in EMBEDDINGS if n in places), None), places.get("lm_head.weight")
     if embeddings and head and _is_tied(directory, config) and not same_bytes(*embeddings, *head):
         what = "tie_word_embeddings is true, but lm_head.weight is not the embeddings"
         raise UserError(problem(str(directory / "config.json"), what, "Set tie_word_embeddings to false"))
@@ -400,6 +401,5 @@ def _is_tied(directory: Path, config: Mapping[str, Any]) -> bool:
         return bool(config["tie_word_embeddings"])
     from transformers import AutoConfig
 
-    return bool(
-        AutoConfig.from_pretrained(directory, trust_remote_code=False).tie_word_embeddings
-    )  # each architecture has its own default
+    # Each architecture has its own default.
+    return bool(AutoConfig.from_pretrained(directory, trust_remote_code=False).tie_word_embeddings)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from sdft_ray.core.surgery import require_blocks, require_supported
 from sdft_ray.data import readers
 from sdft_ray.errors import UserError, problem
-from sdft_ray.models import directory, sources
+from sdft_ray.models import directory, parts, sources
 from sdft_ray.preflight import limits
 from sdft_ray.progress import log
 from sdft_ray.spec.compute import Compute
@@ -17,6 +17,7 @@ from sdft_ray.spec.sources import GymRows, HubModel, LocalModel, RowSource, Serv
 from sdft_ray.spec.sources import in_use as sources_in_use
 from sdft_ray.stages import merge, train
 from sdft_ray.stages.evaluate.presets import require_known
+from sdft_ray.trackers import libraries
 
 
 def check(recipe: Recipe, compute: Compute, read: limits.FileReader = limits.read_file) -> None:
@@ -24,13 +25,15 @@ def check(recipe: Recipe, compute: Compute, read: limits.FileReader = limits.rea
 
     read: reads a row file; a caller that checks many recipes remembers the rows.
     """
+    if problems := list(libraries.missing(compute.track)):
+        raise UserError(*problems)
     facts = sources.describe_model(recipe.model)
     others = recipe.merge.others if recipe.merge else {}
     if facts:
         _require_prunable(recipe, facts)
         if recipe.draft:
             _require_generates(facts, compute)
-    if recipe.arms.distilled and (teaching := _teacher_facts(recipe, facts)):
+    if recipe.arms.need_rewrites and (teaching := _teacher_facts(recipe, facts)):
         _require_generates(teaching, compute)
     for name, other in others.items():
         if other.path is not None and facts:
@@ -73,8 +76,12 @@ def _require_prunable(recipe: Recipe, facts: directory.ModelFacts) -> None:
     require_depth(recipe.prune.blocks, recipe.prune.protect, facts.blocks)
     assert not isinstance(recipe.model, HubModel), "a hub model has no facts"
     if (path := sources.model_path(recipe.model)).is_dir():
-        names = (name for tensors in directory.stored_tensors(path).values() for name in tensors)
-        require_blocks(path, names, facts.blocks)
+        names = [name for tensors in directory.stored_tensors(path).values() for name in tensors]
+        if getattr(recipe.model, "part", None):
+            config, names = parts.text_config(path), [new for name in names if (new := parts.text_name(name))]
+        else:
+            config = readers.read_json(path / "config.json")
+        require_blocks(path, names, config)
 
 
 def _teacher_facts(recipe: Recipe, base: directory.ModelFacts | None) -> directory.ModelFacts | None:

@@ -18,12 +18,15 @@ from sdft_ray.core.surgery import block_of
 from sdft_ray.data import readers
 from sdft_ray.models import sources
 from sdft_ray.models.directory import stored_tensors, weight_files
+from sdft_ray.models.parts import text_config, text_name
 from sdft_ray.pipeline import Chain
 from sdft_ray.preflight import memory
+from sdft_ray.spec import compute as compute_spec
+from sdft_ray.spec import training
 from sdft_ray.spec.compute import Compute, cores
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.sources import HubModel, LocalModel, ModelSource, ServedModel
-from sdft_ray.stages import mix, train
+from sdft_ray.stages import mix, retention, train
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 from sdft_ray.sweep.planning import Plan
@@ -88,6 +91,7 @@ def estimate_stages(recipe: Recipe, compute: Compute, chain: Chain, storage: Sto
         _distill(recipe, compute, shape, _training_rows(first, storage)),
         *(_train(recipe, compute, shape, name, stage, storage) for name, stage in trained.items()),
         *_drafts(recipe, compute, shape, len(chain.drafts)),
+        *_retention(recipe, compute, shape, len(chain.retention)),
         _evaluate(recipe, compute, shape, len(chain.models)),
     ]
 
@@ -184,11 +188,47 @@ def _train(
     if section.offload == "all" and section.gpus:
         named |= {"weights": needs.weights - _bytes(settings.dtype) * pruned.parameters // section.workers.min}
     named |= {"activations": needs.activations}
+    soft = stage.settings.soft
+    if soft and not soft.likeliest:  # the base beside it, of which adapters share all but the removed blocks
+        shares = settings.method == "lora" and section.zero_stage < 3
+        own = shape.parameters - pruned.parameters if shares else shape.parameters
+        named |= {"teacher": _bytes(settings.dtype) * own}
     parts = f"{trained / 1e6:.1f} of {pruned.parameters / 1e6:.1f} M parameters are trained; " + ", ".join(
         f"{name} {value / 1e9:.2f}" for name, value in named.items()
     )
+    if section.gpus:
+        parts += _main_memory(settings, section, pruned)
     bytes_each = sum(named.values()) + memory.PROCESS_BYTES
     return _cost(name, work, section.workers.max, bytes_each, parts, compute, section.gpus)
+
+
+def _main_memory(settings: training.Train, section: compute_spec.Train, shape: memory.Shape) -> str:
+    """Return in words the main memory of a training whose workers compute on GPUs."""
+    number, shares = _bytes(settings.dtype), section.workers.min if section.zero_stage == 3 else 0
+    loading = memory.loading_memory(shape, number, shares, on_gpu=section.offload != "all")
+    writing = number * shape.parameters + memory.PROCESS_BYTES
+    return f"; main memory {loading / 1e9:.2f} to load, {writing / 1e9:.2f} in the process that writes the model"
+
+
+def _retention(recipe: Recipe, compute: Compute, shape: memory.Shape | None, models: int) -> list[Cost]:
+    if not (settings := recipe.evaluate.retention):
+        return []
+    work = f"{models} models x up to {settings.rows} rows and {settings.texts} texts"
+    bytes_each = None
+    if shape is not None:  # the base beside a model, and pieces of their logits
+        small, number = memory.prune(shape, recipe.prune.blocks), _bytes(recipe.evaluate.dtype)
+        bytes_each = memory.holding_memory(shape, number, settings.max_tokens) + number * small.parameters
+        bytes_each += 5 * 4 * min(retention.PIECE_LOGITS, settings.max_tokens * shape.vocabulary)
+    return [_cost("retention", work, _at_once(compute, models), bytes_each, "", compute, compute.evaluate.gpus)]
+
+
+def _at_once(compute: Compute, stages: int) -> int:
+    """Return how many evaluations run side by side on this machine; 1 where that is not known."""
+    section = compute.evaluate
+    if compute.ray.address != "local" or section.gpus:
+        return 1
+    assert section.cpus != "auto", "load_compute settles auto"
+    return max(1, min(cores() // section.cpus, stages))
 
 
 def _evaluate(recipe: Recipe, compute: Compute, shape: memory.Shape | None, models: int) -> Cost:
@@ -198,10 +238,7 @@ def _evaluate(recipe: Recipe, compute: Compute, shape: memory.Shape | None, mode
     bytes_each = (
         None if shape is None else memory.holding_memory(shape, _bytes(settings.dtype), section.batch_size * 256)
     )
-    at_once = 1
-    if compute.ray.address == "local" and not section.gpus:
-        assert section.cpus != "auto", "load_compute settles auto"
-        at_once = max(1, min(cores() // section.cpus, models * len(settings.tasks)))
+    at_once = _at_once(compute, models * len(settings.tasks))
     return _cost("evaluate", work, at_once, bytes_each, "", compute, section.gpus)
 
 
@@ -241,18 +278,26 @@ def _most_rows(rows: MixedStage, storage: Storage) -> int | None:
 # --- the shape of a model, from headers -----------------------------------------------------------------------
 
 
+_FEED_FORWARD = ("intermediate_size", "ffn_dim", "block_ff_dim")  # of opt, of lfm2's published files
+
+
 def shape_of(source: ModelSource) -> memory.Shape | None:
     """Return a model's shape; None for a hub model, which has no file here."""
     if isinstance(source, HubModel):
         return None
     path = sources.model_path(source)
-    return shape_of_directory(path) if path.is_dir() else _shape_of_gguf(path)
+    return shape_of_directory(path, getattr(source, "part", None)) if path.is_dir() else _shape_of_gguf(path)
 
 
-def shape_of_directory(directory: Path) -> memory.Shape:
-    """Return the shape of a Hugging Face model directory."""
-    config = readers.read_json(directory / "config.json")
-    tensors = {name: tensor.shape for shard in stored_tensors(directory).values() for name, tensor in shard.items()}
+def shape_of_directory(directory: Path, part: str | None = None) -> memory.Shape:
+    """Return the shape of a Hugging Face model directory, or of a part of it."""
+    config = text_config(directory) if part else readers.read_json(directory / "config.json")
+    tensors = {
+        new: tensor.shape
+        for shard in stored_tensors(directory).values()
+        for name, tensor in shard.items()
+        if (new := text_name(name) if part else name)
+    }
     heads = config["num_attention_heads"]
     head = config.get("head_dim") or config["hidden_size"] // heads
     experts = config.get("num_experts_per_tok")
@@ -261,7 +306,7 @@ def shape_of_directory(directory: Path) -> memory.Shape:
         tensors,
         width=config["hidden_size"],
         kv_width=(config.get("num_key_value_heads") or heads) * head,
-        feed_forward=(inner or config["intermediate_size"]) * (experts or 1),
+        feed_forward=(inner or next(config[key] for key in _FEED_FORWARD if key in config)) * (experts or 1),
         vocabulary=config["vocab_size"],
     )
 

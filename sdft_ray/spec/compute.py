@@ -7,20 +7,23 @@ No field here may change a number beyond rounding: such a field belongs to the r
 
 from __future__ import annotations
 
+import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
 
 from sdft_ray.errors import UserError, problem
 from sdft_ray.spec.loading import load_section
-from sdft_ray.spec.section import LocalPath, Section
+from sdft_ray.spec.section import Section, require_distinct, require_path
 from sdft_ray.spec.wording import validate
 
 Auto = Literal["auto"]
 Count = Annotated[int, Field(gt=0)]
+TrackerName = Literal["wandb", "mlflow", "trackio"]
 
 
 class Node(Section):
@@ -170,6 +173,10 @@ class Distill(Section):
         return options | {"requests": max(1, self.endpoint.requests // self.actors.max)}
 
 
+def _path_or_content(value: str | dict[str, JsonValue]) -> str | dict[str, JsonValue]:
+    return require_path(value) if isinstance(value, str) else value
+
+
 class Train(Section):
     """Workers of Ray Train, and how DeepSpeed shares memory among them."""
 
@@ -190,8 +197,9 @@ class Train(Section):
     """Tokens of that sequence at most, for memory; at least train.max_tokens. Absent: as many as its rows have."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, a third more time."""
-    deepspeed: LocalPath | None = None
-    """A DeepSpeed JSON, see configs/deepspeed; it is passed on unchanged and must not set what a recipe decides."""
+    deepspeed: Annotated[str | dict[str, JsonValue], AfterValidator(_path_or_content)] | None = None
+    """A file with DeepSpeed's JSON, see configs/deepspeed, or its content here; it is passed on unchanged and must not
+    set what a recipe decides."""
     checkpoint_every_steps: int = Field(10, gt=0)
     """Optimizer steps between two training checkpoints: the most that a kill can cost."""
     keep_checkpoints: int = Field(2, gt=0)
@@ -237,6 +245,9 @@ class Compute(Section):
     distill: Distill = Distill()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+    track: Annotated[tuple[TrackerName, ...], AfterValidator(require_distinct)] = ()
+    """Trackers in which each training is a run, beside TensorBoard's files and metrics.jsonl, which are always written.
+    Each needs its library (`pip install 'sdft-ray[mlflow]'`); keys and addresses come from the environment."""
 
     def needs(self) -> dict[str, tuple[int, int, float]]:
         """Return how many bundles of how many CPUs and GPUs the stages of each section hold at once, at least."""
@@ -263,12 +274,12 @@ def cores() -> int:
         return mask
 
 
-def load_compute(path: Path | None = None) -> Compute:
-    """Return the compute file at `path`, or the defaults, with every `auto` settled for this machine.
+def load_compute(path: Path | Mapping[str, Any] | None = None) -> Compute:
+    """Return the compute file at `path` (or its content), or the defaults, with every `auto` settled for this machine.
 
     Raises UserError where a local cluster could never hold a stage: nobody profits from a silent wait.
     """
-    compute = load_section(Compute, path) if path else Compute()
+    compute = Compute() if path is None else load_section(Compute, path)
     available = cores()
     data = compute.model_dump(mode="json")
     counts = {"score": "actors", "distill": "actors", "train": "workers", "evaluate": None}
@@ -277,6 +288,8 @@ def load_compute(path: Path | None = None) -> Compute:
             wanted = data[name][count] if count else 1
             sharing = wanted["max"] if isinstance(wanted, dict) else wanted
             data[name]["cpus"] = max(1, available // sharing)
+    if isinstance(given := data["train"]["deepspeed"], str):  # workers on other nodes do not have the file
+        data["train"]["deepspeed"] = _read_deepspeed(given)
     compute = validate(Compute, data)
     if compute.ray.address == "local":
         short = [
@@ -291,6 +304,17 @@ def load_compute(path: Path | None = None) -> Compute:
         if short:
             raise UserError(*short)
     return compute
+
+
+def _read_deepspeed(path: str) -> dict[str, JsonValue]:
+    where = f"compute.train.deepspeed: {path}"
+    try:
+        given = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(problem(where, f"is no JSON file that can be read ({error})", "Mend it")) from None
+    if not isinstance(given, dict):
+        raise UserError(problem(where, "is not a JSON object", "See configs/deepspeed for one"))
+    return given
 
 
 def _settled(cpus: int | Auto) -> int:

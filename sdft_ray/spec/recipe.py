@@ -15,6 +15,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, JsonValue, field_validator, model_validator
 
 from sdft_ray.errors import UserError, problem
+from sdft_ray.spec.retention import Retention
 from sdft_ray.spec.section import LocalPath, Section, require_distinct
 from sdft_ray.spec.sources import (
     Calibration,
@@ -26,7 +27,7 @@ from sdft_ray.spec.sources import (
     TeacherSource,
     in_use,
 )
-from sdft_ray.spec.training import ArmOverrides, Arms, Train
+from sdft_ray.spec.training import ARMS, ArmOverrides, Arms, Train
 
 
 class Protect(Section):
@@ -160,7 +161,7 @@ class Distill(Section):
 
 
 # Names that the report gives to models of its own.
-MODEL_NAMES = ("base", "pruned", "patched", "sft", "distilled", "slerp", "linear", "together")
+MODEL_NAMES = ("base", "pruned", "patched", *ARMS, "slerp", "linear", "together")
 
 
 class Parent(Section):
@@ -207,7 +208,7 @@ class Linear(Section):
 class Merge(Section):
     """Models that are merged: an arm of this recipe, and others from the same pruned model."""
 
-    arm: Literal["sft", "distilled"] = "distilled"
+    arm: Literal["sft", "distilled", "logits"] = "distilled"
     """The arm whose model is the first; models on other rows are trained with its settings."""
     others: dict[str, Parent] = Field(min_length=1)
     """The other models, in this order, by the names that the report gives them."""
@@ -288,6 +289,8 @@ class Evaluate(Section):
     """Tokens of a generated held-out answer."""
     speed: bool = False
     """Whether tokens per second of the pruned model are measured against the base's; scores do not change."""
+    retention: Retention | None = None
+    """Whether, and on what, every model is compared with the base token by token; scores do not change."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Precision of every evaluated model."""
 
@@ -321,6 +324,9 @@ class Recipe(Section):
                 raise ValueError(
                     "evaluate.tasks: held_out needs checkable rows, but rows.answer is none. Remove held_out"
                 )
+        if (kept := self.evaluate.retention) and not (kept.texts or min(kept.rows, held_out)):
+            what = "has neither held-out rows nor texts to measure on"
+            raise ValueError(f"evaluate.retention: {what}. Raise rows.held_out or evaluate.retention.texts")
         for name, wanted in (("patience", self.train.patience), ("keep", self.train.keep == "best")):
             if wanted and validation == 0:
                 raise ValueError(
@@ -350,5 +356,8 @@ class Recipe(Section):
         overrides = [getattr(self.arms, arm)]
         if other and self.merge:
             overrides.append(self.merge.others[other].train)
-        changes = [{name: value for name, value in section if value is not None} for section in overrides]
+        changes = [
+            {name: value for name, value in section if value is not None and name in ArmOverrides.model_fields}
+            for section in overrides
+        ]
         return Train(**functools.reduce(operator.or_, changes, dict(self.train)))

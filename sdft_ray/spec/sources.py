@@ -31,20 +31,31 @@ class PackagedModel(Section):
     """Name of the .gguf file inside it."""
 
 
+Part = Literal["text"]
+"""A part of a model that is one of its own."""
+
+
 class LocalModel(Section):
     """A directory with safetensors, tokenizer and chat template, or one .gguf file."""
 
+    optional = ("part",)
     path: LocalPath
     """The directory or the .gguf file; a relative path starts at the directory that the command is run in."""
+    part: Part | None = None
+    """`text`: the text decoder alone of a model that also sees or hears (its config.json has a text_config). It becomes
+    a plain text model, and the rest of the model is left out; all of the model where absent."""
 
 
 class HubModel(Section):
     """A model of a Hugging Face hub, pinned by commit."""
 
+    optional = ("part",)
     repo: str
     """Name of the repository, for example `meta-llama/Llama-3.1-8B-Instruct`."""
     revision: Commit
     """Commit hash, 40 hex digits: a moving name such as `main` is refused."""
+    part: Part | None = None
+    """`text`: the text decoder alone of a model that also sees or hears; see `model.part` of a directory."""
 
 
 KEY_VARIABLE = "SDFT_TEACHER_KEY"

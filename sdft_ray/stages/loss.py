@@ -191,7 +191,8 @@ def skipped_losses(
     real = position < torch.tensor(lengths, device=device)[:, None]
     counted = (real & (position >= torch.tensor(first, device=device)[:, None]))[:, 1:]  # (B, T-1)
     inputs = {"input_ids": input_ids, "attention_mask": real.long(), "use_cache": False}
-    blocks = list(model.model.layers)
+    blocks = list(model.get_decoder().layers)
+    kinds: set[type] = set()  # of what blocks return: of falcon_h1 it is a tuple
     states: dict[int, Any] = {}  # x(l) for every l at which some candidate begins
 
     def keep(block: int) -> Any:
@@ -204,6 +205,7 @@ def skipped_losses(
         blocks[block].register_forward_pre_hook(keep(block), with_kwargs=True)
         for block in {min(removed) for removed in candidates if removed}
     ]
+    hooks.append(blocks[0].register_forward_hook(lambda _module, _args, output: kinds.add(type(output))))
     try:
         with torch.inference_mode():
             whole = _losses(model(**inputs).logits, input_ids, counted)
@@ -214,7 +216,7 @@ def skipped_losses(
                 if not removed:
                     losses.append(whole)
                     continue
-                with standing_in(model, removed, states[min(removed)]):
+                with standing_in(model, removed, states[min(removed)], tuple in kinds):
                     losses.append(_losses(model(**inputs).logits, input_ids, counted))
     finally:
         for hook in hooks:
@@ -223,10 +225,11 @@ def skipped_losses(
 
 
 @contextmanager
-def standing_in(model: Any, removed: Sequence[int], state: Any) -> Iterator[None]:
+def standing_in(model: Any, removed: Sequence[int], state: Any, in_tuple: bool) -> Iterator[None]:
     """Make the model begin at `state`, x(l) of the first removed block l, and skip the removed blocks.
 
     Blocks keep their places, so that masks and kinds that the model's code picks by place stay theirs.
+    in_tuple: whether its blocks return a tuple.
     """
     import torch
 
@@ -236,22 +239,24 @@ def standing_in(model: Any, removed: Sequence[int], state: Any) -> Iterator[None
         def __init__(self, block: Any, given: Any = None) -> None:
             super().__init__()
             self.given = given
-            for name in ("attention_type", "layer_type"):  # by which model code picks a block's mask
+            for name in ("attention_type", "layer_type", "block_type"):  # by which model code picks a block's mask
                 if hasattr(block, name):
                     setattr(self, name, getattr(block, name))
 
         def forward(self, hidden_states: Any, *_args: Any, **_kwargs: Any) -> Any:
-            return hidden_states if self.given is None else self.given
+            given = hidden_states if self.given is None else self.given
+            return (given,) if in_tuple else given
 
-    blocks, start = model.model.layers, min(removed)
-    model.model.layers = torch.nn.ModuleList(
+    decoder, start = model.get_decoder(), min(removed)
+    blocks = decoder.layers
+    decoder.layers = torch.nn.ModuleList(
         StandIn(block, state if i == start else None) if i <= start or i in removed else block
         for i, block in enumerate(blocks)
     )
     try:
         yield
     finally:
-        model.model.layers = blocks
+        decoder.layers = blocks
 
 
 def _losses(logits: Any, input_ids: Any, counted: Any) -> Any:

@@ -254,6 +254,12 @@ class Storage:
             raise UserError(problem(name, f"means {len(keys_by_id)} artifacts", f"Give more digits: {names}"))
         raise UserError(problem(name, f"is no artifact under {self.uri}", "Run `sdft check RECIPE` to list them"))
 
+    def manifests(self, name: str) -> Iterator[Manifest]:
+        """Yield the manifest of every finished artifact of a kind of stage."""
+        for path in sorted(self._backend.manifests()):
+            if path.startswith(f"{name}/") and (manifest := self._backend.read_manifest(path.rpartition("/")[0])):
+                yield manifest
+
     def _name(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
 

@@ -197,7 +197,7 @@ def _run_trial(
         known = validations(read_history(storage.files(trial.train, HISTORY)))
     try:
         if known is None or storage.status(trial.train) == "done":
-            pipeline.build(trial.stages, compute, storage, validated=report)
+            pipeline.build(trial.stages, compute, storage, validated=report, sweep=plan.name)
     except (UserError, StageFailed) as error:  # a result of this trial, not a fault of its process: no second try
         notes.keep_failure(storage, trial.train, str(error))
     for step, value in known or ():

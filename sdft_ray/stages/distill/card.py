@@ -63,7 +63,7 @@ def write(
     from huggingface_hub import DatasetCardData
 
     mixed, teacher = stage.inputs["rows"], teacher_name(stage)
-    each = [_describe_source(read.settings.source, read.slug) for read in mixed.inputs.values() or [mixed]]
+    each = [describe_source(read.settings.source, read.slug) for read in mixed.inputs.values() or [mixed]]
     name, licences = " and ".join(name for name, _ in each), list(dict.fromkeys(licence for _, licence in each))
     licence = ", ".join(licences)
     front = DatasetCardData(
@@ -102,8 +102,8 @@ Sampling: {sampling}{seeds}. `messages` holds prompt and response as a conversat
     (directory / "README.md").write_text(text, encoding="utf-8")
 
 
-def _describe_source(source: RowsContent, slug: str) -> tuple[str, str]:
-    """Return the name of where rows come from, and its licence."""
+def describe_source(source: RowsContent, slug: str) -> tuple[str, str]:
+    """Return the name of where rows come from, and its licence; slug: what their artifact is called."""
     match source:
         case GymContent():
             return source.gym, "apache-2.0"

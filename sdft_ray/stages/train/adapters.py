@@ -12,6 +12,10 @@ from typing import Any
 from sdft_ray.errors import UserError, nearest, problem
 from sdft_ray.spec import training
 
+# Linear layers that take no adapter. On a GPU state-space blocks multiply with the weights of out_proj themselves, past
+# an adapter, and peft refuses it; llama4's router returns two tensors.
+_BARE = {name: ["out_proj"] for name in ("falcon_h1", "granitemoehybrid", "nemotron_h")} | {"llama4_text": ["router"]}
+
 
 def load_model(base: str, settings: training.Train) -> Any:
     """Return the model that is trained: with fresh adapters for LoRA, else as it is."""
@@ -35,6 +39,7 @@ def adapt(model: Any, settings: training.Train) -> Any:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
+        exclude_modules=_BARE.get(model.config.model_type) if targets == "all-linear" else None,
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, wanted)
