@@ -53,3 +53,11 @@ def test_cosine_of_many_numbers_is_that_in_double_precision():
     expected = torch.nn.functional.cosine_similarity(a.double(), b.double(), dim=0)
     assert cosine(a, b) == pytest.approx(float(expected), abs=5e-7)
     assert cosine(a, torch.zeros_like(a)) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_combine_in_pieces_is_the_whole_sum_rounded_once(dtype):
+    a, b = torch.randn(2, 200_001, generator=torch.Generator().manual_seed(0)).to(dtype)
+    pieces = list(combine([a, b], (0.3, 0.7)))
+    assert len(pieces) > 1
+    assert torch.equal(torch.cat(pieces), (a.float() * 0.3).add_(b.float(), alpha=0.7).to(dtype))
