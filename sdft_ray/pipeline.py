@@ -30,7 +30,7 @@ from sdft_ray.cluster import below_ray, last_line, ray_cluster, require_capacity
 from sdft_ray.data.calibration import CorpusSettings, describe_corpora
 from sdft_ray.engine import EngineFactory, start_engine
 from sdft_ray.errors import StageFailed, UserError, nearest, problem
-from sdft_ray.measures import evaluation_stages, retention_stages
+from sdft_ray.measures import draft_stages, evaluation_stages, nll_stages, retention_stages
 from sdft_ray.preflight import precision, teachers
 from sdft_ray.preflight.checks import check
 from sdft_ray.progress import Progress, duration, log
@@ -181,8 +181,8 @@ def chain(recipe: Recipe) -> Chain:
         patched=patched,
         data=data,
         models=models,
-        nll=_nll_stages(recipe, base, data),
-        drafts=_draft_stages(recipe, models, own),
+        nll=nll_stages(recipe, base, data),
+        drafts=draft_stages(recipe, models, own),
         speed=speed.stage(recipe.evaluate.dtype, base, pruned) if recipe.evaluate.speed else None,
         retention=retention_stages(recipe, models, own, corpora),
         evaluations=evaluation_stages(recipe, models, own),
@@ -227,28 +227,6 @@ def _merge_stages(
     for name, method in settings.methods.items():
         models[name] = merge.stage(method, pruned, parents)
     return models
-
-
-def _nll_stages(
-    recipe: Recipe, base: Stage[model.Settings], data: Mapping[str, Data]
-) -> tuple[Stage[nll.Settings], ...]:
-    if not recipe.distill.shift_rows:
-        return ()
-    return tuple(
-        nll.stage(recipe.distill, base, own.distilled, list(own.sources)) for own in data.values() if own.distilled
-    )
-
-
-def _draft_stages(recipe: Recipe, models: Mapping[str, Stage[Any]], own: Data) -> dict[str, Stage[draft.Settings]]:
-    if not (settings := recipe.draft):
-        return {}
-    candidates = {name: stage for name, stage in models.items() if name != "base"}
-    drafts = {}
-    for name in settings.models or ("pruned", *recipe.arms.names):
-        if name not in candidates:
-            raise UserError(problem("draft.models", f"this recipe makes no {name}", nearest(name, candidates)))
-        drafts[name] = draft.stage(settings, name, models["pruned"], models["base"], candidates[name], own.read)
-    return drafts
 
 
 # --- from stages to artifacts ---------------------------------------------------------------------------------
