@@ -56,7 +56,7 @@ def nll_stages(
 
 
 def draft_stages(recipe: Recipe, models: Mapping[str, Stage[Any]], own: Data) -> dict[str, Stage[draft.Settings]]:
-    """Return the models that are tried as drafts, by name; raises UserError for a name that the recipe does not make."""
+    """Return the models that are tried as drafts, by name; raises UserError for one that the recipe does not make."""
     if not (settings := recipe.draft):
         return {}
     candidates = {name: stage for name, stage in models.items() if name != "base"}

@@ -27,7 +27,6 @@ from typing import Any, Self
 
 from sdft_ray import beside
 from sdft_ray.cluster import below_ray, last_line, ray_cluster, require_capacity
-from sdft_ray.data.calibration import CorpusSettings, describe_corpora
 from sdft_ray.engine import EngineFactory, start_engine
 from sdft_ray.errors import StageFailed, UserError, nearest, problem
 from sdft_ray.measures import draft_stages, evaluation_stages, nll_stages, retention_stages
@@ -61,7 +60,7 @@ from sdft_ray.stages import (
 )
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
-from sdft_ray.training_data import Data, MixedStage, read_sources, training_data
+from sdft_ray.training_data import Data, MixedStage, calibration, read_sources, training_data
 
 MODULES: dict[str, StageModule] = {
     "model": model,
@@ -156,7 +155,7 @@ def chain(recipe: Recipe) -> Chain:
     """Return every stage of a recipe, each with its inputs."""
     base = model.stage(recipe.model)
     own = read_sources(recipe.sources, recipe)
-    corpora, corpus_rows = _calibration(recipe, own.rows)
+    corpora, corpus_rows = calibration(recipe, own.rows)
     scored = score.stage(recipe.prune.dtype, corpora, base, corpus_rows)
     tried = loss.stage(recipe.prune, corpora, base, scored, corpus_rows) if recipe.prune.candidates else None
     pruned = cut.stage(recipe.prune, base, scored, tried if recipe.prune.metric == "loss" else None)
@@ -187,16 +186,6 @@ def chain(recipe: Recipe) -> Chain:
         retention=retention_stages(recipe, models, own, corpora),
         evaluations=evaluation_stages(recipe, models, own),
     )
-
-
-def _calibration(recipe: Recipe, own: MixedStage) -> tuple[tuple[CorpusSettings, ...], dict[str, MixedStage]]:
-    """Return the calibration corpora, and the rows of those that are rows."""
-    stages: dict[str, MixedStage] = {}
-    for i, corpus in enumerate(recipe.prune.calibration):
-        if corpus.rows is not None:
-            stages[f"rows_{i}"] = own if corpus.rows == "own" else rows.stage(corpus.rows, recipe.evaluate.preset)
-    names = [stages[key].slug if (key := f"rows_{i}") in stages else None for i in range(len(recipe.prune.calibration))]
-    return describe_corpora(recipe.prune.calibration, names), stages
 
 
 def _train(
