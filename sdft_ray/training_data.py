@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sdft_ray.data.calibration import CorpusSettings, describe_corpora
 from sdft_ray.results import Counts, Decided
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.sources import HubModel, LocalModel, RowSource, ServedModel
