@@ -23,7 +23,7 @@ ROWS = [TrainingRow([(7 * i + 3 * j) % 250 + 3 for j in range(24)], 9 + i % 5) f
 
 
 def settings_of(method: str, dtype: str = "float32") -> Train:
-    return validate(Train, {"method": method, "dtype": dtype, "lr": 1e-3, "lora": {"rank": 3, "dropout": 0.0}})
+    return validate(Train, {"method": method, "dtype": dtype, "lr": 1e-3, "lora": {"rank": 4, "dropout": 0.0}})
 
 
 def start(base: Path, settings: Train, zero_stage: int, **zero):
