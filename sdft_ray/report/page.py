@@ -99,8 +99,13 @@ def _template(name: str) -> Any:
     environment.filters.update(percent=lines.percent, duration=duration, interval=lines.interval)
     environment.filters.update(speed_line=lines.speed_line, cut_line=lines.cut_line, name_trial=lines.name_trial)
     environment.filters.update(draft_rows=table.draft_rows)
-    environment.globals.update(draft_line=lines.draft_line, saved=lines.saved, name_blocks=name_blocks)
+    environment.globals.update(draft_line=lines.draft_line, saved=_saved, name_blocks=name_blocks)
     return environment.get_template(name)
+
+
+def _saved(amount: float, of_base: float) -> str:
+    """Return what a model saves, whose percent sign stays at its number on a narrow page."""
+    return lines.saved(amount, of_base).replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def _nearby(details: Details) -> list[tuple[int, str, JointChoice]]:
