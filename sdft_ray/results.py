@@ -219,9 +219,10 @@ class Cut(Record):
     removed: tuple[int, ...]
     """0-based, ascending."""
     metric: str
-    cost: float
-    """Mean distance, summed influence, or loss in nats a token."""
-    agreement: float
+    """What chose them; `remove` where the recipe names them."""
+    cost: float | None = None
+    """Mean distance, summed influence, or loss in nats a token; None where nothing was measured."""
+    agreement: float | None = None
     """Fraction of bootstrap samples of the texts that choose the same blocks."""
     runner_up: tuple[int, ...] | None = None
     """The next best; None where there is no other."""

@@ -103,7 +103,25 @@ def load_text(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> Recip
             {"prune": {"blocks": 2, "calibration": {"text": "https:/host/texts.txt"}}},
             "prune.calibration.text: https:/host/texts.txt is no address. Write https://host/texts.txt.",
         ),
-        ({"prune": {}}, "prune.blocks: is missing. Add it."),
+        ({"prune": {}}, "prune.blocks: is missing. Add it, or prune.remove."),
+        *(
+            (
+                {"prune": {"remove": [2, 3], name: value}},
+                f"prune.{name}: decides nothing beside prune.remove. Keep one of them.",
+            )
+            for name, value in {
+                "blocks": 2,
+                "metric": "loss",
+                "contiguous": True,
+                "protect": {"first": 1},
+                "candidates": 3,
+            }.items()
+        ),
+        ({"prune": {"remove": [4, 2, 4]}}, "prune.remove: names block 4 twice. Remove one."),
+        (
+            {"prune": {"remove": [-1]}},
+            "prune.remove.0: got -1; expected greater than or equal to 0. Change this value.",
+        ),
         ({"model": {"repo": "a/b"}}, "model.revision: is missing. Add it."),
         (
             {"model": {"repo": "a/b", "revision": "main"}},

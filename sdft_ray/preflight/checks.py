@@ -5,7 +5,7 @@ In: recipe and compute file. Out: nothing, or a UserError for a mistake that wou
 
 from __future__ import annotations
 
-from sdft_ray.core.surgery import require_blocks, require_supported
+from sdft_ray.core.surgery import require_blocks, require_removable, require_supported
 from sdft_ray.data import readers
 from sdft_ray.errors import UserError, problem
 from sdft_ray.models import directory, sources
@@ -31,9 +31,9 @@ def check(recipe: Recipe, compute: Compute, read: limits.FileReader = limits.rea
             _require_generates(facts, compute)
     for name, other in others.items():
         if other.path is not None and facts:
-            _require_compatible(f"merge.others.{name}.path", other.path, facts, recipe.prune.blocks)
+            _require_compatible(f"merge.others.{name}.path", other.path, facts, recipe.prune.depth)
     if facts and recipe.merge and recipe.merge.slerp:
-        merge.require_one_for_each(recipe.merge.slerp.t, facts.blocks - recipe.prune.blocks)
+        merge.require_one_for_each(recipe.merge.slerp.t, facts.blocks - recipe.prune.depth)
     context, count = facts.context if facts else None, limits.token_counter(recipe.model)
     limits.require_numbers(recipe, context)
     for key, given in _row_sources(recipe).items():
@@ -67,7 +67,10 @@ def _row_sources(recipe: Recipe) -> dict[str, tuple[RowSource, ...]]:
 def _require_prunable(recipe: Recipe, facts: directory.ModelFacts) -> None:
     """Raise UserError for a model on this machine that cannot be pruned as the recipe says."""
     require_supported(facts.architecture, "model")
-    require_depth(recipe.prune.blocks, recipe.prune.protect, facts.blocks)
+    if recipe.prune.remove:
+        require_removable(recipe.prune.remove, facts.blocks, "prune.remove")
+    else:
+        require_depth(recipe.prune.depth, recipe.prune.protect, facts.blocks)
     assert not isinstance(recipe.model, HubModel), "a hub model has no facts"
     if (path := sources.model_path(recipe.model)).is_dir():
         names = (name for tensors in directory.stored_tensors(path).values() for name in tensors)

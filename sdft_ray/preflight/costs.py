@@ -84,7 +84,7 @@ def estimate_stages(recipe: Recipe, compute: Compute, chain: Chain, storage: Sto
     trained = chain.trained
     first = next(iter(trained.values()))
     return [
-        _score(recipe, compute, shape),
+        *([_score(recipe, compute, shape)] if chain.score else []),
         _distill(recipe, compute, shape, _training_rows(first, storage)),
         *(_train(recipe, compute, shape, name, stage, storage) for name, stage in trained.items()),
         *_drafts(recipe, compute, shape, len(chain.drafts)),
@@ -120,7 +120,7 @@ def _drafts(recipe: Recipe, compute: Compute, shape: memory.Shape | None, drafts
     )
     weights = None
     if shape is not None:  # the base alone and the base with its draft take turns
-        small = memory.prune(shape, recipe.prune.blocks)
+        small = memory.prune(shape, recipe.prune.depth)
         weights = _bytes(settings.dtype) * (2 * shape.parameters + small.parameters)
     return [_engine("draft", work, 1, weights, compute)]
 
@@ -154,7 +154,7 @@ def _train(
     work = f"{steps} of {settings.global_batch_size} rows, up to {tokens} tokens a pass"
     if shape is None:
         return _cost(name, work, section.workers.max, None, "", compute, section.gpus)
-    pruned = memory.prune(shape, recipe.prune.blocks)
+    pruned = memory.prune(shape, recipe.prune.depth)
     trained = memory.trainable_parameters(pruned, settings.method, settings.lora.rank, settings.lora.targets)
     needs = memory.training_memory(
         pruned,

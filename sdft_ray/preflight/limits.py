@@ -53,7 +53,8 @@ def require_numbers(recipe: Recipe, context: int | None) -> None:
     if distill.samples > 1 and distill.temperature == 0:
         what = f"{distill.samples} is the same text {distill.samples} times at distill.temperature: 0"
         wrong.append(problem("distill.samples", what, "Set distill.samples to 1"))
-    lengths = {"prune.calibration.max_tokens": max(corpus.max_tokens for corpus in recipe.prune.calibration)}
+    read = recipe.prune.calibration if recipe.prune.reads_texts else ()
+    lengths = {"prune.calibration.max_tokens": max(corpus.max_tokens for corpus in read)} if read else {}
     lengths["train.max_tokens"] = recipe.train.max_tokens
     lengths |= {f"{name}.max_new_tokens": new + 1 for name, new in _new_tokens(recipe).items()}  # behind a prompt
     for key, length in lengths.items():
@@ -170,7 +171,7 @@ def _mix(each: Sequence[_Known], shares: Sequence[int] | None, count: int | None
 def require_texts(recipe: Recipe, count: Counter, read: FileReader = read_file) -> None:
     """Raise UserError for a calibration corpus that cannot be read, or is too short to take a loss on."""
     needed = 3 if recipe.prune.candidates else 1  # a third are loss texts
-    for corpus in recipe.prune.calibration:
+    for corpus in recipe.prune.calibration if recipe.prune.reads_texts else ():
         if corpus.rows is not None:
             if corpus.rows != "own":
                 read_splits(corpus.rows, read)

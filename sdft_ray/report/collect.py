@@ -147,7 +147,7 @@ def _describe_details(recipe: Recipe, chain: Chain, storage: Storage) -> Details
         seconds[stage.name] = seconds.get(stage.name, 0.0) + provenance.wall_seconds
     distilled = chain.distilled
     return Details(
-        distances=Distances.from_file(storage.files(chain.score, DISTANCES) / DISTANCES),
+        distances=Distances.from_file(storage.files(chain.score, DISTANCES) / DISTANCES) if chain.score else None,
         losses=Losses.of(chain.loss, storage) if chain.loss else None,
         cut=Pruned.of(chain.pruned, storage),
         selection=Selection.of(distilled, storage) if distilled else None,

@@ -119,7 +119,8 @@ class Artifact(NamedTuple):
 class Details(Record):
     """What only the page and the sentences below the table show."""
 
-    distances: Distances
+    distances: Distances | None
+    """None where nothing was measured to choose blocks."""
     losses: Losses | None
     cut: Pruned
     selection: Selection | None

@@ -50,7 +50,9 @@ def _name_sizes(scores: dict[str, Score]) -> str:
 
 
 def cut_line(cut: Cut, losses: Losses | None = None) -> str:
-    """Return the removed blocks, the metric that chose them, and how sure the choice is."""
+    """Return the removed blocks, what chose them, and how sure the choice is."""
+    if cut.cost is None or cut.agreement is None:
+        return f"Cut: blocks {name_blocks(cut.removed)}, named by the recipe."
     cost = {"angular": "distance", "influence": "summed influence", "loss": "loss on the loss texts"}[cut.metric]
     text = f"Cut: blocks {name_blocks(cut.removed)}, {cost} {cut.cost:.3f}"
     if losses and cut.metric == "loss":

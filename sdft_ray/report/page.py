@@ -25,7 +25,7 @@ def render(report: Report) -> str:
         details=details,
         base=report.base.cost,
         caption=lines.caption(report),
-        corpora=details.distances.corpora,
+        corpora=details.distances.corpora if details.distances else (),
         cut_line=lines.cut_line(details.cut, details.losses),
         speed_line=lines.speed_line(report.speed) if report.speed else None,
         nll_line=lines.nll_line(details.nll) if details.nll else None,
@@ -34,7 +34,7 @@ def render(report: Report) -> str:
         draft_columns=table.DRAFT_COLUMNS,
         source_columns=table.source_columns(report),
         source_rows=table.source_rows(report),
-        distance_maps=plots.as_svg(plots.distance_maps(details.distances, [details.cut.removed])),
+        distance_maps=_draw_distances(details),
         loss_curves=plots.loss_curves(details.trainings),
         nearby=_nearby(details),
     )
@@ -54,6 +54,13 @@ def render_sweep(report: SweepReport, folder: Path) -> str:
         maps=[plots.as_svg(plots.distance_maps(*each)) for each in report.maps],
         manifests=[os.path.relpath(Path(trial.directory) / MANIFEST, folder.absolute()) for trial in report.trials],
     )
+
+
+def _draw_distances(details: Details) -> str:
+    """Return the maps of what was measured to choose blocks; nothing where nothing was."""
+    if details.distances is None:
+        return ""
+    return plots.as_svg(plots.distance_maps(details.distances, [details.cut.removed]))
 
 
 def _draw_recovery(report: SweepReport) -> dict[str, str]:
@@ -96,7 +103,6 @@ def _nearby(details: Details) -> list[tuple[int, str, JointChoice]]:
     """Return the span choices of sizes up to twice the one that was cut, by size and metric: the next decisions to be
     made."""
     sizes = max(8, 2 * len(details.cut.removed))
-    choices = [
-        (size, metric, c) for metric, of_size in details.distances.choices.items() for size, c in of_size.items()
-    ]
+    by_metric = details.distances.choices if details.distances else {}
+    choices = [(size, metric, c) for metric, of_size in by_metric.items() for size, c in of_size.items()]
     return sorted((choice for choice in choices if choice[0] <= sizes), key=lambda choice: choice[0])

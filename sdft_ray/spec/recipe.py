@@ -40,8 +40,10 @@ class Protect(Section):
 class Prune(Section):
     """Which blocks are removed."""
 
-    blocks: int = Field(gt=0)
-    """Number of blocks to remove."""
+    blocks: int | None = Field(None, gt=0)
+    """Number of blocks to remove. Either this or `remove` is needed."""
+    remove: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(None, min_length=1)
+    """Exactly these blocks, counted from 0. Nothing else then chooses, and nothing is measured for a choice."""
     metric: Literal["angular", "influence", "loss"] = "loss"
     """What decides: the `loss` on the loss texts with the blocks skipped, for the best candidates of both other
     metrics; the `angular` distance between a span's input and output (arXiv 2403.17887); or the sum of its Block
@@ -60,14 +62,44 @@ class Prune(Section):
     calibration: OneOrSeveral = (Calibration(text="boolq"),)
     """A corpus, or a list of corpora that count the same."""
 
+    @field_validator("remove")
+    @classmethod
+    def _is_in_order(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if twice := [block for i, block in enumerate(value or ()) if block in (value or ())[:i]]:
+            raise ValueError(f"names block {twice[0]} twice. Remove one")
+        return value and tuple(sorted(value))
+
     @model_validator(mode="after")
     def _agrees(self) -> Self:
+        if self.blocks is None and self.remove is None:
+            raise ValueError("blocks: is missing. Add it, or prune.remove")
+        if self.remove:
+            named = {name for name in self.model_fields_set if getattr(self, name) is not None}
+            for name in ("blocks", "metric", "contiguous", "protect", "candidates"):
+                if name in named:
+                    raise ValueError(f"{name}: decides nothing beside prune.remove. Keep one of them")
+            return self
         if not self.contiguous and self.metric != "influence":
             raise ValueError("contiguous: false needs influence to choose. Set prune.metric: influence")
         if self.metric == "loss" and self.candidates < 2:
             what = f"candidates: {self.candidates} leaves the loss nothing to choose from"
             raise ValueError(f"{what}. Set candidates to 2 or more")
         return self
+
+    @property
+    def depth(self) -> int:
+        """How many blocks are removed."""
+        return len(self.remove) if self.remove else self.blocks or 0
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether distances and influences are measured."""
+        return self.remove is None
+
+    @property
+    def reads_texts(self) -> bool:
+        """Whether something is measured on the calibration texts."""
+        return self.is_scored or self.patch != "none"
 
 
 def require_depth(depth: int, protect: Protect, blocks: int) -> None:

@@ -1,8 +1,9 @@
 """Stage `cut`: the base model's files without the chosen blocks.
 
-In: the base model and the distances. Out: a plain Hugging Face directory that any tool loads. The model is not
-built: its tensors are copied as bytes under their new names. What was written is then read again and proven: every
-kept tensor is the base's bit by bit, and the loader, run without weights, misses none and is left with none.
+In: the base model, and what was measured to choose its blocks. Out: a plain Hugging Face directory that any tool loads.
+The model is not built: its tensors are copied as bytes under their new names. What was written is then read again and
+proven: every kept tensor is the base's bit by bit, and the loader, run without weights, misses none and is left with
+none.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from sdft_ray.core.surgery import (
     prune_config,
     rename_tensor,
     require_blocks,
+    require_removable,
 )
 from sdft_ray.data.readers import read_json
 from sdft_ray.models.directory import WEIGHTS_INDEX, require_loadable, stored_tensors, tensor_places, write_companions
@@ -40,12 +42,21 @@ _THREADS = 4  # more do not make a disk faster
 
 
 class Settings(Section):
-    """Which blocks are removed."""
+    """How the blocks to remove are chosen."""
 
     metric: str
     depth: int = Field(serialization_alias="blocks")
     contiguous: bool
     protect: Protect
+
+
+class Named(Section):
+    """The blocks to remove."""
+
+    remove: tuple[int, ...]
+
+
+CutStage = Stage[Settings] | Stage[Named]
 
 
 class Summary(Cut, stages.Summary):
@@ -57,40 +68,67 @@ class Summary(Cut, stages.Summary):
     """Of the pruned model."""
 
 
-def stage(prune: Prune, base: Stage, score: Stage, loss: Stage | None) -> Stage[Settings]:
+def stage(prune: Prune, base: Stage, score: Stage | None, loss: Stage | None) -> CutStage:
     """Return the stage; loss: that of the candidates, where it decides."""
+    if prune.remove:
+        slug = f"{base.slug}-{len(prune.remove)}"
+        return Stage("cut", slug, VERSION, Named(remove=prune.remove), {"model": base})
+    assert prune.blocks, "a recipe has a number of blocks or their names"
     settings = Settings(metric=prune.metric, depth=prune.blocks, contiguous=prune.contiguous, protect=prune.protect)
-    inputs = {"model": base, "score": score} | ({"loss": loss} if loss else {})
+    inputs = {name: stage for name, stage in (("model", base), ("score", score), ("loss", loss)) if stage}
     return Stage("cut", f"{base.slug}-{prune.blocks}", VERSION, settings, inputs)
 
 
-def build(work: Work[Settings]) -> Summary:
+def name_cut(settings: Settings | Named) -> str:
+    """Return in words what a cut removes."""
+    return f"without {name_blocks(settings.remove)}" if isinstance(settings, Named) else f"blocks {settings.depth}"
+
+
+def build(work: Work[Settings | Named]) -> Summary:
     """Write the pruned model and its card."""
+    base, place = work.stage.inputs["model"], work.input("model")
+    reasons = _choose(work)
+    parameters = remove_blocks(place, work.directory, reasons.removed)
+    blocks = read_json(work.directory / "config.json")["num_hidden_layers"]
+    summary = Summary(**reasons.plain(), blocks=blocks, parameters=parameters.after)
+    repo, measured = getattr(base.settings, "repo", None), work.stage.inputs.get("score")
+    recipe = work.settings.hashed() | (measured.settings.hashed() if measured else {})
+    chosen = _explain(reasons)
+    if measured:
+        chosen["calibration"] = ", ".join(corpus.name for corpus in measured.settings.calibration)
+    whole = blocks + len(summary.removed)
+    card = model_card(repo or base.slug, whole, summary.removed, parameters, chosen, recipe, repo)
+    write_atomically(work.directory / "README.md", card)
+    return summary
+
+
+def _choose(work: Work[Settings | Named]) -> Cut:
+    """Return the blocks to remove, and why these."""
+    settings = work.settings
+    if isinstance(settings, Named):
+        blocks = read_json(work.input("model") / "config.json")["num_hidden_layers"]
+        require_removable(settings.remove, blocks, "prune.remove")
+        return Cut(removed=settings.remove, metric="remove")
     choice = choose_removed(work)
-    base, scored = work.stage.inputs["model"], work.stage.inputs["score"]
-    parameters = remove_blocks(work.input("model"), work.directory, choice.blocks)
-    summary = Summary(
+    return Cut(
         removed=choice.blocks,
-        metric=work.settings.metric,
+        metric=settings.metric,
         cost=choice.value,
         agreement=choice.agreement,
         runner_up=choice.runner_up,
-        blocks=read_json(work.directory / "config.json")["num_hidden_layers"],
-        parameters=parameters.after,
     )
-    repo = getattr(base.settings, "repo", None)
-    chosen = {
-        "metric": summary.metric,
-        "cost": f"{choice.value:.4f}",
-        "runner-up": name_blocks(choice.runner_up) if choice.runner_up else "none",
-        "bootstrap samples that agree": f"{choice.agreement:.0%}",
-        "calibration": ", ".join(corpus.name for corpus in scored.settings.calibration),
+
+
+def _explain(cut: Cut) -> dict[str, str]:
+    """Return for people why these blocks."""
+    if cut.cost is None or cut.agreement is None:
+        return {"named by": "the recipe"}
+    return {
+        "metric": cut.metric,
+        "cost": f"{cut.cost:.4f}",
+        "runner-up": name_blocks(cut.runner_up) if cut.runner_up else "none",
+        "bootstrap samples that agree": f"{cut.agreement:.0%}",
     }
-    blocks = summary.blocks + len(choice.blocks)
-    recipe = work.settings.hashed() | scored.settings.hashed()
-    card = model_card(repo or base.slug, blocks, choice.blocks, parameters, chosen, recipe, repo)
-    write_atomically(work.directory / "README.md", card)
-    return summary
 
 
 def choose_removed(work: Work[Settings]) -> Choice:

@@ -26,7 +26,7 @@ from sdft_ray.spec.recipe import Distill, Recipe
 from sdft_ray.spec.sources import FileRows
 from sdft_ray.spec.sweep import Asha, Sweep
 from sdft_ray.spec.training import Train
-from sdft_ray.stages import distill, evaluate, train
+from sdft_ray.stages import cut, distill, evaluate, train
 from sdft_ray.store.identity import Stage, short_id
 from sdft_ray.store.storage import Storage
 
@@ -269,7 +269,7 @@ def name_draft(stage: Stage, plan: Plan) -> str:
     """Return the name of the model that a stage tries as a draft, for a line of progress."""
     model = stage.inputs["draft"]
     names = {trial.train.id: trial.name for trial in plan.trials}
-    return f"draft {names[model.id] if model.id in names else 'pruned, blocks ' + str(model.settings.depth)}"
+    return f"draft {names[model.id] if model.id in names else 'pruned, ' + cut.name_cut(model.settings)}"
 
 
 def describe_stopped(losses: Sequence[tuple[int, float]]) -> str:

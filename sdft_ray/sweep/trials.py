@@ -22,7 +22,7 @@ from sdft_ray.progress import Progress, duration, log
 from sdft_ray.results import HISTORY, read_history, validations
 from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.sweep import Asha
-from sdft_ray.stages import cut, distill, draft, evaluate, loss, score, train
+from sdft_ray.stages import distill, draft, evaluate, score, train
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 from sdft_ray.sweep import notes
@@ -80,7 +80,7 @@ def _build_shared(plan: Plan, compute: Compute, storage: Storage, engine: Engine
     import ray
 
     todo, _ = pipeline.survey(plan.shared, storage)
-    cuts = [stage for stage in todo if isinstance(stage.settings, score.Settings | loss.Settings | cut.Settings)]
+    cuts = [stage for stage in todo if stage.name in ("score", "loss", "cut")]
     generated = [stage for stage in todo if isinstance(stage.settings, distill.Settings)]
     if cuts and generated and _is_room_for_both(compute):
         pipeline.build(_inputs_of([*cuts, *generated]), compute, storage)

@@ -35,11 +35,35 @@ def test_check_of_a_good_recipe_touches_nothing(folder):
 
 
 @pytest.mark.parametrize(
+    ("prune", "line"),
+    [
+        (None, "Cut: 2 of 6 blocks, the span of least loss among the best 5 by distance and by influence."),
+        ("{remove: [4, 1, 2]}", "Cut: blocks 1, 2, 4 of 6, named by the recipe."),
+    ],
+)
+def test_check_says_which_blocks_go_or_how_they_are_chosen(folder, prune, line):
+    done = sdft("check", "recipe.yaml", *(["--set", f"prune={prune}"] if prune else []), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == line
+    stages = {line.split()[0] for line in done.stdout.splitlines()}
+    assert ("score" in stages) == (prune is None)
+
+
+@pytest.mark.parametrize(
     ("settings", "line"),
     [
         (["distill.tempreature=1.0"], "distill.tempreature: unknown key. Did you mean temperature?"),
         (["train.lr=fast"], 'train.lr: got "fast"; expected a valid number. Change this value.'),
         (["prune.blocks=6"], "prune.blocks: 6 removes every block of a 6-block model. Give 1 to 5."),
+        (["prune={remove: [1, 6]}"], "prune.remove: 6 is no block of a 6-block model. Give blocks from 0 to 5."),
+        (
+            ["prune={remove: [0, 1, 2, 3, 4, 5]}"],
+            "prune.remove: removes every block of a 6-block model. Give at most 5.",
+        ),
+        (
+            ["prune.remove=[1, 2]"],
+            "prune.blocks: decides nothing beside prune.remove. Keep one of them.",
+        ),
         (
             ["rows.path=nowhere.jsonl"],
             "rows.path: nowhere.jsonl does not exist. Give a .json, .jsonl, .csv, .parquet or .arrow file, a "

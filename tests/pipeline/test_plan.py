@@ -177,6 +177,25 @@ def test_losses_of_candidates_are_measured_where_asked_for_and_bear_on_the_cut_o
     assert cut_of(metric="angular", candidates=5)[0] == cut_of(metric="loss", candidates=5)[0] == 1
 
 
+def plan_of(recipe, **prune) -> dict[str, str]:
+    """Return the id of a stage of each kind in the plan of a recipe with this section."""
+    return {stage.name: stage.id for stage in pipeline.chain(validate(Recipe, recipe | {"prune": prune})).in_order}
+
+
+def test_named_blocks_are_cut_without_a_measurement(recipe):
+    nowhere = {"calibration": {"text": "no/such/file.txt"}}
+    found = plan_of(recipe, remove=[3, 1], **nowhere)
+    assert not {"score", "loss"} & found.keys()
+    assert found == plan_of(recipe, remove=[1, 3], dtype="bfloat16", **nowhere), "their order is no difference"
+    assert found["cut"] != plan_of(recipe, remove=[1, 2])["cut"]
+
+
+def test_named_blocks_with_a_patch_read_its_texts_and_are_not_scored(recipe):
+    found = plan_of(recipe, remove=[1, 3], patch="linear", calibration={"rows": "own"})
+    assert "patch" in found and not {"score", "loss"} & found.keys()
+    assert found["cut"] == plan_of(recipe, remove=[1, 3])["cut"]
+
+
 @pytest.mark.parametrize("several", [False, True])
 def test_calibration_on_chat_rows_scores_after_their_rows_stage(recipe, tmp_path, several):
     other = tmp_path / "other.jsonl"

@@ -13,7 +13,14 @@ from tiny import make_tiny_model
 from sdft_ray.core.surgery import PER_BLOCK
 from sdft_ray.errors import UserError
 from sdft_ray.models.directory import require_loadable
-from sdft_ray.stages.cut import Parameters, model_card, remove_blocks, require_same_tensors
+from sdft_ray.progress import Progress
+from sdft_ray.report.lines import cut_line
+from sdft_ray.spec.compute import Compute
+from sdft_ray.spec.recipe import Prune
+from sdft_ray.stages import Work
+from sdft_ray.stages.cut import Parameters, build, model_card, remove_blocks, require_same_tensors, stage
+from sdft_ray.store.identity import Stage
+from sdft_ray.store.storage import Storage
 
 pytestmark = pytest.mark.heavy
 
@@ -289,6 +296,29 @@ def test_remove_blocks_writes_a_tokenizer_and_stops_that_older_tools_read(llama,
     )
     assert generation == {"temperature": 0.6, "eos_token_id": [0, 2]}
     assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def cut_of(prune, base, root):
+    """Return the work of the cut stage that needs nothing but a base, and its summary."""
+    made = stage(prune, Stage("model", "llama", 1, {}, location=base), None, None)
+    work = Work(made, Storage(str(root)), Compute(), Progress("cut", "parts"))
+    return work, build(work)
+
+
+def test_cut_of_named_blocks_is_the_base_that_skips_them_and_says_who_named_them(llama, tmp_path):
+    work, summary = cut_of(Prune(remove=(4, 1, 2)), llama, tmp_path)
+    assert (summary.removed, summary.blocks, summary.cost) == ((1, 2, 4), 3, None)
+    ids = some_ids()
+    expected = logits_of(load(llama), ids, skipped=(1, 2, 4))
+    torch.testing.assert_close(logits_of(load(work.directory), ids), expected, atol=1e-4, rtol=1e-4)
+    assert "| named by | the recipe |" in (work.directory / "README.md").read_text()
+    assert cut_line(summary) == "Cut: blocks 1, 2, 4, named by the recipe."
+
+
+@pytest.mark.parametrize("removed", [(0, 6), range(6)])
+def test_cut_of_named_blocks_that_are_not_there_is_refused(llama, tmp_path, removed):
+    with pytest.raises(UserError, match=r"^prune\.remove: (6 is no|removes every) block of a 6-block model\. "):
+        cut_of(Prune(remove=tuple(removed)), llama, tmp_path)
 
 
 def test_model_card_says_what_was_removed_how_and_that_quality_is_not_restored():
