@@ -41,7 +41,7 @@ def check(options: argparse.Namespace) -> None:
         estimates = [dataclasses.asdict(cost) for cost in costs]
         print(json.dumps({"stages": stages, "estimates": estimates} if options.compute else stages, indent=1))
         return
-    print(cuts.describe(recipe))
+    print(*cuts.describe([recipe]), sep="\n")
     table = Table(box=None, pad_edge=False)
     for column in ("stage", "status", "directory"):
         table.add_column(column, overflow="fold")
@@ -184,8 +184,7 @@ def _check_sweep(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps({**saved.plain(), "estimates": [dataclasses.asdict(cost) for cost in costs]}, indent=1))
         return
-    for line in dict.fromkeys(cuts.describe(cell.recipe) for cell in plan.cells):
-        print(line)
+    print(*cuts.describe(cell.recipe for cell in plan.cells), sep="\n")
     savings.show(saved, Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200))
     if costs:
         _show_costs(costs, "Estimate, the most of any recipe")

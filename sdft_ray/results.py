@@ -226,6 +226,8 @@ class Cut(Record):
     """Fraction of bootstrap samples of the texts that choose the same blocks."""
     runner_up: tuple[int, ...] | None = None
     """The next best; None where there is no other."""
+    target: float | None = None
+    """The most parameters that the model may have, where that decides how many blocks are removed."""
 
 
 def read_choice(directory: Path) -> Choice:

@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "sdft_ray"
 ORDER = (
     *("errors", "environment", "progress", "store", "spec", "core", "data", "models", "results", "cluster", "engine"),
     *("text_pool", "stages"),
-    *("preflight.precision", "preflight.limits", "preflight.checks", "training_data", "pipeline", "sweep"),
+    *("preflight.precision", "preflight.limits", "preflight.cuts", "preflight.checks"),
+    *("training_data", "pipeline", "sweep"),
     *("preflight.memory", "preflight.costs", "preflight.savings", "preflight.doctor", "preflight.starter"),
     *("report", "verify", "submit", "commands", "cli"),
 )

@@ -103,7 +103,7 @@ def load_text(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> Recip
             {"prune": {"blocks": 2, "calibration": {"text": "https:/host/texts.txt"}}},
             "prune.calibration.text: https:/host/texts.txt is no address. Write https://host/texts.txt.",
         ),
-        ({"prune": {}}, "prune.blocks: is missing. Add it, or prune.remove."),
+        ({"prune": {}}, "prune.blocks: is missing. Add it, prune.target or prune.remove."),
         *(
             (
                 {"prune": {"remove": [2, 3], name: value}},
@@ -111,12 +111,22 @@ def load_text(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> Recip
             )
             for name, value in {
                 "blocks": 2,
+                "target": {"parameters": 5},
                 "metric": "loss",
                 "contiguous": True,
                 "protect": {"first": 1},
                 "candidates": 3,
             }.items()
         ),
+        (
+            {"prune": {"blocks": 2, "target": {"parameters": 5}}},
+            "prune.target: decides how many blocks go, and so does prune.blocks. Keep one of them.",
+        ),
+        (
+            {"prune": {"target": {"parameters": 0}}},
+            "prune.target.parameters: got 0; expected greater than 0. Change this value.",
+        ),
+        ({"prune": {"remove": []}}, "prune.remove: names no block. Give at least one."),
         ({"prune": {"remove": [4, 2, 4]}}, "prune.remove: names block 4 twice. Remove one."),
         (
             {"prune": {"remove": [-1]}},

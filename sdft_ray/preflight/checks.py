@@ -5,13 +5,15 @@ In: recipe and compute file. Out: nothing, or a UserError for a mistake that wou
 
 from __future__ import annotations
 
-from sdft_ray.core.surgery import require_blocks, require_removable, require_supported
+from sdft_ray.core.surgery import require_blocks, require_supported
 from sdft_ray.data import readers
 from sdft_ray.errors import UserError, problem
 from sdft_ray.models import directory, sources
+from sdft_ray.models.sizes import sizes_of
 from sdft_ray.preflight import limits
+from sdft_ray.preflight.cuts import depth_of
 from sdft_ray.spec.compute import Compute
-from sdft_ray.spec.recipe import Recipe, require_depth
+from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.sources import GymRows, HubModel, LocalModel, RowSource
 from sdft_ray.spec.sources import in_use as sources_in_use
 from sdft_ray.stages import merge, train
@@ -23,17 +25,17 @@ def check(recipe: Recipe, compute: Compute, read: limits.FileReader = limits.rea
 
     read: reads a row file; a caller that checks many recipes remembers the rows.
     """
-    facts = sources.describe_model(recipe.model)
+    facts, depth = sources.describe_model(recipe.model), None
     others = recipe.merge.others if recipe.merge else {}
     if facts:
-        _require_prunable(recipe, facts)
+        depth = _require_prunable(recipe, facts)
         if recipe.arms.distilled or recipe.draft:
             _require_generates(facts, compute)
     for name, other in others.items():
-        if other.path is not None and facts:
-            _require_compatible(f"merge.others.{name}.path", other.path, facts, recipe.prune.depth)
-    if facts and recipe.merge and recipe.merge.slerp:
-        merge.require_one_for_each(recipe.merge.slerp.t, facts.blocks - recipe.prune.depth)
+        if other.path is not None and facts and depth:
+            _require_compatible(f"merge.others.{name}.path", other.path, facts, depth)
+    if facts and depth and recipe.merge and recipe.merge.slerp:
+        merge.require_one_for_each(recipe.merge.slerp.t, facts.blocks - depth)
     context, count = facts.context if facts else None, limits.token_counter(recipe.model)
     limits.require_numbers(recipe, context)
     for key, given in _row_sources(recipe).items():
@@ -64,17 +66,14 @@ def _row_sources(recipe: Recipe) -> dict[str, tuple[RowSource, ...]]:
     return {"rows": recipe.rows, **given}
 
 
-def _require_prunable(recipe: Recipe, facts: directory.ModelFacts) -> None:
-    """Raise UserError for a model on this machine that cannot be pruned as the recipe says."""
+def _require_prunable(recipe: Recipe, facts: directory.ModelFacts) -> int | None:
+    """Return how many blocks go; raise UserError for a model here that cannot be pruned as the recipe says."""
     require_supported(facts.architecture, "model")
-    if recipe.prune.remove:
-        require_removable(recipe.prune.remove, facts.blocks, "prune.remove")
-    else:
-        require_depth(recipe.prune.depth, recipe.prune.protect, facts.blocks)
     assert not isinstance(recipe.model, HubModel), "a hub model has no facts"
     if (path := sources.model_path(recipe.model)).is_dir():
         names = (name for tensors in directory.stored_tensors(path).values() for name in tensors)
         require_blocks(path, names, facts.blocks)
+    return depth_of(recipe.prune, sizes_of(recipe.model))
 
 
 def _require_generates(facts: directory.ModelFacts, compute: Compute) -> None:

@@ -18,8 +18,10 @@ from sdft_ray.core.surgery import block_of
 from sdft_ray.data import readers
 from sdft_ray.models import sources
 from sdft_ray.models.directory import stored_tensors
+from sdft_ray.models.sizes import sizes_of, sizes_of_directory
 from sdft_ray.pipeline import Chain
 from sdft_ray.preflight import memory
+from sdft_ray.preflight.cuts import depth_of
 from sdft_ray.spec.compute import Compute, cores
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.sources import HubModel, ModelSource
@@ -81,13 +83,15 @@ def estimate_stages(recipe: Recipe, compute: Compute, chain: Chain, storage: Sto
     base = chain.base
     done = base.location or (storage.files(base) if storage.status(base) == "done" else None)
     shape = shape_of_directory(done) if done else shape_of(recipe.model)
+    depth = depth_of(recipe.prune, sizes_of_directory(done) if done else sizes_of(recipe.model))
+    pruned = None if shape is None or depth is None else memory.prune(shape, depth)
     trained = chain.trained
     first = next(iter(trained.values()))
     return [
         *([_score(recipe, compute, shape)] if chain.score else []),
         _distill(recipe, compute, shape, _training_rows(first, storage)),
-        *(_train(recipe, compute, shape, name, stage, storage) for name, stage in trained.items()),
-        *_drafts(recipe, compute, shape, len(chain.drafts)),
+        *(_train(recipe, compute, pruned, name, stage, storage) for name, stage in trained.items()),
+        *_drafts(recipe, compute, shape, pruned, len(chain.drafts)),
         _evaluate(recipe, compute, shape, len(chain.models)),
     ]
 
@@ -111,7 +115,9 @@ def _distill(recipe: Recipe, compute: Compute, shape: memory.Shape | None, rows:
     return _engine("distill", work, compute.distill.actors.max, weights, compute)
 
 
-def _drafts(recipe: Recipe, compute: Compute, shape: memory.Shape | None, drafts: int) -> list[Cost]:
+def _drafts(
+    recipe: Recipe, compute: Compute, shape: memory.Shape | None, pruned: memory.Shape | None, drafts: int
+) -> list[Cost]:
     if not (settings := recipe.draft):
         return []
     counts = ", ".join(map(str, settings.tokens))
@@ -119,9 +125,8 @@ def _drafts(recipe: Recipe, compute: Compute, shape: memory.Shape | None, drafts
         f"{drafts} models, {settings.prompts} prompts of {settings.max_new_tokens} new tokens, {counts} of them drafted"
     )
     weights = None
-    if shape is not None:  # the base alone and the base with its draft take turns
-        small = memory.prune(shape, recipe.prune.depth)
-        weights = _bytes(settings.dtype) * (2 * shape.parameters + small.parameters)
+    if shape is not None and pruned is not None:  # the base alone and the base with its draft take turns
+        weights = _bytes(settings.dtype) * (2 * shape.parameters + pruned.parameters)
     return [_engine("draft", work, 1, weights, compute)]
 
 
@@ -139,7 +144,7 @@ def _engine(stage: str, work: str, processes: int, weights: int | None, compute:
 def _train(
     recipe: Recipe,
     compute: Compute,
-    shape: memory.Shape | None,
+    pruned: memory.Shape | None,
     model: str,
     stage: Stage[train.Settings],
     storage: Storage,
@@ -152,9 +157,8 @@ def _train(
     most = section.micro_batch * settings.max_tokens
     tokens = min(most, section.pass_tokens or most)
     work = f"{steps} of {settings.global_batch_size} rows, up to {tokens} tokens a pass"
-    if shape is None:
+    if pruned is None:
         return _cost(name, work, section.workers.max, None, "", compute, section.gpus)
-    pruned = memory.prune(shape, recipe.prune.depth)
     trained = memory.trainable_parameters(pruned, settings.method, settings.lora.rank, settings.lora.targets)
     needs = memory.training_memory(
         pruned,

@@ -53,8 +53,9 @@ def cut_line(cut: Cut, losses: Losses | None = None) -> str:
     """Return the removed blocks, what chose them, and how sure the choice is."""
     if cut.cost is None or cut.agreement is None:
         return f"Cut: blocks {name_blocks(cut.removed)}, named by the recipe."
+    enough = f", the fewest for {cut.target:,.0f} parameters or less" if cut.target else ""
     cost = {"angular": "distance", "influence": "summed influence", "loss": "loss on the loss texts"}[cut.metric]
-    text = f"Cut: blocks {name_blocks(cut.removed)}, {cost} {cut.cost:.3f}"
+    text = f"Cut: blocks {name_blocks(cut.removed)}{enough}, {cost} {cut.cost:.3f}"
     if losses and cut.metric == "loss":
         text += f" ({losses.base_loss:.3f} with nothing removed)"
     return f"{text}; {cut.agreement:.0%} of bootstrap samples choose the same."

@@ -37,12 +37,25 @@ class Protect(Section):
     """Blocks at the end."""
 
 
+class Target(Section):
+    """How small the model becomes."""
+
+    parameters: float = Field(gt=0)
+    """It has at most so many; those of tied tensors count once."""
+
+
+Way = Literal["span", "anywhere", "tail"]
+"""Which blocks may be chosen: side by side, any, or the last ones."""
+
+
 class Prune(Section):
     """Which blocks are removed."""
 
     blocks: int | None = Field(None, gt=0)
-    """Number of blocks to remove. Either this or `remove` is needed."""
-    remove: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(None, min_length=1)
+    """Number of blocks to remove. Either this, `target` or `remove` is needed."""
+    target: Target | None = None
+    """Instead of a number of blocks: the least number without which the model is small enough, whichever are chosen."""
+    remove: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Exactly these blocks, counted from 0. Nothing else then chooses, and nothing is measured for a choice."""
     metric: Literal["angular", "influence", "loss"] = "loss"
     """What decides: the `loss` on the loss texts with the blocks skipped, for the best candidates of both other
@@ -65,17 +78,21 @@ class Prune(Section):
     @field_validator("remove")
     @classmethod
     def _is_in_order(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if value == ():
+            raise ValueError("names no block. Give at least one")
         if twice := [block for i, block in enumerate(value or ()) if block in (value or ())[:i]]:
             raise ValueError(f"names block {twice[0]} twice. Remove one")
         return value and tuple(sorted(value))
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
-        if self.blocks is None and self.remove is None:
-            raise ValueError("blocks: is missing. Add it, or prune.remove")
+        if self.blocks is None and self.target is None and self.remove is None:
+            raise ValueError("blocks: is missing. Add it, prune.target or prune.remove")
+        if self.blocks and self.target:
+            raise ValueError("target: decides how many blocks go, and so does prune.blocks. Keep one of them")
         if self.remove:
             named = {name for name in self.model_fields_set if getattr(self, name) is not None}
-            for name in ("blocks", "metric", "contiguous", "protect", "candidates"):
+            for name in ("blocks", "target", "metric", "contiguous", "protect", "candidates"):
                 if name in named:
                     raise ValueError(f"{name}: decides nothing beside prune.remove. Keep one of them")
             return self
@@ -87,9 +104,9 @@ class Prune(Section):
         return self
 
     @property
-    def depth(self) -> int:
-        """How many blocks are removed."""
-        return len(self.remove) if self.remove else self.blocks or 0
+    def way(self) -> Way:
+        """Which blocks may be chosen together."""
+        return "span" if self.contiguous else "anywhere"
 
     @property
     def is_scored(self) -> bool:

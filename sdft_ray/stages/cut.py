@@ -14,10 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import Field
-
 from sdft_ray import stages
 from sdft_ray.core.choice import Choice
+from sdft_ray.core.depth import Depth, depth_settings
 from sdft_ray.core.surgery import (
     PER_BLOCK,
     block_of,
@@ -30,8 +29,10 @@ from sdft_ray.core.surgery import (
 from sdft_ray.data.readers import read_json
 from sdft_ray.models.directory import WEIGHTS_INDEX, require_loadable, stored_tensors, tensor_places, write_companions
 from sdft_ray.models.shards import copy_tensors, same_bytes
+from sdft_ray.models.sizes import settle_depth
+from sdft_ray.progress import log
 from sdft_ray.results import Cut, read_choice, read_measured
-from sdft_ray.spec.recipe import Protect, Prune, require_depth
+from sdft_ray.spec.recipe import Prune
 from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
 from sdft_ray.store.files import remember_hash, write_atomically
@@ -41,13 +42,11 @@ VERSION, NEEDS, UNIT = 3, None, "parts"
 _THREADS = 4  # more do not make a disk faster
 
 
-class Settings(Section):
+class Settings(Depth):
     """How the blocks to remove are chosen."""
 
     metric: str
-    depth: int = Field(serialization_alias="blocks")
     contiguous: bool
-    protect: Protect
 
 
 class Named(Section):
@@ -73,15 +72,14 @@ def stage(prune: Prune, base: Stage, score: Stage | None, loss: Stage | None) ->
     if prune.remove:
         slug = f"{base.slug}-{len(prune.remove)}"
         return Stage("cut", slug, VERSION, Named(remove=prune.remove), {"model": base})
-    assert prune.blocks, "a recipe has a number of blocks or their names"
-    settings = Settings(metric=prune.metric, depth=prune.blocks, contiguous=prune.contiguous, protect=prune.protect)
+    settings = Settings(metric=prune.metric, contiguous=prune.contiguous, **depth_settings(prune))
     inputs = {name: stage for name, stage in (("model", base), ("score", score), ("loss", loss)) if stage}
-    return Stage("cut", f"{base.slug}-{prune.blocks}", VERSION, settings, inputs)
+    return Stage("cut", settings.slug(base.slug), VERSION, settings, inputs)
 
 
 def name_cut(settings: Settings | Named) -> str:
     """Return in words what a cut removes."""
-    return f"without {name_blocks(settings.remove)}" if isinstance(settings, Named) else f"blocks {settings.depth}"
+    return f"without {name_blocks(settings.remove)}" if isinstance(settings, Named) else settings.name
 
 
 def build(work: Work[Settings | Named]) -> Summary:
@@ -91,6 +89,7 @@ def build(work: Work[Settings | Named]) -> Summary:
     parameters = remove_blocks(place, work.directory, reasons.removed)
     blocks = read_json(work.directory / "config.json")["num_hidden_layers"]
     summary = Summary(**reasons.plain(), blocks=blocks, parameters=parameters.after)
+    _report_target(work, summary)
     repo, measured = getattr(base.settings, "repo", None), work.stage.inputs.get("score")
     recipe = work.settings.hashed() | (measured.settings.hashed() if measured else {})
     chosen = _explain(reasons)
@@ -116,7 +115,18 @@ def _choose(work: Work[Settings | Named]) -> Cut:
         cost=choice.value,
         agreement=choice.agreement,
         runner_up=choice.runner_up,
+        **({"target": settings.target.parameters} if settings.target else {}),
     )
+
+
+def _report_target(work: Work[Settings | Named], summary: Summary) -> None:
+    """Log how many blocks a target means; raise RuntimeError where it is missed after all."""
+    if summary.target is None:
+        return
+    count, whole = len(summary.removed), summary.blocks + len(summary.removed)
+    if summary.parameters > summary.target:
+        raise RuntimeError(f"{work.directory}: has {summary.parameters} parameters (expected {summary.target} or less)")
+    log(f"cut: {count} of {whole} blocks go, and {summary.parameters:,} parameters are left of {summary.target:,.0f}")
 
 
 def _explain(cut: Cut) -> dict[str, str]:
@@ -131,14 +141,14 @@ def _explain(cut: Cut) -> dict[str, str]:
     }
 
 
-def choose_removed(work: Work[Settings]) -> Choice:
-    """Return the blocks that the recipe's metric gives up, and how sure that is."""
+def choose_removed(work: Work[Any]) -> Choice:
+    """Return the blocks that the recipe's metric gives up, and how sure that is; its settings choose."""
     from sdft_ray.core.similarity import choose_blocks, choose_span, span_distances, span_influences
 
     settings = work.settings
-    size, first, last = settings.depth, settings.protect.first, settings.protect.last
+    size = settle_depth(settings, "span" if settings.contiguous else "anywhere", work.input("model"))
+    first, last = settings.protect.first, settings.protect.last
     distances, influences = read_measured(work.input("score"))
-    require_depth(size, settings.protect, influences[0].shape[1])
     match settings.metric:
         case "loss":
             return read_choice(work.input("loss"))

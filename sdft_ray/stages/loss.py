@@ -14,17 +14,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
-
 from sdft_ray import stages
 from sdft_ray.cluster import use_assigned_cores
 from sdft_ray.core.choice import Choice
+from sdft_ray.core.depth import Depth, depth_settings
 from sdft_ray.data.calibration import CorpusSettings
 from sdft_ray.errors import UserError, problem
+from sdft_ray.models.sizes import settle_depth
 from sdft_ray.results import CANDIDATES, Candidate, Ranked, read_measured
 from sdft_ray.spec.compute import Needs
-from sdft_ray.spec.recipe import Protect, Prune
-from sdft_ray.spec.section import Section
+from sdft_ray.spec.recipe import Prune
 from sdft_ray.stages import Work
 from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage
@@ -33,14 +32,12 @@ from sdft_ray.text_pool import measure, read_texts
 VERSION, NEEDS, UNIT = 2, Needs("score"), "texts"
 
 
-class Settings(Section):
+class Settings(Depth):
     """Which spans are tried, and on what."""
 
     dtype: str
     calibration: tuple[CorpusSettings, ...]
-    depth: int = Field(serialization_alias="blocks")
     contiguous: bool
-    protect: Protect
     candidates: int
 
 
@@ -63,13 +60,12 @@ def stage(
     settings = Settings(
         dtype=prune.dtype,
         calibration=corpora,
-        depth=prune.blocks,
         contiguous=prune.contiguous,
-        protect=prune.protect,
         candidates=prune.candidates,
+        **depth_settings(prune),
     )
     inputs = {"model": base, "score": score, **corpus_rows}
-    return Stage("loss", f"{base.slug}-{prune.blocks}", VERSION, settings, inputs)
+    return Stage("loss", settings.slug(base.slug), VERSION, settings, inputs)
 
 
 def build(work: Work[Settings]) -> Summary:
@@ -124,7 +120,8 @@ def rank_candidates(work: Work[Settings]) -> list[Ranked]:
     """
     from sdft_ray.core.similarity import choose_blocks, span_distances, span_influences
 
-    size, protect = work.settings.depth, work.settings.protect
+    size = settle_depth(work.settings, "span" if work.settings.contiguous else "anywhere", work.input("model"))
+    protect = work.settings.protect
     distances, influences = read_measured(work.input("score"))
     blocks = influences[0].shape[1]
     starts = range(protect.first, blocks - size - protect.last + 1)

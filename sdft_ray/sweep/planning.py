@@ -30,7 +30,7 @@ from sdft_ray.stages import cut, distill, evaluate, train
 from sdft_ray.store.identity import Stage, short_id
 from sdft_ray.store.storage import Storage
 
-DEPTH, SIZE, RECIPE = "prune.blocks", "train.rows", "recipe"
+DEPTH, TARGET, SIZE, RECIPE = "prune.blocks", "prune.target.parameters", "train.rows", "recipe"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +170,7 @@ def _mistakes(cell: Cell) -> Iterator[str]:
             yield problem(f"axes.{path}", "moves no number of a trial", "Set it in the recipe")
         if section == "draft":
             yield problem(f"axes.{path}", "every draft is tried in the same way", "Set it in the recipe")
-        if not (path in (DEPTH, SIZE, RECIPE) or is_seed(path)) and not _validates(cell.recipe):
+        if not (path in (DEPTH, TARGET, SIZE, RECIPE) or is_seed(path)) and not _validates(cell.recipe):
             what = f"without validation rows no loss compares values of {path}"
             yield problem(f"axes.{path}", what, "Set rows.validation in the recipe, for example to 16")
         if field.endswith("weight") and cell.values[path] == 0 and section == "rows":

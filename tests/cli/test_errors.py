@@ -9,6 +9,9 @@ import pytest
 import yaml
 from command import sdft
 
+from sdft_ray.models.sizes import sizes_of
+from sdft_ray.spec.sources import LocalModel
+
 
 @pytest.fixture
 def folder(tiny_model, tmp_path):
@@ -37,16 +40,27 @@ def test_check_of_a_good_recipe_touches_nothing(folder):
 @pytest.mark.parametrize(
     ("prune", "line"),
     [
-        (None, "Cut: 2 of 6 blocks, the span of least loss among the best 5 by distance and by influence."),
-        ("{remove: [4, 1, 2]}", "Cut: blocks 1, 2, 4 of 6, named by the recipe."),
+        (
+            None,
+            "Cut: 2 of 6 blocks (LEFT of ALL parameters are left): the span of least loss among the best 5 by distance "
+            "and by influence.",
+        ),
+        ("{remove: [4, 2]}", "Cut: blocks 2, 4 of 6 (LEFT of ALL parameters are left), named by the recipe."),
+        (
+            "{target: {parameters: 160000}, metric: angular, calibration: {text: texts.txt}}",
+            "Cut: 2 of 6 blocks, the fewest for 160,000 parameters or less (LEFT of ALL parameters are left): the span "
+            "of least angular distance.",
+        ),
     ],
 )
-def test_check_says_which_blocks_go_or_how_they_are_chosen(folder, prune, line):
+def test_check_says_which_blocks_go_or_how_they_are_chosen(folder, tiny_model, prune, line):
     done = sdft("check", "recipe.yaml", *(["--set", f"prune={prune}"] if prune else []), cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[0] == line
+    sizes = sizes_of(LocalModel(path=str(tiny_model)))
+    left, whole = f"{sizes.total - 2 * sizes.blocks[0]:,}", f"{sizes.total:,}"
+    assert done.stdout.splitlines()[0] == line.replace("LEFT", left).replace("ALL", whole)
     stages = {line.split()[0] for line in done.stdout.splitlines()}
-    assert ("score" in stages) == (prune is None)
+    assert ("score" in stages) == ("named" not in line)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +73,10 @@ def test_check_says_which_blocks_go_or_how_they_are_chosen(folder, prune, line):
         (
             ["prune={remove: [0, 1, 2, 3, 4, 5]}"],
             "prune.remove: removes every block of a 6-block model. Give at most 5.",
+        ),
+        (
+            ["prune={target: {parameters: 1000}}"],
+            "prune.target.parameters: 1,000 cannot be reached: without 5 of 6 blocks ",
         ),
         (
             ["prune.remove=[1, 2]"],

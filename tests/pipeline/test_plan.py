@@ -190,6 +190,14 @@ def test_named_blocks_are_cut_without_a_measurement(recipe):
     assert found["cut"] != plan_of(recipe, remove=[1, 2])["cut"]
 
 
+def test_a_target_moves_the_cut_and_neither_scoring_nor_generation(recipe):
+    six, same, seven = (plan_of(recipe, target={"parameters": size}) for size in (6e9, 6_000_000_000, 7e9))
+    assert six == same
+    assert {name for name in six if six[name] != seven[name]} == {"loss", "cut", "train", "evaluate"}
+    deep = plan_of(recipe, blocks=2)
+    assert {name for name in six if six[name] != deep[name]} == {"loss", "cut", "train", "evaluate"}
+
+
 def test_named_blocks_with_a_patch_read_its_texts_and_are_not_scored(recipe):
     found = plan_of(recipe, remove=[1, 3], patch="linear", calibration={"rows": "own"})
     assert "patch" in found and not {"score", "loss"} & found.keys()
