@@ -85,7 +85,7 @@ class Chain:
     corpus_rows: Mapping[str, MixedStage]
     """The rows of calibration corpora that are rows, by `rows_N` for the corpus N."""
     score: Stage[score.Settings] | None
-    """None where the recipe names the blocks."""
+    """None where nothing that is measured chooses the blocks."""
     loss: Stage[loss.Settings] | None
     pruned: cut.CutStage
     patched: Stage[patch.Settings] | None

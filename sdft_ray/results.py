@@ -219,7 +219,7 @@ class Cut(Record):
     removed: tuple[int, ...]
     """0-based, ascending."""
     metric: str
-    """What chose them; `remove` where the recipe names them."""
+    """What chose them: a metric, or `remove`, which is the recipe itself."""
     cost: float | None = None
     """Mean distance, summed influence, or loss in nats a token; None where nothing was measured."""
     agreement: float | None = None

@@ -71,6 +71,10 @@ def load_text(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> Recip
             "prune.contiguous: false needs influence to choose. Set prune.metric: influence.",
         ),
         (
+            {"prune": {"blocks": 2, "metric": "tail", "contiguous": False}},
+            "prune.contiguous: false has no use, since tail takes the last blocks. Set contiguous: true.",
+        ),
+        (
             {"prune": {"blocks": 2, "metric": "loss", "candidates": 1}},
             "prune.candidates: 1 leaves the loss nothing to choose from. Set candidates to 2 or more.",
         ),

@@ -62,6 +62,8 @@ def _name_left(prune: Prune, sizes: Sizes | None) -> str:
 
 def _name_choice(prune: Prune) -> str:
     """Return in words which blocks are chosen."""
+    if prune.metric == "tail":
+        return "the last ones" + (f", but for {prune.protect.last} protected" if prune.protect.last else "")
     if prune.metric == "loss":
         return f"the span of least loss among the best {prune.candidates} by distance and by influence"
     if prune.metric == "angular":

@@ -51,9 +51,10 @@ def _name_sizes(scores: dict[str, Score]) -> str:
 
 def cut_line(cut: Cut, losses: Losses | None = None) -> str:
     """Return the removed blocks, what chose them, and how sure the choice is."""
-    if cut.cost is None or cut.agreement is None:
-        return f"Cut: blocks {name_blocks(cut.removed)}, named by the recipe."
     enough = f", the fewest for {cut.target:,.0f} parameters or less" if cut.target else ""
+    if cut.cost is None or cut.agreement is None:
+        why = "the last ones that may go" if cut.metric == "tail" else "named by the recipe"
+        return f"Cut: blocks {name_blocks(cut.removed)}{enough}, {why}."
     cost = {"angular": "distance", "influence": "summed influence", "loss": "loss on the loss texts"}[cut.metric]
     text = f"Cut: blocks {name_blocks(cut.removed)}{enough}, {cost} {cut.cost:.3f}"
     if losses and cut.metric == "loss":

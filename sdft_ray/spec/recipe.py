@@ -57,10 +57,10 @@ class Prune(Section):
     """Instead of a number of blocks: the least number without which the model is small enough, whichever are chosen."""
     remove: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Exactly these blocks, counted from 0. Nothing else then chooses, and nothing is measured for a choice."""
-    metric: Literal["angular", "influence", "loss"] = "loss"
+    metric: Literal["angular", "influence", "loss", "tail"] = "loss"
     """What decides: the `loss` on the loss texts with the blocks skipped, for the best candidates of both other
-    metrics; the `angular` distance between a span's input and output (arXiv 2403.17887); or the sum of its Block
-    `influence` (arXiv 2403.03853)."""
+    metrics; the `angular` distance between a span's input and output (arXiv 2403.17887); the sum of its Block
+    `influence` (arXiv 2403.03853); or nothing that is measured: `tail` takes the last blocks (arXiv 2411.15558)."""
     contiguous: bool = True
     """Whether the blocks stand side by side; false (influence only) takes the least influential ones anywhere."""
     protect: Protect = Protect()
@@ -96,6 +96,8 @@ class Prune(Section):
                 if name in named:
                     raise ValueError(f"{name}: decides nothing beside prune.remove. Keep one of them")
             return self
+        if not self.contiguous and self.metric == "tail":
+            raise ValueError("contiguous: false has no use, since tail takes the last blocks. Set contiguous: true")
         if not self.contiguous and self.metric != "influence":
             raise ValueError("contiguous: false needs influence to choose. Set prune.metric: influence")
         if self.metric == "loss" and self.candidates < 2:
@@ -106,12 +108,12 @@ class Prune(Section):
     @property
     def way(self) -> Way:
         """Which blocks may be chosen together."""
-        return "span" if self.contiguous else "anywhere"
+        return "tail" if self.metric == "tail" else "span" if self.contiguous else "anywhere"
 
     @property
     def is_scored(self) -> bool:
         """Whether distances and influences are measured."""
-        return self.remove is None
+        return self.remove is None and self.metric != "tail"
 
     @property
     def reads_texts(self) -> bool:

@@ -103,11 +103,15 @@ def build(work: Work[Settings | Named]) -> Summary:
 
 def _choose(work: Work[Settings | Named]) -> Cut:
     """Return the blocks to remove, and why these."""
-    settings = work.settings
+    settings, blocks = work.settings, read_json(work.input("model") / "config.json")["num_hidden_layers"]
     if isinstance(settings, Named):
-        blocks = read_json(work.input("model") / "config.json")["num_hidden_layers"]
         require_removable(settings.remove, blocks, "prune.remove")
         return Cut(removed=settings.remove, metric="remove")
+    aim = {"target": settings.target.parameters} if settings.target else {}
+    if settings.metric == "tail":
+        end = blocks - settings.protect.last
+        size = settle_depth(settings, "tail", work.input("model"))
+        return Cut(removed=tuple(range(end - size, end)), metric="tail", **aim)
     choice = choose_removed(work)
     return Cut(
         removed=choice.blocks,
@@ -115,7 +119,7 @@ def _choose(work: Work[Settings | Named]) -> Cut:
         cost=choice.value,
         agreement=choice.agreement,
         runner_up=choice.runner_up,
-        **({"target": settings.target.parameters} if settings.target else {}),
+        **aim,
     )
 
 
@@ -132,7 +136,7 @@ def _report_target(work: Work[Settings | Named], summary: Summary) -> None:
 def _explain(cut: Cut) -> dict[str, str]:
     """Return for people why these blocks."""
     if cut.cost is None or cut.agreement is None:
-        return {"named by": "the recipe"}
+        return {"metric": "tail, the last ones"} if cut.metric == "tail" else {"named by": "the recipe"}
     return {
         "metric": cut.metric,
         "cost": f"{cut.cost:.4f}",

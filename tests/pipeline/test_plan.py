@@ -190,6 +190,12 @@ def test_named_blocks_are_cut_without_a_measurement(recipe):
     assert found["cut"] != plan_of(recipe, remove=[1, 2])["cut"]
 
 
+def test_the_last_blocks_are_cut_without_a_measurement(recipe):
+    found = plan_of(recipe, blocks=2, metric="tail", calibration={"text": "no/such/file.txt"})
+    assert not {"score", "loss"} & found.keys()
+    assert found["cut"] != plan_of(recipe, blocks=2, metric="tail", protect={"last": 1})["cut"]
+
+
 def test_a_target_moves_the_cut_and_neither_scoring_nor_generation(recipe):
     six, same, seven = (plan_of(recipe, target={"parameters": size}) for size in (6e9, 6_000_000_000, 7e9))
     assert six == same
