@@ -4,8 +4,8 @@ In: a recipe. Out: its `Chain`, and after `run` an artifact for each stage of it
 code, and a finished artifact is not built again.
 
     sources of rows ── mix, where there are several
-    base model ──┬─ (score ── loss) ── cut ── (patch) ─┬─ train (sft, distilled)
-                 └─ distill ──────────────────────────┘            └── merge
+    base model ──┬─ (score) ── (loss) ── cut ── (patch) ─┬─ train (sft, distilled)
+                 └─ distill ────────────────────────────┘            └── merge
     nll: likelihoods of rewrites and references under the base
     draft: pruned, tuned and merged models for the base
     evaluate: base, pruned, tuned and merged models on every task
@@ -86,7 +86,7 @@ class Chain:
     """The rows of calibration corpora that are rows, by `rows_N` for the corpus N."""
     score: Stage[score.Settings] | None
     """None where nothing that is measured chooses the blocks."""
-    loss: Stage[loss.Settings] | None
+    loss: loss.LossStage | None
     pruned: cut.CutStage
     patched: Stage[patch.Settings] | None
     """The pruned model with a linear patch: arms are trained from it where there is one."""
@@ -145,7 +145,8 @@ def chain(recipe: Recipe) -> Chain:
     prune = recipe.prune
     corpora, corpus_rows = _calibration(recipe, own.rows) if prune.reads_texts else ((), {})
     scored = score.stage(prune.dtype, corpora, base, corpus_rows) if prune.is_scored else None
-    tried = loss.stage(prune, corpora, base, scored, corpus_rows) if scored and prune.candidates else None
+    is_tried = prune.is_greedy or (prune.is_scored and prune.candidates)
+    tried = loss.stage(prune, corpora, base, scored, corpus_rows) if is_tried else None
     pruned = cut.stage(prune, base, scored, tried if prune.metric == "loss" else None)
     data = training_data(recipe, base, own)
     models: dict[str, Stage[Any]] = {"base": base, "pruned": pruned}

@@ -213,6 +213,22 @@ class Candidate(Ranked):
     """By corpus."""
 
 
+class Taken(Record):
+    """One step of removing blocks one after the other."""
+
+    block: int
+    """That is removed, of the base."""
+    loss: float
+    """Without it and those of earlier steps: the mean over corpora, in nats a token."""
+    losses: dict[str, float]
+    """By corpus."""
+    runner_up: int | None
+    """The next best block; None where there is no other."""
+    runner_up_loss: float | None
+    agreement: float
+    """Fraction of bootstrap samples of the texts that remove the same block here."""
+
+
 class Cut(Record):
     """Which blocks are removed, and how sure that is."""
 

@@ -110,6 +110,16 @@ def test_estimate_stages_names_steps_and_what_does_not_fit(data):
         assert cost.gb > kv_cache_gib * 1.07 + 0.8
 
 
+def test_estimate_of_removing_one_after_the_other_counts_passes(data):
+    here = validate(Compute, {"distill": {"cpus": 1}, "train": {"cpus": 1}, "score": {"cpus": 1}})
+    recipe = validate(Recipe, data | {"prune": {**data["prune"], "contiguous": False}})
+    found = {c.stage: c for c in costs.estimate_stages(recipe, here, pipeline.chain(recipe), Storage("x"))}
+    assert "score" not in found
+    # Of 6 blocks and then of 5: each block once, and what comes behind each.
+    assert (6 + 15 + 5 + 10) / 6 == 6
+    assert found["loss"].work == "6 passes over 32 texts of up to 256 tokens, for 11 candidates"
+
+
 def test_estimate_of_a_target_is_that_of_the_depth_that_it_means(data):
     sizes = sizes_of(validate(Recipe, data).model)
     here = validate(Compute, {"distill": {"cpus": 1}, "train": {"cpus": 1}, "score": {"cpus": 1}})

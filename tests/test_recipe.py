@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from sdft_ray.errors import UserError
+from sdft_ray.models.depth import require_depth
 from sdft_ray.spec.loading import load_recipe
-from sdft_ray.spec.recipe import Protect, Recipe, require_depth
+from sdft_ray.spec.recipe import Protect, Recipe
 
 GOOD = {
     "model": {"path": "MODEL"},
@@ -67,8 +68,8 @@ def load_text(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> Recip
             "prune.calibration: a plain text has no response, which positions names. Set positions: last.",
         ),
         (
-            {"prune": {"blocks": 2, "contiguous": False}},
-            "prune.contiguous: false needs influence to choose. Set prune.metric: influence.",
+            {"prune": {"blocks": 2, "contiguous": False, "metric": "angular"}},
+            "prune.contiguous: false needs influence or loss to choose. Set prune.metric: influence.",
         ),
         (
             {"prune": {"blocks": 2, "metric": "tail", "contiguous": False}},

@@ -1,48 +1,18 @@
-"""The number of blocks to remove: as a recipe says, or as few as make the model small enough.
+"""The number of blocks to remove, where a recipe says how small the model becomes.
 
 In: how many parameters a model and each of its blocks have. Out: the least depth that is enough whichever blocks are
-chosen: blocks may differ in size (of some mixtures of experts they do), and what chooses them looks at other things. A
-recipe with a target has it in place of the depth in its ids: how many blocks it means shows when the base is there.
+chosen: blocks may differ in size (of some mixtures of experts they do), and what chooses them looks at other things.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
-
-from pydantic import Field
+from typing import Literal, NamedTuple
 
 from sdft_ray.errors import UserError, problem
-from sdft_ray.spec.recipe import Protect, Prune, Target, Way
-from sdft_ray.spec.section import Section
 
-
-class Depth(Section):
-    """The part of a stage's settings that says how many blocks go, and which stay."""
-
-    optional: ClassVar[tuple[str, ...]] = ("depth", "target")
-    depth: int | None = Field(None, serialization_alias="blocks")
-    target: Target | None = None
-    protect: Protect
-
-    @property
-    def name(self) -> str:
-        """How many blocks go, in words."""
-        return f"blocks {self.depth}" if self.depth else f"{self._millions} M parameters"
-
-    def slug(self, base: str) -> str:
-        """Return the name of what is made of a base."""
-        return f"{base}-{self.depth}" if self.depth else f"{base}-to-{self._millions}m"
-
-    @property
-    def _millions(self) -> str:
-        assert self.target, "a recipe has a number of blocks or a target"
-        return f"{self.target.parameters / 1e6:g}"
-
-
-def depth_settings(prune: Prune) -> dict[str, Any]:
-    """Return the fields of `Depth` of a recipe that names no blocks."""
-    return {"depth": prune.blocks, "target": prune.target, "protect": prune.protect}
+Way = Literal["span", "anywhere", "tail"]
+"""Which blocks may be chosen together: those side by side, any, or the last ones."""
 
 
 class Sizes(NamedTuple):

@@ -1,7 +1,6 @@
 """How many parameters a model and each of its blocks have, from the headers of its files.
 
-In: a model directory or a GGUF file. Out: `Sizes`, and how many blocks must go. The model is not built: headers name
-tensors and shapes.
+In: a model directory or a GGUF file. Out: `Sizes`. The model is not built: headers name tensors and shapes.
 """
 
 from __future__ import annotations
@@ -11,25 +10,14 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from sdft_ray.core.depth import Depth, Sizes, least_depth
+from sdft_ray.core.depth import Sizes
 from sdft_ray.core.surgery import block_of, rename_tensor
 from sdft_ray.data.readers import read_json
 from sdft_ray.models import sources
 from sdft_ray.models.directory import is_tied, tensor_places
-from sdft_ray.spec.recipe import Way, require_depth
 from sdft_ray.spec.sources import HubModel, ModelSource
 
 _HEAD = "lm_head.weight"
-
-
-def settle_depth(settings: Depth, way: Way, base: Path) -> int:
-    """Return how many blocks of the model in a directory are removed; raises UserError where that cannot be."""
-    protect = settings.protect
-    if settings.target:
-        return least_depth(sizes_of_directory(base), settings.target.parameters, protect.first, protect.last, way)
-    assert settings.depth, "a recipe has a number of blocks or a target"
-    require_depth(settings.depth, protect, read_json(base / "config.json")["num_hidden_layers"])
-    return settings.depth
 
 
 def sizes_of(source: ModelSource) -> Sizes | None:

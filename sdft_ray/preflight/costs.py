@@ -14,6 +14,7 @@ from pathlib import Path
 
 from sdft_ray import pipeline
 from sdft_ray.core.mixture import mixture_size
+from sdft_ray.core.passes import count_passes
 from sdft_ray.core.surgery import block_of
 from sdft_ray.data import readers
 from sdft_ray.models import sources
@@ -89,6 +90,7 @@ def estimate_stages(recipe: Recipe, compute: Compute, chain: Chain, storage: Sto
     first = next(iter(trained.values()))
     return [
         *([_score(recipe, compute, shape)] if chain.score else []),
+        *([_greedy(recipe, compute, shape, depth)] if recipe.prune.is_greedy else []),
         _distill(recipe, compute, shape, _training_rows(first, storage)),
         *(_train(recipe, compute, pruned, name, stage, storage) for name, stage in trained.items()),
         *_drafts(recipe, compute, shape, pruned, len(chain.drafts)),
@@ -97,16 +99,32 @@ def estimate_stages(recipe: Recipe, compute: Compute, chain: Chain, storage: Sto
 
 
 def _score(recipe: Recipe, compute: Compute, shape: memory.Shape | None) -> Cost:
-    corpora, section = recipe.prune.calibration, compute.score
-    texts = sum(corpus.limit for corpus in corpora)
-    longest = max(corpus.max_tokens for corpus in corpora)
-    bytes_each = (
-        None
-        if shape is None
-        else memory.holding_memory(shape, _bytes(recipe.prune.dtype), section.batch_size * longest)
-    )
-    work = f"{texts} texts of up to {longest} tokens"
-    return _cost("score", work, section.actors, bytes_each, "", compute, section.gpus)
+    corpora = recipe.prune.calibration
+    work = f"{sum(corpus.limit for corpus in corpora)} texts of up to {_longest(recipe)} tokens"
+    return _measuring("score", work, recipe, compute, shape)
+
+
+def _greedy(recipe: Recipe, compute: Compute, shape: memory.Shape | None, depth: int | None) -> Cost:
+    """Return the cost of trying every block at every step."""
+    protect, texts = recipe.prune.protect, sum(corpus.held_back for corpus in recipe.prune.calibration)
+    work = f"passes over {texts} texts of up to {_longest(recipe)} tokens"
+    if shape and depth:
+        counted = count_passes(shape.blocks, depth, protect.first, protect.last)
+        work = f"{counted.passes:.0f} {work}, for {counted.candidates} candidates"
+    return _measuring("loss", work, recipe, compute, shape)
+
+
+def _longest(recipe: Recipe) -> int:
+    return max(corpus.max_tokens for corpus in recipe.prune.calibration)
+
+
+def _measuring(stage: str, work: str, recipe: Recipe, compute: Compute, shape: memory.Shape | None) -> Cost:
+    """Return the cost of processes that hold the base to measure calibration texts."""
+    section, bytes_each = compute.score, None
+    if shape is not None:
+        tokens = section.batch_size * _longest(recipe)
+        bytes_each = memory.holding_memory(shape, _bytes(recipe.prune.dtype), tokens)
+    return _cost(stage, work, section.actors, bytes_each, "", compute, section.gpus)
 
 
 def _distill(recipe: Recipe, compute: Compute, shape: memory.Shape | None, rows: int | None) -> Cost:

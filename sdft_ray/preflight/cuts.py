@@ -10,8 +10,9 @@ from collections.abc import Iterable
 
 from sdft_ray.core.depth import Sizes, least_depth, parameters_left
 from sdft_ray.core.surgery import name_blocks, require_removable
+from sdft_ray.models.depth import require_depth
 from sdft_ray.models.sizes import sizes_of
-from sdft_ray.spec.recipe import Prune, Recipe, require_depth
+from sdft_ray.spec.recipe import Prune, Recipe
 
 
 def depth_of(prune: Prune, sizes: Sizes | None) -> int | None:
@@ -64,6 +65,8 @@ def _name_choice(prune: Prune) -> str:
     """Return in words which blocks are chosen."""
     if prune.metric == "tail":
         return "the last ones" + (f", but for {prune.protect.last} protected" if prune.protect.last else "")
+    if prune.is_greedy:
+        return "one after the other, each time the one without which the loss is least"
     if prune.metric == "loss":
         return f"the span of least loss among the best {prune.candidates} by distance and by influence"
     if prune.metric == "angular":

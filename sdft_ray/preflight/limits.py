@@ -170,7 +170,7 @@ def _mix(each: Sequence[_Known], shares: Sequence[int] | None, count: int | None
 
 def require_texts(recipe: Recipe, count: Counter, read: FileReader = read_file) -> None:
     """Raise UserError for a calibration corpus that cannot be read, or is too short to take a loss on."""
-    needed = 3 if recipe.prune.candidates else 1  # a third are loss texts
+    needed = 3 if recipe.prune.candidates or recipe.prune.is_greedy else 1  # a third are loss texts
     for corpus in recipe.prune.calibration if recipe.prune.reads_texts else ():
         if corpus.rows is not None:
             if corpus.rows != "own":

@@ -17,6 +17,7 @@ from sdft_ray.stages.cut import Summary as Pruned
 from sdft_ray.stages.distill import SourceSummary as Rewrites
 from sdft_ray.stages.distill import Summary as Selection
 from sdft_ray.stages.draft import Summary as Draft
+from sdft_ray.stages.loss import GreedySummary as Greedy
 from sdft_ray.stages.loss import Summary as Losses
 from sdft_ray.stages.merge import Summary as Merged
 from sdft_ray.stages.mix import Source as MixedSource
@@ -122,6 +123,7 @@ class Details(Record):
     distances: Distances | None
     """None where nothing was measured to choose blocks."""
     losses: Losses | None
+    greedy: Greedy | None
     cut: Pruned
     selection: Selection | None
     examples: Sequence[Example]

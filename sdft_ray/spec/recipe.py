@@ -14,7 +14,6 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
-from sdft_ray.errors import UserError, problem
 from sdft_ray.spec.section import LocalPath, Section, require_distinct
 from sdft_ray.spec.sources import (
     Calibration,
@@ -44,10 +43,6 @@ class Target(Section):
     """It has at most so many; those of tied tensors count once."""
 
 
-Way = Literal["span", "anywhere", "tail"]
-"""Which blocks may be chosen: side by side, any, or the last ones."""
-
-
 class Prune(Section):
     """Which blocks are removed."""
 
@@ -62,7 +57,8 @@ class Prune(Section):
     metrics; the `angular` distance between a span's input and output (arXiv 2403.17887); the sum of its Block
     `influence` (arXiv 2403.03853); or nothing that is measured: `tail` takes the last blocks (arXiv 2411.15558)."""
     contiguous: bool = True
-    """Whether the blocks stand side by side; false (influence only) takes the least influential ones anywhere."""
+    """Whether the blocks stand side by side. If false they stand anywhere: the least influential ones, or by `loss`
+    one after the other, each time the one without which the loss is least (each step tries every block)."""
     protect: Protect = Protect()
     candidates: int = Field(5, ge=0)
     """Spans whose loss is measured: so many of the best by distance, and so many of the best by influence. 0: none."""
@@ -98,37 +94,32 @@ class Prune(Section):
             return self
         if not self.contiguous and self.metric == "tail":
             raise ValueError("contiguous: false has no use, since tail takes the last blocks. Set contiguous: true")
-        if not self.contiguous and self.metric != "influence":
-            raise ValueError("contiguous: false needs influence to choose. Set prune.metric: influence")
-        if self.metric == "loss" and self.candidates < 2:
+        if not self.contiguous and self.metric == "angular":
+            raise ValueError("contiguous: false needs influence or loss to choose. Set prune.metric: influence")
+        if self.metric == "loss" and self.contiguous and self.candidates < 2:
             what = f"candidates: {self.candidates} leaves the loss nothing to choose from"
             raise ValueError(f"{what}. Set candidates to 2 or more")
         return self
 
     @property
-    def way(self) -> Way:
+    def way(self) -> Literal["span", "anywhere", "tail"]:
         """Which blocks may be chosen together."""
         return "tail" if self.metric == "tail" else "span" if self.contiguous else "anywhere"
 
     @property
+    def is_greedy(self) -> bool:
+        """Whether blocks are chosen one after the other by the loss."""
+        return self.remove is None and self.metric == "loss" and not self.contiguous
+
+    @property
     def is_scored(self) -> bool:
         """Whether distances and influences are measured."""
-        return self.remove is None and self.metric != "tail"
+        return self.remove is None and self.metric != "tail" and not self.is_greedy
 
     @property
     def reads_texts(self) -> bool:
         """Whether something is measured on the calibration texts."""
-        return self.is_scored or self.patch != "none"
-
-
-def require_depth(depth: int, protect: Protect, blocks: int) -> None:
-    """Raise UserError unless `depth` of a model's blocks can be removed while the protected ones stay."""
-    if depth >= blocks:
-        what = f"{depth} removes every block of a {blocks}-block model"
-        raise UserError(problem("prune.blocks", what, f"Give 1 to {blocks - 1}"))
-    if depth > (free := max(0, blocks - protect.first - protect.last)):
-        what = f"leaves {free} of {blocks} blocks to remove {depth} from"
-        raise UserError(problem("prune.protect", what, "Lower prune.protect"))
+        return self.is_scored or self.is_greedy or self.patch != "none"
 
 
 Phrase = Annotated[str, Field(min_length=1)]

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 from sdft_ray import stages
 from sdft_ray.core.choice import Choice
-from sdft_ray.core.depth import Depth, depth_settings
 from sdft_ray.core.surgery import (
     PER_BLOCK,
     block_of,
@@ -27,9 +26,9 @@ from sdft_ray.core.surgery import (
     require_removable,
 )
 from sdft_ray.data.readers import read_json
+from sdft_ray.models.depth import Depth, count_blocks, depth_settings, settle_depth
 from sdft_ray.models.directory import WEIGHTS_INDEX, require_loadable, stored_tensors, tensor_places, write_companions
 from sdft_ray.models.shards import copy_tensors, same_bytes
-from sdft_ray.models.sizes import settle_depth
 from sdft_ray.progress import log
 from sdft_ray.results import Cut, read_choice, read_measured
 from sdft_ray.spec.recipe import Prune
@@ -87,10 +86,11 @@ def build(work: Work[Settings | Named]) -> Summary:
     base, place = work.stage.inputs["model"], work.input("model")
     reasons = _choose(work)
     parameters = remove_blocks(place, work.directory, reasons.removed)
-    blocks = read_json(work.directory / "config.json")["num_hidden_layers"]
+    blocks = count_blocks(work.directory)
     summary = Summary(**reasons.plain(), blocks=blocks, parameters=parameters.after)
     _report_target(work, summary)
-    repo, measured = getattr(base.settings, "repo", None), work.stage.inputs.get("score")
+    repo, inputs = getattr(base.settings, "repo", None), work.stage.inputs
+    measured = inputs.get("score") or inputs.get("loss")
     recipe = work.settings.hashed() | (measured.settings.hashed() if measured else {})
     chosen = _explain(reasons)
     if measured:
@@ -103,7 +103,7 @@ def build(work: Work[Settings | Named]) -> Summary:
 
 def _choose(work: Work[Settings | Named]) -> Cut:
     """Return the blocks to remove, and why these."""
-    settings, blocks = work.settings, read_json(work.input("model") / "config.json")["num_hidden_layers"]
+    settings, blocks = work.settings, count_blocks(work.input("model"))
     if isinstance(settings, Named):
         require_removable(settings.remove, blocks, "prune.remove")
         return Cut(removed=settings.remove, metric="remove")
@@ -151,11 +151,11 @@ def choose_removed(work: Work[Any]) -> Choice:
 
     settings = work.settings
     size = settle_depth(settings, "span" if settings.contiguous else "anywhere", work.input("model"))
+    if settings.metric == "loss":
+        return read_choice(work.input("loss"))
     first, last = settings.protect.first, settings.protect.last
     distances, influences = read_measured(work.input("score"))
     match settings.metric:
-        case "loss":
-            return read_choice(work.input("loss"))
         case "influence" if not settings.contiguous:
             return choose_blocks(influences, size, first, last)
         case "influence":

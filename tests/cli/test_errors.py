@@ -52,6 +52,11 @@ def test_check_of_a_good_recipe_touches_nothing(folder):
             "of least angular distance.",
         ),
         (
+            "{blocks: 2, contiguous: false, calibration: {text: texts.txt}}",
+            "Cut: 2 of 6 blocks (LEFT of ALL parameters are left): one after the other, each time the one without "
+            "which the loss is least.",
+        ),
+        (
             "{blocks: 2, metric: tail, protect: {last: 1}}",
             "Cut: 2 of 6 blocks (LEFT of ALL parameters are left): the last ones, but for 1 protected.",
         ),
@@ -64,7 +69,7 @@ def test_check_says_which_blocks_go_or_how_they_are_chosen(folder, tiny_model, p
     left, whole = f"{sizes.total - 2 * sizes.blocks[0]:,}", f"{sizes.total:,}"
     assert done.stdout.splitlines()[0] == line.replace("LEFT", left).replace("ALL", whole)
     stages = {line.split()[0] for line in done.stdout.splitlines()}
-    assert ("score" in stages) == ("named" not in line and "last ones" not in line)
+    assert ("score" in stages) == ("the span" in line)
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,8 @@ FIXED = {
     "model.path",
     "rows.0.path",
     "prune.contiguous",
+    "prune.target",  # either this, remove or blocks; tested below
+    "prune.remove",
     "prune.calibration.0.text",
     "prune.calibration.0.rows",
     "evaluate.speed",  # measures beside the evaluations
@@ -158,13 +160,14 @@ def test_every_way_to_choose_blocks_has_its_own_ids(recipe):
     ways = [
         {"metric": metric, "contiguous": contiguous, "candidates": candidates}
         for metric, contiguous, candidates in [
-            ("angular", True, 5), ("influence", True, 5), ("influence", False, 5), ("loss", True, 5), ("loss", True, 6)
+            ("angular", True, 5), ("influence", True, 5), ("influence", False, 5), ("loss", True, 5), ("loss", True, 6),
+            ("loss", False, 5), ("tail", True, 5)
         ]
     ]  # fmt: skip
     plans = [pipeline.chain(validate(Recipe, recipe | {"prune": recipe["prune"] | way})).in_order for way in ways]
     ids = [{stage.name: stage.id for stage in plan} for plan in plans]
     assert len({each["cut"] for each in ids}) == len(ways)
-    assert len({each["score"] for each in ids}) == 1, "one pass serves every way"
+    assert len({each["score"] for each in ids if "score" in each}) == 1, "one pass serves every way"
 
 
 def test_losses_of_candidates_are_measured_where_asked_for_and_bear_on_the_cut_only_where_they_choose(recipe):
@@ -188,6 +191,13 @@ def test_named_blocks_are_cut_without_a_measurement(recipe):
     assert not {"score", "loss"} & found.keys()
     assert found == plan_of(recipe, remove=[1, 3], dtype="bfloat16", **nowhere), "their order is no difference"
     assert found["cut"] != plan_of(recipe, remove=[1, 2])["cut"]
+
+
+def test_blocks_that_go_one_after_the_other_need_no_distances(recipe):
+    two, three = (plan_of(recipe, blocks=depth, contiguous=False) for depth in (2, 3))
+    assert "loss" in two and "score" not in two
+    assert {name for name in two if two[name] != three[name]} == {"loss", "cut", "train", "evaluate"}
+    assert two == plan_of(recipe, blocks=2, contiguous=False, candidates=0), "every block is a candidate"
 
 
 def test_the_last_blocks_are_cut_without_a_measurement(recipe):
