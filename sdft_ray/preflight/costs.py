@@ -15,6 +15,7 @@ from pathlib import Path
 from sdft_ray import pipeline
 from sdft_ray.core.mixture import mixture_size
 from sdft_ray.core.passes import count_passes
+from sdft_ray.core.patch import gaps
 from sdft_ray.core.surgery import block_of
 from sdft_ray.data import readers
 from sdft_ray.models import sources
@@ -24,9 +25,10 @@ from sdft_ray.pipeline import Chain
 from sdft_ray.preflight import memory
 from sdft_ray.preflight.cuts import depth_of
 from sdft_ray.spec.compute import Compute, cores
-from sdft_ray.spec.recipe import Recipe
+from sdft_ray.spec.recipe import Prune, Recipe
 from sdft_ray.spec.sources import HubModel, ModelSource
 from sdft_ray.stages import mix, train
+from sdft_ray.stages.train.adapters import LAST_BLOCKS
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 from sdft_ray.sweep.planning import Plan
@@ -177,7 +179,8 @@ def _train(
     work = f"{steps} of {settings.global_batch_size} rows, up to {tokens} tokens a pass"
     if pruned is None:
         return _cost(name, work, section.workers.max, None, "", compute, section.gpus)
-    trained = memory.trainable_parameters(pruned, settings.method, settings.lora.rank, settings.lora.targets)
+    scope = _scope(pruned, settings.scope, recipe.prune)
+    trained = memory.trainable_parameters(scope, settings.method, settings.lora.rank, settings.lora.targets)
     needs = memory.training_memory(
         pruned,
         trained,
@@ -199,6 +202,15 @@ def _train(
     )
     bytes_each = sum(named.values()) + memory.PROCESS_BYTES
     return _cost(name, work, section.workers.max, bytes_each, parts, compute, section.gpus)
+
+
+def _scope(pruned: memory.Shape, scope: str, prune: Prune) -> memory.Shape:
+    """Return the shape of what is trained of a model, at most."""
+    if scope == "all":
+        return pruned
+    runs = len(gaps(prune.remove)) if prune.remove else 1 if prune.contiguous else pruned.blocks
+    blocks = min(pruned.blocks, 2 * runs if scope == "beside_cut" else LAST_BLOCKS)
+    return dataclasses.replace(pruned, blocks=blocks, parameters=blocks * pruned.block_parameters)
 
 
 def _evaluate(recipe: Recipe, compute: Compute, shape: memory.Shape | None, models: int) -> Cost:

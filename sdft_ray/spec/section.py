@@ -19,7 +19,7 @@ class Section(BaseModel):
     unhashed: ClassVar[tuple[str, ...]] = ()
     """Fields that move no number, such as paths and gates: they are not part of an id."""
     optional: ClassVar[tuple[str, ...]] = ()
-    """Fields that are not part of an id while they are None."""
+    """Fields that are not part of an id while they are None or have their default."""
 
     def hashed(self) -> dict[str, Any]:
         """Return the fields that are part of an id, as plain JSON."""
@@ -31,7 +31,8 @@ class Section(BaseModel):
         return type(self).model_fields[name].serialization_alias or name
 
     def _is_absent(self, name: str) -> bool:
-        return name in self.optional and getattr(self, name) is None
+        value = getattr(self, name)
+        return name in self.optional and (value is None or value == type(self).model_fields[name].default)
 
 
 def _hashed(value: Any, plain: Any) -> Any:

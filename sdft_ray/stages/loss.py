@@ -23,6 +23,7 @@ from sdft_ray.cluster import use_assigned_cores
 from sdft_ray.core.choice import Choice
 from sdft_ray.core.passes import Passes, count_passes
 from sdft_ray.data.calibration import Corpus, CorpusSettings
+from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
 from sdft_ray.models.depth import Depth, count_blocks, depth_settings, settle_depth
 from sdft_ray.progress import log
@@ -181,7 +182,7 @@ def _remove_one_by_one(work: Work[GreedySettings]) -> GreedySummary:
         for number in range(depth):
             gone = tuple(sorted(step.block for step in steps))
             free = [block for block in range(protect.first, blocks - protect.last) if block not in gone]
-            losses = _measure_step(work, kept / f"step-{number}.safetensors", corpora, free, gone)
+            losses = _measure_step(work, kept / f"step-{number}.json", corpora, free, gone)
             base_loss = base_loss or float(_mean(losses)[0])
             step, agrees = _take(losses, free, [corpus.name for corpus in corpora])
             steps.append(step)
@@ -231,9 +232,9 @@ def _kept_steps(work: Work[GreedySettings]) -> Iterator[Path]:
     """Hold the directory of the losses of steps, whose id has everything of the stage's but the number of blocks."""
     identity, slug = work.stage.identity, work.stage.inputs["model"].slug
     settings = {name: value for name, value in identity["settings"].items() if name not in ("blocks", "target")}
-    name = f"{slug}-steps-{short_id({**identity, 'settings': settings})}"
-    with work.storage.lock(f"ledger-{name}"):
-        folder = work.storage.ledger(name)
+    key = short_id({**identity, "settings": settings})
+    with work.storage.lock(f"ledger-{key}"):
+        folder = work.storage.ledger(f"{slug}-steps-{key}")
         work.storage.bring(folder)
         yield folder
 
@@ -242,14 +243,13 @@ def _measure_step(
     work: Work[GreedySettings], kept: Path, corpora: Sequence[Corpus], free: Sequence[int], gone: Sequence[int]
 ) -> list[Tensor]:
     """Return `_measure_losses` of every block that is free, from the file where an earlier run kept them."""
-    from safetensors.torch import load_file, save
+    import torch
 
     if not kept.is_file():
         losses = _measure_losses(work, corpora, [(block,) for block in free], gone)
-        write_atomically(kept, save({str(i): each for i, each in enumerate(losses)}))
+        write_atomically(kept, json.dumps([each.tolist() for each in losses]))
         work.storage.publish(kept)
-    measured = load_file(kept)
-    return [measured[str(i)] for i in range(len(corpora))]
+    return [torch.tensor(each, dtype=torch.float64) for each in read_json(kept)]
 
 
 def rank_candidates(work: Work[Settings]) -> list[Ranked]:

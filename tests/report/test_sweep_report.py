@@ -12,7 +12,7 @@ from rich.console import Console
 
 from sdft_ray import pipeline
 from sdft_ray.core.speculation import worth
-from sdft_ray.report import plots, sweep, table, terminal
+from sdft_ray.report import page, plots, sweep, table, terminal
 from sdft_ray.store.files import write_atomically
 from sdft_ray.store.storage import Storage
 from sdft_ray.sweep import notes, planning
@@ -64,6 +64,11 @@ def write_evaluation(storage: Storage, stage, right: int) -> None:
     write(storage, stage, summary, {"items.jsonl": items})
 
 
+def gone_of(stage) -> int:
+    """Return how many blocks a cut removes."""
+    return len(getattr(stage.settings, "remove", ())) or stage.settings.depth
+
+
 def write_shared(plan: planning.Plan, storage: Storage, tiny_model: Path) -> None:
     """Write what all trials need; the base is right on 16 of 20 items, a model without n blocks on 16 - 2 n."""
     config = json.loads((tiny_model / "config.json").read_text())
@@ -74,7 +79,7 @@ def write_shared(plan: planning.Plan, storage: Storage, tiny_model: Path) -> Non
             case "score":
                 write(storage, stage, {}, {"distances.json": json.dumps({"blocks": 6, "corpora": [], "choices": {}})})
             case "cut":
-                gone = stage.settings.depth
+                gone = gone_of(stage)
                 smaller = {**config, "num_hidden_layers": 6 - gone}
                 if "layer_types" in smaller:
                     smaller["layer_types"] = smaller["layer_types"][gone:]
@@ -83,7 +88,7 @@ def write_shared(plan: planning.Plan, storage: Storage, tiny_model: Path) -> Non
                 write(storage, stage, summary, {"config.json": json.dumps(smaller)})
             case "evaluate":
                 cut = stage.inputs["model"]
-                write_evaluation(storage, stage, 16 - (2 * cut.settings.depth if cut.name == "cut" else 0))
+                write_evaluation(storage, stage, 16 - (2 * gone_of(cut) if cut.name == "cut" else 0))
 
 
 COUNTS = ("rows", "rows_too_long", "rows_left_out", "validation_rows", "steps", "planned_steps", "best_step")
@@ -201,6 +206,28 @@ def test_report_of_drafts_stands_on_terminal_csv_and_page_with_what_failed(colle
     assert (first["draft.cost"], first["draft.sampled.tokens"], lines[-1]["draft.cost"]) == ("0.5", "1", "")
     drafts = plots.draft_lines(collected, "acceptance", "a"), plots.draft_lines(collected, "speedup", "speed")
     assert all("distilled, sampled" in figure and "(not chosen)" not in figure for figure in drafts)
+
+
+def test_report_of_named_blocks_has_their_number_and_no_map(plan, tiny_model, tmp_path):
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    recipe |= {"prune": {"remove": [0]}, "arms": {"sft": {}}}
+    recipe["rows"]["validation"] = 1
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    axes = {"prune.remove": [[0, 1], [0, 1, 2]]}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"recipe": "recipe.yaml", "axes": axes}))
+    storage, named = Storage(str(tmp_path / "named")), planning.load_sweep(tmp_path / "sweep.yaml")
+    assert "score" not in {stage.name for stage in named.shared}
+    write_shared(named, storage, tiny_model)
+    for trial in named.trials:
+        write_trial(trial, storage, right=14, validation_loss=1.0)
+    report = sweep.collect(named, "sweep.yaml", storage)
+    assert [(trial.blocks, trial.values["prune.remove"]) for trial in report.trials] == [(2, [0, 1]), (3, [0, 1, 2])]
+    assert [(group.blocks, group.chosen) for group in report.groups] == [(2, True), (3, True)]
+    assert report.maps == []
+    console = Console(record=True, width=200, file=io.StringIO())
+    terminal.show_sweep(report, console)
+    assert "remove [0, 1]" in console.export_text()
+    assert "sft" in table.as_csv(report) and "<html" in page.render_sweep(report, tmp_path)
 
 
 def test_report_of_depths_has_each_pruned_model_with_its_blocks(collected):

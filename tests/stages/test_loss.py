@@ -1,5 +1,7 @@
 """The loss with blocks skipped, against the whole model whose blocks are made to give back their input by hooks."""
 
+import json
+
 import pytest
 import torch
 from architectures import logits_of
@@ -145,7 +147,24 @@ def test_cut_by_loss_removes_the_candidate_of_lowest_loss(work):
 
 
 @pytest.fixture
-def greedy(ray_cluster, tiny_model, tmp_path):
+def measured(monkeypatch) -> list[int]:
+    """Let the stage measure in this process instead of on Ray; returns how many candidates each measurement had."""
+    counts: list[int] = []
+
+    def measure(actor, corpora, _section, _progress, **arguments):
+        meter = actor(device="cpu", **arguments)
+        counts.append(len(arguments["candidates"]) - 1)
+        results = [
+            [meter({"index": 0, "texts": json.dumps([text, text])})["loss"][0] for text in corpus] for corpus in corpora
+        ]
+        return [{"loss": losses} for losses in results]
+
+    monkeypatch.setattr(loss, "measure", measure)
+    return counts
+
+
+@pytest.fixture
+def greedy(tiny_model, tmp_path, measured):
     """Return the work of removing blocks one after the other on chat rows and on plain texts."""
     texts = tmp_path / "texts.txt"
     texts.write_text("\n\n".join(f"A text of its own, number {i}." for i in range(9)))
@@ -183,10 +202,8 @@ def brute_force(work: Work, depth: int, free: range) -> tuple[list[int], list[fl
     return gone, losses
 
 
-def test_blocks_that_go_one_after_the_other_are_those_of_brute_force(greedy, monkeypatch):
-    work, measured = greedy(blocks=3, protect=Protect(first=1)), []
-    measure = loss.measure
-    monkeypatch.setattr(loss, "measure", lambda *args, **kwargs: measured.append(0) or measure(*args, **kwargs))
+def test_blocks_that_go_one_after_the_other_are_those_of_brute_force(greedy, measured):
+    work = greedy(blocks=3, protect=Protect(first=1))
     summary = loss.build(work)
     order, losses = brute_force(work, 3, range(1, 6))
     assert [step.block for step in summary.steps] == order
@@ -196,14 +213,15 @@ def test_blocks_that_go_one_after_the_other_are_those_of_brute_force(greedy, mon
     assert 0 < summary.choice.agreement <= min(step.agreement for step in summary.steps)
     for step in summary.steps:
         assert step.loss == pytest.approx(sum(step.losses.values()) / 2) and step.loss <= step.runner_up_loss
-    assert len(measured) == 3
+    assert measured == [5, 4, 3]
     work.storage.commit(work.stage, summary.plain(), 0.0)
 
     # Fewer blocks need nothing that was not measured, and more only what is missing.
     fewer = loss.build(greedy(blocks=2, protect=Protect(first=1)))
-    assert fewer.steps == summary.steps[:2] and fewer.base_loss == summary.base_loss and len(measured) == 3
+    assert fewer.steps == summary.steps[:2] and fewer.base_loss == summary.base_loss
+    assert measured == [5, 4, 3]
     more = loss.build(greedy(blocks=4, protect=Protect(first=1)))
-    assert more.steps[:3] == summary.steps and len(measured) == 4
+    assert more.steps[:3] == summary.steps and measured == [5, 4, 3, 2]
 
     inputs = {"model": work.stage.inputs["model"], "loss": work.stage}
     pruned = cut.stage(Prune(blocks=3, contiguous=False, protect=Protect(first=1)), inputs["model"], None, work.stage)
