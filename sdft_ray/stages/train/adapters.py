@@ -57,8 +57,9 @@ def adapt(model: Any, base: Path, settings: training.Train) -> Any:
     Adapters out of scope stay as they are made, and then add nothing.
     """
     adapted = model if settings.method == "full" else _add_adapters(model, settings)
-    blocks = blocks_in_scope(base, settings)
-    for name, parameter in adapted.named_parameters() if blocks is not None else ():
+    if (blocks := blocks_in_scope(base, settings)) is None:
+        return adapted
+    for name, parameter in adapted.named_parameters():
         block = re.search(r"\.layers\.(\d+)\.", name)
         if not block or int(block[1]) not in blocks:
             parameter.requires_grad_(False)
