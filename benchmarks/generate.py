@@ -161,7 +161,7 @@ def through_stage(stage: Stage[Settings], compute: Compute, root: Path) -> Timed
 def through_vllm(stage: Stage[Settings], compute: Compute, root: Path) -> Timed:
     """Generate with vllm.LLM in this process."""
     chosen = compute.distill
-    options = chosen.engine.model_dump() | {"tensor_parallel_size": chosen.tensor_parallel_size}
+    options = chosen.engine_options()
     arguments = engine_arguments(str(stage.inputs["model"].location), stage.settings.dtype, options, alone=True)
     from vllm import LLM, SamplingParams
 

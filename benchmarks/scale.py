@@ -102,7 +102,7 @@ class FakeEngine:
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Generation]]:
         """Yield each request with a text of its own."""
         for request in requests:
-            words = " ".join(f"word{request.sampling_seed + i}" for i in range(30))
+            words = " ".join(f"word{(request.sampling_seed or 0) + i}" for i in range(30))
             yield request, Generation(words, "stop", len(request.prompt_ids), 120)
 
 

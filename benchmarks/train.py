@@ -180,8 +180,8 @@ def start(base: Path, threads: int) -> dict[str, Callable[[Sequence[TrainingRow]
     torch.distributed.init_process_group("gloo")
     settings = training.Train()
     section = wording.validate(compute.Train, {"workers": 1, "cpus": 1})
-    engine = zero.start_engine(zero.load_trainable(str(base), settings, section), settings, section, {})
-    packed_module = zero.load_trainable(str(base), settings, section)
+    engine = zero.start_engine(zero.load_trainable(str(base), settings, section, {}), settings, section, {})
+    packed_module = zero.load_trainable(str(base), settings, section, {})
     padded_model = adapt(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), base, settings)
 
     def adam(module: Any) -> Any:

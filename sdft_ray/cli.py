@@ -1,4 +1,5 @@
-"""The command `sdft`: check, run, sweep, submit, report, verify, doctor, show, diff, init, explain, schema.
+"""The command `sdft`: check, run, sweep, submit, report, verify, doctor, show, diff, push, export, init, explain,
+schema, completion.
 
 In: arguments. Out: results on stdout, progress on stderr, exit code 0 (done), 1 (a stage failed) or 2 (bad recipe or
 usage). Nothing heavy is imported at the top: `sdft --help` answers at once.
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdft_ray import commands, environment
 from sdft_ray.errors import StageFailed, UserError, nearest, problem
+from sdft_ray.publish import commands as publishing
 
 if TYPE_CHECKING:
     from sdft_ray.engine import EngineFactory
@@ -87,7 +89,9 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_builders(add)
     _add_readers(add)
+    _add_publishers(add)
     _add_writers(add)
+    parser.set_defaults(parsers=subparsers.choices)
     return parser
 
 
@@ -115,6 +119,7 @@ def _add_builders(add: Callable[..., argparse.ArgumentParser]) -> None:
     submit.add_argument("--until", metavar="STAGE", help="stop after this stage")
     submit.add_argument("--no-wait", action="store_true", help="print the job's id and leave it alone")
     submit.add_argument("--print-manifest", action="store_true", help="submit nothing; print a RayJob for KubeRay")
+    submit.add_argument("--print-slurm", action="store_true", help="submit nothing; print a job script for sbatch")
     submit.add_argument("--image", metavar="I", default="sdft-ray:0.1.0", help="its image (default: %(default)s)")
     report = add("report", commands.report, "show the recovery table of a finished recipe, or what a sweep has so far")
     add_recipe(report)
@@ -141,6 +146,22 @@ def _add_readers(add: Callable[..., argparse.ArgumentParser]) -> None:
     diff.add_argument("b", metavar="B")
 
 
+def _add_publishers(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the commands that hand models on."""
+    push = add("push", publishing.push, "publish a model, its rewritten data set or both on a hub, each with its card")
+    push.add_argument("artifacts", nargs="+", metavar="ID", help="a model that was made here, a distill artifact")
+    push.add_argument("--to", required=True, metavar="OWNER/NAME", help="the name there; key: HF_TOKEN")
+    push.add_argument("--base", metavar="M", help="the base's name on the hub, if the recipe has a path or a file")
+    push.add_argument("--private", action="store_true", help="only for those whom its owner lets in")
+    push.add_argument("--dry-run", action="store_true", help="publish nothing; list the files and print the cards")
+    export = add(
+        "export", publishing.export, "write a model as a GGUF file for llama.cpp, and compare it with the model"
+    )
+    export.add_argument("model", metavar="ID_OR_DIR")
+    export.add_argument("--format", default="f16", metavar="F", help="f16, bf16 or q8_0 (default: %(default)s)")
+    export.add_argument("--out", type=Path, metavar="FILE", help="default: under exports/ of the root")
+
+
 def _add_writers(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the commands that help to write files."""
     init = add("init", commands.init, "write a starter recipe, with comments, for a model and a file of rows", False)
@@ -154,10 +175,13 @@ def _add_writers(add: Callable[..., argparse.ArgumentParser]) -> None:
     explain.add_argument("--json", action="store_true", help="print JSON instead of text")
     schema = add("schema", commands.schema, "print the JSON Schema of a recipe, compute or sweep file", False)
     schema.add_argument("kind", nargs="?", default="recipe", choices=("recipe", "compute", "sweep"))
+    completion = add("completion", commands.completion, "print the completion of this command for a shell", False)
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"))
 
 
 _COMMANDS = (
-    *("check", "run", "sweep", "submit", "report", "verify", "doctor", "show", "diff", "init", "explain", "schema"),
+    *("check", "run", "sweep", "submit", "report", "verify", "doctor", "show", "diff"),
+    *("push", "export", "init", "explain", "schema", "completion"),
 )
 
 

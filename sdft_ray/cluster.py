@@ -201,7 +201,7 @@ def on_this_node() -> Any:
 
 
 def ticker() -> Any:
-    """Return a new actor to which workers report how far they are, and from which the driver reads it."""
+    """Return a new actor to which workers report how far they are, and from which the driver reads each report once."""
     import ray
 
     # Ray puts an actor without needs on any node; on the driver's own node it dies only with the driver.
@@ -210,20 +210,23 @@ def ticker() -> Any:
 
 class _Ticker:
     def __init__(self) -> None:
-        self._state: Any = None
+        self._reports: list[Any] = []
 
-    def report(self, state: Any) -> None:
-        self._state = state
+    def report(self, report: Any) -> None:
+        self._reports.append(report)
 
-    def read(self) -> Any:
-        return self._state
+    def read(self) -> list[Any]:
+        reports, self._reports = self._reports, []
+        return reports
 
 
 # --- tasks ----------------------------------------------------------------------------------------------------
 
 
-def in_tasks(function: Callable[[A], B], items: Sequence[A], tries: int = 3) -> Iterator[B]:
-    """Yield what a function makes of each item, in order, in tasks of Ray Data of one CPU each.
+def in_tasks(
+    function: Callable[[A], B], items: Sequence[A], tries: int = 3, cpus: int = 1, gpus: float = 0
+) -> Iterator[B]:
+    """Yield what a function makes of each item, in order, in tasks of Ray Data of so many CPUs and GPUs each.
 
     A task whose process dies is tried again, so often; an error of the function itself ends the work.
     """
@@ -236,7 +239,8 @@ def in_tasks(function: Callable[[A], B], items: Sequence[A], tries: int = 3) -> 
     # The number of tries has no parameter of its own yet (docs/footguns.md); Ray Data's own default is for ever.
     warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", RayDeprecationWarning)
     asked = [{"item": pickle.dumps(item)} for item in items]
-    dataset = ray.data.from_items(asked, override_num_blocks=len(asked)).map(work, num_cpus=1, max_retries=tries)
+    takes: dict[str, Any] = {"num_cpus": cpus, **({"num_gpus": gpus} if gpus else {})}
+    dataset = ray.data.from_items(asked, override_num_blocks=len(asked)).map(work, **takes, max_retries=tries)
     dataset.context.execution_options.preserve_order = True
     dataset.context.raise_original_map_exception = True  # else a UserError is lost in the wrapper of Ray's
     for row in dataset.iter_rows():

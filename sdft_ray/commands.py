@@ -23,7 +23,7 @@ def check(options: argparse.Namespace) -> None:
     from rich.table import Table
 
     from sdft_ray import pipeline
-    from sdft_ray.preflight import cuts, precision
+    from sdft_ray.preflight import cuts, precision, teachers
     from sdft_ray.preflight.checks import check
     from sdft_ray.preflight.costs import estimate_stages
     from sdft_ray.sweep import planning
@@ -35,7 +35,9 @@ def check(options: argparse.Namespace) -> None:
     check(recipe, compute)
     chain = pipeline.chain(recipe)
     stages = pipeline.describe(chain.in_order, storage)
-    precision.report_slow(pipeline.survey(chain.in_order, storage)[0], compute)
+    todo, _ = pipeline.survey(chain.in_order, storage)
+    precision.report_slow(todo, compute)
+    teachers.require_endpoints(todo)
     costs = estimate_stages(recipe, compute, chain, storage) if options.compute else []
     if options.json:
         estimates = [dataclasses.asdict(cost) for cost in costs]
@@ -70,16 +72,19 @@ def _show_costs(costs: Sequence[Any], title: str = "Estimate") -> None:
 def run(options: argparse.Namespace) -> None:
     """Build the missing artifacts of a recipe, then report."""
     from sdft_ray import pipeline
-    from sdft_ray.engine import VllmEngine
+    from sdft_ray.engine import start_engine
     from sdft_ray.progress import log
+    from sdft_ray.report import track
 
     recipe, compute, storage = _load(options)
     with contextlib.redirect_stdout(sys.stderr):  # Ray prints notices of dead workers to stdout, which is for results
-        built = pipeline.run(recipe, compute, storage, options.until, options.engine or VllmEngine)
+        built = pipeline.run(recipe, compute, storage, options.until, options.engine or start_engine)
     if not built.new:
         log(f"Nothing to do: all {len(built.reused)} artifacts are there already under {storage.uri}.")
     if options.until in (None, "evaluate"):
-        _show_report(options, recipe, storage)
+        report = _show_report(options, recipe, storage)
+        with contextlib.redirect_stdout(sys.stderr):
+            track.log_results(report, pipeline.chain(recipe), compute, storage)
 
 
 def report(options: argparse.Namespace) -> None:
@@ -98,22 +103,25 @@ def report(options: argparse.Namespace) -> None:
 
 def sweep(options: argparse.Namespace) -> None:
     """Build the missing artifacts of a sweep, then report."""
-    from sdft_ray.engine import VllmEngine
+    from sdft_ray.engine import start_engine
     from sdft_ray.progress import log
-    from sdft_ray.sweep import planning, trials
+    from sdft_ray.report import track
+    from sdft_ray.sweep import goal, planning
 
     plan, compute, storage = _load_sweep(options)
     failed = None
     with contextlib.redirect_stdout(sys.stderr):
         try:
-            built = trials.run(plan, compute, storage, options.engine or VllmEngine)
+            built = goal.run(plan, compute, storage, options.engine or start_engine)
         except StageFailed as error:
             if not any(planning.is_done(trial, storage) for trial in plan.trials):
                 raise
             failed = error
     if not failed and not built.new:
         log(f"Nothing to do: all {len(built.reused)} artifacts are there already under {storage.uri}.")
-    _show_sweep(options, plan, storage)
+    report = _show_sweep(options, plan, storage)
+    with contextlib.redirect_stdout(sys.stderr):
+        track.log_sweep(report, plan, compute, storage)
     if failed:
         raise failed
 
@@ -123,10 +131,13 @@ def submit(options: argparse.Namespace) -> int:
     import tempfile
 
     from sdft_ray.progress import log
-    from sdft_ray.submit import job, kuberay
+    from sdft_ray.submit import job, kuberay, slurm
 
     if options.print_manifest:
         print(kuberay.render(options.recipe, options.compute, options.root, options.until, options.image), end="")
+        return 0
+    if options.print_slurm:
+        print(slurm.render(options.recipe, options.compute, options.root, options.until), end="")
         return 0
     if not options.address:
         do = "Give the cluster's dashboard, for example http://127.0.0.1:8265"
@@ -142,13 +153,14 @@ def submit(options: argparse.Namespace) -> int:
     return job.follow(client, number, options.address)
 
 
-def _show_report(options: argparse.Namespace, recipe: Any, storage: Any) -> None:
+def _show_report(options: argparse.Namespace, recipe: Any, storage: Any) -> Any:
     from sdft_ray.report import collect, page, terminal
 
     report = collect.collect(recipe, str(options.recipe), storage)
     _print_report(options, report, terminal.show)
     if options.html:
         _write_page(options.html, page.render(report))
+    return report
 
 
 def _print_report(options: argparse.Namespace, report: Any, show: Callable[[Any, Any], None]) -> None:
@@ -172,13 +184,15 @@ def _check_sweep(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from sdft_ray import pipeline
-    from sdft_ray.preflight import cuts, precision, savings
+    from sdft_ray.preflight import cuts, precision, savings, teachers
     from sdft_ray.preflight.costs import estimate_sweep
     from sdft_ray.sweep import planning
 
     plan, compute, storage = _load_sweep(options)
     planning.check(plan, compute)
-    precision.report_slow(pipeline.survey(planning.stages_of(plan), storage)[0], compute)
+    todo, _ = pipeline.survey(planning.stages_of(plan), storage)
+    precision.report_slow(todo, compute)
+    teachers.require_endpoints(todo)
     saved = savings.measure(plan, storage)
     costs = estimate_sweep(plan, compute, storage) if options.compute else []
     if options.json:
@@ -190,7 +204,7 @@ def _check_sweep(options: argparse.Namespace) -> None:
         _show_costs(costs, "Estimate, the most of any recipe")
 
 
-def _show_sweep(options: argparse.Namespace, plan: Any, storage: Any) -> None:
+def _show_sweep(options: argparse.Namespace, plan: Any, storage: Any) -> Any:
     from sdft_ray.progress import log
     from sdft_ray.report import page, sweep, table, terminal
 
@@ -201,6 +215,7 @@ def _show_sweep(options: argparse.Namespace, plan: Any, storage: Any) -> None:
         log(f"Table: {options.csv}")
     if options.html:
         _write_page(options.html, page.render_sweep(report, options.html.parent))
+    return report
 
 
 def _load_sweep(options: argparse.Namespace) -> tuple[Any, Any, Any]:
@@ -363,6 +378,13 @@ def explain(options: argparse.Namespace) -> None:
 
     entries = help.explain(options.key)
     print(json.dumps(help.as_data(entries), indent=1) if options.json else help.show(entries))
+
+
+def completion(options: argparse.Namespace) -> None:
+    """Print a script for a shell."""
+    from sdft_ray import completion
+
+    print(completion.render(options.shell, options.parsers), end="")
 
 
 def init(options: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""The engine that generates: vLLM, behind the one boundary where tests put a fake.
+"""The engine that generates: vLLM here or a server elsewhere, behind the one boundary where tests put a fake.
 
 In: requests of token ids, each with its own seed. Out: each with its generation as soon as it is finished. The engine
 lives in the process of the actor that holds it, so a killed actor leaves no engine behind.
@@ -7,13 +7,20 @@ lives in the process of the actor that holds it, so a killed actor leaves no eng
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, Protocol
+
+from pydantic import JsonValue
 
 from sdft_ray import environment
 from sdft_ray.core.selection import Generation
-from sdft_ray.data.chat import opened_thought, read_generated, response_ends
+from sdft_ray.data.chat import opened_thought, opening_ids, read_generated, response_ends
+from sdft_ray.endpoint import CannotServe, Client, Completion, Stopped
+from sdft_ray.errors import StageFailed, UserError
 from sdft_ray.spec.recipe import Distill
+from sdft_ray.spec.sources import ServedModel
 
 # Below this the order of two float32 logits is rounding: cached, batched and other kernels' sums differ by that much.
 NEAR_TIE = 1e-3
@@ -26,7 +33,8 @@ class Request:
     id: str
     sample: int
     prompt_ids: list[int]
-    sampling_seed: int
+    sampling_seed: int | None
+    """None where the engine draws all texts by one generator."""
 
 
 class Engine(Protocol):
@@ -35,7 +43,8 @@ class Engine(Protocol):
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Generation]]:
         """Yield each request with its generation as soon as it is finished, in any order.
 
-        A request that cannot be served is yielded with finish_reason `error`; a broken engine raises.
+        A request that cannot be served is yielded with finish_reason `error`; a broken engine raises. UserError and
+        StageFailed say that another engine would not do better.
         """
         ...
 
@@ -46,9 +55,15 @@ class EngineFactory(Protocol):
     def __call__(self, model: str, settings: Distill, options: Mapping[str, Any], alone: bool) -> Engine:
         """Return an engine of the model in a directory.
 
-        options: vLLM's own, by its names. alone: no other engine is on this machine.
+        options: vLLM's own, by its names, or how an endpoint is asked. alone: no other engine is on this machine.
         """
         ...
+
+
+def start_engine(model: str, settings: Distill, options: Mapping[str, Any], alone: bool) -> Engine:
+    """Return the engine that the settings ask for: the endpoint of the teacher, or vLLM in this process."""
+    kind = EndpointEngine if isinstance(settings.teacher, ServedModel) else VllmEngine
+    return kind(model, settings, options, alone)
 
 
 class VllmEngine:
@@ -56,6 +71,8 @@ class VllmEngine:
 
     def __init__(self, model: str, settings: Distill, options: Mapping[str, Any], alone: bool) -> None:
         arguments = engine_arguments(model, settings.dtype, options, alone)
+        if settings.seeds == "engine":
+            arguments["seed"] = settings.seed
         from transformers import AutoConfig, AutoTokenizer
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
@@ -101,6 +118,75 @@ class VllmEngine:
             return Generation(reason, "error", prompt_tokens)
         text = read_generated(self.tokenizer, completion.token_ids, completion.text, opened)
         return Generation(text, completion.finish_reason, prompt_tokens, len(completion.token_ids))
+
+
+class EndpointEngine:
+    """A model behind an endpoint, of which the tokenizer is here: prompts are those that vLLM would get here."""
+
+    def __init__(self, model: str, settings: Distill, options: Mapping[str, Any], alone: bool) -> None:
+        from transformers import AutoConfig, AutoTokenizer
+
+        assert isinstance(settings.teacher, ServedModel)
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.ends = response_ends(self.tokenizer, AutoConfig.from_pretrained(model).eos_token_id)
+        self.client, self.threads = Client(settings.teacher, **options), options["requests"]
+        self.served, self.settings = settings.teacher, settings
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Generation]]:
+        """Yield each request with its generation as it is answered; as many as allowed are at the endpoint at once.
+
+        Where it cannot be used any more, what is on its way is waited for before that is raised.
+        """
+        opened, stopped = opened_thought(self.tokenizer, self.settings.template_options), threading.Event()
+        failure: UserError | StageFailed | None = None
+        pool = ThreadPoolExecutor(self.threads)
+        try:
+            waiting = {pool.submit(self.client.complete, self._body(each), stopped): each for each in requests}
+            for future in as_completed(waiting):
+                try:
+                    yield waiting[future], self._generation(future.result(), opened)
+                except CannotServe as error:
+                    yield waiting[future], Generation(str(error), "error")
+                except (UserError, StageFailed) as error:
+                    failure = failure or error
+                    stopped.set()
+                except Stopped:
+                    continue
+            if failure:
+                raise failure
+        finally:
+            stopped.set()
+            pool.shutdown(wait=False)
+
+    def _body(self, request: Request) -> dict[str, JsonValue]:
+        """Return a request of `/completions`, with which the endpoint samples as vLLM does here."""
+        body: dict[str, JsonValue] = {
+            "model": self.served.model,
+            "temperature": self.settings.temperature,
+            "top_p": self.settings.top_p,
+            "max_tokens": self.settings.max_new_tokens,
+        }
+        if request.sampling_seed is not None:
+            body["seed"] = request.sampling_seed
+        if self.served.api == "vllm":
+            # A server's own defaults are those of the model's generation_config.json, which moves no number here.
+            body |= {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "ignore_eos": True}
+            return body | {"prompt": [*request.prompt_ids], "stop_token_ids": [*self.ends], "return_token_ids": True}
+        ids = request.prompt_ids
+        if ids[:1] == self.tokenizer("").input_ids[:1]:  # a BOS, which the server adds to a text by itself
+            ids = ids[1:]
+        return body | {"prompt": self.tokenizer.decode(ids), "stop": [self.tokenizer.decode(i) for i in self.ends[:4]]}
+
+    def _generation(self, completion: Completion, opened: str) -> Generation:
+        text, reason, prompt_tokens, tokens, ids = completion
+        if reason == "length" and tokens < self.settings.max_new_tokens:
+            what = f"prompt of {prompt_tokens} tokens leaves too little of the endpoint's context"
+            return Generation(what, "error", prompt_tokens)
+        if ids is None:  # only their text shows whether it begins with the template's opening
+            opening = opening_ids(self.tokenizer)
+            written = self.tokenizer.decode(opening, skip_special_tokens=True)
+            ids = list(opening) if written and text.startswith(written) else []
+        return Generation(read_generated(self.tokenizer, ids, text, opened), reason, prompt_tokens, tokens)
 
 
 def engine_arguments(model: str, dtype: str, options: Mapping[str, Any], alone: bool) -> dict[str, Any]:

@@ -61,6 +61,18 @@ def for_deepspeed(gpus: float) -> None:
     _force(DS_ACCELERATOR="cuda" if gpus else "cpu")
 
 
+def for_upload() -> None:
+    """Let the hub's client upload by plain HTTP: its other protocol has a client of its own, which no test reaches."""
+    _set_default(HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_PROGRESS_BARS="1", HF_HUB_DISABLE_TELEMETRY="1")
+
+
+def for_trackers() -> None:
+    """Keep usage statistics of trackers at home, their notices off the terminal, and their waits short."""
+    _set_default(MLFLOW_DISABLE_TELEMETRY="true", WANDB_ERROR_REPORTING="false", GRADIO_ANALYTICS_ENABLED="False")
+    # A server that is down is tried for minutes else, and each call of a run would begin anew.
+    _set_default(MLFLOW_HTTP_REQUEST_TIMEOUT="10", MLFLOW_HTTP_REQUEST_MAX_RETRIES="2", WANDB_INIT_TIMEOUT="30")
+
+
 def go_offline() -> None:
     """Keep this process from trying a network, and from its timeouts."""
     _force(HF_HUB_OFFLINE="1")

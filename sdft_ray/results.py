@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     import torch
 
 ITEMS, SCORE = "items.jsonl", "score.json"  # of evaluate
+PROBES, RETENTION = "probes.jsonl", "retention.jsonl"
 DISTANCES, TEXTS = "distances.json", "texts.safetensors"  # of score
 CANDIDATES = "losses.json"  # of loss
-HISTORY = "losses.json"  # of train
+HISTORY, METRICS = "losses.json", "metrics.jsonl"  # of train
 NLL = "nll.json"
 DRAFT, SPECULATIVE_CONFIG = "draft.json", "speculative_config.json"
 SPEED = "speed.json"
@@ -83,7 +84,7 @@ class DistilledRow(NamedTuple):
     finish_reason: str
     prompt_tokens: int
     generated_tokens: int
-    sampling_seed: int
+    sampling_seed: int | None
     conversation: str | None = None
     origin: int = 0
 
@@ -193,42 +194,6 @@ class Distances(Record):
     choices: dict[str, dict[int, JointChoice]]
 
 
-class Ranked(Record):
-    """Blocks whose removal is worth a try."""
-
-    blocks: tuple[int, ...]
-    distance: float | None = None
-    distance_rank: int | None = None
-    """From 1; absent for blocks that are no span."""
-    influence: float
-    influence_rank: int | None = None
-
-
-class Candidate(Ranked):
-    """Blocks whose removal was tried."""
-
-    loss: float
-    """The mean over corpora, in nats a token."""
-    losses: dict[str, float]
-    """By corpus."""
-
-
-class Taken(Record):
-    """One step of removing blocks one after the other."""
-
-    block: int
-    """That is removed, of the base."""
-    loss: float
-    """Without it and those of earlier steps: the mean over corpora, in nats a token."""
-    losses: dict[str, float]
-    """By corpus."""
-    runner_up: int | None
-    """The next best block; None where there is no other."""
-    runner_up_loss: float | None
-    agreement: float
-    """Fraction of bootstrap samples of the texts that remove the same block here."""
-
-
 class Cut(Record):
     """Which blocks are removed, and how sure that is."""
 
@@ -280,6 +245,12 @@ class Step(Record):
     """After steps that are followed by a validation."""
     validation_loss_by_source: dict[int, float] | None = None
     """By the number of the recipe's source, where validation rows are of more than one."""
+
+    def metrics(self) -> dict[str, float]:
+        """Return its numbers by name."""
+        values = self.model_dump(exclude={"step", "validation_loss_by_source"}, exclude_none=True)
+        by_source = self.validation_loss_by_source or {}
+        return values | {f"validation_loss_of_source_{source}": loss for source, loss in by_source.items()}
 
 
 def read_history(directory: Path) -> list[Step]:

@@ -11,7 +11,8 @@ from typing import Any
 
 from sdft_ray.results import Counts, Decided
 from sdft_ray.spec.recipe import Recipe
-from sdft_ray.spec.sources import RowSource
+from sdft_ray.spec.sources import HubModel, LocalModel, RowSource, ServedModel
+from sdft_ray.spec.training import is_on_rewrites
 from sdft_ray.stages import distill, mix, model, rows
 from sdft_ray.store.identity import Stage, distinct
 from sdft_ray.store.storage import Storage
@@ -41,7 +42,8 @@ class Data:
     @property
     def in_order(self) -> tuple[Stage[Any], ...]:
         """The stages, in the order in which they are built."""
-        return (*self.read, *self.inputs.values())
+        teacher = [self.distilled.inputs["teacher"]] if self.distilled and "teacher" in self.distilled.inputs else []
+        return (*self.read, *teacher, *self.inputs.values())
 
 
 def read_sources(sources: Sequence[RowSource], recipe: Recipe) -> Data:
@@ -60,9 +62,21 @@ def count_rows(stage: MixedStage, storage: Storage) -> Counts:
 def training_data(recipe: Recipe, base: Stage[model.Settings], own: Data) -> dict[str, Data]:
     """Return the training data: the recipe's own rows, and those of other models that are merged."""
     others = {name: read_sources(sources, recipe) for name, sources in recipe.others.items()}
+    teacher = _teacher(recipe, base)
     data: dict[str, Data] = {}
     for name, each in {"": own, **others}.items():
-        rewritten = recipe.arms.distilled and (not name or (recipe.merge and recipe.merge.arm == "distilled"))
-        made = distill.stage(recipe.distill, base, each.rows, each.sources, recipe.train.rows) if rewritten else None
-        data[name] = dataclasses.replace(each, distilled=made)
+        rewritten = recipe.arms.need_rewrites and (not name or (recipe.merge and is_on_rewrites(recipe.merge.arm)))
+        arguments = (recipe.distill, base, each.rows, each.sources, recipe.train.rows, teacher)
+        data[name] = dataclasses.replace(each, distilled=distill.stage(*arguments) if rewritten else None)
     return data
+
+
+def _teacher(recipe: Recipe, base: Stage[model.Settings]) -> Stage[model.Settings] | None:
+    """Return the model that rewrites instead of the base, or the tokenizer of one that is served elsewhere, if any."""
+    match recipe.distill.teacher:
+        case ServedModel(tokenizer=str(path)):
+            return model.tokenizer_stage(path, "distill.teacher.tokenizer")
+        case LocalModel() | HubModel() as source:
+            teacher = model.stage(source, "distill.teacher.path", teaches=True)
+            return None if teacher.id == base.id or source == recipe.model else teacher
+    return None

@@ -74,12 +74,24 @@ def generated_by(model: Any, ids: Any, use_cache: bool) -> list[list[int]]:
     return made.tolist()
 
 
+def blocks_of(model: Any) -> Any:
+    """Return the blocks of a model, wherever it keeps them."""
+    return next(module for name, module in model.named_modules() if name.rpartition(".")[2] == "layers")
+
+
+def is_tied(model: Any) -> bool:
+    """Return whether the head of a loaded model is its embeddings."""
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
 @contextlib.contextmanager
 def _skipping(model: Any, skipped: Sequence[int]) -> Iterator[None]:
-    def give_back_input(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> Any:
-        return args[0] if args else kwargs["hidden_states"]
+    def give_back_input(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        given = args[0] if args else kwargs["hidden_states"]
+        return (given,) if isinstance(output, tuple) else given
 
-    hooks = [model.model.layers[block].register_forward_hook(give_back_input, with_kwargs=True) for block in skipped]
+    blocks = blocks_of(model)
+    hooks = [blocks[block].register_forward_hook(give_back_input, with_kwargs=True) for block in skipped]
     try:
         yield
     finally:
@@ -137,8 +149,8 @@ def examine(architecture: str, overrides: dict[str, Any], folder: Path, vllm: bo
         for key, value in lists.items():
             kept = [entry for block, entry in enumerate(value) if block not in removed]
             assert list(getattr(model.config, key)) == kept, f"{place}: {key}"
-        tied = model.lm_head.weight is model.model.embed_tokens.weight
-        assert tied == (base_model.lm_head.weight is base_model.model.embed_tokens.weight), f"{place}: ties"
+        tied = is_tied(model)
+        assert tied == is_tied(base_model), f"{place}: ties"
     kinds = ", ".join(f"`{key}`" for key in lists) or "none"
     return [
         f"{largest:.1e}" if largest else "0",

@@ -56,6 +56,9 @@ def test_stages_whose_workers_share_a_section_of_the_compute_file_need_what_it_s
         "score": "score",
         "loss": "score",
         "patch": "score",
+        "targets": "score",
+        "probes": "evaluate",
+        "retention": "evaluate",
         "distill": "distill",
         "train": "train",
         "nll": "distill",
@@ -63,7 +66,7 @@ def test_stages_whose_workers_share_a_section_of_the_compute_file_need_what_it_s
         "speed": "evaluate",
         "evaluate": "evaluate",
     }
-    assert {*needs.values()} == {*Compute.model_fields} - {"ray"}
+    assert {*needs.values()} == {*Compute.model_fields} - {"ray", "track"}
 
 
 def test_stages_of_one_worker_need_one_bundle_whatever_their_section_says(load):
@@ -74,6 +77,9 @@ def test_stages_of_one_worker_need_one_bundle_whatever_their_section_says(load):
         "score": (2, 4, 0),
         "loss": (2, 4, 0),
         "patch": (1, 4, 0),
+        "targets": (2, 4, 0),
+        "probes": (1, 3, 0),
+        "retention": (1, 3, 0),
         "distill": (4, 2, 0),
         "train": (4, 2, 0),
         "nll": (1, 2, 0),
@@ -143,6 +149,10 @@ def test_load_compute_for_a_running_cluster_is_not_bound_by_this_machine(load):
             "distill: tensor_parallel_size 2 is more than the 1 gpus of an actor. Raise gpus to 2.",
         ),
         (
+            {"distill": {"tensor_parallel_size": 4, "pipeline_parallel_size": 2, "gpus": 4}},
+            "distill: tensor_parallel_size 4 x pipeline_parallel_size 2 is more than the 4 gpus of an actor. Raise",
+        ),
+        (
             {"train": {"deepspeed": "gs://bucket/zero.json"}},
             "train.deepspeed: gs://bucket/zero.json is an address, and a path is needed. Give the path of a copy",
         ),
@@ -154,6 +164,32 @@ def test_load_compute_with_a_mistake_is_one_clear_line(load, data, line):
         load(2, data)
     assert len(error.value.problems) == 1
     assert str(error.value).startswith(line)
+
+
+def test_load_compute_reads_the_deepspeed_json_where_the_command_runs(load, tmp_path, monkeypatch):
+    """Workers, and trials of a sweep, run in other directories and on other nodes."""
+    monkeypatch.chdir(tmp_path)
+    Path("zero.json").write_text('{"zero_optimization": {"reduce_bucket_size": 1000}}')
+    own = {"zero_optimization": {"reduce_bucket_size": 1000}}
+    assert load(2, {"train": {"deepspeed": "zero.json"}}).train.deepspeed == own
+    assert load(2, {"train": {"deepspeed": own}}).train.deepspeed == own
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (None, "compute.train.deepspeed: zero.json: is no JSON file that can be read ("),
+        ("{", "compute.train.deepspeed: zero.json: is no JSON file that can be read ("),
+        ("[]", "compute.train.deepspeed: zero.json: is not a JSON object. See configs/deepspeed for one."),
+    ],
+)
+def test_load_compute_with_a_deepspeed_json_that_is_none_is_one_clear_line(load, tmp_path, monkeypatch, content, line):
+    monkeypatch.chdir(tmp_path)
+    if content:
+        Path("zero.json").write_text(content)
+    with pytest.raises(UserError) as error:
+        load(2, {"train": {"deepspeed": "zero.json"}})
+    assert len(error.value.problems) == 1 and str(error.value).startswith(line)
 
 
 @pytest.mark.parametrize("cpus", [-1, "all"])

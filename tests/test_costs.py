@@ -1,6 +1,8 @@
 """What `sdft check` says a recipe will take."""
 
 import json
+import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from sdft_ray import pipeline
 from sdft_ray.models.sizes import sizes_of
 from sdft_ray.preflight import costs
 from sdft_ray.preflight.memory import trainable_parameters
-from sdft_ray.spec.compute import Compute
+from sdft_ray.spec.compute import Compute, load_compute
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.sources import HubModel, LocalModel, PackagedModel
 from sdft_ray.spec.training import Train
@@ -101,6 +103,13 @@ def test_estimate_stages_names_steps_and_what_does_not_fit(data):
     assert found["score"].fits is None, "what the nodes of another cluster hold is not known"
     assert "draft" not in found
 
+    kept = validate(Recipe, data | {"evaluate": data["evaluate"] | {"retention": {"texts": 9}}})
+    of_both = {
+        cost.stage: cost for cost in costs.estimate_stages(kept, load_compute(), pipeline.chain(kept), Storage("x"))
+    }
+    assert of_both["retention"].work == "4 models x up to 64 rows and 9 texts"
+    assert of_both["retention"].gb >= 0.8 and of_both["retention"].processes == of_both["evaluate"].processes
+
     drafts = validate(Recipe, data | {"draft": {"tokens": [1, 2], "prompts": 5, "dtype": "float32"}})
     for kv_cache_gib, fits in ((1.0, True), (1e6, False)):
         here = validate(Compute, {"distill": {"cpus": 1, "engine": {"kv_cache_gib": kv_cache_gib}}})
@@ -129,6 +138,53 @@ def test_estimate_of_a_target_is_that_of_the_depth_that_it_means(data):
         recipe = validate(Recipe, data | {"prune": {**amount, "calibration": data["prune"]["calibration"]}})
         estimates.append(costs.estimate_stages(recipe, here, pipeline.chain(recipe), Storage("x")))
     assert estimates[0] == estimates[1] == estimates[2]
+
+
+def write_large_headers(directory: Path) -> Path:
+    """Write config and headers of Llama-3.3-70B; its file of 141 GB takes no space."""
+    width, inner, heads, kv_heads, vocabulary, blocks = 8192, 28_672, 64, 8, 128_256, 80
+    kv = kv_heads * width // heads
+    block = {"self_attn.q_proj": (width, width), "self_attn.k_proj": (kv, width), "self_attn.v_proj": (kv, width)}
+    block |= {"self_attn.o_proj": (width, width), "mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width)}
+    block |= {"mlp.down_proj": (width, inner), "input_layernorm": (width,), "post_attention_layernorm": (width,)}
+    shapes = {f"model.layers.{i}.{name}.weight": shape for i in range(blocks) for name, shape in block.items()}
+    shapes |= {"model.embed_tokens.weight": (vocabulary, width), "lm_head.weight": (vocabulary, width)}
+    shapes |= {"model.norm.weight": (width,)}
+    entries, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * math.prod(shape)
+        entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    header = json.dumps(entries).encode()
+    directory.mkdir()
+    with (directory / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + end)
+    config = {"model_type": "llama", "hidden_size": width, "intermediate_size": inner, "num_attention_heads": heads}
+    config |= {"num_key_value_heads": kv_heads, "vocab_size": vocabulary, "num_hidden_layers": blocks}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "offload", "loading"),
+    [
+        # 2 bytes a parameter: of the embeddings, which are made whole, of a worker's share, or of the model
+        (3, "none", 2 * 128_256 * 8192),
+        (3, "all", 2 * 128_256 * 8192 + 2 * 68_842_397_696 / 16),
+        (2, "optimizer", 2 * 68_842_397_696),
+    ],
+)
+def test_estimate_of_a_70b_on_two_nodes_of_8_gpus(data, tmp_path, monkeypatch, zero_stage, offload, loading):
+    shape = costs.shape_of_directory(write_large_headers(tmp_path / "large"))
+    assert shape.parameters == 70_553_706_496
+    monkeypatch.setattr(costs, "shape_of_directory", lambda _: shape)  # of which two blocks are removed
+    train = {"workers": 16, "gpus": 1, "cpus": 4, "zero_stage": zero_stage, "offload": offload}
+    nodes = validate(Compute, {"ray": {"address": "auto", "gpu_memory_gb": 80}, "train": train})
+    recipe = validate(Recipe, data | {"train": {"dtype": "bfloat16", "max_tokens": 512}})
+    found = {cost.stage: cost for cost in costs.estimate_stages(recipe, nodes, pipeline.chain(recipe), Storage("x"))}
+    cost = found["train (sft)"]
+    assert f"; main memory {loading / 1e9 + 0.8:.2f} to load, 138.48 in the process that writes" in cost.parts
+    assert (cost.processes, cost.fits) == (16, zero_stage == 3)
 
 
 def test_estimate_sweep_takes_the_most_of_any_recipe(data, tmp_path):

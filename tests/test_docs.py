@@ -5,6 +5,7 @@ import re
 import runpy
 from pathlib import Path
 
+import llms
 import pytest
 import yaml
 
@@ -67,6 +68,15 @@ def test_docs_site_has_every_page_and_no_other():
     site = yaml.load((ROOT / "mkdocs.yml").read_text(), yaml.BaseLoader)
     named = {page for entry in site["nav"] for page in entry.values()}
     assert named == {page.name for page in (ROOT / "docs").glob("*.md")}
+
+
+def test_docs_of_the_site_have_a_sentence_each_in_llms_txt():
+    site = yaml.load((ROOT / "mkdocs.yml").read_text(), yaml.BaseLoader)
+    assert site["hooks"] == ["tools/llms.py"]
+    lines = llms.render("sdft_ray", "What it is", site["nav"], ROOT / "docs").splitlines()
+    assert lines[:3] == ["# sdft_ray", "", "> What it is"]
+    pages = [re.fullmatch(r"- \[.+\]\((.+\.md)\): .{20,}\.", line) for line in lines[6:]]
+    assert all(pages) and {page[1] for page in pages} == {page.name for page in (ROOT / "docs").glob("*.md")}
 
 
 def test_docs_picture_and_table_are_of_the_committed_figures():

@@ -156,6 +156,26 @@ def test_check_of_rewrites_allows_the_share_that_may_fail(problems, allowed, key
     assert [line.where for line in problems([*long, *map(row, range(6, 34))], **settings)] == keys
 
 
+def test_check_of_retention_minds_rows_that_no_task_answers(problems):
+    rows, long = {"rows": {"held_out": 2, "answer": "none"}}, [row(i, prompt=2100) for i in range(9)]
+    settings = {**SHORT, **rows, "arms": {"sft": {}}, "train": {"max_tokens": 2048, "max_too_long_fraction": 1.0}}
+    assert problems(long, **settings | {"evaluate": {"tasks": ["sciq"], "max_new_tokens": 100}}) == []
+    kept = {"tasks": ["sciq"], "max_new_tokens": 100, "retention": {"texts": 0}}
+    (line,) = problems(long, **settings | {"evaluate": kept})
+    assert line.where == "evaluate.max_new_tokens"
+
+
+def test_check_of_retention_reads_its_texts(problems, tmp_path):
+    texts = {"text": str(tmp_path / "texts.txt")}
+    (line,) = problems(evaluate={"retention": texts})
+    assert line.where == "evaluate.retention.text" and "behind the 96" in line
+    (line,) = problems(evaluate={"retention": {"text": str(tmp_path / "none.txt")}})
+    assert line.where == "evaluate.retention.text" and "does not exist" in line
+    (line,) = problems(evaluate={"retention": {"max_tokens": 4096}})
+    assert line.where == "evaluate.retention.max_tokens"
+    assert problems(evaluate={"retention": {"texts": 0}}) == []
+
+
 def test_check_of_rewrites_minds_the_engines_own_limit(problems):
     compute = Compute.model_validate({"distill": {"engine": {"max_model_len": 600}}})
     settings = {**SHORT, "arms": {"distilled": {}}}

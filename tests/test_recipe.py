@@ -69,11 +69,11 @@ def load_text(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> Recip
         ),
         (
             {"prune": {"blocks": 2, "contiguous": False, "metric": "angular"}},
-            "prune.contiguous: false needs influence or loss to choose. Set prune.metric: influence.",
+            "prune.contiguous: false has no use with angular. Set prune.metric: influence, or loss.",
         ),
         (
             {"prune": {"blocks": 2, "metric": "tail", "contiguous": False}},
-            "prune.contiguous: false has no use, since tail takes the last blocks. Set contiguous: true.",
+            "prune.contiguous: false has no use with tail. Set prune.metric: influence, or loss.",
         ),
         (
             {"prune": {"blocks": 2, "metric": "loss", "candidates": 1}},
@@ -183,8 +183,8 @@ def load_text(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> Recip
             {"prune": {"blocks": 2, "calibration": {"rows": {**SUMS, "weight": 2}}}},
             "prune.calibration.rows.weight: has no use in a calibration corpus. Remove weight.",
         ),
-        ({"arms": {}}, "arms: names no arm. Give at least one of sft, distilled."),
-        ({"evaluate": {"tasks": ["piqa", "piqa"]}}, "evaluate.tasks: names a task twice. Remove one."),
+        ({"arms": {}}, "arms: names no arm. Give at least one of sft, distilled, logits."),
+        ({"evaluate": {"tasks": ["piqa", "piqa"]}}, "evaluate.tasks: has a name twice. Remove one."),
         (
             {"evaluate": {"tasks": ["held_out"]}, "rows": {"gym": "chain_sum", "limit": 10, "held_out": 0}},
             "evaluate.tasks: names held_out, but rows.held_out is 0. Raise rows.held_out.",
@@ -208,7 +208,7 @@ def load_text(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> Recip
         ),
         (
             {"rows": {"gym": "chain_sum", "limit": 10, "decontaminate": ["sciq", "sciq"]}},
-            "rows.decontaminate: names a task twice. Remove one.",
+            "rows.decontaminate: has a name twice. Remove one.",
         ),
         (
             {"rows": {"gym": "chain_sum", "limit": 10, "answer": "letter"}},

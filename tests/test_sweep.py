@@ -1,6 +1,8 @@
 """A sweep file: what it expands to, what its cells share, every mistake in it said in one line. Nothing is built."""
 
+import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -12,11 +14,12 @@ from sdft_ray.errors import UserError
 from sdft_ray.preflight import savings
 from sdft_ray.progress import Progress
 from sdft_ray.spec.compute import load_compute
+from sdft_ray.spec.sweep import Goal
 from sdft_ray.stages import Work, distill
 from sdft_ray.stages.distill.draws import instruction_templates
 from sdft_ray.stages.evaluate.presets import OPENLLM_V1
 from sdft_ray.store.storage import Storage
-from sdft_ray.sweep import planning, trials
+from sdft_ray.sweep import goal, planning, trials
 
 
 @pytest.fixture
@@ -269,7 +272,7 @@ def test_report_of_a_sweep_that_has_not_begun_says_what_to_do(folder):
 
 def test_every_shipped_sweep_plans_and_saves(tmp_path):
     files = sorted((Path(__file__).parents[1] / "configs" / "sweeps").glob("*.yaml"))
-    assert [file.name for file in files] == ["depth.yaml", "draft.yaml", "paper.yaml", "small.yaml"]
+    assert [file.name for file in files] == ["depth.yaml", "draft.yaml", "goal.yaml", "paper.yaml", "small.yaml"]
     for file in files:
         plan = planning.load_sweep(file)
         found = savings.measure(plan, Storage(str(tmp_path)))
@@ -352,7 +355,8 @@ def test_sweep_of_weights_shares_rows_and_evaluations_and_generates_into_one_led
         if stage.name == "distill"
     ]
     templates = [instruction_templates(work.settings) for work in works]
-    assert len({distill.ledger_id(work, one) for work, some in zip(works, templates, strict=True) for one in some}) == 1
+    ledgers = {distill.ledger_id(work.stage, one) for work, some in zip(works, templates, strict=True) for one in some}
+    assert len(ledgers) == 1
     assert len({trial.compares_with for trial in plan.trials}) == 2 * 2, "by arm and size: validation rows are the same"
     planning.check(plan, load_compute())
 
@@ -366,3 +370,75 @@ def test_sweep_of_sizes_beyond_a_mixture_is_refused(mixture):
     plan = load(mixture, {"rows.0.weight": [1, 8], "train.rows": [60]})
     with pytest.raises(UserError, match=r"^axes\.train\.rows: 60 is more than the 4. training rows of the mixture"):
         planning.check(plan, load_compute())
+
+
+# --- a goal -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("deepest", range(10))  # 0: none keeps enough
+@pytest.mark.parametrize("depths", [(1, 2), (1, 2, 3), (1, 3, 4, 5, 6, 8, 9)])
+def test_goal_finds_the_deepest_cut_that_keeps_enough_with_few_trainings(folder, monkeypatch, depths, deepest):
+    """Against trying every depth; whatever was tried before, the way there is the same."""
+    cells = tuple(planning.Cell({"prune.blocks": depth}, None) for depth in depths)
+    whole = planning.Plan(cells, (), (), goal=Goal(recovery=95))
+    trained = set()
+
+    def part(plan, wanted):
+        return dataclasses.replace(plan, cells=tuple(wanted), trials=tuple(wanted))
+
+    def judge(part, blocks, storage):
+        return goal.Tried(blocks, None, 1, blocks <= deepest)
+
+    monkeypatch.setattr(goal, "at_depths", part)
+    monkeypatch.setattr(goal, "is_done", lambda depth, storage: depth in trained)
+    monkeypatch.setattr(goal, "_judge", judge)
+    while (search := goal.replay(whole, None)).following is not None:
+        assert search.chosen is None and search.following not in trained
+        trained.add(search.following)
+    expected = max((depth for depth in depths if depth <= deepest), default=None)
+    assert (search.chosen.blocks if search.chosen else None) == expected
+    assert len(trained) == len(search.tried) <= math.ceil(math.log2(len(depths) + 1))
+
+
+def test_goal_trains_its_arm_alone_and_one_depth_at_a_time(folder):
+    axes = {"prune.blocks": [1, 2, 3], "train.seed": [0, 1]}
+    plan = load(folder, axes, goal={"recovery": 90})
+    assert {trial.arm for trial in plan.trials} == {"distilled"} and len(plan.trials) == 6
+    search = goal.replay(plan, Storage(str(folder / "artifacts")))
+    assert (search.tried, search.following, search.chosen) == ((), 2, None)
+    part = goal.at_depths(plan, [2])
+    assert len(part.trials) == 2 and names(part.shared).count("cut") == 1
+    assert {trial.train.id for trial in part.trials} <= {trial.train.id for trial in plan.trials}
+
+
+@pytest.mark.parametrize(
+    ("axes", "more", "line"),
+    [
+        ({"train.lr": [1e-4, 1e-3]}, {}, "goal: has no depths to choose from. List two or more in axes.prune.blocks."),
+        ({"prune.blocks": [1]}, {}, "goal: has no depths to choose from. List two or more in axes.prune.blocks."),
+        (
+            {"prune.blocks": [1, 2], "train.lr": [1e-4, 1e-3]},
+            {},
+            "goal: looks for a depth, not for train.lr. Remove axes.train.lr.",
+        ),
+        (
+            {"prune.blocks": [1, 2]},
+            {"asha": {"grace_steps": 1}},
+            "asha: stops trials that a goal needs whole. Remove asha.",
+        ),
+        (
+            [{"prune.blocks": [1, 2]}, {"prune.blocks": [3]}],
+            {},
+            "goal: is of one recipe and one set of axes. Remove the others.",
+        ),
+        (
+            {"prune.blocks": [1, 2]},
+            {"goal": {"recovery": 90, "arm": "logits"}},
+            "goal.arm: the recipe does not train logits. Add arms.logits: {} to it.",
+        ),
+    ],
+)
+def test_goal_with_a_mistake_says_where_what_and_how_to_fix_it(folder, axes, more, line):
+    with pytest.raises(UserError) as error:
+        load(folder, axes, **({"goal": {"recovery": 90}} | more))
+    assert str(error.value) == line

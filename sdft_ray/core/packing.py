@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from sdft_ray.core.rows import TrainingRow
+from sdft_ray.core.soft_targets import Likeliest, SoftRow
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Packed:
     """(K,) positions whose next token is trained: only they go through the head."""
     targets: torch.Tensor
     """(K,) the next tokens of those positions."""
+    likeliest: Likeliest | None = None
+    """(K, k) the teacher's likeliest tokens there, where rows have them."""
 
 
 def pack_rows(rows: Sequence[TrainingRow]) -> Packed:
@@ -52,7 +55,9 @@ def pack_rows(rows: Sequence[TrainingRow]) -> Packed:
         ids += row.ids
         starts.append(len(ids))
     input_ids, kept = torch.tensor([ids]), torch.tensor(keep)
-    return Packed(input_ids, torch.tensor([positions]), starts, kept, input_ids[0, kept + 1])
+    given = [row.likeliest for row in rows if isinstance(row, SoftRow)]
+    likeliest = Likeliest.join(given) if given else None
+    return Packed(input_ids, torch.tensor([positions]), starts, kept, input_ids[0, kept + 1], likeliest)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,17 +12,30 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from sdft_ray.core.surgery import BLOCK
 from sdft_ray.errors import UserError, problem
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Between the MLP and the residual stream these have a norm, which no linear map passes.
-_NORM_BETWEEN = ("exaone4", "gemma2", "gemma3_text", "glm4", "olmo2", "olmo3")
-_TRANSPOSED = ("gpt_oss",)  # its experts are (E, I, D)
-_PROJECTION = re.compile(r"(mlp|block_sparse_moe)\.(.*\.)?(down_proj|c_proj|w2)([._](weight|bias))?")
+# Between the MLP and the residual stream these have a norm, which no linear map passes; of opt one size has.
+_NORM_BETWEEN = ("exaone4", "gemma2", "gemma3_text", "gemma4_text", "glm4", "olmo2", "olmo3", "olmo_hybrid", "opt")
+_TRANSPOSED = ("gpt_oss", "llama4_text")  # their experts are (E, I, D)
+# What a block's last part is called, where it is not mlp; several are summed.
+_PARTS = {
+    "falcon_h1": ("feed_forward",),
+    "granitemoehybrid": ("block_sparse_moe", "shared_mlp"),
+    "lfm2": ("feed_forward",),
+    "llama4_text": ("feed_forward",),
+    "mixtral": ("mlp", "block_sparse_moe"),
+    "nemotron_h": ("mixer",),  # a block of it is one part
+}
+_PROJECTION = re.compile(
+    r"(mlp|block_sparse_moe|feed_forward|shared_mlp|mixer)\.(.*\.)?"
+    r"(down_proj|c_proj|w2|fc2|dense_4h_to_h|output_linear|out_proj|o_proj)([._](weight|bias))?"
+)
 WEIGHTS = (*(10.0**power for power in range(-6, 3)), float("inf"))
 """Relative to the mean square of what the MLP adds; infinity is no patch."""
 
@@ -110,8 +123,14 @@ def fit(sums: Sums, held_back: Sums) -> tuple[Tensor, float, dict[float, float]]
 
 def is_patched(name: str, block: int) -> bool:
     """Return whether a tensor belongs to the last projection of a block's MLP, experts and biases among them."""
-    prefix = f"model.layers.{block}."
-    return name.startswith(prefix) and _PROJECTION.fullmatch(name.removeprefix(prefix)) is not None
+    match = BLOCK.match(name)
+    return match is not None and int(match[1]) == block and _PROJECTION.fullmatch(match[2]) is not None
+
+
+def last_parts(block: Any, architecture: str) -> list[Any]:
+    """Return the modules of a block whose outputs, summed, are the last that is added to the residual stream."""
+    named = (getattr(block, name, None) for name in _PARTS.get(architecture, ("mlp",)))
+    return [part for part in named if part is not None]
 
 
 def fold(patch: Tensor, name: str, tensor: Tensor, architecture: str) -> Tensor:

@@ -1,13 +1,14 @@
-"""Measures of the quality that a model kept: means, recovery, and the interval of a difference of two models.
+"""Measures of the quality that a model kept: means, recovery, and the intervals of figures and of their differences.
 
-In: scores of tasks, values of items. Out: the figures of the recovery table. Recovery is mean(model) / mean(base),
-unweighted over tasks, as in the paper; because a model that guesses also scores, the chance-corrected figure stands
-beside it.
+In: scores of tasks, values of items, sums over texts. Out: the figures of the recovery table. Recovery is mean(model) /
+mean(base), unweighted over tasks, as in the paper; because a model that guesses also scores, the chance-corrected
+figure stands beside it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -28,6 +29,13 @@ def mean_score(scores: Sequence[Score]) -> float:
     return sum(score.value for score in scores) / len(scores)
 
 
+def mean_error(errors: Sequence[float | None]) -> float | None:
+    """Return the standard error of the unweighted mean over tasks from those of the tasks, whose items are others;
+    None where one is not known."""
+    known = [error for error in errors if error is not None]
+    return math.hypot(*known) / len(known) if known and len(known) == len(errors) else None
+
+
 def recovery(scores: Sequence[Score], base: Sequence[Score]) -> float | None:
     """Return 100 * mean / mean of the base, or None where the base scores nothing."""
     below = mean_score(base)
@@ -42,14 +50,33 @@ def recovery_over_chance(scores: Sequence[Score], base: Sequence[Score]) -> floa
 
 
 @dataclasses.dataclass(frozen=True)
-class Difference:
-    """The advantage of one model over another on the same items, with its 95 % interval."""
+class Estimate:
+    """A figure with its 95 % interval."""
 
     value: float
     low: float
     high: float
     n: int
-    """Items; of a mean over tasks, the items of all tasks."""
+    """Items or texts; of a mean over tasks, the items of all tasks."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference(Estimate):
+    """The advantage of one model over another on the same items."""
+
+
+def ratio(sums: Sequence[float], counts: Sequence[float], draws: int = 2000, seed: int = 0) -> Estimate:
+    """Return sum(sums) / sum(counts) over texts, such as nats over tokens, with the interval of a bootstrap over texts.
+
+    Tokens of one text are not independent, so texts are drawn again, whole. With differences of two models as sums, and
+    what both were measured on as counts, it is the paired interval of the difference.
+    """
+    random = np.random.default_rng(seed)
+    above, below = np.asarray(sums, float), np.asarray(counts, float)
+    assert len(above) == len(below) > 0, "every text has a sum and a count"
+    drawn = (random.integers(0, len(above), len(above)) for _ in range(draws))
+    low, high = np.percentile([above[texts].sum() / below[texts].sum() for texts in drawn], (2.5, 97.5))
+    return Estimate(float(above.sum() / below.sum()), float(low), float(high), len(above))
 
 
 def paired_differences(
@@ -71,6 +98,31 @@ def paired_differences(
         drawn.append(means)
     value = sum(difference.value for difference in by_task.values()) / len(by_task)
     return by_task, _difference(value, np.mean(drawn, axis=0), sum(difference.n for difference in by_task.values()))
+
+
+def recovery_interval(
+    model: Mapping[str, Sequence[float]], base: Mapping[str, Sequence[float]], draws: int = 2000, seed: int = 0
+) -> Difference | None:
+    """Return the recovery in percent with its 95 % interval, by a paired bootstrap over items; None where the base
+    scores nothing.
+
+    model, base: the value of every item of every task, in the same order.
+    """
+    random = np.random.default_rng(seed)
+    pairs = [(np.asarray(model[task], float), np.asarray(values, float)) for task, values in base.items()]
+    means = np.zeros((2, draws))
+    for pair in pairs:
+        n = len(pair[0])
+        assert n == len(pair[1]) > 0, "both have the same items"
+        for draw in range(draws):
+            chosen = random.integers(0, n, n)
+            means[:, draw] += [each[chosen].mean() for each in pair]
+    below = sum(values.mean() for _, values in pairs)
+    if not below:
+        return None
+    means = means[:, means[1] > 0]  # few items may be drawn so that the base has none of them right
+    value = 100 * sum(values.mean() for values, _ in pairs) / below
+    return _difference(float(value), 100 * means[0] / means[1], sum(len(values) for values, _ in pairs))
 
 
 def _difference(value: float, means: Any, n: int) -> Difference:

@@ -19,6 +19,13 @@ import torch
 _ATTENTION = "sdft_rows"  # the name of attend_within_rows in transformers
 
 
+def may_share_a_sequence(config: Any) -> bool:
+    """Return whether several rows of a model can be one sequence: blocks of other kinds than attention (state-space,
+    linear attention, convolution) carry a state on, and llama4's attention counts from a sequence's start."""
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return kinds <= {"full_attention", "sliding_attention"} and not getattr(config, "attn_temperature_tuning", False)
+
+
 class CurrentRows:
     """The rows (R) of the current sequence; one object, which all layers of a model read."""
 
@@ -29,11 +36,16 @@ class CurrentRows:
 
 
 def keep_within_rows(model: Any) -> CurrentRows:
-    """Make a model attend within rows only, and return the object from which it reads the rows."""
+    """Make a model attend within rows only, and return the object from which it reads the rows.
+
+    A model whose rows may not share a sequence is left as it is: each of its sequences is to be one row.
+    """
     from transformers import AttentionInterface
 
-    AttentionInterface.register(_ATTENTION, attend_within_rows)  # without a mask function: transformers makes no mask
     rows, usual = CurrentRows(), str(model.config._attn_implementation)
+    if not may_share_a_sequence(model.config):
+        return rows
+    AttentionInterface.register(_ATTENTION, attend_within_rows)  # without a mask function: transformers makes no mask
     for module in model.modules():
         module.sdft_rows, module.sdft_usual = rows, usual
     model.set_attn_implementation(_ATTENTION)
@@ -56,7 +68,8 @@ def attend_within_rows(
     assert attention_mask is None, "rows carry no padding"
     starts = module.sdft_rows.starts
     assert starts[-1] == query.shape[2], f"{tuple(query.shape)} is not a sequence of rows that end at {starts}"
-    if module.sdft_usual == "sdpa" and query.is_cuda and query.dtype != torch.float32:
+    alike = query.shape[-1] == value.shape[-1]  # not so in deepseek_v3
+    if module.sdft_usual == "sdpa" and query.is_cuda and query.dtype != torch.float32 and alike:
         return _attend_at_once(query, key, value, starts, sliding_window, options.get("scaling")), None
     parts = []
     for begin, end in itertools.pairwise(starts):

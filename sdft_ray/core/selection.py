@@ -125,8 +125,7 @@ def _judge(row: Row, text: str | None, finish_reason: str, rules: Rules) -> Reas
         return "error"
     if finish_reason == "length" or text is None:
         return "truncated"
-    # One line that ends in a colon announces an answer ("The answer is:") and gives none.
-    if not text or (_ANNOUNCEMENT.fullmatch(text) and not row.reference.rstrip().endswith(":")):
+    if is_empty(text, row):
         return "empty"
     for reason, fails in FILTERS.items():
         if rules.filters[reason] and fails(text, row, rules.filters):
@@ -138,6 +137,12 @@ def _judge(row: Row, text: str | None, finish_reason: str, rules: Rules) -> Reas
         return "no_answer"
     same = row.answer is not None and rules.checker.same(row.answer, answer)
     return "kept" if same else "wrong_answer"
+
+
+def is_empty(text: str, row: Row) -> bool:
+    """Return whether a text is none, or only announces an answer in one line that ends in a colon ("The answer is:")
+    where the reference does not end so."""
+    return not text or bool(_ANNOUNCEMENT.fullmatch(text) and not row.reference.rstrip().endswith(":"))
 
 
 # --- thoughts of a rewrite beside its response --------------------------------------------------------------------

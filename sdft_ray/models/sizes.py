@@ -11,10 +11,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from sdft_ray.core.depth import Sizes
-from sdft_ray.core.surgery import block_of, rename_tensor
+from sdft_ray.core.surgery import BUFFERS, block_of, further_blocks, rename_tensor
 from sdft_ray.data.readers import read_json
 from sdft_ray.models import sources
 from sdft_ray.models.directory import is_tied, tensor_places
+from sdft_ray.models.parts import text_config, text_name
 from sdft_ray.spec.sources import HubModel, ModelSource
 
 _HEAD = "lm_head.weight"
@@ -25,15 +26,23 @@ def sizes_of(source: ModelSource) -> Sizes | None:
     if isinstance(source, HubModel):
         return None
     path = sources.model_path(source)
-    return sizes_of_directory(path) if path.is_dir() else _sizes_of_gguf(path)
+    return sizes_of_directory(path, getattr(source, "part", None)) if path.is_dir() else _sizes_of_gguf(path)
 
 
-def sizes_of_directory(directory: Path) -> Sizes:
-    """Return the sizes of a Hugging Face model directory."""
-    shapes = {name: tensor.shape for name, (_, tensor) in tensor_places(directory).items() if rename_tensor(name, ())}
-    if is_tied(directory, read_json(directory / "config.json")):
+def sizes_of_directory(directory: Path, part: str | None = None) -> Sizes:
+    """Return the sizes of a Hugging Face model directory, or of a part of it."""
+    config = text_config(directory) if part else read_json(directory / "config.json")
+    named = {text_name(name) if part else name: tensor.shape for name, (_, tensor) in tensor_places(directory).items()}
+    dropped = further_blocks(config)
+    shapes = {name: shape for name, shape in named.items() if name and _is_counted(name, dropped)}
+    if is_tied(directory, config):
         shapes.pop(_HEAD, None)  # old checkpoints store the embeddings twice
     return _count((block_of(name), shape) for name, shape in shapes.items())
+
+
+def _is_counted(name: str, dropped: Sequence[int]) -> bool:
+    """Return whether a tensor is a parameter that a cut keeps where it removes no block; dropped: further blocks."""
+    return rename_tensor(name, dropped) is not None and not name.endswith(BUFFERS)
 
 
 def _sizes_of_gguf(path: Path) -> Sizes:

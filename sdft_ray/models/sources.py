@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdft_ray.core.surgery import count_blocks
 from sdft_ray.data.readers import (
     package_file,
     read_refusal,
@@ -19,6 +20,7 @@ from sdft_ray.data.readers import (
 )
 from sdft_ray.errors import UserError, problem
 from sdft_ray.models.directory import LICENCES, ModelFacts, describe_directory
+from sdft_ray.models.parts import text_config
 from sdft_ray.spec.sources import HubModel, LocalModel, ModelSource, PackagedModel
 
 if TYPE_CHECKING:
@@ -29,15 +31,23 @@ if TYPE_CHECKING:
 NO_NUMBERS = ("generation_config.json", "*.md", *LICENCES)
 
 
-def describe_model(source: ModelSource) -> ModelFacts | None:
+def describe_model(source: ModelSource, where: str = "model.path", teaches: bool = False) -> ModelFacts | None:
     """Return a model's facts from its headers; None for a hub model, whose headers come with the download.
 
-    Raises UserError for a directory that is not a chat model in safetensors.
+    teaches: it only generates. Raises UserError for a directory that is not a chat model in safetensors, and at `where`
+    the recipe names it for one that is not there.
     """
     if isinstance(source, HubModel):
         return None
-    path = model_path(source)
-    return describe_directory(path) if path.is_dir() else describe_gguf(path)
+    path = model_path(source, where)
+    if not path.is_dir():
+        return describe_gguf(path)
+    facts = describe_directory(path, teaches)
+    if getattr(source, "part", None) is None:
+        return facts
+    text = text_config(path)
+    heads = text.get("num_attention_heads")
+    return ModelFacts(text["model_type"], count_blocks(text), text.get("max_position_embeddings"), heads)
 
 
 def describe_gguf(path: Path) -> ModelFacts:
@@ -60,7 +70,9 @@ def describe_gguf(path: Path) -> ModelFacts:
     blocks = int(gguf_field(path, f"{architecture}.block_count"))
     _require_gguf_tensors(path, blocks)
     context = f"{architecture}.context_length"
-    return ModelFacts(architecture, blocks, int(gguf_field(path, context)) if context in fields else None)
+    heads = _gguf_value(path, f"{architecture}.attention.head_count", None)
+    most = int(gguf_field(path, context)) if context in fields else None
+    return ModelFacts(architecture, blocks, most, heads if isinstance(heads, int) else None)
 
 
 def _require_gguf_tensors(path: Path, blocks: int) -> None:
@@ -124,6 +136,8 @@ def model_path(source: PackagedModel | LocalModel, where: str = "model.path") ->
         raise UserError(problem(where, f"{path} does not exist", "Give a model directory or a .gguf file"))
     if path.is_file() and path.suffix != ".gguf":
         raise UserError(problem(where, f"{path} is not a .gguf file", "Give the directory it lies in"))
+    if path.is_file() and source.part:
+        raise UserError(problem("model.part", f"{path} is a .gguf file, of one part", "Remove model.part"))
     return path
 
 

@@ -8,16 +8,18 @@ from __future__ import annotations
 from sdft_ray.core.surgery import require_blocks, require_supported
 from sdft_ray.data import readers
 from sdft_ray.errors import UserError, problem
-from sdft_ray.models import directory, sources
+from sdft_ray.models import directory, parts, sources
 from sdft_ray.models.sizes import sizes_of
 from sdft_ray.preflight import limits
 from sdft_ray.preflight.cuts import depth_of
+from sdft_ray.progress import log
 from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.recipe import Recipe
-from sdft_ray.spec.sources import GymRows, HubModel, LocalModel, RowSource
+from sdft_ray.spec.sources import GymRows, HubModel, LocalModel, RowSource, ServedModel
 from sdft_ray.spec.sources import in_use as sources_in_use
 from sdft_ray.stages import merge, train
 from sdft_ray.stages.evaluate.presets import require_known
+from sdft_ray.trackers import libraries
 
 
 def check(recipe: Recipe, compute: Compute, read: limits.FileReader = limits.read_file) -> None:
@@ -25,12 +27,16 @@ def check(recipe: Recipe, compute: Compute, read: limits.FileReader = limits.rea
 
     read: reads a row file; a caller that checks many recipes remembers the rows.
     """
+    if problems := list(libraries.missing(compute.track)):
+        raise UserError(*problems)
     facts, depth = sources.describe_model(recipe.model), None
     others = recipe.merge.others if recipe.merge else {}
     if facts:
         depth = _require_prunable(recipe, facts)
-        if recipe.arms.distilled or recipe.draft:
+        if recipe.draft:
             _require_generates(facts, compute)
+    if recipe.arms.need_rewrites and (teaching := _teacher_facts(recipe, facts)):
+        _require_generates(teaching, compute)
     for name, other in others.items():
         if other.path is not None and facts and depth:
             _require_compatible(f"merge.others.{name}.path", other.path, facts, depth)
@@ -71,16 +77,50 @@ def _require_prunable(recipe: Recipe, facts: directory.ModelFacts) -> int | None
     require_supported(facts.architecture, "model")
     assert not isinstance(recipe.model, HubModel), "a hub model has no facts"
     if (path := sources.model_path(recipe.model)).is_dir():
-        names = (name for tensors in directory.stored_tensors(path).values() for name in tensors)
-        require_blocks(path, names, facts.blocks)
+        names = [name for tensors in directory.stored_tensors(path).values() for name in tensors]
+        if getattr(recipe.model, "part", None):
+            config, names = parts.text_config(path), [new for name in names if (new := parts.text_name(name))]
+        else:
+            config = readers.read_json(path / "config.json")
+        require_blocks(path, names, config)
     return depth_of(recipe.prune, sizes_of(recipe.model))
 
 
+def _teacher_facts(recipe: Recipe, base: directory.ModelFacts | None) -> directory.ModelFacts | None:
+    """Return the facts of the model that rewrites, where it is on this machine and no endpoint."""
+    match recipe.distill.teacher:
+        case None:
+            return base
+        case ServedModel():
+            return None
+        case source:
+            return sources.describe_model(source, "distill.teacher.path", teaches=True)
+
+
 def _require_generates(facts: directory.ModelFacts, compute: Compute) -> None:
-    """Raise UserError for a model of which vLLM's CPU build generates other text (docs/architectures.md)."""
-    if facts.architecture == "gpt_oss" and not compute.distill.gpus:
+    """Raise UserError for a model of which vLLM's CPU build generates other text (docs/architectures.md), or which
+    cannot be spread as the compute file says."""
+    plan = compute.distill
+    if facts.architecture == "gpt_oss" and not plan.gpus:
         what = "vLLM's CPU build generates other text than gpt_oss"
         raise UserError(problem("compute.distill.gpus", what, "Set compute.distill.gpus: 1"))
+    if facts.heads and facts.heads % plan.tensor_parallel_size:
+        what = f"{plan.tensor_parallel_size} does not divide the {facts.heads} attention heads of the model"
+        do = f"Give one of {', '.join(str(n) for n in range(1, facts.heads + 1) if facts.heads % n == 0)}"
+        raise UserError(problem("compute.distill.tensor_parallel_size", what, do))
+    if facts.blocks and facts.blocks % plan.pipeline_parallel_size:
+        _report_uneven(facts.blocks, plan.pipeline_parallel_size)
+
+
+def _report_uneven(blocks: int, groups: int) -> None:
+    """Raise UserError where a group of GPUs would get no block; else report that some get more than others, which only
+    costs speed: 61 blocks could not be spread at all."""
+    where = "compute.distill.pipeline_parallel_size"
+    if groups > blocks:
+        raise UserError(problem(where, f"{groups} is more than the {blocks} blocks of the model", "Lower it"))
+    even = max(n for n in range(1, groups + 1) if blocks % n == 0)
+    what = f"{groups} does not divide the {blocks} blocks of the model, so all wait for groups with one block more"
+    log(problem(where, what, f"{even} would divide them"))
 
 
 def _require_compatible(where: str, path: str, base: directory.ModelFacts, removed: int) -> None:

@@ -19,15 +19,18 @@ from sdft_ray.core.patch import gaps
 from sdft_ray.core.surgery import block_of
 from sdft_ray.data import readers
 from sdft_ray.models import sources
-from sdft_ray.models.directory import stored_tensors
+from sdft_ray.models.directory import stored_tensors, weight_files
+from sdft_ray.models.parts import text_config, text_name
 from sdft_ray.models.sizes import sizes_of, sizes_of_directory
 from sdft_ray.pipeline import Chain
 from sdft_ray.preflight import memory
 from sdft_ray.preflight.cuts import depth_of
+from sdft_ray.spec import compute as compute_spec
+from sdft_ray.spec import training
 from sdft_ray.spec.compute import Compute, cores
 from sdft_ray.spec.recipe import Prune, Recipe
-from sdft_ray.spec.sources import HubModel, ModelSource
-from sdft_ray.stages import mix, train
+from sdft_ray.spec.sources import HubModel, LocalModel, ModelSource, ServedModel
+from sdft_ray.stages import mix, retention, train
 from sdft_ray.stages.train.adapters import LAST_BLOCKS
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
@@ -94,8 +97,9 @@ def estimate_stages(recipe: Recipe, compute: Compute, chain: Chain, storage: Sto
         *([_score(recipe, compute, shape)] if chain.score else []),
         *([_greedy(recipe, compute, shape, depth)] if recipe.prune.is_greedy else []),
         _distill(recipe, compute, shape, _training_rows(first, storage)),
-        *(_train(recipe, compute, pruned, name, stage, storage) for name, stage in trained.items()),
+        *(_train(recipe, compute, shape, pruned, name, stage, storage) for name, stage in trained.items()),
         *_drafts(recipe, compute, shape, pruned, len(chain.drafts)),
+        *_retention(recipe, compute, shape, pruned, len(chain.retention)),
         _evaluate(recipe, compute, shape, len(chain.models)),
     ]
 
@@ -131,8 +135,20 @@ def _measuring(stage: str, work: str, recipe: Recipe, compute: Compute, shape: m
 
 def _distill(recipe: Recipe, compute: Compute, shape: memory.Shape | None, rows: int | None) -> Cost:
     work = f"{rows or 'all training'} rows of up to {recipe.distill.max_new_tokens} new tokens"
+    actors, teacher = compute.distill.actors.max, recipe.distill.teacher
+    if isinstance(teacher, ServedModel):
+        return _cost("distill", work, actors, None, f"{teacher.model} generates at its endpoint", compute, 0)
     weights = None if shape is None else _bytes(recipe.distill.dtype) * shape.parameters
-    return _engine("distill", work, compute.distill.actors.max, weights, compute)
+    if teacher:
+        weights = _stored_bytes(teacher)
+    return _engine("distill", work, actors, weights, compute)
+
+
+def _stored_bytes(model: LocalModel | HubModel) -> int | None:
+    """Return the bytes of a model's weights as stored, which may be quantised; None where they are not here."""
+    if isinstance(model, HubModel) or not (path := sources.model_path(model, "distill.teacher.path")).is_dir():
+        return None
+    return sum(file.stat().st_size for file in weight_files(path))
 
 
 def _drafts(
@@ -164,6 +180,7 @@ def _engine(stage: str, work: str, processes: int, weights: int | None, compute:
 def _train(
     recipe: Recipe,
     compute: Compute,
+    shape: memory.Shape | None,
     pruned: memory.Shape | None,
     model: str,
     stage: Stage[train.Settings],
@@ -177,7 +194,7 @@ def _train(
     most = section.micro_batch * settings.max_tokens
     tokens = min(most, section.pass_tokens or most)
     work = f"{steps} of {settings.global_batch_size} rows, up to {tokens} tokens a pass"
-    if pruned is None:
+    if shape is None or pruned is None:
         return _cost(name, work, section.workers.max, None, "", compute, section.gpus)
     scope = _scope(pruned, settings.scope, recipe.prune)
     trained = memory.trainable_parameters(scope, settings.method, settings.lora.rank, settings.lora.targets)
@@ -197,9 +214,16 @@ def _train(
     if section.offload == "all" and section.gpus:
         named |= {"weights": needs.weights - _bytes(settings.dtype) * pruned.parameters // section.workers.min}
     named |= {"activations": needs.activations}
+    soft = stage.settings.soft
+    if soft and not soft.likeliest:  # the base beside it, of which adapters share all but the removed blocks
+        shares = settings.method == "lora" and section.zero_stage < 3
+        own = shape.parameters - pruned.parameters if shares else shape.parameters
+        named |= {"teacher": _bytes(settings.dtype) * own}
     parts = f"{trained / 1e6:.1f} of {pruned.parameters / 1e6:.1f} M parameters are trained; " + ", ".join(
         f"{name} {value / 1e9:.2f}" for name, value in named.items()
     )
+    if section.gpus:
+        parts += _main_memory(settings, section, pruned)
     bytes_each = sum(named.values()) + memory.PROCESS_BYTES
     return _cost(name, work, section.workers.max, bytes_each, parts, compute, section.gpus)
 
@@ -213,6 +237,37 @@ def _scope(pruned: memory.Shape, scope: str, prune: Prune) -> memory.Shape:
     return dataclasses.replace(pruned, blocks=blocks, parameters=blocks * pruned.block_parameters)
 
 
+def _main_memory(settings: training.Train, section: compute_spec.Train, shape: memory.Shape) -> str:
+    """Return in words the main memory of a training whose workers compute on GPUs."""
+    number, shares = _bytes(settings.dtype), section.workers.min if section.zero_stage == 3 else 0
+    loading = memory.loading_memory(shape, number, shares, on_gpu=section.offload != "all")
+    writing = number * shape.parameters + memory.PROCESS_BYTES
+    return f"; main memory {loading / 1e9:.2f} to load, {writing / 1e9:.2f} in the process that writes the model"
+
+
+def _retention(
+    recipe: Recipe, compute: Compute, shape: memory.Shape | None, pruned: memory.Shape | None, models: int
+) -> list[Cost]:
+    if not (settings := recipe.evaluate.retention):
+        return []
+    work = f"{models} models x up to {settings.rows} rows and {settings.texts} texts"
+    bytes_each = None
+    if shape is not None and pruned is not None:  # the base beside a model, and pieces of their logits
+        number = _bytes(recipe.evaluate.dtype)
+        bytes_each = memory.holding_memory(shape, number, settings.max_tokens) + number * pruned.parameters
+        bytes_each += 5 * 4 * min(retention.PIECE_LOGITS, settings.max_tokens * shape.vocabulary)
+    return [_cost("retention", work, _at_once(compute, models), bytes_each, "", compute, compute.evaluate.gpus)]
+
+
+def _at_once(compute: Compute, stages: int) -> int:
+    """Return how many evaluations run side by side on this machine; 1 where that is not known."""
+    section = compute.evaluate
+    if compute.ray.address != "local" or section.gpus:
+        return 1
+    assert section.cpus != "auto", "load_compute settles auto"
+    return max(1, min(cores() // section.cpus, stages))
+
+
 def _evaluate(recipe: Recipe, compute: Compute, shape: memory.Shape | None, models: int) -> Cost:
     settings, section = recipe.evaluate, compute.evaluate
     items = f"{settings.limit} items" if settings.limit else "all items"
@@ -220,10 +275,7 @@ def _evaluate(recipe: Recipe, compute: Compute, shape: memory.Shape | None, mode
     bytes_each = (
         None if shape is None else memory.holding_memory(shape, _bytes(settings.dtype), section.batch_size * 256)
     )
-    at_once = 1
-    if compute.ray.address == "local" and not section.gpus:
-        assert section.cpus != "auto", "load_compute settles auto"
-        at_once = max(1, min(cores() // section.cpus, models * len(settings.tasks)))
+    at_once = _at_once(compute, models * len(settings.tasks))
     return _cost("evaluate", work, at_once, bytes_each, "", compute, section.gpus)
 
 
@@ -263,18 +315,26 @@ def _most_rows(rows: MixedStage, storage: Storage) -> int | None:
 # --- the shape of a model, from headers -----------------------------------------------------------------------
 
 
+_FEED_FORWARD = ("intermediate_size", "ffn_dim", "block_ff_dim")  # of opt, of lfm2's published files
+
+
 def shape_of(source: ModelSource) -> memory.Shape | None:
     """Return a model's shape; None for a hub model, which has no file here."""
     if isinstance(source, HubModel):
         return None
     path = sources.model_path(source)
-    return shape_of_directory(path) if path.is_dir() else _shape_of_gguf(path)
+    return shape_of_directory(path, getattr(source, "part", None)) if path.is_dir() else _shape_of_gguf(path)
 
 
-def shape_of_directory(directory: Path) -> memory.Shape:
-    """Return the shape of a Hugging Face model directory."""
-    config = readers.read_json(directory / "config.json")
-    tensors = {name: tensor.shape for shard in stored_tensors(directory).values() for name, tensor in shard.items()}
+def shape_of_directory(directory: Path, part: str | None = None) -> memory.Shape:
+    """Return the shape of a Hugging Face model directory, or of a part of it."""
+    config = text_config(directory) if part else readers.read_json(directory / "config.json")
+    tensors = {
+        new: tensor.shape
+        for shard in stored_tensors(directory).values()
+        for name, tensor in shard.items()
+        if (new := text_name(name) if part else name)
+    }
     heads = config["num_attention_heads"]
     head = config.get("head_dim") or config["hidden_size"] // heads
     experts = config.get("num_experts_per_tok")
@@ -283,7 +343,7 @@ def shape_of_directory(directory: Path) -> memory.Shape:
         tensors,
         width=config["hidden_size"],
         kv_width=(config.get("num_key_value_heads") or heads) * head,
-        feed_forward=(inner or config["intermediate_size"]) * (experts or 1),
+        feed_forward=(inner or next(config[key] for key in _FEED_FORWARD if key in config)) * (experts or 1),
         vocabulary=config["vocab_size"],
     )
 

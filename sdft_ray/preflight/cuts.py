@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sdft_ray.core.depth import Sizes, least_depth, parameters_left
+from sdft_ray.core.depth import Sizes, Way, least_depth, parameters_left
 from sdft_ray.core.surgery import name_blocks, require_removable
 from sdft_ray.models.depth import require_depth
 from sdft_ray.models.sizes import sizes_of
@@ -22,7 +22,7 @@ def depth_of(prune: Prune, sizes: Sizes | None) -> int | None:
     """
     protect = prune.protect
     if prune.target:
-        return sizes and least_depth(sizes, prune.target.parameters, protect.first, protect.last, prune.way)
+        return sizes and least_depth(sizes, prune.target.parameters, protect.first, protect.last, _way(prune))
     if prune.remove:
         if sizes:
             require_removable(prune.remove, len(sizes.blocks), "prune.remove")
@@ -55,10 +55,15 @@ def _name_left(prune: Prune, sizes: Sizes | None) -> str:
     depth = depth_of(prune, sizes)
     if sizes is None or depth is None:
         return ""
-    most = parameters_left(sizes, prune.protect.first, prune.protect.last, prune.way)
+    most = parameters_left(sizes, prune.protect.first, prune.protect.last, _way(prune))
     left = sizes.total - sum(sizes.blocks[block] for block in prune.remove) if prune.remove else most[depth]
     is_exact = prune.remove or len({*sizes.blocks}) == 1
     return f" ({'' if is_exact else 'at most '}{left:,} of {sizes.total:,} parameters are left)"
+
+
+def _way(prune: Prune) -> Way:
+    """Return which blocks may be chosen together."""
+    return "tail" if prune.metric == "tail" else "span" if prune.contiguous else "anywhere"
 
 
 def _name_choice(prune: Prune) -> str:

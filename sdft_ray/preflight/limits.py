@@ -56,6 +56,8 @@ def require_numbers(recipe: Recipe, context: int | None) -> None:
     read = recipe.prune.calibration if recipe.prune.reads_texts else ()
     lengths = {"prune.calibration.max_tokens": max(corpus.max_tokens for corpus in read)} if read else {}
     lengths["train.max_tokens"] = recipe.train.max_tokens
+    if recipe.evaluate.retention:
+        lengths["evaluate.retention.max_tokens"] = recipe.evaluate.retention.max_tokens
     lengths |= {f"{name}.max_new_tokens": new + 1 for name, new in _new_tokens(recipe).items()}  # behind a prompt
     for key, length in lengths.items():
         if context is not None and length > context:
@@ -67,9 +69,10 @@ def require_numbers(recipe: Recipe, context: int | None) -> None:
 
 
 def _new_tokens(recipe: Recipe) -> dict[str, int]:
-    """Return how many tokens are generated behind a prompt, by section of the recipe."""
-    new = {"distill": recipe.distill.max_new_tokens} if recipe.arms.distilled else {}
-    if HELD_OUT in recipe.evaluate.tasks:
+    """Return how many tokens the base generates behind a prompt, by section of the recipe."""
+    rewrites = recipe.arms.need_rewrites and not recipe.distill.teacher
+    new = {"distill": recipe.distill.max_new_tokens} if rewrites else {}
+    if HELD_OUT in recipe.evaluate.tasks or recipe.evaluate.retention:
         new["evaluate"] = recipe.evaluate.max_new_tokens
     return new | ({"draft": recipe.draft.max_new_tokens} if recipe.draft else {})
 
@@ -183,6 +186,11 @@ def require_texts(recipe: Recipe, count: Counter, read: FileReader = read_file) 
         if usable < needed:
             what = f"{path} has {usable} texts of two tokens or more (expected {needed} or more)"
             raise UserError(problem("prune.calibration.text", what, "Give more texts"))
+    if recipe.evaluate.retention:
+        plain = [corpus for corpus in recipe.prune.calibration if corpus.rows is None]
+        corpora = calibration.describe_corpora(plain, [None] * len(plain))
+        if further := calibration.describe_further(recipe.evaluate.retention, corpora):
+            calibration.read_further(further)
 
 
 def require_lengths(
@@ -221,7 +229,7 @@ def _lengths(
         return left, what, f"Lower {key}.max_new_tokens"
 
     if "evaluate" in new:
-        asked = [row for row in held_out if sources[row.origin].answer != "none"]
+        asked = [row for row in held_out if sources[row.origin].answer != "none" or recipe.evaluate.retention]
         yield _Length("evaluate.max_new_tokens", _prompts(asked), *leaves("evaluate", context))
         what = f"held-out references must fit the model's context of {context}"
         yield _Length("rows", [row.reference for row in held_out], context, what, "Remove these rows")

@@ -104,6 +104,18 @@ def training_memory(
     return Memory(weights, gradients, optimizer, activations)
 
 
+def loading_memory(shape: Shape, number: int, shares: int, on_gpu: bool) -> int:
+    """Return the bytes of main memory of one worker while it loads the weights, by b bytes each.
+
+    b P where a worker holds them all. Under ZeRO-3 (`shares` is then W, else 0) b P / W, unless a GPU keeps them, and
+    the largest module, which is made whole: the embeddings, or one block's experts.
+    """
+    if not shares:
+        return number * shape.parameters + PROCESS_BYTES
+    largest = number * max(shape.vocabulary * shape.width, shape.block_parameters)
+    return (0 if on_gpu else number * shape.parameters // shares) + largest + PROCESS_BYTES
+
+
 def activation_bytes(shape: Shape, tokens: int, loss_tokens: int, half: bool, gradient_checkpointing: bool) -> int:
     """Return the bytes that one forward pass keeps for its backward pass.
 

@@ -17,7 +17,8 @@ from typing import Any
 from sdft_ray.errors import Problem, problem
 from sdft_ray.progress import log
 from sdft_ray.spec.compute import Compute, Needs
-from sdft_ray.stages import distill, draft, evaluate, loss, nll, score, speed, train
+from sdft_ray.spec.sources import ServedModel
+from sdft_ray.stages import distill, draft, evaluate, loss, nll, probes, retention, score, speed, train
 from sdft_ray.store.identity import Stage
 
 # Linux's names of the instructions in /proc/cpuinfo: x86's, then ARM's.
@@ -44,13 +45,21 @@ def _find_dtype(settings: Any) -> tuple[str, str, Needs] | None:
     match settings:
         case score.Settings() | loss.Settings() | loss.GreedySettings():
             return "prune.dtype", settings.dtype, score.NEEDS
+        case distill.Settings(teacher=ServedModel()):  # computes elsewhere
+            return None
         case distill.Settings() | nll.Settings():
             return "distill.dtype", settings.dtype, distill.NEEDS
         case train.Settings():
             return "train.dtype", settings.train.dtype, train.NEEDS
         case draft.Settings():
             return "draft.dtype", settings.dtype, draft.NEEDS
-        case speed.Settings() | evaluate.HeldOutSettings() | evaluate.TaskSettings():
+        case (
+            speed.Settings()
+            | evaluate.HeldOutSettings()
+            | evaluate.TaskSettings()
+            | probes.Settings()
+            | retention.Settings()
+        ):
             return "evaluate.dtype", settings.dtype, evaluate.NEEDS
     return None
 

@@ -6,14 +6,17 @@ In: a recipe's plan and the storage. Out: a `Report`. Nothing is measured here b
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sdft_ray import pipeline
 from sdft_ray.core.recovery import mean_score, paired_differences, recovery, recovery_over_chance
+from sdft_ray.core.retention import Measured, read_lines
 from sdft_ray.core.selection import REASONS
 from sdft_ray.errors import UserError, problem
+from sdft_ray.generated import Habits, describe, read_held_out_items
 from sdft_ray.pipeline import Chain
 from sdft_ray.report.entries import (
     Artifact,
@@ -31,15 +34,28 @@ from sdft_ray.report.entries import (
     Pruned,
     Quality,
     Report,
+    Retention,
+    RetentionComparison,
     Selection,
     SourceEntry,
     Speed,
     Trained,
     Training,
 )
-from sdft_ray.results import DISTANCES, HELD_OUT, HISTORY, ITEMS, Distances, read_history, read_items, training_batches
+from sdft_ray.results import (
+    DISTANCES,
+    HELD_OUT,
+    HISTORY,
+    ITEMS,
+    RETENTION,
+    Distances,
+    read_held_out,
+    read_history,
+    training_batches,
+)
 from sdft_ray.spec.recipe import Recipe
-from sdft_ray.stages import evaluate, mix
+from sdft_ray.stages import evaluate, mix, retention
+from sdft_ray.stages.evaluate.scores import item_values
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 
@@ -56,25 +72,31 @@ def collect(recipe: Recipe, name: str, storage: Storage) -> Report:
         names = ", ".join(dict.fromkeys(stage.name for stage in missing))
         raise UserError(problem(name, f"is not finished (missing: {names})", f"Do: sdft run {name}"))
     base = chain.tasks_of("base")
+    generated = describe_generated(recipe, chain, storage)
     models = tuple(
         ModelEntry(
             model=name,
             id=stage.id,
             quality=describe_quality(chain.tasks_of(name), base, storage),
             cost=count_cost(storage.files(stage, "config.json")),
+            **describe_retention(chain.retention.get(name), storage),
+            **({"generated": generated[name]} if generated else {}),
         )
         for name, stage in chain.models.items()
     )
     sources = _describe_sources(chain, models, storage)
+    compared = compare_arms({arm: [chain.tasks_of(arm)] for arm in recipe.arms.names}, storage)
     return Report(
         recipe=name,
         flops_tokens=FLOPS_TOKENS,
         models=models,
-        comparison=compare_arms({arm: [chain.tasks_of(arm)] for arm in recipe.arms.names}, storage),
+        comparison=compared[0] if compared else None,
+        **_compare_retention(recipe, chain, storage),
         speed=Speed.of(chain.speed, storage) if chain.speed else None,
         merges=_describe_merges(chain, storage),
         drafts={name: Draft.of(stage, storage) for name, stage in chain.drafts.items()},
         **({"sources": sources} if sources else {}),
+        **({"further_comparisons": tuple(compared[1:])} if compared[1:] else {}),
         details=_describe_details(recipe, chain, storage),
     )
 
@@ -96,27 +118,49 @@ def _read_scores(evaluations: Evaluations, storage: Storage) -> dict[str, evalua
     return {task: evaluate.Summary.of(stage, storage) for task, stage in evaluations.items()}
 
 
-def compare_arms(evaluations: Mapping[str, Sequence[Evaluations]], storage: Storage) -> Comparison | None:
-    """Return how much better the distilled arm does than sft on the same items; None where there is one arm only.
+def describe_retention(stage: Stage[retention.Settings] | None, storage: Storage) -> dict[str, Retention]:
+    """Return how near a model stays to the base, as the field of an entry; none where that was not asked for."""
+    return {"retention": Retention.of(stage, storage)} if stage else {}
 
-    evaluations: of each arm, those of one model or of several that differ in their seeds; an item counts as their mean.
+
+def _compare_retention(recipe: Recipe, chain: Chain, storage: Storage) -> dict[str, tuple[RetentionComparison, ...]]:
+    """Return how much nearer to the base each arm stays than the one before it, as the field of a report."""
+    measured = {
+        arm: read_lines(
+            (storage.files(chain.retention[arm], RETENTION) / RETENTION).read_text(encoding="utf-8"), Measured
+        )
+        for arm in recipe.arms.names
+        if arm in chain.retention
+    }
+    compared = []
+    for second, first in itertools.pairwise(measured):
+        figures = retention.summarise(retention.subtract(measured[first], measured[second])).figures
+        compared.append(RetentionComparison(first=first, second=second, figures=figures))
+    return {"retention": tuple(compared)} if compared else {}
+
+
+def describe_generated(recipe: Recipe, chain: Chain, storage: Storage) -> dict[str, Habits]:
+    """Return how each model answers held-out rows; nothing where those are no task."""
+    if HELD_OUT not in recipe.evaluate.tasks:
+        return {}
+    rows = read_held_out([storage.files(stage, f"{HELD_OUT}.parquet") for stage in chain.data[""].read])
+    by_id, filters = {row.id: row for row in rows}, recipe.distill.filters.model_dump()
+    items = {name: storage.files(chain.evaluations[name, HELD_OUT], ITEMS) for name in chain.models}
+    return {name: describe(read_held_out_items(place), by_id, filters) for name, place in items.items()}
+
+
+def compare_arms(evaluations: Mapping[str, Sequence[Evaluations]], storage: Storage) -> list[Comparison]:
+    """Return how much better each arm does than the one before it on the same items.
+
+    evaluations: of each arm, in the order of spec/training.py, those of one model or of several that differ in their
+    seeds; an item counts as their mean.
     """
-    values = {arm: _item_values(models, storage) for arm, models in evaluations.items() if models}
-    if len(values) < 2:
-        return None
-    first, second = "distilled", "sft"
-    tasks, mean = paired_differences(values[first], values[second])
-    return Comparison(first=first, second=second, tasks=tasks, mean=mean)
-
-
-def _item_values(models: Sequence[Evaluations], storage: Storage) -> dict[str, list[float]]:
-    """Return the value of every item of every task, as the mean over models."""
-    values: dict[str, list[float]] = {}
-    for task in models[0]:
-        each = [read_items(storage.files(evaluations[task], ITEMS)) for evaluations in models]
-        assert all([i.id for i in items] == [i.id for i in each[0]] for items in each), f"{task}: other items"
-        values[task] = [sum(item.value for item in same) / len(same) for same in zip(*each, strict=True)]
-    return values
+    values = {arm: item_values(models, storage) for arm, models in evaluations.items() if models}
+    compared = []
+    for second, first in itertools.pairwise(values):
+        tasks, mean = paired_differences(values[first], values[second])
+        compared.append(Comparison(first=first, second=second, tasks=tasks, mean=mean))
+    return compared
 
 
 @functools.cache
@@ -191,7 +235,7 @@ def _describe_merges(chain: Chain, storage: Storage) -> dict[str, MergeEntry]:
 
     @functools.cache  # merges have their parents in common
     def items(name: str) -> dict[str, list[float]]:
-        return _item_values([chain.tasks_of(name)], storage)
+        return item_values([chain.tasks_of(name)], storage)
 
     entries = {}
     for name, stage in chain.merged.items():

@@ -11,7 +11,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field, JsonValue, SerializerFunctionWrapHandler, model_serializer
 
-from sdft_ray.core.recovery import Difference
+from sdft_ray.core.recovery import Difference, Estimate
+from sdft_ray.generated import Habits
 from sdft_ray.results import Cut, Distances, Drafting, Gain, Record, Score, Step
 from sdft_ray.stages.cut import Summary as Pruned
 from sdft_ray.stages.distill import SourceSummary as Rewrites
@@ -23,6 +24,7 @@ from sdft_ray.stages.merge import Summary as Merged
 from sdft_ray.stages.mix import Source as MixedSource
 from sdft_ray.stages.nll import SourceLikelihoods as SourceNll
 from sdft_ray.stages.nll import Summary as Nll
+from sdft_ray.stages.retention import Summary as Retention
 from sdft_ray.stages.speed import Summary as Speed
 from sdft_ray.stages.train import Summary as Trained
 from sdft_ray.store.manifest import Provenance
@@ -81,6 +83,19 @@ class ModelEntry(Flat):
     id: str
     quality: Quality
     cost: Cost
+    retention: Retention | None = None
+    """Where the recipe asks for it."""
+    generated: Habits | None = None
+    """How it answers held-out rows, where those are a task."""
+
+
+class RetentionComparison(Record):
+    """How much nearer to the base one arm stays than the other, on the same texts."""
+
+    first: str
+    second: str
+    figures: dict[str, Estimate]
+    """By their names in a model's retention, such as `kl_responses`."""
 
 
 class MergeEntry(Flat):
@@ -159,13 +174,22 @@ class Report(Record):
     models: tuple[ModelEntry, ...]
     """The base first."""
     comparison: Comparison | None
-    """None where there is one arm only."""
+    """Of the first two arms; None where there is one only."""
+    retention: tuple[RetentionComparison, ...] = ()
+    """Of each arm with the one before it."""
     speed: Speed | None
     merges: dict[str, MergeEntry]
     drafts: dict[str, Draft]
     sources: tuple[SourceEntry, ...] = ()
     """Where there are several."""
+    further_comparisons: tuple[Comparison, ...] = ()
+    """Of each further arm with the one before it."""
     details: Details = Field(exclude=True)
+
+    @property
+    def compared(self) -> tuple[Comparison, ...]:
+        """Every two arms that are compared."""
+        return (*([self.comparison] if self.comparison else []), *self.further_comparisons)
 
     @property
     def base(self) -> ModelEntry:
@@ -193,6 +217,7 @@ class SweepModel(Flat):
     id: str
     quality: Quality
     cost: Cost
+    retention: Retention | None = None
 
 
 class TrialResult(Flat):
@@ -204,6 +229,7 @@ class TrialResult(Flat):
     """Of its training."""
     quality: Quality
     cost: Cost
+    retention: Retention | None = None
 
 
 class SpeedFigures(Drafting):
@@ -277,6 +303,8 @@ class Group(Place):
     recovery_over_chance: float | None
     validation_loss: float | None
     parameters: int
+    retention: dict[str, float] = Field(default_factory=dict)
+    """Its figures by their names, where the recipe asks for it."""
     pruned: str
     limited: bool
     chosen: bool = False
@@ -284,7 +312,7 @@ class Group(Place):
 
 
 class SweepComparison(Flat):
-    """How much better the distilled arm does than sft at one depth and size."""
+    """How much better an arm does than the one before it at one depth and size."""
 
     flat = ("compared",)
     recipe: str | None
@@ -320,6 +348,22 @@ class Map(NamedTuple):
     removed: Sequence[Sequence[int]]
 
 
+class GoalEntry(Record):
+    """How far the search for the deepest cut that keeps enough is."""
+
+    recovery: float
+    """In percent, which the lower end of an interval must reach."""
+    arm: str
+    chosen: int | None
+    """Blocks that may be removed; None where no depth keeps enough, or where the search goes on."""
+    following: int | None
+    """The depth that is tried next."""
+    depths: tuple[int, ...]
+    """All that could be tried."""
+    lines: tuple[str, ...]
+    """What came of each depth that was tried, in their order."""
+
+
 class SweepReport(Record):
     """What a sweep has come to so far."""
 
@@ -335,6 +379,9 @@ class SweepReport(Record):
     untried: tuple[Untried, ...]
     maps: Sequence[Map] = Field(exclude=True)
     flops_tokens: int
+    goal: GoalEntry | None = None
+    teachers: tuple[str, ...] = ()
+    """The models that rewrite, where they are not the base."""
 
     @property
     def base(self) -> SweepModel:

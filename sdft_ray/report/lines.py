@@ -6,16 +6,18 @@ In: records of a report. Out: text; scores in percent, because that is how leade
 from __future__ import annotations
 
 from sdft_ray.core.merging import COLLINEAR
-from sdft_ray.core.recovery import Difference
+from sdft_ray.core.recovery import Difference, Estimate
 from sdft_ray.core.surgery import name_blocks
 from sdft_ray.report.entries import (
     Comparison,
     Draft,
+    GoalEntry,
     Greedy,
     Losses,
     MergeEntry,
     Nll,
     Report,
+    RetentionComparison,
     Selection,
     Speed,
     SweepReport,
@@ -43,6 +45,8 @@ def sweep_caption(report: SweepReport) -> str:
     text = f"± over seeds: one standard deviation. {_name_sizes(report.base.quality.tasks)}"
     if not all(group.chosen for group in report.groups):
         text += " Of one arm, depth and size the setting of the lowest validation loss is chosen."
+    if report.base.retention:
+        text += " KL(base || model): nats a token, on responses of the base and on plain texts."
     return _LIMITED * report.limited + text
 
 
@@ -87,6 +91,60 @@ def difference_line(compared: Comparison) -> str:
     return f"{names} on the same items, in points with 95 % intervals: mean {interval(compared.mean)}; {each}."
 
 
+def goal_line(goal: GoalEntry) -> str:
+    """Return how deep the cut may be, and what was tried to know it."""
+    if goal.following is not None:
+        found = f"not decided yet: {goal.following} blocks are tried next"
+    elif goal.chosen is None:
+        found = f"no depth keeps {goal.recovery:g} %"
+    else:
+        found = f"{goal.chosen} blocks may go"
+    tried = "; ".join(goal.lines) or "nothing was tried"
+    return f"Goal, {goal.arm} above {goal.recovery:g} % with its 95 % interval: {found}. {tried}."
+
+
+FIGURES = {
+    "kl_responses": "KL, responses",
+    "kl_texts": "KL, texts",
+    "agreement_responses": "agreement, responses",
+    "agreement_texts": "agreement, texts",
+    "bits_per_byte": "bits/byte, references",
+}
+"""How figures of retention are called."""
+
+
+def retention_caption(report: Report) -> str:
+    """Return what a reader must know to read the table of retention."""
+    sizes = (
+        [
+            f"{kept.texts} {what} ({kept.tokens} tokens)"
+            for what, kept in (("responses of the base", own.responses), ("plain texts", own.texts))
+            if kept
+        ]
+        if (own := report.base.retention)
+        else []
+    )
+    text = f"KL(base || model), nats a token, and agreement on the likeliest token, in %: {', '.join(sizes)}."
+    return f"{text} Brackets: 95 % intervals (bootstrap over texts)."
+
+
+def retention_line(compared: RetentionComparison) -> str:
+    """Return how much nearer to the base one arm stays than the other on the same texts, and how sure that is."""
+    each = ", ".join(f"{FIGURES[name]} {figure_of(name, figure, '+')}" for name, figure in compared.figures.items())
+    return f"{compared.first} - {compared.second} on the same texts, with 95 % intervals: {each}."
+
+
+def figure_of(name: str, figure: Estimate, sign: str = "") -> str:
+    """Return a figure of retention with its interval where it has one; agreement in %.
+
+    >>> figure_of("kl_texts", Estimate(0.5, 0.25, 0.75, 9)), figure_of("agreement_texts", Estimate(1.0, 1.0, 1.0, 9))
+    ('0.500 [0.250, 0.750]', '100.0')
+    """
+    scale, places = (100, 1) if name.startswith("agreement") else (1, 3)
+    value, low, high = (f"{scale * each:{sign}.{places}f}" for each in (figure.value, figure.low, figure.high))
+    return value if figure.low == figure.high else f"{value} [{low}, {high}]"
+
+
 def merge_line(name: str, entry: MergeEntry) -> str:
     """Return what was merged, how far that could differ from the mean of the weights, and what it gained."""
     merged = entry.merged
@@ -113,7 +171,8 @@ def draft_line(name: str, draft: Draft) -> str:
 def selection_line(selection: Selection) -> str:
     """Return how many rewrites were kept, and why the others were not."""
     others = ", ".join(f"{n} {reason}" for reason, n in selection.reasons.items() if n and reason != "kept")
-    text = f"Rewrites: {selection.kept} of {selection.rows} rows kept"
+    by = f" by {selection.teacher}, which is not the base" if selection.teacher else ""
+    text = f"Rewrites{by}: {selection.kept} of {selection.rows} rows kept"
     return text + (f"; the reference stays for {others}." if others else ".")
 
 

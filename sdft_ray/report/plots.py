@@ -13,13 +13,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from sdft_ray.report.entries import DraftEntry, Group, SweepModel, SweepReport, Training
+from sdft_ray.core.recovery import mean_error
+from sdft_ray.report.entries import DraftEntry, Group, ModelEntry, SweepModel, SweepReport, Training
 from sdft_ray.results import Distances, validations
 from sdft_ray.sweep.planning import RECIPE
 
 _INK = "#010203"  # stands for the page's text colour until the SVG is written
 _METRIC_MARKS = {"angular": ("o", "#ffffff"), "influence": ("^", "#ff9f1c")}
-ARM_COLOURS = {"sft": "#e0832a", "distilled": "#2a8fe0"}
+ARM_COLOURS = {"sft": "#e0832a", "distilled": "#2a8fe0", "logits": "#8a4fd0"}
 _OTHER_COLOURS = ("#a15fd6", "#3aa59b", "#c2527a")  # of models on other rows, in their order
 _UNTRAINED, _BASE = "#8a8f98", "#14a06a"
 _STYLES = ("-", "--", ":", "-.")
@@ -104,6 +105,35 @@ def loss_curves(trainings: Mapping[str, Training]) -> str:
     axes.set_ylabel("loss a trained token, nats")
     axes.legend(frameon=False, labelcolor=_INK, fontsize=8)
     return as_svg(figure)
+
+
+def ladder(models: Sequence[ModelEntry]) -> str:
+    """Return the mean score of each model, from the cut that nothing was done for to the models of the last step.
+
+    Bars are 95 % intervals over items; the line with its band is the base.
+    """
+    base, *steps = models
+    figure, (axes,) = _figure(5.4, 1.1 + 0.32 * len(steps))
+    names, others = [entry.model for entry in steps], itertools.cycle(_OTHER_COLOURS)
+    for place, entry in enumerate(steps):
+        known = {"pruned": _UNTRAINED, "patched": _UNTRAINED, **ARM_COLOURS}
+        colour = known[entry.model] if entry.model in known else next(others)
+        mean, half = _interval(entry)
+        axes.errorbar([mean], [place], xerr=[half], fmt="o", color=colour, markersize=5, capsize=3)
+    mean, half = _interval(base)
+    axes.axvline(mean, color=_BASE, linewidth=1)
+    axes.axvspan(mean - half, mean + half, color=_BASE, alpha=0.15, linewidth=0)
+    axes.text(mean, -0.75, f"base {mean:.1f}", color=_BASE, ha="center", va="bottom", fontsize=8)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.7)  # the cut on top
+    axes.set_xlabel("mean over tasks, %")
+    return as_svg(figure)
+
+
+def _interval(entry: ModelEntry) -> tuple[float, float]:
+    """Return a model's mean and half of its 95 % interval, in percent; 0 where a task has no error."""
+    error = mean_error([score.stderr for score in entry.quality.tasks.values()])
+    return 100 * entry.quality.mean, 196 * (error or 0.0)
 
 
 def recovery_lines(report: SweepReport, along: str, apart: str, label: str) -> str:

@@ -16,16 +16,25 @@ from typing import Any
 from sdft_ray import pipeline
 from sdft_ray.core.speculation import acceptance_error, worth
 from sdft_ray.errors import UserError, problem
-from sdft_ray.report.collect import FLOPS_TOKENS, Evaluations, compare_arms, count_cost, describe_quality
+from sdft_ray.report.collect import (
+    FLOPS_TOKENS,
+    Evaluations,
+    compare_arms,
+    count_cost,
+    describe_quality,
+    describe_retention,
+)
 from sdft_ray.report.entries import (
     Draft,
     DraftEntry,
     DraftFigures,
     DraftWorth,
+    GoalEntry,
     Group,
     Map,
     Place,
     Pruned,
+    Retention,
     Speed,
     SweepComparison,
     SweepModel,
@@ -36,22 +45,26 @@ from sdft_ray.report.entries import (
     Untried,
 )
 from sdft_ray.results import DISTANCES, Distances, Drafted
-from sdft_ray.stages import cut, patch, speed
+from sdft_ray.spec.training import ARMS
+from sdft_ray.stages import cut, distill, patch, retention, speed
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
-from sdft_ray.sweep import notes
+from sdft_ray.sweep import goal, notes
 from sdft_ray.sweep.planning import DEPTH, RECIPE, SIZE, Plan, Trial, describe_stopped, is_done, is_seed, name_draft
 from sdft_ray.training_data import count_rows
 
 
 def collect(plan: Plan, name: str, storage: Storage) -> SweepReport:
     """Return everything that the report of a sweep shows; raises UserError where there is no base to compare with."""
+    looked_for = {"goal": _describe_goal(plan, storage)} if plan.goal else {}
+    if plan.goal:
+        plan = goal.done_part(plan, storage)
     untuned = _Untuned.of(plan)
     untuned.require_done(name, storage)
     with storage.survey():
         tried, untried = _read_drafts(plan, storage)
         entries = [_describe_trial(trial, plan.name, untuned, tried, storage) for trial in plan.trials]
-    groups = _group(entries)
+    groups, teachers = _group(entries), untuned.teachers
     return SweepReport(
         sweep=name,
         axes=tuple(dict.fromkeys(path for cell in plan.cells for path in cell.values)),
@@ -64,6 +77,21 @@ def collect(plan: Plan, name: str, storage: Storage) -> SweepReport:
         untried=tuple(untried),
         maps=_read_maps(untuned.cuts.values(), storage),
         flops_tokens=FLOPS_TOKENS,
+        **looked_for,
+        **({"teachers": teachers} if teachers else {}),
+    )
+
+
+def _describe_goal(plan: Plan, storage: Storage) -> GoalEntry:
+    assert plan.goal
+    search = goal.replay(plan, storage)
+    return GoalEntry(
+        recovery=plan.goal.recovery,
+        arm=plan.goal.arm,
+        chosen=search.chosen.blocks if search.chosen else None,
+        following=search.following,
+        depths=search.depths,
+        lines=tuple(goal.describe(plan, each) for each in search.tried),
     )
 
 
@@ -76,6 +104,12 @@ class _Untuned:
     @classmethod
     def of(cls, plan: Plan) -> _Untuned:
         return cls(tuple(pipeline.chain(cell.recipe) for cell in plan.cells))
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """The models that rewrite, where they are not the base."""
+        names = (distill.teacher_name(chain.distilled) for chain in self.chains if chain.distilled)
+        return tuple(dict.fromkeys(filter(None, names)))
 
     @functools.cached_property
     def cuts(self) -> dict[str, cut.CutStage]:
@@ -92,6 +126,12 @@ class _Untuned:
             for name in names
             if name in chain.models
         }
+
+    @functools.cached_property
+    def retentions(self) -> dict[str, Stage[retention.Settings]]:
+        """How near each of them stays to the base, where the recipe asks for that."""
+        kept = [(chain, name) for chain in self.chains for name in ("base", "pruned", "patched")]
+        return {chain.models[name].id: chain.retention[name] for chain, name in kept if name in chain.retention}
 
     @functools.cached_property
     def bases(self) -> dict[str, Stage[Any]]:
@@ -119,7 +159,7 @@ class _Untuned:
 
     def require_done(self, name: str, storage: Storage) -> None:
         """Raise UserError where something is missing that trials are compared with."""
-        needed: list[Stage[Any]] = [*self.speeds.values()]
+        needed: list[Stage[Any]] = [*self.speeds.values(), *self.retentions.values()]
         for chain in self.chains:
             needed += [chain.rows, *([chain.score] if chain.score else []), *self.evaluations[chain.base.id].values()]
             for stage in (chain.pruned, chain.patched):
@@ -148,6 +188,7 @@ class _Untuned:
             id=stage.id,
             quality=describe_quality(self.evaluations[stage.id], self.evaluations[base], storage),
             cost=count_cost(storage.files(stage, "config.json")),
+            **describe_retention(self.retentions.get(stage.id), storage),
         )
 
 
@@ -173,6 +214,7 @@ def _describe_trial(
             seconds=storage.manifest(trial.train).provenance.wall_seconds,
             quality=describe_quality(trial.evaluations, untuned.base_of(pruned.id), storage),
             cost=count_cost(storage.files(pruned, "config.json")),
+            **describe_retention(trial.retention, storage),
         )
         if done
         else None,
@@ -197,7 +239,7 @@ def _group(entries: Sequence[TrialEntry]) -> tuple[Group, ...]:
         if _loss(group) < _loss(rival):
             best[_point(group)] = group
     chosen = [group.model_copy(update={"chosen": best[_point(group)] is group}) for group in groups]
-    return tuple(sorted(chosen, key=lambda group: (group.blocks, group.rows, group.arm != "sft")))
+    return tuple(sorted(chosen, key=lambda group: (group.blocks, group.rows, ARMS.index(group.arm))))
 
 
 def _join_trials(entries: Sequence[TrialEntry], members: Sequence[int]) -> Group:
@@ -217,10 +259,19 @@ def _join_trials(entries: Sequence[TrialEntry], members: Sequence[int]) -> Group
         recovery_over_chance=_mean([quality.recovery_over_chance for quality in qualities]),
         validation_loss=_mean([result.validation_loss for result in results]),
         parameters=results[0].cost.parameters,
+        **_mean_retention([result.retention for result in results if result.retention]),
         pruned=first.pruned,
         limited=any(quality.limited for quality in qualities),
         chosen=False,
     )
+
+
+def _mean_retention(each: Sequence[Retention]) -> dict[str, dict[str, float]]:
+    """Return the means over seeds of what is known of how near to the base models stay, as the field of a group."""
+    if not each:
+        return {}
+    figures = [own.figures for own in each]
+    return {"retention": {name: statistics.fmean(own[name].value for own in figures) for name in figures[0]}}
 
 
 def _unseeded(entry: TrialEntry) -> dict[str, Any]:
@@ -247,14 +298,14 @@ def _spread(values: Sequence[float | None]) -> float | None:
 
 
 def _compare(groups: Sequence[Group], trials: Sequence[Trial], storage: Storage) -> Iterable[SweepComparison]:
-    """Yield, for each depth and size that both arms have, how much better the distilled one does on the same items."""
+    """Yield, for each depth and size, how much better each arm does than the one before it on the same items."""
     chosen = {_point(group): group for group in groups if group.chosen}
     for recipe, blocks, size in dict.fromkeys((recipe, blocks, size) for recipe, _, blocks, size in chosen):
-        points = {arm: (recipe, arm, blocks, size) for arm in ("sft", "distilled")}
+        points = {arm: (recipe, arm, blocks, size) for arm in ARMS}
         both = {arm: chosen[point].trials for arm, point in points.items() if point in chosen}
         evaluations = {arm: [trials[i].evaluations for i in members] for arm, members in both.items()}
-        if compared := compare_arms(evaluations, storage):
-            seeds = {arm: len(members) for arm, members in both.items()}
+        for compared in compare_arms(evaluations, storage):
+            seeds = {arm: len(members) for arm, members in both.items() if arm in (compared.first, compared.second)}
             yield SweepComparison(recipe=recipe, blocks=blocks, rows=size, seeds=seeds, compared=compared)
 
 

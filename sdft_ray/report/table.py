@@ -16,7 +16,18 @@ from rich.table import Table
 from sdft_ray.core.choice import JointChoice
 from sdft_ray.core.surgery import name_blocks
 from sdft_ray.report.entries import Cost, Draft, Greedy, Losses, Report, SourceEntry, SweepReport
-from sdft_ray.report.lines import caption, interval, number, percent, ratio, saved, sweep_caption
+from sdft_ray.report.lines import (
+    FIGURES,
+    caption,
+    figure_of,
+    interval,
+    number,
+    percent,
+    ratio,
+    retention_caption,
+    saved,
+    sweep_caption,
+)
 from sdft_ray.results import Corpus, Measured
 from sdft_ray.spec.loading import leaves
 from sdft_ray.stages import score
@@ -46,6 +57,55 @@ def recovery_table(report: Report) -> Table:
     return table
 
 
+def retention_columns(report: Report) -> list[str]:
+    """Return the columns of the table of retention; none where it was not measured."""
+    own = report.base.retention
+    return ["model", *(FIGURES[name] for name in own.figures)] if own else []
+
+
+def retention_rows(report: Report) -> list[list[str]]:
+    """Return how near each model stays to the base."""
+    kept = [(model.model, model.retention.figures) for model in report.models if model.retention]
+    return [[name, *(figure_of(*figure) for figure in figures.items())] for name, figures in kept]
+
+
+def retention_table(report: Report) -> Table:
+    """Return how near each model stays to the base."""
+    return _filled(_titled("Retention", retention_caption(report)), retention_columns(report), retention_rows(report))
+
+
+GENERATED_COLUMNS = ("model", "end by themselves", "repeat", "empty", "refuse", "characters", "of the base's")
+GENERATED_NOTE = (
+    "In % of the answers; repetition and refusal count where the reference has none. Characters: mean length."
+)
+
+
+def generated_rows(report: Report) -> list[list[str]]:
+    """Return what goes wrong in each model's answers to held-out rows, in %, and how long they are."""
+    rows = []
+    for model in report.models:
+        if (own := model.generated) and (base := report.base.generated):
+            shares = (own.ended, own.repeated, own.empty, own.refused)
+            length = f"{own.characters / base.characters:.0%}" if base.characters else "-"
+            cells = (number(None if share is None else 100 * share) for share in shares)
+            rows.append([model.model, *cells, f"{own.characters:.0f}", length])
+    return rows
+
+
+def generated_table(report: Report) -> Table:
+    """Return how each model answers held-out rows."""
+    return _filled(_titled("Answers to held-out rows", GENERATED_NOTE), GENERATED_COLUMNS, generated_rows(report))
+
+
+def _filled(table: Table, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Return a table with columns of figures behind a first one of names."""
+    for column in columns:
+        table.add_column(column, justify="left" if column == columns[0] else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 SOURCE_COLUMNS = (
     *("source", "rows mixed", "unused", "held out elsewhere", "duplicates", "rewrites kept"),
     *("NLL of rewrites", "of references"),
@@ -66,12 +126,7 @@ def source_rows(report: Report) -> list[list[str]]:
 
 def source_table(report: Report) -> Table:
     """Return the sources of a recipe that mixes several."""
-    table = _titled("Sources of rows")
-    for column in source_columns(report):
-        table.add_column(column, justify="left" if column == "source" else "right")
-    for row in source_rows(report):
-        table.add_row(*row)
-    return table
+    return _filled(_titled("Sources of rows"), source_columns(report), source_rows(report))
 
 
 def _source_row(entry: SourceEntry, validated: Sequence[str], checked: Sequence[str]) -> list[str]:
@@ -110,14 +165,16 @@ def _millions(parameters: int) -> str:
 def sweep_table(report: SweepReport) -> Table:
     """Return the base, the pruned models and the trained ones, those that differ in seeds alone as one line."""
     table = _titled(f"{report.sweep}: quality kept, in %", sweep_caption(report))
-    columns = ("blocks", "rows", "model", "seeds", "mean", "recovery", "over chance", "validation loss", "parameters")
-    for column in columns:
+    columns = ["blocks", "rows", "model", "seeds", "mean", "recovery", "over chance", "validation loss", "parameters"]
+    kept = sweep_retention(report)
+    for column in (*columns, *map(FIGURES.__getitem__, kept)):
         table.add_column(column, justify="left" if column == "model" else "right")
     for model in report.models:
         quality = model.quality
         figures = (100 * quality.mean, quality.recovery, quality.recovery_over_chance)
         cells = (*map(number, figures), "", _millions(model.cost.parameters))
-        table.add_row(str(model.blocks), "", model.model, "", *cells)
+        own = {name: each.value for name, each in model.retention.figures.items()} if model.retention else {}
+        table.add_row(str(model.blocks), "", model.model, "", *cells, *(_three(own.get(name)) for name in kept))
     for group in report.groups:
         table.add_row(
             str(group.blocks),
@@ -127,10 +184,21 @@ def sweep_table(report: SweepReport) -> Table:
             number(100 * group.mean),
             number(group.recovery) + (f" ±{group.recovery_sd:.1f}" if group.recovery_sd is not None else ""),
             number(group.recovery_over_chance),
-            "-" if group.validation_loss is None else f"{group.validation_loss:.3f}",
+            _three(group.validation_loss),
             _millions(group.parameters),
+            *(_three(group.retention.get(name)) for name in kept),
         )
     return table
+
+
+def sweep_retention(report: SweepReport) -> list[str]:
+    """Return the names of the figures of retention that the table of a sweep shows."""
+    own = report.base.retention
+    return [name for name in ("kl_responses", "kl_texts") if own and name in own.figures]
+
+
+def _three(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def name_chosen(name: str, chosen: bool) -> str:
@@ -139,14 +207,16 @@ def name_chosen(name: str, chosen: bool) -> str:
 
 
 def comparison_table(report: SweepReport) -> Table:
-    """Return how much better the distilled arm does than sft on the same items, with 95 % intervals."""
-    title = "distilled - sft on the same items, in points, with 95 % intervals (paired bootstrap)"
+    """Return how much better each arm does than the one before it on the same items, with 95 % intervals."""
+    pairs = {f"{entry.compared.first} - {entry.compared.second}": None for entry in report.comparisons}
+    title = f"{', '.join(pairs)} on the same items, in points, with 95 % intervals (paired bootstrap)"
     table = Table("blocks", "rows", box=box.SIMPLE_HEAD, title=title, title_justify="left")
     for column in (*report.tasks, "mean"):
         table.add_column(column, justify="right")
     for entry in report.comparisons:
         differences = [*(entry.compared.tasks[task] for task in report.tasks), entry.compared.mean]
         rows = f"{entry.rows} {entry.recipe}" if entry.recipe else str(entry.rows)
+        rows += f" {entry.compared.first} - {entry.compared.second}" if len(pairs) > 1 else ""
         table.add_row(str(entry.blocks), rows, *map(interval, differences))
     return table
 
@@ -193,23 +263,24 @@ def sweep_draft_rows(report: SweepReport) -> Iterator[list[str]]:
 def as_csv(report: SweepReport) -> str:
     """Return one line a trial."""
     values = [path for path in report.axes if path not in (DEPTH, SIZE)]
-    drafts = [dict(leaves({"draft": trial.draft.plain()})) if trial.draft else {} for trial in report.trials]
-    drafted = max(drafts, key=len)
+    named = ({"draft": trial.draft, "retention": trial.result and trial.result.retention} for trial in report.trials)
+    more = [dict(leaves({name: record.plain() for name, record in each.items() if record})) for each in named]
+    further = list(dict.fromkeys(name for each in more for name in each))
     results = ("mean", "recovery", "recovery_over_chance", "validation_loss", *Cost.model_fields, "seconds")
     columns = [column for task in report.tasks for column in (task, f"{task}_stderr")]
     file = io.StringIO()
     lines = csv.writer(file, lineterminator="\n")
     lines.writerow(
-        ["arm", "blocks", "rows", *values, "status", "id", *results, "limited", *columns, *drafted, "reason"]
+        ["arm", "blocks", "rows", *values, "status", "id", *results, "limited", *columns, *further, "reason"]
     )
-    for trial, draft in zip(report.trials, drafts, strict=True):
+    for trial, own in zip(report.trials, more, strict=True):
         scores = trial.result.quality.tasks if trial.result else {}
         plain = trial.plain()
         cells: list[Any] = [trial.arm, trial.blocks, trial.rows, *map(trial.values.get, values), trial.status, trial.id]
         cells += map(plain.get, (*results, "limited"))
         for task in report.tasks:
             cells += (scores[task].value, scores[task].stderr) if task in scores else (None, None)
-        lines.writerow([*cells, *map(draft.get, drafted), trial.reason])
+        lines.writerow([*cells, *map(own.get, further), trial.reason])
     return file.getvalue()
 
 

@@ -22,11 +22,17 @@ def show(report: Report, console: Console) -> None:
     """Print the table of a recipe and the sentences that explain it."""
     details = report.details
     console.print(table.recovery_table(report))
+    if report.base.retention:
+        console.print(table.retention_table(report))
+    if report.base.generated:
+        console.print(table.generated_table(report))
     console.print(lines.cut_line(details.cut, details.losses or details.greedy))
     if details.greedy:
         console.print(lines.greedy_line(details.greedy))
-    if report.comparison:
-        console.print(lines.difference_line(report.comparison))
+    for compared in report.compared:
+        console.print(lines.difference_line(compared))
+    for kept in report.retention:
+        console.print(lines.retention_line(kept))
     for name, merged in report.merges.items():
         console.print(lines.merge_line(name, merged))
     for name, draft in report.drafts.items():
@@ -44,6 +50,8 @@ def show(report: Report, console: Console) -> None:
 def show_sweep(report: SweepReport, console: Console) -> None:
     """Print the tables of a sweep, and what did not end."""
     console.print(table.sweep_table(report))
+    if report.goal:
+        console.print(lines.goal_line(report.goal))
     if report.comparisons:
         console.print(table.comparison_table(report))
     if report.drafts:

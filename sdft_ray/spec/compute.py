@@ -7,19 +7,23 @@ No field here may change a number beyond rounding: such a field belongs to the r
 
 from __future__ import annotations
 
+import json
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
 
 from sdft_ray.errors import UserError, problem
 from sdft_ray.spec.loading import load_section
-from sdft_ray.spec.section import LocalPath, Section
+from sdft_ray.spec.section import Section, require_distinct, require_path
 from sdft_ray.spec.wording import validate
 
 Auto = Literal["auto"]
 Count = Annotated[int, Field(gt=0)]
+TrackerName = Literal["wandb", "mlflow", "trackio"]
 
 
 class Node(Section):
@@ -110,8 +114,22 @@ OneNumberOrPool = Annotated[
 ]
 
 
+class Endpoint(Section):
+    """How an endpoint is asked, where `distill.teacher` names one."""
+
+    requests: int = Field(32, gt=0)
+    """Requests that it works on at once, shared among the actors."""
+    timeout_seconds: float = Field(600, gt=0)
+    """Seconds that one answer may take; then it is asked for again."""
+    patience_seconds: float = Field(900, ge=0)
+    """Seconds without any answer after which the stage stops: a server may be started anew meanwhile."""
+
+
+_SIZES = ("tensor_parallel_size", "pipeline_parallel_size")
+
+
 class Distill(Section):
-    """Actors that each hold a vLLM engine."""
+    """Actors that each hold a vLLM engine, or ask an endpoint."""
 
     actors: OneNumberOrPool = Pool(max=1)
     """Number of actors; {min: 1, max: 16} grows with the capacity of the cluster and shrinks when rows run out."""
@@ -120,7 +138,9 @@ class Distill(Section):
     gpus: float = Field(0, ge=0)
     """GPUs of one actor; 0 generates on the CPU."""
     tensor_parallel_size: int = Field(1, gt=0)
-    """GPUs that each layer of the model is spread over; at most gpus."""
+    """GPUs that each layer of the model is spread over; it must divide the attention heads."""
+    pipeline_parallel_size: int = Field(1, gt=0)
+    """Groups of GPUs that the blocks of the model are spread over. An actor needs gpus for both sizes multiplied."""
     batch_rows: int = Field(2048, gt=0)
     """Rows handed to an actor at once, fewer where there are too few for all actors. Its engine schedules them itself
     and runs empty only at their end."""
@@ -133,13 +153,28 @@ class Distill(Section):
     """Deaths of one actor, or over one batch, after which the stage fails; a poison row, which kills its engine, is
     set aside after about 5."""
     engine: Engine = Engine()
+    endpoint: Endpoint = Endpoint()
 
     @model_validator(mode="after")
     def _has_gpus_for_its_engine(self) -> Self:
-        if self.tensor_parallel_size > max(1, self.gpus):
-            what = f"{self.tensor_parallel_size} is more than the {self.gpus:g} gpus of an actor"
-            raise ValueError(f"tensor_parallel_size {what}. Raise gpus to {self.tensor_parallel_size}")
+        sizes = {name: size for name in _SIZES if (size := getattr(self, name)) > 1}
+        if (needed := math.prod(sizes.values())) > max(1, self.gpus):
+            what = " x ".join(f"{name} {size}" for name, size in sizes.items())
+            raise ValueError(f"{what} is more than the {self.gpus:g} gpus of an actor. Raise gpus to {needed}")
         return self
+
+    def engine_options(self) -> dict[str, Any]:
+        """Return the options of the engine, by vLLM's names except for `kv_cache_gib`."""
+        return self.engine.model_dump() | {name: getattr(self, name) for name in _SIZES}
+
+    def endpoint_options(self) -> dict[str, Any]:
+        """Return how one actor asks an endpoint."""
+        options = self.endpoint.model_dump()
+        return options | {"requests": max(1, self.endpoint.requests // self.actors.max)}
+
+
+def _path_or_content(value: str | dict[str, JsonValue]) -> str | dict[str, JsonValue]:
+    return require_path(value) if isinstance(value, str) else value
 
 
 class Train(Section):
@@ -162,8 +197,9 @@ class Train(Section):
     """Tokens of that sequence at most, for memory; at least train.max_tokens. Absent: as many as its rows have."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, a third more time."""
-    deepspeed: LocalPath | None = None
-    """A DeepSpeed JSON, see configs/deepspeed; it is passed on unchanged and must not set what a recipe decides."""
+    deepspeed: Annotated[str | dict[str, JsonValue], AfterValidator(_path_or_content)] | None = None
+    """A file with DeepSpeed's JSON, see configs/deepspeed, or its content here; it is passed on unchanged and must not
+    set what a recipe decides."""
     checkpoint_every_steps: int = Field(10, gt=0)
     """Optimizer steps between two training checkpoints: the most that a kill can cost."""
     keep_checkpoints: int = Field(2, gt=0)
@@ -209,6 +245,9 @@ class Compute(Section):
     distill: Distill = Distill()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+    track: Annotated[tuple[TrackerName, ...], AfterValidator(require_distinct)] = ()
+    """Trackers in which each training is a run, beside TensorBoard's files and metrics.jsonl, which are always written.
+    Each needs its library (`pip install 'sdft-ray[mlflow]'`); keys and addresses come from the environment."""
 
     def needs(self) -> dict[str, tuple[int, int, float]]:
         """Return how many bundles of how many CPUs and GPUs the stages of each section hold at once, at least."""
@@ -235,12 +274,12 @@ def cores() -> int:
         return mask
 
 
-def load_compute(path: Path | None = None) -> Compute:
-    """Return the compute file at `path`, or the defaults, with every `auto` settled for this machine.
+def load_compute(path: Path | Mapping[str, Any] | None = None) -> Compute:
+    """Return the compute file at `path` (or its content), or the defaults, with every `auto` settled for this machine.
 
     Raises UserError where a local cluster could never hold a stage: nobody profits from a silent wait.
     """
-    compute = load_section(Compute, path) if path else Compute()
+    compute = Compute() if path is None else load_section(Compute, path)
     available = cores()
     data = compute.model_dump(mode="json")
     counts = {"score": "actors", "distill": "actors", "train": "workers", "evaluate": None}
@@ -249,6 +288,8 @@ def load_compute(path: Path | None = None) -> Compute:
             wanted = data[name][count] if count else 1
             sharing = wanted["max"] if isinstance(wanted, dict) else wanted
             data[name]["cpus"] = max(1, available // sharing)
+    if isinstance(given := data["train"]["deepspeed"], str):  # workers on other nodes do not have the file
+        data["train"]["deepspeed"] = _read_deepspeed(given)
     compute = validate(Compute, data)
     if compute.ray.address == "local":
         short = [
@@ -263,6 +304,17 @@ def load_compute(path: Path | None = None) -> Compute:
         if short:
             raise UserError(*short)
     return compute
+
+
+def _read_deepspeed(path: str) -> dict[str, JsonValue]:
+    where = f"compute.train.deepspeed: {path}"
+    try:
+        given = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(problem(where, f"is no JSON file that can be read ({error})", "Mend it")) from None
+    if not isinstance(given, dict):
+        raise UserError(problem(where, "is not a JSON object", "See configs/deepspeed for one"))
+    return given
 
 
 def _settled(cpus: int | Auto) -> int:

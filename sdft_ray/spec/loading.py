@@ -5,6 +5,7 @@ In: a path. Out: a validated section, or a UserError with every problem at once.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -44,17 +45,18 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Return the recipe in `path` with `--set` overrides (`train.lr=2e-4`) applied.
+def load_recipe(path: Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe in `path`, or of such content, with `--set` overrides (`train.lr=2e-4`) applied.
 
     Raises UserError with all problems of the file at once.
     """
     return load_section(Recipe, path, overrides)
 
 
-def load_section(kind: type[S], path: Path, overrides: Sequence[str] = ()) -> S:
-    """Return the YAML file at `path` as a `kind`; relative paths in it are left as they are (to the caller's cwd)."""
-    data = read_yaml(path)
+def load_section(kind: type[S], path: Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> S:
+    """Return the YAML file at `path`, or such content, as a `kind`; relative paths in it are left as they are (to the
+    caller's cwd)."""
+    data = read_yaml(path) if isinstance(path, Path) else copy.deepcopy(dict(path))
     for override in overrides:
         _apply(override, data)
     return validate(kind, data)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import functools
 import operator
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
+from sdft_ray.spec.retention import Retention
 from sdft_ray.spec.section import LocalPath, Section, require_distinct
 from sdft_ray.spec.sources import (
     Calibration,
@@ -22,9 +23,10 @@ from sdft_ray.spec.sources import (
     RewritingTemplate,
     RowSource,
     RowSources,
+    TeacherSource,
     in_use,
 )
-from sdft_ray.spec.training import ArmOverrides, Arms, Train
+from sdft_ray.spec.training import ARMS, ArmOverrides, Arms, Train
 
 
 class Protect(Section):
@@ -92,19 +94,12 @@ class Prune(Section):
                 if name in named:
                     raise ValueError(f"{name}: decides nothing beside prune.remove. Keep one of them")
             return self
-        if not self.contiguous and self.metric == "tail":
-            raise ValueError("contiguous: false has no use, since tail takes the last blocks. Set contiguous: true")
-        if not self.contiguous and self.metric == "angular":
-            raise ValueError("contiguous: false needs influence or loss to choose. Set prune.metric: influence")
+        if not self.contiguous and self.metric in ("angular", "tail"):
+            raise ValueError(f"contiguous: false has no use with {self.metric}. Set prune.metric: influence, or loss")
         if self.metric == "loss" and self.contiguous and self.candidates < 2:
             what = f"candidates: {self.candidates} leaves the loss nothing to choose from"
             raise ValueError(f"{what}. Set candidates to 2 or more")
         return self
-
-    @property
-    def way(self) -> Literal["span", "anywhere", "tail"]:
-        """Which blocks may be chosen together."""
-        return "tail" if self.metric == "tail" else "span" if self.contiguous else "anywhere"
 
     @property
     def is_greedy(self) -> bool:
@@ -154,7 +149,11 @@ class Distill(Section):
     """How the unpruned model rewrites the references. Defaults: the published code of SDFT (arXiv 2402.13669)."""
 
     unhashed = ("max_attempts", "shift_rows", "max_failed_fraction")
+    optional: ClassVar[tuple[str, ...]] = ("teacher", "seeds")
 
+    teacher: TeacherSource | None = None
+    """Another model that rewrites instead of the base, also a quantised one or one behind an endpoint: it is not cut.
+    Its rewrites are no self-distillation, and reports name it."""
     temperature: float = Field(0.95, ge=0)
     """Sampling temperature of the rewrites; 0 is greedy."""
     top_p: float = Field(0.7, gt=0, le=1)
@@ -165,6 +164,9 @@ class Distill(Section):
     """Precision of the teacher."""
     seed: int = 0
     """Moves the sampling seed of every row (a row's seed is derived from this and its id)."""
+    seeds: Literal["row", "engine"] = "row"
+    """What text is drawn by: `row`, a generator for each row, so that a row's text does not depend on which others the
+    engine works on; `engine`, one for all, which saves a GPU a kernel a row and step, and is not repeatable."""
     template: RewritingTemplate | None = None
     """Your own rewriting instruction with {prompt} and {reference}; where absent, one that suits rows.answer."""
     template_options: dict[str, JsonValue] = Field({"enable_thinking": False})
@@ -194,7 +196,7 @@ class Distill(Section):
 
 
 # Names that the report gives to models of its own.
-MODEL_NAMES = ("base", "pruned", "patched", "sft", "distilled", "slerp", "linear", "together")
+MODEL_NAMES = ("base", "pruned", "patched", *ARMS, "slerp", "linear", "together")
 
 
 class Parent(Section):
@@ -241,7 +243,7 @@ class Linear(Section):
 class Merge(Section):
     """Models that are merged: an arm of this recipe, and others from the same pruned model."""
 
-    arm: Literal["sft", "distilled"] = "distilled"
+    arm: Literal["sft", "distilled", "logits"] = "distilled"
     """The arm whose model is the first; models on other rows are trained with its settings."""
     others: dict[str, Parent] = Field(min_length=1)
     """The other models, in this order, by the names that the report gives them."""
@@ -322,6 +324,8 @@ class Evaluate(Section):
     """Tokens of a generated held-out answer."""
     speed: bool = False
     """Whether tokens per second of the pruned model are measured against the base's; scores do not change."""
+    retention: Retention | None = None
+    """Whether, and on what, every model is compared with the base token by token; scores do not change."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Precision of every evaluated model."""
 
@@ -355,6 +359,9 @@ class Recipe(Section):
                 raise ValueError(
                     "evaluate.tasks: held_out needs checkable rows, but rows.answer is none. Remove held_out"
                 )
+        if (kept := self.evaluate.retention) and not (kept.texts or min(kept.rows, held_out)):
+            what = "has neither held-out rows nor texts to measure on"
+            raise ValueError(f"evaluate.retention: {what}. Raise rows.held_out or evaluate.retention.texts")
         for name, wanted in (("patience", self.train.patience), ("keep", self.train.keep == "best")):
             if wanted and validation == 0:
                 raise ValueError(
@@ -384,5 +391,8 @@ class Recipe(Section):
         overrides = [getattr(self.arms, arm)]
         if other and self.merge:
             overrides.append(self.merge.others[other].train)
-        changes = [{name: value for name, value in section if value is not None} for section in overrides]
+        changes = [
+            {name: value for name, value in section if value is not None and name in ArmOverrides.model_fields}
+            for section in overrides
+        ]
         return Train(**functools.reduce(operator.or_, changes, dict(self.train)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, WithJsonSchema
 
@@ -44,20 +44,21 @@ def _hashed(value: Any, plain: Any) -> Any:
     return plain
 
 
-def _require_path(value: str) -> str:
+def require_path(value: str) -> str:
+    """Return a local path; raises ValueError for an address."""
     if address := read_address(value):
         do = f"Write {address[1]}" if address[0] == "file" else "Give the path of a copy"
         raise ValueError(f"{value} is an address, and a path is needed. {do}")
     return value
 
 
-LocalPath = Annotated[str, AfterValidator(_require_path)]
+LocalPath = Annotated[str, AfterValidator(require_path)]
 
 
 def _require_place(value: str) -> str:
     address = read_address(value)
     if address is None or address[0] == "file":
-        return _require_path(value)
+        return require_path(value)
     scheme, path = address
     if "@" in path.partition("/")[0]:  # the address itself is not repeated: it holds a secret
         raise ValueError("the address holds credentials, which would end up in logs. Give them by the environment")
@@ -81,8 +82,11 @@ Commit = Annotated[
 ]
 
 
-def require_distinct(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return names of tasks; raises ValueError where a name occurs twice."""
+N = TypeVar("N", bound=str)
+
+
+def require_distinct(names: tuple[N, ...]) -> tuple[N, ...]:
+    """Return names; raises ValueError where one occurs twice."""
     if len(set(names)) != len(names):
-        raise ValueError("names a task twice. Remove one")
+        raise ValueError("has a name twice. Remove one")
     return names

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -30,20 +31,61 @@ class PackagedModel(Section):
     """Name of the .gguf file inside it."""
 
 
+Part = Literal["text"]
+"""A part of a model that is one of its own."""
+
+
 class LocalModel(Section):
     """A directory with safetensors, tokenizer and chat template, or one .gguf file."""
 
+    optional = ("part",)
     path: LocalPath
     """The directory or the .gguf file; a relative path starts at the directory that the command is run in."""
+    part: Part | None = None
+    """`text`: the text decoder alone of a model that also sees or hears (its config.json has a text_config). It becomes
+    a plain text model, and the rest of the model is left out; all of the model where absent."""
 
 
 class HubModel(Section):
     """A model of a Hugging Face hub, pinned by commit."""
 
+    optional = ("part",)
     repo: str
     """Name of the repository, for example `meta-llama/Llama-3.1-8B-Instruct`."""
     revision: Commit
     """Commit hash, 40 hex digits: a moving name such as `main` is refused."""
+    part: Part | None = None
+    """`text`: the text decoder alone of a model that also sees or hears; see `model.part` of a directory."""
+
+
+KEY_VARIABLE = "SDFT_TEACHER_KEY"
+"""The environment variable with an endpoint's key: no general one, whose key would go to whatever address is given."""
+
+
+def _require_url(value: str) -> str:
+    url = urlsplit(value)
+    if url.username or url.password or url.query:  # the address itself is not repeated: it may hold a secret
+        raise ValueError(f"the address holds credentials or options. Give the key by {KEY_VARIABLE}")
+    if url.scheme not in ("http", "https") or not url.hostname:
+        raise ValueError(f"{value} is no address. Write http://HOST:PORT/v1")
+    return value.rstrip("/")
+
+
+class ServedModel(Section):
+    """A model behind an OpenAI-compatible endpoint, such as `vllm serve`. A key comes from the environment variable
+    SDFT_TEACHER_KEY. The name is all that an id knows of it: give another name to other weights."""
+
+    unhashed = ("endpoint", "tokenizer")
+    optional = ("api",)
+    endpoint: Annotated[str, AfterValidator(_require_url)]
+    """Its address, mostly one that ends in `/v1`."""
+    model: str = Field(min_length=1)
+    """The name that it serves the model by."""
+    tokenizer: LocalPath | None = None
+    """Directory with the model's tokenizer, chat template and config.json; the base's where absent."""
+    api: Literal["vllm", "openai"] = "vllm"
+    """What it understands: `vllm` gets token ids and every setting of sampling; `openai` gets the prompt as text and
+    only the fields that OpenAI names, so that the server's own top_k and the like apply."""
 
 
 Format = Literal["messages", "sharegpt"]
@@ -205,6 +247,10 @@ def _by_key(*keys: str, word: str | None = None) -> Discriminator:
 ModelSource = Annotated[
     Annotated[PackagedModel, Tag("package")] | Annotated[LocalModel, Tag("path")] | Annotated[HubModel, Tag("repo")],
     _by_key("package", "path", "repo"),
+]
+TeacherSource = Annotated[
+    Annotated[LocalModel, Tag("path")] | Annotated[HubModel, Tag("repo")] | Annotated[ServedModel, Tag("endpoint")],
+    _by_key("path", "repo", "endpoint"),
 ]
 RowSource = Annotated[
     Annotated[GymRows, Tag("gym")] | Annotated[FileRows, Tag("path")] | Annotated[HubRows, Tag("repo")],

@@ -76,6 +76,15 @@ class Asha(Section):
     """Of this many trials that reach a rung the best one goes on. Rungs are at grace_steps times its powers."""
 
 
+class Goal(Section):
+    """How much quality a model must keep. Only those depths are tried that find the deepest cut that does."""
+
+    recovery: float = Field(gt=0)
+    """Recovery in percent that the lower end of its 95 % interval must reach."""
+    arm: Literal["sft", "distilled", "logits"] = "distilled"
+    """The arm whose model must reach it; the others are not trained."""
+
+
 class Sweep(Section):
     """One complete sweep file."""
 
@@ -90,6 +99,8 @@ class Sweep(Section):
     """Number of values drawn from the ranges, the same values for every combination of listed ones."""
     seed: int = 0
     """Seed of the values that are drawn from the ranges."""
+    goal: Goal | None = None
+    """Look for the deepest cut, among the depths of the axis prune.blocks, that keeps so much."""
     asha: Asha | None = None
     """Stops trials that do worse than others of the same arm, depth and size; without it all are trained to the end."""
 
@@ -102,4 +113,20 @@ class Sweep(Section):
             raise ValueError(f"samples: is missing. Set samples to the number of values to draw of {ranges[0]}")
         if self.samples is not None and not ranges:
             raise ValueError("samples: has no range to draw from. Remove samples")
+        return self
+
+    @model_validator(mode="after")
+    def _looks_for_a_depth_alone(self) -> Self:
+        if not self.goal:
+            return self
+        if self.asha:
+            raise ValueError("asha: stops trials that a goal needs whole. Remove asha")
+        if len(self.axes) > 1 or len(self.recipe) > 1:
+            raise ValueError("goal: is of one recipe and one set of axes. Remove the others")
+        (axes,) = self.axes
+        depths = axes["prune.blocks"].values if "prune.blocks" in axes else None
+        if depths is None or len(depths) < 2:
+            raise ValueError("goal: has no depths to choose from. List two or more in axes.prune.blocks")
+        if others := [path for path in axes if path != "prune.blocks" and not path.endswith(".seed")]:
+            raise ValueError(f"goal: looks for a depth, not for {others[0]}. Remove axes.{others[0]}")
         return self

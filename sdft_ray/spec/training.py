@@ -94,21 +94,63 @@ class ArmOverrides(Section):
     """Instead of train.global_batch_size."""
 
 
+class Soft(Section):
+    """How the base's own distribution is the target of each token, instead of the token."""
+
+    temperature: float = Field(1.0, gt=0)
+    """Temperature at which the distributions of base and pruned model are compared; higher ones weigh unlikely tokens
+    more."""
+    cross_entropy: float = Field(0.0, ge=0, lt=1)
+    """Share of the loss that is the cross-entropy of the rewrite's own tokens."""
+    likeliest: int | None = Field(None, gt=0)
+    """Store the base's distribution once, over so many of its likeliest tokens and all others together; where absent
+    the base runs beside the pruned model in every step, over the whole vocabulary."""
+
+
+class SoftArm(ArmOverrides, Soft):
+    """The settings of an arm with soft targets."""
+
+    @property
+    def soft(self) -> Soft:
+        """Its part that other arms do not have."""
+        return Soft(**{name: getattr(self, name) for name in Soft.model_fields})
+
+
+ARMS = ("sft", "distilled", "logits")
+"""Every arm, in the order of reports. The second trains on rewrites; the third on these, too, with soft targets."""
+
+
 class Arms(Section):
-    """Which models are trained: on the references (`sft`), on the rewrites (`distilled`), or both."""
+    """Which models are trained: on the references (`sft`), on the rewrites (`distilled`), or towards the unpruned
+    model's distribution on the rewrites (`logits`)."""
+
+    optional = ("logits",)
 
     sft: ArmOverrides | None = None
     """Train on the references, the baseline; {} trains it with the settings of `train`."""
     distilled: ArmOverrides | None = None
     """Train on the rewrites of the unpruned model; {} trains it with the settings of `train`."""
+    logits: SoftArm | None = None
+    """Train towards the unpruned model's distribution at each token of its rewrites; {} trains it with the settings
+    of `train`."""
 
     @model_validator(mode="after")
     def _not_empty(self) -> Self:
         if not self.names:
-            raise ValueError("names no arm. Give at least one of sft, distilled")
+            raise ValueError(f"names no arm. Give at least one of {', '.join(ARMS)}")
         return self
 
     @property
     def names(self) -> tuple[str, ...]:
         """The arms that are trained, the baseline first."""
-        return tuple(name for name in ("sft", "distilled") if getattr(self, name) is not None)
+        return tuple(name for name in ARMS if getattr(self, name) is not None)
+
+    @property
+    def need_rewrites(self) -> bool:
+        """Whether an arm is trained on the rewrites."""
+        return any(is_on_rewrites(name) for name in self.names)
+
+
+def is_on_rewrites(arm: str) -> bool:
+    """Return whether an arm is trained on the rewrites, not on the references."""
+    return arm != "sft"

@@ -14,12 +14,14 @@ Heavy imports stand inside functions: planning reads every module and must not l
 from __future__ import annotations
 
 import dataclasses
+import functools
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Generic, Protocol, Self, TypeVar
+from typing import Any, Generic, ParamSpec, Protocol, Self, TypeVar
 
-from sdft_ray.engine import EngineFactory, VllmEngine
+from sdft_ray.engine import EngineFactory, start_engine
 from sdft_ray.errors import StageFailed
 from sdft_ray.progress import Progress
 from sdft_ray.spec.compute import Compute, Needs
@@ -29,6 +31,8 @@ from sdft_ray.store.storage import Storage
 
 _LOOK_SECONDS = 0.5  # between two looks at whether work is stopped
 Validated = Callable[[int, float], None] | None
+P = ParamSpec("P")
+T = TypeVar("T")
 S = TypeVar("S", bound=Hashed | Mapping[str, Any], covariant=True)
 
 
@@ -39,6 +43,25 @@ class Summary(Record):
     def of(cls, stage: Stage[Any], storage: Storage) -> Self:
         """Return that of a finished stage."""
         return cls.model_validate(storage.manifest(stage).summary)
+
+
+class Timed(Summary):
+    """That of a stage whose worker may wait for its turn on the cluster."""
+
+    seconds: float | None = None
+    """That it took in its worker."""
+
+
+def timed(work: Callable[P, T]) -> Callable[P, tuple[T, float]]:
+    """Return what does the same work, and returns the seconds that it took beside the result."""
+
+    @functools.wraps(work)
+    def measured(*args: P.args, **kwargs: P.kwargs) -> tuple[T, float]:
+        begun = time.monotonic()
+        result = work(*args, **kwargs)
+        return result, round(time.monotonic() - begun, 2)
+
+    return measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +76,10 @@ class Work(Generic[S]):
     """Who hears of a training's validation losses while it runs."""
     stopped: threading.Event = dataclasses.field(default_factory=threading.Event)
     """Set when a stage that is built beside this one failed: nobody waits for this one any more."""
-    engine: EngineFactory = VllmEngine
+    engine: EngineFactory = start_engine
     """What generates."""
+    sweep: str | None = None
+    """The sweep that this work is part of, as trackers show it."""
 
     @property
     def settings(self) -> S:

@@ -17,8 +17,12 @@ from typing import Any, NamedTuple
 from sdft_ray import stages
 from sdft_ray.core.choice import Choice
 from sdft_ray.core.surgery import (
+    BUFFERS,
+    BY_POSITION,
     PER_BLOCK,
     block_of,
+    count_blocks,
+    further_blocks,
     name_blocks,
     prune_config,
     rename_tensor,
@@ -26,15 +30,16 @@ from sdft_ray.core.surgery import (
     require_removable,
 )
 from sdft_ray.data.readers import read_json
-from sdft_ray.models.depth import Depth, count_blocks, depth_settings, settle_depth
-from sdft_ray.models.directory import WEIGHTS_INDEX, require_loadable, stored_tensors, tensor_places, write_companions
-from sdft_ray.models.shards import copy_tensors, same_bytes
+from sdft_ray.models.depth import Depth, blocks_in, depth_settings, settle_depth
+from sdft_ray.models.directory import require_loadable, stored_tensors, tensor_places, write_companions
+from sdft_ray.models.parts import copy_part
+from sdft_ray.models.shards import same_bytes
 from sdft_ray.progress import log
 from sdft_ray.results import Cut, read_choice, read_measured
 from sdft_ray.spec.recipe import Prune
 from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
-from sdft_ray.store.files import remember_hash, write_atomically
+from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage
 
 VERSION, NEEDS, UNIT = 3, None, "parts"
@@ -86,7 +91,7 @@ def build(work: Work[Settings | Named]) -> Summary:
     base, place = work.stage.inputs["model"], work.input("model")
     reasons = _choose(work)
     parameters = remove_blocks(place, work.directory, reasons.removed)
-    blocks = count_blocks(work.directory)
+    blocks = blocks_in(work.directory)
     summary = Summary(**reasons.plain(), blocks=blocks, parameters=parameters.after)
     _report_target(work, summary)
     repo, inputs = getattr(base.settings, "repo", None), work.stage.inputs
@@ -103,7 +108,7 @@ def build(work: Work[Settings | Named]) -> Summary:
 
 def _choose(work: Work[Settings | Named]) -> Cut:
     """Return the blocks to remove, and why these."""
-    settings, blocks = work.settings, count_blocks(work.input("model"))
+    settings, blocks = work.settings, blocks_in(work.input("model"))
     if isinstance(settings, Named):
         require_removable(settings.remove, blocks, "prune.remove")
         return Cut(removed=settings.remove, metric="remove")
@@ -179,33 +184,21 @@ def remove_blocks(base: Path, directory: Path, removed: Sequence[int]) -> Parame
     """
     held = stored_tensors(base)
     config = explicit_config(base)
-    require_blocks(base, (name for tensors in held.values() for name in tensors), config["num_hidden_layers"])
+    require_blocks(base, (name for tensors in held.values() for name in tensors), config)
     pruned = prune_config(config, removed)
+    dropped = [*removed, *further_blocks(config)]
     before = require_loadable(base)
-    renamed = {
-        shard: names
-        for shard, tensors in held.items()
-        if (names := {name: new for name in tensors if (new := rename_tensor(name, removed))})
-    }
-    with ThreadPoolExecutor(_THREADS) as pool:
-        hashes = pool.map(lambda shard: copy_tensors(shard, directory / shard.name, renamed[shard]), renamed)
-        for shard, sha256 in zip(renamed, hashes, strict=True):
-            remember_hash(directory / shard.name, sha256)
-    if (base / WEIGHTS_INDEX).is_file():
-        weight_map = {new: shard.name for shard, names in renamed.items() for new in names.values()}
-        total = sum(held[shard][name].bytes for shard, names in renamed.items() for name in names)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_atomically(directory / WEIGHTS_INDEX, json.dumps(index, indent=2))
+    copy_part(base, directory, lambda name: rename_tensor(name, dropped))
     write_atomically(directory / "config.json", json.dumps(pruned, indent=2) + "\n")
     write_companions(base, directory)
-    require_same_tensors(base, directory, removed)
+    require_same_tensors(base, directory, dropped)
     _require_per_block_lists(directory)
     after = require_loadable(directory)
     gone = sum(
         tensor.elements
         for tensors in held.values()
         for name, tensor in tensors.items()
-        if block_of(name) in removed and rename_tensor(name, ())
+        if block_of(name) in removed and rename_tensor(name, ()) and not name.endswith(BUFFERS)
     )
     if after != before - gone:
         raise RuntimeError(f"{directory}: has {after} parameters (expected {before} of the base less {gone})")
@@ -282,14 +275,16 @@ other weight is the base's, bit by bit.
 
 
 def explicit_config(base: Path) -> dict[str, Any]:
-    """Return a model's config.json with the per-block lists that it leaves to its config class to compute."""
+    """Return a model's config.json with what depends on a block's number and is left to its config class to compute."""
     from transformers import AutoConfig
 
     config: dict[str, Any] = read_json(base / "config.json")
     computed = AutoConfig.from_pretrained(base).to_dict()
-    blocks = config["num_hidden_layers"]
+    blocks = count_blocks(config)
     return config | {
         key: value
         for key, value in computed.items()
-        if isinstance(value, list) and len(value) == blocks and config.get(key) is None
+        if config.get(key) is None
+        and value is not None
+        and (key in BY_POSITION or (isinstance(value, list) and len(value) == blocks))
     }

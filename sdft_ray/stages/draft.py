@@ -83,7 +83,7 @@ def build(work: Work[Settings]) -> Summary:
     plan = work.compute.distill
     asked = [row for row in read_held_out(work.inputs("rows")) if not row.exchange.is_plain]
     rows = asked[: work.settings.prompts]
-    options = plan.engine.model_dump() | {"tensor_parallel_size": plan.tensor_parallel_size}
+    options = plan.engine_options()
     summary: Summary = ray.get(
         ray.remote(max_calls=1)(measure)  # an engine takes threads and environment of its process for good
         .options(num_cpus=plan.cpus, num_gpus=plan.gpus, name="draft")

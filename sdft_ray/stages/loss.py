@@ -25,14 +25,15 @@ from sdft_ray.core.passes import Passes, count_passes
 from sdft_ray.data.calibration import Corpus, CorpusSettings
 from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
-from sdft_ray.models.depth import Depth, count_blocks, depth_settings, settle_depth
+from sdft_ray.models.depth import Depth, blocks_in, depth_settings, settle_depth
 from sdft_ray.progress import log
-from sdft_ray.results import CANDIDATES, Candidate, Ranked, Taken, read_measured
+from sdft_ray.results import CANDIDATES, read_measured
 from sdft_ray.spec.compute import Needs
 from sdft_ray.spec.recipe import Prune
 from sdft_ray.stages import Work
 from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage, short_id
+from sdft_ray.store.record import Record
 from sdft_ray.text_pool import measure, read_texts
 
 if TYPE_CHECKING:
@@ -58,6 +59,42 @@ class GreedySettings(Depth):
 
 
 LossStage = Stage[Settings] | Stage[GreedySettings]
+
+
+class Ranked(Record):
+    """Blocks whose removal is worth a try."""
+
+    blocks: tuple[int, ...]
+    distance: float | None = None
+    distance_rank: int | None = None
+    """From 1; absent for blocks that are no span."""
+    influence: float
+    influence_rank: int | None = None
+
+
+class Candidate(Ranked):
+    """Blocks whose removal was tried."""
+
+    loss: float
+    """The mean over corpora, in nats a token."""
+    losses: dict[str, float]
+    """By corpus."""
+
+
+class Taken(Record):
+    """One step of removing blocks one after the other."""
+
+    block: int
+    """That is removed, of the base."""
+    loss: float
+    """Without it and those of earlier steps: the mean over corpora, in nats a token."""
+    losses: dict[str, float]
+    """By corpus."""
+    runner_up: int | None
+    """The next best block; None where there is no other."""
+    runner_up_loss: float | None
+    agreement: float
+    """Fraction of bootstrap samples of the texts that remove the same block here."""
 
 
 class Summary(stages.Summary):
@@ -175,7 +212,7 @@ def _remove_one_by_one(work: Work[GreedySettings]) -> GreedySummary:
     import torch
 
     base, protect = work.input("model"), work.settings.protect
-    depth, blocks = settle_depth(work.settings, "anywhere", base), count_blocks(base)
+    depth, blocks = settle_depth(work.settings, "anywhere", base), blocks_in(base)
     corpora, steps, agree = _read_loss_texts(work), list[Taken](), torch.ones(())
     base_loss = 0.0
     with _kept_steps(work) as kept:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sdft_ray import stages
-from sdft_ray.core.surgery import block_of
+from sdft_ray.core.surgery import EMBEDDINGS, block_of
 from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
 from sdft_ray.models.directory import (
@@ -153,7 +153,7 @@ def _t_of(name: str, t: float | Sequence[float]) -> float:
     if not isinstance(t, Sequence):
         return t
     block = block_of(name)
-    return t[(0 if name.startswith("model.embed_tokens.") else -1) if block is None else block]
+    return t[(0 if name in EMBEDDINGS else -1) if block is None else block]
 
 
 def _read_tensor(path: Path, tensor: StoredTensor) -> torch.Tensor:

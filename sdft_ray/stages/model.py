@@ -1,24 +1,26 @@
 """Stage `model`: the base model as a plain Hugging Face directory that every node can read.
 
-In: one .gguf file, or a pinned hub model. Out: safetensors, config, tokenizer, chat template, generation config; of a
-GGUF dequantised to bfloat16, where no tensor may be missing or left over. A model that is such a directory already is
-used where it lies and never comes here.
+In: one .gguf file, a pinned hub model, or a directory of which a part is wanted. Out: safetensors, config, tokenizer,
+chat template, generation config; of a GGUF dequantised to bfloat16, where no tensor may be missing or left over. A
+model that is such a directory already is used where it lies and never comes here.
 """
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import ConfigDict, Field
 
 from sdft_ray import stages
-from sdft_ray.core.surgery import require_supported
+from sdft_ray.core.surgery import count_blocks, require_supported
 from sdft_ray.errors import UserError, problem
 from sdft_ray.models.directory import describe_directory, spell_tokenizer_for_older
+from sdft_ray.models.parts import text_config, write_text_part
 from sdft_ray.models.sources import NO_NUMBERS, download_model, gguf_field, model_path, read_gguf
 from sdft_ray.spec.section import Section
-from sdft_ray.spec.sources import HubModel, ModelSource
+from sdft_ray.spec.sources import HubModel, LocalModel, ModelSource, Part
 from sdft_ray.stages import Work
 from sdft_ray.store.files import hash_source
 from sdft_ray.store.identity import Stage, slugify
@@ -32,17 +34,25 @@ VERSION, NEEDS, UNIT = 1, None, "parts"
 class HubSettings(Section):
     """A model of a hub."""
 
+    optional = ("part", "teaches")
     repo: str
     revision: str
+    part: Part | None = None
+    teaches: bool = False
+    """Whether it is no base: then it need not be of an architecture that can be pruned, and may be quantised."""
 
 
 class FileSettings(Section):
     """A model that is here: a directory as it is, or a .gguf file."""
 
-    unhashed = ("gguf",)
+    unhashed = ("gguf", "directory")
+    optional = ("part",)
     sha256: str
     gguf: str | None = None
     """Path of the file."""
+    part: Part | None = None
+    directory: str | None = None
+    """Path of the model whose part is wanted."""
 
 
 Settings = HubSettings | FileSettings
@@ -57,34 +67,63 @@ class Summary(stages.Summary):
     architecture: str
     blocks: int
     parameters: int | None = None
-    """Of a dequantised file."""
+    """Of a dequantised file, or of a part."""
     dtype: str | None = None
     """Of a dequantised file."""
 
 
-def stage(source: ModelSource, where: str = "model.path") -> Stage[Settings]:
+def stage(source: ModelSource, where: str = "model.path", teaches: bool = False) -> Stage[Settings]:
     """Return the stage that stands for a model: a conversion (GGUF), a download, or a directory as it is.
 
+    teaches: it only rewrites and is never pruned.
     Raises UserError at `where` the recipe names it for one that is not there.
     """
     if isinstance(source, HubModel):
-        settings = HubSettings(repo=source.repo, revision=source.revision)
-        return Stage("model", slugify(source.repo), VERSION, settings)
+        settings = HubSettings(repo=source.repo, revision=source.revision, part=source.part, teaches=teaches)
+        return Stage("model", slugify(_name_part(source.repo, source.part)), VERSION, settings)
     path = model_path(source, where)
     sha256 = hash_source(path, without=NO_NUMBERS)
     if path.is_file():
         return Stage("model", slugify(path.stem), VERSION, FileSettings(sha256=sha256, gguf=str(path)))
+    if isinstance(source, LocalModel) and source.part:
+        of_part = FileSettings(sha256=sha256, part=source.part, directory=str(path.resolve()))
+        return Stage("model", slugify(_name_part(path.name, source.part)), VERSION, of_part)
     return Stage("model", slugify(path.name), VERSION, FileSettings(sha256=sha256), location=path.resolve())
+
+
+def tokenizer_stage(path: str, where: str) -> Stage[Settings]:
+    """Return the stage that stands for the tokenizer in a directory, whatever weights lie beside it.
+
+    Raises UserError at `where` the recipe names it for one that is not there.
+    """
+    directory = model_path(LocalModel(path=path), where)
+    if directory.is_file() or not (directory / "config.json").is_file():
+        do = "Give a directory with tokenizer, chat template and config.json"
+        raise UserError(problem(where, f"{directory} holds no config.json", do))
+    sha256 = hash_source(directory, without=(*NO_NUMBERS, "*.safetensors", "*.bin", "*.gguf"))
+    return Stage("model", slugify(directory.name), VERSION, FileSettings(sha256=sha256), location=directory.resolve())
+
+
+def _name_part(name: str, part: Part | None) -> str:
+    return f"{name}-{part}" if part else name
 
 
 def build(work: Work[Settings]) -> Summary:
     """Download the model, or write the dequantised one."""
     settings = work.settings
     if isinstance(settings, HubSettings):
-        download_model(settings.repo, settings.revision, work.directory)
-        facts = describe_directory(work.directory)
-        require_supported(facts.architecture, "model")
+        whole = work.directory / "whole" if settings.part else work.directory
+        download_model(settings.repo, settings.revision, whole)
+        facts = describe_directory(whole, settings.teaches)
+        if settings.part:
+            summary = _take_text(whole, work.directory, settings.repo)
+            shutil.rmtree(whole)
+            return summary
+        if not settings.teaches:
+            require_supported(facts.architecture, "model")
         return Summary(source=settings.repo, architecture=facts.architecture, blocks=facts.blocks)
+    if settings.directory:
+        return _take_text(Path(settings.directory), work.directory, Path(settings.directory).name)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -116,6 +155,14 @@ def build(work: Work[Settings]) -> Summary:
         parameters=model.num_parameters(),
         dtype="bfloat16",
     )
+
+
+def _take_text(whole: Path, directory: Path, source: str) -> Summary:
+    """Write the text decoder of a model."""
+    config = text_config(whole)
+    require_supported(config["model_type"], "model")
+    parameters = write_text_part(whole, directory, config)
+    return Summary(source=source, architecture=config["model_type"], blocks=count_blocks(config), parameters=parameters)
 
 
 def _require_all_taken(gguf: Path, model: PreTrainedModel) -> None:

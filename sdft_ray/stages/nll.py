@@ -196,7 +196,10 @@ def summed_loss(model: Any, rows: Sequence[TrainingRow]) -> float:
     import torch
 
     from sdft_ray.core.packing import pack_rows
+    from sdft_ray.core.rowwise import may_share_a_sequence
 
+    if len(rows) > 1 and not may_share_a_sequence(model.config):
+        return sum(summed_loss(model, [row]) for row in rows)
     packed = pack_rows(rows)
     with torch.inference_mode():
         logits = model(

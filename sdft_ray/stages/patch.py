@@ -170,6 +170,8 @@ def see_gaps(model: Any, text: Text, around: Sequence[tuple[int, int]]) -> Itera
     stream is that behind the removed blocks."""
     import torch
 
+    from sdft_ray.core.patch import last_parts
+
     scale = float(getattr(model.config, "residual_multiplier", 1.0))  # of granite
     added: dict[int, Any] = {}
     outputs: dict[int, Any] = {}
@@ -178,18 +180,19 @@ def see_gaps(model: Any, text: Text, around: Sequence[tuple[int, int]]) -> Itera
 
     def keep(found: dict[int, Any], block: int) -> Any:
         def hook(_module: Any, _args: Any, output: Any) -> None:
-            found[block] = (output[0] if isinstance(output, tuple) else output).reshape(-1, model.config.hidden_size)
+            output = (output[0] if isinstance(output, tuple) else output).reshape(-1, model.config.hidden_size)
+            found[block] = found[block] + output if block in found else output
 
         return hook
 
     def stop(_module: Any, _args: Any, _output: Any) -> None:
         raise _Seen
 
-    layers = model.layers
+    layers = model.get_decoder().layers
     hooks = []
     for before, behind in around:
-        mlp = getattr(layers[before], "mlp", None) or layers[before].block_sparse_moe
-        hooks.append(mlp.register_forward_hook(keep(added, before)))
+        for part in last_parts(layers[before], model.config.model_type):
+            hooks.append(part.register_forward_hook(keep(added, before)))
         hooks.append(layers[before].register_forward_hook(keep(outputs, before)))
         hooks.append(layers[behind - 1].register_forward_hook(keep(states, behind)))
     hooks.append(layers[last - 1].register_forward_hook(stop))

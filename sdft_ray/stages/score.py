@@ -186,8 +186,8 @@ def pass_by(model: Any, ids: Sequence[list[int]], first: Sequence[int]) -> tuple
     def leaves(_module: Any, _args: Any, output: Any) -> None:
         see(output[0] if isinstance(output, tuple) else output)
 
-    hooks = [block.register_forward_pre_hook(enters, with_kwargs=True) for block in model.layers]
-    hooks.append(model.layers[-1].register_forward_hook(leaves))
+    hooks = [block.register_forward_pre_hook(enters, with_kwargs=True) for block in model.get_decoder().layers]
+    hooks.append(model.get_decoder().layers[-1].register_forward_hook(leaves))
     try:
         with torch.inference_mode():
             model(input_ids=input_ids, attention_mask=real.long(), use_cache=False)

@@ -40,7 +40,8 @@ class Line(NamedTuple):
     finish_reason: str
     prompt_tokens: int
     tokens: int
-    sampling_seed: int
+    sampling_seed: int | None
+    """None where the engine drew all texts by one generator."""
 
 
 Lines = dict[str, list[Line]]

@@ -165,6 +165,10 @@ class Storage:
         views of it."""
         return make_directory(self.root / "ledger" / self._name_in("ledger", name))
 
+    def has_ledger(self, identity: str) -> bool:
+        """Return whether there is a ledger with an id."""
+        return identity in self._list("ledger").names
+
     def publish(self, *files: Path) -> None:
         """Make pieces of work durable under the root, and visible to other nodes."""
         self._backend.publish(files)
@@ -249,6 +253,12 @@ class Storage:
             names = ", ".join(key.rpartition("/")[2] for key in sorted(keys_by_id.values()))
             raise UserError(problem(name, f"means {len(keys_by_id)} artifacts", f"Give more digits: {names}"))
         raise UserError(problem(name, f"is no artifact under {self.uri}", "Run `sdft check RECIPE` to list them"))
+
+    def manifests(self, name: str) -> Iterator[Manifest]:
+        """Yield the manifest of every finished artifact of a kind of stage."""
+        for path in sorted(self._backend.manifests()):
+            if path.startswith(f"{name}/") and (manifest := self._backend.read_manifest(path.rpartition("/")[0])):
+                yield manifest
 
     def _name(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()

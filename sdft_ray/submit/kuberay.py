@@ -92,7 +92,7 @@ def worker_pods(compute: Compute) -> tuple[Node, int]:
     for name, (_, cpus, _) in widest.items():
         if cpus == "auto":
             what = "auto means the cores of this machine"
-            raise UserError(problem(f"compute.{name}.cpus", what, "Give a number: the pods do not exist yet"))
+            raise UserError(problem(f"compute.{name}.cpus", what, "Give a number: the nodes do not exist yet"))
     needs = [(count, int(cpus), gpus) for count, cpus, gpus in widest.values()]
     pod = compute.ray.largest_node or Node(cpus=max(need[1] for need in needs), gpus=max(need[2] for need in needs))
     pods = 1

@@ -24,9 +24,9 @@ from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.loading import load_recipe, load_section, read_yaml
 from sdft_ray.spec.recipe import Distill, Recipe
 from sdft_ray.spec.sources import FileRows
-from sdft_ray.spec.sweep import Asha, Sweep
-from sdft_ray.spec.training import Train
-from sdft_ray.stages import cut, distill, evaluate, train
+from sdft_ray.spec.sweep import Asha, Goal, Sweep
+from sdft_ray.spec.training import Arms, Train
+from sdft_ray.stages import cut, distill, evaluate, retention, train
 from sdft_ray.store.identity import Stage, short_id
 from sdft_ray.store.storage import Storage
 
@@ -52,11 +52,12 @@ class Trial:
     """The first cell that needs it."""
     values: Mapping[str, Any]
     """Those of the cell's values that determine it."""
+    retention: Stage[retention.Settings] | None = None
 
     @property
     def stages(self) -> tuple[Stage[Any], ...]:
         """The training and its evaluations."""
-        return self.train, *self.evaluations.values()
+        return self.train, *([self.retention] if self.retention else []), *self.evaluations.values()
 
     @property
     def arm(self) -> str:
@@ -85,6 +86,8 @@ class Plan:
     drafts: tuple[Stage, ...] = ()
     """Pruned and trained models as drafts of the base: last, one at a time, because their speed is measured."""
     asha: Asha | None = None
+    goal: Goal | None = None
+    """Where there is one, its depths are tried one by one: see goal.py."""
 
     @property
     def name(self) -> str:
@@ -95,15 +98,21 @@ class Plan:
 # --- from file to plan ----------------------------------------------------------------------------------------
 
 
-def is_sweep(path: Path) -> bool:
-    """Return whether a file is a sweep and not a recipe: it has axes."""
-    return "axes" in read_yaml(path)
+def is_sweep(path: Path | Mapping[str, Any]) -> bool:
+    """Return whether a file, or such content, is a sweep and not a recipe: it has axes."""
+    return "axes" in (read_yaml(path) if isinstance(path, Path) else path)
 
 
-def load_sweep(path: Path) -> Plan:
-    """Return the plan of the sweep in `path`; raises UserError with every problem of the file at once."""
+def load_sweep(path: Path | Mapping[str, Any]) -> Plan:
+    """Return the plan of the sweep in `path`, or of such content; raises UserError with every problem of it at once.
+
+    Recipes are named from the file's directory, in mere content from the current one.
+    """
     sweep = load_section(Sweep, path)
-    plan = dataclasses.replace(make_plan(expand(sweep, path.parent)), asha=sweep.asha)
+    cells = expand(sweep, path.parent if isinstance(path, Path) else Path())
+    if sweep.goal:
+        cells = _of_arm(cells, sweep.goal.arm)
+    plan = dataclasses.replace(make_plan(cells), asha=sweep.asha, goal=sweep.goal)
     if problems := list(_mistakes_of_asha(plan)) if plan.asha else []:
         raise UserError(*problems)
     return plan
@@ -138,6 +147,15 @@ def expand(sweep: Sweep, folder: Path) -> tuple[Cell, ...]:
     if problems:
         raise UserError(*problems)
     return tuple(cells)
+
+
+def _of_arm(cells: Sequence[Cell], arm: str) -> tuple[Cell, ...]:
+    """Return cells that train one arm alone."""
+    (own,) = {getattr(cell.recipe.arms, arm) for cell in cells}
+    if own is None:
+        raise UserError(problem("goal.arm", f"the recipe does not train {arm}", f"Add arms.{arm}: {{}} to it"))
+    arms = Arms(**{arm: own})
+    return tuple(Cell(cell.values, cell.recipe.model_copy(update={"arms": arms})) for cell in cells)
 
 
 def _combinations(sweep: Sweep) -> Iterator[dict[str, Any]]:
@@ -207,18 +225,24 @@ def is_seed(path: str) -> bool:
 def make_plan(cells: Sequence[Cell]) -> Plan:
     """Return the plan of cells, with each stage once."""
     chains = [(cell, pipeline.chain(cell.recipe)) for cell in cells]
-    trained: dict[str, tuple[Stage[train.Settings], Mapping[str, Stage[evaluate.Settings]]]] = {}
+    trained: dict[str, tuple[pipeline.Chain, str]] = {}
     needed_by: dict[str, list[Cell]] = {}
     for cell, chain in chains:
         for name, stage in chain.trained.items():
-            trained.setdefault(stage.id, (stage, chain.tasks_of(name)))
+            trained.setdefault(stage.id, (chain, name))
             needed_by.setdefault(stage.id, []).append(cell)
     trials = [
-        Trial(stage, evaluations, needed_by[key][0], _common_values(needed_by[key]))
-        for key, (stage, evaluations) in trained.items()
+        Trial(
+            train=chain.trained[name],
+            evaluations=chain.tasks_of(name),
+            cell=needed_by[key][0],
+            values=_common_values(needed_by[key]),
+            retention=chain.retention.get(name),
+        )
+        for key, (chain, name) in trained.items()
     ]
     drafts = {stage.id: stage for _, chain in chains for stage in chain.drafts.values()}
-    own = {*trained, *drafts, *(stage.id for trial in trials for stage in trial.evaluations.values())}
+    own = {*drafts, *(stage.id for trial in trials for stage in trial.stages)}
     shared = {stage.id: stage for _, chain in chains for stage in chain.in_order if stage.id not in own}
     in_order = tuple(sorted(shared.values(), key=_in_order))
     return Plan(tuple(cells), in_order, tuple(trials), drafts=tuple(drafts.values()))

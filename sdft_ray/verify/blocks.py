@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdft_ray.core.surgery import PER_BLOCK
+from sdft_ray.core.surgery import BLOCK, PER_BLOCK, further_blocks, rename_tensor
+from sdft_ray.data.readers import read_json
 from sdft_ray.models.directory import weight_files
 from sdft_ray.verify.models import Model
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     import torch
 
 
-BLOCK = re.compile(r"^model\.layers\.(\d+)\.(.+)")
 Blocks = dict[int | None, dict[str, str]]
 """For each block, the hashes of its tensors by their names within the block; None holds the rest."""
 Block = tuple[int, dict[str, str]]
@@ -43,10 +42,11 @@ def fingerprints(directory: Path) -> Blocks:
     from transformers import AutoConfig
 
     tied = AutoConfig.from_pretrained(directory, trust_remote_code=False).tie_word_embeddings
+    further = further_blocks(read_json(directory / "config.json"))
     blocks: Blocks = {None: {}}
     for name, tensor in tensors(directory):
-        # The config determines this buffer of old files; `ties` has compared the second copy of tied embeddings.
-        if name.endswith("rotary_emb.inv_freq") or (name == "lm_head.weight" and tied):
+        # No part of the model; and `ties` has compared the second copy of tied embeddings.
+        if rename_tensor(name, further) is None or (name == "lm_head.weight" and tied):
             continue
         digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)

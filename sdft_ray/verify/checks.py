@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from sdft_ray.core.surgery import PER_BLOCK, name_blocks, older_rope
+from sdft_ray.core.surgery import BLOCK, BY_POSITION, EMBEDDINGS, PER_BLOCK, count_blocks, name_blocks, older_rope
 from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
 from sdft_ray.models.directory import WEIGHTS_INDEX, weight_files
@@ -30,7 +30,7 @@ from sdft_ray.verify.agreement import (
     load_in_float32,
     render_prompts,
 )
-from sdft_ray.verify.blocks import BLOCK, Blocks, Failed, fingerprints, match_blocks, tensors
+from sdft_ray.verify.blocks import Blocks, Failed, fingerprints, match_blocks, tensors
 from sdft_ray.verify.models import Model
 
 # Largest difference of logits that are the same sums in float32 in the same order: in fact 0 on one machine.
@@ -38,10 +38,7 @@ SAME_LOGITS = 1e-4
 _OLDER_ROPE = ("rope_theta", "rope_local_base_freq", "partial_rotary_factor", "rope_scaling")
 # Config fields that may differ from the base's: counts of blocks (tensors and per-block lists are compared instead),
 # and fields that move no logit.
-_OWN_FIELDS = (
-    *("num_hidden_layers", "max_window_layers", "sliding_window_pattern", "no_rope_layer_interval"),
-    *("mlp_only_layers", "decoder_sparse_step", "transformers_version", "dtype", "use_cache"),
-)
+_OWN_FIELDS = (*BY_POSITION, "transformers_version", "dtype", "use_cache")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +140,7 @@ def _check_config(model: Model) -> Finding:
     from transformers import AutoConfig
 
     config = read_json(model.directory / "config.json")
-    blocks = config["num_hidden_layers"]
+    blocks = count_blocks(config)
     lists = [key for key in PER_BLOCK if isinstance(config.get(key), list)]
     for key in lists:
         if len(config[key]) != blocks:
@@ -166,12 +163,13 @@ def _check_ties(model: Model) -> Finding:
     from transformers import AutoConfig
 
     tied = bool(AutoConfig.from_pretrained(model.directory, trust_remote_code=False).tie_word_embeddings)
-    ends = dict(tensors(model.directory, ("model.embed_tokens.weight", "lm_head.weight")))
-    head = ends.get("lm_head.weight")
+    ends = dict(tensors(model.directory, (*EMBEDDINGS, "lm_head.weight")))
+    head = ends.pop("lm_head.weight", None)
     if head is None and not tied:
         raise Failed("tie_word_embeddings is false, but there is no lm_head.weight")
-    if head is not None and tied and not torch.equal(head, ends["model.embed_tokens.weight"]):
-        raise Failed("tie_word_embeddings is true, but lm_head.weight differs from model.embed_tokens.weight")
+    for name, embeddings in ends.items():
+        if head is not None and tied and not torch.equal(head, embeddings):
+            raise Failed(f"tie_word_embeddings is true, but lm_head.weight differs from {name}")
     stored = "no lm_head.weight" if head is None else "lm_head.weight stored" + (", equal" if tied else "")
     return f"tie_word_embeddings {str(tied).lower()}, {stored}", {"tied": tied}
 
@@ -300,7 +298,7 @@ def _check_base_logits(model: Model) -> Finding:
     if (manifest := read_manifest(model.directory)) and manifest.stage == "patch":
         raise _Skipped("a patched model computes other logits")
     network = load_in_float32(model.base)
-    with _skipping(network, _removed(model, len(network.model.layers))):
+    with _skipping(network, _removed(model, len(network.get_decoder().layers))):
         difference = max(float((compute_logits(network, ids) - logits).abs().max()) for ids, logits in model.generated)
     says = f"logits differ by {difference:.2g} from the base's with these blocks skipped (limit {SAME_LOGITS:g})"
     if not difference <= SAME_LOGITS:
@@ -343,10 +341,11 @@ def _removed(model: Model, blocks: int) -> list[int]:
 def _skipping(network: Any, removed: Sequence[int]) -> Iterator[None]:
     """Make the `removed` blocks return their input."""
 
-    def return_input(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> Any:
-        return args[0] if args else kwargs["hidden_states"]
+    def return_input(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        given = args[0] if args else kwargs["hidden_states"]
+        return (given,) if isinstance(output, tuple) else given
 
-    layers = network.model.layers
+    layers = network.get_decoder().layers
     hooks = [layers[block].register_forward_hook(return_input, with_kwargs=True) for block in removed]
     try:
         yield

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdft_ray import pipeline
-from sdft_ray.core.surgery import require_supported
+from sdft_ray.core.surgery import count_blocks, require_supported
 from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
 from sdft_ray.models.directory import weight_files
@@ -104,6 +104,6 @@ def _require_compatible(base: Mapping[str, Any], config: Mapping[str, Any], mode
     for key in ("model_type", "hidden_size"):
         if base[key] != config[key]:
             raise UserError(problem(str(model.base), f"has {key} {base[key]}, expected {config[key]}", do))
-    if base["num_hidden_layers"] < config["num_hidden_layers"]:
-        what = f"has {base['num_hidden_layers']} blocks, expected {config['num_hidden_layers']} or more"
+    if (most := count_blocks(base)) < (least := count_blocks(config)):
+        what = f"has {most} blocks, expected {least} or more"
         raise UserError(problem(str(model.base), what, do))

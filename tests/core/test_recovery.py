@@ -1,8 +1,18 @@
+import math
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 
-from sdft_ray.core.recovery import mean_score, paired_differences, recovery, recovery_over_chance
+from sdft_ray.core.recovery import (
+    Estimate,
+    mean_score,
+    paired_differences,
+    ratio,
+    recovery,
+    recovery_interval,
+    recovery_over_chance,
+)
 
 
 class Score(NamedTuple):
@@ -58,3 +68,57 @@ def test_paired_differences_mean_counts_every_task_the_same():
 def test_paired_differences_refuses_other_items():
     with pytest.raises(AssertionError, match="a has other items"):
         paired_differences({"a": [1, 0]}, {"a": [1]})
+
+
+def test_recovery_interval_of_the_base_itself_is_exactly_all_of_it():
+    values = {"a": [0, 1, 1, 0, 1] * 4, "b": [1, 0] * 5}
+    found = recovery_interval(values, values)
+    assert (found.value, found.low, found.high) == pytest.approx((100, 100, 100))
+    assert found.n == 30
+
+
+def test_recovery_interval_covers_the_truth_as_often_as_it_says():
+    """Models that keep 80 % of the base's right answers: the interval holds 80 in about 95 of 100 draws of items."""
+    random, covered = np.random.default_rng(1), 0
+    for draw in range(100):
+        base = {task: (random.random(200) < 0.6).astype(float) for task in "ab"}
+        model = {task: values * (random.random(200) < 0.8) for task, values in base.items()}
+        found = recovery_interval(model, base, draws=300, seed=draw)
+        covered += found.low <= 80 <= found.high
+    assert 88 <= covered <= 100
+
+
+def test_recovery_interval_of_a_base_that_scores_nothing_is_none():
+    assert recovery_interval({"a": [0, 1]}, {"a": [0, 0]}) is None
+
+
+def test_ratio_of_sums_to_counts_has_the_interval_of_its_standard_error():
+    random = np.random.default_rng(3)
+    counts = random.integers(20, 60, 400)
+    sums = counts * random.normal(2.0, 0.5, 400)
+    found = ratio(sums, counts)
+    assert found.value == pytest.approx(sums.sum() / counts.sum()) and found.n == 400
+    # The delta method: residuals of the ratio over the mean count.
+    error = np.std(sums - found.value * counts, ddof=1) / counts.mean() / math.sqrt(400)
+    assert found.low == pytest.approx(found.value - 1.96 * error, abs=0.2 * error)
+    assert found.high == pytest.approx(found.value + 1.96 * error, abs=0.2 * error)
+
+
+def test_ratio_is_seeded():
+    sums, counts = [1.0, 5.0, 2.0, 9.0], [3, 4, 2, 5]
+    assert ratio(sums, counts) == ratio(sums, counts) == ratio(sums, counts, seed=0)
+    assert ratio(sums, counts) != ratio(sums, counts, draws=100, seed=1)
+
+
+def test_ratio_of_what_is_the_same_everywhere_has_no_interval():
+    assert ratio([0.0, 0.0], [3, 4]) == Estimate(0.0, 0.0, 0.0, 2)
+    assert ratio([4], [8]) == Estimate(0.5, 0.5, 0.5, 1)
+
+
+def test_ratio_of_differences_is_narrower_than_that_of_either():
+    random = np.random.default_rng(5)
+    hard = random.normal(50, 20, 100)
+    first, second = hard + random.normal(1, 1, 100), hard + random.normal(0, 1, 100)
+    alone, paired = ratio(first, [30] * 100), ratio(first - second, [30] * 100)
+    assert 0 < paired.low < paired.value < paired.high
+    assert paired.high - paired.low < 0.2 * (alone.high - alone.low)

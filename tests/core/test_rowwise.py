@@ -7,6 +7,10 @@ from tiny import make_tiny_model, make_tokenizer
 from sdft_ray.core.packing import pack_rows
 from sdft_ray.core.rowwise import CurrentRows, RowDropout, drop_by_row, keep_within_rows
 from sdft_ray.data.chat import encode_row
+from sdft_ray.spec import compute
+from sdft_ray.spec.training import Train
+from sdft_ray.stages.nll import summed_loss
+from sdft_ray.stages.train.zero import load_trainable
 
 pytestmark = pytest.mark.heavy
 
@@ -36,6 +40,8 @@ def losses(model, packed):
         ("qwen3_moe", {}),
         ("gpt_oss", {}),  # has sinks, and its mask is not made from positions
         ("nemotron", {}),  # hands no arguments on to its attention
+        *((name, {}) for name in ("apertus", "arcee", "deepseek_v3", "ernie4_5_moe", "gemma4_text", "glm4_moe")),
+        *((name, {}) for name in ("gpt_neox", "hunyuan_v1_dense", "ministral3", "opt", "phi")),
     ],
 )
 def test_losses_of_packed_rows_equal_those_of_the_rows_alone(architecture, fields, tmp_path):
@@ -50,6 +56,33 @@ def test_losses_of_packed_rows_equal_those_of_the_rows_alone(architecture, field
     assert torch.allclose(losses(model, packed), usual, atol=1e-5)
     current.starts = [0, packed.starts[-1]]  # as one row they do see each other: the test above can fail
     assert not torch.allclose(losses(model, packed), usual, atol=1e-3)
+
+
+ALONE = (
+    "falcon_h1",
+    "granitemoehybrid",
+    "lfm2",
+    "llama4_text",
+    "nemotron_h",
+    "olmo_hybrid",
+    "qwen3_5_text",
+    "qwen3_next",
+)
+
+
+@pytest.mark.parametrize("architecture", ALONE)
+def test_rows_of_a_model_that_carries_a_state_on_are_trained_and_measured_one_a_sequence(architecture, tmp_path):
+    base = make_tiny_model(tmp_path, architecture)
+    module = load_trainable(str(base), Train(), compute.Train()).eval()
+    rows = some_rows()
+    with torch.no_grad():
+        alone = sum(float(losses(module.model, pack_rows([row])).sum()) for row in rows)
+        found = sum(float(module(pack_rows([row]), [""])) for row in rows)
+        assert found == pytest.approx(alone, rel=1e-5)
+        assert summed_loss(module.model, rows) == pytest.approx(alone, rel=1e-5)
+        assert float(losses(module.model, pack_rows(rows)).sum()) != pytest.approx(alone, rel=1e-4), "it does leak"
+    with pytest.raises(AssertionError, match="one row a sequence"):
+        module(pack_rows(rows), [""] * len(rows))
 
 
 def test_row_dropout_of_a_row_is_the_same_in_any_company():

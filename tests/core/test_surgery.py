@@ -66,6 +66,30 @@ def test_prune_config_counts_the_blocks_before_the_first_window():
     assert prune_config(CONFIG | {"max_window_layers": 28}, [0, 3])["max_window_layers"] == 2
 
 
+@pytest.mark.parametrize(("removed", "range_"), [([0], (0, 1)), ([1, 2], (2, 2)), ([3], (1, 2))])
+def test_prune_config_keeps_the_range_of_blocks_with_experts(removed, range_):
+    experts = {"moe_layer_start_index": 1, "moe_layer_end_index": 2, "moe_layer_interval": 1}
+    pruned = prune_config(CONFIG | experts, removed)
+    assert (pruned["moe_layer_start_index"], pruned["moe_layer_end_index"]) == range_
+
+
+def test_prune_config_refuses_experts_in_blocks_that_are_no_range():
+    experts = {"moe_layer_start_index": 0, "moe_layer_end_index": 3, "moe_layer_interval": 2}
+    with pytest.raises(UserError, match=r"blocks with experts would be \[0, 2\]"):
+        prune_config(CONFIG | experts, [0])
+
+
+@pytest.mark.parametrize(("removed", "step"), [([0, 1], 2), ([0], 0), ([0, 2], 1), ([1, 3], 3)])
+def test_prune_config_says_which_blocks_have_experts_as_vllm_reads_it_where_it_can(removed, step):
+    pruned = prune_config(CONFIG | {"moe_layers": [1, 3], "interleave_moe_layer_step": 2}, removed)
+    assert pruned["interleave_moe_layer_step"] == step
+
+
+def test_prune_config_counts_dense_blocks_and_drops_further_heads():
+    pruned = prune_config(CONFIG | {"first_k_dense_replace": 3, "num_nextn_predict_layers": 1}, [0, 3])
+    assert (pruned["first_k_dense_replace"], pruned["num_nextn_predict_layers"]) == (2, 0)
+
+
 def test_prune_config_spells_scaled_rope_as_older_readers_do():
     rope = {"rope_theta": 5e5, "rope_type": "llama3", "factor": 8.0}
     pruned = prune_config(CONFIG | {"rope_parameters": rope, "rope_scaling": None}, [0])
@@ -103,8 +127,8 @@ def test_require_removable_takes_any_set_that_leaves_a_block(removed):
 def test_require_supported_refuses_the_unproven_by_name():
     for architecture in ARCHITECTURES:
         require_supported(architecture, "model")
-    with pytest.raises(UserError, match="model: cannot prune a gpt_neox model: not proven to be right"):
-        require_supported("gpt_neox", "model")
+    with pytest.raises(UserError, match="model: cannot prune a gptj model: not proven to be right"):
+        require_supported("gptj", "model")
 
 
 @pytest.mark.parametrize(
@@ -113,7 +137,7 @@ def test_require_supported_refuses_the_unproven_by_name():
         ("gemma3n", "its blocks share keys and values"),
         ("jamba", "in a pattern that depends on position"),
         ("mamba", "without attention"),
-        ("deepseek_v3", "which blocks have experts depends on position"),
+        ("gemma3", "which model.part: text takes out"),
         ("qwen2_5_vl", "its language model is a part of a larger one"),
     ],
 )

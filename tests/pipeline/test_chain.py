@@ -45,8 +45,10 @@ def chain(ray_cluster, tiny_model, tmp_path_factory):
             "limit": 3,
             "max_new_tokens": 8,
             "dtype": "float32",
+            "retention": {"rows": 3, "texts": 2, "text": "plain.txt"},
         },
     }
+    (folder / "plain.txt").write_text("A text of another file.\n\nAnother one.\n\nA third one.")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     (folder / "compute.yaml").write_text(
         yaml.safe_dump(
@@ -78,6 +80,11 @@ def test_chain_reports_four_models_in_the_promised_shape(chain):
         assert model["limited"] and model["tasks"]["arc_easy"]["limited"] and not model["tasks"]["held_out"]["limited"]
         assert model["tasks"]["arc_easy"]["n"] == 3 and model["tasks"]["held_out"]["n"] == 4
         assert model["tasks"]["held_out"]["bits_per_byte"] > 0
+        kept, written = model["retention"], model["generated"]
+        assert (kept["responses"]["texts"], kept["texts"]["texts"], kept["bits_per_byte"]["n"]) == (3, 2, 3)
+        assert written["answers"] == 4 and 0 <= written["ended"] <= 1
+    assert base["retention"]["texts"]["kl"]["value"] == 0 < pruned["retention"]["texts"]["kl"]["value"]
+    assert report["retention"]["first"] == "distilled" and report["retention"]["figures"]["kl_texts"]["n"] == 2
     assert pruned["parameters"] < base["parameters"]
     assert pruned["flops_per_token"] < base["flops_per_token"]
 
@@ -85,7 +92,8 @@ def test_chain_reports_four_models_in_the_promised_shape(chain):
 def test_chain_every_artifact_is_whole_and_its_files_are_the_listed_ones(chain):
     folder, _ = chain
     manifests = list((folder / "artifacts").glob("*/*/manifest.json"))
-    assert len(manifests) == 6 + 2 + 4 * 2  # rows, score, loss, cut, distill, nll; train; evaluate
+    # rows, score, loss, cut, distill, nll, probes; train; evaluate, retention
+    assert len(manifests) == 7 + 2 + 4 * 3
     for path in manifests:
         manifest = read_manifest(path.parent)
         check_files(path.parent, manifest, hashes=True)
@@ -134,7 +142,7 @@ def test_chain_run_again_builds_nothing(chain):
     before = {path: path.stat().st_mtime_ns for path in (folder / "artifacts").rglob("manifest.json")}
     again = sdft("run", "recipe.yaml", cwd=folder)  # without the compute file: that never moves an id
     assert again.returncode == 0
-    assert "Nothing to do: all 17 artifacts are there already" in again.stderr
+    assert "Nothing to do: all 22 artifacts are there already" in again.stderr
     assert {path: path.stat().st_mtime_ns for path in (folder / "artifacts").rglob("manifest.json")} == before
 
 
@@ -165,7 +173,7 @@ def test_chain_run_again_under_other_names_builds_nothing(chain, tiny_model, tmp
     recipe["prune"]["calibration"]["text"] = "other-calibration.txt"
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     again = sdft("run", "recipe.yaml", "--root", folder / "artifacts", "--json", cwd=tmp_path)
-    assert again.returncode == 0 and "Nothing to do: all 17 artifacts are there already" in again.stderr, again.stderr
+    assert again.returncode == 0 and "Nothing to do: all 22 artifacts are there already" in again.stderr, again.stderr
     assert json.loads(again.stdout)["models"] == json.loads(chain[1].stdout)["models"]
 
 

@@ -9,7 +9,8 @@ import pin
 import pytest
 
 from sdft_ray import pipeline
-from sdft_ray.preflight import precision
+from sdft_ray.errors import UserError
+from sdft_ray.preflight import limits, precision
 from sdft_ray.report import terminal
 from sdft_ray.spec.compute import Compute, load_compute
 from sdft_ray.spec.loading import leaves, load_recipe
@@ -58,6 +59,8 @@ OTHER = {
     "prune.calibration.0.field": "other",
     "prune.calibration.0.positions": "all",
     "distill.dtype": "float32",
+    "distill.teacher": {"endpoint": "http://127.0.0.1:1/v1", "model": "some/teacher"},
+    "distill.seeds": "engine",
     "distill.template": "{prompt} {reference}",
     "rows.0.template": "{reference} {prompt}",
     "distill.filters.leak_phrases": ["given text"],
@@ -88,6 +91,7 @@ FIXED = {
     "prune.calibration.0.text",
     "prune.calibration.0.rows",
     "evaluate.speed",  # measures beside the evaluations
+    "evaluate.retention",  # measures beside the evaluations; what its own leaves move is tested with it
     "draft",  # measures beside the evaluations
     "merge",  # makes further models; what its own leaves move is tested with it
 }
@@ -245,6 +249,43 @@ def test_an_arm_override_moves_only_that_arm(recipe):
     assert [name for name in before if before[name] != after[name]] == [name for name in before if "distilled" in name]
 
 
+def test_an_arm_with_soft_targets_stands_beside_the_others_and_stores_them_where_asked_for(recipe):
+    def plan(**soft):
+        stages = pipeline.chain(validate(Recipe, with_leaf(recipe, "arms.logits", soft))).in_order
+        return {(stage.name, stage.slug): stage for stage in stages}
+
+    def soft_arm(stages):
+        return next(stage for (name, slug), stage in stages.items() if name == "train" and "logits" in slug)
+
+    before = {(stage.name, stage.slug): stage for stage in pipeline.chain(validate(Recipe, recipe)).in_order}
+    online, stored = plan(), plan(likeliest=8)
+    for changed in (online, stored):
+        assert all(changed[key].id == stage.id for key, stage in before.items() if key[0] != "evaluate")
+    assert {name for name, _ in stored} - {name for name, _ in online} == {"targets"}
+    assert (
+        {"model", "teacher", "rows", "distilled"}
+        == {*soft_arm(online).inputs}
+        == {*soft_arm(stored).inputs} - {"targets"}
+    )
+    others = [plan(), plan(temperature=2.0), plan(cross_entropy=0.5), plan(lr=1e-5), stored, plan(likeliest=9)]
+    assert len({soft_arm(each).id for each in others}) == len(others)
+
+    def targets(stages):
+        return next(stage.id for (name, _), stage in stages.items() if name == "targets")
+
+    assert targets(stored) == targets(plan(likeliest=8, lr=1e-5)), "they do not depend on how the student learns"
+    names = [name for name, _ in stored]
+    assert names.index("distill") < names.index("targets") < names.index("train")
+
+
+def test_only_the_arm_with_soft_targets_alone_generates_too(recipe):
+    alone = recipe | {"arms": {"logits": {}}}
+    assert "distill" in {stage.name for stage in pipeline.chain(validate(Recipe, alone)).in_order}
+    assert "distill" not in {
+        stage.name for stage in pipeline.chain(validate(Recipe, recipe | {"arms": {"sft": {}}})).in_order
+    }
+
+
 def test_no_compute_leaf_is_part_of_any_identity(recipe):
     names = {path.rpartition(".")[2] for path, _ in leaves(Compute())} - {"tensor_parallel_size"}
     for stage in pipeline.chain(validate(Recipe, recipe)).in_order:
@@ -388,3 +429,66 @@ def test_rows_of_a_gym_are_built_from_the_plan(tiny_model, tmp_path):
     pipeline.run(recipe, load_compute(), storage, until="rows")
     counts = rows.Summary.of(pipeline.chain(recipe).rows, storage)
     assert counts.read == 30 == sum(counts.rows.plain().values()) + counts.duplicate_prompts
+
+
+def test_retention_moves_no_other_id_and_is_moved_by_each_of_its_leaves(recipe, tmp_path):
+    (tmp_path / "plain.jsonl").write_text(
+        "".join(json.dumps({"text": f"{i}.", "other": f"{i}!"}) + "\n" for i in range(9))
+    )
+    wanted = {"rows": 2, "texts": 3, "text": str(tmp_path / "plain.jsonl"), "field": "text", "max_tokens": 9}
+    with_it = with_leaf(recipe, "evaluate.retention", wanted)
+    assert all_ids(recipe) < all_ids(with_it)
+    added = pipeline.chain(validate(Recipe, with_it))
+    assert {name for name, _ in all_ids(with_it) - all_ids(recipe)} == {"probes", "retention"}
+    assert [*added.retention] == [*added.models] and added.in_order[-1].name == "evaluate"
+    before = {stage.id for stage in added.retention.values()}
+    (tmp_path / "others.jsonl").write_text(json.dumps({"text": "Another file."}) + "\n")
+    for leaf, value in {
+        "rows": 1,
+        "texts": 4,
+        "max_tokens": 8,
+        "field": "other",
+        "text": str(tmp_path / "others.jsonl"),
+    }.items():
+        changed = pipeline.chain(validate(Recipe, with_leaf(with_it, f"evaluate.retention.{leaf}", value)))
+        assert not before & {stage.id for stage in changed.retention.values()}, leaf
+    known, moved = all_ids(with_it), tmp_path / "moved.jsonl"
+    (tmp_path / "plain.jsonl").rename(moved)
+    assert all_ids(with_leaf(with_it, "evaluate.retention.text", str(moved))) == known
+
+
+def test_retention_passes_over_what_calibration_reads(recipe):
+    (corpus,) = recipe["prune"]["calibration"]
+    same = with_leaf(recipe, "evaluate.retention", {"text": corpus["text"]})
+    chain = pipeline.chain(validate(Recipe, same))
+    texts = chain.retention["base"].inputs["probes"].settings.texts
+    assert texts.skip == corpus["limit"] + corpus["held_back"]
+    with pytest.raises(UserError, match=r"evaluate\.retention\.text: .* has no text behind the 96 that"):
+        limits.require_texts(validate(Recipe, same), len)
+
+
+def test_retention_on_texts_that_are_trained_on_is_refused(recipe):
+    rows = recipe["rows"][0]["path"]
+    with pytest.raises(UserError, match=r"evaluate\.retention\.text: .* is trained on as rows"):
+        pipeline.chain(validate(Recipe, with_leaf(recipe, "evaluate.retention", {"text": rows, "field": "a"})))
+
+
+@pytest.mark.parametrize("wanted", [{"texts": 0}, {"texts": 0, "rows": 0}])
+def test_retention_without_rows_and_texts_is_one_clear_line(recipe, wanted):
+    bare = with_leaf(with_leaf(recipe, "evaluate.tasks", ["arc_easy"]), "rows.0.held_out", 0)
+    with pytest.raises(UserError) as error:
+        validate(Recipe, with_leaf(bare, "evaluate.retention", wanted))
+    assert error.value.problems == (
+        "evaluate.retention: has neither held-out rows nor texts to measure on. "
+        "Raise rows.held_out or evaluate.retention.texts.",
+    )
+
+
+def test_retention_of_texts_alone_needs_no_rows(recipe, tmp_path):
+    (tmp_path / "plain.txt").write_text("One.\n\nTwo.")
+    bare = with_leaf(with_leaf(recipe, "evaluate.tasks", ["arc_easy"]), "rows.0.held_out", 0)
+    chain = pipeline.chain(
+        validate(Recipe, with_leaf(bare, "evaluate.retention", {"text": str(tmp_path / "plain.txt")}))
+    )
+    stage = chain.retention["base"].inputs["probes"]
+    assert set(stage.inputs) == {"model"} and stage.settings.rows == 0

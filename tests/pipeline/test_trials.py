@@ -81,6 +81,28 @@ def test_sweep_tries_drafts_of_what_was_trained_and_tells_what_it_leaves_out(swe
     ]  # fmt: skip
 
 
+@pytest.mark.full
+def test_sweep_with_a_goal_trains_until_it_is_decided_and_shares_artifacts_with_a_grid(
+    ray_cluster, tiny_model, tmp_path
+):
+    folder = make_folder(tmp_path, tiny_model, ray_cluster, {"prune.blocks": [1, 2]})
+    sweep = {"recipe": "recipe.yaml", "axes": {"prune.blocks": [1, 2]}, "goal": {"recovery": 1e6, "arm": "sft"}}
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    before = sdft("report", "sweep.yaml", cwd=folder)
+    assert before.returncode == 2 and before.stderr.count("\n") == 1
+    out, errors = start(folder, "--json", "--html", "sweep.html").communicate()
+    goal = json.loads(out)["goal"]
+    assert (goal["chosen"], goal["following"], goal["depths"], len(goal["lines"])) == (None, None, [1, 2], 1), errors
+    assert goal["lines"][0].startswith("1 blocks: recovery ") and goal["lines"][0].endswith("which misses 1e+06 %")
+    assert "no depth keeps 1e+06 %" in (folder / "sweep.html").read_text()
+    trained = [*folder.glob("artifacts/train/*")]
+    assert len(trained) == 1
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(sweep | {"goal": {"recovery": 1e-6, "arm": "sft"}}))
+    out, errors = start(folder, "--json").communicate()
+    assert json.loads(out)["goal"]["chosen"] == 2, errors
+    assert len([*folder.glob("artifacts/train/*")]) == 2
+
+
 def test_sweep_scores_while_it_generates_and_ends_at_once_when_interrupted(ray_cluster, tiny_model, tmp_path):
     folder = make_folder(tmp_path, tiny_model, ray_cluster, {"prune.blocks": [1, 2]}, seconds_a_row=1.0)
     artifacts = folder / "artifacts"

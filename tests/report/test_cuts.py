@@ -9,7 +9,7 @@ from sdft_ray.core.choice import Choice
 from sdft_ray.core.passes import count_passes
 from sdft_ray.report import lines, page, table
 from sdft_ray.report.entries import Cost, Details, Greedy, ModelEntry, Pruned, Quality, Report
-from sdft_ray.results import Taken
+from sdft_ray.stages.loss import Taken
 from sdft_ray.store.manifest import Provenance
 
 GREEDY = Greedy(

@@ -1,148 +1,18 @@
-"""What the report of a sweep says of artifacts whose scores are known; the artifacts are written by hand."""
+"""What the report of a sweep says of artifacts whose scores are known (conftest.py)."""
 
 import csv
 import io
-import json
-import statistics
-from pathlib import Path
 
 import pytest
 import yaml
 from rich.console import Console
 
 from sdft_ray import pipeline
-from sdft_ray.core.speculation import worth
 from sdft_ray.report import page, plots, sweep, table, terminal
-from sdft_ray.store.files import write_atomically
 from sdft_ray.store.storage import Storage
-from sdft_ray.sweep import notes, planning
+from sdft_ray.sweep import planning
 
-ITEMS = 20
-
-
-@pytest.fixture
-def plan(tiny_model, tmp_path):
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"q": f"{i}?", "a": f"{i}"}) + "\n" for i in range(40)))
-    (tmp_path / "texts.txt").write_text("One text.\n\nAnother text.\n\nA third text.")
-    recipe = {
-        "model": {"path": str(tiny_model)},
-        "rows": {"path": str(tmp_path / "rows.jsonl"), "fields": {"prompt": "q", "response": "a"}, "held_out": 1},
-        "prune": {"blocks": 2, "calibration": {"text": str(tmp_path / "texts.txt")}},
-        "train": {"rows": 16},
-        "draft": {"tokens": [1, 2], "prompts": 1},
-        "evaluate": {"tasks": ["arc_easy", "sciq"], "limit": ITEMS},
-    }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    axes = [
-        {"prune.blocks": [2, 3]},
-        {"prune.blocks": [2], "train.seed": [0, 1, 2]},
-        {"prune.blocks": [2], "arms.sft.lr": [1e-3]},
-    ]
-    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"recipe": "recipe.yaml", "axes": axes}))
-    return planning.load_sweep(tmp_path / "sweep.yaml")
-
-
-def write(storage: Storage, stage, summary: dict, files: dict[str, str]) -> None:
-    for name, text in files.items():
-        write_atomically(storage.scratch(stage) / name, text)
-    storage.scratch(stage)
-    storage.commit(stage, summary, 10.0)
-
-
-def write_evaluation(storage: Storage, stage, right: int) -> None:
-    """Write an evaluation in which the first `right` items are right."""
-    values = [float(i < right) for i in range(ITEMS)]
-    summary = {
-        "metric": "acc",
-        "value": statistics.fmean(values),
-        "stderr": 0.1,
-        "n": ITEMS,
-        "chance": 0.25,
-        "limited": True,
-    }
-    items = "".join(json.dumps({"id": str(i), "value": value}) + "\n" for i, value in enumerate(values))
-    write(storage, stage, summary, {"items.jsonl": items})
-
-
-def gone_of(stage) -> int:
-    """Return how many blocks a cut removes."""
-    return len(getattr(stage.settings, "remove", ())) or stage.settings.depth
-
-
-def write_shared(plan: planning.Plan, storage: Storage, tiny_model: Path) -> None:
-    """Write what all trials need; the base is right on 16 of 20 items, a model without n blocks on 16 - 2 n."""
-    config = json.loads((tiny_model / "config.json").read_text())
-    for stage in plan.shared:
-        match stage.name:
-            case "rows":
-                write(storage, stage, {"rows": {"train": 24}, "read": 24}, {})
-            case "score":
-                write(storage, stage, {}, {"distances.json": json.dumps({"blocks": 6, "corpora": [], "choices": {}})})
-            case "cut":
-                gone = gone_of(stage)
-                smaller = {**config, "num_hidden_layers": 6 - gone}
-                if "layer_types" in smaller:
-                    smaller["layer_types"] = smaller["layer_types"][gone:]
-                summary = {"removed": list(range(gone)), "metric": "loss", "cost": 1.0, "agreement": 0.5}
-                summary |= {"blocks": 6 - gone, "parameters": 1}
-                write(storage, stage, summary, {"config.json": json.dumps(smaller)})
-            case "evaluate":
-                cut = stage.inputs["model"]
-                write_evaluation(storage, stage, 16 - (2 * gone_of(cut) if cut.name == "cut" else 0))
-
-
-COUNTS = ("rows", "rows_too_long", "rows_left_out", "validation_rows", "steps", "planned_steps", "best_step")
-COUNTS += ("tokens_per_epoch", "trained_tokens_per_epoch", "workers", "trainable_parameters", "parameters")
-LOSSES = ("training_seconds", "peak_memory_gb", "logits_differ_by", "first_loss", "final_loss")
-TRAINED = {**dict.fromkeys(COUNTS, 1), **dict.fromkeys(LOSSES, 1.0), "arm": "sft", "adapters_on": []}
-TRAINED |= {"example": {"without_loss": "1?", "with_loss": "1"}}
-
-
-def write_trial(trial: planning.Trial, storage: Storage, right: int, validation_loss: float) -> None:
-    write(storage, trial.train, {**TRAINED, "validation_loss": validation_loss}, {})
-    for evaluation in trial.evaluations.values():
-        write_evaluation(storage, evaluation, right)
-
-
-def write_draft(storage: Storage, stage, accepted: int) -> None:
-    """Write a draft that was twice as fast as the base with one drafted token, and slower than it with two."""
-    counts = {1: [accepted], 2: [accepted, accepted // 2]}
-    measured = [
-        {"tokens": k, "target_tokens_per_second": 10.0, "tokens_per_second": 20.0 / k**2, "speedup": 2.0 / k**2}
-        | {"speedup_min": 1.5 / k**2, "speedup_max": 3.0 / k**2, "drafts": 100, "accepted": counts[k]}
-        | vars(worth(100, counts[k], 0.5))
-        for k in counts
-    ]
-    texts = {"greedy": {"measured": measured, "counted": []}, "sampled": {"measured": measured, "counted": []}}
-    write(storage, stage, {"engine": "vllm", "method": "draft_model", "prompts": 1, "cost": 0.5, **texts}, {})
-
-
-def seed_of(trial: planning.Trial) -> int:
-    return trial.train.settings.train.seed
-
-
-@pytest.fixture
-def collected(plan, tiny_model, tmp_path):
-    """A sweep of 9 trials: 2 arms at 2 depths, 2 more seeds of each, and another learning rate of sft that is worse."""
-    storage = Storage(str(tmp_path / "artifacts"))
-    write_shared(plan, storage, tiny_model)
-    for trial in plan.trials:
-        if "arms.sft.lr" in trial.values:
-            write_trial(trial, storage, right=20, validation_loss=9.0)
-        elif trial.cell.recipe.prune.blocks == 3 and trial.arm == "distilled":
-            notes.keep_failure(storage, trial.train, "train: it broke")
-        elif trial.cell.recipe.prune.blocks == 2:
-            write_trial(trial, storage, (12 if trial.arm == "sft" else 14) + seed_of(trial), 2.0)
-    trained = {trial.train.id: trial for trial in plan.trials}
-    for stage in plan.drafts:
-        model = stage.inputs["draft"]
-        if model.name == "cut":
-            write_draft(storage, stage, 40)
-        elif model.settings.arm == "distilled" and storage.status(model) == "done":
-            write_draft(storage, stage, 60 + 10 * seed_of(trained[model.id]))
-        elif model.settings.arm == "sft" and "arms.sft.lr" in trained[model.id].values:
-            notes.keep_failure(storage, stage, "draft: it broke")
-    return sweep.collect(plan, "sweep.yaml", storage)
+ITEMS = 20  # of each task
 
 
 def test_report_takes_seeds_together_with_their_spread(collected):
@@ -166,6 +36,22 @@ def test_report_compares_chosen_arms_item_by_item_over_seeds(collected):
     mean = entry.compared.mean
     assert entry.compared.tasks["arc_easy"].value == pytest.approx(2 / ITEMS) == mean.value
     assert 0 <= mean.low < mean.value < mean.high
+
+
+def test_report_of_retention_takes_seeds_together_and_stands_on_terminal_csv_and_json(collected):
+    group = next(group for group in collected.groups if group.arm == "sft" and not group.values)
+    assert group.retention == pytest.approx({"kl_responses": 0.1 + 0.01 * 13, "agreement_responses": 0.9 - 0.01 * 13})
+    kept = [model.retention.figures["kl_responses"].value for model in collected.models]
+    assert kept == [0.0, 0.5, 0.75]
+    console = Console(width=200, record=True, file=io.StringIO())
+    terminal.show_sweep(collected, console)
+    text = console.export_text()
+    assert all(said in text for said in ("KL, responses", "0.230", "0.750")) and "KL, texts" not in text
+    lines = list(csv.DictReader(io.StringIO(table.as_csv(collected))))
+    values = [line["retention.responses.kl.value"] for line in lines]
+    assert values.count("") == sum(line["status"] != "done" for line in lines) == 2 and "0.22" in values
+    done = next(trial for trial in collected.plain()["trials"] if trial["status"] == "done")
+    assert done["retention"]["responses"]["tokens"] == 9
 
 
 def test_report_lists_every_trial_with_its_state_and_reason(collected):
@@ -208,7 +94,7 @@ def test_report_of_drafts_stands_on_terminal_csv_and_page_with_what_failed(colle
     assert all("distilled, sampled" in figure and "(not chosen)" not in figure for figure in drafts)
 
 
-def test_report_of_named_blocks_has_their_number_and_no_map(plan, tiny_model, tmp_path):
+def test_report_of_named_blocks_has_their_number_and_no_map(plan, write_all, tmp_path):
     recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
     recipe |= {"prune": {"remove": [0]}, "arms": {"sft": {}}}
     recipe["rows"]["validation"] = 1
@@ -217,9 +103,7 @@ def test_report_of_named_blocks_has_their_number_and_no_map(plan, tiny_model, tm
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"recipe": "recipe.yaml", "axes": axes}))
     storage, named = Storage(str(tmp_path / "named")), planning.load_sweep(tmp_path / "sweep.yaml")
     assert "score" not in {stage.name for stage in named.shared}
-    write_shared(named, storage, tiny_model)
-    for trial in named.trials:
-        write_trial(trial, storage, right=14, validation_loss=1.0)
+    write_all(named, storage)
     report = sweep.collect(named, "sweep.yaml", storage)
     assert [(trial.blocks, trial.values["prune.remove"]) for trial in report.trials] == [(2, [0, 1]), (3, [0, 1, 2])]
     assert [(group.blocks, group.chosen) for group in report.groups] == [(2, True), (3, True)]

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import yaml
-from architectures import BLOCKS, REMOVED, VARIANTS, generated_by, load, logits_of, prune, some_ids
+from architectures import BLOCKS, REMOVED, VARIANTS, blocks_of, generated_by, is_tied, load, logits_of, prune, some_ids
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny_model
 
@@ -70,10 +70,12 @@ def test_remove_blocks_leaves_a_directory_that_loads_strictly_and_renumbers_bloc
 
     model, info = AutoModelForCausalLM.from_pretrained(cut, output_loading_info=True)
     assert not any(info.get(key) for key in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
-    assert [block.self_attn.layer_idx for block in model.model.layers] == list(range(BLOCKS - len(removed)))
+    blocks = blocks_of(model)
+    assert len(blocks) == BLOCKS - len(removed)
+    for number, block in enumerate(blocks):
+        assert {getattr(module, "layer_idx", number) for module in block.modules()} == {number}
     assert require_loadable(cut) == model.num_parameters()
-    tied = model.config.tie_word_embeddings
-    assert tied == (model.lm_head.weight is model.model.embed_tokens.weight)
+    assert is_tied(model) == model.config.tie_word_embeddings
 
 
 def test_remove_blocks_keeps_the_kind_of_each_block_that_stays(base_model, cut, removed):
@@ -82,7 +84,8 @@ def test_remove_blocks_keeps_the_kind_of_each_block_that_stays(base_model, cut, 
     for key in set(PER_BLOCK) & before.keys():
         if before[key] is not None:
             assert after[key] == [entry for block, entry in enumerate(before[key]) if block not in removed]
-    assert not [key for key in after if key.endswith(("_pattern", "_interval"))], "no pattern by position stays"
+    patterns = {key: value for key, value in after.items() if key.endswith(("_pattern", "_interval"))}
+    assert set(patterns.values()) <= {1}, "no pattern by position stays"
 
 
 def test_remove_blocks_generates_the_same_with_and_without_cache(base, tmp_path):
@@ -104,9 +107,13 @@ OLDER = {
     "gemma2": {},
     "gemma3_text": {"sliding_window_pattern": 3},
     "gpt_oss": {},
+    "lfm2": {"full_attn_idxs": [1, 4]},
+    "llama4_text": {"no_rope_layer_interval": 2},
     "olmo3": {},
     "qwen2": {},
     "qwen3": {},
+    "qwen3_5_text": {"full_attention_interval": 2},
+    "qwen3_next": {"full_attention_interval": 2},
     "smollm3": {"no_rope_layer_interval": 2},
 }
 
@@ -117,15 +124,69 @@ def test_remove_blocks_of_a_config_without_per_block_lists_writes_them_out(archi
     overrides = windowed if architecture in ("qwen2", "qwen3") else {}
     base = make_tiny_model(tmp_path / "base", architecture, **overrides)
     whole = config_of(prune(base, tmp_path / "whole", (0, 2)))
-    config = {
-        key: value for key, value in config_of(base).items() if key not in (*PER_BLOCK, "_sliding_window_pattern")
-    }
+    gone = (*PER_BLOCK, "_sliding_window_pattern", "moe_layers")
+    config = {key: value for key, value in config_of(base).items() if key not in gone}
     (base / "config.json").write_text(json.dumps(config | OLDER[architecture]))
     older = prune(base, tmp_path / "older", (0, 2))
     assert config_of(older) == whole
     assert any(len(set(whole[key])) == 2 for key in PER_BLOCK if key in whole), "blocks of two kinds stay"
     expected = logits_of(load(base), some_ids(), skipped=(0, 2))
     torch.testing.assert_close(logits_of(load(older), some_ids()), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "gone", "older"),
+    [
+        ("nemotron_h", {}, "layers_block_type", {"hybrid_override_pattern": "M*-E*M", "num_hidden_layers": 6}),
+        ("olmo_hybrid", {"layer_types": None}, "layer_types", {}),
+        ("glm4_moe", {"first_k_dense_replace": 1}, "first_k_dense_replace", {}),
+    ],
+)
+def test_remove_blocks_writes_out_what_published_configs_leave_to_their_class(
+    architecture, fields, gone, older, tmp_path
+):
+    base = make_tiny_model(tmp_path / "base", architecture, **fields)
+    config = config_of(base)
+    config.pop(gone)
+    (base / "config.json").write_text(json.dumps(config | older))
+    cut = prune(base, tmp_path / "cut", (0, 2, 5))
+    expected = logits_of(load(base), some_ids(), skipped=(0, 2, 5))
+    torch.testing.assert_close(logits_of(load(cut), some_ids()), expected, atol=1e-5, rtol=1e-5)
+    assert config_of(cut).get("hybrid_override_pattern") in (None, "*E*")
+
+
+def test_remove_blocks_drops_heads_that_predict_further_tokens(tmp_path):
+    base = make_tiny_model(tmp_path / "base", "glm4_moe", num_mtp_layers=1)
+    weights = load_file(base / "model.safetensors")
+    extra = {f"model.layers.{BLOCKS}.eh_proj.weight": torch.ones(64, 128), "mtp.fc.weight": torch.ones(64, 128)}
+    save_file(weights | extra, base / "model.safetensors", metadata={"format": "pt"})
+    cut = prune(base, tmp_path / "cut", (1, 4))
+    assert not [name for name in load_file(cut / "model.safetensors") if "eh_proj" in name or "mtp" in name]
+    assert config_of(cut)["num_nextn_predict_layers"] == 0
+    expected = logits_of(load(base), some_ids(), skipped=(1, 4))
+    torch.testing.assert_close(logits_of(load(cut), some_ids()), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "removed", "line"),
+    [
+        ("qwen3_5_text", (1, 3, 5), "prune.blocks: the cut leaves no block of attention: the base has 1, 3, 5"),
+        ("nemotron_h", (1, 4), "prune.blocks: the cut leaves no block of attention: the base has 1, 4"),
+        ("gemma4_text", (3, 4, 5), "prune.blocks: the last block would be 2, of sliding_attention"),
+    ],
+)
+def test_remove_blocks_that_a_hybrid_cannot_be_without_is_refused(architecture, removed, line, tmp_path):
+    base = make_tiny_model(tmp_path / "base", architecture)
+    with pytest.raises(UserError, match=line):
+        prune(base, tmp_path / "cut", removed)
+    assert not list((tmp_path / "cut").iterdir())
+
+
+@pytest.mark.parametrize("fields", [{"hidden_size_per_layer_input": 8}, {"num_kv_shared_layers": 2}])
+def test_remove_blocks_of_a_gemma4_whose_blocks_share_tensors_is_refused(fields, tmp_path):
+    base = make_tiny_model(tmp_path / "base", "gemma4_text", **fields)
+    with pytest.raises(UserError, match=f"its blocks share tensors, or keys and values .{next(iter(fields))} is"):
+        prune(base, tmp_path / "cut", (1,))
 
 
 def test_remove_blocks_keeps_tokenizer_template_and_generation_config(llama, tmp_path):

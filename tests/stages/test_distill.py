@@ -383,7 +383,7 @@ def test_distill_finds_its_ledger_after_the_model_and_the_rows_got_other_names(r
 
 def test_ledger_moves_with_sampling_but_not_with_rows_names_or_checks(tmp_path, tiny_model):
     def name_of(work):
-        return distill.ledger_id(work, instruction_template(work.settings))
+        return distill.ledger_id(work.stage, instruction_template(work.settings))
 
     name = name_of(make_work(tmp_path, tiny_model, 10))
     assert name_of(make_work(tmp_path, tiny_model, 20)) == name

@@ -11,8 +11,9 @@ from sdft_ray.core.rows import PLAIN, Row
 from sdft_ray.data.benchmarks import offline_task_file
 from sdft_ray.data.chat import encode_row, render_prompt
 from sdft_ray.errors import UserError
+from sdft_ray.models import generation
 from sdft_ray.stages import evaluate
-from sdft_ray.stages.evaluate import generation, harness, held_out, presets
+from sdft_ray.stages.evaluate import harness, held_out, presets
 from sdft_ray.stages.evaluate.settings import Source
 
 torch.set_num_threads(1)
@@ -118,7 +119,10 @@ def test_generate_greedily_takes_the_likeliest_token_whatever_the_model_says_of_
         do_sample=True, temperature=2.0, num_beams=3, repetition_penalty=5.0, no_repeat_ngram_size=1, max_length=3,
         min_new_tokens=12, forced_eos_token_id=7, suppress_tokens=list(range(9, 99)), renormalize_logits=True,
     )  # fmt: skip
-    assert generation.generate_greedily(model, tokenizer, prompts, 12, 2) == expected
+    written = generation.generate_greedily(model, tokenizer, prompts, 12, 2)
+    assert [each.text for each in written] == expected
+    for each in written:
+        assert each.ended == (each.ids[-1] == 2) and (each.ended or len(each.ids) == 12)
 
 
 def test_generate_greedily_stops_at_the_templates_end_of_turn_and_at_the_ends_that_the_config_names(tiny_model):
@@ -126,16 +130,18 @@ def test_generate_greedily_stops_at_the_templates_end_of_turn_and_at_the_ends_th
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
     prompts = [render_prompt(tokenizer, "2 + 2?")]
-    (text,) = generation.generate_greedily(model, tokenizer, prompts, 12, 2)
-    ids = tokenizer(text)["input_ids"]
+    ((ids, text, ended),) = generation.generate_greedily(model, tokenizer, prompts, 12, 2)
+    assert tokenizer.decode(ids) == text and not ended
     third = next(i for i, token in enumerate(ids) if i >= 3 and token not in ids[:i])
     model.config.eos_token_id = [tokenizer.eos_token_id, ids[third]]
-    assert generation.generate_greedily(model, tokenizer, prompts, 12, 2) == [tokenizer.decode(ids[:third])]
+    (ended,) = generation.generate_greedily(model, tokenizer, prompts, 12, 2)
+    assert ended == (ids[: third + 1], tokenizer.decode(ids[:third]), True)
     model.config.eos_token_id = None
     mark = tokenizer.convert_ids_to_tokens(ids[third])
     tokenizer.add_tokens([mark])  # as one that is not called special
     tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>\n", f"{mark}\n")
-    assert generation.generate_greedily(model, tokenizer, prompts, 12, 2) == [tokenizer.decode(ids[:third])]
+    (ended,) = generation.generate_greedily(model, tokenizer, prompts, 12, 2)
+    assert ended == (ids[: third + 1], tokenizer.decode(ids[:third]), True)
 
 
 OPENS_THOUGHTS = (
@@ -162,6 +168,7 @@ def test_held_out_answers_are_graded_without_thoughts_and_references_without_wha
     _, items = held_out.evaluate_held_out(lm, rows, [Source(name="sums", answer="number")], 32, 4)
     assert {item.id: item.value for item in items} == {"a?": 1.0, "b?": 0.0, "c?": 0.0, "d?": 1.0}
     assert [item.generated for item in items][::2] == ["4", "<think>\n4, 4, 4"]
+    assert all(item.ended for item in items)
     for item, row in zip(items, rows, strict=True):
         ids = encode_row(tokenizer, row.prompt, "It is 4.").ids
         with torch.inference_mode():

@@ -64,7 +64,8 @@ def test_removing_one_after_the_other_runs_as_many_blocks_as_are_counted(tmp_pat
         free = [[block] for block in range(first, 6 - last) if block not in gone]
         skipped_losses(model, TEXTS, FIRST, [[], *free], gone)
         gone.append(taken)
-    assert len(ran) / 6 == pytest.approx(count_passes(6, 2, first, last).passes)
+    looks = 2  # of each call, what the first block returns
+    assert (len(ran) - looks) / 6 == pytest.approx(count_passes(6, 2, first, last).passes)
 
 
 CORPUS = CorpusSettings(name="sums", field="text", limit=10, held_back=5, max_tokens=40, positions="last")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from architectures import BLOCKS, VARIANTS, load, prune, some_ids
+from architectures import BLOCKS, VARIANTS, blocks_of, load, prune, some_ids
 from tiny import make_tiny_model
 
 from sdft_ray import pipeline
@@ -41,7 +41,7 @@ def states_of(directory, ids, block):
     def keep(_module, _args, output):
         seen.append((output[0] if isinstance(output, tuple) else output).reshape(-1, model.config.hidden_size))
 
-    handle = model.model.layers[block].register_forward_hook(keep)
+    handle = blocks_of(model)[block].register_forward_hook(keep)
     with torch.inference_mode():
         model(input_ids=ids)
     handle.remove()
@@ -63,20 +63,23 @@ def test_patched_model_adds_the_map_of_what_its_block_added(variant, tmp_path):
     patch = torch.randn(width, width, generator=source, dtype=torch.float64)
     (tmp_path / "patched").mkdir()
     changed = write_patched(cut, tmp_path / "patched", REMOVED, {1: patch}, architecture)
-    assert changed and all(name.startswith("model.layers.1.") for name in changed)
+    assert changed and all(".layers.1." in name for name in changed)
     ids = some_ids(1, 24)
     model, added = load(cut), []
-    layer = model.model.layers[1]
-    mlp = getattr(layer, "mlp", None) or layer.block_sparse_moe
+    layer = blocks_of(model)[1]
+    # The last modules that add to the stream, by their names in transformers.
+    names = ("shared_mlp", "block_sparse_moe", "mlp", "feed_forward", "mixer")
+    mlps = [part for name in names if (part := getattr(layer, name, None)) is not None]
     scale = getattr(model.config, "residual_multiplier", 1.0)
 
     def keep(_module, _args, output):
         added.append(scale * (output[0] if isinstance(output, tuple) else output).reshape(-1, width).double())
 
-    mlp.register_forward_hook(keep)
+    for mlp in mlps:
+        mlp.register_forward_hook(keep)
     with torch.inference_mode():
         model(input_ids=ids)
-    expected = states_of(cut, ids, 1) - added[0] + added[0] @ patch
+    expected = states_of(cut, ids, 1) - sum(added) + sum(added) @ patch
     torch.testing.assert_close(states_of(tmp_path / "patched", ids, 1), expected, atol=2e-3, rtol=2e-3)
 
 

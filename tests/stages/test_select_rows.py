@@ -77,7 +77,7 @@ def test_ledger_is_another_one_only_where_other_text_would_be_generated(tmp_path
     def name(settings: Settings) -> str:
         stage = Stage("distill", "sums", 1, settings, {"model": Stage("model", "tiny", 1, {})})
         work = Work(stage, Storage(str(tmp_path)), Compute(), Progress("distill", "rows"))
-        return distill.ledger_id(work, instruction_template(settings))
+        return distill.ledger_id(work.stage, instruction_template(settings))
 
     assert (name(changed(**change)) != name(SETTINGS)) is moves
 

@@ -1,5 +1,7 @@
 """The train stage on real Ray Train and DeepSpeed: what must not move the losses, and what a kill must not cost."""
 
+import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -14,6 +16,7 @@ from events import read_events
 from faked import fill_disk
 from safetensors.torch import load_file
 from tiny import make_tiny_model, make_tokenizer
+from tracked import Server
 
 from sdft_ray import pipeline
 from sdft_ray.core.rows import Row
@@ -35,6 +38,7 @@ from sdft_ray.stages.train.rows import Counts, Reference, Rewrite, encode, marke
 from sdft_ray.stages.train.zero import deepspeed_config
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
+from sdft_ray.trackers import libraries
 
 FULL = pytest.mark.full
 
@@ -78,6 +82,14 @@ def reference(ray_cluster, tiny_model, tmp_path_factory):
     return work, summary
 
 
+@contextlib.contextmanager
+def tracked_by(server: Server):
+    """Let trainings that name mlflow log to this server."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(libraries._TRACKERS, "mlflow", lambda: server.make("mlflow"))
+        yield server
+
+
 def test_train_lowers_the_loss_and_reports_what_it_did(reference):
     work, summary = reference
     assert summary.final_loss < summary.first_loss
@@ -86,6 +98,17 @@ def test_train_lowers_the_loss_and_reports_what_it_did(reference):
     assert summary.example.with_loss.endswith("<|im_end|>")
     assert summary.example.without_loss.rstrip().endswith("assistant")
     assert 0 < summary.trainable_parameters < summary.parameters
+
+
+def test_train_logs_every_step_as_a_line(reference):
+    lines, history = read_lines(reference[0]), read_history(reference[0].directory)
+    for line, step in zip(lines, history, strict=True):
+        assert {name: line[name] for name in step.metrics()} == step.metrics() and line["step"] == step.step
+        assert line["tokens_per_second"] > 0 and line["memory_gb"] > 0 and line["time"] > 1.7e9
+
+
+def read_lines(work: Work) -> list[dict]:
+    return [json.loads(line) for line in (work.directory / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_train_writes_rope_settings_as_both_versions_of_transformers_read_them(reference):
@@ -238,7 +261,16 @@ def train_and_kill_a_worker(work: Work, checkpoints: int = 1) -> train.Summary:
 
 def test_train_a_killed_worker_continues_from_its_checkpoint(reference, tiny_model, tmp_path):
     work = make_work(tmp_path, tiny_model, plan(checkpoint_every_steps=1))
-    train_and_kill_a_worker(work)
+    work = dataclasses.replace(work, compute=work.compute.model_copy(update={"track": ("mlflow",)}))
+    with tracked_by(Server()) as server:
+        train_and_kill_a_worker(work)
+    lines = read_lines(work)
+    assert [line["step"] for line in lines] == [step.step for step in read_history(work.directory)]
+    (run,) = server.runs.values()
+    assert [(step, metrics["train/loss"]) for step, metrics in run] == [
+        (line["step"], pytest.approx(line["loss"], abs=1e-6)) for line in lines
+    ]
+    assert server.statuses == ["done"]
     for got, expected in zip(losses(work), losses(reference[0]), strict=True):
         assert got == pytest.approx(expected, abs=1e-6)
     assert read_scalars(work.directory / "tensorboard", "train/loss") == pytest.approx(
@@ -499,22 +531,19 @@ def test_require_fitting_says_what_does_not_fit(fields, settings, expected):
         ({"bf16": {"enabled": True}}, "bf16.enabled is true, but recipe and compute file say false"),
         ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage is 3, but recipe and compute file say 2"),
         ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "compiled on first use. Use cpu"),
-        ([], "is not a JSON object"),
     ],
 )
-def test_read_deepspeed_refuses_by_name_what_is_decided_elsewhere(tmp_path, given, expected):
-    path = tmp_path / "deepspeed.json"
-    path.write_text(json.dumps(given))
+def test_deepspeed_json_is_refused_by_name_where_it_sets_what_is_decided_elsewhere(given, expected):
     with pytest.raises(UserError) as error:
-        require_fitting(Train(), plan(deepspeed=str(path)))
+        require_fitting(Train(), plan(deepspeed=given))
     assert expected in str(error.value)
 
 
-def test_read_deepspeed_hands_over_what_is_the_users_and_lets_equal_values_stand(tmp_path):
-    path = tmp_path / "deepspeed.json"
+def test_deepspeed_json_of_the_user_is_handed_over_and_equal_values_stand():
     zero = {"stage": "auto", "reduce_bucket_size": 1000}
-    path.write_text(json.dumps({"train_batch_size": 16, "gradient_clipping": "auto", "zero_optimization": zero}))
-    given = require_fitting(Train(), plan(deepspeed=str(path)))
+    own = {"train_batch_size": 16, "gradient_clipping": "auto", "zero_optimization": zero}
+    given = require_fitting(Train(), plan(deepspeed=own))
+    assert own["train_batch_size"] == 16, "the compute file stays as it is"
     made = deepspeed_config(Train(), plan(), given)
     assert made["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
 

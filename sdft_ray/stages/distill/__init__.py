@@ -1,6 +1,7 @@
-"""Stage `distill`: the unpruned model rewrites the training references; checked rewrites take their place.
+"""Stage `distill`: the unpruned model, or another one, rewrites the training references; checked rewrites take their
+place.
 
-In: the base model and the training rows. Out: train.parquet, each row once, with the response to train on, where it
+In: the model and the training rows. Out: train.parquet, each row once, with the response to train on, where it
 came from and why; README.md, its dataset card. Ray Data drives actors that each hold an engine. What an engine
 finishes goes into the ledger in small atomic pieces before anything else happens to it, so no kill costs more than one
 piece an actor; the artifact is a view of that ledger. The ledger's identity covers teacher, prompt and sampling, not
@@ -24,25 +25,25 @@ from typing import Any
 
 from sdft_ray import stages
 from sdft_ray.core.prompts import RENDERING_VERSION
-from sdft_ray.core.rows import Exchange
 from sdft_ray.core.selection import REASONS
-from sdft_ray.data.chat import require_trainable, require_writable
 from sdft_ray.errors import StageFailed, problem
-from sdft_ray.results import Conversation, count_training_rows, training_batches
+from sdft_ray.results import count_training_rows, training_batches
 from sdft_ray.spec.compute import Needs
 from sdft_ray.spec.recipe import Distill
-from sdft_ray.spec.sources import RowSource
-from sdft_ray.stages import Work, bring_tokenizer
+from sdft_ray.spec.sources import RowSource, ServedModel
+from sdft_ray.stages import Work
 from sdft_ray.stages.distill.dataset import Figures, count_reasons, write_dataset
 from sdft_ray.stages.distill.dealing import Dealt, RowId, deal
 from sdft_ray.stages.distill.draws import Settings, Source, instruction_templates
 from sdft_ray.stages.distill.requests import Requests, write_requests
 from sdft_ray.stages.distill.rewriter import COUNTS, Note, Rewriter
 from sdft_ray.stages.distill.spread import Folder, Range, ranges_of
+from sdft_ray.stages.distill.teaching import require_able, teacher_files, teacher_handle, teacher_name
 from sdft_ray.store import ledger as ledgers
 from sdft_ray.store.files import write_atomically
-from sdft_ray.store.identity import Stage, short_id
+from sdft_ray.store.identity import Stage, short_id, slugify
 from sdft_ray.store.record import Record
+from sdft_ray.store.storage import Storage
 
 VERSION, NEEDS, UNIT = 3, Needs("distill"), "rows"
 _FINISHED = "finished.json"  # the summary of a dataset that is whole and that its gate stopped
@@ -76,6 +77,8 @@ class Summary(stages.Summary):
     generated_tokens: int
     mean_generated_tokens: float
     """A sample."""
+    teacher: str | None = None
+    """The model that rewrites, where it is not the base: then this is no self-distillation."""
     ledger: str = ""
     """Its directory's name; several where sources have templates of their own."""
     by_source: tuple[SourceSummary, ...] = ()
@@ -88,9 +91,17 @@ class Summary(stages.Summary):
 
 
 def stage(
-    wanted: Distill, base: Stage, rows: Stage, sources: Mapping[str, RowSource], count: int | None
+    wanted: Distill,
+    base: Stage,
+    rows: Stage,
+    sources: Mapping[str, RowSource],
+    count: int | None,
+    teacher: Stage | None = None,
 ) -> Stage[Settings]:
-    """Return the stage that rewrites the first `count` training rows of one source, or of several that are mixed."""
+    """Return the stage that rewrites the first `count` training rows of one source, or of several that are mixed.
+
+    teacher: another model than the base, or the tokenizer of one that is served elsewhere.
+    """
     each = tuple(
         Source(name=name, answer=source.answer, template=source.template or wanted.template)
         for name, source in sources.items()
@@ -100,8 +111,11 @@ def stage(
         own = {"answer": each[0].answer, "template": each[0].template}
     else:
         own = {"answer": None, "template": None, "sources": each}
+    if not isinstance(wanted.teacher, ServedModel):
+        own |= {"teacher": None}  # it is an input, whose content counts and not its path
     settings = Settings(**dict(wanted) | own, rows=count)
-    return Stage("distill", rows.slug, VERSION, settings, {"model": base, "rows": rows})
+    inputs = {"model": base, "rows": rows} | ({"teacher": teacher} if teacher else {})
+    return Stage("distill", rows.slug, VERSION, settings, inputs)
 
 
 def build(work: Work[Settings]) -> Summary:
@@ -134,12 +148,12 @@ def require_gates(stage: Stage[Settings], summary: Summary) -> None:
 
 def _make_dataset(work: Work[Settings]) -> Summary:
     """Generate what the ledgers lack and write the dataset; return its figures."""
-    _require_trainable(work)
-    ids = {template: ledger_id(work, template) for template in instruction_templates(work.settings)}
+    require_able(work)
+    ids = {template: ledger_id(work.stage, template) for template in instruction_templates(work.settings)}
     with contextlib.ExitStack() as locks:
         for identity in sorted(ids.values()):  # recipes that ask for other rows share them
             locks.enter_context(work.storage.lock(f"ledger-{identity}"))
-        slug = work.stage.inputs["model"].slug
+        slug = slugify(teacher_name(work.stage) or work.stage.inputs["model"].slug)
         ledgers_of = {template: work.storage.ledger(f"{slug}-{identity}") for template, identity in ids.items()}
         for old in work.resumable.iterdir():
             work.storage.drop(old)
@@ -165,7 +179,7 @@ def _make_dataset(work: Work[Settings]) -> Summary:
             dealt[template].folder.drop()
             dealt[template] = _deal(work, ledger, ranges)
         figures = write_dataset(work, _folder(work, "dataset"), ranges, dealt)
-        return _summarise(figures, work.settings.sources or (), [ledger.name for ledger in ledgers_of.values()])
+        return _summarise(figures, work.stage, [ledger.name for ledger in ledgers_of.values()])
 
 
 def _deal(work: Work[Settings], ledger: Path, ranges: Sequence[Range]) -> Dealt:
@@ -181,8 +195,8 @@ def _folder(work: Work[Settings], name: str) -> Folder:
     return Folder(work.storage, work.stage, f"{name}-{uuid.uuid4().hex[:8]}")
 
 
-def _summarise(figures: Figures, sources: Sequence[Source], ledgers: Sequence[str]) -> Summary:
-    reasons = count_reasons(figures)
+def _summarise(figures: Figures, stage: Stage[Settings], ledgers: Sequence[str]) -> Summary:
+    reasons, sources, teacher = count_reasons(figures), stage.settings.sources or (), teacher_name(stage)
     rows = sum(reasons.values())
     return Summary(
         rows=rows,
@@ -194,6 +208,7 @@ def _summarise(figures: Figures, sources: Sequence[Source], ledgers: Sequence[st
         generated_tokens=figures.tokens,
         mean_generated_tokens=figures.tokens / max(1, figures.generations),
         ledger=", ".join(ledgers),
+        **({"teacher": teacher} if teacher else {}),
         **({"by_source": _by_source(figures, sources)} if sources else {}),
     )
 
@@ -208,16 +223,6 @@ def _by_source(figures: Figures, sources: Sequence[Source]) -> tuple[SourceSumma
     return tuple(each)
 
 
-def _require_trainable(work: Work[Settings]) -> None:
-    """Raise UserError where the rewrites could not be trained on: before the first is generated."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(bring_tokenizer(work.storage, work.stage.inputs["model"]))
-    require_trainable(tokenizer)
-    batches = training_batches(work.input("rows"), work.settings.rows, Conversation)
-    require_writable(tokenizer, (Exchange("", "", row.conversation) for batch in batches for row in batch))
-
-
 def _tidy(work: Work[Settings], ledger: Path) -> None:
     """Merge the pieces of a ledger that is whole on this node, here and under the root."""
     for left in ledger.glob(".trying-*"):  # of a run that was stopped: that says nothing about its rows
@@ -226,15 +231,25 @@ def _tidy(work: Work[Settings], ledger: Path) -> None:
     work.storage.mirror(ledger)
 
 
-def ledger_id(work: Work[Settings], template: str) -> str:
+def has_generated(stage: Stage[Settings], storage: Storage) -> bool:
+    """Return whether a ledger of the stage was begun."""
+    return any(storage.has_ledger(ledger_id(stage, template)) for template in instruction_templates(stage.settings))
+
+
+def ledger_id(stage: Stage[Settings], template: str) -> str:
     """Return the id of the ledger that the generations of rows with a template go into."""
+    settings = stage.settings
     identity = {
-        "model": work.stage.inputs["model"].id,
+        "model": teacher_files(stage).id,
         "rendering": RENDERING_VERSION,
         "template": template,
-        "template_options": work.settings.template_options,
-        **{key: getattr(work.settings, key) for key in _SAMPLING},
+        "template_options": settings.template_options,
+        **{key: getattr(settings, key) for key in _SAMPLING},
     }
+    if isinstance(settings.teacher, ServedModel):
+        identity |= {"teacher": settings.teacher.hashed()}
+    if settings.seeds != "row":
+        identity |= {"seeds": settings.seeds}
     return short_id(identity)
 
 
@@ -243,6 +258,7 @@ def _generate(work: Work[Settings], requests: Requests, ledger: Path) -> None:
     from ray.util.annotations import RayDeprecationWarning
 
     plan, pool = work.compute.distill, work.compute.distill.actors
+    served = isinstance(work.settings.teacher, ServedModel)
     assert plan.cpus != "auto", "load_compute settles auto"
     missing = requests.missing
     size = min(plan.batch_rows, -(-missing // pool.max))
@@ -255,10 +271,10 @@ def _generate(work: Work[Settings], requests: Requests, ledger: Path) -> None:
         Rewriter,
         fn_constructor_kwargs={
             "engine": work.engine,
-            "model": work.handle("model"),
+            "model": teacher_handle(work),
             "storage": work.storage,
             "stage": work.stage,
-            "options": plan.engine.model_dump() | {"tensor_parallel_size": plan.tensor_parallel_size},
+            "options": plan.endpoint_options() if served else plan.engine_options(),
             "alone": pool.max == 1,
             "requests": requests,
             "ledger": ledger.name,
@@ -267,11 +283,12 @@ def _generate(work: Work[Settings], requests: Requests, ledger: Path) -> None:
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(min_size=pool.min, max_size=pool.max, max_tasks_in_flight_per_actor=2),
         num_cpus=plan.cpus,
-        num_gpus=plan.gpus or None,
+        num_gpus=None if served else plan.gpus or None,
         # Ray Data's own default is to try for ever.
         max_restarts=plan.max_failures,
         max_task_retries=plan.max_failures,
     )
+    dataset.context.raise_original_map_exception = True  # what an endpoint ends with, in its own words
     dataset.context.target_max_block_size = 1  # else what a batch yields comes to the driver at the batch's end
     tally = _Tally(work)
     try:

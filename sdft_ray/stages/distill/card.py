@@ -14,6 +14,7 @@ from sdft_ray.core.rows import Exchange
 from sdft_ray.data.readers import GymContent, HubContent, RowsContent
 from sdft_ray.results import DistilledRow
 from sdft_ray.stages.distill.draws import Settings
+from sdft_ray.stages.distill.teaching import teacher_name
 from sdft_ray.store.identity import Stage
 
 _TEXTS = (
@@ -61,34 +62,39 @@ def write(
     """Write README.md; counts: the rows for each reason."""
     from huggingface_hub import DatasetCardData
 
-    mixed = stage.inputs["rows"]
-    each = [_describe_source(read.settings.source, read.slug) for read in mixed.inputs.values() or [mixed]]
+    mixed, teacher = stage.inputs["rows"], teacher_name(stage)
+    each = [describe_source(read.settings.source, read.slug) for read in mixed.inputs.values() or [mixed]]
     name, licences = " and ".join(name for name, _ in each), list(dict.fromkeys(licence for _, licence in each))
     licence = ", ".join(licences)
     front = DatasetCardData(
         license=licence if len(licences) == 1 else licences,
         task_categories=["text-generation"],
-        tags=["self-data-distillation"],
+        tags=["data-distillation" if teacher else "self-data-distillation"],
         configs=[{"config_name": "default", "data_files": "train.parquet"}],
     )
     sampling = ", ".join(f"{key} {getattr(stage.settings, key)}" for key in _SAMPLING)
     reasons = "\n".join(f"| {reason} | {count} |" for reason, count in counts.items() if count)
     rows = sum(counts.values())
+    rewrite, method = "model's own rewrite of the reference", "after *Self-Data Distillation* (arXiv 2410.09982)"
+    if teacher:
+        rewrite = f"rewrite of the reference by {teacher}"
+        method = f"for {stage.inputs['model'].slug}, which did not write the rewrites: this is no self-distillation"
+    seeds = "; each sample of a row has its own seed" if stage.settings.seeds == "row" else ""
     text = f"""---
 {front.to_yaml()}
 ---
 
-# {stage.slug}, rewritten by {stage.inputs["model"].slug}
+# {stage.slug}, rewritten by {teacher or stage.inputs["model"].slug}
 
 {rows} rows of {name} (licence of the source: {licence}). Where `source` is `distilled`, the response is the
-model's own rewrite of the reference, checked; else it is the reference, verbatim, and `reason` says why. No row was
-dropped. Made by sdft_ray after *Self-Data Distillation* (arXiv 2410.09982).
+{rewrite}, checked; else it is the reference, verbatim, and `reason` says why. No row was
+dropped. Made by sdft_ray {method}.
 
 | reason | rows |
 |---|---|
 {reasons}
 
-Sampling: {sampling}; each sample of a row has its own seed. `messages` holds prompt and response as a conversation;
+Sampling: {sampling}{seeds}. `messages` holds prompt and response as a conversation;
 `generated` is what the model wrote last, kept or not.
 
 ## Examples
@@ -96,8 +102,8 @@ Sampling: {sampling}; each sample of a row has its own seed. `messages` holds pr
     (directory / "README.md").write_text(text, encoding="utf-8")
 
 
-def _describe_source(source: RowsContent, slug: str) -> tuple[str, str]:
-    """Return the name of where rows come from, and its licence."""
+def describe_source(source: RowsContent, slug: str) -> tuple[str, str]:
+    """Return the name of where rows come from, and its licence; slug: what their artifact is called."""
     match source:
         case GymContent():
             return source.gym, "apache-2.0"

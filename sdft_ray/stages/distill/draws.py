@@ -35,7 +35,7 @@ class Source(Section):
 class Settings(Distill):
     """How rows are rewritten and judged."""
 
-    optional = ("sources",)
+    optional = (*Distill.optional, "sources")
     answer: str | None
     """How their answers are checked; None where each source has its own way."""
     rows: int | None

@@ -21,6 +21,7 @@ from typing import Any
 
 from sdft_ray.core.selection import Generation
 from sdft_ray.engine import EngineFactory, Request
+from sdft_ray.errors import StageFailed, UserError
 from sdft_ray.stages.distill.draws import Settings, best_lines, keeps, next_draw, rules_of, sampling_seed
 from sdft_ray.stages.distill.instructions import prompts_of
 from sdft_ray.stages.distill.requests import Asked, Requests
@@ -78,8 +79,14 @@ class Rewriter:
         import numpy as np
 
         start, stop = batch["start"].item(), batch["stop"].item()
-        for counts in self._work_through(_Batch(self.requests.read(start, stop), self.settings)):
-            yield {name: np.array([value]) for name, value in {"start": start, "actor": self.actor, **counts}.items()}
+        some = _Batch(self.requests.read(start, stop), self.settings)
+        try:
+            for counts in self._work_through(some):
+                told = {"start": start, "actor": self.actor, **counts}
+                yield {name: np.array([value]) for name, value in told.items()}
+        except (UserError, StageFailed):  # an endpoint that cannot be used: what it gave before is kept
+            self._store(some)
+            raise
 
     def _work_through(self, batch: _Batch) -> Iterator[dict[str, int]]:
         """Draw what each row needs, in rounds: the same sample again, or one more, where the last draw failed."""
@@ -130,9 +137,10 @@ class Rewriter:
         """Return the requests of those rows of which a sample is to be drawn."""
         wanted = [(row_id, sample) for row_id, sample in draws if sample is not None]
         prompts = prompts_of(self.tokenizer, [batch.rows[row_id].row for row_id, _ in wanted], self.settings)
+        seeded = self.settings.seeds == "row"
         return [
-            Request(row_id, sample, prompt_ids, sampling_seed(row_id, self.settings.seed, sample))
-            for (row_id, sample), prompt_ids in zip(wanted, prompts, strict=True)
+            Request(row_id, sample, ids, sampling_seed(row_id, self.settings.seed, sample) if seeded else None)
+            for (row_id, sample), ids in zip(wanted, prompts, strict=True)
         ]
 
     def _generate(self, batch: _Batch, group: Sequence[Request]) -> Iterator[tuple[Request, Generation]]:
@@ -149,6 +157,9 @@ class Rewriter:
         self.storage.publish(note)
         try:
             yield from self.engine.generate(group)
+        except (UserError, StageFailed):  # no process has died, and another one would meet the same
+            self.storage.drop(note)
+            raise
         except Exception as error:  # noqa: BLE001 - whatever a broken engine raises
             failed = content.model_copy(update={"error": f"{type(error).__name__}: {error}"})
             write_atomically(note, json.dumps(failed.plain()))

@@ -33,11 +33,8 @@ from sdft_ray.store.identity import Stage, numbered, slugify
 VERSION, NEEDS, UNIT = 2, Needs("evaluate"), "parts"
 
 
-class Summary(Score, stages.Summary):
+class Summary(Score, stages.Timed):
     """The score of a model on a task."""
-
-    seconds: float | None = None
-    """That it took in its worker."""
 
 
 def stage(
@@ -107,7 +104,7 @@ def evaluate(
     held_out: list[Row],
     batch_size: int,
     device: str,
-) -> tuple[Summary, list[Item]]:
+) -> tuple[Summary, Sequence[Item]]:
     """Return the score, with the seconds that it took, and the items of one task; runs in a Ray worker."""
     begun = time.monotonic()
     if isinstance(settings, HeldOutSettings) or settings.file:
@@ -117,6 +114,8 @@ def evaluate(
     quiet_transformers()
     use_assigned_cores()
     lm = load_model(str(model()), settings.dtype, batch_size, device)
+    score: Score
+    items: Sequence[Item]
     if isinstance(settings, HeldOutSettings):
         sources = settings.sources or [Source(name="", answer=str(settings.answer))]
         score, items = evaluate_held_out(lm, held_out, sources, settings.max_new_tokens, batch_size)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sdft_ray.errors import UserError, problem
+from sdft_ray.models.generation import plain_generation
 from sdft_ray.results import Item, Score
-from sdft_ray.stages.evaluate.generation import plain_generation
 from sdft_ray.stages.evaluate.likelihoods import score_requests
 from sdft_ray.stages.evaluate.presets import FOLDERS, task_manager
 from sdft_ray.stages.evaluate.scores import make_score

@@ -11,19 +11,12 @@ from sdft_ray.core.selection import strip_thoughts
 from sdft_ray.data.chat import encode_rows, opening_ids
 from sdft_ray.data.checkers import is_correct
 from sdft_ray.errors import UserError, problem
-from sdft_ray.results import Item, Score
-from sdft_ray.stages.evaluate.generation import generate_greedily
+from sdft_ray.generated import HeldOutItem
+from sdft_ray.models.generation import generate_greedily
+from sdft_ray.results import Score
 from sdft_ray.stages.evaluate.likelihoods import score_requests
 from sdft_ray.stages.evaluate.scores import make_score
 from sdft_ray.stages.evaluate.settings import Source
-
-
-class _HeldOutItem(Item):
-    generated: str
-    bits: float
-    """Of the reference."""
-    bytes: int
-    """Of the reference."""
 
 
 class _Bits(NamedTuple):
@@ -35,7 +28,7 @@ class _Bits(NamedTuple):
 
 def evaluate_held_out(
     lm: Any, rows: list[Row], sources: Sequence[Source], max_new_tokens: int, batch_size: int
-) -> tuple[Score, list[Item]]:
+) -> tuple[Score, list[HeldOutItem]]:
     """Return exact match of greedily generated answers, and bits per byte of the references, on the held-out rows.
 
     What is generated begins where the loss of training begins, and its thoughts are no part of the answer. Bits per
@@ -49,17 +42,18 @@ def evaluate_held_out(
         do = "Hold out rows of a source with checkable answers"
         raise UserError(problem("evaluate.tasks", "held_out has no row with an answer that is checked", do))
     prompts = [encoded[i].ids[: encoded[i].trained_from] for i in checked]
-    texts = generate_greedily(model, tokenizer, prompts, max_new_tokens, batch_size)
+    answers = generate_greedily(model, tokenizer, prompts, max_new_tokens, batch_size)
     references = _measure(lm, rows, encoded, batch_size)
     items = []
-    for i, text in zip(checked, texts, strict=True):
-        row, answer = rows[i], strip_thoughts(text)
+    for i, written in zip(checked, answers, strict=True):
+        row, answer = rows[i], strip_thoughts(written.text)
         checker = sources[row.origin].answer
         items.append(
-            _HeldOutItem(
+            HeldOutItem(
                 id=row.id,
                 value=float(None not in (answer, row.answer) and is_correct(checker, str(row.answer), str(answer))),
-                generated=text,
+                generated=written.text,
+                ended=written.ended,
                 **references[i]._asdict(),
             )
         )
@@ -73,7 +67,7 @@ def evaluate_held_out(
         limited=False,
         bits_per_byte=_per_byte(references),
         **({"other_metrics": by_source} if len(sources) > 1 else {}),
-    ), list(items)
+    ), items
 
 
 def _measure(lm: Any, rows: Sequence[Row], encoded: Sequence[TrainingRow], batch_size: int) -> list[_Bits]:

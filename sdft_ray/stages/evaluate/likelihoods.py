@@ -15,10 +15,13 @@ def score_requests(
     """Return (log-likelihood, is greedy) of each (context, continuation), both lists of token ids.
 
     The choices of an item share its context, and about `batch_size` requests go through the model as one sequence
-    without padding. Too long ones lose context from the left, as in lm-eval. Those longer than a model's sliding window
-    go alone: only the model itself knows how each of its layers masks.
+    without padding. Too long ones lose context from the left, as in lm-eval. Those longer than a model's sliding
+    window, and all of a model that carries a state on, go alone: only the model knows how each of its layers masks.
     """
+    from sdft_ray.core.rowwise import may_share_a_sequence
+
     window = getattr(model.config, "sliding_window", None) or max_length + 1
+    window = window if may_share_a_sequence(model.config) else 0
     groups: dict[tuple[int, ...], list[int]] = {}
     likelihoods: dict[int, tuple[float, bool]] = {}
     for i, (context, continuation) in enumerate(requests):

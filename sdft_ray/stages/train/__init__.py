@@ -1,9 +1,9 @@
 """Stage `train`: one arm's fine-tuning of the pruned model.
 
 In: the pruned model and rows with responses (the references, or what `distill` selected). Out: a plain Hugging Face
-directory with the tuned model, for LoRA the adapter beside it, losses.json and TensorBoard's files. Ray Train runs the
-workers (worker.py) and replaces dead ones; DeepSpeed spreads what they hold. Every check that needs no worker is
-made before one starts. What was written is loaded again: its logits must be those of the trained weights.
+directory with the tuned model, for LoRA the adapter beside it, losses.json, metrics.jsonl and TensorBoard's files. Ray
+Train runs the workers (worker.py) and replaces dead ones; DeepSpeed spreads what they hold. Every check that needs no
+worker is made before one starts. What was written is loaded again: its logits must be those of the trained weights.
 """
 
 from __future__ import annotations
@@ -26,16 +26,18 @@ from sdft_ray.core.rows import TrainingRow
 from sdft_ray.data.chat import require_trainable
 from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.models.directory import require_loadable, require_same_logits
-from sdft_ray.results import HISTORY, validations
+from sdft_ray.results import HISTORY, METRICS, validations
 from sdft_ray.spec import training
 from sdft_ray.spec.compute import Needs
 from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
+from sdft_ray.stages.train import targets
 from sdft_ray.stages.train.adapters import blocks_in_scope, count_parameters, name_adapters, outline_model
 from sdft_ray.stages.train.encoded import FOLDER
 from sdft_ray.stages.train.fit import fit
 from sdft_ray.stages.train.fitting import require_fitting
 from sdft_ray.stages.train.history import best_step
+from sdft_ray.stages.train.log import EVENTS
 from sdft_ray.stages.train.prepare import encode_split, find_ids
 from sdft_ray.stages.train.rows import (
     Counts,
@@ -59,8 +61,12 @@ VERSION, NEEDS, UNIT = 4, Needs("train"), "steps"
 class Settings(Section):
     """What the pruned model is trained on, and how."""
 
+    optional = ("soft",)
+
     arm: str
     train: training.Train
+    soft: training.Soft | None = None
+    """How the base's distribution is the target, where it is."""
 
 
 class Example(Record):
@@ -108,14 +114,22 @@ class Summary(stages.Summary):
 
 
 def stage(
-    settings: training.Train, arm: str, pruned: Stage[Any], data: Sequence[Mapping[str, Stage[Any]]]
+    settings: training.Train,
+    arm: str,
+    pruned: Stage[Any],
+    data: Sequence[Mapping[str, Stage[Any]]],
+    soft: training.Soft | None = None,
+    base: Stage[Any] | None = None,
 ) -> Stage[Settings]:
-    """Return the stage that trains in an arm, on one or several data together."""
-    kinds = ("rows", "distilled") if arm == "distilled" else ("rows",)
+    """Return the stage that trains in an arm, on one or several data together; with soft targets, those of the base."""
+    kinds = ("rows", "distilled") if training.is_on_rewrites(arm) else ("rows",)
     inputs = {numbered(kind, i): own[kind] for i, own in enumerate(data) for kind in kinds}
-    return Stage(
-        "train", f"{pruned.slug}-{arm}", VERSION, Settings(arm=arm, train=settings), {"model": pruned, **inputs}
-    )
+    if soft and base:
+        inputs["teacher"] = base
+        if soft.likeliest:
+            inputs["targets"] = targets.stage(settings, soft, base, data)
+    own = Settings(arm=arm, train=settings, soft=soft)
+    return Stage("train", f"{pruned.slug}-{arm}", VERSION, own, {"model": pruned, **inputs})
 
 
 def build(work: Work[Settings]) -> Summary:
@@ -137,7 +151,8 @@ def build(work: Work[Settings]) -> Summary:
     difference = _write(work, base, data.first_rows, parts)
     history, tally = result.history, data.tally
     write_atomically(work.directory / HISTORY, json.dumps([step.plain() for step in history]))
-    shutil.copytree(work.resumable / "tensorboard", work.directory / "tensorboard", dirs_exist_ok=True)
+    shutil.copytree(work.resumable / EVENTS, work.directory / EVENTS, dirs_exist_ok=True)
+    shutil.copy(work.resumable / METRICS, work.directory)
     return Summary(
         arm=work.settings.arm,
         rows=tally.rows,
@@ -244,8 +259,9 @@ def _give_up(work: Work[Settings], result: Outcome) -> StageFailed:
 
 def _write(work: Work[Settings], base: Path, rows: Sequence[TrainingRow], parts: _Parts) -> float:
     """Write the tuned model, and return how far its logits are from those of the trained weights."""
-    for folder in ("tuned", "tensorboard"):
+    for folder in ("tuned", EVENTS):
         work.storage.bring(work.resumable / folder)
+    work.storage.bring(work.resumable, METRICS)
     progress.log("train: writing the model, to compare its logits with those of the trained weights")
     logits = write_model(base, work.settings.train, work.resumable / "tuned", work.directory)
     parameters = require_loadable(work.directory)

@@ -12,7 +12,7 @@ from typing import Any
 
 from sdft_ray.core.patch import gaps
 from sdft_ray.errors import UserError, nearest, problem
-from sdft_ray.models.depth import count_blocks
+from sdft_ray.models.depth import blocks_in
 from sdft_ray.spec import training
 from sdft_ray.store.manifest import read_manifest
 from sdft_ray.store.record import Record
@@ -25,6 +25,11 @@ class Removed(Record):
     """What a cut and a patch say in their manifests."""
 
     removed: tuple[int, ...]
+
+
+# Linear layers that take no adapter. On a GPU state-space blocks multiply with the weights of out_proj themselves, past
+# an adapter, and peft refuses it; llama4's router returns two tensors.
+_BARE = {name: ["out_proj"] for name in ("falcon_h1", "granitemoehybrid", "nemotron_h")} | {"llama4_text": ["router"]}
 
 
 def load_model(base: str, settings: training.Train) -> Any:
@@ -41,7 +46,7 @@ def blocks_in_scope(base: Path, settings: training.Train) -> tuple[int, ...] | N
     """Return which blocks of a pruned model are trained; None where all of it is."""
     if settings.scope == "all":
         return None
-    blocks = count_blocks(base)
+    blocks = blocks_in(base)
     if settings.scope == "last":
         return tuple(range(max(0, blocks - LAST_BLOCKS), blocks))
     manifest = read_manifest(base)
@@ -76,6 +81,7 @@ def _add_adapters(model: Any, settings: training.Train) -> Any:
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
+        exclude_modules=_BARE.get(model.config.model_type) if targets == "all-linear" else None,
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, wanted)

@@ -12,11 +12,14 @@ import mmap
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
 from sdft_ray.core.rows import TrainingRow
+
+if TYPE_CHECKING:
+    from sdft_ray.core.soft_targets import Likeliest
 
 FOLDER = "encoded"
 Array = np.ndarray[Any, Any]
@@ -49,7 +52,7 @@ def write_shard(folder: Path, name: str, shard: int, rows: Iterable[EncodedRow])
     folder.mkdir(parents=True, exist_ok=True)
     index, stop = [], 0
     ids_file, index_file = (folder / f"{name}-{shard:05d}.{part}.npy" for part in ("ids", "index"))
-    with _appearing(ids_file) as file:
+    with appearing(ids_file) as file:
         _write_header(file, 0)
         for row, number, origin, whole in rows:
             file.write(np.array(row.ids, _ID).tobytes())
@@ -57,16 +60,26 @@ def write_shard(folder: Path, name: str, shard: int, rows: Iterable[EncodedRow])
             index.append((number, stop, row.trained_from, whole, origin))
         file.seek(0)
         _write_header(file, stop)
-    with _appearing(index_file) as file:
+    with appearing(index_file) as file:
         np.save(file, np.array(index, _INDEX))
     return [ids_file, index_file]
+
+
+class Targets(Protocol):
+    """What gives the targets of a row's trained tokens where the tokens alone are not."""
+
+    def read(self, shard: int, index: Array, place: int) -> Likeliest:
+        """Return those of the row at a place in a shard; index: the shard's own."""
+        ...
 
 
 class EncodedRows(Sequence[TrainingRow]):
     """What `write_shard` wrote, by number; a row becomes Python numbers only when it is asked for."""
 
-    def __init__(self, folder: Path, name: str, origin: int | None = None) -> None:
-        """Open all shards of a name, or the one `NAME-00003`; origin: leave out the rows of other sources."""
+    def __init__(self, folder: Path, name: str, origin: int | None = None, targets: Targets | None = None) -> None:
+        """Open all shards of a name, or the one `NAME-00003`; origin: leave out the rows of other sources; targets:
+        of the same shards."""
+        self._targets = targets
         self._files = sorted(folder.glob(f"{name}*.index.npy"))
         self._indices = [np.load(file, mmap_mode="r") for file in self._files]
         self._ids: dict[int, Array] = {}
@@ -86,7 +99,11 @@ class EncodedRows(Sequence[TrainingRow]):
         start = index["stop"][place - 1] if place else 0
         row = TrainingRow(ids[start : index["stop"][place]].tolist(), int(index["trained_from"][place]))
         _give_back(ids)
-        return row
+        if self._targets is None:
+            return row
+        from sdft_ray.core.soft_targets import SoftRow
+
+        return SoftRow(row.ids, row.trained_from, self._targets.read(shard, index, place))
 
     def number_of(self, i: int) -> int:
         """Return the number of a row among all that were read."""
@@ -128,7 +145,7 @@ def _give_back(ids: Array) -> None:
 
 
 @contextlib.contextmanager
-def _appearing(path: Path) -> Iterator[BinaryIO]:
+def appearing(path: Path) -> Iterator[BinaryIO]:
     """Give a file that takes its name when all is written: another try of the same task may write it, too."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:

@@ -9,16 +9,17 @@ import contextlib
 import json
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from sdft_ray.errors import StageFailed, problem
-from sdft_ray.results import validations
+from sdft_ray.results import Cut, Step, validations
 from sdft_ray.spec import compute
 from sdft_ray.stages import Work
 from sdft_ray.stages.train.log import Begun, Stepped
-from sdft_ray.stages.train.worker import RESULT, Assignment, Outcome, train_worker
+from sdft_ray.stages.train.worker import RESULT, Assignment, Lesson, Outcome, train_worker
+from sdft_ray.trackers import Tracking, run_of
 
 _ASK_SECONDS = 1.0  # between two looks at how far the workers are
 
@@ -33,9 +34,13 @@ def fit(work: Work[Any], given: dict[str, Any]) -> Outcome:
         return Outcome.from_file(work.resumable / RESULT)
     work.storage.drop(work.resumable / "tuned")  # of other numbers of workers
     _set_torn_list_aside(work.resumable)
-    watcher = _Watcher(work, ticker())
-    trainer = _make_trainer(work, given, watcher.ticker)
-    with _own_interrupt(), watcher:
+    reports, run = ticker(), run_of(work.stage, work.sweep)
+    trainer = _make_trainer(work, given, reports)
+    with (
+        _own_interrupt(),
+        Tracking(work.compute.track, run, work.storage, work.stage.id) as tracking,
+        _Watcher(work, reports, tracking) as watcher,
+    ):
         try:
             trainer.fit()
         except SystemExit:  # Ray Train's own handler of Ctrl-C ends the process as if all were well
@@ -56,7 +61,7 @@ def _make_trainer(work: Work[Any], given: dict[str, Any], ticker: Any) -> Any:
     from ray.train.torch import TorchTrainer
 
     plan = work.compute.train
-    assignment = Assignment(work.storage, work.stage, work.settings.train, plan, given, work.handle("model"), ticker)
+    assignment = Assignment(work.storage, work.stage, plan, given, work.handle("model"), ticker, _lesson(work))
     return TorchTrainer(
         train_worker,
         train_loop_config={"assignment": assignment},
@@ -75,26 +80,40 @@ def _make_trainer(work: Work[Any], given: dict[str, Any], ticker: Any) -> Any:
     )
 
 
+def _lesson(work: Work[Any]) -> Lesson | None:
+    """Return the soft targets of a training that has them."""
+    if not (soft := work.settings.soft):
+        return None
+    if soft.likeliest:
+        return Lesson(soft, targets=work.handle("targets"))
+    pruned = work.stage.inputs["model"]
+    removed = Cut.model_validate(work.storage.manifest(pruned.inputs.get("pruned", pruned)).summary).removed
+    return Lesson(soft, removed, teacher=work.handle("teacher"))
+
+
 def _worker_count(plan: compute.Train) -> int | tuple[int, int]:
     least, most = plan.workers.min, plan.workers.max
     return most if least == most else (least, most)
 
 
 class _Watcher:
-    """Shows how far the workers are, in a thread, and passes validation losses on."""
+    """Shows how far the workers are, in a thread, and passes on validation losses and what is tracked."""
 
-    def __init__(self, work: Work[Any], ticker: Any) -> None:
-        self.ticker, self._work = ticker, work
+    def __init__(self, work: Work[Any], ticker: Any, tracking: Tracking) -> None:
+        self._ticker, self._work, self._tracking = ticker, work, tracking
         self._finished = threading.Event()
         self._reported: set[int] = set()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         self._thread.start()
+        return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._finished.set()
         self._thread.join()
+        if kind is None:  # else Ray itself may be gone
+            self._read()
 
     def report_validations(self, losses: Iterable[tuple[int, float]]) -> None:
         """Pass on the validation losses that nobody has heard of yet."""
@@ -104,16 +123,28 @@ class _Watcher:
                 self._work.validated(step, loss)
 
     def _watch(self) -> None:
+        while not self._finished.wait(_ASK_SECONDS):
+            self._read()
+
+    def _read(self) -> None:
+        """Pass on what the workers reported since the last time."""
         import ray
 
         progress = self._work.progress
-        while not self._finished.wait(_ASK_SECONDS):
-            match ray.get(self.ticker.read.remote()):
-                case Begun(steps) if steps != progress.done:
-                    progress.begin(progress.total, steps)
-                case Stepped(step, note, losses):
-                    self.report_validations(losses)
-                    progress.update(step, note)
+        for report in ray.get(self._ticker.read.remote()):
+            match report:
+                case Begun(history):
+                    if len(history) != progress.done:
+                        progress.begin(progress.total, len(history))
+                    for step in history:  # an earlier command may have ended before it passed them on
+                        self._pass_on(step, step.metrics())
+                case Stepped(step, note, metrics):
+                    self._pass_on(step, metrics)
+                    progress.update(step.step, note)
+
+    def _pass_on(self, step: Step, metrics: Mapping[str, float]) -> None:
+        self.report_validations(validations([step]))
+        self._tracking.log(step.step, {f"train/{name}": value for name, value in metrics.items()})
 
 
 @contextlib.contextmanager

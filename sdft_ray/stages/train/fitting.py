@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdft_ray.errors import UserError, problem
@@ -39,7 +39,9 @@ def require_fitting(settings: training.Train, plan: compute.Train) -> dict[str, 
     if settings.dtype == "bfloat16" and plan.zero_stage == 0:
         what = "0 has no float32 weights beside the bfloat16 ones of train.dtype"
         raise UserError(problem("compute.train.zero_stage", what, "Set 1, which only spreads the optimizer"))
-    return read_deepspeed(plan.deepspeed, settings, plan) if plan.deepspeed else {}
+    given = plan.deepspeed or {}
+    assert not isinstance(given, str), "load_compute reads the file"
+    return _own_part(copy.deepcopy(given), settings, plan)
 
 
 def _require_divisible(global_batch_size: int, micro_batch: int, workers: int) -> None:
@@ -53,15 +55,10 @@ def _require_divisible(global_batch_size: int, micro_batch: int, workers: int) -
         raise UserError(problem("train.global_batch_size", f"{what}{per_round}", do))
 
 
-def read_deepspeed(path: str, settings: training.Train, plan: compute.Train) -> dict[str, Any]:
-    """Return a DeepSpeed JSON; raise UserError where it sets what recipe or compute file decide, unless both agree."""
-    where = f"compute.train.deepspeed: {path}"
-    try:
-        given = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(problem(where, f"is no JSON file that can be read ({error})", "Mend it")) from None
-    if not isinstance(given, dict):
-        raise UserError(problem(where, "is not a JSON object", "See configs/deepspeed for one"))
+def _own_part(given: dict[str, Any], settings: training.Train, plan: compute.Train) -> dict[str, Any]:
+    """Return the user's part of a DeepSpeed JSON; raise UserError where it sets what recipe or compute file decide,
+    unless both agree."""
+    where = "compute.train.deepspeed"
     zero = given.get("zero_optimization", {})
     must_be = {
         "train_batch_size": (given.pop("train_batch_size", "auto"), settings.global_batch_size),

@@ -81,7 +81,7 @@ def encode_split(work: Work[Any], tokenizer: Any, split: str, shard_rows: int = 
 
 
 def _kind(work: Work[Any], split: str) -> str:
-    return "distilled" if split == "train" and work.settings.arm == "distilled" else "rows"
+    return "distilled" if split == "train" and training.is_on_rewrites(work.settings.arm) else "rows"
 
 
 def _count_inputs(work: Work[Any], split: str) -> dict[str, int]:

@@ -147,20 +147,41 @@ def _set(engine: Any, parameter: Any, moment: str | None, value: Any) -> None:
     """Set a parameter's weight or moment from the whole tensor."""
     import deepspeed
     import torch
-    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     value = value.to(engine.device)
-    if moment is not None:
-        if _is_plain(engine):
-            engine.optimizer.state[parameter][moment].copy_(value)
-        else:
-            safe_set_full_optimizer_state(parameter, value, optim_state_key=moment)
-        return
     if not _is_plain(engine):
-        safe_set_full_fp32_param(parameter, value)
-    # The weights that the forward pass reads are another copy; under ZeRO-3 a part of one.
-    with torch.no_grad(), deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-        parameter.copy_(value)
+        _set_spread(engine, parameter, moment, value)
+    elif moment is not None:
+        engine.optimizer.state[parameter][moment].copy_(value)
+    if moment is None:  # the weights that the forward pass reads are another copy; under ZeRO-3 a part of one
+        with torch.no_grad(), deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            parameter.copy_(value)
+
+
+def _set_spread(engine: Any, parameter: Any, moment: str | None, value: Any) -> None:
+    """Set this worker's part of what the optimizer keeps of a parameter."""
+    from deepspeed import utils
+
+    if engine.zero_optimization_stage() == 3:
+        # Not the setters of whole tensors: they fail on the last worker where the size is no multiple of the workers.
+        part = _own_part(parameter, value)
+        if moment is None:
+            utils.safe_set_local_fp32_param(parameter, part)
+        else:
+            utils.safe_set_local_optimizer_state(parameter, part, moment)
+    elif moment is None:
+        utils.safe_set_full_fp32_param(parameter, value)
+    else:
+        utils.safe_set_full_optimizer_state(parameter, value, moment)
+
+
+def _own_part(parameter: Any, value: Any) -> Any:
+    """Return this worker's part of a tensor under ZeRO-3. All parts have one length: the last ones end in zeros."""
+    import torch
+
+    length = parameter.ds_tensor.numel()
+    part = value.flatten()[length * parameter.ds_zero_partition_rank :][:length]
+    return torch.nn.functional.pad(part, (0, length - part.numel()))
 
 
 def _make_moments(engine: Any, steps: int) -> None:

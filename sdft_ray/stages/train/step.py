@@ -70,9 +70,10 @@ def compute_logits(engine: Any, rows: Sequence[TrainingRow]) -> Any:
 
     engine.eval()
     with torch.no_grad():
-        logits = engine(pack_rows(rows), [""] * len(rows), as_logits=True)
+        portions = [rows] if engine.module.packs else [[row] for row in rows]
+        logits = [engine(pack_rows(portion), [""] * len(portion), as_logits=True).cpu() for portion in portions]
     engine.train()
-    return logits.cpu()
+    return torch.cat(logits)
 
 
 def _trained_tokens(rows: Sequence[TrainingRow]) -> int:

@@ -20,14 +20,16 @@ import numpy as np
 
 from sdft_ray import environment
 from sdft_ray.core.rows import TrainingRow
-from sdft_ray.results import Step
+from sdft_ray.results import METRICS, Step
 from sdft_ray.spec import compute, training
 from sdft_ray.stages.train.encoded import FOLDER, EncodedRows
 from sdft_ray.stages.train.history import best_step, is_out_of_patience, learning_rate
-from sdft_ray.stages.train.log import Begun, open_log, peak_bytes, report
+from sdft_ray.stages.train.likeliest import LikeliestTokens
+from sdft_ray.stages.train.log import EVENTS, Begun, Log, peak_bytes, report
 from sdft_ray.stages.train.rows import proof_rows
 from sdft_ray.stages.train.state import PROGRESS, Checkpoint
 from sdft_ray.stages.train.step import compute_logits, take_step, total_loss
+from sdft_ray.stages.train.teacher import Softener, Teacher
 from sdft_ray.stages.train.zero import load_trainable, start_engine
 from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage
@@ -52,12 +54,22 @@ class Outcome(Record):
 
 
 @dataclasses.dataclass(frozen=True)
+class Lesson:
+    """Soft targets, and where they come from: the teacher beside the student, else its likeliest tokens."""
+
+    soft: training.Soft
+    removed: Sequence[int] = ()
+    """The teacher's blocks that the student does not have."""
+    teacher: Callable[[], Path] | None = None
+    targets: Callable[[], Path] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Assignment:
     """What a worker is given."""
 
     storage: Storage
     stage: Stage[Any]
-    settings: training.Train
     plan: compute.Train
     deepspeed: dict[str, Any]
     """The user's JSON."""
@@ -65,6 +77,14 @@ class Assignment:
     """Gives the directory of the pruned model on this node."""
     ticker: Any
     """The actor that rank 0 reports its progress to."""
+    lesson: Lesson | None = None
+    """Its soft targets, where it has them."""
+
+    @property
+    def settings(self) -> training.Train:
+        """How the model is trained."""
+        own: training.Train = self.stage.settings.train
+        return own
 
 
 def train_worker(config: Mapping[str, Assignment]) -> None:
@@ -99,20 +119,25 @@ class Training:
         context = ray.train.get_context()
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
         encoded = self.folder / FOLDER
-        self.rows = EncodedRows(encoded, "train")
+        lesson = assignment.lesson
+        stored = LikeliestTokens(lesson.targets(), "train") if lesson and lesson.targets else None
+        self.rows = EncodedRows(encoded, "train", targets=stored)
         origins = np.unique(EncodedRows(encoded, "validation").column("origin")).tolist()
         self.validation = {origin: EncodedRows(encoded, "validation", origin) for origin in origins}
-        module = load_trainable(str(assignment.model()), self.settings, self.plan)
+        module = load_trainable(str(assignment.model()), self.settings, self.plan, assignment.deepspeed)
         self.engine = start_engine(module, self.settings, self.plan, assignment.deepspeed)
+        if lesson:
+            module.soften = Softener(lesson.soft, self._teacher(lesson))
         self.steps = Schedule(len(self.rows), self.settings.epochs, self.settings.global_batch_size, self.settings.seed)
         bring = functools.partial(self.storage.bring, self.folder)
         self.history, self.best = _resume(self.engine, self.folder, self.rank, bring)
         self.begun, self.tokens = time.monotonic(), 0
-        self.events, self.log = self.folder / "tensorboard", None
+        self.log: Log | None = None
         if self.rank == 0:
-            assignment.ticker.report.remote(Begun(len(self.history)))
-            self.storage.bring(self.events)
-            self.log = open_log(self.events, len(self.history))
+            assignment.ticker.report.remote(Begun(tuple(self.history)))
+            self.storage.bring(self.folder / EVENTS)
+            self.storage.bring(self.folder, METRICS)
+            self.log = Log(self.folder, len(self.history))
 
     def steps_left(self) -> Iterator[int]:
         """Yield the steps that are not taken yet, until patience ends."""
@@ -179,7 +204,7 @@ class Training:
                 stage, history = self.assignment.stage.id, tuple(self.history)
                 checkpoint = Checkpoint(stage=stage, workers=self.workers, history=history)
                 write_atomically(Path(state) / PROGRESS, json.dumps(checkpoint.plain()))
-                self.storage.publish(*self.events.iterdir())
+                self.storage.publish(*(self.log.files() if self.log else ()))
             ray.train.report({"step": step + 1}, checkpoint=ray.train.Checkpoint.from_directory(state))
 
     def finish(self) -> None:
@@ -194,17 +219,26 @@ class Training:
         dist.all_reduce(peak, op=dist.ReduceOp.MAX)
         if self.log is not None:
             self.log.close()
-            self.storage.publish(*self.events.iterdir())
+            self.storage.publish(*self.log.files())
         counts = {"workers": self.workers, "peak_bytes": int(peak), "planned_steps": len(self.steps)}
         self._write(Outcome(history=tuple(self.history), **counts))
         dist.barrier()
+
+    def _teacher(self, lesson: Lesson) -> Teacher | None:
+        if lesson.teacher is None:
+            return None
+        teacher = Teacher(lesson.teacher(), self.settings.dtype, self.engine.device)
+        if self.plan.zero_stage < 3:
+            teacher.share(self.engine.module.model, lesson.removed)
+        return teacher
 
     def _passes(self, rows: Sequence[TrainingRow]) -> list[list[int]]:
         """Return this worker's share of rows, as the places of those that go through the model together."""
         from sdft_ray.core.packing import assign_passes
 
         most = self.plan.pass_tokens or self.plan.micro_batch * self.settings.max_tokens
-        return assign_passes([len(row.ids) for row in rows], self.workers, self.plan.micro_batch, most)[self.rank]
+        micro_batch = self.plan.micro_batch if self.engine.module.packs else 1
+        return assign_passes([len(row.ids) for row in rows], self.workers, micro_batch, most)[self.rank]
 
     def _weights(self) -> dict[str, Any]:
         from sdft_ray.stages.train.state import share_of_weights

@@ -7,20 +7,26 @@ the summed loss of packed rows.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from sdft_ray.spec import compute, training
 from sdft_ray.stages.train.adapters import load_model
+from sdft_ray.stages.train.sharded import is_sharded, load_share
 
 
-def load_trainable(base: str, settings: training.Train, plan: compute.Train) -> Any:
-    """Return a module from packed rows to the summed loss of their trained tokens, or to the logits of those."""
+def load_trainable(base: str, settings: training.Train, plan: compute.Train, given: dict[str, Any]) -> Any:
+    """Return a module from packed rows to the summed loss of their trained tokens, or to the logits of those.
+
+    `given` is the user's JSON; all workers must call it.
+    """
     import torch
 
-    from sdft_ray.core.rowwise import drop_by_row, keep_within_rows
+    from sdft_ray.core.rowwise import drop_by_row, keep_within_rows, may_share_a_sequence
 
-    model = load_model(base, settings)
+    _join_workers(plan)
+    config = deepspeed_config(settings, plan, given)
+    model = load_share(base, settings, config) if is_sharded(config) else load_model(base, settings)
     rows = keep_within_rows(model.get_base_model() if settings.method == "lora" else model)
     if settings.method == "lora" and settings.lora.dropout:
         drop_by_row(model, settings.lora.dropout, rows)
@@ -32,8 +38,11 @@ def load_trainable(base: str, settings: training.Train, plan: compute.Train) -> 
         def __init__(self) -> None:
             super().__init__()
             self.model = model
+            self.soften: Callable[[Any, Any], Any] | None = None
+            self.packs = may_share_a_sequence(model.config)
 
         def forward(self, packed: Any, keys: Sequence[str], as_logits: bool = False) -> Any:
+            assert self.packs or len(keys) == 1, "a model that carries a state on gets one row a sequence"
             rows.starts, rows.keys = packed.starts, keys
             device = next(self.model.parameters()).device
             # Only the K trained positions go through the head: the vocabulary is the widest layer of a small model.
@@ -49,6 +58,8 @@ def load_trainable(base: str, settings: training.Train, plan: compute.Train) -> 
             )  # (K V)
             if as_logits:
                 return logits
+            if self.soften is not None and self.training:  # validation losses compare, whatever the arm
+                return self.soften(logits, packed)
             return torch.nn.functional.cross_entropy(logits, packed.targets.to(logits.device), reduction="sum")
 
     return ResponseLoss()
@@ -59,15 +70,20 @@ def start_engine(module: Any, settings: training.Train, plan: compute.Train, giv
     import deepspeed
     import torch
 
-    if plan.zero_stage == 3 and not plan.gpus:
-        _give_back_what_is_freed()
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    deepspeed.init_distributed(dist_backend="nccl" if plan.gpus else "gloo", verbose=False)
     # torch's AdamW: DeepSpeed's own would be compiled on first use (docs/footguns.md).
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
     config = deepspeed_config(settings, plan, given)
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
     return engine
+
+
+def _join_workers(plan: compute.Train) -> None:
+    import deepspeed
+
+    if plan.zero_stage == 3 and not plan.gpus:
+        _give_back_what_is_freed()
+    deepspeed.init_distributed(dist_backend="nccl" if plan.gpus else "gloo", verbose=False)
 
 
 def _give_back_what_is_freed() -> None:

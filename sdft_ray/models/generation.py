@@ -1,22 +1,32 @@
-"""Greedy answers of a model, up to where a response ends.
+"""Greedy answers of a loaded model, up to where a response ends.
 
-In: prompts as token ids. Out: texts. Nothing of a model's own generation settings moves them.
+In: prompts as token ids. Out: tokens and texts. Nothing of a model's own generation settings moves them.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from sdft_ray.data.chat import opened_thought, read_generated, response_ends
 
 
+class Written(NamedTuple):
+    """What a model wrote behind a prompt."""
+
+    ids: list[int]
+    """With the token that ended it, where one did."""
+    text: str
+    """With the thought that the prompt opened."""
+    ended: bool
+    """Whether it ended by itself, and not at the limit."""
+
+
 def generate_greedily(
     model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int
-) -> list[str]:
-    """Return the greedy continuation of each prompt (token ids) up to its end of turn, with the thought that the prompt
-    opened; longest prompts first, padded left.
+) -> list[Written]:
+    """Return the greedy continuation of each prompt (token ids) up to its end of turn; longest prompts first, padded
+    left.
 
     The model's own settings of generation, such as a penalty on repetition, are replaced for good.
     """
@@ -24,7 +34,7 @@ def generate_greedily(
 
     opened = opened_thought(tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    texts: dict[int, str] = {}
+    written: dict[int, Written] = {}
     # What a config leaves open is filled in from the model's own: it must not have one.
     model.generation_config = plain = plain_generation(model, tokenizer)
     ends, pad = plain.eos_token_id, plain.pad_token_id
@@ -39,9 +49,11 @@ def generate_greedily(
         with torch.inference_mode():
             made = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens)
         for i, tokens in zip(batch, made[:, width:].tolist(), strict=True):
-            tokens = list(itertools.takewhile(lambda token: token not in ends, tokens))
-            texts[i] = read_generated(tokenizer, tokens, tokenizer.decode(tokens, skip_special_tokens=True), opened)
-    return [texts[i] for i in range(len(prompts))]
+            stop = next((place for place, token in enumerate(tokens) if token in ends), None)
+            own = tokens[:stop]
+            text = read_generated(tokenizer, own, tokenizer.decode(own, skip_special_tokens=True), opened)
+            written[i] = Written(own if stop is None else tokens[: stop + 1], text, stop is not None)
+    return [written[i] for i in range(len(prompts))]
 
 
 def plain_generation(model: Any, tokenizer: Any) -> Any:

@@ -1,0 +1,124 @@
+"""Soft targets: a student is trained towards a teacher's distribution over the next token, not only towards one token.
+
+In: the student's logits (K, V), and of each of the K tokens the teacher's logits, or its likeliest tokens. Out: the
+summed loss, (1 - c) t^2 KL(p || q) + c CE, with p and q the distributions of teacher and student at temperature t
+(arXiv 1503.02531 has the factor t^2, which keeps the gradient's size). The divergence is exact, over the whole
+vocabulary, or over the likeliest tokens and all others as one outcome: leaving the others out would be biased
+(arXiv 2503.16870).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from sdft_ray.core.rows import TrainingRow
+
+_PIECE = 128  # tokens at a time: a piece's distributions are small beside the logits
+
+
+@dataclasses.dataclass(frozen=True)
+class Likeliest:
+    """The teacher's k likeliest next tokens at each of K places."""
+
+    ids: torch.Tensor
+    """(K, k)"""
+    log_probs: torch.Tensor
+    """(K, k) float32, at the temperature of the loss, relative to the whole vocabulary."""
+
+    def __getitem__(self, piece: slice) -> Likeliest:
+        return Likeliest(self.ids[piece], self.log_probs[piece])
+
+    def to(self, device: torch.device) -> Likeliest:
+        """Return them on a device."""
+        return Likeliest(self.ids.to(device), self.log_probs.to(device))
+
+    @classmethod
+    def join(cls, parts: Sequence[Likeliest]) -> Likeliest:
+        """Return those of several sequences, one behind the other."""
+        return cls(torch.cat([part.ids for part in parts]), torch.cat([part.log_probs for part in parts]))
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftRow(TrainingRow):
+    """A row whose targets are what is likeliest at each token that carries loss."""
+
+    likeliest: Likeliest
+
+
+def find_likeliest(logits: torch.Tensor, k: int, temperature: float) -> Likeliest:
+    """Return the k likeliest tokens of a teacher's logits (K, V)."""
+    pieces = [_at(piece, temperature).topk(k) for piece in logits.split(_PIECE)]
+    return Likeliest.join([Likeliest(each.indices, each.values) for each in pieces])
+
+
+def soft_loss(
+    logits: torch.Tensor, teacher: torch.Tensor | Likeliest, tokens: torch.Tensor, temperature: float, share: float
+) -> torch.Tensor:
+    """Return the loss summed over K tokens, in nats.
+
+    logits: (K, V) float32. teacher: logits (K, V), or likeliest tokens. tokens: (K), what the cross-entropy is of, of
+    which the loss has a share.
+    """
+    loss: torch.Tensor = _SoftLoss.apply(logits, teacher, tokens, temperature, share)
+    return loss
+
+
+class _SoftLoss(torch.autograd.Function):
+    """Makes the gradient with the loss, piece by piece: autograd would keep several tensors as large as the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Any, teacher: Any, tokens: Any, temperature: float, share: float) -> torch.Tensor:
+        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        total = torch.zeros((), dtype=torch.float64, device=logits.device)
+        for start in range(0, len(logits), _PIECE):
+            piece = slice(start, start + _PIECE)
+            loss, slope = _piece_loss(logits[piece], teacher[piece], tokens[piece], temperature, share)
+            total += loss
+            if gradient is not None:
+                gradient[piece] = slope
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return total.to(logits.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[Any, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer[0], None, None, None, None
+
+
+def _piece_loss(logits: Any, teacher: Any, tokens: Any, temperature: float, share: float) -> tuple[Any, Any]:
+    """Return the summed loss of some tokens (n, V), and its gradient (n, V)."""
+    log_q = (logits / temperature).log_softmax(-1)
+    log_p = _fill(teacher, log_q) if isinstance(teacher, Likeliest) else _at(teacher, temperature)
+    p, q = log_p.exp(), log_q.exp()
+    weight = 1 - share
+    # Where p is 0 its logarithm is -inf, and its part of the sum is 0.
+    divergence = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(dtype=torch.float64)
+    loss, slope = weight * temperature**2 * divergence, (q - p).mul_(weight * temperature)
+    if share:
+        log_one = log_q if temperature == 1 else logits.log_softmax(-1)
+        loss = loss - share * log_one.gather(-1, tokens[:, None]).sum(dtype=torch.float64)
+        one = log_one.exp()
+        one.scatter_add_(-1, tokens[:, None], torch.full_like(one[:, :1], -1.0))
+        slope += share * one
+    return loss, slope
+
+
+def _at(teacher: Any, temperature: float) -> Any:
+    return (teacher.float() / temperature).log_softmax(-1)
+
+
+def _fill(teacher: Likeliest, log_q: Any) -> Any:
+    """Return log p (n, V): what the teacher's likeliest tokens leave, spread over the others in the student's own
+    proportions.
+
+    So the divergence is that of k + 1 outcomes, the last one all other tokens, and q - p is its exact gradient.
+    """
+    rest = log_q.scatter(-1, teacher.ids, -torch.inf)
+    left = torch.log1p(-teacher.log_probs.double().exp().sum(-1, keepdim=True).clamp(max=1)).float()
+    share = torch.where(rest.isneginf(), rest, rest - rest.logsumexp(-1, keepdim=True) + left)
+    return share.scatter(-1, teacher.ids, teacher.log_probs)

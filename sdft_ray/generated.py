@@ -1,0 +1,70 @@
+"""Generated answers to held-out rows: what is kept of each, and how often they go wrong as texts.
+
+In: the items of a held-out evaluation, and their rows. Out: shares of answers. Generation breaks first in a pruned
+model: it runs in circles or does not end where choices among given answers still come out right. What is judged was
+stored by the evaluation, so a better detector evaluates nothing again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sdft_ray.core.rows import Row
+from sdft_ray.core.selection import is_empty, refuses, repeats_itself, strip_thoughts
+from sdft_ray.results import ITEMS, Item
+from sdft_ray.store.record import Record
+
+
+class HeldOutItem(Item):
+    """A held-out row, as a model answered it."""
+
+    generated: str
+    ended: bool | None = None
+    """Whether the answer ended by itself, and not at max_new_tokens; None where an older version did not keep it."""
+    bits: float
+    """Of the reference."""
+    bytes: int
+    """Of the reference."""
+
+
+class Habits(Record):
+    """How a model writes: shares of its answers to held-out rows."""
+
+    answers: int
+    ended: float | None
+    """That ended by themselves; None where that was not kept."""
+    repeated: float
+    """That run in circles where the reference does not."""
+    empty: float
+    """That have no text behind their thoughts, or only announce one."""
+    refused: float
+    """That refuse where the reference does not."""
+    characters: float
+    """Mean length."""
+
+
+def read_held_out_items(directory: Path) -> list[HeldOutItem]:
+    """Return the items of a held-out evaluation."""
+    lines = (directory / ITEMS).read_text(encoding="utf-8").splitlines()
+    return [HeldOutItem.model_validate_json(line) for line in lines]
+
+
+def describe(items: Sequence[HeldOutItem], rows: Mapping[str, Row], filters: Mapping[str, Any]) -> Habits:
+    """Return how often answers have each fault; rows: by id. Filters may hold further `refusal_phrases`.
+
+    The detectors are those that choose rewrites: a fault that the reference has, too, is none. Thoughts are no part of
+    an answer, except where they do not end.
+    """
+    texts = [(strip_thoughts(item.generated), item.generated, rows[item.id]) for item in items]
+    count = len(items)
+    ended = [item.ended for item in items]
+    return Habits(
+        answers=count,
+        ended=None if None in ended else sum(map(bool, ended)) / count,
+        repeated=sum(repeats_itself(text or whole, row, filters) for text, whole, row in texts) / count,
+        empty=sum(text is None or is_empty(text, row) for text, _, row in texts) / count,
+        refused=sum(refuses(text or "", row, filters) for text, _, row in texts) / count,
+        characters=sum(len(item.generated) for item in items) / count,
+    )

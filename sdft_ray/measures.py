@@ -1,0 +1,58 @@
+"""The stages that measure the models of a recipe: its tasks, and how near each model stays to the base.
+
+In: a recipe, its models by name, and its rows. Out: a stage for each model and task. Recipes that make the same model
+share what is measured of it, whatever each calls it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sdft_ray.data.calibration import CorpusSettings, FurtherTexts, describe_further
+from sdft_ray.errors import UserError, problem
+from sdft_ray.spec.recipe import Recipe
+from sdft_ray.stages import evaluate, probes, retention, train
+from sdft_ray.store.identity import Stage
+from sdft_ray.training_data import Data
+
+
+def evaluation_stages(
+    recipe: Recipe, models: Mapping[str, Stage[Any]], own: Data
+) -> dict[tuple[str, str], Stage[evaluate.Settings]]:
+    """Return the evaluations, by the name of the model and of the task."""
+    return {
+        (name, task): evaluate.stage(recipe.evaluate, task, _known(name, stage), stage, own.read, own.sources)
+        for name, stage in models.items()
+        for task in recipe.evaluate.tasks
+    }
+
+
+def retention_stages(
+    recipe: Recipe, models: Mapping[str, Stage[Any]], own: Data, corpora: Sequence[CorpusSettings]
+) -> dict[str, Stage[retention.Settings]]:
+    """Return the comparisons with the base, by the name of the model; corpora: what the cut is chosen on."""
+    if not (wanted := recipe.evaluate.retention):
+        return {}
+    texts = describe_further(wanted, corpora)
+    _require_untrained(texts, own)
+    held = [stage for stage, source in zip(own.read, own.sources.values(), strict=True) if source.held_out]
+    probed = probes.stage(recipe.evaluate, texts, models["base"], held)
+    return {
+        name: retention.stage(recipe.evaluate.dtype, _known(name, stage), models["base"], stage, probed)
+        for name, stage in models.items()
+    }
+
+
+def _require_untrained(texts: FurtherTexts | None, own: Data) -> None:
+    """Raise UserError where the plain texts are also rows: a model that has learned them stays near to nothing."""
+    for number, stage in enumerate(own.read):
+        if texts and getattr(stage.settings.source, "sha256", None) == texts.sha256:
+            key = f"rows.{number}" if len(own.read) > 1 else "rows"
+            what = f"{texts.path} is trained on as {key}"
+            raise UserError(problem("evaluate.retention.text", what, "Give another file"))
+
+
+def _known(name: str, stage: Stage[Any]) -> str:
+    """Return the name of a model that all recipes give it."""
+    return stage.settings.arm if isinstance(stage.settings, train.Settings) else name

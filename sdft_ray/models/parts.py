@@ -1,0 +1,95 @@
+"""Copy a part of a model: some of its tensors under new names, such as the text decoder of one that also sees or hears.
+
+In: a model directory, and what its tensors are called in the part. Out: files of the same bytes. The text decoder of a
+model whose config wraps a text_config becomes a plain text model, with text_config as its config.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sdft_ray.data.readers import read_object
+from sdft_ray.errors import UserError, problem
+from sdft_ray.models.directory import WEIGHTS_INDEX, require_loadable, stored_tensors, write_companions
+from sdft_ray.models.shards import copy_tensors
+from sdft_ray.store.files import remember_hash, write_atomically
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_THREADS = 4  # more do not make a disk faster
+# What names of tensors of the text decoder begin with, and what they begin with in a text model.
+_PREFIXES = {
+    "model.language_model.": "model.",
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "lm_head.": "lm_head.",
+}
+# Read from the wrapper where text_config lacks them.
+_SHARED = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype")
+
+
+def copy_part(base: Path, directory: Path, rename: Callable[[str], str | None]) -> None:
+    """Write the tensors of a model that `rename` gives a name, with their index; files of which none is left go."""
+    held = stored_tensors(base)
+    renamed = {
+        shard: names
+        for shard, tensors in held.items()
+        if (names := {name: new for name in tensors if (new := rename(name))})
+    }
+    with ThreadPoolExecutor(_THREADS) as pool:
+        hashes = pool.map(lambda shard: copy_tensors(shard, directory / shard.name, renamed[shard]), renamed)
+        for shard, sha256 in zip(renamed, hashes, strict=True):
+            remember_hash(directory / shard.name, sha256)
+    if (base / WEIGHTS_INDEX).is_file():
+        weight_map = {new: shard.name for shard, names in renamed.items() for new in names.values()}
+        total = sum(held[shard][name].bytes for shard, names in renamed.items() for name in names)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_atomically(directory / WEIGHTS_INDEX, json.dumps(index, indent=2))
+
+
+def text_name(name: str) -> str | None:
+    """Return the name that a tensor has in the text model; None where it is no part of it.
+
+    >>> text_name("model.language_model.norm.weight"), text_name("model.vision_tower.norm.weight")
+    ('model.norm.weight', None)
+    """
+    return next((new + name.removeprefix(old) for old, new in _PREFIXES.items() if name.startswith(old)), None)
+
+
+def text_config(directory: Path) -> dict[str, Any]:
+    """Return config.json of the text model inside a model, in full; raises UserError where there is none."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    path = directory / "config.json"
+    if not isinstance(read_object(path).get("text_config"), Mapping):
+        do = "Remove model.part, or give a model whose config.json has a text_config"
+        raise UserError(problem(str(path), "has no text_config, which model.part: text takes", do))
+    whole = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    text: PreTrainedConfig = whole.get_text_config(decoder=True)
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        what = f"its text_config is that of {text.model_type}, which is no text model of its own"
+        raise UserError(problem(str(path), what, "Give another model"))
+    config: dict[str, Any] = json.loads(text.to_json_string(use_diff=False))
+    outer = json.loads(whole.to_json_string(use_diff=False))
+    config |= {key: outer[key] for key in _SHARED if config.get(key) is None and outer.get(key) is not None}
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)].__name__
+    return config | {"architectures": [architecture], "tie_word_embeddings": bool(whole.tie_word_embeddings)}
+
+
+def write_text_part(base: Path, directory: Path, config: Mapping[str, Any]) -> int:
+    """Write the text model inside the model at `base` and return its parameter count; config: its text_config.
+
+    Raises UserError for a model whose tensors are not named as such a decoder's.
+    """
+    if not any(text_name(name) for tensors in stored_tensors(base).values() for name in tensors):
+        what = "none of its tensors is named as those of a text decoder (model.language_model., language_model.)"
+        raise UserError(problem(str(base), what, "Give the model as transformers saves it"))
+    copy_part(base, directory, text_name)
+    write_atomically(directory / "config.json", json.dumps(config, indent=2) + "\n")
+    write_companions(base, directory)
+    return require_loadable(directory)

@@ -1,0 +1,293 @@
+"""A model directory as one GGUF file, which llama.cpp runs.
+
+In: a Hugging Face directory of a dense decoder. Out: a .gguf file, read back and compared with the weights: float16
+and bfloat16 are their rounding exactly, q8_0 is within a stated distance. One tensor is in memory at a time. What GGUF
+cannot say of a model, such as windows in some of its blocks, is refused by name: llama.cpp would run another model.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Kind
+from safetensors import safe_open
+from transformers import AutoConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from sdft_ray.errors import StageFailed, UserError, nearest, problem
+from sdft_ray.models.directory import require_dtype, tensor_places
+from sdft_ray.models.sources import read_gguf
+from sdft_ray.progress import Progress
+from sdft_ray.publish.vocabulary import add_vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+class _Family(NamedTuple):
+    """How llama.cpp names and reads an architecture."""
+
+    name: str
+    interleaved: bool = False
+    """Whether the two halves of a head that RoPE turns are neighbours there, and not half a head apart."""
+
+
+_FAMILIES = {
+    "granite": _Family("granite", interleaved=True),
+    "llama": _Family("llama", interleaved=True),
+    "mistral": _Family("llama", interleaved=True),
+    "qwen2": _Family("qwen2"),
+    "qwen3": _Family("qwen3"),
+}
+FORMATS = {"f16": Kind.F16, "bf16": Kind.BF16, "q8_0": Kind.Q8_0}
+"""How matrices may be stored."""
+_BLOCK = 32  # weights of q8_0 that share a scale
+_NUMPY = {Kind.F32: np.dtype("float32"), Kind.F16: np.dtype("float16")}  # others are bytes
+_TORCH = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
+
+
+class Written(NamedTuple):
+    """What was written, and how far it is from the weights."""
+
+    file: Path
+    tensors: int
+    bytes: int
+    largest_error: float
+    """Of a weight, beyond the rounding of float16 or bfloat16."""
+    context: int
+    """Tokens."""
+
+
+def require_format(name: str) -> None:
+    """Raise UserError for a format that is not written here."""
+    if "_k" in name and name not in FORMATS:
+        what = f"{name} is not written: the gguf package reads K-quants and cannot make them"
+        do = f"Write f16, then do: llama-quantize FILE.gguf OUT.gguf {name.upper()}"
+        raise UserError(problem("--format", what, do))
+    if name not in FORMATS:
+        raise UserError(problem("--format", f"{name} is not written", nearest(name, FORMATS)))
+
+
+def write_gguf(model: Path, file: Path, kind: Kind, title: str, progress: Progress) -> Written:
+    """Write a model as a GGUF file and compare it with the model; title: its name for people.
+
+    Raises UserError for a model that GGUF cannot say, and StageFailed where the disk is too small.
+    """
+    config = AutoConfig.from_pretrained(model)
+    family = _require_family(model, config)
+    writer = gguf.GGUFWriter(None, family.name)
+    writer.add_name(title)
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.name}"])
+    _add_settings(writer, config)
+    add_vocabulary(writer, model, config.vocab_size)
+    plan = _plan(model, family, config, kind)
+    torn = file.with_name(f".{file.name}.tmp")
+    try:
+        _write(writer, plan, torn, progress)
+        error = _compare(plan, torn, progress)
+        torn.replace(file)
+    finally:
+        writer.close()
+        torn.unlink(missing_ok=True)
+    return Written(file, len(plan), file.stat().st_size, error, config.max_position_embeddings)
+
+
+# --- what can be said -----------------------------------------------------------------------------------------
+
+
+def _require_family(model: Path, config: PretrainedConfig) -> _Family:
+    """Return how llama.cpp reads a model; raises UserError where it would compute something else."""
+    if not (family := _FAMILIES.get(config.model_type)):
+        what = f"is a {config.model_type} model, which is not written as GGUF here (known: {', '.join(_FAMILIES)})"
+        raise UserError(problem(str(model), what, "Convert it with llama.cpp's convert_hf_to_gguf.py"))
+    rope, window = config.rope_parameters, getattr(config, "sliding_window", None)
+    scaling = rope.get("rope_type", "default")
+    windowed = config.model_type == "mistral" or getattr(config, "use_sliding_window", False)
+    faults = {
+        f"scales its positions ({scaling})": scaling not in ("default", "llama3"),
+        "turns only a part of each head": rope.get("partial_rotary_factor", 1.0) != 1.0,
+        "has windows of attention": windowed and window is not None and window < config.max_position_embeddings,
+        f"has {config.hidden_act} in its MLP": config.hidden_act != "silu",
+    }
+    for fault in (fault for fault, is_so in faults.items() if is_so):
+        what = f"{fault}, which the GGUF of a {family.name} model cannot say"
+        raise UserError(problem(str(model), what, "Serve the directory itself with vLLM"))
+    return family
+
+
+def _add_settings(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
+    """Write what llama.cpp builds the model from."""
+    head = _head_size(config)
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_rope_dimension_count(head)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    if config.model_type == "granite":
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
+
+
+def _head_size(config: PretrainedConfig) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+# --- tensors --------------------------------------------------------------------------------------------------
+
+
+class _Tensor(NamedTuple):
+    """A tensor of the file."""
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]
+    source: Path | np.ndarray
+    """The safetensors file with its weights, or the weights themselves."""
+    source_name: str = ""
+    heads: int = 0
+    """Of which each has its rows in another order in the file; 0: none."""
+
+    @property
+    def stored_as(self) -> np.dtype:
+        return _NUMPY.get(self.kind, np.dtype("uint8"))
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of what is stored: of numbers, or of bytes."""
+        return self.shape if self.kind in _NUMPY else gguf.quant_shape_to_byte_shape(self.shape, self.kind)
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.stored_shape) * self.stored_as.itemsize
+
+    def weights(self) -> np.ndarray:
+        """Return the weights in float32, in the order of the file."""
+        if isinstance(self.source, np.ndarray):
+            return self.source
+        with safe_open(self.source, framework="pt") as tensors:  # opened anew: what was read does not stay mapped
+            weights: np.ndarray = tensors.get_tensor(self.source_name).float().numpy()
+        if self.heads:
+            halves = weights.reshape(self.heads, 2, -1, *self.shape[1:])
+            weights = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(self.shape)
+        return weights
+
+
+def _plan(model: Path, family: _Family, config: PretrainedConfig, kind: Kind) -> list[_Tensor]:
+    """Return the tensors of the file in order; raises UserError for one that GGUF has no place for."""
+    (architecture,) = (each for each, name in gguf.MODEL_ARCH_NAMES.items() if name == family.name)
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads} if family.interleaved else {}
+    plan = []
+    for source, (place, stored) in tensor_places(model).items():
+        require_dtype(model, source, stored)
+        if source == "lm_head.weight" and config.tie_word_embeddings:
+            continue  # the embeddings once more
+        if not (name := names.get_name(source, (".weight", ".bias"))):
+            what = f"holds {source}, which the GGUF of a {family.name} model has no place for"
+            raise UserError(problem(str(model), what, "Serve the directory itself with vLLM"))
+        reordered = heads.get(source.split(".")[-2], 0)
+        plan.append(_Tensor(name, _kind_of(stored.shape, kind), stored.shape, place, source, reordered))
+    return plan if config.rope_parameters.get("rope_type", "default") == "default" else [*plan, _stretched(config)]
+
+
+def _kind_of(shape: Sequence[int], kind: Kind) -> Kind:
+    """Return how a tensor is stored: vectors keep float32, which llama.cpp expects of them."""
+    if len(shape) < 2:
+        return Kind.F32
+    return Kind.F16 if kind == Kind.Q8_0 and shape[-1] % _BLOCK else kind
+
+
+def _stretched(config: PretrainedConfig) -> _Tensor:
+    """Return the divisor of each frequency of RoPE in a model that stretches its positions as Llama 3.1 does."""
+    stretched, _ = ROPE_INIT_FUNCTIONS["llama3"](config, None)
+    size = _head_size(config)
+    plain = config.rope_parameters["rope_theta"] ** -(np.arange(0, size, 2, dtype=np.float32) / size)
+    factors = (plain / stretched.numpy()).astype(np.float32)
+    return _Tensor("rope_freqs.weight", Kind.F32, factors.shape, factors)
+
+
+def _write(writer: gguf.GGUFWriter, plan: Sequence[_Tensor], file: Path, progress: Progress) -> None:
+    """Write the file; raises StageFailed where the disk is too small."""
+    needed, free = sum(tensor.bytes for tensor in plan), shutil.disk_usage(file.parent).free
+    if needed > free:
+        what = f"has {free / 1e6:.1f} MB left, and the file takes {needed / 1e6:.1f} MB"
+        raise StageFailed(problem(str(file.parent), what, "Make space, or give --out on another disk"))
+    for tensor in plan:
+        writer.add_tensor_info(tensor.name, tensor.stored_shape, tensor.stored_as, tensor.bytes, tensor.kind)
+    writer.write_header_to_file(file)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    progress.begin(2 * len(plan))
+    for done, tensor in enumerate(plan, 1):
+        writer.write_tensor_data(_quantised(tensor))
+        progress.update(done, "writing")
+    writer.close()
+
+
+def _quantised(tensor: _Tensor) -> np.ndarray:
+    """Return a tensor as it is stored; raises UserError for weights that float16 cannot hold."""
+    weights = tensor.weights()
+    with np.errstate(over="ignore"):
+        stored: np.ndarray = gguf.quants.quantize(weights, tensor.kind)
+    if tensor.kind == Kind.F16 and not np.isfinite(stored).all():
+        what = f"holds weights up to {np.abs(weights).max():.3g}, and float16 ends at 65504"
+        raise UserError(problem(tensor.source_name, what, "Give --format bf16"))
+    return stored
+
+
+# --- the proof ------------------------------------------------------------------------------------------------
+
+
+def _compare(plan: Sequence[_Tensor], file: Path, progress: Progress) -> float:
+    """Return the largest error of a weight, after proving that the file holds the model's weights."""
+    written = {tensor.name: tensor for tensor in read_gguf(file).tensors}
+    assert written.keys() == {tensor.name for tensor in plan}, f"{file} holds other tensors"
+    largest = 0.0
+    for done, tensor in enumerate(plan, len(plan) + 1):
+        largest = max(largest, _error_of(tensor, written[tensor.name].data))
+        progress.update(done, "comparing")
+    return largest
+
+
+def _error_of(tensor: _Tensor, data: Any) -> float:
+    """Return how far stored weights are from the model's, beyond the rounding of their type."""
+    weights = tensor.weights()
+    stored = gguf.quants.dequantize(data, tensor.kind).reshape(tensor.shape)
+    if tensor.kind in _TORCH:  # rounded by torch: it is not what rounded them for the file
+        right = bool((torch.from_numpy(weights).to(_TORCH[tensor.kind]).float().numpy() == stored).all())
+        error = 0.0
+    else:
+        errors = np.abs(stored - weights).reshape(-1, _BLOCK).max(1)
+        right, error = bool((errors <= allowed_errors(weights)).all()), float(errors.max())
+    if not right:
+        raise RuntimeError(f"{tensor.name} in the file is not {tensor.source_name} of the model")
+    return error
+
+
+def allowed_errors(weights: np.ndarray) -> np.ndarray:
+    """Return how far q8_0 may be from weights, for each block of 32 of them.
+
+    The largest weight of a block is 127 steps. Rounding to steps loses half of one; the step itself is a float16, of 11
+    bits, or a multiple of 2^-24 where it is below 2^-14.
+    """
+    largest = np.abs(weights).reshape(-1, _BLOCK).max(1)
+    allowed: np.ndarray = largest * (0.5 / 127 + 2.0**-11 + 1e-6) + 127 * 2.0**-25
+    return allowed

@@ -1,0 +1,170 @@
+"""What a finished model was made of and how good it is, read from the manifests under a root.
+
+In: the manifest of a model. Out: its ancestors back to the base, the rows it was trained on, and its scores beside the
+base's. An id is enough: what a recipe file says is in the manifests.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from pydantic import TypeAdapter
+
+from sdft_ray.core.recovery import Difference, paired_differences
+from sdft_ray.data.readers import RowsContent
+from sdft_ray.errors import UserError
+from sdft_ray.results import ITEMS, read_items
+from sdft_ray.stages import cut, evaluate, train
+from sdft_ray.stages.distill.card import describe_source
+from sdft_ray.store.identity import canonical_json, numbered
+from sdft_ray.store.manifest import MANIFEST, Manifest, read_manifest
+from sdft_ray.store.storage import Storage
+
+
+class Source(NamedTuple):
+    """Where training rows come from."""
+
+    name: str
+    licence: str
+    """`unknown` for files: their owner knows."""
+    repo: str | None = None
+    """Its name on the hub, where it has one."""
+
+
+class Scored(NamedTuple):
+    """A model's score on one task, beside the base's on the same items."""
+
+    task: str
+    score: evaluate.Summary
+    base: evaluate.Summary | None = None
+    difference: Difference | None = None
+    """Of the model over the base."""
+
+
+class Origin(NamedTuple):
+    """Where a model comes from."""
+
+    ancestors: tuple[Manifest, ...]
+    """The model, what it was made from, and so on; the base last, where the root has it."""
+    sources: tuple[Source, ...]
+    scores: tuple[Scored, ...]
+    mean_difference: Difference | None
+    """Of all tasks that the base was evaluated on, too."""
+
+    @property
+    def model(self) -> Manifest:
+        return self.ancestors[0]
+
+    @property
+    def base(self) -> Manifest | None:
+        """The unpruned model; None for a directory of the user's own, which has no manifest."""
+        return last if (last := self.ancestors[-1]).stage == "model" else None
+
+    @property
+    def cut(self) -> cut.Summary:
+        """Which blocks are gone."""
+        (manifest,) = (each for each in self.ancestors if each.stage == "cut")
+        return cut.Summary.model_validate(manifest.summary)
+
+    @property
+    def trained(self) -> train.Summary | None:
+        """How it was trained, or None."""
+        trained = [each for each in self.ancestors if each.stage == "train"]
+        return train.Summary.model_validate(trained[0].summary) if trained else None
+
+
+def find_origin(model: Manifest, storage: Storage) -> Origin:
+    """Return where a model comes from; raises UserError where the root lacks what it was made from."""
+    ancestors = [model, *_ancestors(model, storage)]
+    oldest = ancestors[-1]
+    base = oldest.id if oldest.stage == "model" else _parent(oldest)
+    scores, mean = _scores(model.id, base, storage)
+    return Origin(tuple(ancestors), tuple(_sources(ancestors, storage)), scores, mean)
+
+
+def _parent(manifest: Manifest) -> str:
+    """Return the id of the model that a model was made from; of several that were merged, the first."""
+    inputs = manifest.identity.inputs
+    return inputs.get("model") or inputs["model_0"]
+
+
+def _ancestors(manifest: Manifest, storage: Storage) -> Iterator[Manifest]:
+    while manifest.stage != "model":
+        try:
+            manifest = _manifest(_parent(manifest), storage)
+        except UserError:
+            if manifest.stage == "cut":  # of a directory of the user's own, which has no manifest
+                return
+            raise
+        yield manifest
+
+
+def _manifest(identity: str, storage: Storage) -> Manifest:
+    manifest = read_manifest(storage.find(identity, MANIFEST))
+    assert manifest, "an artifact is found by its manifest"
+    return manifest
+
+
+def _sources(ancestors: list[Manifest], storage: Storage) -> list[Source]:
+    """Return the sources of the rows that a model, or one that it was merged from, was trained on."""
+    ids = [
+        identity
+        for manifest in ancestors
+        if manifest.stage == "train"
+        for name, identity in sorted(manifest.identity.inputs.items())
+        if name.partition("_")[0] == "rows"
+    ]
+    each = [_manifest(identity, storage) for identity in ids]
+    mixed = [_manifest(identity, storage) for mix in each if mix.stage == "mix" for identity in _numbered_rows(mix)]
+    rows = [manifest for manifest in (*each, *mixed) if manifest.stage == "rows"]
+    return list(dict.fromkeys(_source(manifest) for manifest in rows))
+
+
+def _numbered_rows(mix: Manifest) -> list[str]:
+    inputs = mix.identity.inputs
+    return [inputs[numbered("rows", i)] for i in range(len(inputs))]
+
+
+def _source(rows: Manifest) -> Source:
+    adapter: TypeAdapter[Any] = TypeAdapter(RowsContent)
+    content = adapter.validate_json(json.dumps(rows.identity.settings["source"]))
+    return Source(*describe_source(content, rows.slug), repo=getattr(content, "repo", None))
+
+
+# --- scores ---------------------------------------------------------------------------------------------------
+
+
+def _scores(model: str, base: str, storage: Storage) -> tuple[tuple[Scored, ...], Difference | None]:
+    """Return the scores of a model by task, and its mean difference to the base."""
+    evaluations = [each for each in storage.manifests("evaluate") if each.identity.inputs["model"] in (model, base)]
+    of_base = {_way(each): each for each in evaluations if each.identity.inputs["model"] == base}
+    mine = {_way(each): each for each in evaluations if each.identity.inputs["model"] == model}
+    shared = [way for way in mine if way in of_base]
+    pairs = {way: (_values(mine[way], storage), _values(of_base[way], storage)) for way in shared}
+    differences: dict[str, Difference] = {}
+    mean = None
+    if pairs:
+        first, second = ({way: pair[i] for way, pair in pairs.items()} for i in (0, 1))
+        differences, mean = paired_differences(first, second)
+    scores = (
+        Scored(
+            task=str(each.identity.settings["task"]),
+            score=evaluate.Summary.model_validate(each.summary),
+            base=evaluate.Summary.model_validate(of_base[way].summary) if way in of_base else None,
+            difference=differences.get(way),
+        )
+        for way, each in mine.items()
+    )
+    return tuple(sorted(scores, key=lambda scored: scored.task)), mean
+
+
+def _way(evaluation: Manifest) -> str:
+    """Return what two models must have in common for their items to be the same."""
+    inputs = {name: identity for name, identity in evaluation.identity.inputs.items() if name != "model"}
+    return canonical_json([evaluation.identity.settings, inputs, evaluation.identity.version])
+
+
+def _values(evaluation: Manifest, storage: Storage) -> list[float]:
+    return [item.value for item in read_items(storage.find(evaluation.id, ITEMS))]

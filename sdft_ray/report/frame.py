@@ -1,0 +1,37 @@
+"""Reports as pandas has tables, with the columns of `--csv`.
+
+In: records of a report. Out: a DataFrame, a line for each model or trial.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+from sdft_ray.report import table
+from sdft_ray.report.entries import Report, SweepReport
+
+if TYPE_CHECKING:
+    import pandas
+
+
+def of_recipe(report: Report) -> pandas.DataFrame:
+    """Return a line for each model of a recipe, the base first."""
+    import pandas
+
+    lines = []
+    for entry in report.models:
+        quality = entry.quality
+        scores: dict[str, float | None] = {}
+        for task, score in quality.tasks.items():
+            scores |= {task: score.value, f"{task}_stderr": score.stderr}
+        summed = quality.model_dump(include={"mean", "recovery", "recovery_over_chance", "limited"})
+        lines.append({"model": entry.model, "id": entry.id, **scores, **summed, **entry.cost.model_dump()})
+    return pandas.DataFrame(lines)
+
+
+def of_sweep(report: SweepReport) -> pandas.DataFrame:
+    """Return a line for each trial of a sweep, finished or not."""
+    import pandas
+
+    return pandas.read_csv(io.StringIO(table.as_csv(report)))

@@ -1,0 +1,116 @@
+"""A sweep with a goal: the deepest cut that keeps enough, found by halving instead of by trying every depth.
+
+In: a plan whose cells differ in depth (and seeds), and a goal. Out: the depths that were tried, in order, each with its
+recovery and interval, and the one that is chosen. It takes recovery to fall with depth: of n depths at most
+log2(n + 1), rounded up, are trained. Nothing is remembered but artifacts: what comes next follows from what is done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from sdft_ray import pipeline
+from sdft_ray.core.recovery import Difference, recovery_interval
+from sdft_ray.engine import EngineFactory, start_engine
+from sdft_ray.progress import log
+from sdft_ray.spec.compute import Compute
+from sdft_ray.stages.evaluate.scores import item_values
+from sdft_ray.store.identity import Stage
+from sdft_ray.store.storage import Storage
+from sdft_ray.sweep import trials
+from sdft_ray.sweep.planning import DEPTH, Plan, is_done, make_plan, stages_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Tried:
+    """A depth that was trained and evaluated."""
+
+    blocks: int
+    recovery: Difference | None
+    """In percent, with its 95 % interval over items; None where the base scores nothing."""
+    seeds: int
+    meets: bool
+    """Whether the lower end of the interval reaches the goal."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """How far the search is."""
+
+    tried: tuple[Tried, ...]
+    """In the order in which they were trained."""
+    following: int | None
+    """The depth that is trained next; None at the end."""
+    depths: tuple[int, ...]
+    """All of them, ascending."""
+
+    @property
+    def chosen(self) -> Tried | None:
+        """The deepest one that meets the goal, where the search is at its end."""
+        met = [each for each in self.tried if each.meets]
+        return max(met, key=lambda each: each.blocks) if met and self.following is None else None
+
+
+def run(plan: Plan, compute: Compute, storage: Storage, engine: EngineFactory = start_engine) -> pipeline.Built:
+    """Build a sweep: all of it, or where it has a goal one depth after another until that is decided.
+
+    Raises as `trials.run` does.
+    """
+    if plan.goal is None:
+        return trials.run(plan, compute, storage, engine)
+    new: list[Stage[Any]] = []
+    while True:
+        search = replay(plan, storage)
+        if search.tried:
+            log(f"goal: {describe(plan, search.tried[-1])}")
+        if search.following is None:
+            return pipeline.Built(tuple(new), tuple(stages_of(done_part(plan, storage))))
+        log(f"goal: tries {search.following} blocks, {len(search.tried)} of {len(search.depths)} depths are tried")
+        new += trials.run(at_depths(plan, [search.following]), compute, storage, engine).new
+
+
+def replay(plan: Plan, storage: Storage) -> Search:
+    """Return what was tried so far, and what comes next."""
+    depths = tuple(sorted({cell.values[DEPTH] for cell in plan.cells}))
+    tried: list[Tried] = []
+    low, high = -1, len(depths)  # the deepest that meets the goal, the least deep that does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        part = at_depths(plan, [depths[middle]])
+        if not all(is_done(trial, storage) for trial in part.trials):
+            return Search(tuple(tried), depths[middle], depths)
+        tried.append(_judge(part, depths[middle], storage))
+        low, high = (middle, high) if tried[-1].meets else (low, middle)
+    return Search(tuple(tried), None, depths)
+
+
+def at_depths(plan: Plan, depths: Sequence[int]) -> Plan:
+    """Return the part of a plan that cuts at some depths."""
+    cells = [cell for cell in plan.cells if cell.values[DEPTH] in depths]
+    return dataclasses.replace(make_plan(cells), goal=plan.goal)
+
+
+def done_part(plan: Plan, storage: Storage) -> Plan:
+    """Return the part of a plan that was tried; of a search that has not begun all of it."""
+    return at_depths(plan, tried) if (tried := [each.blocks for each in replay(plan, storage).tried]) else plan
+
+
+def describe(plan: Plan, tried: Tried) -> str:
+    """Return in words what came of a depth."""
+    assert plan.goal
+    found = "the base scores nothing"
+    if tried.recovery:
+        found = f"recovery {tried.recovery.value:.1f} % [{tried.recovery.low:.1f}, {tried.recovery.high:.1f}]"
+    verdict = "meets" if tried.meets else "misses"
+    return f"{tried.blocks} blocks: {found}, which {verdict} {plan.goal.recovery:g} %"
+
+
+def _judge(part: Plan, blocks: int, storage: Storage) -> Tried:
+    assert part.goal
+    base = pipeline.chain(part.cells[0].recipe).tasks_of("base")
+    models = [trial.evaluations for trial in part.trials]
+    found = recovery_interval(item_values(models, storage), item_values([base], storage))
+    meets = found is not None and found.low >= part.goal.recovery
+    return Tried(blocks, found, len(part.trials), meets)

@@ -1,0 +1,250 @@
+"""A teacher that is not the base: what it moves, what it may be, and where it is named."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from command import sdft
+from served import NAME, completion, failure, fake_server
+from tiny import make_tiny_model
+
+from sdft_ray import pipeline
+from sdft_ray.errors import UserError
+from sdft_ray.preflight.checks import check
+from sdft_ray.spec.compute import Compute, Distill, load_compute
+from sdft_ray.spec.recipe import Recipe
+from sdft_ray.spec.sources import KEY_VARIABLE
+from sdft_ray.spec.wording import validate
+from sdft_ray.stages import distill, model
+from sdft_ray.stages.distill.draws import instruction_template
+
+SERVED = {"endpoint": "http://127.0.0.1:1/v1", "model": NAME}
+
+
+@pytest.fixture
+def recipe(tiny_model, tmp_path) -> dict:
+    rows = [{"q": f"What is {i} + {i}?", "a": f"It is {2 * i}."} for i in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "texts.txt").write_text("One text.\n\nAnother text.\n\nA third text.")
+    return {
+        "model": {"path": str(tiny_model)},
+        "rows": {
+            "path": str(tmp_path / "rows.jsonl"),
+            "fields": {"prompt": "q", "response": "a"},
+            "held_out": 2,
+            "validation": 2,
+            "answer": "none",
+        },
+        "prune": {
+            "blocks": 2,
+            "metric": "angular",
+            "candidates": 0,
+            "calibration": {"text": str(tmp_path / "texts.txt")},
+        },
+        "distill": {"shift_rows": 0, "max_new_tokens": 16},
+        "evaluate": {"tasks": ["arc_easy"]},
+    }
+
+
+def with_teacher(recipe: dict, teacher: dict | None, **more) -> dict:
+    return {**recipe, "distill": {**recipe["distill"], **({"teacher": teacher} if teacher else {}), **more}}
+
+
+def chain_of(recipe: dict) -> pipeline.Chain:
+    return pipeline.chain(validate(Recipe, recipe))
+
+
+def ids_of(recipe: dict) -> dict[str, str]:
+    return {stage.slug + stage.name: stage.id for stage in chain_of(recipe).in_order}
+
+
+def ledger_of(recipe: dict) -> str:
+    stage = chain_of(recipe).distilled
+    return distill.ledger_id(stage, instruction_template(stage.settings))
+
+
+def test_teacher_moves_what_is_trained_on_it_and_nothing_before(recipe, tmp_path):
+    other = make_tiny_model(tmp_path / "other", hidden_size=128)
+    before = {stage.name: stage.id for stage in chain_of(recipe).in_order}
+    for teacher in ({"path": str(other)}, SERVED, {"repo": "a/b", "revision": "0" * 40}):
+        after = chain_of(with_teacher(recipe, teacher))
+        same = {stage.name for stage in after.in_order if before.get(stage.name) == stage.id}
+        assert same >= {"score", "cut", "rows"} and not same & {"distill"}
+        assert ledger_of(with_teacher(recipe, teacher)) != ledger_of(recipe)
+        assert after.models["sft"].id == chain_of(recipe).models["sft"].id
+        assert after.models["distilled"].id != chain_of(recipe).models["distilled"].id
+
+
+def test_teacher_that_is_the_base_moves_nothing_and_is_not_named(recipe, tiny_model, tmp_path):
+    copy = shutil.copytree(tiny_model, tmp_path / "copy")
+    for path in (tiny_model, copy):
+        same = with_teacher(recipe, {"path": str(path)})
+        assert ids_of(same) == ids_of(recipe)
+        assert distill.teacher_name(chain_of(same).distilled) is None
+    hub = {"repo": "a/b", "revision": "0" * 40}
+    assert ids_of(with_teacher({**recipe, "model": hub}, hub)) == ids_of({**recipe, "model": hub})
+
+
+def test_teacher_is_known_by_its_content_and_an_endpoint_by_the_name_of_its_model(recipe, tmp_path):
+    other = make_tiny_model(tmp_path / "other", hidden_size=128)
+    moved = shutil.copytree(other, tmp_path / "moved")
+    paths = [with_teacher(recipe, {"path": str(path)}) for path in (other, moved)]
+    assert len({ledger_of(one) for one in paths}) == len({chain_of(one).distilled.id for one in paths}) == 1
+    assert distill.teacher_name(chain_of(paths[0]).distilled) == "other"
+
+    served = [with_teacher(recipe, {**SERVED, "endpoint": url}) for url in ("http://a:1/v1", "https://b/v1/")]
+    assert len({ledger_of(one) for one in served}) == len({chain_of(one).distilled.id for one in served}) == 1
+    assert distill.teacher_name(chain_of(served[0]).distilled) == NAME
+    changed = [{"model": "another"}, {"api": "openai"}, {"tokenizer": str(other)}]
+    assert len({ledger_of(with_teacher(recipe, {**SERVED, **change})) for change in [{}, *changed]}) == 4
+    tokenizers = [with_teacher(recipe, {**SERVED, "tokenizer": str(path)}) for path in (other, moved)]
+    (moved / "model.safetensors").unlink()  # only its tokenizer is read
+    assert len({ledger_of(one) for one in tokenizers}) == 1
+
+
+def test_teacher_and_seeds_as_before_are_in_no_id(recipe):
+    plain = chain_of(recipe).distilled
+    assert not {"teacher", "seeds"} & {*plain.identity["settings"]}
+    written = {**recipe, "distill": {**recipe["distill"], "teacher": None, "seeds": "row"}}
+    assert ids_of(written) == ids_of(recipe) and ledger_of(written) == ledger_of(recipe)
+    engine = {**recipe, "distill": {**recipe["distill"], "seeds": "engine"}}
+    assert chain_of(engine).distilled.id != plain.id and ledger_of(engine) != ledger_of(recipe)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "line"),
+    [
+        ({"endpoint": "http://me:PLANTED@host/v1", "model": "a"}, "endpoint: the address holds credentials or opt"),
+        ({"endpoint": "http://host/v1?key=PLANTED", "model": "a"}, "endpoint: the address holds credentials or opt"),
+        ({"endpoint": "host:8000", "model": "a"}, "endpoint: host:8000 is no address. Write http://HOST:PORT/v1."),
+        ({"endpoint": "http://host/v1"}, "model: is missing. Add it."),
+        ({"endpoint": "http://host/v1", "model": "a", "api": "chat"}, 'api: got "chat"; expected'),
+        ({"repo": "a/b", "revision": "main"}, "revision: 'main' moves."),
+    ],
+)
+def test_teacher_with_a_mistake_is_one_line_without_what_may_be_secret(recipe, teacher, line):
+    with pytest.raises(UserError) as error:
+        validate(Recipe, with_teacher(recipe, teacher))
+    (problem,) = error.value.problems
+    assert problem.startswith(f"distill.teacher.{line}") and "PLANTED" not in problem
+
+
+def test_teacher_that_names_none_or_several_sources_is_one_line(recipe):
+    with pytest.raises(UserError, match=r"^distill.teacher: has none or several of path, repo, endpoint"):
+        validate(Recipe, with_teacher(recipe, {**SERVED, "path": "/a"}))
+
+
+def test_teacher_may_be_quantised_or_of_an_unknown_architecture_where_a_base_may_not(recipe, tmp_path):
+    other = make_tiny_model(tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    changed = config | {"model_type": "brand_new", "quantization_config": {"quant_method": "awq"}}
+    (other / "config.json").write_text(json.dumps(changed))
+    check(validate(Recipe, with_teacher(recipe, {"path": str(other)})), load_compute())
+    with pytest.raises(UserError, match=r"its weights are quantised \(awq\)"):
+        check(validate(Recipe, {**recipe, "model": {"path": str(other)}}), load_compute())
+    (other / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="has no tokenizer"):
+        check(validate(Recipe, with_teacher(recipe, {"path": str(other)})), load_compute())
+    with pytest.raises(UserError, match=r"^distill.teacher.path: \S+ does not exist"):
+        check(validate(Recipe, with_teacher(recipe, {"path": str(tmp_path / "gone")})), load_compute())
+
+
+def test_teacher_of_the_hub_is_downloaded_though_it_could_not_be_cut(tmp_path):
+    stage = model.stage(validate(Recipe, BARE | {"model": HUB}).model, teaches=True)
+    assert stage.identity["settings"]["teaches"] is True
+    assert "teaches" not in model.stage(validate(Recipe, BARE | {"model": HUB}).model).identity["settings"]
+
+
+HUB = {"repo": "a/b", "revision": "0" * 40}
+BARE = {
+    "rows": {"gym": "chain_sum", "limit": 99},
+    "prune": {"blocks": 2},
+    "evaluate": {"tasks": ["arc_easy"]},
+}
+
+
+def spread(**sizes) -> Compute:
+    compute = load_compute()
+    return compute.model_copy(update={"distill": Distill(cpus=1, gpus=64, **sizes)})
+
+
+def test_parallel_sizes_must_divide_the_heads_and_leave_each_group_a_block(recipe, tmp_path, capsys):
+    other = make_tiny_model(tmp_path / "other", num_attention_heads=4, num_hidden_layers=5)
+    short = validate(Recipe, recipe)  # 2 heads, 6 blocks
+    check(short, spread(tensor_parallel_size=2, pipeline_parallel_size=3))
+    assert not capsys.readouterr().err
+    line = r"^compute.distill.tensor_parallel_size: 4 does not divide the 2 attention heads .* Give one of 1, 2\.$"
+    with pytest.raises(UserError, match=line):
+        check(short, spread(tensor_parallel_size=4))
+    taught = validate(Recipe, with_teacher(recipe, {"path": str(other)}))
+    check(taught, spread(tensor_parallel_size=4))
+    with pytest.raises(UserError, match=r"^compute.distill.pipeline_parallel_size: 6 is more than the 5 blocks"):
+        check(taught, spread(pipeline_parallel_size=6))
+    check(taught, spread(pipeline_parallel_size=2))
+    assert "pipeline_parallel_size: 2 does not divide the 5 blocks" in capsys.readouterr().err
+
+
+def write(folder: Path, recipe: dict) -> None:
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+
+def test_check_and_run_ask_the_endpoint_before_anything_is_built(recipe, tmp_path):
+    with fake_server() as server:
+        teacher = {"endpoint": server.url, "model": NAME}
+        write(tmp_path, with_teacher(recipe, teacher))
+        done = sdft("check", "recipe.yaml", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        write(tmp_path, with_teacher(recipe, {**teacher, "model": "some/teach"}))
+        line = f"distill.teacher.model: some/teach is not served at {server.url}. Did you mean some/teacher?\n"
+        for command in ("check", "run"):
+            done = sdft(command, "recipe.yaml", cwd=tmp_path)
+            assert (done.returncode, done.stdout) == (2, "") and done.stderr.endswith(line)
+            assert not list((tmp_path / "artifacts").glob("*/*"))
+
+
+SCRIPT = """
+import sys
+from sdft_ray import cli, endpoint
+endpoint._FIRST_PAUSE, endpoint._LONGEST_PAUSE = 0.05, 0.2
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def run(folder: Path, monkeypatch) -> subprocess.CompletedProcess:
+    monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
+    command = [sys.executable, "-c", SCRIPT, "run", "recipe.yaml", "--until", "distill", "--compute", "compute.yaml"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+
+
+def test_endpoint_in_a_chain_is_resumed_after_it_refused_and_is_named_and_its_key_is_nowhere(
+    recipe, tmp_path, monkeypatch
+):
+    monkeypatch.setenv(KEY_VARIABLE, "PLANTED-key")
+    compute = {"cpus": 1, "piece_rows": 2, "piece_seconds": 0, "endpoint": {"requests": 2, "patience_seconds": 5}}
+    (tmp_path / "compute.yaml").write_text(yaml.safe_dump({"distill": compute}))
+    with fake_server() as server:
+        write(tmp_path, with_teacher(recipe, {"endpoint": server.url, "model": NAME}))
+        ways = iter([failure(429, retry_after="0"), failure(500), None])
+        server.answer = lambda body: failure(401) if len(server.asked) > 12 else next(ways, completion(body))
+        first = run(tmp_path, monkeypatch)
+        refused = f"distill.teacher.endpoint: {server.url} refuses the key in {KEY_VARIABLE}. Set a valid one.\n"
+        assert (first.returncode, first.stderr.endswith(refused)) == (2, True), first.stderr
+        served = {body["seed"] for body in server.asked[3:12]}
+        server.asked.clear()
+        server.answer = completion
+        again = run(tmp_path, monkeypatch)
+        assert again.returncode == 0, again.stderr
+        assert not {body["seed"] for body in server.asked} & served, "what was served was kept"
+        assert {*server.keys} == {"Bearer PLANTED-key"}
+    (made,) = (tmp_path / "artifacts" / "distill").iterdir()
+    summary = json.loads((made / "manifest.json").read_text())["summary"]
+    assert (summary["rows"], summary["reasons"]["error"], summary["teacher"]) == (16, 0, NAME)
+    card = (made / "README.md").read_text()
+    assert f"rewritten by {NAME}" in card and "this is no self-distillation" in card
+    assert "self-data-distillation" not in card and "Self-Data" not in card
+    written = [path for path in tmp_path.rglob("*") if path.is_file() and b"PLANTED" in path.read_bytes()]
+    assert not written and "PLANTED" not in first.stderr + again.stderr + first.stdout + again.stdout

@@ -1,0 +1,61 @@
+"""The pages of reports: the ladder, and tables that are cards on a phone."""
+
+import re
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from sdft_ray.core.recovery import mean_error
+from sdft_ray.report import page, plots
+
+
+def entry(model: str, values: list[float], error: float | None = 0.02) -> SimpleNamespace:
+    scores = {str(i): SimpleNamespace(value=value, stderr=error) for i, value in enumerate(values)}
+    return SimpleNamespace(model=model, quality=SimpleNamespace(tasks=scores, mean=float(np.mean(values))))
+
+
+def test_ladder_has_every_step_in_order_and_the_base_as_a_line():
+    names = ["pruned", "patched", "sft", "distilled", "slerp"]
+    svg = plots.ladder([entry("base", [0.5, 0.7]), *(entry(name, [0.3, 0.5], error=None) for name in names)])
+    assert [text for text in re.findall(r">([\w ]+)</text>", svg) if text in names] == names
+    assert "base 60.0" in svg and "currentColor" in svg
+
+
+def test_mean_error_is_the_spread_of_means_over_tasks():
+    random = np.random.default_rng(0)
+    draws = np.stack([random.normal(0, error, 40_000) for error in (0.03, 0.01, 0.05)])
+    assert mean_error([0.03, 0.01, 0.05]) == pytest.approx(draws.mean(axis=0).std(), rel=0.02)
+    assert mean_error([0.03, None]) is None and mean_error([]) is None
+
+
+class Cards(HTMLParser):
+    """The tables of a page that are cards: header, and lines of (text, name) a cell."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside, self.lines = False, []
+
+    def handle_starttag(self, tag, attrs):
+        fields = dict(attrs)
+        self.inside = fields.get("class") == "cards" if tag == "table" else self.inside
+        if self.inside and tag == "tr":
+            self.lines.append([])
+        if self.inside and tag in ("td", "th"):
+            self.lines[-1].append(["", fields.get("data-name")])
+
+    def handle_data(self, data):
+        if self.inside and self.lines and self.lines[-1]:
+            self.lines[-1][-1][0] += data.strip()
+
+
+def test_page_of_a_sweep_names_every_figure_of_a_card_as_the_head_of_its_column(collected, tmp_path):
+    cards = Cards()
+    cards.feed(page.render_sweep(collected.model_copy(update={"maps": []}), tmp_path))
+    head, *lines = cards.lines
+    assert len(lines) == len(collected.models) + len(collected.groups)
+    for line in lines:
+        assert len(line) == len(head)
+        for (text, name), (column, _) in list(zip(line, head, strict=True))[1:]:
+            assert name == (column if text else None)

@@ -1,0 +1,73 @@
+"""The Python surface: what `from sdft_ray import run, sweep, report` promises, frozen."""
+
+import inspect
+import subprocess
+import sys
+
+import pandas
+import pytest
+import yaml
+
+import sdft_ray
+from sdft_ray import report, run, sweep
+from sdft_ray.errors import UserError
+from sdft_ray.sweep import planning
+
+# Whoever changes a line here breaks the code of others: add parameters with defaults at most.
+SURFACE = {
+    "run": "(recipe: 'Source', *, compute: 'Source | None' = None, root: 'str | os.PathLike[str]' = './artifacts', "
+    "overrides: 'Mapping[str, Any] | None' = None, until: 'str | None' = None) -> 'dict[str, str]'",
+    "sweep": "(sweep: 'Source', *, compute: 'Source | None' = None, root: 'str | os.PathLike[str]' = './artifacts') "
+    "-> 'dict[str, str]'",
+    "report": "(source: 'Source', *, root: 'str | os.PathLike[str]' = './artifacts', "
+    "overrides: 'Mapping[str, Any] | None' = None) -> 'pandas.DataFrame'",
+}
+
+
+def test_surface_is_frozen():
+    assert {*SURFACE} == {*sdft_ray.__all__}
+    for name, signature in SURFACE.items():
+        function = getattr(sdft_ray, name)
+        assert str(inspect.signature(function)) == signature and "Return" in (function.__doc__ or "").title()
+
+
+def test_surface_stays_functions_beside_folders_of_the_same_names():
+    assert sdft_ray.sweep is sweep and sdft_ray.report is report and sdft_ray.run is run
+    assert planning.__name__ == "sdft_ray.sweep.planning"
+    with pytest.raises(AttributeError, match="no attribute 'swep'"):
+        _ = sdft_ray.swep
+
+
+def test_surface_import_loads_nothing_heavy():
+    code = "import sys; from sdft_ray import run, sweep, report; import sdft_ray.sweep.planning; "
+    code += (
+        "print([m for m in ('torch', 'ray', 'pandas', 'transformers') if m in sys.modules], sdft_ray.sweep is sweep)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[] True"
+
+
+def test_report_of_a_sweep_has_a_line_for_each_trial_by_file_and_by_content(collected, tmp_path, monkeypatch):
+    frame = report(tmp_path / "sweep.yaml", root=tmp_path / "artifacts")
+    assert len(frame) == len(collected.trials) == 9
+    assert {*frame.status} == {"done", "missing", "failed"}
+    done = frame[frame.status == "done"].set_index("id")
+    for trial in collected.trials:
+        if trial.result:
+            assert done.loc[trial.id, "recovery"] == pytest.approx(trial.result.quality.recovery)
+            assert done.loc[trial.id, "arc_easy"] == trial.result.quality.tasks["arc_easy"].value
+    monkeypatch.chdir(tmp_path)
+    content = yaml.safe_load((tmp_path / "sweep.yaml").read_text())
+    pandas.testing.assert_frame_equal(report(content, root="artifacts"), frame)
+
+
+def test_report_of_a_recipe_that_is_not_finished_says_so(collected, tmp_path):
+    with pytest.raises(UserError, match=r"recipe.yaml: is not finished \(missing: "):
+        report(str(tmp_path / "recipe.yaml"), root=tmp_path / "artifacts", overrides={"train.rows": 8})
+
+
+def test_run_of_a_wrong_value_is_the_commands_line(tmp_path):
+    with pytest.raises(UserError, match=r"train\.lrr: unknown key\. Did you mean lr\?"):
+        run({"model": {"path": "m"}, "train": {"lrr": 1}}, root=tmp_path)
+    with pytest.raises(UserError, match=r"^axes: "):
+        sweep({"recipe": "recipe.yaml", "axes": 3}, root=tmp_path)

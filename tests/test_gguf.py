@@ -1,0 +1,204 @@
+"""A GGUF file holds the model: transformers reads its weights back, and llama.cpp writes the same text."""
+
+import json
+import urllib.request
+from pathlib import Path
+
+import gguf as library
+import pytest
+import torch
+from architectures import generated_by, load, prune
+from tiny import CHAT_TEMPLATE, make_tiny_model, make_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from sdft_ray import cli
+from sdft_ray.errors import StageFailed, UserError
+from sdft_ray.progress import Progress
+from sdft_ray.publish import gguf
+from sdft_ray.publish.vocabulary import name_pre_tokenizer
+
+torch.set_num_threads(1)
+
+STRETCHED = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+VARIANTS = {
+    "llama": {},
+    "llama, untied": {"tie_word_embeddings": False},
+    "llama, stretched": {"rope_parameters": {**STRETCHED, "original_max_position_embeddings": 64}},
+    "mistral": {"sliding_window": None},
+    "granite": {
+        "attention_multiplier": 0.2,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "logits_scaling": 2.0,
+    },
+    "qwen2": {},
+    "qwen3": {},
+}
+
+
+def make_model(folder: Path, variant: str, **overrides) -> Path:
+    """Write a tiny model whose tokenizer has a merge, without which llama.cpp reads none."""
+    vocabulary = {"vocab_size": len(tokenizer := make_tokenizer([("a", "t")])) + 2}  # two rows that stand for nothing
+    settings = {**vocabulary, **VARIANTS.get(variant, {}), **overrides}
+    model = make_tiny_model(folder / variant, variant.partition(",")[0], **settings)
+    tokenizer.save_pretrained(model)
+    return model
+
+
+def write(model: Path, name: str = "f16") -> gguf.Written:
+    return gguf.write_gguf(model, model.parent / f"{name}.gguf", gguf.FORMATS[name], "tiny", Progress("export"))
+
+
+def fields(file: Path) -> dict:
+    return {name: field.contents() for name, field in library.GGUFReader(file).fields.items()}
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen3"])
+def test_file_in_float16_is_read_back_by_transformers_as_the_rounded_weights(variant, tmp_path):
+    cut = prune(make_model(tmp_path, variant), tmp_path / "cut", (1, 3))
+    written = write(cut)
+    back = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=written.file.name, dtype=torch.float32)
+    assert back.config.num_hidden_layers == 4
+    weights = back.state_dict()
+    for name, weight in load(cut).state_dict().items():
+        expected = weight if weight.dim() < 2 else weight.half().float()
+        assert torch.equal(weights[name], expected), name
+
+
+def test_file_in_8_bits_is_read_back_within_what_is_stated(tmp_path):
+    model = make_model(tmp_path, "llama")
+    written = write(model, "q8_0")
+    back = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=written.file.name, dtype=torch.float32).state_dict()
+    largest = 0.0
+    for name, weight in load(model).state_dict().items():
+        off = (back[name] - weight).abs()
+        if weight.dim() == 2:
+            blocks = weight.abs().reshape(-1, 32).amax(1)
+            assert (off.reshape(-1, 32).amax(1) <= 0.0045 * blocks + 4e-6).all(), name
+            largest = max(largest, off.max().item())
+        else:
+            assert not off.any(), name
+    assert written.largest_error == pytest.approx(largest)
+    assert largest > 0
+
+
+def test_file_holds_the_template_the_special_tokens_and_every_token(tmp_path):
+    model = make_model(tmp_path, "qwen2")
+    written, tokenizer = fields(write(model).file), AutoTokenizer.from_pretrained(model)
+    assert written["tokenizer.chat_template"] == CHAT_TEMPLATE
+    assert written["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id
+    assert written["tokenizer.ggml.add_bos_token"] is False
+    tokens, kinds = written["tokenizer.ggml.tokens"], written["tokenizer.ggml.token_type"]
+    assert tokenizer.convert_tokens_to_ids(tokens[:-2]) == [*range(len(tokens) - 2)]
+    assert (kinds[:3], set(kinds[3:-2]), kinds[-2:]) == ([3, 3, 3], {1}, [5, 5])
+    assert written["qwen2.block_count"] == 6 and written["general.file_type"] == library.LlamaFileType.MOSTLY_F16
+
+
+def test_weights_beyond_float16_are_refused_and_bfloat16_holds_them(tmp_path):
+    model = make_model(tmp_path, "llama")
+    large = load(model)
+    large.model.layers[0].mlp.up_proj.weight.data[0, 0] = 1e5
+    large.save_pretrained(model)
+    with pytest.raises(UserError, match=r"up_proj\.weight: holds weights up to 1e\+05, .* Give --format bf16"):
+        write(model)
+    assert not [*tmp_path.glob("*.gguf*"), *tmp_path.glob(".*")]
+    assert write(model, "bf16").largest_error == 0
+
+
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+WINDOWS = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 3}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "overrides", "what"),
+    [
+        ("gemma2", {}, r"is a gemma2 model, which is not written as GGUF here \(known: granite, llama"),
+        ("qwen2", WINDOWS, "has windows of attention, which the GGUF of a qwen2 model cannot say"),
+        ("mistral", {"sliding_window": 4}, "has windows of attention, which the GGUF of a llama model cannot say"),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
+            r"positions \(linear\)",
+        ),
+    ],
+)
+def test_model_that_gguf_cannot_say_is_refused_by_name(architecture, overrides, what, tmp_path):
+    with pytest.raises(UserError, match=what):
+        write(make_model(tmp_path, architecture, **overrides))
+
+
+def test_tokenizers_have_llama_cpps_names_and_others_are_refused(tmp_path):
+    def name(pre: dict, **model) -> str:
+        path = tmp_path / "tokenizer.json"
+        path.write_text(json.dumps({"pre_tokenizer": pre, "model": {"type": "BPE", "merges": [["a", "t"]], **model}}))
+        return name_pre_tokenizer(path)
+
+    words = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    digits = {"type": "Digits", "individual_digits": True}
+    assert name(words) == "gpt-2"
+    assert name({"type": "Sequence", "pretokenizers": [digits, words]}) == "smollm"
+    for wrong, what in (
+        (lambda: name({"type": "Metaspace"}, byte_fallback=True), "holds a tokenizer SentencePiece's"),
+        (lambda: name({"type": "Whitespace"}), r"in a way that has no name here \(Whitespace\)"),
+        (lambda: name(words, merges=[]), "holds no merges"),
+    ):
+        with pytest.raises(UserError, match=what):
+            wrong()
+
+
+def test_formats_that_are_not_written_are_one_line_with_a_remedy(tmp_path, capsys):
+    assert cli.main(["export", str(tmp_path), "--format", "q4_k_m"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("--format: q4_k_m is not written: the gguf package reads K-quants and cannot make them. ")
+    assert "llama-quantize FILE.gguf OUT.gguf Q4_K_M" in error
+    assert cli.main(["export", str(tmp_path), "--format", "q8"]) == 2
+    assert capsys.readouterr().err == "--format: q8 is not written. Did you mean q8_0?\n"
+
+
+def test_disk_that_is_too_small_is_one_line_and_leaves_nothing(small_disk, tmp_path):
+    model = make_model(tmp_path, "llama", hidden_size=512, intermediate_size=1536)
+    with pytest.raises(StageFailed, match=rf"^{small_disk}: has .* MB left, and the file takes .* MB\. Make space"):
+        gguf.write_gguf(model, small_disk / "f.gguf", gguf.FORMATS["f16"], "tiny", Progress("export"))
+    assert not [*small_disk.iterdir()]
+
+
+def test_export_writes_under_the_root_and_prints_how_to_serve(tmp_path, capsys):
+    model, root = make_model(tmp_path, "llama"), tmp_path / "root"
+    assert cli.main(["export", str(model), "--format", "q8_0", "--root", str(root)]) == 0
+    file = root / "exports" / "llama-q8_0.gguf"
+    first, *serve = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"{file}: 0.2 MB, 56 tensors, read back and within 0.003")
+    assert serve == [
+        f"llama-server --model {file} --ctx-size 2048 --jinja",
+        f"vllm serve {model}  # the directory itself",
+    ]
+    assert cli.main(["export", str(model), "--out", str(tmp_path / "own.gguf"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["file"] == str(tmp_path / "own.gguf")
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_llama_cpp_writes_the_text_of_transformers(variant, tmp_path):
+    xllamacpp = pytest.importorskip("xllamacpp", reason="needs llama.cpp: pip install xllamacpp")
+    model = prune(make_model(tmp_path, variant), tmp_path / "cut", (0, 2, 5))
+    settings = xllamacpp.CommonParams()
+    settings.model.path = str(write(model).file)
+    settings.n_ctx, settings.n_parallel, settings.cpuparams.n_threads, settings.warmup = 256, 1, 1, False
+    server = xllamacpp.Server(settings)
+
+    def ask(path: str, **body) -> dict:
+        request = urllib.request.Request(server.listening_address + path, json.dumps(body).encode())
+        request.add_header("Content-Type", "application/json")
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    messages = [{"role": "user", "content": "What is 12 + 3 at 4.5?\n\n\tIt's ünï 日本 🙂"}]
+    text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert ask("/apply-template", messages=messages)["prompt"] == text
+    ids = tokenizer(text).input_ids
+    assert ask("/tokenize", content=text, add_special=True, parse_special=True)["tokens"] == ids
+    never_end = [[tokenizer.eos_token_id, False]]
+    answer = ask("/completion", prompt=ids, n_predict=16, temperature=0, return_tokens=True, logit_bias=never_end)
+    (expected,) = generated_by(load(model), torch.tensor([ids]), use_cache=True)
+    assert answer["tokens"] == expected[len(ids) :]

@@ -1,0 +1,191 @@
+"""What is pushed to a hub, with which card, and what a hub that refuses or breaks leaves behind."""
+
+import json
+import shutil
+
+import pytest
+from hub import KEY, Hub
+from huggingface_hub import DatasetCard, HfApi, ModelCard, constants
+from published import SECRET, Root, make_root
+
+from sdft_ray import cli
+from sdft_ray.errors import StageFailed, UserError
+from sdft_ray.progress import Progress
+from sdft_ray.publish import hub
+from sdft_ray.store.storage import Storage
+
+NAME = "me/smaller"
+
+
+@pytest.fixture(scope="module")
+def root(tiny_model, tmp_path_factory) -> Root:
+    return make_root(tiny_model, tmp_path_factory.mktemp("published"))
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A hub of its own, which the client reaches by plain HTTP and without waiting between two tries."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    started = Hub()
+    yield started
+    started.shutdown()
+    started.server_close()
+
+
+def push(server: Hub, root: Root, *targets: str, name: str = NAME, private: bool = False, key: str = KEY) -> list[str]:
+    publications = hub.gather(targets, name, None, root.storage)
+    return hub.push(publications, name, private, HfApi(server.url, token=key), Progress("push"))
+
+
+def card_of(root: Root, target: str, base: str | None = None) -> ModelCard:
+    (publication,) = hub.gather([target], NAME, base, root.storage)
+    return ModelCard(publication.card, ignore_metadata_errors=False)
+
+
+def test_pushed_model_and_data_set_are_one_commit_each_with_every_file(server, root):
+    addresses = push(server, root, root.trained, root.distilled)
+    model, data = server.repositories["model", NAME], server.repositories["dataset", NAME]
+    assert model.commits == [f"train {root.trained} of sdft_ray"]
+    assert data.commits == [f"distill {root.distilled} of sdft_ray"]
+    assert addresses == [f"{server.url}/{prefix}{NAME}/commit/{1:040}" for prefix in ("datasets/", "")]
+    place = root.storage.find(root.trained)
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "losses.json"):
+        assert model.files[name] == (place / name).read_bytes()
+    assert data.files["train.parquet"] == (root.storage.find(root.distilled) / "train.parquet").read_bytes()
+    assert model.files["adapter/adapter_model.safetensors"] == b"weights"
+
+
+def test_pushed_files_hold_no_name_of_a_path_or_machine(server, root):
+    push(server, root, root.trained)
+    files = server.repositories["model", NAME].files
+    assert not [name for name, content in files.items() if SECRET in name or SECRET.encode() in content]
+    assert "manifest.json" not in files
+    assert json.loads(files["adapter/adapter_config.json"]) == {"r": 4, "base_model_name_or_path": None}
+
+
+def test_card_of_a_trained_model_has_what_the_manifests_say(root):
+    card = card_of(root, root.trained)
+    assert card.data.base_model == "some/tiny" and card.data.library_name == "transformers"
+    (result,) = card.data.eval_results
+    assert (result.dataset_type, result.metric_type, result.metric_value) == ("arc_easy", "acc_norm", 50.0)
+    for part in (
+        "some/tiny without 2 of its 6 decoder blocks: 1, 3, counted from 0",
+        "3 steps on 3 rows: answers that the unpruned model rewrote (arm `distilled`)",
+        "| arc_easy | 4 | 75.0 ±25.0 | 50.0 ±25.0 | -25.0 [-75.0, +0.0] |",
+        "Recovery: 66.7 % of the base's mean",
+        "**Limited**",
+        "sums (licence of the source: unknown)",
+        f'AutoModelForCausalLM.from_pretrained("{NAME}"',
+        "lr: 0.1",
+    ):
+        assert part in card.text
+    assert "None" not in card.text
+
+
+def test_card_of_a_cut_says_that_it_is_not_restored_and_was_not_evaluated(root):
+    text = card_of(root, root.cut).text
+    assert "**Its quality is not restored**" in text and "This model was not evaluated." in text
+    assert "adapter" not in text and "Trained on" not in text
+
+
+def test_card_names_the_licence_file_and_the_data_set_that_are_pushed_along(root, tiny_model, tmp_path):
+    other = tmp_path / "model"
+    shutil.copytree(tiny_model, other)
+    (other / "LICENSE").write_text("terms")
+    licensed = make_root(other, tmp_path)
+    _, model = hub.gather([licensed.trained, licensed.distilled], NAME, None, licensed.storage)
+    data = ModelCard(model.card).data
+    assert (data.license, data.license_link, data.datasets) == ("other", "LICENSE", [NAME])
+    assert "see [LICENSE](LICENSE)" in model.card
+
+
+def test_card_of_a_base_without_a_name_takes_the_one_that_is_given(root, monkeypatch):
+    assert card_of(root, root.trained, base="theirs/tiny").data.base_model == "theirs/tiny"
+
+
+def test_data_set_has_the_card_that_its_stage_wrote(root):
+    (publication,) = hub.gather([root.distilled], NAME, None, root.storage)
+    assert DatasetCard(publication.card).data.configs[0]["data_files"] == "train.parquet"
+
+
+def test_connection_that_breaks_in_an_upload_is_tried_again(server, root):
+    server.drop = 2
+    push(server, root, root.trained)
+    model = server.repositories["model", NAME]
+    assert model.files["model.safetensors"] == (root.storage.find(root.trained) / "model.safetensors").read_bytes()
+    assert len(model.commits) == 1
+
+
+def test_connection_that_stays_broken_publishes_nothing_and_the_next_push_uploads_the_rest(server, root):
+    server.drop = 100
+    with pytest.raises(
+        StageFailed, match=rf"^{NAME}: the connection to the hub broke in .*; nothing was published\. Run"
+    ):
+        push(server, root, root.trained, root.distilled)
+    assert [repository.commits for repository in server.repositories.values()] == [[], []]
+    server.drop = 0
+    server.large |= {}  # what was uploaded whole stays there
+    push(server, root, root.trained, root.distilled)
+    uploads = [request for request in server.requests if request.startswith("PUT")]
+    server.requests.clear()
+    push(server, root, root.trained, root.distilled)
+    assert uploads and not [request for request in server.requests if request.startswith("PUT")]
+
+
+def test_wrong_key_name_of_others_and_public_repository_are_one_line_each(server, root):
+    with pytest.raises(UserError, match=rf"^{NAME}: the hub refuses your token\. Set HF_TOKEN"):
+        push(server, root, root.cut, key="hf_wrong")
+    with pytest.raises(
+        UserError, match=r"^others/x: belongs to others, or your token may not write there\. Give another"
+    ):
+        push(server, root, root.cut, name="others/x")
+    assert not server.repositories
+    push(server, root, root.cut)
+    with pytest.raises(UserError, match=rf"^--private: the model {NAME} is there and public\."):
+        push(server, root, root.cut, private=True)
+    push(server, root, root.cut, name="me/mine", private=True)
+    assert server.repositories["model", "me/mine"].private
+
+
+def test_second_push_takes_away_weights_of_the_first_that_it_does_not_have(server, root):
+    push(server, root, root.trained)
+    server.repositories["model", NAME].files |= {"model-00001-of-00002.safetensors": b"old", "notes.md": b"mine"}
+    push(server, root, root.cut)
+    names = set(server.repositories["model", NAME].files)
+    assert {"model.safetensors", "notes.md"} <= names
+    assert not [name for name in names if name.startswith(("adapter/", "model-"))]
+
+
+def test_what_cannot_be_pushed_is_refused_by_name(root, tmp_path):
+    with pytest.raises(UserError, match=rf"^{root.rows}: is of stage rows: neither a model nor a data set made here"):
+        hub.gather([root.rows], NAME, None, root.storage)
+    with pytest.raises(
+        UserError, match=rf"^{root.trained}: is a model, and so is {root.cut}; one name holds one of each"
+    ):
+        hub.gather([root.cut, root.trained], NAME, None, root.storage)
+    with pytest.raises(UserError, match=r"^--to: smaller has no owner\. Give OWNER/smaller"):
+        hub.require_name("smaller")
+    with pytest.raises(UserError, match=r"^--to: a/b/c cannot be a name"):
+        hub.require_name("a/b/c")
+    shutil.copytree(root.storage.root, tmp_path / "root")
+    damaged = Storage(str(tmp_path / "root"))
+    with (damaged.find(root.cut) / "model.safetensors").open("r+b") as file:
+        file.write(b"x")
+    with pytest.raises(UserError, match=r"model\.safetensors: is altered"):
+        hub.gather([root.cut], NAME, None, damaged)
+
+
+def test_dry_run_lists_files_and_card_and_asks_nobody_and_no_key_is_one_line(root, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    arguments = ["push", root.trained, "--to", NAME, "--root", str(root.storage.root)]
+    assert cli.main([*arguments, "--dry-run", "--private"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"model {NAME}, private: ") and "  model.safetensors\n" in shown
+    assert "# smaller\n" in shown and "tensorboard" not in shown
+    assert cli.main([*arguments, "--dry-run", "--json"]) == 0
+    (described,) = json.loads(capsys.readouterr().out)
+    assert described["kind"] == "model" and described["files"]["README.md"] == len(described["card"].encode())
+    assert cli.main(arguments) == 2
+    assert capsys.readouterr().err.startswith("HF_TOKEN: is not set, and nobody is logged in. Set it")
