@@ -361,14 +361,9 @@ def several_corpora(losses: Losses | Greedy) -> list[str]:
 def greedy_rows(greedy: Greedy) -> Iterator[list[str]]:
     """Yield a row for each step."""
     for step in greedy.steps:
-        yield [
-            str(step.block),
-            f"{step.loss:.3f}",
-            "-" if step.runner_up is None else str(step.runner_up),
-            "-" if step.runner_up_loss is None else f"{step.runner_up_loss:.3f}",
-            f"{step.agreement:.0%}",
-            *(f"{step.losses[corpus]:.3f}" for corpus in several_corpora(greedy)),
-        ]
+        other = ("-", "-") if step.runner_up is None else (str(step.runner_up), f"{step.runner_up_loss:.3f}")
+        each = (f"{step.losses[corpus]:.3f}" for corpus in several_corpora(greedy))
+        yield [str(step.block), f"{step.loss:.3f}", *other, f"{step.agreement:.0%}", *each]
 
 
 DRAFT_COLUMNS = (

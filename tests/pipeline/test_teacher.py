@@ -15,6 +15,7 @@ from tiny import make_tiny_model
 from sdft_ray import pipeline
 from sdft_ray.errors import UserError
 from sdft_ray.preflight.checks import check
+from sdft_ray.report.lines import selection_line
 from sdft_ray.spec.compute import Compute, Distill, load_compute
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.sources import KEY_VARIABLE
@@ -186,6 +187,14 @@ def test_parallel_sizes_must_divide_the_heads_and_leave_each_group_a_block(recip
         check(taught, spread(pipeline_parallel_size=6))
     check(taught, spread(pipeline_parallel_size=2))
     assert "pipeline_parallel_size: 2 does not divide the 5 blocks" in capsys.readouterr().err
+
+
+def test_reports_name_a_teacher_that_is_not_the_base():
+    counts = {"rows": 2, "kept": 2, "acceptance": 1.0, "reasons": {"kept": 2}}
+    counts |= {"generations": 2, "generated_tokens": 4, "mean_generated_tokens": 2.0}
+    own, others = distill.Summary(**counts), distill.Summary(**counts, teacher="big")
+    assert selection_line(own) == "Rewrites: 2 of 2 rows kept."
+    assert selection_line(others) == "Rewrites by big, which is not the base: 2 of 2 rows kept."
 
 
 def write(folder: Path, recipe: dict) -> None:

@@ -381,6 +381,26 @@ def test_distill_finds_its_ledger_after_the_model_and_the_rows_got_other_names(r
     assert len(logged(tmp_path / "log")) == 20, "only the ten new rows were asked for"
 
 
+def test_distill_asks_another_teacher_in_its_own_template_and_names_it(ray_cluster, tiny_model, tmp_path):
+    other, log = make_tiny_model(tmp_path / "other"), tmp_path / "log"
+    template = (other / "chat_template.jinja").read_text()
+    (other / "chat_template.jinja").write_text("{{ 'Speak. ' }}" + template)
+    work = make_work(tmp_path, tiny_model, 6, engine=fake_engine(log), seeds="engine")
+    teacher = Stage("model", "big-teacher", 1, {"other": True}, location=other)
+    work = dataclasses.replace(
+        work, stage=dataclasses.replace(work.stage, inputs=work.stage.inputs | {"teacher": teacher})
+    )
+    summary = distill.build(work)
+    assert (summary.kept, summary.teacher) == (6, "big-teacher") and summary.ledger.startswith("big-teacher-")
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    assert all(tokenizer.decode(ids).startswith("Speak. <|im_start|>user\n") for _, ids, _ in logged(log))
+    assert {seed for _, _, seed in logged(log)} == {row["sampling_seed"] for row in written(work)} == {None}
+    card = DatasetCard.load(work.directory / "README.md")
+    assert card.data.tags == ["data-distillation"] and "has its own seed" not in card.text
+    assert "rewritten by big-teacher" in card.text and "this is no self-distillation" in card.text
+    assert distill.Summary.model_validate(summary.plain()) == summary
+
+
 def test_ledger_moves_with_sampling_but_not_with_rows_names_or_checks(tmp_path, tiny_model):
     def name_of(work):
         return distill.ledger_id(work.stage, instruction_template(work.settings))

@@ -25,7 +25,7 @@ from sdft_ray import (
 from sdft_ray.core.rows import TrainingRow
 from sdft_ray.data.chat import require_trainable
 from sdft_ray.errors import StageFailed, UserError, problem
-from sdft_ray.models.directory import require_loadable, require_same_logits
+from sdft_ray.models.directory import require_loadable
 from sdft_ray.results import HISTORY, METRICS, validations
 from sdft_ray.spec import training
 from sdft_ray.spec.compute import Needs
@@ -49,7 +49,7 @@ from sdft_ray.stages.train.rows import (
     shorten,
 )
 from sdft_ray.stages.train.state import read_checkpoint, steps_in
-from sdft_ray.stages.train.tuned import write_model
+from sdft_ray.stages.train.tuned import require_same_logits, write_model
 from sdft_ray.stages.train.worker import RESULT, Outcome
 from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage, numbered
