@@ -174,7 +174,8 @@ def _mix(each: Sequence[_Known], shares: Sequence[int] | None, count: int | None
 def require_texts(recipe: Recipe, count: Counter, read: FileReader = read_file) -> None:
     """Raise UserError for a calibration corpus that cannot be read, or is too short to take a loss on."""
     needed = 3 if recipe.prune.candidates or recipe.prune.is_greedy else 1  # a third are loss texts
-    for corpus in recipe.prune.calibration if recipe.prune.reads_texts else ():
+    corpora = recipe.prune.calibration if recipe.prune.reads_texts else ()
+    for corpus in corpora:
         if corpus.rows is not None:
             if corpus.rows != "own":
                 read_splits(corpus.rows, read)
@@ -187,9 +188,9 @@ def require_texts(recipe: Recipe, count: Counter, read: FileReader = read_file) 
             what = f"{path} has {usable} texts of two tokens or more (expected {needed} or more)"
             raise UserError(problem("prune.calibration.text", what, "Give more texts"))
     if recipe.evaluate.retention:
-        plain = [corpus for corpus in recipe.prune.calibration if corpus.rows is None]
-        corpora = calibration.describe_corpora(plain, [None] * len(plain))
-        if further := calibration.describe_further(recipe.evaluate.retention, corpora):
+        plain = [corpus for corpus in corpora if corpus.rows is None]
+        described = calibration.describe_corpora(plain, [None] * len(plain))
+        if further := calibration.describe_further(recipe.evaluate.retention, described):
             calibration.read_further(further)
 
 
