@@ -35,7 +35,7 @@ from sdft_ray.store.objects import is_store
 from sdft_ray.sweep.planning import is_sweep
 
 MAX_MB = 90  # Ray's dashboard takes uploads of up to 100 MiB
-_PATHS = ("path", "text", "deepspeed")  # keys of recipes and compute files whose values are local paths
+_PATHS = ("path", "text", "tokenizer", "deepspeed")  # keys of recipes and compute files whose values are local paths
 _FREE = ("options", "template_options")  # keys below which a user's own keys stand
 
 

@@ -22,6 +22,7 @@ from sdft_ray.spec.sources import KEY_VARIABLE
 from sdft_ray.spec.wording import validate
 from sdft_ray.stages import distill, model
 from sdft_ray.stages.distill.draws import instruction_template
+from sdft_ray.submit import job
 
 SERVED = {"endpoint": "http://127.0.0.1:1/v1", "model": NAME}
 
@@ -195,6 +196,12 @@ def test_reports_name_a_teacher_that_is_not_the_base():
     own, others = distill.Summary(**counts), distill.Summary(**counts, teacher="big")
     assert selection_line(own) == "Rewrites: 2 of 2 rows kept."
     assert selection_line(others) == "Rewrites by big, which is not the base: 2 of 2 rows kept."
+
+
+def test_submitted_recipe_takes_a_teachers_tokenizer_along_and_keeps_its_address(tiny_model, tmp_path):
+    shipped: dict[Path, str] = {}
+    teacher = job.with_shipped({**SERVED, "tokenizer": str(tiny_model)}, "teacher", str(tmp_path / "root"), shipped)
+    assert teacher == {**SERVED, "tokenizer": "files/0/tiny"} and shipped == {tiny_model: "files/0/tiny"}
 
 
 def write(folder: Path, recipe: dict) -> None:
