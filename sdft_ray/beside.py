@@ -18,7 +18,7 @@ from sdft_ray.cluster import below_ray, fit_together, in_thread, last_line, on_t
 from sdft_ray.errors import StageFailed, UserError
 from sdft_ray.progress import Progress, log
 from sdft_ray.spec.compute import Compute, Needs
-from sdft_ray.stages import cut, distill, evaluate, loss, score
+from sdft_ray.stages import distill, evaluate, score
 from sdft_ray.store.identity import Stage
 
 Stages = list[Stage[Any]]
@@ -37,7 +37,7 @@ def branches(todo: Sequence[Stage[Any]], compute: Compute) -> Branches | None:
     """Return the way to the cuts and generation where both are open and may run at once; a pool that grows takes what
     there is."""
     pool = compute.distill.actors
-    cuts = [stage for stage in todo if isinstance(stage.settings, score.Settings | loss.Settings | cut.Settings)]
+    cuts = [stage for stage in todo if stage.name in ("score", "loss", "cut")]
     generated = [stage for stage in todo if isinstance(stage.settings, distill.Settings)]
     if not cuts or not generated or pool.min != pool.max:
         return None

@@ -4,8 +4,8 @@ In: a recipe. Out: its `Chain`, and after `run` an artifact for each stage of it
 code, and a finished artifact is not built again.
 
     sources of rows ── mix, where there are several
-    base model ──┬─ score ── loss ── cut ── (patch) ──┬─ train (sft, distilled, logits)
-                 └─ distill ── (targets) ────────────┘            └── merge
+    base model ──┬─ (score) ── (loss) ── cut ── (patch) ─┬─ train (sft, distilled, logits)
+                 └─ distill ── (targets) ───────────────┘            └── merge
     nll: likelihoods of rewrites and references under the base
     draft: pruned, tuned and merged models for the base
     probes ── retention: every model against the base, token by token
@@ -92,9 +92,10 @@ class Chain:
     rows: MixedStage
     corpus_rows: Mapping[str, MixedStage]
     """The rows of calibration corpora that are rows, by `rows_N` for the corpus N."""
-    score: Stage[score.Settings]
-    loss: Stage[loss.Settings] | None
-    pruned: Stage[cut.Settings]
+    score: Stage[score.Settings] | None
+    """None where nothing that is measured chooses the blocks."""
+    loss: loss.LossStage | None
+    pruned: cut.CutStage
     patched: Stage[patch.Settings] | None
     """The pruned model with a linear patch: arms are trained from it where there is one."""
     data: Mapping[str, Data]
@@ -155,14 +156,16 @@ def chain(recipe: Recipe) -> Chain:
     """Return every stage of a recipe, each with its inputs."""
     base = model.stage(recipe.model)
     own = read_sources(recipe.sources, recipe)
-    corpora, corpus_rows = calibration(recipe, own.rows)
-    scored = score.stage(recipe.prune.dtype, corpora, base, corpus_rows)
-    tried = loss.stage(recipe.prune, corpora, base, scored, corpus_rows) if recipe.prune.candidates else None
-    pruned = cut.stage(recipe.prune, base, scored, tried if recipe.prune.metric == "loss" else None)
+    prune = recipe.prune
+    corpora, corpus_rows = calibration(recipe, own.rows) if prune.reads_texts else ((), {})
+    scored = score.stage(prune.dtype, corpora, base, corpus_rows) if prune.is_scored else None
+    is_tried = prune.is_greedy or (prune.is_scored and prune.candidates)
+    tried = loss.stage(prune, corpora, base, scored, corpus_rows) if is_tried else None
+    pruned = cut.stage(prune, base, scored, tried if prune.metric == "loss" else None)
     data = training_data(recipe, base, own)
     models: dict[str, Stage[Any]] = {"base": base, "pruned": pruned}
     start: Stage[Any] = pruned
-    patched = patch.stage(recipe.prune, corpora, base, pruned, corpus_rows) if recipe.prune.patch == "linear" else None
+    patched = patch.stage(prune, corpora, base, pruned, corpus_rows) if prune.patch == "linear" else None
     if patched:
         models["patched"] = start = patched
     train_in = functools.partial(_train, recipe, base, start)

@@ -324,7 +324,7 @@ def _require_weights(directory: Path, config: Mapping[str, Any], teaches: bool) 
         do = "Give the model as it was before, in bfloat16"
         raise UserError(problem(str(directory / "config.json"), f"its weights are quantised ({method})", do))
     embeddings, head = next((places[n] for n in EMBEDDINGS if n in places), None), places.get("lm_head.weight")
-    if embeddings and head and _is_tied(directory, config) and not same_bytes(*embeddings, *head):
+    if embeddings and head and is_tied(directory, config) and not same_bytes(*embeddings, *head):
         what = "tie_word_embeddings is true, but lm_head.weight is not the embeddings"
         raise UserError(problem(str(directory / "config.json"), what, "Set tie_word_embeddings to false"))
 
@@ -365,7 +365,8 @@ def _require_one_layout(directory: Path, read: set[str]) -> None:
         raise UserError(problem(str(directory), what, f"Remove {', '.join(sorted(other))}"))
 
 
-def _is_tied(directory: Path, config: Mapping[str, Any]) -> bool:
+def is_tied(directory: Path, config: Mapping[str, Any]) -> bool:
+    """Return whether a model's head has the weights of its embeddings."""
     if "tie_word_embeddings" in config:
         return bool(config["tie_word_embeddings"])
     from transformers import AutoConfig

@@ -32,7 +32,7 @@ from sdft_ray.spec.compute import Needs
 from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
 from sdft_ray.stages.train import targets
-from sdft_ray.stages.train.adapters import count_parameters, name_adapters, outline_model
+from sdft_ray.stages.train.adapters import blocks_in_scope, count_parameters, name_adapters, outline_model
 from sdft_ray.stages.train.encoded import FOLDER
 from sdft_ray.stages.train.fit import fit
 from sdft_ray.stages.train.fitting import require_fitting
@@ -210,6 +210,8 @@ class _Parts(NamedTuple):
 
 def _look_at(base: Path, settings: training.Train) -> _Parts:
     outline = outline_model(base, settings)
+    if blocks := blocks_in_scope(base, settings):
+        progress.log(f"train: blocks {', '.join(map(str, blocks))} of the pruned model are trained, and nothing else")
     adapted, bare = name_adapters(outline)
     if adapted and bare:
         progress.log(f"train: adapters on {', '.join(adapted)}; none on {', '.join(bare)}: no linear layers")
