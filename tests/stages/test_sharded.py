@@ -239,7 +239,14 @@ def resume_each(rank: int, base: Path, folders: dict[str, Path]) -> dict[str, li
     }
 
 
-@pytest.mark.parametrize(("workers", "method"), [(3, "lora"), (5, "full"), (7, "lora")])
+@pytest.mark.parametrize(
+    ("workers", "method"),
+    [
+        (3, "lora"),
+        pytest.param(5, "full", marks=pytest.mark.full),
+        pytest.param(7, "lora", marks=pytest.mark.full),
+    ],
+)
 def test_a_state_moves_to_workers_that_divide_no_size(alone, tmp_path, workers, method):
     from safetensors.torch import load_file
 
