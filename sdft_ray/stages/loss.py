@@ -19,6 +19,7 @@ from pydantic import Field
 from sdft_ray import stages
 from sdft_ray.cluster import use_assigned_cores
 from sdft_ray.core.choice import Choice
+from sdft_ray.core.surgery import decoder_of
 from sdft_ray.data.calibration import CorpusSettings
 from sdft_ray.errors import UserError, problem
 from sdft_ray.results import CANDIDATES, Candidate, Ranked, read_measured
@@ -191,7 +192,7 @@ def skipped_losses(
     real = position < torch.tensor(lengths, device=device)[:, None]
     counted = (real & (position >= torch.tensor(first, device=device)[:, None]))[:, 1:]  # (B, T-1)
     inputs = {"input_ids": input_ids, "attention_mask": real.long(), "use_cache": False}
-    blocks = list(model.get_decoder().layers)
+    blocks = list(decoder_of(model).layers)
     kinds: set[type] = set()  # of what blocks return: of falcon_h1 it is a tuple
     states: dict[int, Any] = {}  # x(l) for every l at which some candidate begins
 
@@ -247,7 +248,7 @@ def standing_in(model: Any, removed: Sequence[int], state: Any, in_tuple: bool) 
             given = hidden_states if self.given is None else self.given
             return (given,) if in_tuple else given
 
-    decoder, start = model.get_decoder(), min(removed)
+    decoder, start = decoder_of(model), min(removed)
     blocks = decoder.layers
     decoder.layers = torch.nn.ModuleList(
         StandIn(block, state if i == start else None) if i <= start or i in removed else block
