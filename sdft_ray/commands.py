@@ -186,7 +186,7 @@ def _check_sweep(options: argparse.Namespace) -> None:
     from sdft_ray import pipeline
     from sdft_ray.preflight import cuts, precision, savings, teachers
     from sdft_ray.preflight.costs import estimate_sweep
-    from sdft_ray.sweep import planning
+    from sdft_ray.sweep import goal, planning
 
     plan, compute, storage = _load_sweep(options)
     planning.check(plan, compute)
@@ -199,6 +199,8 @@ def _check_sweep(options: argparse.Namespace) -> None:
         print(json.dumps({**saved.plain(), "estimates": [dataclasses.asdict(cost) for cost in costs]}, indent=1))
         return
     print(*cuts.describe(cell.recipe for cell in plan.cells), sep="\n")
+    if plan.goal:
+        print(goal.describe_search(plan))
     savings.show(saved, Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200))
     if costs:
         _show_costs(costs, "Estimate, the most of any recipe")

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from sdft_ray.core.surgery import decoder_of
+
 
 def skipped_losses(
     model: Any,
@@ -35,7 +37,7 @@ def skipped_losses(
     real = position < torch.tensor(lengths, device=device)[:, None]
     counted = (real & (position >= torch.tensor(first, device=device)[:, None]))[:, 1:]  # (B, T-1)
     inputs = {"input_ids": input_ids, "attention_mask": real.long(), "use_cache": False}
-    starts = [min(removed, default=len(model.get_decoder().layers)) for removed in candidates]
+    starts = [min(removed, default=len(decoder_of(model).layers)) for removed in candidates]
     losses: dict[int, Any] = {}
     at, state = 0, None  # x(at), where a block stands before it
     in_tuple = _returns_tuples(model)
@@ -61,7 +63,7 @@ def _returns_tuples(model: Any) -> bool:
     def stop(_module: Any, _args: Any, output: Any) -> None:
         raise _Reached(output)
 
-    hook = model.get_decoder().layers[0].register_forward_hook(stop)
+    hook = decoder_of(model).layers[0].register_forward_hook(stop)
     try:
         with torch.inference_mode():
             model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
@@ -80,7 +82,7 @@ def _state_before(
     def stop(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _Reached(args[0] if args else kwargs["hidden_states"])
 
-    hook = model.get_decoder().layers[block].register_forward_pre_hook(stop, with_kwargs=True)
+    hook = decoder_of(model).layers[block].register_forward_pre_hook(stop, with_kwargs=True)
     try:
         with standing_in(model, gone, at, state, in_tuple):
             model(**inputs)
@@ -113,7 +115,7 @@ def standing_in(model: Any, removed: Collection[int], start: int, state: Any, in
             given = hidden_states if self.given is None else self.given
             return (given,) if in_tuple else given
 
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     blocks = decoder.layers
     decoder.layers = torch.nn.ModuleList(
         StandIn(block, state if i == start - 1 else None) if i < start or i in removed else block

@@ -158,6 +158,12 @@ def block_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
+def decoder_of(model: Any) -> Any:
+    """Return the part of a loaded model that holds its blocks as `layers`."""
+    found = model.get_decoder()
+    return found if hasattr(found, "layers") else found.model  # llama4's head returns itself
+
+
 def prune_config(config: Mapping[str, Any], removed: Sequence[int]) -> dict[str, Any]:
     """Return config.json for the model without the `removed` blocks.
 

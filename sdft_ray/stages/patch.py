@@ -16,6 +16,7 @@ from pydantic import Field
 
 from sdft_ray import stages
 from sdft_ray.cluster import use_assigned_cores
+from sdft_ray.core.surgery import decoder_of
 from sdft_ray.data.calibration import Corpus, CorpusSettings, Text
 from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
@@ -188,7 +189,7 @@ def see_gaps(model: Any, text: Text, around: Sequence[tuple[int, int]]) -> Itera
     def stop(_module: Any, _args: Any, _output: Any) -> None:
         raise _Seen
 
-    layers = model.get_decoder().layers
+    layers = decoder_of(model).layers
     hooks = []
     for before, behind in around:
         for part in last_parts(layers[before], model.config.model_type):

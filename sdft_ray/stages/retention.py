@@ -20,6 +20,7 @@ from sdft_ray import stages
 from sdft_ray.cluster import use_assigned_cores
 from sdft_ray.core.recovery import Estimate, ratio
 from sdft_ray.core.retention import Measured, Nearness, Probe, compare, read_lines, write_lines
+from sdft_ray.core.surgery import decoder_of
 from sdft_ray.errors import UserError, problem
 from sdft_ray.results import PROBES, RETENTION
 from sdft_ray.spec.compute import Needs
@@ -167,7 +168,7 @@ def compare_models(base: Any, model: Any, probe: Probe, piece_logits: int = PIEC
 def read_once(model: Any, ids: Any) -> Iterator[None]:
     """Let a model's blocks read ids (1, T) now, and its head whatever part of that it is asked for, through the model's
     own code, which may scale or cap logits."""
-    body = model.get_decoder()
+    body = decoder_of(model)
     output = body(input_ids=ids, use_cache=False)
     body.forward = lambda *_, **__: output  # in place of the class's own
     try:

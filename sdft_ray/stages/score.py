@@ -16,6 +16,7 @@ from typing import Any
 from sdft_ray import stages
 from sdft_ray.cluster import use_assigned_cores
 from sdft_ray.core.choice import Choice, JointChoice
+from sdft_ray.core.surgery import decoder_of
 from sdft_ray.data.calibration import CorpusSettings
 from sdft_ray.errors import UserError, problem
 from sdft_ray.results import DISTANCES, TEXTS, Corpus, Distances, MeasuredCorpus
@@ -186,8 +187,8 @@ def pass_by(model: Any, ids: Sequence[list[int]], first: Sequence[int]) -> tuple
     def leaves(_module: Any, _args: Any, output: Any) -> None:
         see(output[0] if isinstance(output, tuple) else output)
 
-    hooks = [block.register_forward_pre_hook(enters, with_kwargs=True) for block in model.get_decoder().layers]
-    hooks.append(model.get_decoder().layers[-1].register_forward_hook(leaves))
+    hooks = [block.register_forward_pre_hook(enters, with_kwargs=True) for block in decoder_of(model).layers]
+    hooks.append(decoder_of(model).layers[-1].register_forward_hook(leaves))
     try:
         with torch.inference_mode():
             model(input_ids=input_ids, attention_mask=real.long(), use_cache=False)

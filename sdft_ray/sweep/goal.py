@@ -8,6 +8,7 @@ log2(n + 1), rounded up, are trained. Nothing is remembered but artifacts: what 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -105,6 +106,14 @@ def describe(plan: Plan, tried: Tried) -> str:
         found = f"recovery {tried.recovery.value:.1f} % [{tried.recovery.low:.1f}, {tried.recovery.high:.1f}]"
     verdict = "meets" if tried.meets else "misses"
     return f"{tried.blocks} blocks: {found}, which {verdict} {plan.goal.recovery:g} %"
+
+
+def describe_search(plan: Plan) -> str:
+    """Return in words what the search will take at most."""
+    assert plan.goal
+    depths = len({cell.values[DEPTH] for cell in plan.cells})
+    most = math.ceil(math.log2(depths + 1))
+    return f"Goal: at most {most} of {depths} depths are trained. What is counted below is that of all of them."
 
 
 def _judge(part: Plan, blocks: int, storage: Storage) -> Tried:

@@ -15,7 +15,16 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
-from sdft_ray.core.surgery import BLOCK, BY_POSITION, EMBEDDINGS, PER_BLOCK, count_blocks, name_blocks, older_rope
+from sdft_ray.core.surgery import (
+    BLOCK,
+    BY_POSITION,
+    EMBEDDINGS,
+    PER_BLOCK,
+    count_blocks,
+    decoder_of,
+    name_blocks,
+    older_rope,
+)
 from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
 from sdft_ray.models.directory import WEIGHTS_INDEX, weight_files
@@ -298,7 +307,7 @@ def _check_base_logits(model: Model) -> Finding:
     if (manifest := read_manifest(model.directory)) and manifest.stage == "patch":
         raise _Skipped("a patched model computes other logits")
     network = load_in_float32(model.base)
-    with _skipping(network, _removed(model, len(network.get_decoder().layers))):
+    with _skipping(network, _removed(model, len(decoder_of(network).layers))):
         difference = max(float((compute_logits(network, ids) - logits).abs().max()) for ids, logits in model.generated)
     says = f"logits differ by {difference:.2g} from the base's with these blocks skipped (limit {SAME_LOGITS:g})"
     if not difference <= SAME_LOGITS:
@@ -345,7 +354,7 @@ def _skipping(network: Any, removed: Sequence[int]) -> Iterator[None]:
         given = args[0] if args else kwargs["hidden_states"]
         return (given,) if isinstance(output, tuple) else given
 
-    layers = network.get_decoder().layers
+    layers = decoder_of(network).layers
     hooks = [layers[block].register_forward_hook(return_input, with_kwargs=True) for block in removed]
     try:
         yield
