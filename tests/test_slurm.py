@@ -132,8 +132,7 @@ def test_script_runs_a_recipe_on_a_real_ray_and_takes_it_down(tiny_model, tmp_pa
         "prune": {"blocks": 2, "calibration": {"text": "texts.txt", "limit": 3}},
         "evaluate": {"tasks": ["held_out"]},
     }
-    one = {"cpus": 1}
-    compute = {"score": one, "distill": one, "train": {**one, "workers": 1}, "evaluate": one}
+    compute = {"score": {"cpus": 1}, "distill": {"cpus": 1}, "train": {"cpus": 1, "workers": 1}}
     for name, content in {"recipe.yaml": recipe, "compute.yaml": compute}.items():
         (tmp_path / name).write_text(yaml.safe_dump(content))
     script = slurm.render(tmp_path / "recipe.yaml", tmp_path / "compute.yaml", str(tmp_path / "root"), "cut")

@@ -49,7 +49,7 @@ _FAMILIES = {
 FORMATS = {"f16": Kind.F16, "bf16": Kind.BF16, "q8_0": Kind.Q8_0}
 """How matrices may be stored."""
 _BLOCK = 32  # weights of q8_0 that share a scale
-_NUMPY = {Kind.F32: np.dtype("float32"), Kind.F16: np.dtype("float16")}  # others are bytes
+_NUMPY: dict[Kind, np.dtype[Any]] = {Kind.F32: np.dtype("float32"), Kind.F16: np.dtype("float16")}  # others are bytes
 _TORCH = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
 
 

@@ -145,7 +145,7 @@ def push(publications: Sequence[Publication], name: str, private: bool, api: HfA
             added.append(files)
         for each, files, old in zip(publications, added, stale, strict=True):
             progress.enter(f"committing the {each.kind} {name}")
-            operations = [*files, *(CommitOperationDelete(file) for file in old)]
+            operations: list[CommitOperationAdd | CommitOperationDelete] = [*files, *map(CommitOperationDelete, old)]
             message = f"{each.artifact.stage} {each.artifact.id} of sdft_ray"
             done = api.create_commit(name, operations, commit_message=message, repo_type=each.kind)
             addresses.append(done.commit_url)
@@ -154,7 +154,7 @@ def push(publications: Sequence[Publication], name: str, private: bool, api: HfA
 
 def _stale(api: HfApi, name: str, publication: Publication, private: bool) -> list[str]:
     """Return the files of a repository that its new content replaces; raises UserError for one that others can read."""
-    info = api.repo_info(name, repo_type=publication.kind)
+    info = api.model_info(name) if publication.kind == "model" else api.dataset_info(name)
     if private and not info.private:
         what = f"the {publication.kind} {name} is there and public"
         raise UserError(problem("--private", what, "Make it private on its page, or give another --to"))
