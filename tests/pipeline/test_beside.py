@@ -1,12 +1,15 @@
 """What runs beside what, by the resources of nodes: without Ray."""
 
+import contextlib
 import threading
+from types import SimpleNamespace
 
 import pytest
 
-from sdft_ray import beside
+from sdft_ray import beside, pipeline
+from sdft_ray.errors import StageFailed
 from sdft_ray.spec.compute import Compute
-from sdft_ray.stages import cut, distill, evaluate, score, train
+from sdft_ray.stages import Summary, cut, distill, evaluate, score, train
 from sdft_ray.store.identity import Stage
 
 
@@ -88,3 +91,87 @@ def test_threads_build_so_many_at_once_and_end_at_the_first_failure(stages):
     with pytest.raises(ValueError, match="base-one"), beside.Threads(fail_or_wait) as threads:
         threads.start(evaluations[:2], 2)
     assert seen.wait(10), "the other ends, too"
+
+
+class Kept:
+    """What a storage is to the pipeline, in memory: settings here lack what a manifest would list."""
+
+    uri = "memory"
+
+    def __init__(self) -> None:
+        self.done: set[str] = set()
+
+    def survey(self):
+        return contextlib.nullcontext()
+
+    def lock(self, name):
+        return contextlib.nullcontext()
+
+    def status(self, each) -> str:
+        return "done" if each.id in self.done else "missing"
+
+    def commit(self, each, summary, seconds) -> None:
+        self.done.add(each.id)
+
+    def where(self, each) -> str:
+        return each.slug
+
+    def manifest(self, each):
+        return SimpleNamespace(provenance=SimpleNamespace(wall_seconds=1.0))
+
+
+@pytest.fixture
+def built(stages, monkeypatch):
+    """What builds the stages on so many cores without Ray: events of (stage, "begin" or "end") in order."""
+
+    def build(cpus: int, failing: str = "") -> list[tuple[str, str]]:
+        events: list[tuple[str, str]] = []
+        base_evaluated = threading.Event()
+
+        def work(work) -> Summary:
+            name = work.stage.slug
+            events.append((name, "begin"))
+            if name == failing:
+                raise StageFailed(f"{name} failed")
+            if name == "tuned" and cpus > 1 and not failing:
+                assert base_evaluated.wait(10), "it is evaluated meanwhile"
+            if name == "base-one":
+                base_evaluated.set()
+            events.append((name, "end"))
+            return Summary()
+
+        @contextlib.contextmanager
+        def in_process(build, *arguments):
+            build(*arguments)
+            yield
+
+        modules = {
+            name: SimpleNamespace(VERSION=1, NEEDS=module.NEEDS, UNIT="parts", build=work)
+            for name, module in pipeline.MODULES.items()
+        }
+        monkeypatch.setattr(pipeline, "MODULES", modules)
+        monkeypatch.setattr(pipeline, "ray_cluster", lambda compute: contextlib.nullcontext())
+        monkeypatch.setattr(pipeline, "require_capacity", lambda *needs: None)
+        monkeypatch.setattr(beside, "in_process", in_process)
+        monkeypatch.setattr(beside, "resources_of_nodes", lambda: [{"CPU": cpus}])
+        pipeline.build(stages, compute(1), Kept())
+        return events
+
+    return build
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 8])
+def test_build_makes_every_stage_once_after_what_it_needs(stages, built, cpus):
+    events = built(cpus)
+    assert sorted(events) == sorted((each.slug, what) for each in stages for what in ("begin", "end"))
+    for each in stages:
+        for needed in each.inputs.values():
+            assert events.index((needed.slug, "end")) < events.index((each.slug, "begin"))
+    alone = events.index(("base-one", "begin")) > events.index(("tuned", "end"))
+    assert alone is (cpus == 1), "what does not fit waits"
+
+
+@pytest.mark.parametrize("failing", ["base-one", "tuned", "rewritten", "pruned"])
+def test_build_raises_what_a_stage_beside_another_raises(built, failing):
+    with pytest.raises(StageFailed, match=f"{failing} failed"):
+        built(2, failing)
