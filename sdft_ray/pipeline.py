@@ -4,10 +4,11 @@ In: a recipe. Out: its `Chain`, and after `run` an artifact for each stage of it
 code, and a finished artifact is not built again.
 
     sources of rows ── mix, where there are several
-    base model ──┬─ score ── loss ── cut ── (patch) ──┬─ train (sft, distilled)
-                 └─ distill ─────────────────────────┘            └── merge
+    base model ──┬─ (score) ── (loss) ── cut ── (patch) ─┬─ train (sft, distilled, logits)
+                 └─ distill ── (targets) ───────────────┘            └── merge
     nll: likelihoods of rewrites and references under the base
     draft: pruned, tuned and merged models for the base
+    probes ── retention: every model against the base, token by token
     evaluate: base, pruned, tuned and merged models on every task
 """
 
@@ -15,20 +16,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import threading
 import time
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Self
 
 from sdft_ray import beside
 from sdft_ray.cluster import below_ray, last_line, ray_cluster, require_capacity
-from sdft_ray.data.calibration import CorpusSettings, describe_corpora
-from sdft_ray.engine import EngineFactory, VllmEngine
+from sdft_ray.engine import EngineFactory, start_engine
 from sdft_ray.errors import StageFailed, UserError, nearest, problem
-from sdft_ray.preflight import precision
+from sdft_ray.measures import draft_stages, evaluation_stages, nll_stages, retention_stages
+from sdft_ray.preflight import precision, teachers
 from sdft_ray.preflight.checks import check
 from sdft_ray.progress import Progress, duration, log
 from sdft_ray.spec.compute import Compute
@@ -36,6 +38,7 @@ from sdft_ray.spec.recipe import Merge, Recipe
 from sdft_ray.spec.sources import LocalModel
 from sdft_ray.stages import (
     StageModule,
+    Timed,
     Validated,
     Work,
     cut,
@@ -48,6 +51,8 @@ from sdft_ray.stages import (
     model,
     nll,
     patch,
+    probes,
+    retention,
     rows,
     score,
     speed,
@@ -55,7 +60,7 @@ from sdft_ray.stages import (
 )
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
-from sdft_ray.training_data import Data, MixedStage, read_sources, training_data
+from sdft_ray.training_data import Data, MixedStage, calibration, read_sources, training_data
 
 MODULES: dict[str, StageModule] = {
     "model": model,
@@ -66,11 +71,14 @@ MODULES: dict[str, StageModule] = {
     "cut": cut,
     "patch": patch,
     "distill": distill,
+    "targets": train.targets,
     "train": train,
     "merge": merge,
     "nll": nll,
     "draft": draft,
     "speed": speed,
+    "probes": probes,
+    "retention": retention,
     "evaluate": evaluate,
 }
 """Every kind of stage, in the order of a chain."""
@@ -84,9 +92,10 @@ class Chain:
     rows: MixedStage
     corpus_rows: Mapping[str, MixedStage]
     """The rows of calibration corpora that are rows, by `rows_N` for the corpus N."""
-    score: Stage[score.Settings]
-    loss: Stage[loss.Settings] | None
-    pruned: Stage[cut.Settings]
+    score: Stage[score.Settings] | None
+    """None where nothing that is measured chooses the blocks."""
+    loss: loss.LossStage | None
+    pruned: cut.CutStage
     patched: Stage[patch.Settings] | None
     """The pruned model with a linear patch: arms are trained from it where there is one."""
     data: Mapping[str, Data]
@@ -98,6 +107,8 @@ class Chain:
     drafts: Mapping[str, Stage[draft.Settings]]
     """By the name of the model that drafts."""
     speed: Stage[speed.Settings] | None
+    retention: Mapping[str, Stage[retention.Settings]]
+    """By the name of the model; none where the recipe asks for none."""
     evaluations: Mapping[tuple[str, str], Stage[evaluate.Settings]]
     """By the name of the model and of the task."""
 
@@ -132,8 +143,12 @@ class Chain:
         # Generation before training: an early failure costs less.
         own, generated = self.data[""], [stage for data in self.data.values() for stage in data.in_order]
         kept = [stage for stage in (self.score, self.loss, self.pruned, self.patched) if stage is not None]
-        stages = [self.base, *own.read, self.rows, *self.corpus_rows.values(), *kept, *generated, *self.models.values()]
-        stages += [*self.nll, *self.drafts.values(), *([self.speed] if self.speed else []), *self.evaluations.values()]
+        targets = [stage.inputs["targets"] for stage in self.trained.values() if "targets" in stage.inputs]
+        stages = [self.base, *own.read, self.rows, *self.corpus_rows.values(), *kept, *generated]
+        stages += [*targets, *self.models.values()]
+        stages += [*self.nll, *self.drafts.values(), *([self.speed] if self.speed else [])]
+        stages += [stage.inputs["probes"] for stage in self.retention.values()]
+        stages += [*self.retention.values(), *self.evaluations.values()]
         return tuple({stage.id: stage for stage in stages}.values())
 
 
@@ -141,20 +156,23 @@ def chain(recipe: Recipe) -> Chain:
     """Return every stage of a recipe, each with its inputs."""
     base = model.stage(recipe.model)
     own = read_sources(recipe.sources, recipe)
-    corpora, corpus_rows = _calibration(recipe, own.rows)
-    scored = score.stage(recipe.prune.dtype, corpora, base, corpus_rows)
-    tried = loss.stage(recipe.prune, corpora, base, scored, corpus_rows) if recipe.prune.candidates else None
-    pruned = cut.stage(recipe.prune, base, scored, tried if recipe.prune.metric == "loss" else None)
+    prune = recipe.prune
+    corpora, corpus_rows = calibration(recipe, own.rows) if prune.reads_texts else ((), {})
+    scored = score.stage(prune.dtype, corpora, base, corpus_rows) if prune.is_scored else None
+    is_tried = prune.is_greedy or (prune.is_scored and prune.candidates)
+    tried = loss.stage(prune, corpora, base, scored, corpus_rows) if is_tried else None
+    pruned = cut.stage(prune, base, scored, tried if prune.metric == "loss" else None)
     data = training_data(recipe, base, own)
     models: dict[str, Stage[Any]] = {"base": base, "pruned": pruned}
     start: Stage[Any] = pruned
-    patched = patch.stage(recipe.prune, corpora, base, pruned, corpus_rows) if recipe.prune.patch == "linear" else None
+    patched = patch.stage(prune, corpora, base, pruned, corpus_rows) if prune.patch == "linear" else None
     if patched:
         models["patched"] = start = patched
+    train_in = functools.partial(_train, recipe, base, start)
     for arm in recipe.arms.names:
-        models[arm] = train.stage(recipe.train_settings(arm), arm, start, [data[""].inputs])
+        models[arm] = train_in(arm, [data[""].inputs])
     if recipe.merge:
-        models |= _merge_stages(recipe, recipe.merge, start, models[recipe.merge.arm], data)
+        models |= _merge_stages(recipe.merge, start, models[recipe.merge.arm], data, train_in)
     return Chain(
         base=base,
         rows=own.rows,
@@ -165,75 +183,42 @@ def chain(recipe: Recipe) -> Chain:
         patched=patched,
         data=data,
         models=models,
-        nll=_nll_stages(recipe, base, data),
-        drafts=_draft_stages(recipe, models, own),
+        nll=nll_stages(recipe, base, data),
+        drafts=draft_stages(recipe, models, own),
         speed=speed.stage(recipe.evaluate.dtype, base, pruned) if recipe.evaluate.speed else None,
-        evaluations=_evaluations(recipe, models, own),
+        retention=retention_stages(recipe, models, own, corpora),
+        evaluations=evaluation_stages(recipe, models, own),
     )
 
 
-def _calibration(recipe: Recipe, own: MixedStage) -> tuple[tuple[CorpusSettings, ...], dict[str, MixedStage]]:
-    """Return the calibration corpora, and the rows of those that are rows."""
-    stages: dict[str, MixedStage] = {}
-    for i, corpus in enumerate(recipe.prune.calibration):
-        if corpus.rows is not None:
-            stages[f"rows_{i}"] = own if corpus.rows == "own" else rows.stage(corpus.rows, recipe.evaluate.preset)
-    names = [stages[key].slug if (key := f"rows_{i}") in stages else None for i in range(len(recipe.prune.calibration))]
-    return describe_corpora(recipe.prune.calibration, names), stages
+def _train(
+    recipe: Recipe, base: Stage[Any], start: Stage[Any], arm: str, data: Sequence[Mapping[str, Any]], other: str = ""
+) -> Stage[train.Settings]:
+    """Return the training of an arm on some data; other: the name of another model, which is merged with the arm's."""
+    soft = recipe.arms.logits.soft if arm == "logits" and recipe.arms.logits else None
+    return train.stage(recipe.train_settings(arm, other), arm, start, data, soft, base)
 
 
 def _merge_stages(
-    recipe: Recipe, settings: Merge, pruned: Stage[Any], first: Stage[Any], data: Mapping[str, Data]
+    settings: Merge,
+    pruned: Stage[Any],
+    first: Stage[Any],
+    data: Mapping[str, Data],
+    train_in: Callable[..., Stage[train.Settings]],
 ) -> dict[str, Stage[Any]]:
     """Return the models that are merged with an arm's, one trained on all of their rows, and the merged ones."""
     models: dict[str, Stage[Any]] = {}
     for name, other in settings.others.items():
         if other.path is None:
-            own = recipe.train_settings(settings.arm, name)
-            models[name] = train.stage(own, settings.arm, pruned, [data[name].inputs])
+            models[name] = train_in(settings.arm, [data[name].inputs], name)
         else:
             models[name] = model.stage(LocalModel(path=other.path), f"merge.others.{name}.path")
     parents = {settings.arm: first, **models}
     if settings.together:
-        inputs = [own.inputs for own in data.values()]
-        models["together"] = train.stage(recipe.train_settings(settings.arm), settings.arm, pruned, inputs)
+        models["together"] = train_in(settings.arm, [own.inputs for own in data.values()])
     for name, method in settings.methods.items():
         models[name] = merge.stage(method, pruned, parents)
     return models
-
-
-def _nll_stages(
-    recipe: Recipe, base: Stage[model.Settings], data: Mapping[str, Data]
-) -> tuple[Stage[nll.Settings], ...]:
-    if not recipe.distill.shift_rows:
-        return ()
-    return tuple(
-        nll.stage(recipe.distill, base, own.distilled, list(own.sources)) for own in data.values() if own.distilled
-    )
-
-
-def _draft_stages(recipe: Recipe, models: Mapping[str, Stage[Any]], own: Data) -> dict[str, Stage[draft.Settings]]:
-    if not (settings := recipe.draft):
-        return {}
-    candidates = {name: stage for name, stage in models.items() if name != "base"}
-    drafts = {}
-    for name in settings.models or ("pruned", *recipe.arms.names):
-        if name not in candidates:
-            raise UserError(problem("draft.models", f"this recipe makes no {name}", nearest(name, candidates)))
-        drafts[name] = draft.stage(settings, name, models["pruned"], models["base"], candidates[name], own.read)
-    return drafts
-
-
-def _evaluations(
-    recipe: Recipe, models: Mapping[str, Stage[Any]], own: Data
-) -> dict[tuple[str, str], Stage[evaluate.Settings]]:
-    evaluations = {}
-    for name, stage in models.items():
-        # Recipes that train the same model share its evaluations, whatever each calls it.
-        known = stage.settings.arm if isinstance(stage.settings, train.Settings) else name
-        for task in recipe.evaluate.tasks:
-            evaluations[name, task] = evaluate.stage(recipe.evaluate, task, known, stage, own.read, own.sources)
-    return evaluations
 
 
 # --- from stages to artifacts ---------------------------------------------------------------------------------
@@ -248,14 +233,16 @@ class Built:
 
 
 def run(
-    recipe: Recipe, compute: Compute, storage: Storage, until: str | None = None, engine: EngineFactory = VllmEngine
+    recipe: Recipe, compute: Compute, storage: Storage, until: str | None = None, engine: EngineFactory = start_engine
 ) -> Built:
     """Build every stage of a recipe that is not there yet, up to and including the stages named `until`."""
     check(recipe, compute)
     stages: Sequence[Stage[Any]] = chain(recipe).in_order
     if until:
         stages = _up_to(stages, until)
-    precision.report_slow(survey(stages, storage)[0], compute)
+    todo, _ = survey(stages, storage)
+    precision.report_slow(todo, compute)
+    teachers.require_endpoints(todo, storage)
     return build(stages, compute, storage, engine=engine)
 
 
@@ -275,15 +262,17 @@ def build(
     compute: Compute,
     storage: Storage,
     validated: Validated = None,
-    engine: EngineFactory = VllmEngine,
+    engine: EngineFactory = start_engine,
+    sweep: str | None = None,
 ) -> Built:
     """Build every stage that is not there yet, on one cluster, in their order where one needs another.
 
-    `validated` is called with the step and the loss of every validation of a training.
+    `validated` is called with the step and the loss of every validation of a training; `sweep` names the sweep that
+    trackers show the trainings in.
     """
     todo, done = survey(stages, storage)
     require_gates(done, storage)
-    with _Maker(storage, compute, validated, engine) as maker:
+    with _Maker(storage, compute, validated, engine, sweep) as maker:
         if branches := beside.branches(todo, compute):
             maker.make_all(branches.roots)
             maker.connect()
@@ -315,12 +304,17 @@ def require_gates(finished: Iterable[Stage[Any]], storage: Storage) -> None:
                 train.require_gates(stage, train.Counts.of(stage, storage))
 
 
+_SMALL = evaluate.Settings | retention.Settings  # stages that are built at once
+
+
 class _Maker:
     """Builds stages, each under its lock; connects to the cluster at the first that needs it."""
 
-    def __init__(self, storage: Storage, compute: Compute, validated: Validated, engine: EngineFactory) -> None:
+    def __init__(
+        self, storage: Storage, compute: Compute, validated: Validated, engine: EngineFactory, sweep: str | None
+    ) -> None:
         self.storage, self.compute, self.validated, self.engine = storage, compute, validated, engine
-        self._stack, self._connected = contextlib.ExitStack(), False
+        self.sweep, self._stack, self._connected = sweep, contextlib.ExitStack(), False
 
     def __enter__(self) -> Self:
         return self
@@ -342,7 +336,7 @@ class _Maker:
         with beside.Threads(self._build) as threads:
             while left:
                 stage, module = left[0], MODULES[left[0].name]
-                group = list(itertools.takewhile(lambda stage: isinstance(stage.settings, evaluate.Settings), left))
+                group = list(itertools.takewhile(lambda stage: isinstance(stage.settings, _SMALL), left))
                 if module.NEEDS and not group:
                     threads.join()  # a stage counts on all that the nodes have
                 if module.NEEDS and not threads.running:
@@ -367,11 +361,12 @@ class _Maker:
             if stopped.is_set():  # while this one waited
                 return
             begun = time.monotonic()
-            work = Work(stage, self.storage, self.compute, progress, self.validated, stopped, self.engine)
+            more = (self.validated, stopped, self.engine, self.sweep)
+            work = Work(stage, self.storage, self.compute, progress, *more)
             try:
                 summary = MODULES[stage.name].build(work)
                 # An evaluation reports itself how long it took: this thread also waited for its turn on the cluster.
-                own = summary.seconds if isinstance(summary, evaluate.Summary) else None
+                own = summary.seconds if isinstance(summary, Timed) else None
                 seconds = time.monotonic() - begun if own is None else own
                 self.storage.commit(stage, summary.plain(), seconds)
             except Exception as error:  # the edge: report what is kept and where the trace is

@@ -15,9 +15,9 @@ from typing import Any
 
 from sdft_ray import environment, pipeline
 from sdft_ray.cluster import count_places, ray_cluster, require_capacity, resources_of_nodes
-from sdft_ray.engine import EngineFactory, VllmEngine
+from sdft_ray.engine import EngineFactory, start_engine
 from sdft_ray.errors import StageFailed, UserError
-from sdft_ray.preflight import precision
+from sdft_ray.preflight import precision, teachers
 from sdft_ray.progress import Progress, duration, log
 from sdft_ray.results import HISTORY, read_history, validations
 from sdft_ray.spec.compute import Compute
@@ -32,7 +32,7 @@ STEP, LOSS = "step", "validation_loss"
 _FOR_EVER = 10**7  # seconds: a trial has its capacity by construction; other trials' evaluations may use it for a while
 
 
-def run(plan: Plan, compute: Compute, storage: Storage, engine: EngineFactory = VllmEngine) -> pipeline.Built:
+def run(plan: Plan, compute: Compute, storage: Storage, engine: EngineFactory = start_engine) -> pipeline.Built:
     """Build everything that a sweep lacks; what is shared first, for no trial waits for another.
 
     A trial or draft that fails does not hold up the others: StageFailed at the end names each with its reason.
@@ -47,6 +47,7 @@ def run(plan: Plan, compute: Compute, storage: Storage, engine: EngineFactory = 
         pipeline.require_gates(there, storage)
         if todo:
             precision.report_slow(todo, compute)
+            teachers.require_endpoints(todo, storage)
             with ray_cluster(compute):
                 if drafts:
                     require_capacity(compute, draft.NEEDS, "draft")
@@ -158,7 +159,7 @@ def _run_trial(
         known = validations(read_history(storage.files(trial.train, HISTORY)))
     try:
         if known is None or storage.status(trial.train) == "done":
-            pipeline.build(trial.stages, compute, storage, validated=report)
+            pipeline.build(trial.stages, compute, storage, validated=report, sweep=plan.name)
     except (UserError, StageFailed) as error:  # a result of this trial, not a fault of its process: no second try
         notes.keep_failure(storage, trial.train, str(error))
     for step, value in known or ():
