@@ -23,9 +23,8 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, Self
+from typing import Any
 
-from sdft_ray import beside
 from sdft_ray.cluster import below_ray, last_line, ray_cluster, require_capacity
 from sdft_ray.engine import EngineFactory, start_engine
 from sdft_ray.errors import StageFailed, UserError, nearest, problem
@@ -265,23 +264,25 @@ def build(
     engine: EngineFactory = start_engine,
     sweep: str | None = None,
 ) -> Built:
-    """Build every stage that is not there yet, on one cluster, in their order where one needs another.
+    """Build every stage that is not there yet, in their order, on one cluster.
 
     `validated` is called with the step and the loss of every validation of a training; `sweep` names the sweep that
     trackers show the trainings in.
     """
     todo, done = survey(stages, storage)
+    maker = _Maker(storage, compute, validated, engine, sweep)
     require_gates(done, storage)
-    with _Maker(storage, compute, validated, engine, sweep) as maker:
-        if branches := beside.branches(todo, compute):
-            maker.make_all(branches.roots)
-            maker.connect()
-            if beside.are_held_at_once(compute):
-                with beside.in_process(build, branches.cuts, compute, storage):
-                    maker.make_all(branches.generated)
-                for stage in survey(branches.cuts, storage)[1]:  # its own lines stay in the process
-                    _log_built(stage, storage.manifest(stage).provenance.wall_seconds, storage)
-        maker.make_all(survey(todo, storage)[0])
+    with contextlib.ExitStack() as stack:
+        connected = False
+        for group in _together(todo):
+            if needs := MODULES[group[0].name].NEEDS:
+                if not connected:  # as late as can be: mistakes in the rows show before a cluster starts
+                    with Progress("ray") as progress:
+                        progress.enter("connecting" if compute.ray.address != "local" else "starting")
+                        stack.enter_context(ray_cluster(compute))
+                    connected = True
+                require_capacity(compute, needs, group[0].name)
+            maker.make(group)
     return Built(tuple(todo), tuple(done))
 
 
@@ -304,53 +305,40 @@ def require_gates(finished: Iterable[Stage[Any]], storage: Storage) -> None:
                 train.require_gates(stage, train.Counts.of(stage, storage))
 
 
-_SMALL = evaluate.Settings | retention.Settings  # stages that are built at once
+def _together(todo: Sequence[Stage[Any]]) -> Iterator[list[Stage[Any]]]:
+    """Yield the stages that are built at once: all evaluations (each is small), everything else alone."""
+    small = evaluate.Settings | retention.Settings
+    for at_once, group in itertools.groupby(todo, key=lambda stage: isinstance(stage.settings, small)):
+        stages = list(group)
+        yield from [stages] if at_once else ([stage] for stage in stages)
 
 
+@dataclasses.dataclass(frozen=True)
 class _Maker:
-    """Builds stages, each under its lock; connects to the cluster at the first that needs it."""
+    """Builds stages, each under its lock."""
 
-    def __init__(
-        self, storage: Storage, compute: Compute, validated: Validated, engine: EngineFactory, sweep: str | None
-    ) -> None:
-        self.storage, self.compute, self.validated, self.engine = storage, compute, validated, engine
-        self.sweep, self._stack, self._connected = sweep, contextlib.ExitStack(), False
+    storage: Storage
+    compute: Compute
+    validated: Validated
+    engine: EngineFactory
+    sweep: str | None
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: Any) -> bool | None:
-        return self._stack.__exit__(*error)
-
-    def connect(self) -> None:
-        """Connect as late as can be: mistakes in the rows show before a cluster starts."""
-        if not self._connected:
-            with Progress("ray") as progress:
-                progress.enter("connecting" if self.compute.ray.address != "local" else "starting")
-                self._stack.enter_context(ray_cluster(self.compute))
-            self._connected = True
-
-    def make_all(self, todo: Sequence[Stage[Any]]) -> None:
-        """Build stages in their order: evaluations at once, some of them beside a training, everything else alone."""
-        left = list(todo)
-        with beside.Threads(self._build) as threads:
-            while left:
-                stage, module = left[0], MODULES[left[0].name]
-                group = list(itertools.takewhile(lambda stage: isinstance(stage.settings, _SMALL), left))
-                if module.NEEDS and not group:
-                    threads.join()  # a stage counts on all that the nodes have
-                if module.NEEDS and not threads.running:
-                    self.connect()
-                    require_capacity(self.compute, module.NEEDS, stage.name)
-                if isinstance(stage.settings, train.Settings):
-                    threads.start(*beside.evaluations_beside(train.NEEDS, left, self.compute))
-                if group:
-                    threads.start(group, len(group))
-                    threads.join()
-                else:
-                    with Progress(stage.name, module.UNIT) as progress:
-                        self._build(stage, progress, threading.Event())
-                left = [each for each in left[max(1, len(group)) :] if each.id not in threads.started]
+    def make(self, group: Sequence[Stage[Any]]) -> None:
+        """Build one stage, or several at once."""
+        if len(group) == 1:
+            with Progress(group[0].name, MODULES[group[0].name].UNIT) as progress:
+                self._build(group[0], progress, threading.Event())
+            return
+        with Progress(group[0].name, "tasks") as progress:
+            progress.begin(len(group))
+            stopped = threading.Event()
+            waiting = [in_thread(self._build, stage, Progress(stage.name, "parts"), stopped) for stage in group]
+            try:
+                for done, future in enumerate(as_completed(waiting), 1):
+                    future.result()
+                    progress.update(done)
+            finally:  # at the first failure the others end: else they would go on beside the next trial
+                stopped.set()
 
     def _build(self, stage: Stage[Any], progress: Progress, stopped: threading.Event) -> None:
         """Build one stage under its lock, and log its time and directory."""
@@ -371,7 +359,7 @@ class _Maker:
                 self.storage.commit(stage, summary.plain(), seconds)
             except Exception as error:  # the edge: report what is kept and where the trace is
                 raise self._explain(stage, error) from error
-        _log_built(stage, seconds, self.storage)
+        log(f"{stage.name}: {duration(seconds)}, {self.storage.where(stage)}")
 
     def _explain(self, stage: Stage[Any], error: Exception) -> BaseException:
         """Return the error that people see."""
@@ -380,10 +368,6 @@ class _Maker:
         trace = self.storage.keep_trace(stage, "".join(traceback.format_exception(error)))
         kept = f"Its finished work is kept under {self.storage.uri}; run the same command again to go on"
         return StageFailed(f"{stage.name}: failed: {last_line(cause)}. {kept}.{trace}")
-
-
-def _log_built(stage: Stage[Any], seconds: float, storage: Storage) -> None:
-    log(f"{stage.name}: {duration(seconds)}, {storage.where(stage)}")
 
 
 def describe(stages: Sequence[Stage[Any]], storage: Storage) -> list[Mapping[str, Any]]:
