@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import operator
 import os
 import re
 import tempfile
@@ -100,7 +101,7 @@ def run_workers(function: Any, workers: int, *arguments: Any) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         given = (workers, folder, function, queue, *arguments)
         multiprocessing.start_processes(_join, given, nprocs=workers, start_method="forkserver")
-        return [result for _, result in sorted(queue.get() for _ in range(workers))]
+        return [result for _, result in sorted((queue.get() for _ in range(workers)), key=operator.itemgetter(0))]
 
 
 def _join(rank: int, workers: int, folder: str, function: Any, queue: Any, *arguments: Any) -> None:

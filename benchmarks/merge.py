@@ -104,8 +104,10 @@ def write_tokenizer(directory: Path) -> None:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.BPE(vocab={chr(i): i - 33 for i in range(33, 127)}, merges=[]))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
+    tokenizer = Tokenizer(models.BPE(vocab={chr(i): i - 32 for i in range(32, 127)}, merges=[]))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="~")
+    fast.chat_template = "{% for message in messages %}{{ message['content'] + '~' }}{% endfor %}"
+    fast.save_pretrained(directory)
 
 
 def describe(method: str, models: list[Path]) -> dict[str, Any]:

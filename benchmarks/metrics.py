@@ -58,14 +58,15 @@ def main() -> None:
 
     chains = {(corpus, size): chain_of(corpus, size) for corpus in corpora for size in SIZES}
     tried = {key: chain.loss for key, chain in chains.items() if chain.loss}
-    needed = [stage for key, loss in tried.items() for stage in (chains[key].base, chains[key].score, loss)]
+    scores = {key: chain.score for key, chain in chains.items() if chain.score}
+    needed = [stage for key, loss in tried.items() for stage in (chains[key].base, scores[key], loss)]
     pipeline.build(list({stage.id: stage for stage in needed}.values()), compute, storage)
 
     losses = {key: read_json(storage.place(loss) / CANDIDATES) for key, loss in tried.items()}
     chosen = {
         (corpus, size, way): blocks
-        for (corpus, size), chain in chains.items()
-        for way, blocks in _choices(losses[corpus, size], storage.place(chain.score), size).items()
+        for corpus, size in chains
+        for way, blocks in _choices(losses[corpus, size], storage.place(scores[corpus, size]), size).items()
     }
     first = chains[corpora[0], SIZES[0]]
     model = first.base

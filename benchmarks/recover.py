@@ -35,7 +35,7 @@ def main() -> None:
 def measure(options: argparse.Namespace) -> None:
     """Run both recipes, and print everything."""
     options.root.mkdir(exist_ok=True)
-    arms = {"sft": {}, "distilled": {}, "logits": {}}
+    arms: dict[str, Any] = {"sft": {}, "distilled": {}, "logits": {}}
     plain = run(options, "none", arms)
     patched = run(options, "linear", {"logits": {}})
     models = {name: plain[name] for name in ("base", "pruned", "sft", "distilled", "logits")}

@@ -182,7 +182,7 @@ def start(base: Path, threads: int) -> dict[str, Callable[[Sequence[TrainingRow]
     section = wording.validate(compute.Train, {"workers": 1, "cpus": 1})
     engine = zero.start_engine(zero.load_trainable(str(base), settings, section, {}), settings, section, {})
     packed_module = zero.load_trainable(str(base), settings, section, {})
-    padded_model = adapt(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), settings)
+    padded_model = adapt(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), base, settings)
 
     def adam(module: Any) -> Any:
         return torch.optim.AdamW([p for p in module.parameters() if p.requires_grad], lr=1e-4)

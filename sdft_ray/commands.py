@@ -23,7 +23,7 @@ def check(options: argparse.Namespace) -> None:
     from rich.table import Table
 
     from sdft_ray import pipeline
-    from sdft_ray.preflight import precision, teachers
+    from sdft_ray.preflight import cuts, precision, teachers
     from sdft_ray.preflight.checks import check
     from sdft_ray.preflight.costs import estimate_stages
     from sdft_ray.sweep import planning
@@ -43,6 +43,7 @@ def check(options: argparse.Namespace) -> None:
         estimates = [dataclasses.asdict(cost) for cost in costs]
         print(json.dumps({"stages": stages, "estimates": estimates} if options.compute else stages, indent=1))
         return
+    print(*cuts.describe([recipe]), sep="\n")
     table = Table(box=None, pad_edge=False)
     for column in ("stage", "status", "directory"):
         table.add_column(column, overflow="fold")
@@ -183,7 +184,7 @@ def _check_sweep(options: argparse.Namespace) -> None:
     from rich.console import Console
 
     from sdft_ray import pipeline
-    from sdft_ray.preflight import precision, savings, teachers
+    from sdft_ray.preflight import cuts, precision, savings, teachers
     from sdft_ray.preflight.costs import estimate_sweep
     from sdft_ray.sweep import planning
 
@@ -197,6 +198,7 @@ def _check_sweep(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps({**saved.plain(), "estimates": [dataclasses.asdict(cost) for cost in costs]}, indent=1))
         return
+    print(*cuts.describe(cell.recipe for cell in plan.cells), sep="\n")
     savings.show(saved, Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200))
     if costs:
         _show_costs(costs, "Estimate, the most of any recipe")

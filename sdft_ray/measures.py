@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdft_ray.data.calibration import CorpusSettings, FurtherTexts, describe_further
-from sdft_ray.errors import UserError, problem
+from sdft_ray.errors import UserError, nearest, problem
 from sdft_ray.spec.recipe import Recipe
-from sdft_ray.stages import evaluate, probes, retention, train
+from sdft_ray.stages import draft, evaluate, model, nll, probes, retention, train
 from sdft_ray.store.identity import Stage
 from sdft_ray.training_data import Data
 
@@ -42,6 +42,30 @@ def retention_stages(
         name: retention.stage(recipe.evaluate.dtype, _known(name, stage), models["base"], stage, probed)
         for name, stage in models.items()
     }
+
+
+def nll_stages(
+    recipe: Recipe, base: Stage[model.Settings], data: Mapping[str, Data]
+) -> tuple[Stage[nll.Settings], ...]:
+    """Return the likelihoods of rewrites and references, one stage for each set of rewrites."""
+    if not recipe.distill.shift_rows:
+        return ()
+    return tuple(
+        nll.stage(recipe.distill, base, own.distilled, list(own.sources)) for own in data.values() if own.distilled
+    )
+
+
+def draft_stages(recipe: Recipe, models: Mapping[str, Stage[Any]], own: Data) -> dict[str, Stage[draft.Settings]]:
+    """Return the models that are tried as drafts, by name; raises UserError for one that the recipe does not make."""
+    if not (settings := recipe.draft):
+        return {}
+    candidates = {name: stage for name, stage in models.items() if name != "base"}
+    drafts = {}
+    for name in settings.models or ("pruned", *recipe.arms.names):
+        if name not in candidates:
+            raise UserError(problem("draft.models", f"this recipe makes no {name}", nearest(name, candidates)))
+        drafts[name] = draft.stage(settings, name, models["pruned"], models["base"], candidates[name], own.read)
+    return drafts
 
 
 def _require_untrained(texts: FurtherTexts | None, own: Data) -> None:

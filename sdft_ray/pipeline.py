@@ -4,8 +4,8 @@ In: a recipe. Out: its `Chain`, and after `run` an artifact for each stage of it
 code, and a finished artifact is not built again.
 
     sources of rows ── mix, where there are several
-    base model ──┬─ score ── loss ── cut ── (patch) ──┬─ train (sft, distilled, logits)
-                 └─ distill ── (targets) ────────────┘            └── merge
+    base model ──┬─ (score) ── (loss) ── cut ── (patch) ─┬─ train (sft, distilled, logits)
+                 └─ distill ── (targets) ───────────────┘            └── merge
     nll: likelihoods of rewrites and references under the base
     draft: pruned, tuned and merged models for the base
     probes ── retention: every model against the base, token by token
@@ -21,16 +21,15 @@ import itertools
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import as_completed
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
-from sdft_ray.cluster import below_ray, in_thread, last_line, ray_cluster, require_capacity
-from sdft_ray.data.calibration import CorpusSettings, describe_corpora
+from sdft_ray import beside
+from sdft_ray.cluster import below_ray, last_line, ray_cluster, require_capacity
 from sdft_ray.engine import EngineFactory, start_engine
 from sdft_ray.errors import StageFailed, UserError, nearest, problem
-from sdft_ray.measures import evaluation_stages, retention_stages
+from sdft_ray.measures import draft_stages, evaluation_stages, nll_stages, retention_stages
 from sdft_ray.preflight import precision, teachers
 from sdft_ray.preflight.checks import check
 from sdft_ray.progress import Progress, duration, log
@@ -61,7 +60,7 @@ from sdft_ray.stages import (
 )
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
-from sdft_ray.training_data import Data, MixedStage, read_sources, training_data
+from sdft_ray.training_data import Data, MixedStage, calibration, read_sources, training_data
 
 MODULES: dict[str, StageModule] = {
     "model": model,
@@ -93,9 +92,10 @@ class Chain:
     rows: MixedStage
     corpus_rows: Mapping[str, MixedStage]
     """The rows of calibration corpora that are rows, by `rows_N` for the corpus N."""
-    score: Stage[score.Settings]
-    loss: Stage[loss.Settings] | None
-    pruned: Stage[cut.Settings]
+    score: Stage[score.Settings] | None
+    """None where nothing that is measured chooses the blocks."""
+    loss: loss.LossStage | None
+    pruned: cut.CutStage
     patched: Stage[patch.Settings] | None
     """The pruned model with a linear patch: arms are trained from it where there is one."""
     data: Mapping[str, Data]
@@ -156,14 +156,16 @@ def chain(recipe: Recipe) -> Chain:
     """Return every stage of a recipe, each with its inputs."""
     base = model.stage(recipe.model)
     own = read_sources(recipe.sources, recipe)
-    corpora, corpus_rows = _calibration(recipe, own.rows)
-    scored = score.stage(recipe.prune.dtype, corpora, base, corpus_rows)
-    tried = loss.stage(recipe.prune, corpora, base, scored, corpus_rows) if recipe.prune.candidates else None
-    pruned = cut.stage(recipe.prune, base, scored, tried if recipe.prune.metric == "loss" else None)
+    prune = recipe.prune
+    corpora, corpus_rows = calibration(recipe, own.rows) if prune.reads_texts else ((), {})
+    scored = score.stage(prune.dtype, corpora, base, corpus_rows) if prune.is_scored else None
+    is_tried = prune.is_greedy or (prune.is_scored and prune.candidates)
+    tried = loss.stage(prune, corpora, base, scored, corpus_rows) if is_tried else None
+    pruned = cut.stage(prune, base, scored, tried if prune.metric == "loss" else None)
     data = training_data(recipe, base, own)
     models: dict[str, Stage[Any]] = {"base": base, "pruned": pruned}
     start: Stage[Any] = pruned
-    patched = patch.stage(recipe.prune, corpora, base, pruned, corpus_rows) if recipe.prune.patch == "linear" else None
+    patched = patch.stage(prune, corpora, base, pruned, corpus_rows) if prune.patch == "linear" else None
     if patched:
         models["patched"] = start = patched
     train_in = functools.partial(_train, recipe, base, start)
@@ -181,22 +183,12 @@ def chain(recipe: Recipe) -> Chain:
         patched=patched,
         data=data,
         models=models,
-        nll=_nll_stages(recipe, base, data),
-        drafts=_draft_stages(recipe, models, own),
+        nll=nll_stages(recipe, base, data),
+        drafts=draft_stages(recipe, models, own),
         speed=speed.stage(recipe.evaluate.dtype, base, pruned) if recipe.evaluate.speed else None,
         retention=retention_stages(recipe, models, own, corpora),
         evaluations=evaluation_stages(recipe, models, own),
     )
-
-
-def _calibration(recipe: Recipe, own: MixedStage) -> tuple[tuple[CorpusSettings, ...], dict[str, MixedStage]]:
-    """Return the calibration corpora, and the rows of those that are rows."""
-    stages: dict[str, MixedStage] = {}
-    for i, corpus in enumerate(recipe.prune.calibration):
-        if corpus.rows is not None:
-            stages[f"rows_{i}"] = own if corpus.rows == "own" else rows.stage(corpus.rows, recipe.evaluate.preset)
-    names = [stages[key].slug if (key := f"rows_{i}") in stages else None for i in range(len(recipe.prune.calibration))]
-    return describe_corpora(recipe.prune.calibration, names), stages
 
 
 def _train(
@@ -227,28 +219,6 @@ def _merge_stages(
     for name, method in settings.methods.items():
         models[name] = merge.stage(method, pruned, parents)
     return models
-
-
-def _nll_stages(
-    recipe: Recipe, base: Stage[model.Settings], data: Mapping[str, Data]
-) -> tuple[Stage[nll.Settings], ...]:
-    if not recipe.distill.shift_rows:
-        return ()
-    return tuple(
-        nll.stage(recipe.distill, base, own.distilled, list(own.sources)) for own in data.values() if own.distilled
-    )
-
-
-def _draft_stages(recipe: Recipe, models: Mapping[str, Stage[Any]], own: Data) -> dict[str, Stage[draft.Settings]]:
-    if not (settings := recipe.draft):
-        return {}
-    candidates = {name: stage for name, stage in models.items() if name != "base"}
-    drafts = {}
-    for name in settings.models or ("pruned", *recipe.arms.names):
-        if name not in candidates:
-            raise UserError(problem("draft.models", f"this recipe makes no {name}", nearest(name, candidates)))
-        drafts[name] = draft.stage(settings, name, models["pruned"], models["base"], candidates[name], own.read)
-    return drafts
 
 
 # --- from stages to artifacts ---------------------------------------------------------------------------------
@@ -295,25 +265,23 @@ def build(
     engine: EngineFactory = start_engine,
     sweep: str | None = None,
 ) -> Built:
-    """Build every stage that is not there yet, in their order, on one cluster.
+    """Build every stage that is not there yet, on one cluster, in their order where one needs another.
 
     `validated` is called with the step and the loss of every validation of a training; `sweep` names the sweep that
     trackers show the trainings in.
     """
     todo, done = survey(stages, storage)
-    maker = _Maker(storage, compute, validated, engine, sweep)
     require_gates(done, storage)
-    with contextlib.ExitStack() as stack:
-        connected = False
-        for group in _together(todo):
-            if needs := MODULES[group[0].name].NEEDS:
-                if not connected:  # as late as can be: mistakes in the rows show before a cluster starts
-                    with Progress("ray") as progress:
-                        progress.enter("connecting" if compute.ray.address != "local" else "starting")
-                        stack.enter_context(ray_cluster(compute))
-                    connected = True
-                require_capacity(compute, needs, group[0].name)
-            maker.make(group)
+    with _Maker(storage, compute, validated, engine, sweep) as maker:
+        if branches := beside.branches(todo, compute):
+            maker.make_all(branches.roots)
+            maker.connect()
+            if beside.are_held_at_once(compute):
+                with beside.in_process(build, branches.cuts, compute, storage):
+                    maker.make_all(branches.generated)
+                for stage in survey(branches.cuts, storage)[1]:  # its own lines stay in the process
+                    _log_built(stage, storage.manifest(stage).provenance.wall_seconds, storage)
+        maker.make_all(survey(todo, storage)[0])
     return Built(tuple(todo), tuple(done))
 
 
@@ -336,40 +304,53 @@ def require_gates(finished: Iterable[Stage[Any]], storage: Storage) -> None:
                 train.require_gates(stage, train.Counts.of(stage, storage))
 
 
-def _together(todo: Sequence[Stage[Any]]) -> Iterator[list[Stage[Any]]]:
-    """Yield the stages that are built at once: all evaluations (each is small), everything else alone."""
-    small = evaluate.Settings | retention.Settings
-    for at_once, group in itertools.groupby(todo, key=lambda stage: isinstance(stage.settings, small)):
-        stages = list(group)
-        yield from [stages] if at_once else ([stage] for stage in stages)
+_SMALL = evaluate.Settings | retention.Settings  # stages that are built at once
 
 
-@dataclasses.dataclass(frozen=True)
 class _Maker:
-    """Builds stages, each under its lock."""
+    """Builds stages, each under its lock; connects to the cluster at the first that needs it."""
 
-    storage: Storage
-    compute: Compute
-    validated: Validated
-    engine: EngineFactory
-    sweep: str | None
+    def __init__(
+        self, storage: Storage, compute: Compute, validated: Validated, engine: EngineFactory, sweep: str | None
+    ) -> None:
+        self.storage, self.compute, self.validated, self.engine = storage, compute, validated, engine
+        self.sweep, self._stack, self._connected = sweep, contextlib.ExitStack(), False
 
-    def make(self, group: Sequence[Stage[Any]]) -> None:
-        """Build one stage, or several at once."""
-        if len(group) == 1:
-            with Progress(group[0].name, MODULES[group[0].name].UNIT) as progress:
-                self._build(group[0], progress, threading.Event())
-            return
-        with Progress(group[0].name, "tasks") as progress:
-            progress.begin(len(group))
-            stopped = threading.Event()
-            waiting = [in_thread(self._build, stage, Progress(stage.name, "parts"), stopped) for stage in group]
-            try:
-                for done, future in enumerate(as_completed(waiting), 1):
-                    future.result()
-                    progress.update(done)
-            finally:  # at the first failure the others end: else they would go on beside the next trial
-                stopped.set()
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._stack.__exit__(*error)
+
+    def connect(self) -> None:
+        """Connect as late as can be: mistakes in the rows show before a cluster starts."""
+        if not self._connected:
+            with Progress("ray") as progress:
+                progress.enter("connecting" if self.compute.ray.address != "local" else "starting")
+                self._stack.enter_context(ray_cluster(self.compute))
+            self._connected = True
+
+    def make_all(self, todo: Sequence[Stage[Any]]) -> None:
+        """Build stages in their order: evaluations at once, some of them beside a training, everything else alone."""
+        left = list(todo)
+        with beside.Threads(self._build) as threads:
+            while left:
+                stage, module = left[0], MODULES[left[0].name]
+                group = list(itertools.takewhile(lambda stage: isinstance(stage.settings, _SMALL), left))
+                if module.NEEDS and not group:
+                    threads.join()  # a stage counts on all that the nodes have
+                if module.NEEDS and not threads.running:
+                    self.connect()
+                    require_capacity(self.compute, module.NEEDS, stage.name)
+                if isinstance(stage.settings, train.Settings):
+                    threads.start(*beside.evaluations_beside(train.NEEDS, left, self.compute))
+                if group:
+                    threads.start(group, len(group))
+                    threads.join()
+                else:
+                    with Progress(stage.name, module.UNIT) as progress:
+                        self._build(stage, progress, threading.Event())
+                left = [each for each in left[max(1, len(group)) :] if each.id not in threads.started]
 
     def _build(self, stage: Stage[Any], progress: Progress, stopped: threading.Event) -> None:
         """Build one stage under its lock, and log its time and directory."""
@@ -390,7 +371,7 @@ class _Maker:
                 self.storage.commit(stage, summary.plain(), seconds)
             except Exception as error:  # the edge: report what is kept and where the trace is
                 raise self._explain(stage, error) from error
-        log(f"{stage.name}: {duration(seconds)}, {self.storage.where(stage)}")
+        _log_built(stage, seconds, self.storage)
 
     def _explain(self, stage: Stage[Any], error: Exception) -> BaseException:
         """Return the error that people see."""
@@ -399,6 +380,10 @@ class _Maker:
         trace = self.storage.keep_trace(stage, "".join(traceback.format_exception(error)))
         kept = f"Its finished work is kept under {self.storage.uri}; run the same command again to go on"
         return StageFailed(f"{stage.name}: failed: {last_line(cause)}. {kept}.{trace}")
+
+
+def _log_built(stage: Stage[Any], seconds: float, storage: Storage) -> None:
+    log(f"{stage.name}: {duration(seconds)}, {storage.where(stage)}")
 
 
 def describe(stages: Sequence[Stage[Any]], storage: Storage) -> list[Mapping[str, Any]]:

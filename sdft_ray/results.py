@@ -194,38 +194,21 @@ class Distances(Record):
     choices: dict[str, dict[int, JointChoice]]
 
 
-class Ranked(Record):
-    """Blocks whose removal is worth a try."""
-
-    blocks: tuple[int, ...]
-    distance: float | None = None
-    distance_rank: int | None = None
-    """From 1; absent for blocks that are no span."""
-    influence: float
-    influence_rank: int | None = None
-
-
-class Candidate(Ranked):
-    """Blocks whose removal was tried."""
-
-    loss: float
-    """The mean over corpora, in nats a token."""
-    losses: dict[str, float]
-    """By corpus."""
-
-
 class Cut(Record):
     """Which blocks are removed, and how sure that is."""
 
     removed: tuple[int, ...]
     """0-based, ascending."""
     metric: str
-    cost: float
-    """Mean distance, summed influence, or loss in nats a token."""
-    agreement: float
+    """What chose them: a metric, or `remove`, which is the recipe itself."""
+    cost: float | None = None
+    """Mean distance, summed influence, or loss in nats a token; None where nothing was measured."""
+    agreement: float | None = None
     """Fraction of bootstrap samples of the texts that choose the same blocks."""
     runner_up: tuple[int, ...] | None = None
     """The next best; None where there is no other."""
+    target: float | None = None
+    """The most parameters that the model may have, where that decides how many blocks are removed."""
 
 
 def read_choice(directory: Path) -> Choice:

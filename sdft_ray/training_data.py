@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sdft_ray.data.calibration import CorpusSettings, describe_corpora
 from sdft_ray.results import Counts, Decided
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.sources import HubModel, LocalModel, RowSource, ServedModel
@@ -80,3 +81,13 @@ def _teacher(recipe: Recipe, base: Stage[model.Settings]) -> Stage[model.Setting
             teacher = model.stage(source, "distill.teacher.path", teaches=True)
             return None if teacher.id == base.id or source == recipe.model else teacher
     return None
+
+
+def calibration(recipe: Recipe, own: MixedStage) -> tuple[tuple[CorpusSettings, ...], dict[str, MixedStage]]:
+    """Return the calibration corpora, and the rows of those that are rows."""
+    stages: dict[str, MixedStage] = {}
+    for i, corpus in enumerate(recipe.prune.calibration):
+        if corpus.rows is not None:
+            stages[f"rows_{i}"] = own if corpus.rows == "own" else rows.stage(corpus.rows, recipe.evaluate.preset)
+    names = [stages[key].slug if (key := f"rows_{i}") in stages else None for i in range(len(recipe.prune.calibration))]
+    return describe_corpora(recipe.prune.calibration, names), stages

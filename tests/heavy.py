@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-HEAVY = {"subprocess", "ray", "compare_with_vllm", "lm_eval", "task_manager"}
+HEAVY = {"subprocess", "ray", "run_workers", "compare_with_vllm", "lm_eval", "task_manager"}
 HERE = Path(__file__).parent
 
 

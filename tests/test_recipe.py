@@ -7,8 +7,9 @@ import pytest
 import yaml
 
 from sdft_ray.errors import UserError
+from sdft_ray.models.depth import require_depth
 from sdft_ray.spec.loading import load_recipe
-from sdft_ray.spec.recipe import Protect, Recipe, require_depth
+from sdft_ray.spec.recipe import Protect, Recipe
 
 GOOD = {
     "model": {"path": "MODEL"},
@@ -67,8 +68,12 @@ def load_text(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> Recip
             "prune.calibration: a plain text has no response, which positions names. Set positions: last.",
         ),
         (
-            {"prune": {"blocks": 2, "contiguous": False}},
-            "prune.contiguous: false needs influence to choose. Set prune.metric: influence.",
+            {"prune": {"blocks": 2, "contiguous": False, "metric": "angular"}},
+            "prune.contiguous: false has no use with angular. Set prune.metric: influence, or loss.",
+        ),
+        (
+            {"prune": {"blocks": 2, "metric": "tail", "contiguous": False}},
+            "prune.contiguous: false has no use with tail. Set prune.metric: influence, or loss.",
         ),
         (
             {"prune": {"blocks": 2, "metric": "loss", "candidates": 1}},
@@ -103,7 +108,35 @@ def load_text(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> Recip
             {"prune": {"blocks": 2, "calibration": {"text": "https:/host/texts.txt"}}},
             "prune.calibration.text: https:/host/texts.txt is no address. Write https://host/texts.txt.",
         ),
-        ({"prune": {}}, "prune.blocks: is missing. Add it."),
+        ({"prune": {}}, "prune.blocks: is missing. Add it, prune.target or prune.remove."),
+        *(
+            (
+                {"prune": {"remove": [2, 3], name: value}},
+                f"prune.{name}: decides nothing beside prune.remove. Keep one of them.",
+            )
+            for name, value in {
+                "blocks": 2,
+                "target": {"parameters": 5},
+                "metric": "loss",
+                "contiguous": True,
+                "protect": {"first": 1},
+                "candidates": 3,
+            }.items()
+        ),
+        (
+            {"prune": {"blocks": 2, "target": {"parameters": 5}}},
+            "prune.target: decides how many blocks go, and so does prune.blocks. Keep one of them.",
+        ),
+        (
+            {"prune": {"target": {"parameters": 0}}},
+            "prune.target.parameters: got 0; expected greater than 0. Change this value.",
+        ),
+        ({"prune": {"remove": []}}, "prune.remove: names no block. Give at least one."),
+        ({"prune": {"remove": [4, 2, 4]}}, "prune.remove: names block 4 twice. Remove one."),
+        (
+            {"prune": {"remove": [-1]}},
+            "prune.remove.0: got -1; expected greater than or equal to 0. Change this value.",
+        ),
         ({"model": {"repo": "a/b"}}, "model.revision: is missing. Add it."),
         (
             {"model": {"repo": "a/b", "revision": "main"}},

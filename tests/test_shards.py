@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sdft_ray.errors import UserError
+from sdft_ray.models import shards
 from sdft_ray.models.shards import copy_tensors, read_header, same_bytes
 from sdft_ray.store.files import hash_file
 
@@ -60,9 +61,31 @@ def test_copy_tensors_of_every_dtype_are_what_the_library_reads(shard, tmp_path,
 def test_copy_tensors_larger_than_a_buffer_are_whole(tmp_path):
     tensors = {"a": torch.randn(300_001), "b": torch.randn(7)}
     save_file(tensors, tmp_path / "a.safetensors")
-    sha256 = copy_tensors(tmp_path / "a.safetensors", tmp_path / "b.safetensors", {"a": "a"})
+    sha256 = copy_tensors(tmp_path / "a.safetensors", tmp_path / "b.safetensors", {"a": "a"}).sha256
     assert sha256 == hash_file(tmp_path / "b.safetensors")
     assert torch.equal(load_file(tmp_path / "b.safetensors")["a"], tensors["a"])
+
+
+def test_copy_tensors_tells_which_places_it_compared(shard, tmp_path):
+    target = tmp_path / "copy.safetensors"
+    copied, held = copy_tensors(shard, target, {"b": "x", "c": "c", "f": "f"}), read_header(shard)
+    written = read_header(target)
+    assert copied.same == {
+        (shard, held[old], target, written[new]) for old, new in (("b", "x"), ("c", "c"), ("f", "f"))
+    }
+
+
+@pytest.mark.parametrize("piece", [1, 3])
+def test_copy_tensors_that_are_not_written_as_they_were_read_name_the_tensor(tmp_path, monkeypatch, piece):
+    source, target, write = tmp_path / "a.safetensors", tmp_path / "b.safetensors", shards.write_tensors
+    save_file({"a": torch.randn(7), "b": torch.randn(300_001)}, source)  # "b", which comes first, is several pieces
+
+    def spoil(path, tensors, contents):
+        write(path, tensors, (bytes(len(c)) if i == piece else c for i, c in enumerate(contents)))
+
+    monkeypatch.setattr(shards, "write_tensors", spoil)
+    with pytest.raises(RuntimeError, match=f"{target}: b differs from what {source} holds"):
+        copy_tensors(source, target, {"a": "a", "b": "b"})
 
 
 @pytest.mark.parametrize("place", [0, 150_000, 300_000])

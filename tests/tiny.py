@@ -32,7 +32,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "glm4_moe": _ROUTED,
     "granitemoehybrid": _EXPERTS | _MAMBA | _HYBRID | {"shared_intermediate_size": 32, "residual_multiplier": 0.5},
     "lfm2": {"full_attn_idxs": [1, 4]},
-    "llama4_text": {"num_local_experts": 4, "intermediate_size_mlp": 96, "attention_chunk_size": 8}
+    "llama4_text": {"num_local_experts": 4, "intermediate_size_mlp": 96, "attention_chunk_size": 64}
     | {"no_rope_layer_interval": 2, "interleave_moe_layer_step": 2},
     "nemotron_h": _EXPERTS
     | {"tie_word_embeddings": False}  # as every model of it

@@ -49,8 +49,13 @@ def choose(costs: Sequence[torch.Tensor], alternatives: Sequence[tuple[int, ...]
         alternatives[best],
         float(mean[best]),
         alternatives[others[0]] if others else None,
-        float((_bootstrap(costs).argmin(dim=1) == best).double().mean()),
+        float(agreeing(costs, best).double().mean()),
     )
+
+
+def agreeing(costs: Sequence[torch.Tensor], best: int) -> torch.Tensor:
+    """Return, for each bootstrap sample of the texts, whether an alternative is the least there too; (samples)."""
+    return _bootstrap(costs).argmin(dim=1) == best
 
 
 def choose_span(costs: Sequence[torch.Tensor], size: int, first: int = 0, last: int = 0) -> Choice:

@@ -111,14 +111,17 @@ def _require_own_parts(where: str, config: Mapping[str, Any]) -> None:
         raise UserError(problem(where, what, "Give a model in which it is 0"))
 
 
-def require_removable(removed: Sequence[int], blocks: int) -> None:
+def require_removable(removed: Sequence[int], blocks: int, where: str = "removed blocks") -> None:
     """Raise UserError unless `removed` is some blocks of the model, sorted and distinct, and not all of them."""
-    if not removed or list(removed) != sorted({*removed} & {*range(blocks)}):
-        what = f"{list(removed)} is no sorted list of distinct blocks of a {blocks}-block model"
-        raise UserError(problem("removed blocks", what, f"Give blocks from 0 to {blocks - 1}"))
+    if outside := [block for block in removed if block not in range(blocks)]:
+        what = f"{outside[0]} is no block of a {blocks}-block model"
+        raise UserError(problem(where, what, f"Give blocks from 0 to {blocks - 1}"))
+    if not removed or list(removed) != sorted({*removed}):
+        what = f"{list(removed)} is no sorted list of distinct blocks"
+        raise UserError(problem(where, what, f"Give blocks from 0 to {blocks - 1}"))
     if len(removed) == blocks:
-        what = f"{blocks} removes every block of a {blocks}-block model"
-        raise UserError(problem("removed blocks", what, f"Give at most {blocks - 1}"))
+        what = f"removes every block of a {blocks}-block model"
+        raise UserError(problem(where, what, f"Give at most {blocks - 1}"))
 
 
 def name_blocks(blocks: Sequence[int]) -> str:

@@ -12,11 +12,10 @@ import fnmatch
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdft_ray.core.rows import TrainingRow
 from sdft_ray.core.surgery import EMBEDDINGS, count_blocks, further_blocks, rename_tensor
 from sdft_ray.data.chat import end_of_turn
 from sdft_ray.data.readers import read_json, read_object, read_text, require_whole
@@ -25,7 +24,7 @@ from sdft_ray.models.shards import StoredTensor, read_header, same_bytes
 from sdft_ray.store.files import inside, write_atomically
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 LICENCES = ("*licen[cs]e*", "*notice*", "copying*", "*use_policy*")
 """Names, in lower case, of the files with the terms of a model."""
@@ -38,11 +37,6 @@ COMPANIONS = (
     *LICENCES,
 )
 _MOST_BYTES = 1 << 27  # the largest tokenizer.json of a well-known model has 34 MB; larger files hold weights
-# The largest difference of logits that are the same sums in another order, as a fraction of their spread (both root
-# mean square). float32 keeps 7 digits, of which a deep model loses two. bfloat16 keeps 8 bits: a thousand roundings in
-# a row are 2^-9 * sqrt(1000) = 6 %, and merging adapters rounds once more. Measured on SmolLM2-135M with adapters on
-# all its linear layers: 2e-6 and 3 %.
-_SAME_LOGITS = {"float32": 1e-4, "bfloat16": 0.25}
 
 
 def require_dtype(model: Path, name: str, tensor: StoredTensor) -> None:
@@ -158,31 +152,6 @@ def require_loadable(directory: Path) -> int:
     if wrong:
         raise RuntimeError(f"{directory}: {min(wrong)}")
     return int(model.num_parameters())
-
-
-def require_same_logits(directory: Path, rows: Sequence[TrainingRow], trained: torch.Tensor, dtype: str) -> float:
-    """Return the distance of a model's logits from those of the engine that trained it, after proving them equal.
-
-    `trained` is (K V), for the positions of `rows` that are predicted with loss. The distance is relative: the root
-    mean square of the differences, divided by the logits' own spread.
-    """
-    logits = _compute_logits(directory, rows, dtype)
-    difference = float((logits - trained).square().mean().sqrt() / trained.std())
-    if not difference <= _SAME_LOGITS[dtype]:
-        what = f"its logits are not those of the trained weights (relative difference {difference:.1e}"
-        raise RuntimeError(f"{directory}: {what}; expected at most {_SAME_LOGITS[dtype]})")
-    return difference
-
-
-def _compute_logits(directory: Path, rows: Sequence[TrainingRow], dtype: str) -> torch.Tensor:
-    """Return logits (K V) of the model in a directory, row by row and without the additions of training."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
-    with torch.inference_mode():
-        logits = [model(torch.tensor([row.ids]), use_cache=False).logits[0, row.trained_from - 1 : -1] for row in rows]
-    return torch.cat(logits).float()
 
 
 _WEIGHTS = "model.safetensors"
@@ -355,7 +324,7 @@ def _require_weights(directory: Path, config: Mapping[str, Any], teaches: bool) 
         do = "Give the model as it was before, in bfloat16"
         raise UserError(problem(str(directory / "config.json"), f"its weights are quantised ({method})", do))
     embeddings, head = next((places[n] for n in EMBEDDINGS if n in places), None), places.get("lm_head.weight")
-    if embeddings and head and _is_tied(directory, config) and not same_bytes(*embeddings, *head):
+    if embeddings and head and is_tied(directory, config) and not same_bytes(*embeddings, *head):
         what = "tie_word_embeddings is true, but lm_head.weight is not the embeddings"
         raise UserError(problem(str(directory / "config.json"), what, "Set tie_word_embeddings to false"))
 
@@ -396,7 +365,8 @@ def _require_one_layout(directory: Path, read: set[str]) -> None:
         raise UserError(problem(str(directory), what, f"Remove {', '.join(sorted(other))}"))
 
 
-def _is_tied(directory: Path, config: Mapping[str, Any]) -> bool:
+def is_tied(directory: Path, config: Mapping[str, Any]) -> bool:
+    """Return whether a model's head has the weights of its embeddings."""
     if "tie_word_embeddings" in config:
         return bool(config["tie_word_embeddings"])
     from transformers import AutoConfig

@@ -33,8 +33,11 @@ _PREFIXES = {
 _SHARED = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype")
 
 
-def copy_part(base: Path, directory: Path, rename: Callable[[str], str | None]) -> None:
-    """Write the tensors of a model that `rename` gives a name, with their index; files of which none is left go."""
+def copy_part(base: Path, directory: Path, rename: Callable[[str], str | None]) -> frozenset[tuple[Any, ...]]:
+    """Write the tensors of a model that `rename` gives a name, with their index; files of which none is left go.
+
+    Return the places whose bytes were compared as they were written, of each tensor its own and the copy's.
+    """
     held = stored_tensors(base)
     renamed = {
         shard: names
@@ -42,14 +45,15 @@ def copy_part(base: Path, directory: Path, rename: Callable[[str], str | None]) 
         if (names := {name: new for name in tensors if (new := rename(name))})
     }
     with ThreadPoolExecutor(_THREADS) as pool:
-        hashes = pool.map(lambda shard: copy_tensors(shard, directory / shard.name, renamed[shard]), renamed)
-        for shard, sha256 in zip(renamed, hashes, strict=True):
-            remember_hash(directory / shard.name, sha256)
+        copies = list(pool.map(lambda shard: copy_tensors(shard, directory / shard.name, renamed[shard]), renamed))
+    for shard, copy in zip(renamed, copies, strict=True):
+        remember_hash(directory / shard.name, copy.sha256)
     if (base / WEIGHTS_INDEX).is_file():
         weight_map = {new: shard.name for shard, names in renamed.items() for new in names.values()}
         total = sum(held[shard][name].bytes for shard, names in renamed.items() for name in names)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_atomically(directory / WEIGHTS_INDEX, json.dumps(index, indent=2))
+    return frozenset().union(*(copy.same for copy in copies))
 
 
 def text_name(name: str) -> str | None:

@@ -2,18 +2,20 @@
 
 In: safetensors files. Out: their headers, copies of some of their tensors under new names, and the proof that these
 are the same bytes. A tensor is a range of bytes whatever its dtype, so this module needs no dtypes and
-holds at most two small buffers; threads overlap because reading and writing files releases Python's lock.
+holds a few small buffers; threads overlap because reading, writing and hashing release Python's lock.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 from sdft_ray.errors import UserError, problem
 
@@ -74,20 +76,43 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def copy_tensors(source: Path, target: Path, names: Mapping[str, str]) -> str:
+class Copied(NamedTuple):
+    """A file of copied tensors, each of which was read back and compared."""
+
+    sha256: str
+    """Of the file."""
+    same: frozenset[tuple[Path, StoredTensor, Path, StoredTensor]]
+    """What `same_bytes` is true of, because these bytes were compared."""
+
+
+def copy_tensors(source: Path, target: Path, names: Mapping[str, str]) -> Copied:
     """Write the tensors of `source` that `names` maps to a new name, in the same order, as a safetensors file.
 
-    Return the sha256 of the new file.
+    What is written is read back piece by piece while processor caches hold it. Raises RuntimeError that names a tensor
+    whose bytes in the copy are not the source's.
     """
-    kept = [(names[name], tensor) for name, tensor in read_header(source).items() if name in names]
-    with source.open("rb") as file:
-        return write_tensors(target, kept, (chunk for _, tensor in kept for chunk in _chunks(file, tensor)))
+    kept = {names[name]: tensor for name, tensor in read_header(source).items() if name in names}
+    same = set()
+
+    def contents() -> Iterator[bytes]:
+        with source.open("rb") as file, target.open("rb", buffering=0) as copy:
+            copy.seek(8 + int.from_bytes(copy.read(8), "little"))
+            for name, tensor in kept.items():
+                start = copy.tell()
+                for piece in _chunks(file, tensor):
+                    yield piece
+                    if copy.read(len(piece)) != piece:
+                        raise RuntimeError(f"{target}: {name} differs from what {source} holds")
+                same.add((source, tensor, target, dataclasses.replace(tensor, start=start, stop=copy.tell())))
+
+    return Copied(write_tensors(target, list(kept.items()), contents()), frozenset(same))
 
 
 def write_tensors(target: Path, tensors: Sequence[tuple[str, StoredTensor]], contents: Iterable[Buffer]) -> str:
     """Write a safetensors file of tensors by name, whose bytes are `contents`, in order and in pieces of any size.
 
-    Return the sha256 of the new file, computed on the way: reading a large file again costs as much as copying it.
+    Return the sha256 of the new file, computed beside the writing: reading a large file again costs as much as copying
+    it. A piece is in the file when the next one is asked for, and may not change before that one was given.
     """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -97,12 +122,15 @@ def write_tensors(target: Path, tensors: Sequence[tuple[str, StoredTensor]], con
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that tensors lie aligned
     begin_bytes = len(text).to_bytes(8, "little") + text
-    digest = hashlib.sha256(begin_bytes)
-    with target.open("wb") as file:
-        file.write(begin_bytes)
-        for piece in contents:
-            digest.update(piece)
+    digest = hashlib.sha256()
+    with target.open("wb") as file, ThreadPoolExecutor(1) as pool:
+        hashed = None
+        for piece in itertools.chain([begin_bytes], contents):
+            if hashed:
+                hashed.result()
+            hashed = pool.submit(digest.update, piece)
             file.write(piece)
+            file.flush()
         written = file.tell()
     assert written == len(begin_bytes) + end, f"{target}: {written - len(begin_bytes)} bytes of tensors, not {end}"
     return digest.hexdigest()

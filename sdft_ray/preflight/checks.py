@@ -9,10 +9,12 @@ from sdft_ray.core.surgery import require_blocks, require_supported
 from sdft_ray.data import readers
 from sdft_ray.errors import UserError, problem
 from sdft_ray.models import directory, parts, sources
+from sdft_ray.models.sizes import sizes_of
 from sdft_ray.preflight import limits
+from sdft_ray.preflight.cuts import depth_of
 from sdft_ray.progress import log
 from sdft_ray.spec.compute import Compute
-from sdft_ray.spec.recipe import Recipe, require_depth
+from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.sources import GymRows, HubModel, LocalModel, RowSource, ServedModel
 from sdft_ray.spec.sources import in_use as sources_in_use
 from sdft_ray.stages import merge, train
@@ -27,19 +29,19 @@ def check(recipe: Recipe, compute: Compute, read: limits.FileReader = limits.rea
     """
     if problems := list(libraries.missing(compute.track)):
         raise UserError(*problems)
-    facts = sources.describe_model(recipe.model)
+    facts, depth = sources.describe_model(recipe.model), None
     others = recipe.merge.others if recipe.merge else {}
     if facts:
-        _require_prunable(recipe, facts)
+        depth = _require_prunable(recipe, facts)
         if recipe.draft:
             _require_generates(facts, compute)
     if recipe.arms.need_rewrites and (teaching := _teacher_facts(recipe, facts)):
         _require_generates(teaching, compute)
     for name, other in others.items():
-        if other.path is not None and facts:
-            _require_compatible(f"merge.others.{name}.path", other.path, facts, recipe.prune.blocks)
-    if facts and recipe.merge and recipe.merge.slerp:
-        merge.require_one_for_each(recipe.merge.slerp.t, facts.blocks - recipe.prune.blocks)
+        if other.path is not None and facts and depth:
+            _require_compatible(f"merge.others.{name}.path", other.path, facts, depth)
+    if facts and depth and recipe.merge and recipe.merge.slerp:
+        merge.require_one_for_each(recipe.merge.slerp.t, facts.blocks - depth)
     context, count = facts.context if facts else None, limits.token_counter(recipe.model)
     limits.require_numbers(recipe, context)
     for key, given in _row_sources(recipe).items():
@@ -70,10 +72,9 @@ def _row_sources(recipe: Recipe) -> dict[str, tuple[RowSource, ...]]:
     return {"rows": recipe.rows, **given}
 
 
-def _require_prunable(recipe: Recipe, facts: directory.ModelFacts) -> None:
-    """Raise UserError for a model on this machine that cannot be pruned as the recipe says."""
+def _require_prunable(recipe: Recipe, facts: directory.ModelFacts) -> int | None:
+    """Return how many blocks go; raise UserError for a model here that cannot be pruned as the recipe says."""
     require_supported(facts.architecture, "model")
-    require_depth(recipe.prune.blocks, recipe.prune.protect, facts.blocks)
     assert not isinstance(recipe.model, HubModel), "a hub model has no facts"
     if (path := sources.model_path(recipe.model)).is_dir():
         names = [name for tensors in directory.stored_tensors(path).values() for name in tensors]
@@ -82,6 +83,7 @@ def _require_prunable(recipe: Recipe, facts: directory.ModelFacts) -> None:
         else:
             config = readers.read_json(path / "config.json")
         require_blocks(path, names, config)
+    return depth_of(recipe.prune, sizes_of(recipe.model))
 
 
 def _teacher_facts(recipe: Recipe, base: directory.ModelFacts | None) -> directory.ModelFacts | None:

@@ -14,19 +14,24 @@ from pathlib import Path
 
 from sdft_ray import pipeline
 from sdft_ray.core.mixture import mixture_size
+from sdft_ray.core.passes import count_passes
+from sdft_ray.core.patch import gaps
 from sdft_ray.core.surgery import block_of
 from sdft_ray.data import readers
 from sdft_ray.models import sources
 from sdft_ray.models.directory import stored_tensors, weight_files
 from sdft_ray.models.parts import text_config, text_name
+from sdft_ray.models.sizes import sizes_of, sizes_of_directory
 from sdft_ray.pipeline import Chain
 from sdft_ray.preflight import memory
+from sdft_ray.preflight.cuts import depth_of
 from sdft_ray.spec import compute as compute_spec
 from sdft_ray.spec import training
 from sdft_ray.spec.compute import Compute, cores
-from sdft_ray.spec.recipe import Recipe
+from sdft_ray.spec.recipe import Prune, Recipe
 from sdft_ray.spec.sources import HubModel, LocalModel, ModelSource, ServedModel
 from sdft_ray.stages import mix, retention, train
+from sdft_ray.stages.train.adapters import LAST_BLOCKS
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 from sdft_ray.sweep.planning import Plan
@@ -84,29 +89,48 @@ def estimate_stages(recipe: Recipe, compute: Compute, chain: Chain, storage: Sto
     base = chain.base
     done = base.location or (storage.files(base) if storage.status(base) == "done" else None)
     shape = shape_of_directory(done) if done else shape_of(recipe.model)
+    depth = depth_of(recipe.prune, sizes_of_directory(done) if done else sizes_of(recipe.model))
+    pruned = None if shape is None or depth is None else memory.prune(shape, depth)
     trained = chain.trained
     first = next(iter(trained.values()))
     return [
-        _score(recipe, compute, shape),
+        *([_score(recipe, compute, shape)] if chain.score else []),
+        *([_greedy(recipe, compute, shape, depth)] if recipe.prune.is_greedy else []),
         _distill(recipe, compute, shape, _training_rows(first, storage)),
-        *(_train(recipe, compute, shape, name, stage, storage) for name, stage in trained.items()),
-        *_drafts(recipe, compute, shape, len(chain.drafts)),
-        *_retention(recipe, compute, shape, len(chain.retention)),
+        *(_train(recipe, compute, shape, pruned, name, stage, storage) for name, stage in trained.items()),
+        *_drafts(recipe, compute, shape, pruned, len(chain.drafts)),
+        *_retention(recipe, compute, shape, pruned, len(chain.retention)),
         _evaluate(recipe, compute, shape, len(chain.models)),
     ]
 
 
 def _score(recipe: Recipe, compute: Compute, shape: memory.Shape | None) -> Cost:
-    corpora, section = recipe.prune.calibration, compute.score
-    texts = sum(corpus.limit for corpus in corpora)
-    longest = max(corpus.max_tokens for corpus in corpora)
-    bytes_each = (
-        None
-        if shape is None
-        else memory.holding_memory(shape, _bytes(recipe.prune.dtype), section.batch_size * longest)
-    )
-    work = f"{texts} texts of up to {longest} tokens"
-    return _cost("score", work, section.actors, bytes_each, "", compute, section.gpus)
+    corpora = recipe.prune.calibration
+    work = f"{sum(corpus.limit for corpus in corpora)} texts of up to {_longest(recipe)} tokens"
+    return _measuring("score", work, recipe, compute, shape)
+
+
+def _greedy(recipe: Recipe, compute: Compute, shape: memory.Shape | None, depth: int | None) -> Cost:
+    """Return the cost of trying every block at every step."""
+    protect, texts = recipe.prune.protect, sum(corpus.held_back for corpus in recipe.prune.calibration)
+    work = f"passes over {texts} texts of up to {_longest(recipe)} tokens"
+    if shape and depth:
+        counted = count_passes(shape.blocks, depth, protect.first, protect.last)
+        work = f"{counted.passes:.0f} {work}, for {counted.candidates} candidates"
+    return _measuring("loss", work, recipe, compute, shape)
+
+
+def _longest(recipe: Recipe) -> int:
+    return max(corpus.max_tokens for corpus in recipe.prune.calibration)
+
+
+def _measuring(stage: str, work: str, recipe: Recipe, compute: Compute, shape: memory.Shape | None) -> Cost:
+    """Return the cost of processes that hold the base to measure calibration texts."""
+    section, bytes_each = compute.score, None
+    if shape is not None:
+        tokens = section.batch_size * _longest(recipe)
+        bytes_each = memory.holding_memory(shape, _bytes(recipe.prune.dtype), tokens)
+    return _cost(stage, work, section.actors, bytes_each, "", compute, section.gpus)
 
 
 def _distill(recipe: Recipe, compute: Compute, shape: memory.Shape | None, rows: int | None) -> Cost:
@@ -127,7 +151,9 @@ def _stored_bytes(model: LocalModel | HubModel) -> int | None:
     return sum(file.stat().st_size for file in weight_files(path))
 
 
-def _drafts(recipe: Recipe, compute: Compute, shape: memory.Shape | None, drafts: int) -> list[Cost]:
+def _drafts(
+    recipe: Recipe, compute: Compute, shape: memory.Shape | None, pruned: memory.Shape | None, drafts: int
+) -> list[Cost]:
     if not (settings := recipe.draft):
         return []
     counts = ", ".join(map(str, settings.tokens))
@@ -135,9 +161,8 @@ def _drafts(recipe: Recipe, compute: Compute, shape: memory.Shape | None, drafts
         f"{drafts} models, {settings.prompts} prompts of {settings.max_new_tokens} new tokens, {counts} of them drafted"
     )
     weights = None
-    if shape is not None:  # the base alone and the base with its draft take turns
-        small = memory.prune(shape, recipe.prune.blocks)
-        weights = _bytes(settings.dtype) * (2 * shape.parameters + small.parameters)
+    if shape is not None and pruned is not None:  # the base alone and the base with its draft take turns
+        weights = _bytes(settings.dtype) * (2 * shape.parameters + pruned.parameters)
     return [_engine("draft", work, 1, weights, compute)]
 
 
@@ -156,6 +181,7 @@ def _train(
     recipe: Recipe,
     compute: Compute,
     shape: memory.Shape | None,
+    pruned: memory.Shape | None,
     model: str,
     stage: Stage[train.Settings],
     storage: Storage,
@@ -168,10 +194,10 @@ def _train(
     most = section.micro_batch * settings.max_tokens
     tokens = min(most, section.pass_tokens or most)
     work = f"{steps} of {settings.global_batch_size} rows, up to {tokens} tokens a pass"
-    if shape is None:
+    if shape is None or pruned is None:
         return _cost(name, work, section.workers.max, None, "", compute, section.gpus)
-    pruned = memory.prune(shape, recipe.prune.blocks)
-    trained = memory.trainable_parameters(pruned, settings.method, settings.lora.rank, settings.lora.targets)
+    scope = _scope(pruned, settings.scope, recipe.prune)
+    trained = memory.trainable_parameters(scope, settings.method, settings.lora.rank, settings.lora.targets)
     needs = memory.training_memory(
         pruned,
         trained,
@@ -202,6 +228,15 @@ def _train(
     return _cost(name, work, section.workers.max, bytes_each, parts, compute, section.gpus)
 
 
+def _scope(pruned: memory.Shape, scope: str, prune: Prune) -> memory.Shape:
+    """Return the shape of what is trained of a model, at most."""
+    if scope == "all":
+        return pruned
+    runs = len(gaps(prune.remove)) if prune.remove else 1 if prune.contiguous else pruned.blocks
+    blocks = min(pruned.blocks, 2 * runs if scope == "beside_cut" else LAST_BLOCKS)
+    return dataclasses.replace(pruned, blocks=blocks, parameters=blocks * pruned.block_parameters)
+
+
 def _main_memory(settings: training.Train, section: compute_spec.Train, shape: memory.Shape) -> str:
     """Return in words the main memory of a training whose workers compute on GPUs."""
     number, shares = _bytes(settings.dtype), section.workers.min if section.zero_stage == 3 else 0
@@ -210,14 +245,16 @@ def _main_memory(settings: training.Train, section: compute_spec.Train, shape: m
     return f"; main memory {loading / 1e9:.2f} to load, {writing / 1e9:.2f} in the process that writes the model"
 
 
-def _retention(recipe: Recipe, compute: Compute, shape: memory.Shape | None, models: int) -> list[Cost]:
+def _retention(
+    recipe: Recipe, compute: Compute, shape: memory.Shape | None, pruned: memory.Shape | None, models: int
+) -> list[Cost]:
     if not (settings := recipe.evaluate.retention):
         return []
     work = f"{models} models x up to {settings.rows} rows and {settings.texts} texts"
     bytes_each = None
-    if shape is not None:  # the base beside a model, and pieces of their logits
-        small, number = memory.prune(shape, recipe.prune.blocks), _bytes(recipe.evaluate.dtype)
-        bytes_each = memory.holding_memory(shape, number, settings.max_tokens) + number * small.parameters
+    if shape is not None and pruned is not None:  # the base beside a model, and pieces of their logits
+        number = _bytes(recipe.evaluate.dtype)
+        bytes_each = memory.holding_memory(shape, number, settings.max_tokens) + number * pruned.parameters
         bytes_each += 5 * 4 * min(retention.PIECE_LOGITS, settings.max_tokens * shape.vocabulary)
     return [_cost("retention", work, _at_once(compute, models), bytes_each, "", compute, compute.evaluate.gpus)]
 

@@ -53,7 +53,8 @@ def require_numbers(recipe: Recipe, context: int | None) -> None:
     if distill.samples > 1 and distill.temperature == 0:
         what = f"{distill.samples} is the same text {distill.samples} times at distill.temperature: 0"
         wrong.append(problem("distill.samples", what, "Set distill.samples to 1"))
-    lengths = {"prune.calibration.max_tokens": max(corpus.max_tokens for corpus in recipe.prune.calibration)}
+    read = recipe.prune.calibration if recipe.prune.reads_texts else ()
+    lengths = {"prune.calibration.max_tokens": max(corpus.max_tokens for corpus in read)} if read else {}
     lengths["train.max_tokens"] = recipe.train.max_tokens
     if recipe.evaluate.retention:
         lengths["evaluate.retention.max_tokens"] = recipe.evaluate.retention.max_tokens
@@ -172,8 +173,9 @@ def _mix(each: Sequence[_Known], shares: Sequence[int] | None, count: int | None
 
 def require_texts(recipe: Recipe, count: Counter, read: FileReader = read_file) -> None:
     """Raise UserError for a calibration corpus that cannot be read, or is too short to take a loss on."""
-    needed = 3 if recipe.prune.candidates else 1  # a third are loss texts
-    for corpus in recipe.prune.calibration:
+    needed = 3 if recipe.prune.candidates or recipe.prune.is_greedy else 1  # a third are loss texts
+    corpora = recipe.prune.calibration if recipe.prune.reads_texts else ()
+    for corpus in corpora:
         if corpus.rows is not None:
             if corpus.rows != "own":
                 read_splits(corpus.rows, read)
@@ -186,9 +188,9 @@ def require_texts(recipe: Recipe, count: Counter, read: FileReader = read_file) 
             what = f"{path} has {usable} texts of two tokens or more (expected {needed} or more)"
             raise UserError(problem("prune.calibration.text", what, "Give more texts"))
     if recipe.evaluate.retention:
-        plain = [corpus for corpus in recipe.prune.calibration if corpus.rows is None]
-        corpora = calibration.describe_corpora(plain, [None] * len(plain))
-        if further := calibration.describe_further(recipe.evaluate.retention, corpora):
+        plain = [corpus for corpus in corpora if corpus.rows is None]
+        described = calibration.describe_corpora(plain, [None] * len(plain))
+        if further := calibration.describe_further(recipe.evaluate.retention, described):
             calibration.read_further(further)
 
 

@@ -43,7 +43,7 @@ def half_fields(stages: Iterable[Stage], compute: Compute) -> dict[str, str]:
 def _find_dtype(settings: Any) -> tuple[str, str, Needs] | None:
     """Return the recipe's field for the precision of a stage, its dtype, and what its workers take."""
     match settings:
-        case score.Settings() | loss.Settings():
+        case score.Settings() | loss.Settings() | loss.GreedySettings():
             return "prune.dtype", settings.dtype, score.NEEDS
         case distill.Settings(teacher=ServedModel()):  # computes elsewhere
             return None

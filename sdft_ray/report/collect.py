@@ -25,6 +25,7 @@ from sdft_ray.report.entries import (
     Details,
     Draft,
     Example,
+    Greedy,
     Losses,
     Merged,
     MergeEntry,
@@ -191,8 +192,9 @@ def _describe_details(recipe: Recipe, chain: Chain, storage: Storage) -> Details
         seconds[stage.name] = seconds.get(stage.name, 0.0) + provenance.wall_seconds
     distilled = chain.distilled
     return Details(
-        distances=Distances.from_file(storage.files(chain.score, DISTANCES) / DISTANCES),
-        losses=Losses.of(chain.loss, storage) if chain.loss else None,
+        distances=Distances.from_file(storage.files(chain.score, DISTANCES) / DISTANCES) if chain.score else None,
+        losses=Losses.of(chain.loss, storage) if chain.loss and chain.score else None,
+        greedy=Greedy.of(chain.loss, storage) if chain.loss and not chain.score else None,
         cut=Pruned.of(chain.pruned, storage),
         selection=Selection.of(distilled, storage) if distilled else None,
         examples=_read_examples(storage.files(distilled, "train.parquet")) if distilled else [],

@@ -18,6 +18,7 @@ from sdft_ray.stages.cut import Summary as Pruned
 from sdft_ray.stages.distill import SourceSummary as Rewrites
 from sdft_ray.stages.distill import Summary as Selection
 from sdft_ray.stages.draft import Summary as Draft
+from sdft_ray.stages.loss import GreedySummary as Greedy
 from sdft_ray.stages.loss import Summary as Losses
 from sdft_ray.stages.merge import Summary as Merged
 from sdft_ray.stages.mix import Source as MixedSource
@@ -134,8 +135,10 @@ class Artifact(NamedTuple):
 class Details(Record):
     """What only the page and the sentences below the table show."""
 
-    distances: Distances
+    distances: Distances | None
+    """None where nothing was measured to choose blocks."""
     losses: Losses | None
+    greedy: Greedy | None
     cut: Pruned
     selection: Selection | None
     examples: Sequence[Example]

@@ -12,6 +12,7 @@ from sdft_ray.report.entries import (
     Comparison,
     Draft,
     GoalEntry,
+    Greedy,
     Losses,
     MergeEntry,
     Nll,
@@ -53,13 +54,24 @@ def _name_sizes(scores: dict[str, Score]) -> str:
     return f"Items: {', '.join(f'{task} {score.n}' for task, score in scores.items())}."
 
 
-def cut_line(cut: Cut, losses: Losses | None = None) -> str:
-    """Return the removed blocks, the metric that chose them, and how sure the choice is."""
+def cut_line(cut: Cut, losses: Losses | Greedy | None = None) -> str:
+    """Return the removed blocks, what chose them, and how sure the choice is."""
+    enough = f", the fewest for {cut.target:,.0f} parameters or less" if cut.target else ""
+    if cut.cost is None or cut.agreement is None:
+        why = "the last ones that may go" if cut.metric == "tail" else "named by the recipe"
+        return f"Cut: blocks {name_blocks(cut.removed)}{enough}, {why}."
     cost = {"angular": "distance", "influence": "summed influence", "loss": "loss on the loss texts"}[cut.metric]
-    text = f"Cut: blocks {name_blocks(cut.removed)}, {cost} {cut.cost:.3f}"
+    text = f"Cut: blocks {name_blocks(cut.removed)}{enough}, {cost} {cut.cost:.3f}"
     if losses and cut.metric == "loss":
         text += f" ({losses.base_loss:.3f} with nothing removed)"
     return f"{text}; {cut.agreement:.0%} of bootstrap samples choose the same."
+
+
+def greedy_line(greedy: Greedy) -> str:
+    """Return what it cost to remove blocks one after the other."""
+    cost = greedy.cost
+    text = f"Removed one after the other: {cost.candidates} candidates in {len(greedy.steps)} steps took the work of"
+    return f"{text} {cost.passes:.0f} passes over the loss texts ({cost.from_the_start:.0f} without shared states)."
 
 
 def speed_line(speed: Speed) -> str:

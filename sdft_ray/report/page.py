@@ -25,8 +25,11 @@ def render(report: Report) -> str:
         details=details,
         base=report.base.cost,
         caption=lines.caption(report),
-        corpora=details.distances.corpora,
-        cut_line=lines.cut_line(details.cut, details.losses),
+        corpora=details.distances.corpora if details.distances else (),
+        cut_line=lines.cut_line(details.cut, details.losses or details.greedy),
+        greedy_line=lines.greedy_line(details.greedy) if details.greedy else None,
+        step_columns=[*table.STEP_COLUMNS, *table.several_corpora(details.greedy)] if details.greedy else [],
+        steps=table.greedy_rows(details.greedy) if details.greedy else (),
         speed_line=lines.speed_line(report.speed) if report.speed else None,
         nll_line=lines.nll_line(details.nll) if details.nll else None,
         difference_lines=[lines.difference_line(compared) for compared in report.compared],
@@ -42,7 +45,7 @@ def render(report: Report) -> str:
         source_columns=table.source_columns(report),
         source_rows=table.source_rows(report),
         ladder=plots.ladder(report.models),
-        distance_maps=plots.as_svg(plots.distance_maps(details.distances, [details.cut.removed])),
+        distance_maps=_draw_distances(details),
         loss_curves=plots.loss_curves(details.trainings),
         nearby=_nearby(details),
     )
@@ -65,6 +68,13 @@ def render_sweep(report: SweepReport, folder: Path) -> str:
         maps=[plots.as_svg(plots.distance_maps(*each)) for each in report.maps],
         manifests=[os.path.relpath(Path(trial.directory) / MANIFEST, folder.absolute()) for trial in report.trials],
     )
+
+
+def _draw_distances(details: Details) -> str:
+    """Return the maps of what was measured to choose blocks; nothing where nothing was."""
+    if details.distances is None:
+        return ""
+    return plots.as_svg(plots.distance_maps(details.distances, [details.cut.removed]))
 
 
 def _draw_recovery(report: SweepReport) -> dict[str, str]:
@@ -99,15 +109,19 @@ def _template(name: str) -> Any:
     environment.filters.update(percent=lines.percent, duration=duration, interval=lines.interval)
     environment.filters.update(speed_line=lines.speed_line, cut_line=lines.cut_line, name_trial=lines.name_trial)
     environment.filters.update(draft_rows=table.draft_rows)
-    environment.globals.update(draft_line=lines.draft_line, saved=lines.saved, name_blocks=name_blocks)
+    environment.globals.update(draft_line=lines.draft_line, saved=_saved, name_blocks=name_blocks)
     return environment.get_template(name)
+
+
+def _saved(amount: float, of_base: float) -> str:
+    """Return what a model saves, whose percent sign stays at its number on a narrow page."""
+    return lines.saved(amount, of_base).replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def _nearby(details: Details) -> list[tuple[int, str, JointChoice]]:
     """Return the span choices of sizes up to twice the one that was cut, by size and metric: the next decisions to be
     made."""
     sizes = max(8, 2 * len(details.cut.removed))
-    choices = [
-        (size, metric, c) for metric, of_size in details.distances.choices.items() for size, c in of_size.items()
-    ]
+    by_metric = details.distances.choices if details.distances else {}
+    choices = [(size, metric, c) for metric, of_size in by_metric.items() for size, c in of_size.items()]
     return sorted((choice for choice in choices if choice[0] <= sizes), key=lambda choice: choice[0])

@@ -73,7 +73,7 @@ def collect(plan: Plan, name: str, storage: Storage) -> SweepReport:
         trials=tuple(entries),
         groups=groups,
         comparisons=tuple(_compare(groups, plan.trials, storage)),
-        drafts=_describe_drafts(groups, entries, untuned.cuts, tried),
+        drafts=_describe_drafts(groups, entries, {key: untuned.depth_of(key, storage) for key in untuned.cuts}, tried),
         untried=tuple(untried),
         maps=_read_maps(untuned.cuts.values(), storage),
         flops_tokens=FLOPS_TOKENS,
@@ -112,7 +112,7 @@ class _Untuned:
         return tuple(dict.fromkeys(filter(None, names)))
 
     @functools.cached_property
-    def cuts(self) -> dict[str, Stage[cut.Settings]]:
+    def cuts(self) -> dict[str, cut.CutStage]:
         """The pruned models."""
         return {chain.pruned.id: chain.pruned for chain in self.chains}
 
@@ -140,7 +140,7 @@ class _Untuned:
         return {stage.id: chain.base for stage, chain in starts}
 
     @functools.cached_property
-    def patched(self) -> dict[str, tuple[Stage[patch.Settings], Stage[cut.Settings]]]:
+    def patched(self) -> dict[str, tuple[Stage[patch.Settings], cut.CutStage]]:
         """The patched models, each with the pruned one."""
         return {chain.patched.id: (chain.patched, chain.pruned) for chain in self.chains if chain.patched}
 
@@ -148,6 +148,10 @@ class _Untuned:
     def speeds(self) -> dict[str, Stage[speed.Settings]]:
         """For each pruned model that was timed, the stage."""
         return {chain.pruned.id: chain.speed for chain in self.chains if chain.speed}
+
+    def depth_of(self, start: str, storage: Storage) -> int:
+        """Return how many blocks a pruned or patched model lacks."""
+        return len(Pruned.of(self.patched[start][1] if start in self.patched else self.cuts[start], storage).removed)
 
     def base_of(self, pruned: str) -> Evaluations:
         """Return the evaluations of the base of a pruned model."""
@@ -157,7 +161,7 @@ class _Untuned:
         """Raise UserError where something is missing that trials are compared with."""
         needed: list[Stage[Any]] = [*self.speeds.values(), *self.retentions.values()]
         for chain in self.chains:
-            needed += [chain.rows, chain.score, *self.evaluations[chain.base.id].values()]
+            needed += [chain.rows, *([chain.score] if chain.score else []), *self.evaluations[chain.base.id].values()]
             for stage in (chain.pruned, chain.patched):
                 needed += [stage, *self.evaluations[stage.id].values()] if stage else []
         if missing := {stage.name for stage in pipeline.survey(needed, storage)[0]}:
@@ -168,9 +172,7 @@ class _Untuned:
         """Return one entry for each base, and for each pruned model."""
         bases = {base.id: base for base in self.bases.values()}
         models = [self._describe(base, base.id, storage, model="base", blocks=0) for base in bases.values()]
-        made: list[tuple[str, Stage[Any], Stage[cut.Settings]]] = [
-            ("pruned", each, each) for each in self.cuts.values()
-        ]
+        made: list[tuple[str, Stage[Any], cut.CutStage]] = [("pruned", each, each) for each in self.cuts.values()]
         made += [("patched", *both) for both in self.patched.values()]
         for name, stage, cut_of in made:
             pruned, where = Pruned.of(cut_of, storage), storage.where(stage)
@@ -199,7 +201,7 @@ def _describe_trial(
     done = is_done(trial, storage)
     return TrialEntry(
         arm=trial.arm,
-        blocks=recipe.prune.blocks,
+        blocks=untuned.depth_of(pruned.id, storage),
         rows=recipe.train.rows or count_rows(trial.train.inputs["rows"], storage).train,
         values={path: value for path, value in trial.values.items() if path not in (DEPTH, SIZE)},
         id=trial.train.id,
@@ -326,13 +328,13 @@ def _read_drafts(plan: Plan, storage: Storage) -> tuple[dict[str, list[Draft]], 
 def _describe_drafts(
     groups: Sequence[Group],
     entries: Sequence[TrialEntry],
-    cuts: Mapping[str, Stage[cut.Settings]],
+    depths: Mapping[str, int],
     tried: Mapping[str, Sequence[Draft]],
 ) -> tuple[DraftEntry, ...]:
     """Return what each pruned model and each group of trials is worth as a draft of the base, by depth."""
     models: list[tuple[dict[str, Any], list[str]]] = [
-        ({"arm": "pruned", "blocks": stage.settings.depth, "rows": None, "values": {}, "chosen": True}, [key])
-        for key, stage in cuts.items()
+        ({"arm": "pruned", "blocks": depth, "rows": None, "values": {}, "chosen": True}, [key])
+        for key, depth in depths.items()
     ]
     models += [
         (
@@ -382,12 +384,14 @@ def _join_texts(drafted: Sequence[Drafted], cost: float) -> DraftFigures:
     return best.model_copy(update={"acceptance": largest.acceptance, "acceptance_error": largest.acceptance_error})
 
 
-def _read_maps(cuts: Iterable[Stage[cut.Settings]], storage: Storage) -> list[Map]:
+def _read_maps(cuts: Iterable[cut.CutStage], storage: Storage) -> list[Map]:
     """Return the distances of every scoring, each with the blocks that were removed by it."""
     scores: dict[str, Stage[Any]] = {}
     removed: dict[str, list[Sequence[int]]] = {}
     for stage in cuts:
-        score = scores.setdefault(stage.inputs["score"].id, stage.inputs["score"])
+        if not (score := stage.inputs.get("score")):
+            continue
+        score = scores.setdefault(score.id, score)
         removed.setdefault(score.id, []).append(Pruned.of(stage, storage).removed)
     return [
         Map(Distances.from_file(storage.files(score, DISTANCES) / DISTANCES), removed[key])

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from sdft_ray.core.choice import JointChoice
 from sdft_ray.core.surgery import name_blocks
-from sdft_ray.report.entries import Cost, Draft, Losses, Report, SourceEntry, SweepReport
+from sdft_ray.report.entries import Cost, Draft, Greedy, Losses, Report, SourceEntry, SweepReport
 from sdft_ray.report.lines import (
     FIGURES,
     caption,
@@ -325,7 +325,7 @@ def loss_table(losses: Losses) -> Table:
     title = f"loss on the loss texts in nats a token; nothing removed: {losses.base_loss:.3f}"
     table = Table("removed", "loss", "rank", "distance rank", "influence rank", box=None, pad_edge=False, title=title)
     table.title_justify = "left"
-    several = losses.texts if len(losses.texts) > 1 else []
+    several = several_corpora(losses)
     for corpus in several:
         table.add_column(corpus)
     for rank, candidate in enumerate(losses.candidates, 1):
@@ -338,6 +338,32 @@ def loss_table(losses: Losses) -> Table:
             *(f"{candidate.losses[corpus]:.3f}" for corpus in several),
         )
     return table
+
+
+STEP_COLUMNS = ("removed", "loss", "next best", "its loss", "bootstrap")
+
+
+def greedy_table(greedy: Greedy) -> Table:
+    """Return the blocks that were removed one after the other, each with the loss that it left."""
+    title = f"loss on the loss texts in nats a token; nothing removed: {greedy.base_loss:.3f}"
+    table = Table(*STEP_COLUMNS, *several_corpora(greedy), box=None, pad_edge=False, title=title)
+    table.title_justify = "left"
+    for row in greedy_rows(greedy):
+        table.add_row(*row)
+    return table
+
+
+def several_corpora(losses: Losses | Greedy) -> list[str]:
+    """Return the names of corpora where there are several."""
+    return list(losses.texts) if len(losses.texts) > 1 else []
+
+
+def greedy_rows(greedy: Greedy) -> Iterator[list[str]]:
+    """Yield a row for each step."""
+    for step in greedy.steps:
+        other = ("-", "-") if step.runner_up is None else (str(step.runner_up), f"{step.runner_up_loss:.3f}")
+        each = (f"{step.losses[corpus]:.3f}" for corpus in several_corpora(greedy))
+        yield [str(step.block), f"{step.loss:.3f}", *other, f"{step.agreement:.0%}", *each]
 
 
 DRAFT_COLUMNS = (

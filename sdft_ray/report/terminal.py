@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sdft_ray.report import lines, table
-from sdft_ray.report.entries import Draft, Losses, Report, SweepReport
+from sdft_ray.report.entries import Draft, Greedy, Losses, Report, SweepReport
 from sdft_ray.spec.loading import leaves
 from sdft_ray.stages import score
 from sdft_ray.store.manifest import Manifest
@@ -26,7 +26,9 @@ def show(report: Report, console: Console) -> None:
         console.print(table.retention_table(report))
     if report.base.generated:
         console.print(table.generated_table(report))
-    console.print(lines.cut_line(details.cut, details.losses))
+    console.print(lines.cut_line(details.cut, details.losses or details.greedy))
+    if details.greedy:
+        console.print(lines.greedy_line(details.greedy))
     for compared in report.compared:
         console.print(lines.difference_line(compared))
     for kept in report.retention:
@@ -73,7 +75,7 @@ def _print_open(console: Console, status: str, name: str, reason: str | None) ->
 # What tables show of a summary, or what is too long to be shown.
 _NOT_AS_LINES = {
     "score": ("choices", "corpora"),
-    "loss": ("candidates",),
+    "loss": ("candidates", "steps"),
     "draft": ("greedy", "sampled"),
     "merge": ("cosines",),
 }
@@ -106,6 +108,8 @@ def _tables(manifest: Manifest) -> list[Table]:
     match manifest.stage:
         case "score":
             return table.score_tables(score.Summary.model_validate(manifest.summary))
+        case "loss" if "steps" in manifest.summary:
+            return [table.greedy_table(Greedy.model_validate(manifest.summary))]
         case "loss":
             return [table.loss_table(Losses.model_validate(manifest.summary))]
         case "draft":

@@ -14,7 +14,6 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
-from sdft_ray.errors import UserError, problem
 from sdft_ray.spec.retention import Retention
 from sdft_ray.spec.section import LocalPath, Section, require_distinct
 from sdft_ray.spec.sources import (
@@ -39,17 +38,29 @@ class Protect(Section):
     """Blocks at the end."""
 
 
+class Target(Section):
+    """How small the model becomes."""
+
+    parameters: float = Field(gt=0)
+    """It has at most so many; those of tied tensors count once."""
+
+
 class Prune(Section):
     """Which blocks are removed."""
 
-    blocks: int = Field(gt=0)
-    """Number of blocks to remove."""
-    metric: Literal["angular", "influence", "loss"] = "loss"
+    blocks: int | None = Field(None, gt=0)
+    """Number of blocks to remove. Either this, `target` or `remove` is needed."""
+    target: Target | None = None
+    """Instead of a number of blocks: the least number without which the model is small enough, whichever are chosen."""
+    remove: tuple[Annotated[int, Field(ge=0)], ...] | None = None
+    """Exactly these blocks, counted from 0. Nothing else then chooses, and nothing is measured for a choice."""
+    metric: Literal["angular", "influence", "loss", "tail"] = "loss"
     """What decides: the `loss` on the loss texts with the blocks skipped, for the best candidates of both other
-    metrics; the `angular` distance between a span's input and output (arXiv 2403.17887); or the sum of its Block
-    `influence` (arXiv 2403.03853)."""
+    metrics; the `angular` distance between a span's input and output (arXiv 2403.17887); the sum of its Block
+    `influence` (arXiv 2403.03853); or nothing that is measured: `tail` takes the last blocks (arXiv 2411.15558)."""
     contiguous: bool = True
-    """Whether the blocks stand side by side; false (influence only) takes the least influential ones anywhere."""
+    """Whether the blocks stand side by side. If false they stand anywhere: the least influential ones, or by `loss`
+    one after the other, each time the one without which the loss is least (each step tries every block)."""
     protect: Protect = Protect()
     candidates: int = Field(5, ge=0)
     """Spans whose loss is measured: so many of the best by distance, and so many of the best by influence. 0: none."""
@@ -62,24 +73,48 @@ class Prune(Section):
     calibration: OneOrSeveral = (Calibration(text="boolq"),)
     """A corpus, or a list of corpora that count the same."""
 
+    @field_validator("remove")
+    @classmethod
+    def _is_in_order(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if value == ():
+            raise ValueError("names no block. Give at least one")
+        if twice := [block for i, block in enumerate(value or ()) if block in (value or ())[:i]]:
+            raise ValueError(f"names block {twice[0]} twice. Remove one")
+        return value and tuple(sorted(value))
+
     @model_validator(mode="after")
     def _agrees(self) -> Self:
-        if not self.contiguous and self.metric != "influence":
-            raise ValueError("contiguous: false needs influence to choose. Set prune.metric: influence")
-        if self.metric == "loss" and self.candidates < 2:
+        if self.blocks is None and self.target is None and self.remove is None:
+            raise ValueError("blocks: is missing. Add it, prune.target or prune.remove")
+        if self.blocks and self.target:
+            raise ValueError("target: decides how many blocks go, and so does prune.blocks. Keep one of them")
+        if self.remove:
+            named = {name for name in self.model_fields_set if getattr(self, name) is not None}
+            for name in ("blocks", "target", "metric", "contiguous", "protect", "candidates"):
+                if name in named:
+                    raise ValueError(f"{name}: decides nothing beside prune.remove. Keep one of them")
+            return self
+        if not self.contiguous and self.metric in ("angular", "tail"):
+            raise ValueError(f"contiguous: false has no use with {self.metric}. Set prune.metric: influence, or loss")
+        if self.metric == "loss" and self.contiguous and self.candidates < 2:
             what = f"candidates: {self.candidates} leaves the loss nothing to choose from"
             raise ValueError(f"{what}. Set candidates to 2 or more")
         return self
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether blocks are chosen one after the other by the loss."""
+        return self.remove is None and self.metric == "loss" and not self.contiguous
 
-def require_depth(depth: int, protect: Protect, blocks: int) -> None:
-    """Raise UserError unless `depth` of a model's blocks can be removed while the protected ones stay."""
-    if depth >= blocks:
-        what = f"{depth} removes every block of a {blocks}-block model"
-        raise UserError(problem("prune.blocks", what, f"Give 1 to {blocks - 1}"))
-    if depth > (free := max(0, blocks - protect.first - protect.last)):
-        what = f"leaves {free} of {blocks} blocks to remove {depth} from"
-        raise UserError(problem("prune.protect", what, "Lower prune.protect"))
+    @property
+    def is_scored(self) -> bool:
+        """Whether distances and influences are measured."""
+        return self.remove is None and self.metric != "tail" and not self.is_greedy
+
+    @property
+    def reads_texts(self) -> bool:
+        """Whether something is measured on the calibration texts."""
+        return self.is_scored or self.is_greedy or self.patch != "none"
 
 
 Phrase = Annotated[str, Field(min_length=1)]

@@ -19,5 +19,5 @@ class Retention(Section):
     """Where plain texts come from: as prune.calibration.text. Those that calibration reads are passed over."""
     field: str = "text"
     """Column of that file that holds the text."""
-    max_tokens: int = Field(256, gt=1)
+    max_tokens: int = Field(128, gt=1)
     """Tokens of a plain text; a longer one keeps its start."""

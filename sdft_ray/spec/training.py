@@ -27,12 +27,15 @@ class Lora(Section):
 class Train(Section):
     """How the pruned model is fine-tuned; the same for both arms unless an arm overrides it."""
 
-    unhashed = ("max_too_long_fraction",)
+    unhashed, optional = ("max_too_long_fraction",), ("scope",)
 
     method: Literal["lora", "full"] = "lora"
     """What is trained: adapters, which are merged into the weights afterwards (`lora`), or all weights (`full`)."""
     lora: Lora = Lora()
     """The adapters; used where method is lora."""
+    scope: Literal["all", "beside_cut", "last"] = "all"
+    """Where weights or adapters are trained: everywhere; in the blocks on both sides of each gap that the removed
+    ones leave (after arXiv 2510.23652); or in the last three blocks (after arXiv 2411.15558)."""
     rows: int | None = Field(None, gt=0)
     """Training rows: a prefix of the one seeded order; all where absent."""
     lr: float = Field(1e-4, gt=0)

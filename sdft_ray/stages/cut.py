@@ -1,19 +1,18 @@
 """Stage `cut`: the base model's files without the chosen blocks.
 
-In: the base model and the distances. Out: a plain Hugging Face directory that any tool loads. The model is not
-built: its tensors are copied as bytes under their new names. What was written is then read again and proven: every
-kept tensor is the base's bit by bit, and the loader, run without weights, misses none and is left with none.
+In: the base model, and what was measured to choose its blocks. Out: a plain Hugging Face directory that any tool loads.
+The model is not built: its tensors are copied as bytes under their new names. What was written is then read again and
+proven: every kept tensor is the base's bit by bit, and the loader, run without weights, misses none and is left with
+none.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from pydantic import Field
 
 from sdft_ray import stages
 from sdft_ray.core.choice import Choice
@@ -28,13 +27,16 @@ from sdft_ray.core.surgery import (
     prune_config,
     rename_tensor,
     require_blocks,
+    require_removable,
 )
 from sdft_ray.data.readers import read_json
+from sdft_ray.models.depth import Depth, blocks_in, depth_settings, settle_depth
 from sdft_ray.models.directory import require_loadable, stored_tensors, tensor_places, write_companions
 from sdft_ray.models.parts import copy_part
 from sdft_ray.models.shards import same_bytes
+from sdft_ray.progress import log
 from sdft_ray.results import Cut, read_choice, read_measured
-from sdft_ray.spec.recipe import Protect, Prune, require_depth
+from sdft_ray.spec.recipe import Prune
 from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
 from sdft_ray.store.files import write_atomically
@@ -44,13 +46,20 @@ VERSION, NEEDS, UNIT = 3, None, "parts"
 _THREADS = 4  # more do not make a disk faster
 
 
-class Settings(Section):
-    """Which blocks are removed."""
+class Settings(Depth):
+    """How the blocks to remove are chosen."""
 
     metric: str
-    depth: int = Field(serialization_alias="blocks")
     contiguous: bool
-    protect: Protect
+
+
+class Named(Section):
+    """The blocks to remove."""
+
+    remove: tuple[int, ...]
+
+
+CutStage = Stage[Settings] | Stage[Named]
 
 
 class Summary(Cut, stages.Summary):
@@ -62,53 +71,96 @@ class Summary(Cut, stages.Summary):
     """Of the pruned model."""
 
 
-def stage(prune: Prune, base: Stage, score: Stage, loss: Stage | None) -> Stage[Settings]:
+def stage(prune: Prune, base: Stage, score: Stage | None, loss: Stage | None) -> CutStage:
     """Return the stage; loss: that of the candidates, where it decides."""
-    settings = Settings(metric=prune.metric, depth=prune.blocks, contiguous=prune.contiguous, protect=prune.protect)
-    inputs = {"model": base, "score": score} | ({"loss": loss} if loss else {})
-    return Stage("cut", f"{base.slug}-{prune.blocks}", VERSION, settings, inputs)
+    if prune.remove:
+        slug = f"{base.slug}-{len(prune.remove)}"
+        return Stage("cut", slug, VERSION, Named(remove=prune.remove), {"model": base})
+    settings = Settings(metric=prune.metric, contiguous=prune.contiguous, **depth_settings(prune))
+    inputs = {name: stage for name, stage in (("model", base), ("score", score), ("loss", loss)) if stage}
+    return Stage("cut", settings.slug(base.slug), VERSION, settings, inputs)
 
 
-def build(work: Work[Settings]) -> Summary:
+def name_cut(settings: Settings | Named) -> str:
+    """Return in words what a cut removes."""
+    return f"without {name_blocks(settings.remove)}" if isinstance(settings, Named) else settings.name
+
+
+def build(work: Work[Settings | Named]) -> Summary:
     """Write the pruned model and its card."""
-    choice = choose_removed(work)
-    base, scored = work.stage.inputs["model"], work.stage.inputs["score"]
-    parameters = remove_blocks(work.input("model"), work.directory, choice.blocks)
-    summary = Summary(
-        removed=choice.blocks,
-        metric=work.settings.metric,
-        cost=choice.value,
-        agreement=choice.agreement,
-        runner_up=choice.runner_up,
-        blocks=read_json(work.directory / "config.json")["num_hidden_layers"],
-        parameters=parameters.after,
-    )
-    repo = getattr(base.settings, "repo", None)
-    chosen = {
-        "metric": summary.metric,
-        "cost": f"{choice.value:.4f}",
-        "runner-up": name_blocks(choice.runner_up) if choice.runner_up else "none",
-        "bootstrap samples that agree": f"{choice.agreement:.0%}",
-        "calibration": ", ".join(corpus.name for corpus in scored.settings.calibration),
-    }
-    blocks = summary.blocks + len(choice.blocks)
-    recipe = work.settings.hashed() | scored.settings.hashed()
-    card = model_card(repo or base.slug, blocks, choice.blocks, parameters, chosen, recipe, repo)
+    base, place = work.stage.inputs["model"], work.input("model")
+    reasons = _choose(work)
+    parameters = remove_blocks(place, work.directory, reasons.removed)
+    blocks = blocks_in(work.directory)
+    summary = Summary(**reasons.plain(), blocks=blocks, parameters=parameters.after)
+    _report_target(work, summary)
+    repo, inputs = getattr(base.settings, "repo", None), work.stage.inputs
+    measured = inputs.get("score") or inputs.get("loss")
+    recipe = work.settings.hashed() | (measured.settings.hashed() if measured else {})
+    chosen = _explain(reasons)
+    if measured:
+        chosen["calibration"] = ", ".join(corpus.name for corpus in measured.settings.calibration)
+    whole = blocks + len(summary.removed)
+    card = model_card(repo or base.slug, whole, summary.removed, parameters, chosen, recipe, repo)
     write_atomically(work.directory / "README.md", card)
     return summary
 
 
-def choose_removed(work: Work[Settings]) -> Choice:
-    """Return the blocks that the recipe's metric gives up, and how sure that is."""
+def _choose(work: Work[Settings | Named]) -> Cut:
+    """Return the blocks to remove, and why these."""
+    settings, blocks = work.settings, blocks_in(work.input("model"))
+    if isinstance(settings, Named):
+        require_removable(settings.remove, blocks, "prune.remove")
+        return Cut(removed=settings.remove, metric="remove")
+    aim = {"target": settings.target.parameters} if settings.target else {}
+    if settings.metric == "tail":
+        end = blocks - settings.protect.last
+        size = settle_depth(settings, "tail", work.input("model"))
+        return Cut(removed=tuple(range(end - size, end)), metric="tail", **aim)
+    choice = choose_removed(work)
+    return Cut(
+        removed=choice.blocks,
+        metric=settings.metric,
+        cost=choice.value,
+        agreement=choice.agreement,
+        runner_up=choice.runner_up,
+        **aim,
+    )
+
+
+def _report_target(work: Work[Settings | Named], summary: Summary) -> None:
+    """Log how many blocks a target means; raise RuntimeError where it is missed after all."""
+    if summary.target is None:
+        return
+    count, whole = len(summary.removed), summary.blocks + len(summary.removed)
+    if summary.parameters > summary.target:
+        raise RuntimeError(f"{work.directory}: has {summary.parameters} parameters (expected {summary.target} or less)")
+    log(f"cut: {count} of {whole} blocks go, and {summary.parameters:,} parameters are left of {summary.target:,.0f}")
+
+
+def _explain(cut: Cut) -> dict[str, str]:
+    """Return for people why these blocks."""
+    if cut.cost is None or cut.agreement is None:
+        return {"metric": "tail, the last ones"} if cut.metric == "tail" else {"named by": "the recipe"}
+    return {
+        "metric": cut.metric,
+        "cost": f"{cut.cost:.4f}",
+        "runner-up": name_blocks(cut.runner_up) if cut.runner_up else "none",
+        "bootstrap samples that agree": f"{cut.agreement:.0%}",
+    }
+
+
+def choose_removed(work: Work[Any]) -> Choice:
+    """Return the blocks that the recipe's metric gives up, and how sure that is; its settings choose."""
     from sdft_ray.core.similarity import choose_blocks, choose_span, span_distances, span_influences
 
     settings = work.settings
-    size, first, last = settings.depth, settings.protect.first, settings.protect.last
+    size = settle_depth(settings, "span" if settings.contiguous else "anywhere", work.input("model"))
+    if settings.metric == "loss":
+        return read_choice(work.input("loss"))
+    first, last = settings.protect.first, settings.protect.last
     distances, influences = read_measured(work.input("score"))
-    require_depth(size, settings.protect, influences[0].shape[1])
     match settings.metric:
-        case "loss":
-            return read_choice(work.input("loss"))
         case "influence" if not settings.contiguous:
             return choose_blocks(influences, size, first, last)
         case "influence":
@@ -136,10 +188,10 @@ def remove_blocks(base: Path, directory: Path, removed: Sequence[int]) -> Parame
     pruned = prune_config(config, removed)
     dropped = [*removed, *further_blocks(config)]
     before = require_loadable(base)
-    copy_part(base, directory, lambda name: rename_tensor(name, dropped))
+    same = copy_part(base, directory, lambda name: rename_tensor(name, dropped))
     write_atomically(directory / "config.json", json.dumps(pruned, indent=2) + "\n")
     write_companions(base, directory)
-    require_same_tensors(base, directory, dropped)
+    require_same_tensors(base, directory, dropped, same)
     _require_per_block_lists(directory)
     after = require_loadable(directory)
     gone = sum(
@@ -153,16 +205,23 @@ def remove_blocks(base: Path, directory: Path, removed: Sequence[int]) -> Parame
     return Parameters(before, after)
 
 
-def require_same_tensors(base: Path, directory: Path, removed: Sequence[int]) -> None:
-    """Raise RuntimeError unless the written files hold the kept tensors of `base`, bit by bit, and nothing else."""
+def require_same_tensors(
+    base: Path, directory: Path, removed: Sequence[int], same: Container[tuple[Any, ...]] = ()
+) -> None:
+    """Raise RuntimeError unless the written files hold the kept tensors of `base`, bit by bit, and nothing else.
+
+    same: places whose bytes were compared as they were written. A tensor is read again unless both headers, which are
+    read anew, have it at two of these.
+    """
     written = tensor_places(directory)
     kept = {new: place for name, place in tensor_places(base).items() if (new := rename_tensor(name, removed))}
     if differing := sorted(written.keys() ^ kept.keys()):
         raise RuntimeError(f"{directory}: {differing[0]} is {'missing' if differing[0] in kept else 'surplus'}")
+    unread = [name for name, place in kept.items() if (*place, *written[name]) not in same]
     with ThreadPoolExecutor(_THREADS) as pool:
-        for name, same in zip(kept, pool.map(lambda name: same_bytes(*kept[name], *written[name]), kept), strict=True):
-            if not same:
-                raise RuntimeError(f"{directory}: {name} differs from the base's")
+        equal = pool.map(lambda name: same_bytes(*kept[name], *written[name]), unread)
+        if differing := [name for name, is_equal in zip(unread, equal, strict=True) if not is_equal]:
+            raise RuntimeError(f"{directory}: {differing[0]} differs from the base's")
 
 
 def _require_per_block_lists(directory: Path) -> None:

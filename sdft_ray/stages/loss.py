@@ -1,9 +1,13 @@
-"""Stage `loss`: the loss of the best candidates on texts that no distance was measured on, with their blocks skipped.
+"""Stage `loss`: the loss of candidates on texts that no distance was measured on, with their blocks skipped.
 
-In: the base model, the distances and the calibration corpora. Out: losses.json, each candidate with its loss beside its
-ranks by distance and by influence. It costs a forward pass a candidate and so knows the number of blocks, which
-`score` does not. Nothing is copied: the base runs once, and each candidate goes on from the state before its first
-removed block, through the model's own code with stand-ins where blocks are out.
+In: the base model, the calibration corpora and, where spans are tried, the distances. Out: losses.json: each span with
+its loss beside its ranks by distance and by influence; or the blocks that go one after the other, each time the one
+without which the loss is least. It costs a forward pass a candidate and so knows the number of blocks, which `score`
+does not. Nothing is copied: the base runs once, and each candidate goes on from the state before its first removed
+block, through the model's own code with stand-ins where blocks are out.
+
+One after the other every block is a candidate at each step. What a step measured is kept in a ledger that knows nothing
+of the number of blocks: another number goes on from there, and so does a run after a kill.
 """
 
 from __future__ import annotations
@@ -12,36 +16,85 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Any
 
 from sdft_ray import stages
 from sdft_ray.cluster import use_assigned_cores
 from sdft_ray.core.choice import Choice
-from sdft_ray.data.calibration import CorpusSettings
+from sdft_ray.core.passes import Passes, count_passes
+from sdft_ray.data.calibration import Corpus, CorpusSettings
+from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
-from sdft_ray.results import CANDIDATES, Candidate, Ranked, read_measured
+from sdft_ray.models.depth import Depth, blocks_in, depth_settings, settle_depth
+from sdft_ray.progress import log
+from sdft_ray.results import CANDIDATES, read_measured
 from sdft_ray.spec.compute import Needs
-from sdft_ray.spec.recipe import Protect, Prune
-from sdft_ray.spec.section import Section
+from sdft_ray.spec.recipe import Prune
 from sdft_ray.stages import Work
 from sdft_ray.store.files import write_atomically
-from sdft_ray.store.identity import Stage
+from sdft_ray.store.identity import Stage, short_id
+from sdft_ray.store.record import Record
 from sdft_ray.text_pool import measure, read_texts
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VERSION, NEEDS, UNIT = 2, Needs("score"), "texts"
 
 
-class Settings(Section):
+class Settings(Depth):
     """Which spans are tried, and on what."""
 
     dtype: str
     calibration: tuple[CorpusSettings, ...]
-    depth: int = Field(serialization_alias="blocks")
     contiguous: bool
-    protect: Protect
     candidates: int
+
+
+class GreedySettings(Depth):
+    """How many blocks go one after the other, and on what that is measured."""
+
+    dtype: str
+    calibration: tuple[CorpusSettings, ...]
+
+
+LossStage = Stage[Settings] | Stage[GreedySettings]
+
+
+class Ranked(Record):
+    """Blocks whose removal is worth a try."""
+
+    blocks: tuple[int, ...]
+    distance: float | None = None
+    distance_rank: int | None = None
+    """From 1; absent for blocks that are no span."""
+    influence: float
+    influence_rank: int | None = None
+
+
+class Candidate(Ranked):
+    """Blocks whose removal was tried."""
+
+    loss: float
+    """The mean over corpora, in nats a token."""
+    losses: dict[str, float]
+    """By corpus."""
+
+
+class Taken(Record):
+    """One step of removing blocks one after the other."""
+
+    block: int
+    """That is removed, of the base."""
+    loss: float
+    """Without it and those of earlier steps: the mean over corpora, in nats a token."""
+    losses: dict[str, float]
+    """By corpus."""
+    runner_up: int | None
+    """The next best block; None where there is no other."""
+    runner_up_loss: float | None
+    agreement: float
+    """Fraction of bootstrap samples of the texts that remove the same block here."""
 
 
 class Summary(stages.Summary):
@@ -56,30 +109,46 @@ class Summary(stages.Summary):
     choice: Choice
 
 
+class GreedySummary(stages.Summary):
+    """The blocks that go one after the other; losses are in nats a token."""
+
+    texts: dict[str, int]
+    """Loss texts, by corpus."""
+    base_loss: float
+    """With nothing removed."""
+    steps: tuple[Taken, ...]
+    """In the order of removal."""
+    choice: Choice
+    """All of them; its agreement is that of bootstrap samples with every step."""
+    cost: Passes
+
+
 def stage(
-    prune: Prune, corpora: tuple[CorpusSettings, ...], base: Stage, score: Stage, corpus_rows: Mapping[str, Stage]
-) -> Stage[Settings]:
+    prune: Prune,
+    corpora: tuple[CorpusSettings, ...],
+    base: Stage,
+    score: Stage | None,
+    corpus_rows: Mapping[str, Stage],
+) -> LossStage:
     """Return the stage; corpus_rows: the rows of corpora that are rows, by `rows_N` for the corpus N."""
-    settings = Settings(
-        dtype=prune.dtype,
-        calibration=corpora,
-        depth=prune.blocks,
-        contiguous=prune.contiguous,
-        protect=prune.protect,
-        candidates=prune.candidates,
-    )
+    common = {"dtype": prune.dtype, "calibration": corpora, **depth_settings(prune)}
+    if score is None:
+        greedy = GreedySettings(**common)
+        return Stage("loss", greedy.slug(base.slug), VERSION, greedy, {"model": base, **corpus_rows})
+    settings = Settings(contiguous=prune.contiguous, candidates=prune.candidates, **common)
     inputs = {"model": base, "score": score, **corpus_rows}
-    return Stage("loss", f"{base.slug}-{prune.blocks}", VERSION, settings, inputs)
+    return Stage("loss", settings.slug(base.slug), VERSION, settings, inputs)
 
 
-def build(work: Work[Settings]) -> Summary:
+def build(work: Work[Any]) -> Summary | GreedySummary:
     """Write losses.json."""
-    import numpy as np
-    import torch
+    summary = _remove_one_by_one(work) if isinstance(work.settings, GreedySettings) else _try_spans(work)
+    write_atomically(work.directory / CANDIDATES, json.dumps(summary.plain()))
+    return summary
 
-    from sdft_ray.core.similarity import choose
 
-    candidates = rank_candidates(work)
+def _read_loss_texts(work: Work[Any]) -> list[Corpus]:
+    """Return the corpora, each of which has loss texts."""
     wanted = work.settings.calibration
     corpora = read_texts(work.input("model"), wanted, work.numbered_inputs("rows", len(wanted)))
     assert len({corpus.name for corpus in corpora}) == len(corpora), "losses are kept by the names of corpora"
@@ -88,15 +157,38 @@ def build(work: Work[Settings]) -> Summary:
             what = f"{corpus.name} has no text left to hold back for the loss"
             do = "Give 3 texts of two tokens or more, or set prune.metric: angular and prune.candidates: 0"
             raise UserError(problem("prune.calibration", what, do))
-    removed = [candidate.blocks for candidate in candidates]
+    return corpora
+
+
+def _measure_losses(
+    work: Work[Any], corpora: Sequence[Corpus], candidates: Sequence[Sequence[int]], gone: Sequence[int] = ()
+) -> list[Tensor]:
+    """Return for each corpus the losses of its texts (B, 1 + C), of which the first are without any candidate.
+
+    gone: blocks that are skipped in all of them.
+    """
+    import numpy as np
+    import torch
+
     texts = [[(text.ids, text.content_from) for text in corpus.loss_texts] for corpus in corpora]
     model = {"model": work.handle("model"), "dtype": work.settings.dtype}
-    measured = measure(LossMeter, texts, work.compute.score, work.progress, candidates=[(), *removed], **model)
-    losses = [
-        torch.from_numpy(np.stack(corpus["loss"])).double() for corpus in measured
-    ]  # (B, 1 + C) each, the base first
+    tried = {"candidates": [(), *candidates], "gone": gone}
+    measured = measure(LossMeter, texts, work.compute.score, work.progress, **tried, **model)
+    losses = [torch.from_numpy(np.stack(corpus["loss"])).double() for corpus in measured]
     if not all(torch.isfinite(each).all() for each in losses):
         raise UserError(problem("model", "gives a loss of NaN on the loss texts", "Try prune.dtype: float32"))
+    return losses
+
+
+def _try_spans(work: Work[Settings]) -> Summary:
+    """Return the losses of the best candidates by distance and by influence."""
+    import torch
+
+    from sdft_ray.core.similarity import choose
+
+    candidates, corpora = rank_candidates(work), _read_loss_texts(work)
+    removed = [candidate.blocks for candidate in candidates]
+    losses = _measure_losses(work, corpora, removed)
     means = torch.stack([each.mean(dim=0) for each in losses])  # (corpora, 1 + C)
     names = [corpus.name for corpus in corpora]
     tried = [
@@ -107,14 +199,94 @@ def build(work: Work[Settings]) -> Summary:
         )
         for ranked, mean in zip(candidates, means[:, 1:].T, strict=True)
     ]
-    summary = Summary(
+    return Summary(
         texts={corpus.name: len(corpus.loss_texts) for corpus in corpora},
         base_loss=float(means[:, 0].mean()),
         candidates=tuple(sorted(tried, key=lambda candidate: candidate.loss)),
         choice=choose([each[:, 1:] for each in losses], removed),
     )
-    write_atomically(work.directory / CANDIDATES, json.dumps(summary.plain()))
-    return summary
+
+
+def _remove_one_by_one(work: Work[GreedySettings]) -> GreedySummary:
+    """Return the blocks whose removal, one after the other, raises the loss least at each step."""
+    import torch
+
+    base, protect = work.input("model"), work.settings.protect
+    depth, blocks = settle_depth(work.settings, "anywhere", base), blocks_in(base)
+    corpora, steps, agree = _read_loss_texts(work), list[Taken](), torch.ones(())
+    base_loss = 0.0
+    with _kept_steps(work) as kept:
+        for number in range(depth):
+            gone = tuple(sorted(step.block for step in steps))
+            free = [block for block in range(protect.first, blocks - protect.last) if block not in gone]
+            losses = _measure_step(work, kept / f"step-{number}.json", corpora, free, gone)
+            base_loss = base_loss or float(_mean(losses)[0])
+            step, agrees = _take(losses, free, [corpus.name for corpus in corpora])
+            steps.append(step)
+            agree = agree * agrees
+            log(f"loss: {number + 1} of {depth} blocks, {step.block} goes: {step.loss:.3f} nats a token")
+    removed, last = tuple(sorted(step.block for step in steps)), steps[-1]
+    others = None if last.runner_up is None else tuple(sorted({*removed} - {last.block} | {last.runner_up}))
+    return GreedySummary(
+        texts={corpus.name: len(corpus.loss_texts) for corpus in corpora},
+        base_loss=base_loss,
+        steps=tuple(steps),
+        choice=Choice(removed, last.loss, others, float(agree.mean())),
+        cost=count_passes(blocks, depth, protect.first, protect.last),
+    )
+
+
+def _mean(losses: Sequence[Tensor]) -> Tensor:
+    """Return the mean over corpora of the mean over texts: (B, 1 + C) each to (1 + C)."""
+    import torch
+
+    return torch.stack([each.mean(dim=0) for each in losses]).mean(dim=0)
+
+
+def _take(losses: Sequence[Tensor], free: Sequence[int], names: Sequence[str]) -> tuple[Taken, Tensor]:
+    """Return the block of those that are `free` without which losses are least, and which bootstrap samples agree.
+
+    losses: for each corpus (B, 1 + C), the first without any of them.
+    """
+    from sdft_ray.core.similarity import agreeing
+
+    mean = _mean(losses)[1:]
+    best, *others = mean.argsort(stable=True).tolist()
+    agrees = agreeing([each[:, 1:] for each in losses], best).double()
+    step = Taken(
+        block=free[best],
+        loss=float(mean[best]),
+        losses={name: float(each[:, 1 + best].mean()) for name, each in zip(names, losses, strict=True)},
+        runner_up=free[others[0]] if others else None,
+        runner_up_loss=float(mean[others[0]]) if others else None,
+        agreement=float(agrees.mean()),
+    )
+    return step, agrees
+
+
+@contextmanager
+def _kept_steps(work: Work[GreedySettings]) -> Iterator[Path]:
+    """Hold the directory of the losses of steps, whose id has everything of the stage's but the number of blocks."""
+    identity, slug = work.stage.identity, work.stage.inputs["model"].slug
+    settings = {name: value for name, value in identity["settings"].items() if name not in ("blocks", "target")}
+    key = short_id({**identity, "settings": settings})
+    with work.storage.lock(f"ledger-{key}"):
+        folder = work.storage.ledger(f"{slug}-steps-{key}")
+        work.storage.bring(folder)
+        yield folder
+
+
+def _measure_step(
+    work: Work[GreedySettings], kept: Path, corpora: Sequence[Corpus], free: Sequence[int], gone: Sequence[int]
+) -> list[Tensor]:
+    """Return `_measure_losses` of every block that is free, from the file where an earlier run kept them."""
+    import torch
+
+    if not kept.is_file():
+        losses = _measure_losses(work, corpora, [(block,) for block in free], gone)
+        write_atomically(kept, json.dumps([each.tolist() for each in losses]))
+        work.storage.publish(kept)
+    return [torch.tensor(each, dtype=torch.float64) for each in read_json(kept)]
 
 
 def rank_candidates(work: Work[Settings]) -> list[Ranked]:
@@ -124,7 +296,8 @@ def rank_candidates(work: Work[Settings]) -> list[Ranked]:
     """
     from sdft_ray.core.similarity import choose_blocks, span_distances, span_influences
 
-    size, protect = work.settings.depth, work.settings.protect
+    size = settle_depth(work.settings, "span" if work.settings.contiguous else "anywhere", work.input("model"))
+    protect = work.settings.protect
     distances, influences = read_measured(work.input("score"))
     blocks = influences[0].shape[1]
     starts = range(protect.first, blocks - size - protect.last + 1)
@@ -158,114 +331,26 @@ def rank_candidates(work: Work[Settings]) -> list[Ranked]:
 class LossMeter:
     """An actor that takes the loss of texts under each candidate: holds the base model."""
 
-    def __init__(self, model: Callable[[], Path], dtype: str, device: str, candidates: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self,
+        model: Callable[[], Path],
+        dtype: str,
+        device: str,
+        candidates: Sequence[Sequence[int]],
+        gone: Sequence[int],
+    ) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
         use_assigned_cores()
         self.model = AutoModelForCausalLM.from_pretrained(model(), dtype=getattr(torch, dtype)).to(device).eval()
-        self.candidates = candidates
+        self.candidates, self.gone = candidates, gone
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """Return the losses (b, C) of a batch."""
+        from sdft_ray.core.skipping import skipped_losses
+
         texts = json.loads(row["texts"])
-        losses = skipped_losses(self.model, [ids for ids, _ in texts], [f for _, f in texts], self.candidates)
+        ids, first = [ids for ids, _ in texts], [first for _, first in texts]
+        losses = skipped_losses(self.model, ids, first, self.candidates, self.gone)
         return {"index": row["index"], "loss": losses.numpy()}
-
-
-def skipped_losses(
-    model: Any, ids: Sequence[list[int]], first: Sequence[int], candidates: Sequence[Sequence[int]]
-) -> Any:
-    """Return the mean next-token loss in nats of each text with each candidate's blocks skipped, (B, C).
-
-    Counted are the tokens from `first` of each text on (never its very first, which nothing predicts). An empty
-    candidate is the whole model.
-    """
-    import torch
-
-    device = model.device
-    lengths = [len(row) for row in ids]
-    width = max(lengths)
-    input_ids = torch.tensor([row + [0] * (width - len(row)) for row in ids], device=device)  # (B, T)
-    position = torch.arange(width, device=device)[None]
-    real = position < torch.tensor(lengths, device=device)[:, None]
-    counted = (real & (position >= torch.tensor(first, device=device)[:, None]))[:, 1:]  # (B, T-1)
-    inputs = {"input_ids": input_ids, "attention_mask": real.long(), "use_cache": False}
-    blocks = list(model.get_decoder().layers)
-    kinds: set[type] = set()  # of what blocks return: of falcon_h1 it is a tuple
-    states: dict[int, Any] = {}  # x(l) for every l at which some candidate begins
-
-    def keep(block: int) -> Any:
-        def hook(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            states[block] = args[0] if args else kwargs["hidden_states"]
-
-        return hook
-
-    hooks = [
-        blocks[block].register_forward_pre_hook(keep(block), with_kwargs=True)
-        for block in {min(removed) for removed in candidates if removed}
-    ]
-    hooks.append(blocks[0].register_forward_hook(lambda _module, _args, output: kinds.add(type(output))))
-    try:
-        with torch.inference_mode():
-            whole = _losses(model(**inputs).logits, input_ids, counted)
-            for hook in hooks:
-                hook.remove()
-            losses = []
-            for removed in candidates:
-                if not removed:
-                    losses.append(whole)
-                    continue
-                with standing_in(model, removed, states[min(removed)], tuple in kinds):
-                    losses.append(_losses(model(**inputs).logits, input_ids, counted))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return torch.stack(losses, dim=1).cpu()
-
-
-@contextmanager
-def standing_in(model: Any, removed: Sequence[int], state: Any, in_tuple: bool) -> Iterator[None]:
-    """Make the model begin at `state`, x(l) of the first removed block l, and skip the removed blocks.
-
-    Blocks keep their places, so that masks and kinds that the model's code picks by place stay theirs.
-    in_tuple: whether its blocks return a tuple.
-    """
-    import torch
-
-    class StandIn(torch.nn.Module):
-        """Gives back what it gets, or a state; passes for the block in whose place it stands."""
-
-        def __init__(self, block: Any, given: Any = None) -> None:
-            super().__init__()
-            self.given = given
-            for name in ("attention_type", "layer_type", "block_type"):  # by which model code picks a block's mask
-                if hasattr(block, name):
-                    setattr(self, name, getattr(block, name))
-
-        def forward(self, hidden_states: Any, *_args: Any, **_kwargs: Any) -> Any:
-            given = hidden_states if self.given is None else self.given
-            return (given,) if in_tuple else given
-
-    decoder, start = model.get_decoder(), min(removed)
-    blocks = decoder.layers
-    decoder.layers = torch.nn.ModuleList(
-        StandIn(block, state if i == start else None) if i <= start or i in removed else block
-        for i, block in enumerate(blocks)
-    )
-    try:
-        yield
-    finally:
-        decoder.layers = blocks
-
-
-def _losses(logits: Any, input_ids: Any, counted: Any) -> Any:
-    """Return each text's mean loss, (B), of logits (B, T, V); a text at a time, to hold no second (B, T, V)."""
-    import torch
-
-    return torch.stack(
-        [
-            torch.nn.functional.cross_entropy(row[:-1][some].float(), ids[1:][some])
-            for row, ids, some in zip(logits, input_ids, counted, strict=True)
-        ]
-    )

@@ -1,16 +1,18 @@
 """Stage `merge`: one model from several that were tuned from the same pruned model.
 
 In: plain model directories. Out: a plain directory in the layout of the first, with tensors merged in float32, and in
-the manifest how similar the tensors were. Adapters are merged into their models already. Tensors are read, merged and
-written one at a time, so the memory is that of the largest, whatever the model's size.
+the manifest how similar the tensors were. Adapters are merged into their models already. A tensor is read while the one
+before it is merged and written, so the memory is that of the two largest, whatever the model's size.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from sdft_ray import stages
 from sdft_ray.core.surgery import EMBEDDINGS, block_of
@@ -33,8 +35,10 @@ from sdft_ray.store.identity import Stage
 if TYPE_CHECKING:
     import torch
 
-    from sdft_ray.core.merging import Similarity
+    from sdft_ray.core.merging import Blend, Similarity
 
+A = TypeVar("A")
+B = TypeVar("B")
 VERSION, NEEDS, UNIT = 2, None, "tensors"
 # Weights of models that grew out of one have cosines above 0.9; those of two unlike blocks are near 0.
 _SAME_ORIGIN = 0.5
@@ -109,9 +113,10 @@ def merge_models(
 
     Raises UserError that names what differs where they are not of one origin.
     """
+    import numpy
     import torch
 
-    from sdft_ray.core.merging import mean, slerp
+    from sdft_ray.core.merging import combine
 
     require_same_kind(parents)
     first = next(iter(parents.values()))
@@ -120,21 +125,27 @@ def merge_models(
     facts: dict[str, Similarity] = {}
     begin(len(places[0]))
 
-    def merged(shard: Path) -> Iterator[Any]:
-        for name, tensor in held[shard].items():
-            tensors = [_read_tensor(*place[name]) for place in places]
-            if isinstance(settings, SlerpSettings):
-                weights, facts[name] = slerp(tensors[0], tensors[1], _t_of(name, settings.t))
-            else:
-                weights, facts[name] = mean(tensors, settings.weights or [1.0] * len(tensors))
-            _require_same_origin(name, tensor, facts[name], list(parents))
-            yield weights.to(getattr(torch, DTYPES[tensor.dtype])).view(torch.uint8).numpy()
+    largest = max(tensor.bytes for _, tensor in places[0].values())
+    rooms = itertools.cycle([[numpy.empty(largest, numpy.uint8) for _ in places] for _ in range(2)])
+
+    def compare(name: str) -> tuple[list[torch.Tensor], Blend]:
+        tensors = [_read_tensor(*place[name], room) for place, room in zip(places, next(rooms), strict=True)]
+        return tensors, _blend(name, tensors, settings)
+
+    def merged(names: Iterable[str]) -> Iterator[Any]:
+        for name in names:
+            tensors, (shares, facts[name]) = next(compared)
+            _require_same_origin(name, places[0][name][1], facts[name], list(parents))
+            for piece in combine(tensors, shares):
+                yield piece.view(torch.uint8).numpy()
             update(len(facts))
 
-    for shard, tensors in held.items():
-        remember_hash(
-            directory / shard.name, write_tensors(directory / shard.name, list(tensors.items()), merged(shard))
-        )
+    # The pool reads and compares a tensor while the one before it is combined and written.
+    with _one_torch_thread(), ThreadPoolExecutor(1) as pool:
+        compared = _one_ahead(pool, compare, [name for tensors in held.values() for name in tensors])
+        for shard, tensors in held.items():
+            path = directory / shard.name
+            remember_hash(path, write_tensors(path, list(tensors.items()), merged(tensors)))
     copy_all_but_weights(first, directory)
     changed = {name: min(similarity.cosines) for name, similarity in facts.items() if not similarity.identical}
     return Summary(
@@ -148,6 +159,26 @@ def merge_models(
     )
 
 
+def _one_ahead(pool: Executor, function: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
+    """Yield what a function makes of each item, while a pool makes the next."""
+    made: Future[B] | None = None
+    for item in items:
+        last, made = made, pool.submit(function, item)
+        if last:
+            yield last.result()
+    if made:
+        yield made.result()
+
+
+def _blend(name: str, tensors: Sequence[torch.Tensor], settings: Settings) -> Blend:
+    """Return how the tensors of a name become one."""
+    from sdft_ray.core.merging import mean, slerp
+
+    if isinstance(settings, SlerpSettings):
+        return slerp(tensors[0], tensors[1], _t_of(name, settings.t))
+    return mean(tensors, settings.weights or [1.0] * len(tensors))
+
+
 def _t_of(name: str, t: float | Sequence[float]) -> float:
     """Return how far along the arc a tensor is merged."""
     if not isinstance(t, Sequence):
@@ -156,13 +187,29 @@ def _t_of(name: str, t: float | Sequence[float]) -> float:
     return t[(0 if name in EMBEDDINGS else -1) if block is None else block]
 
 
-def _read_tensor(path: Path, tensor: StoredTensor) -> torch.Tensor:
-    """Return a stored tensor as (N) float32; a memory map would stay in memory with all that was read of it."""
-    import numpy
+def _read_tensor(path: Path, tensor: StoredTensor, room: Any) -> torch.Tensor:
+    """Return a stored tensor (N) that lies in a buffer, uint8: new memory for each would cost more than reading it, and
+    a memory map would stay in memory with all that was read of it."""
     import torch
 
-    stored = torch.from_numpy(numpy.fromfile(path, numpy.uint8, tensor.bytes, offset=tensor.start))
-    return stored.view(getattr(torch, DTYPES[tensor.dtype])).float()
+    with path.open("rb") as file:
+        file.seek(tensor.start)
+        file.readinto(room[: tensor.bytes])
+    return torch.from_numpy(room[: tensor.bytes]).view(getattr(torch, DTYPES[tensor.dtype]))
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Keep torch from splitting small pieces among threads: these would wait for each other most of the time, and the
+    sums behind a cosine would depend on their number."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 # --- what may be merged ---------------------------------------------------------------------------------------

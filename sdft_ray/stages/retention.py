@@ -167,7 +167,7 @@ def compare_models(base: Any, model: Any, probe: Probe, piece_logits: int = PIEC
 def read_once(model: Any, ids: Any) -> Iterator[None]:
     """Let a model's blocks read ids (1, T) now, and its head whatever part of that it is asked for, through the model's
     own code, which may scale or cap logits."""
-    body = model.model
+    body = model.get_decoder()
     output = body(input_ids=ids, use_cache=False)
     body.forward = lambda *_, **__: output  # in place of the class's own
     try:

@@ -26,11 +26,11 @@ from sdft_ray.spec.recipe import Distill, Recipe
 from sdft_ray.spec.sources import FileRows
 from sdft_ray.spec.sweep import Asha, Goal, Sweep
 from sdft_ray.spec.training import Arms, Train
-from sdft_ray.stages import distill, evaluate, retention, train
+from sdft_ray.stages import cut, distill, evaluate, retention, train
 from sdft_ray.store.identity import Stage, short_id
 from sdft_ray.store.storage import Storage
 
-DEPTH, SIZE, RECIPE = "prune.blocks", "train.rows", "recipe"
+DEPTH, TARGET, SIZE, RECIPE = "prune.blocks", "prune.target.parameters", "train.rows", "recipe"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +188,7 @@ def _mistakes(cell: Cell) -> Iterator[str]:
             yield problem(f"axes.{path}", "moves no number of a trial", "Set it in the recipe")
         if section == "draft":
             yield problem(f"axes.{path}", "every draft is tried in the same way", "Set it in the recipe")
-        if not (path in (DEPTH, SIZE, RECIPE) or is_seed(path)) and not _validates(cell.recipe):
+        if not (path in (DEPTH, TARGET, SIZE, RECIPE) or is_seed(path)) and not _validates(cell.recipe):
             what = f"without validation rows no loss compares values of {path}"
             yield problem(f"axes.{path}", what, "Set rows.validation in the recipe, for example to 16")
         if field.endswith("weight") and cell.values[path] == 0 and section == "rows":
@@ -293,7 +293,7 @@ def name_draft(stage: Stage, plan: Plan) -> str:
     """Return the name of the model that a stage tries as a draft, for a line of progress."""
     model = stage.inputs["draft"]
     names = {trial.train.id: trial.name for trial in plan.trials}
-    return f"draft {names[model.id] if model.id in names else 'pruned, blocks ' + str(model.settings.depth)}"
+    return f"draft {names[model.id] if model.id in names else 'pruned, ' + cut.name_cut(model.settings)}"
 
 
 def describe_stopped(losses: Sequence[tuple[int, float]]) -> str:

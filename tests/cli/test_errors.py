@@ -9,6 +9,9 @@ import pytest
 import yaml
 from command import sdft
 
+from sdft_ray.models.sizes import sizes_of
+from sdft_ray.spec.sources import LocalModel
+
 
 @pytest.fixture
 def folder(tiny_model, tmp_path):
@@ -35,11 +38,59 @@ def test_check_of_a_good_recipe_touches_nothing(folder):
 
 
 @pytest.mark.parametrize(
+    ("prune", "line"),
+    [
+        (
+            None,
+            "Cut: 2 of 6 blocks (LEFT of ALL parameters are left): the span of least loss among the best 5 by distance "
+            "and by influence.",
+        ),
+        ("{remove: [4, 2]}", "Cut: blocks 2, 4 of 6 (LEFT of ALL parameters are left), named by the recipe."),
+        (
+            "{target: {parameters: 160000}, metric: angular, calibration: {text: texts.txt}}",
+            "Cut: 2 of 6 blocks, the fewest for 160,000 parameters or less (LEFT of ALL parameters are left): the span "
+            "of least angular distance.",
+        ),
+        (
+            "{blocks: 2, contiguous: false, calibration: {text: texts.txt}}",
+            "Cut: 2 of 6 blocks (LEFT of ALL parameters are left): one after the other, each time the one without "
+            "which the loss is least.",
+        ),
+        (
+            "{blocks: 2, metric: tail, protect: {last: 1}}",
+            "Cut: 2 of 6 blocks (LEFT of ALL parameters are left): the last ones, but for 1 protected.",
+        ),
+    ],
+)
+def test_check_says_which_blocks_go_or_how_they_are_chosen(folder, tiny_model, prune, line):
+    done = sdft("check", "recipe.yaml", *(["--set", f"prune={prune}"] if prune else []), cwd=folder)
+    assert done.returncode == 0, done.stderr
+    sizes = sizes_of(LocalModel(path=str(tiny_model)))
+    left, whole = f"{sizes.total - 2 * sizes.blocks[0]:,}", f"{sizes.total:,}"
+    assert done.stdout.splitlines()[0] == line.replace("LEFT", left).replace("ALL", whole)
+    stages = {line.split()[0] for line in done.stdout.splitlines()}
+    assert ("score" in stages) == ("the span" in line)
+
+
+@pytest.mark.parametrize(
     ("settings", "line"),
     [
         (["distill.tempreature=1.0"], "distill.tempreature: unknown key. Did you mean temperature?"),
         (["train.lr=fast"], 'train.lr: got "fast"; expected a valid number. Change this value.'),
         (["prune.blocks=6"], "prune.blocks: 6 removes every block of a 6-block model. Give 1 to 5."),
+        (["prune={remove: [1, 6]}"], "prune.remove: 6 is no block of a 6-block model. Give blocks from 0 to 5."),
+        (
+            ["prune={remove: [0, 1, 2, 3, 4, 5]}"],
+            "prune.remove: removes every block of a 6-block model. Give at most 5.",
+        ),
+        (
+            ["prune={target: {parameters: 1000}}"],
+            "prune.target.parameters: 1,000 cannot be reached: without 5 of 6 blocks ",
+        ),
+        (
+            ["prune.remove=[1, 2]"],
+            "prune.blocks: decides nothing beside prune.remove. Keep one of them.",
+        ),
         (
             ["rows.path=nowhere.jsonl"],
             "rows.path: nowhere.jsonl does not exist. Give a .json, .jsonl, .csv, .parquet or .arrow file, a "

@@ -86,6 +86,8 @@ FIXED = {
     "model.path",
     "rows.0.path",
     "prune.contiguous",
+    "prune.target",  # either this, remove or blocks; tested below
+    "prune.remove",
     "prune.calibration.0.text",
     "prune.calibration.0.rows",
     "evaluate.speed",  # measures beside the evaluations
@@ -162,13 +164,14 @@ def test_every_way_to_choose_blocks_has_its_own_ids(recipe):
     ways = [
         {"metric": metric, "contiguous": contiguous, "candidates": candidates}
         for metric, contiguous, candidates in [
-            ("angular", True, 5), ("influence", True, 5), ("influence", False, 5), ("loss", True, 5), ("loss", True, 6)
+            ("angular", True, 5), ("influence", True, 5), ("influence", False, 5), ("loss", True, 5), ("loss", True, 6),
+            ("loss", False, 5), ("tail", True, 5)
         ]
     ]  # fmt: skip
     plans = [pipeline.chain(validate(Recipe, recipe | {"prune": recipe["prune"] | way})).in_order for way in ways]
     ids = [{stage.name: stage.id for stage in plan} for plan in plans]
     assert len({each["cut"] for each in ids}) == len(ways)
-    assert len({each["score"] for each in ids}) == 1, "one pass serves every way"
+    assert len({each["score"] for each in ids if "score" in each}) == 1, "one pass serves every way"
 
 
 def test_losses_of_candidates_are_measured_where_asked_for_and_bear_on_the_cut_only_where_they_choose(recipe):
@@ -179,6 +182,46 @@ def test_losses_of_candidates_are_measured_where_asked_for_and_bear_on_the_cut_o
     assert cut_of(metric="angular", candidates=0)[0] == 0
     assert cut_of(metric="angular", candidates=0)[1] == cut_of(metric="angular", candidates=5)[1]
     assert cut_of(metric="angular", candidates=5)[0] == cut_of(metric="loss", candidates=5)[0] == 1
+
+
+def plan_of(recipe, **prune) -> dict[str, str]:
+    """Return the id of a stage of each kind in the plan of a recipe with this section."""
+    return {stage.name: stage.id for stage in pipeline.chain(validate(Recipe, recipe | {"prune": prune})).in_order}
+
+
+def test_named_blocks_are_cut_without_a_measurement(recipe):
+    nowhere = {"calibration": {"text": "no/such/file.txt"}}
+    found = plan_of(recipe, remove=[3, 1], **nowhere)
+    assert not {"score", "loss"} & found.keys()
+    assert found == plan_of(recipe, remove=[1, 3], dtype="bfloat16", **nowhere), "their order is no difference"
+    assert found["cut"] != plan_of(recipe, remove=[1, 2])["cut"]
+
+
+def test_blocks_that_go_one_after_the_other_need_no_distances(recipe):
+    two, three = (plan_of(recipe, blocks=depth, contiguous=False) for depth in (2, 3))
+    assert "loss" in two and "score" not in two
+    assert {name for name in two if two[name] != three[name]} == {"loss", "cut", "train", "evaluate"}
+    assert two == plan_of(recipe, blocks=2, contiguous=False, candidates=0), "every block is a candidate"
+
+
+def test_the_last_blocks_are_cut_without_a_measurement(recipe):
+    found = plan_of(recipe, blocks=2, metric="tail", calibration={"text": "no/such/file.txt"})
+    assert not {"score", "loss"} & found.keys()
+    assert found["cut"] != plan_of(recipe, blocks=2, metric="tail", protect={"last": 1})["cut"]
+
+
+def test_a_target_moves_the_cut_and_neither_scoring_nor_generation(recipe):
+    six, same, seven = (plan_of(recipe, target={"parameters": size}) for size in (6e9, 6_000_000_000, 7e9))
+    assert six == same
+    assert {name for name in six if six[name] != seven[name]} == {"loss", "cut", "train", "evaluate"}
+    deep = plan_of(recipe, blocks=2)
+    assert {name for name in six if six[name] != deep[name]} == {"loss", "cut", "train", "evaluate"}
+
+
+def test_named_blocks_with_a_patch_read_its_texts_and_are_not_scored(recipe):
+    found = plan_of(recipe, remove=[1, 3], patch="linear", calibration={"rows": "own"})
+    assert "patch" in found and not {"score", "loss"} & found.keys()
+    assert found["cut"] == plan_of(recipe, remove=[1, 3])["cut"]
 
 
 @pytest.mark.parametrize("several", [False, True])

@@ -68,6 +68,23 @@ def write_retention(storage: Storage, stage, kl: float) -> None:
     write(storage, stage, {"responses": kept, "seconds": 1.0}, {})
 
 
+def gone_of(stage) -> int:
+    """Return how many blocks a cut removes."""
+    return len(getattr(stage.settings, "remove", ())) or stage.settings.depth
+
+
+@pytest.fixture
+def write_all(tiny_model):
+    """Return what writes all that trials of a plan need, and the trials."""
+
+    def write_each(plan: planning.Plan, storage: Storage) -> None:
+        write_shared(plan, storage, tiny_model)
+        for trial in plan.trials:
+            write_trial(trial, storage, right=14, validation_loss=1.0)
+
+    return write_each
+
+
 def write_shared(plan: planning.Plan, storage: Storage, tiny_model: Path) -> None:
     """Write what all trials need; the base is right on 16 of 20 items, a model without n blocks on 16 - 2 n."""
     config = json.loads((tiny_model / "config.json").read_text())
@@ -78,7 +95,7 @@ def write_shared(plan: planning.Plan, storage: Storage, tiny_model: Path) -> Non
             case "score":
                 write(storage, stage, {}, {"distances.json": json.dumps({"blocks": 6, "corpora": [], "choices": {}})})
             case "cut":
-                gone = stage.settings.depth
+                gone = gone_of(stage)
                 smaller = {**config, "num_hidden_layers": 6 - gone}
                 if "layer_types" in smaller:
                     smaller["layer_types"] = smaller["layer_types"][gone:]
@@ -87,10 +104,10 @@ def write_shared(plan: planning.Plan, storage: Storage, tiny_model: Path) -> Non
                 write(storage, stage, summary, {"config.json": json.dumps(smaller)})
             case "retention":
                 cut = stage.inputs["model"]
-                write_retention(storage, stage, 0.25 * cut.settings.depth if cut.name == "cut" else 0.0)
+                write_retention(storage, stage, 0.25 * gone_of(cut) if cut.name == "cut" else 0.0)
             case "evaluate":
                 cut = stage.inputs["model"]
-                write_evaluation(storage, stage, 16 - (2 * cut.settings.depth if cut.name == "cut" else 0))
+                write_evaluation(storage, stage, 16 - (2 * gone_of(cut) if cut.name == "cut" else 0))
 
 
 COUNTS = ("rows", "rows_too_long", "rows_left_out", "validation_rows", "steps", "planned_steps", "best_step")

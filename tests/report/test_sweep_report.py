@@ -4,10 +4,12 @@ import csv
 import io
 
 import pytest
+import yaml
 from rich.console import Console
 
 from sdft_ray import pipeline
-from sdft_ray.report import plots, table, terminal
+from sdft_ray.report import page, plots, sweep, table, terminal
+from sdft_ray.store.storage import Storage
 from sdft_ray.sweep import planning
 
 ITEMS = 20  # of each task
@@ -90,6 +92,26 @@ def test_report_of_drafts_stands_on_terminal_csv_and_page_with_what_failed(colle
     assert (first["draft.cost"], first["draft.sampled.tokens"], lines[-1]["draft.cost"]) == ("0.5", "1", "")
     drafts = plots.draft_lines(collected, "acceptance", "a"), plots.draft_lines(collected, "speedup", "speed")
     assert all("distilled, sampled" in figure and "(not chosen)" not in figure for figure in drafts)
+
+
+def test_report_of_named_blocks_has_their_number_and_no_map(plan, write_all, tmp_path):
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    recipe |= {"prune": {"remove": [0]}, "arms": {"sft": {}}}
+    recipe["rows"]["validation"] = 1
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    axes = {"prune.remove": [[0, 1], [0, 1, 2]]}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"recipe": "recipe.yaml", "axes": axes}))
+    storage, named = Storage(str(tmp_path / "named")), planning.load_sweep(tmp_path / "sweep.yaml")
+    assert "score" not in {stage.name for stage in named.shared}
+    write_all(named, storage)
+    report = sweep.collect(named, "sweep.yaml", storage)
+    assert [(trial.blocks, trial.values["prune.remove"]) for trial in report.trials] == [(2, [0, 1]), (3, [0, 1, 2])]
+    assert [(group.blocks, group.chosen) for group in report.groups] == [(2, True), (3, True)]
+    assert report.maps == []
+    console = Console(record=True, width=200, file=io.StringIO())
+    terminal.show_sweep(report, console)
+    assert "remove [0, 1]" in console.export_text()
+    assert "sft" in table.as_csv(report) and "<html" in page.render_sweep(report, tmp_path)
 
 
 def test_report_of_depths_has_each_pruned_model_with_its_blocks(collected):

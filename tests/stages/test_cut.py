@@ -13,7 +13,15 @@ from tiny import make_tiny_model
 from sdft_ray.core.surgery import PER_BLOCK
 from sdft_ray.errors import UserError
 from sdft_ray.models.directory import require_loadable
-from sdft_ray.stages.cut import Parameters, model_card, remove_blocks, require_same_tensors
+from sdft_ray.models.sizes import sizes_of_directory
+from sdft_ray.progress import Progress
+from sdft_ray.report.lines import cut_line
+from sdft_ray.spec.compute import Compute
+from sdft_ray.spec.recipe import Protect, Prune, Target
+from sdft_ray.stages import Work
+from sdft_ray.stages.cut import Parameters, build, model_card, remove_blocks, require_same_tensors, stage
+from sdft_ray.store.identity import Stage
+from sdft_ray.store.storage import Storage
 
 pytestmark = pytest.mark.heavy
 
@@ -350,6 +358,62 @@ def test_remove_blocks_writes_a_tokenizer_and_stops_that_older_tools_read(llama,
     )
     assert generation == {"temperature": 0.6, "eos_token_id": [0, 2]}
     assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+def cut_of(prune, base, root):
+    """Return the work of the cut stage that needs nothing but a base, and its summary."""
+    made = stage(prune, Stage("model", "llama", 1, {}, location=base), None, None)
+    work = Work(made, Storage(str(root)), Compute(), Progress("cut", "parts"))
+    return work, build(work)
+
+
+def test_cut_of_named_blocks_is_the_base_that_skips_them_and_says_who_named_them(llama, tmp_path):
+    work, summary = cut_of(Prune(remove=(4, 1, 2)), llama, tmp_path)
+    assert (summary.removed, summary.blocks, summary.cost) == ((1, 2, 4), 3, None)
+    ids = some_ids()
+    expected = logits_of(load(llama), ids, skipped=(1, 2, 4))
+    torch.testing.assert_close(logits_of(load(work.directory), ids), expected, atol=1e-4, rtol=1e-4)
+    assert "| named by | the recipe |" in (work.directory / "README.md").read_text()
+    assert cut_line(summary) == "Cut: blocks 1, 2, 4, named by the recipe."
+
+
+@pytest.mark.parametrize(
+    ("prune", "removed"),
+    [
+        ({"blocks": 2}, (4, 5)),
+        ({"blocks": 3, "protect": Protect(first=1, last=2)}, (1, 2, 3)),
+        ({"target": Target(parameters=150_000)}, (4, 5)),
+        ({"target": Target(parameters=150_000), "protect": Protect(last=1)}, (3, 4)),
+    ],
+)
+def test_cut_by_tail_removes_the_last_blocks_before_the_protected_ones(llama, tmp_path, prune, removed, capsys):
+    work, summary = cut_of(Prune(metric="tail", **prune), llama, tmp_path)
+    assert (summary.removed, summary.metric, summary.cost) == (removed, "tail", None)
+    assert summary.parameters == require_loadable(work.directory)
+    assert "| metric | tail, the last ones |" in (work.directory / "README.md").read_text()
+    said = f"cut: 2 of 6 blocks go, and {summary.parameters:,} parameters are left of 150,000"
+    assert (said in capsys.readouterr().err) == ("target" in prune)
+    assert ("150,000 parameters or less" in cut_line(summary)) == ("target" in prune)
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "llama"])
+def test_cut_to_a_size_is_the_shallowest_of_the_last_blocks_that_is_small_enough(architecture, tmp_path):
+    base = make_tiny_model(tmp_path / "base", architecture)
+    sizes = sizes_of_directory(base)
+    for depth in range(1, 6):
+        left = sizes.total - sum(sizes.blocks[6 - depth :])
+        for spare in (0, 1, min(sizes.blocks) - 1):
+            _, summary = cut_of(
+                Prune(metric="tail", target=Target(parameters=left + spare)), base, tmp_path / f"{depth}-{spare}"
+            )
+            assert len(summary.removed) == depth
+            assert summary.parameters == left
+
+
+@pytest.mark.parametrize("removed", [(0, 6), range(6)])
+def test_cut_of_named_blocks_that_are_not_there_is_refused(llama, tmp_path, removed):
+    with pytest.raises(UserError, match=r"^prune\.remove: (6 is no|removes every) block of a 6-block model\. "):
+        cut_of(Prune(remove=tuple(removed)), llama, tmp_path)
 
 
 def test_model_card_says_what_was_removed_how_and_that_quality_is_not_restored():

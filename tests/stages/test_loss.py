@@ -1,19 +1,24 @@
 """The loss with blocks skipped, against the whole model whose blocks are made to give back their input by hooks."""
 
+import json
+
 import pytest
 import torch
 from architectures import logits_of
 from tiny import make_tiny_model, make_tiny_rows
 
+from sdft_ray.core.passes import count_passes
+from sdft_ray.core.skipping import skipped_losses
 from sdft_ray.core.surgery import ARCHITECTURES
 from sdft_ray.data.calibration import CorpusSettings
 from sdft_ray.errors import UserError
 from sdft_ray.progress import Progress
 from sdft_ray.spec import compute
-from sdft_ray.spec.recipe import Protect
+from sdft_ray.spec.recipe import Protect, Prune
 from sdft_ray.stages import Work, cut, loss, score
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
+from sdft_ray.text_pool import read_texts
 
 torch.set_num_threads(1)
 
@@ -32,14 +37,35 @@ def test_skipped_losses_equal_those_of_the_base_that_skips_by_hooks(architecture
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path / "model", architecture)).eval()
-    found = loss.skipped_losses(model, TEXTS, FIRST, CANDIDATES)
+    found = skipped_losses(model, TEXTS, FIRST, CANDIDATES)
     assert found.shape == (len(TEXTS), len(CANDIDATES))
     for column, removed in enumerate(CANDIDATES):
         expected = torch.stack([loss_alone(model, *text, removed) for text in zip(TEXTS, FIRST, strict=True)])
         torch.testing.assert_close(found[:, column], expected, atol=1e-4, rtol=1e-4)
     assert (found[:, 0] - found[:, 1]).abs().max() > 1e-3, "skipped blocks matter"
+    without = skipped_losses(model, TEXTS, FIRST, [[4], [], [0]], gone=[1, 3])
+    for column, removed in enumerate([[1, 3, 4], [1, 3], [0, 1, 3]]):
+        expected = torch.stack([loss_alone(model, *text, removed) for text in zip(TEXTS, FIRST, strict=True)])
+        torch.testing.assert_close(without[:, column], expected, atol=1e-4, rtol=1e-4)
     # The model is whole again.
-    torch.testing.assert_close(loss.skipped_losses(model, TEXTS, FIRST, [[]])[:, 0], found[:, 0], atol=0, rtol=0)
+    torch.testing.assert_close(skipped_losses(model, TEXTS, FIRST, [[]])[:, 0], found[:, 0], atol=0, rtol=0)
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 0), (1, 2)])
+def test_removing_one_after_the_other_runs_as_many_blocks_as_are_counted(tmp_path, first, last):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path / "model")).eval()
+    ran = []
+    for number, block in enumerate(model.model.layers):
+        block.register_forward_hook(lambda *_, number=number: ran.append(number))
+    gone: list[int] = []
+    for taken in (3, 1):
+        free = [[block] for block in range(first, 6 - last) if block not in gone]
+        skipped_losses(model, TEXTS, FIRST, [[], *free], gone)
+        gone.append(taken)
+    looks = 2  # of each call, what the first block returns
+    assert (len(ran) - looks) / 6 == pytest.approx(count_passes(6, 2, first, last).passes)
 
 
 CORPUS = CorpusSettings(name="sums", field="text", limit=10, held_back=5, max_tokens=40, positions="last")
@@ -119,6 +145,90 @@ def test_cut_by_loss_removes_the_candidate_of_lowest_loss(work):
     assert list(choice.blocks) == summary.plain()["choice"]["blocks"]
     by_distance = cut_choice(measured, metric="angular")
     assert by_distance.blocks == tuple(next(c.blocks for c in summary.candidates if c.distance_rank == 1))
+
+
+@pytest.fixture
+def measured(monkeypatch) -> list[int]:
+    """Let the stage measure in this process instead of on Ray; returns how many candidates each measurement had."""
+    counts: list[int] = []
+
+    def measure(actor, corpora, _section, _progress, **arguments):
+        meter = actor(device="cpu", **arguments)
+        counts.append(len(arguments["candidates"]) - 1)
+        results = [
+            [meter({"index": 0, "texts": json.dumps([text, text])})["loss"][0] for text in corpus] for corpus in corpora
+        ]
+        return [{"loss": losses} for losses in results]
+
+    monkeypatch.setattr(loss, "measure", measure)
+    return counts
+
+
+@pytest.fixture
+def greedy(tiny_model, tmp_path, measured):
+    """Return the work of removing blocks one after the other on chat rows and on plain texts."""
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n\n".join(f"A text of its own, number {i}." for i in range(9)))
+    corpora = (CORPUS, CORPUS.model_copy(update={"name": "sums-2", "path": str(texts)}))
+
+    def make(**prune):
+        storage = Storage(str(tmp_path / "root"))
+        base = Stage("model", "tiny", 1, {}, location=tiny_model)
+        chosen = Prune(metric="loss", contiguous=False, **prune)
+        stage = loss.stage(chosen, corpora, base, None, {"rows_0": make_tiny_rows(storage)})
+        plan = compute.Compute(score=compute.Score(cpus=1, batch_size=4))
+        return Work(stage, storage, plan, Progress("loss", "texts"))
+
+    return make
+
+
+def brute_force(work: Work, depth: int, free: range) -> tuple[list[int], list[float]]:
+    """Return the blocks in the order of their removal and the loss after each, from whole passes of the base."""
+    from transformers import AutoModelForCausalLM
+
+    base = work.input("model")
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    corpora = read_texts(base, work.settings.calibration, work.numbered_inputs("rows", 2))
+
+    def loss_of(removed: list[int]) -> float:
+        each = [[float(loss_alone(model, t.ids, t.content_from, removed)) for t in c.loss_texts] for c in corpora]
+        return sum(sum(losses) / len(losses) for losses in each) / len(each)
+
+    gone: list[int] = []
+    losses: list[float] = []
+    for _ in range(depth):
+        found = {block: loss_of([*gone, block]) for block in free if block not in gone}
+        gone.append(min(found, key=lambda block: found[block]))
+        losses.append(found[gone[-1]])
+    return gone, losses
+
+
+def test_blocks_that_go_one_after_the_other_are_those_of_brute_force(greedy, measured):
+    work = greedy(blocks=3, protect=Protect(first=1))
+    summary = loss.build(work)
+    order, losses = brute_force(work, 3, range(1, 6))
+    assert [step.block for step in summary.steps] == order
+    assert [step.loss for step in summary.steps] == pytest.approx(losses, abs=1e-4)
+    assert summary.choice.blocks == tuple(sorted(order))
+    assert summary.choice.value == summary.steps[-1].loss
+    assert 0 < summary.choice.agreement <= min(step.agreement for step in summary.steps)
+    for step in summary.steps:
+        assert step.loss == pytest.approx(sum(step.losses.values()) / 2) and step.loss <= step.runner_up_loss
+    assert measured == [5, 4, 3]
+    work.storage.commit(work.stage, summary.plain(), 0.0)
+
+    # Fewer blocks need nothing that was not measured, and more only what is missing.
+    fewer = loss.build(greedy(blocks=2, protect=Protect(first=1)))
+    assert fewer.steps == summary.steps[:2] and fewer.base_loss == summary.base_loss
+    assert measured == [5, 4, 3]
+    more = loss.build(greedy(blocks=4, protect=Protect(first=1)))
+    assert more.steps[:3] == summary.steps and measured == [5, 4, 3, 2]
+
+    inputs = {"model": work.stage.inputs["model"], "loss": work.stage}
+    pruned = cut.stage(Prune(blocks=3, contiguous=False, protect=Protect(first=1)), inputs["model"], None, work.stage)
+    assert pruned.inputs == inputs
+    done = cut.build(Work(pruned, work.storage, work.compute, work.progress))
+    assert (done.removed, done.metric, done.cost) == (tuple(sorted(order)), "loss", summary.steps[-1].loss)
 
 
 def test_cut_of_more_blocks_than_protection_leaves_is_refused(work):

@@ -20,6 +20,7 @@ from sdft_ray.spec.compute import load_compute
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.wording import validate
 from sdft_ray.stages.merge import LinearSettings, SlerpSettings, Summary, merge_models
+from sdft_ray.store.files import hash_file, hash_once
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 from sdft_ray.sweep.planning import load_sweep
@@ -82,6 +83,21 @@ def test_merge_of_two_models_is_a_whole_model_and_says_what_slerp_did(tuned, tmp
     assert 0 < turned == facts.tensors - facts.identical - facts.fell_back_to_linear < facts.tensors
     assert facts.cosines[facts.least_alike] == (facts.least_cosine,)
     assert {check.check for check in verify(Model("merged", tmp_path)) if check.status == "ok"} >= {"tensors", "cache"}
+
+
+def test_merge_is_the_same_to_the_bit_whatever_the_number_of_cores(tuned, tmp_path):
+    threads, written = torch.get_num_threads(), []
+    for count in (1, 2):
+        (out := tmp_path / str(count)).mkdir()
+        torch.set_num_threads(count)
+        try:
+            merge_models(tuned, out, SlerpSettings(t=0.3))
+            assert torch.get_num_threads() == count
+        finally:
+            torch.set_num_threads(threads)
+        written.append({path.name: hash_file(path) for path in out.glob("*.safetensors")})
+        assert written[-1] == {name: hash_once(out / name) for name in written[-1]}
+    assert written[0] == written[1]
 
 
 def test_merge_writes_the_companions_of_the_first_parent(tuned, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import blocks_of
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny_model, make_tiny_rows
 
@@ -55,7 +56,7 @@ def models(tmp_path_factory):
 def states_alone(model, ids: list[int]) -> torch.Tensor:
     """x(0)..x(L) of one text, (L+1, T, D): transformers' own hidden states, and the last block's output by a hook."""
     last = []
-    hook = model.layers[-1].register_forward_hook(
+    hook = blocks_of(model)[-1].register_forward_hook(
         lambda _module, _args, output: last.append(output[0] if isinstance(output, tuple) else output)
     )
     with torch.inference_mode():

@@ -14,6 +14,7 @@ import pytest
 import torch
 from events import read_events
 from faked import fill_disk
+from safetensors.torch import load_file
 from tiny import make_tiny_model, make_tokenizer
 from tracked import Server
 
@@ -24,11 +25,12 @@ from sdft_ray.progress import Progress
 from sdft_ray.results import read_history
 from sdft_ray.spec import compute
 from sdft_ray.spec.compute import load_compute
+from sdft_ray.spec.recipe import Prune
 from sdft_ray.spec.training import Train
 from sdft_ray.spec.wording import validate
-from sdft_ray.stages import Work, rows, train
+from sdft_ray.stages import Work, cut, rows, train
 from sdft_ray.stages.train import state
-from sdft_ray.stages.train.adapters import name_adapters, outline_model
+from sdft_ray.stages.train.adapters import count_parameters, name_adapters, outline_model
 from sdft_ray.stages.train.encoded import EncodedRows
 from sdft_ray.stages.train.fitting import require_fitting
 from sdft_ray.stages.train.history import learning_rate
@@ -586,3 +588,43 @@ def test_lora_targets_of_a_mixture_are_what_peft_takes_for_its_experts(tmp_path)
     assert bare == ["mlp.experts.gate_up_proj", "mlp.gate"]
     with pytest.raises(UserError, match=r"train.lora: peft says: .* lora_dropout != 0.*Set dropout: 0"):
         outline(dropout=0.1)
+
+
+def make_cut(model: Path, root: Path, removed: tuple[int, ...]) -> Path:
+    """Return the artifact of a model without some blocks."""
+    storage = Storage(str(root))
+    stage = cut.stage(Prune(remove=removed), Stage("model", "tiny", 1, {}, location=model), None, None)
+    summary = cut.build(Work(stage, storage, compute.Compute(), Progress("cut", "parts")))
+    return storage.commit(stage, summary.plain(), 0.0)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize(
+    ("scope", "removed", "trained"),
+    [
+        ("beside_cut", (2, 3), {1, 2}),
+        ("beside_cut", (0, 3), {0, 1, 2}),
+        ("beside_cut", (4, 5), {3}),
+        ("last", (2, 3), {1, 2, 3}),
+        ("last", (0, 1, 2, 3), {0, 1}),
+    ],
+)
+def test_scope_of_a_training_is_the_blocks_that_it_names(tiny_model, tmp_path, method, scope, removed, trained):
+    base = make_cut(tiny_model, tmp_path, removed)
+    outline, whole = (outline_model(base, validate(Train, {"method": method, "scope": s})) for s in (scope, "all"))
+    names = [name for name, parameter in outline.named_parameters() if parameter.requires_grad]
+    assert {int(name.partition(".layers.")[2].partition(".")[0]) for name in names} == trained
+    (some, parameters), (everything, same) = count_parameters(outline), count_parameters(whole)
+    assert parameters == same and 0 < some <= everything
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_train_beside_the_cut_leaves_all_else_as_it_was(ray_cluster, tiny_model, tmp_path, method):
+    base = make_cut(tiny_model, tmp_path / "cut", (1, 2))
+    work = make_work(tmp_path / "root", base, plan(), method=method, scope="beside_cut", epochs=1)
+    summary = train.build(work)
+    assert summary.final_loss < summary.first_loss
+    before, after = (load_file(path / "model.safetensors") for path in (base, work.directory))
+    changed = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    assert changed and all(name.startswith(("model.layers.0.", "model.layers.1.")) for name in changed)
+    assert {name.split(".")[2] for name in changed} == {"0", "1"}

@@ -25,14 +25,14 @@ from sdft_ray import (
 from sdft_ray.core.rows import TrainingRow
 from sdft_ray.data.chat import require_trainable
 from sdft_ray.errors import StageFailed, UserError, problem
-from sdft_ray.models.directory import require_loadable, require_same_logits
+from sdft_ray.models.directory import require_loadable
 from sdft_ray.results import HISTORY, METRICS, validations
 from sdft_ray.spec import training
 from sdft_ray.spec.compute import Needs
 from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
 from sdft_ray.stages.train import targets
-from sdft_ray.stages.train.adapters import count_parameters, name_adapters, outline_model
+from sdft_ray.stages.train.adapters import blocks_in_scope, count_parameters, name_adapters, outline_model
 from sdft_ray.stages.train.encoded import FOLDER
 from sdft_ray.stages.train.fit import fit
 from sdft_ray.stages.train.fitting import require_fitting
@@ -49,7 +49,7 @@ from sdft_ray.stages.train.rows import (
     shorten,
 )
 from sdft_ray.stages.train.state import read_checkpoint, steps_in
-from sdft_ray.stages.train.tuned import write_model
+from sdft_ray.stages.train.tuned import require_same_logits, write_model
 from sdft_ray.stages.train.worker import RESULT, Outcome
 from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage, numbered
@@ -210,6 +210,8 @@ class _Parts(NamedTuple):
 
 def _look_at(base: Path, settings: training.Train) -> _Parts:
     outline = outline_model(base, settings)
+    if blocks := blocks_in_scope(base, settings):
+        progress.log(f"train: blocks {', '.join(map(str, blocks))} of the pruned model are trained, and nothing else")
     adapted, bare = name_adapters(outline)
     if adapted and bare:
         progress.log(f"train: adapters on {', '.join(adapted)}; none on {', '.join(bare)}: no linear layers")

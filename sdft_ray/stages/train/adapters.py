@@ -5,12 +5,27 @@ In: a model directory and the training settings. Out: a model, or a UserError fo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sdft_ray.core.patch import gaps
 from sdft_ray.errors import UserError, nearest, problem
+from sdft_ray.models.depth import blocks_in
 from sdft_ray.spec import training
+from sdft_ray.store.manifest import read_manifest
+from sdft_ray.store.record import Record
+
+LAST_BLOCKS = 3
+"""That train.scope: last trains."""
+
+
+class Removed(Record):
+    """What a cut and a patch say in their manifests."""
+
+    removed: tuple[int, ...]
+
 
 # Linear layers that take no adapter. On a GPU state-space blocks multiply with the weights of out_proj themselves, past
 # an adapter, and peft refuses it; llama4's router returns two tensors.
@@ -23,13 +38,40 @@ def load_model(base: str, settings: training.Train) -> Any:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(settings.seed)
-    return adapt(AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, settings.dtype)), settings)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, settings.dtype))
+    return adapt(model, Path(base), settings)
 
 
-def adapt(model: Any, settings: training.Train) -> Any:
-    """Return a model with LoRA adapters where the settings ask for them."""
-    if settings.method == "full":
-        return model
+def blocks_in_scope(base: Path, settings: training.Train) -> tuple[int, ...] | None:
+    """Return which blocks of a pruned model are trained; None where all of it is."""
+    if settings.scope == "all":
+        return None
+    blocks = blocks_in(base)
+    if settings.scope == "last":
+        return tuple(range(max(0, blocks - LAST_BLOCKS), blocks))
+    manifest = read_manifest(base)
+    assert manifest, f"{base} is an artifact of a cut or a patch"
+    removed = tuple(Removed.model_validate(manifest.summary).removed)
+    beside = {block - sum(gone < block for gone in removed) for gap in gaps(removed) for block in gap}
+    return tuple(sorted(beside & {*range(blocks)}))
+
+
+def adapt(model: Any, base: Path, settings: training.Train) -> Any:
+    """Return the model of a directory as it is trained: with LoRA adapters, and frozen, where the settings say so.
+
+    Adapters out of scope stay as they are made, and then add nothing.
+    """
+    adapted = model if settings.method == "full" else _add_adapters(model, settings)
+    if (blocks := blocks_in_scope(base, settings)) is None:
+        return adapted
+    for name, parameter in adapted.named_parameters():
+        block = re.search(r"\.layers\.(\d+)\.", name)
+        if not block or int(block[1]) not in blocks:
+            parameter.requires_grad_(False)
+    return adapted
+
+
+def _add_adapters(model: Any, settings: training.Train) -> Any:
     from peft import LoraConfig, get_peft_model
 
     lora = settings.lora
@@ -55,7 +97,7 @@ def outline_model(base: Path, settings: training.Train) -> Any:
         kinds = (torch.nn.Linear, torch.nn.Embedding)
         layers = {name: module.weight for name, module in model.named_modules() if isinstance(module, kinds)}
         try:
-            outline, refused = adapt(model, settings), ""
+            outline, refused = adapt(model, base, settings), ""
         except ValueError as error:
             outline, refused = None, str(error)
     if settings.method == "full":
@@ -92,8 +134,8 @@ def _require_own_weights(target: str, layers: Mapping[str, Any]) -> None:
 def count_parameters(outline: Any) -> tuple[int, int]:
     """Return how many parameters are trained, and how many the model has without adapters."""
     trained = sum(parameter.numel() for parameter in outline.parameters() if parameter.requires_grad)
-    frozen = sum(parameter.numel() for parameter in outline.parameters() if not parameter.requires_grad)
-    return trained, frozen or trained
+    own = sum(parameter.numel() for name, parameter in outline.named_parameters() if ".lora_" not in name)
+    return trained, own
 
 
 def name_adapters(outline: Any) -> tuple[list[str], list[str]]:

@@ -57,7 +57,7 @@ def load_share(base: str, settings: training.Train, config: Mapping[str, Any]) -
         outline = AutoModelForCausalLM.from_config(facts)
     _fill(model, outline, Path(base))
     torch.manual_seed(settings.seed)
-    model = adapt(model, settings)
+    model = adapt(model, Path(base), settings)
     for parameter in model.parameters():
         if parameter.requires_grad:  # peft keeps adapters in float32; only a model that is not spread yet is cast
             parameter.data = parameter.data.to(dtype)
