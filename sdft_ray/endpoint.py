@@ -116,8 +116,15 @@ class Client:
     def complete(self, body: Mapping[str, JsonValue], stopped: threading.Event) -> Completion:
         """Return what the model writes; raises CannotServe where it is this request that fails.
 
-        stopped: once it is set, Stopped is raised instead of another try.
+        stopped: once it is set, Stopped is raised instead of another try; an endpoint that cannot be used sets it.
         """
+        try:
+            return self._complete(body, stopped)
+        except (UserError, StageFailed):
+            stopped.set()  # nobody else has to find that out
+            raise
+
+    def _complete(self, body: Mapping[str, JsonValue], stopped: threading.Event) -> Completion:
         begun, tries = time.monotonic(), 0
         for pause in _pauses():
             if stopped.is_set():

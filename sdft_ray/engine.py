@@ -149,7 +149,6 @@ class EndpointEngine:
                     yield waiting[future], Generation(str(error), "error")
                 except (UserError, StageFailed) as error:
                     failure = failure or error
-                    stopped.set()
                 except Stopped:
                     continue
             if failure:

@@ -13,6 +13,7 @@ from typing import Any
 from sdft_ray.core.rows import Exchange
 from sdft_ray.data.readers import GymContent, HubContent, RowsContent
 from sdft_ray.results import DistilledRow
+from sdft_ray.spec.sources import ServedModel
 from sdft_ray.stages.distill.draws import Settings
 from sdft_ray.stages.distill.teaching import teacher_name
 from sdft_ray.store.identity import Stage
@@ -72,7 +73,9 @@ def write(
         tags=["data-distillation" if teacher else "self-data-distillation"],
         configs=[{"config_name": "default", "data_files": "train.parquet"}],
     )
-    sampling = ", ".join(f"{key} {getattr(stage.settings, key)}" for key in _SAMPLING)
+    served = isinstance(stage.settings.teacher, ServedModel)  # in a precision of its own
+    known = [key for key in _SAMPLING if not (served and key == "dtype")]
+    sampling = ", ".join(f"{key} {getattr(stage.settings, key)}" for key in known)
     reasons = "\n".join(f"| {reason} | {count} |" for reason, count in counts.items() if count)
     rows = sum(counts.values())
     rewrite, method = "model's own rewrite of the reference", "after *Self-Data Distillation* (arXiv 2410.09982)"
