@@ -21,11 +21,12 @@ import itertools
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import as_completed
 from functools import cached_property
 from typing import Any
 
-from sdft_ray.cluster import below_ray, last_line, ray_cluster, require_capacity
+from sdft_ray.cluster import below_ray, in_thread, last_line, ray_cluster, require_capacity
 from sdft_ray.engine import EngineFactory, start_engine
 from sdft_ray.errors import StageFailed, UserError, nearest, problem
 from sdft_ray.measures import draft_stages, evaluation_stages, nll_stages, retention_stages

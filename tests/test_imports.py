@@ -15,7 +15,7 @@ ORDER = (
     *("errors", "environment", "progress", "store", "spec", "core", "data", "models", "results", "cluster"),
     *("endpoint", "engine", "generated", "text_pool", "trackers", "stages"),
     *("preflight.precision", "preflight.teachers", "preflight.limits", "preflight.cuts", "preflight.checks"),
-    *("training_data", "measures", "beside", "pipeline", "sweep"),
+    *("training_data", "measures", "pipeline", "sweep"),
     *("preflight.memory", "preflight.costs", "preflight.savings", "preflight.doctor", "preflight.starter"),
     *("report", "verify", "submit", "publish", "surface", "completion", "commands", "cli"),
 )
