@@ -168,20 +168,21 @@ def count_cost(directory: Path, tokens: int = FLOPS_TOKENS) -> Cost:
     """Return a model's parameters and the forward FLOPs of one token at a length of `tokens`.
 
     Counted by torch on the meta device, where nothing is computed, with eager attention: the counter has no formula
-    for the CPU's flash attention.
+    for the CPU's flash attention. So with experts: on the meta device the usual ones want bfloat16.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(directory)
+    plain = {"attn_implementation": "eager", "experts_implementation": "batched_mm"}
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **plain)
         ids = torch.zeros(1, tokens, dtype=torch.long)
         # A ready-made mask: without one transformers looks at position values, which a meta tensor does not have.
-        mask = torch.zeros(1, 1, tokens, tokens)
+        mask, positions = torch.zeros(1, 1, tokens, tokens), torch.arange(tokens)[None]
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(input_ids=ids, attention_mask=mask, use_cache=False)
+        model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
     return Cost(parameters=model.num_parameters(), flops_per_token=counter.get_total_flops() / tokens)
 
 

@@ -47,6 +47,7 @@ def recipe(tiny_model, tmp_path) -> dict:
 
 # A second value for leaves where adding one or flipping would not be valid.
 OTHER = {
+    "model.part": "text",
     "rows.0.answer": "none",
     "rows.0.decontaminate": ["sciq"],
     "rows.0.fields.prompt": "a",
