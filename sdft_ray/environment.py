@@ -69,6 +69,7 @@ def for_upload() -> None:
 def for_trackers() -> None:
     """Keep usage statistics of trackers at home, their notices off the terminal, and their waits short."""
     _set_default(MLFLOW_DISABLE_TELEMETRY="true", WANDB_ERROR_REPORTING="false", GRADIO_ANALYTICS_ENABLED="False")
+    _set_default(MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT="true")
     # A server that is down is tried for minutes else, and each call of a run would begin anew.
     _set_default(MLFLOW_HTTP_REQUEST_TIMEOUT="10", MLFLOW_HTTP_REQUEST_MAX_RETRIES="2", WANDB_INIT_TIMEOUT="30")
 
