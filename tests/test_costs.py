@@ -178,7 +178,14 @@ def test_estimate_of_a_70b_on_two_nodes_of_8_gpus(data, tmp_path, monkeypatch, z
     shape = costs.shape_of_directory(write_large_headers(tmp_path / "large"))
     assert shape.parameters == 70_553_706_496
     monkeypatch.setattr(costs, "shape_of_directory", lambda _: shape)  # of which two blocks are removed
-    train = {"workers": 16, "gpus": 1, "cpus": 4, "zero_stage": zero_stage, "offload": offload}
+    train = {
+        "workers": 16,
+        "gpus": 1,
+        "cpus": 4,
+        "zero_stage": zero_stage,
+        "offload": offload,
+        "gradient_checkpointing": True,
+    }
     nodes = validate(Compute, {"ray": {"address": "auto", "gpu_memory_gb": 80}, "train": train})
     recipe = validate(Recipe, data | {"train": {"dtype": "bfloat16", "max_tokens": 512}})
     found = {cost.stage: cost for cost in costs.estimate_stages(recipe, nodes, pipeline.chain(recipe), Storage("x"))}

@@ -335,7 +335,7 @@ def test_gym_rows_with_options_that_the_task_refuses_are_one_clear_line(options)
 
 
 def test_describe_directory_reads_architecture_and_blocks(model):
-    assert directory.describe_directory(model) == directory.ModelFacts("llama", 6, context=2048)
+    assert directory.describe_directory(model) == directory.ModelFacts("llama", 6, context=2048, heads=2)
 
 
 @pytest.mark.parametrize(
@@ -637,7 +637,7 @@ def test_describe_directory_of_a_weight_file_without_tensors_says_so(model):
 
 def test_describe_model_of_a_gguf_file_reads_architecture_blocks_and_context(tmp_path):
     path = make_tiny_gguf(tmp_path / "model.gguf")
-    assert sources.describe_model(LocalModel(path=str(path))) == directory.ModelFacts("llama", 3, context=256)
+    assert sources.describe_model(LocalModel(path=str(path))) == directory.ModelFacts("llama", 3, context=256, heads=2)
 
 
 @pytest.mark.parametrize(

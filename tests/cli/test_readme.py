@@ -11,13 +11,14 @@ from sdft_ray import cli
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text() + (ROOT / "docs" / "guide.md").read_text()
 BLOCKS = re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
-LINES = [line.partition("  #")[0].strip() for block in BLOCKS for line in block.splitlines()]
+LINES = [line.partition("  #")[0].partition(" > ")[0].strip() for block in BLOCKS for line in block.splitlines()]
 COMMANDS = [shlex.split(line) for line in LINES if line.startswith("sdft ")]
 
 
 def test_readme_shows_every_command():
     assert {words[1] for words in COMMANDS} == {
-        *("check", "run", "sweep", "submit", "report", "verify", "doctor", "show", "diff", "init", "explain", "schema")
+        *("check", "run", "sweep", "submit", "report", "verify", "doctor", "show", "diff", "init", "explain", "schema"),
+        *("push", "export", "completion"),
     }
 
 
