@@ -96,7 +96,7 @@ def run_workers(function: Any, workers: int, *arguments: Any) -> list[Any]:
     import torch.multiprocessing as multiprocessing
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "peft", "deepspeed", "ray.train"])
+    context.set_forkserver_preload(["torch._dynamo", "transformers", "peft", "deepspeed", "ray.train"])
     queue = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         given = (workers, folder, function, queue, *arguments)

@@ -16,7 +16,7 @@ def run_workers(count: int, function: Callable[..., Any], *arguments: Any) -> li
     import torch.multiprocessing as multiprocessing
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "peft", "deepspeed", "pytest"])
+    context.set_forkserver_preload(["torch._dynamo", "transformers", "peft", "deepspeed", "pytest"])
     with tempfile.TemporaryDirectory() as folder:
         arguments = (count, Path(folder), function, arguments)
         multiprocessing.start_processes(_join, arguments, nprocs=count, start_method="forkserver")
@@ -31,7 +31,7 @@ def _join(rank: int, count: int, folder: Path, function: Callable[..., Any], arg
 
     torch.set_num_threads(1)
     deepspeed.ops.__compatible_ops__ = {}
-    store, patience = f"file://{folder}/store", timedelta(seconds=60)
+    store, patience = f"file://{folder}/store", timedelta(seconds=300)
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=count, timeout=patience)
     torch.save(function(rank, *arguments), folder / f"{rank}.pt")
     torch.distributed.barrier()
