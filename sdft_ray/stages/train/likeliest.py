@@ -9,12 +9,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdft_ray.core.soft_targets import Likeliest
 from sdft_ray.stages.train.encoded import appearing
+
+if TYPE_CHECKING:
+    from sdft_ray.core.soft_targets import Likeliest
 
 Array = np.ndarray[Any, Any]
 
@@ -51,6 +53,8 @@ class LikeliestTokens:
     def read(self, shard: int, index: Array, place: int) -> Likeliest:
         """Return those (tokens, k) of the row at a place in a shard; index: that of the shard's encoded rows."""
         import torch
+
+        from sdft_ray.core.soft_targets import Likeliest
 
         if shard not in self._ends:
             lengths = np.diff(index["stop"], prepend=0)

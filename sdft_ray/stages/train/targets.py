@@ -11,12 +11,11 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdft_ray import stages
 from sdft_ray.cluster import in_tasks
 from sdft_ray.core.rows import TrainingRow
-from sdft_ray.core.soft_targets import Likeliest, find_likeliest
 from sdft_ray.data.chat import require_trainable
 from sdft_ray.errors import UserError, problem
 from sdft_ray.spec import training
@@ -29,6 +28,9 @@ from sdft_ray.stages.train.prepare import encode_split
 from sdft_ray.stages.train.teacher import Teacher
 from sdft_ray.store.identity import Stage, numbered
 from sdft_ray.store.storage import Storage
+
+if TYPE_CHECKING:
+    from sdft_ray.core.soft_targets import Likeliest
 
 VERSION, NEEDS, UNIT = 1, Needs("score"), "shards"
 NAME = "train"
@@ -131,6 +133,7 @@ def _load_teacher(base: Path, dtype: str, device: str) -> Teacher:
 def _find(teacher: Teacher, rows: EncodedRows, soft: training.Soft) -> Iterator[Likeliest]:
     from sdft_ray.core.packing import pack_rows
     from sdft_ray.core.rowwise import may_share_a_sequence
+    from sdft_ray.core.soft_targets import Likeliest, find_likeliest
 
     vocabulary, k = teacher.model.config.vocab_size, soft.likeliest or 0
     if k > vocabulary:

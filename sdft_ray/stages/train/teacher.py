@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sdft_ray.core.packing import Packed
-from sdft_ray.core.soft_targets import soft_loss
 from sdft_ray.core.surgery import rename_tensor
 from sdft_ray.spec.training import Soft
+
+if TYPE_CHECKING:
+    from sdft_ray.core.packing import Packed
 
 
 class Teacher:
@@ -74,6 +75,8 @@ class Softener:
 
     def __call__(self, logits: Any, packed: Packed) -> Any:
         """Return the loss summed over the trained tokens; logits: (K, V)."""
+        from sdft_ray.core.soft_targets import soft_loss
+
         given: Any = packed.likeliest
         if self.teacher is not None:
             given = self.teacher.logits(packed)
