@@ -361,6 +361,14 @@ def test_sweep_of_weights_shares_rows_and_evaluations_and_generates_into_one_led
     planning.check(plan, load_compute())
 
 
+def test_what_cuts_and_generation_begin_from_is_built_before_both(mixture):
+    """Of a mixture not only the rows of its sources, but what mixes them."""
+    plan = load(mixture, {"prune.blocks": [1, 2]})
+    both = [stage for stage in plan.shared if stage.name in ("score", "loss", "cut", "distill")]
+    found = trials._ancestors(both)
+    assert {stage.name for stage in plan.shared if stage.id in found} == {"model", "rows", "mix"}
+
+
 def test_sweep_of_weights_with_0_is_refused_where_trials_would_not_compare(mixture):
     with pytest.raises(UserError, match=r"^axes\.rows\.0\.weight: 0 leaves out its held-out and validation rows"):
         load(mixture, {"rows.0.weight": [0, 1]})

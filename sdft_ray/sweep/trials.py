@@ -84,7 +84,8 @@ def _build_shared(plan: Plan, compute: Compute, storage: Storage, engine: Engine
     cuts = [stage for stage in todo if stage.name in ("score", "loss", "cut")]
     generated = [stage for stage in todo if isinstance(stage.settings, distill.Settings)]
     if cuts and generated and _is_room_for_both(compute):
-        pipeline.build(_inputs_of([*cuts, *generated]), compute, storage)
+        before = _ancestors([*cuts, *generated])
+        pipeline.build([stage for stage in todo if stage.id in before], compute, storage)
         # In a process of its own: two runs of Ray Data in one get in each other's way (docs/footguns.md). On this node,
         # where the recipe's files are.
         beside = ray.remote(num_cpus=0, max_calls=1, max_retries=0, scheduling_strategy=on_this_node())(pipeline.build)
@@ -102,10 +103,15 @@ def _build_shared(plan: Plan, compute: Compute, storage: Storage, engine: Engine
     pipeline.build(plan.shared, compute, storage, engine=engine)
 
 
-def _inputs_of(stages: Sequence[Stage[Any]]) -> list[Stage[Any]]:
-    """Return the models and rows that stages begin from."""
-    inputs = {stage.id: stage for each in stages for stage in each.inputs.values()}
-    return [stage for stage in inputs.values() if not stage.inputs]
+def _ancestors(stages: Sequence[Stage[Any]]) -> set[str]:
+    """Return the ids of all that stages are made from, but for the stages themselves."""
+    found: set[str] = set()
+    left = [*stages]
+    while left:
+        new = [stage for stage in left.pop().inputs.values() if stage.id not in found]
+        found |= {stage.id for stage in new}
+        left += new
+    return found - {stage.id for stage in stages}
 
 
 def _is_room_for_both(compute: Compute) -> bool:
