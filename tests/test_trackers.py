@@ -117,6 +117,33 @@ def test_tracking_by_nobody_writes_nothing(storage):
     assert not (storage.root / "tracking").exists()
 
 
+def test_watcher_of_a_training_passes_on_each_step_once_also_after_a_worker_began_again(server, storage, monkeypatch):
+    import ray
+
+    from sdft_ray.progress import Progress
+    from sdft_ray.results import Step
+    from sdft_ray.stages.train.fit import _Watcher
+    from sdft_ray.stages.train.log import Begun, Stepped
+
+    def took(number: int, loss: float | None = None) -> Step:
+        return Step(step=number, loss=1 / number, lr=0.1, grad_norm=1.0, validation_loss=loss)
+
+    def report(step: Step) -> Stepped:
+        return Stepped(step, "", step.metrics() | {"tokens_per_second": 9.0})
+
+    reports = [Begun(()), report(took(1)), report(took(2, 0.5)), Begun((took(1), took(2, 0.5))), report(took(3))]
+    monkeypatch.setattr(ray, "get", lambda given: [given.pop(0) for _ in list(given)])
+    ticker = SimpleNamespace(read=SimpleNamespace(remote=lambda: reports))
+    validated, progress = [], Progress("train", "steps", 3)
+    work = SimpleNamespace(progress=progress, validated=lambda *pair: validated.append(pair))
+    with Tracking(["mlflow"], RUN, storage, "0", server.make) as tracking, _Watcher(work, ticker, tracking):
+        pass
+    (run,) = server.runs.values()
+    assert [(step, metrics["train/loss"]) for step, metrics in run] == [(n, 1 / n) for n in (1, 2, 3)]
+    assert run[1][1]["train/validation_loss"] == 0.5 and run[2][1]["train/tokens_per_second"] == 9.0
+    assert (validated, progress.done) == ([(2, 0.5)], 3)
+
+
 # --- the compute file ----------------------------------------------------------------------------------------
 
 
