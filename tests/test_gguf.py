@@ -174,6 +174,8 @@ def test_export_writes_under_the_root_and_prints_how_to_serve(tmp_path, capsys):
     ]
     assert cli.main(["export", str(model), "--out", str(tmp_path / "own.gguf"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["file"] == str(tmp_path / "own.gguf")
+    assert cli.main(["export", str(root), "--root", str(root)]) == 2
+    assert "is no Hugging Face model directory" in capsys.readouterr().err
 
 
 @pytest.mark.heavy

@@ -67,7 +67,6 @@ def export(options: argparse.Namespace) -> None:
     manifest = read_manifest(model)
     name = f"{manifest.slug}-{manifest.id}" if manifest else model.name
     file = options.out or storage.root / "exports" / f"{name}-{options.format}.gguf"
-    file.parent.mkdir(parents=True, exist_ok=True)
     with Progress("export", "tensors") as progress:
         written = gguf.write_gguf(model, file, gguf.FORMATS[options.format], name, progress)
     if not options.out:

@@ -22,7 +22,7 @@ from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from sdft_ray.errors import StageFailed, UserError, nearest, problem
-from sdft_ray.models.directory import require_dtype, tensor_places
+from sdft_ray.models.directory import describe_directory, require_dtype, tensor_places
 from sdft_ray.models.sources import read_gguf
 from sdft_ray.progress import Progress
 from sdft_ray.publish.vocabulary import add_vocabulary
@@ -80,6 +80,7 @@ def write_gguf(model: Path, file: Path, kind: Kind, title: str, progress: Progre
 
     Raises UserError for a model that GGUF cannot say, and StageFailed where the disk is too small.
     """
+    describe_directory(model)
     config = AutoConfig.from_pretrained(model)
     family = _require_family(model, config)
     writer = gguf.GGUFWriter(None, family.name)
@@ -88,6 +89,7 @@ def write_gguf(model: Path, file: Path, kind: Kind, title: str, progress: Progre
     _add_settings(writer, config)
     add_vocabulary(writer, model, config.vocab_size)
     plan = _plan(model, family, config, kind)
+    file.parent.mkdir(parents=True, exist_ok=True)
     torn = file.with_name(f".{file.name}.tmp")
     try:
         _write(writer, plan, torn, progress)
