@@ -57,6 +57,7 @@ OTHER = {
     "prune.dtype": "bfloat16",
     "prune.patch": "linear",
     "prune.metric": "angular",
+    "train.scope": "last",
     "prune.calibration.0.field": "other",
     "prune.calibration.0.positions": "all",
     "distill.dtype": "float32",
