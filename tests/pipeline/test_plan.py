@@ -68,7 +68,6 @@ OTHER = {
     "distill.filters.leak_phrases": ["given text"],
     "distill.filters.refusal_phrases": ["no puedo"],
     "train.method": "full",
-    "train.scope": "last",
     "train.lora.targets": ["q_proj"],
     "train.schedule": "linear",
     "train.too_long": "truncate",
