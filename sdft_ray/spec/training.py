@@ -25,7 +25,7 @@ class Lora(Section):
 
 
 class Train(Section):
-    """How the pruned model is fine-tuned; the same for both arms unless an arm overrides it."""
+    """How the pruned model is fine-tuned; the same for every arm unless one overrides it."""
 
     unhashed, optional = ("max_too_long_fraction",), ("scope",)
 
