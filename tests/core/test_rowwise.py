@@ -7,10 +7,10 @@ from tiny import make_tiny_model, make_tokenizer
 from sdft_ray.core.packing import pack_rows
 from sdft_ray.core.rowwise import CurrentRows, RowDropout, drop_by_row, keep_within_rows
 from sdft_ray.data.chat import encode_row
-from sdft_ray.spec import compute
 from sdft_ray.spec.training import Train
 from sdft_ray.stages.nll import summed_loss
-from sdft_ray.stages.train.zero import load_trainable
+from sdft_ray.stages.train.adapters import load_model
+from sdft_ray.stages.train.zero import with_loss
 
 pytestmark = pytest.mark.heavy
 
@@ -73,7 +73,7 @@ ALONE = (
 @pytest.mark.parametrize("architecture", ALONE)
 def test_rows_of_a_model_that_carries_a_state_on_are_trained_and_measured_one_a_sequence(architecture, tmp_path):
     base = make_tiny_model(tmp_path, architecture)
-    module = load_trainable(str(base), Train(), compute.Train()).eval()
+    module = with_loss(load_model(str(base), Train()), Train()).eval()
     rows = some_rows()
     with torch.no_grad():
         alone = sum(float(losses(module.model, pack_rows([row])).sum()) for row in rows)

@@ -16,21 +16,26 @@ from sdft_ray.stages.train.sharded import is_sharded, load_share
 
 
 def load_trainable(base: str, settings: training.Train, plan: compute.Train, given: dict[str, Any]) -> Any:
-    """Return a module from packed rows to the summed loss of their trained tokens, or to the logits of those.
+    """Return a module as `with_loss` makes it, of this worker's share of the weights where they are spread.
 
     `given` is the user's JSON; all workers must call it.
     """
+    _join_workers(plan)
+    config = deepspeed_config(settings, plan, given)
+    model = load_share(base, settings, config) if is_sharded(config) else load_model(base, settings)
+    return with_loss(model, settings, plan.gradient_checkpointing)
+
+
+def with_loss(model: Any, settings: training.Train, gradient_checkpointing: bool = False) -> Any:
+    """Return a module from packed rows to the summed loss of their trained tokens, or to the logits of those."""
     import torch
 
     from sdft_ray.core.rowwise import drop_by_row, keep_within_rows, may_share_a_sequence
 
-    _join_workers(plan)
-    config = deepspeed_config(settings, plan, given)
-    model = load_share(base, settings, config) if is_sharded(config) else load_model(base, settings)
     rows = keep_within_rows(model.get_base_model() if settings.method == "lora" else model)
     if settings.method == "lora" and settings.lora.dropout:
         drop_by_row(model, settings.lora.dropout, rows)
-    if plan.gradient_checkpointing:
+    if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
 
