@@ -73,7 +73,8 @@ def test_remove_blocks_leaves_a_directory_that_loads_strictly_and_renumbers_bloc
     blocks = blocks_of(model)
     assert len(blocks) == BLOCKS - len(removed)
     for number, block in enumerate(blocks):
-        assert {getattr(module, "layer_idx", number) for module in block.modules()} == {number}
+        known = {getattr(module, "layer_idx", None) for module in block.modules()}  # hunyuan's MLP has none
+        assert known - {None} <= {number}
     assert require_loadable(cut) == model.num_parameters()
     assert is_tied(model) == model.config.tie_word_embeddings
 
