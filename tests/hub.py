@@ -7,6 +7,8 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 
+from bodies import read_body
+
 KEY = "hf_right"
 
 
@@ -56,23 +58,13 @@ class _Handler(BaseHTTPRequestHandler):
         if path.startswith("/lfs/") and self.command == "PUT":
             self.take(path.removeprefix("/lfs/"))
             return
-        body = self.body(int(self.headers.get("Content-Length") or 0))
+        body = read_body(self)
         if self.headers.get("Authorization") != f"Bearer {KEY}":
             self.answer(Answer(401, {"error": "Invalid username or password."}))
             return
         self.answer(self.route(path, body))
 
     do_GET = do_PUT = do_POST = serve
-
-    def body(self, length: int) -> bytes:
-        if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(length)
-        parts = []
-        while size := int(self.rfile.readline().split(b";")[0], 16):
-            parts.append(self.rfile.read(size))
-            self.rfile.readline()
-        self.rfile.readline()
-        return b"".join(parts)
 
     def take(self, oid: str) -> None:
         """Take a large file, or lose the connection."""
@@ -83,7 +75,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(2)
             self.close_connection = True
             return
-        self.server.large[oid] = self.body(length)
+        self.server.large[oid] = read_body(self)
         self.answer(Answer(200))
 
     def answer(self, answer: Answer) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from bodies import read_body
+
 _HOP = {"connection", "transfer-encoding", "keep-alive", "content-length", "host", "date", "server"}
 
 Fault = Callable[[str, str], tuple[str, int] | None]
@@ -50,7 +52,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def serve(self) -> None:
-        body = self._body()
+        body = read_body(self)
         self.server.requests.append((self.command, self.path))
         fault = self.server.fault and self.server.fault(self.command, self.path)
         kind, value = fault or ("", 0)
@@ -72,16 +74,6 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(answer.status, kept, data, value if kind == "slow" else 0, length)
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = serve
-
-    def _body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding") == "chunked":
-            parts = []
-            while size := int(self.rfile.readline().split(b";")[0], 16):
-                parts.append(self.rfile.read(size))
-                self.rfile.readline()
-            self.rfile.readline()
-            return b"".join(parts)
-        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
     def _answer(self, status: int, headers: dict, data: bytes, pause: float, length: int | None = None) -> None:
         self.send_response(status)
