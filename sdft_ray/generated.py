@@ -8,12 +8,11 @@ stored by the evaluation, so a better detector evaluates nothing again.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from sdft_ray.core.rows import Row
 from sdft_ray.core.selection import is_empty, refuses, repeats_itself, strip_thoughts
-from sdft_ray.results import ITEMS, Item
+from sdft_ray.results import Item
 from sdft_ray.store.record import Record
 
 
@@ -43,12 +42,6 @@ class Habits(Record):
     """That refuse where the reference does not."""
     characters: float
     """Mean length."""
-
-
-def read_held_out_items(directory: Path) -> list[HeldOutItem]:
-    """Return the items of a held-out evaluation."""
-    lines = (directory / ITEMS).read_text(encoding="utf-8").splitlines()
-    return [HeldOutItem.model_validate_json(line) for line in lines]
 
 
 def describe(items: Sequence[HeldOutItem], rows: Mapping[str, Row], filters: Mapping[str, Any]) -> Habits:

@@ -291,9 +291,12 @@ class Item(Record):
     value: float
 
 
-def read_items(directory: Path) -> list[Item]:
-    """Return the items of an evaluation: each with its id and its value, in the order of the task."""
-    return [Item.model_validate_json(line) for line in (directory / ITEMS).read_text(encoding="utf-8").splitlines()]
+AnyItem = TypeVar("AnyItem", bound=Item)
+
+
+def read_items(directory: Path, kind: type[AnyItem]) -> list[AnyItem]:
+    """Return the items of an evaluation in the order of the task, of a kind that has what is kept of each."""
+    return [kind.model_validate_json(line) for line in (directory / ITEMS).read_text(encoding="utf-8").splitlines()]
 
 
 # --- drafts and speeds ----------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from sdft_ray.core.rows import Row
-from sdft_ray.generated import HeldOutItem, describe, read_held_out_items
+from sdft_ray.generated import HeldOutItem, describe
+from sdft_ray.results import read_items
 
 NO_FILTERS = {"refusal_phrases": ()}
 CIRCLES = "so it is 4 and " * 20
@@ -52,7 +53,7 @@ def test_describe_of_what_an_older_version_stored_does_not_know_what_ended(tmp_p
     old = {"id": "a", "value": 1.0, "generated": "4", "bits": 2.0, "bytes": 1}
     lines = [old, {**old, "id": "b", "ended": True}]
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    items = read_held_out_items(tmp_path)
+    items = read_items(tmp_path, HeldOutItem)
     assert [item.ended for item in items] == [None, True]
     found = describe(items, rows(a="4", b="4"), NO_FILTERS)
     assert found.ended is None and found.characters == 1

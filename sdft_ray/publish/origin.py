@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from sdft_ray.core.recovery import Difference, paired_differences
 from sdft_ray.data.readers import RowsContent
 from sdft_ray.errors import UserError
-from sdft_ray.results import ITEMS, read_items
+from sdft_ray.results import ITEMS, Item, read_items
 from sdft_ray.stages import cut, evaluate, train
 from sdft_ray.stages.distill.card import describe_source
 from sdft_ray.store.identity import canonical_json, numbered
@@ -167,4 +167,4 @@ def _way(evaluation: Manifest) -> str:
 
 
 def _values(evaluation: Manifest, storage: Storage) -> list[float]:
-    return [item.value for item in read_items(storage.find(evaluation.id, ITEMS))]
+    return [item.value for item in read_items(storage.find(evaluation.id, ITEMS), Item)]

@@ -16,7 +16,7 @@ from sdft_ray.core.recovery import mean_score, paired_differences, recovery, rec
 from sdft_ray.core.retention import Measured, read_lines
 from sdft_ray.core.selection import REASONS
 from sdft_ray.errors import UserError, problem
-from sdft_ray.generated import Habits, describe, read_held_out_items
+from sdft_ray.generated import Habits, HeldOutItem, describe
 from sdft_ray.pipeline import Chain
 from sdft_ray.report.entries import (
     Artifact,
@@ -51,6 +51,7 @@ from sdft_ray.results import (
     Distances,
     read_held_out,
     read_history,
+    read_items,
     training_batches,
 )
 from sdft_ray.spec.recipe import Recipe
@@ -146,7 +147,7 @@ def describe_generated(recipe: Recipe, chain: Chain, storage: Storage) -> dict[s
     rows = read_held_out([storage.files(stage, f"{HELD_OUT}.parquet") for stage in chain.data[""].read])
     by_id, filters = {row.id: row for row in rows}, recipe.distill.filters.model_dump()
     items = {name: storage.files(chain.evaluations[name, HELD_OUT], ITEMS) for name in chain.models}
-    return {name: describe(read_held_out_items(place), by_id, filters) for name, place in items.items()}
+    return {name: describe(read_items(place, HeldOutItem), by_id, filters) for name, place in items.items()}
 
 
 def compare_arms(evaluations: Mapping[str, Sequence[Evaluations]], storage: Storage) -> list[Comparison]:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sdft_ray.results import ITEMS, Score, read_items
+from sdft_ray.results import ITEMS, Item, Score, read_items
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 
@@ -27,7 +27,7 @@ def item_values(models: Sequence[Mapping[str, Stage[Any]]], storage: Storage) ->
     """
     values: dict[str, list[float]] = {}
     for task in models[0]:
-        each = [read_items(storage.files(evaluations[task], ITEMS)) for evaluations in models]
+        each = [read_items(storage.files(evaluations[task], ITEMS), Item) for evaluations in models]
         assert all([i.id for i in items] == [i.id for i in each[0]] for items in each), f"{task}: other items"
         values[task] = [sum(item.value for item in same) / len(same) for same in zip(*each, strict=True)]
     return values
