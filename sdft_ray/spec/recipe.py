@@ -26,7 +26,7 @@ from sdft_ray.spec.sources import (
     TeacherSource,
     in_use,
 )
-from sdft_ray.spec.training import ARMS, ArmOverrides, Arms, Train
+from sdft_ray.spec.training import ARMS, Arm, ArmOverrides, Arms, Train
 
 
 class Protect(Section):
@@ -243,7 +243,7 @@ class Linear(Section):
 class Merge(Section):
     """Models that are merged: an arm of this recipe, and others from the same pruned model."""
 
-    arm: Literal["sft", "distilled", "logits"] = "distilled"
+    arm: Arm = "distilled"
     """The arm whose model is the first; models on other rows are trained with its settings."""
     others: dict[str, Parent] = Field(min_length=1)
     """The other models, in this order, by the names that the report gives them."""

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, JsonValue, model_validator
 
 from sdft_ray.spec.section import Section
+from sdft_ray.spec.training import Arm
 
 
 class Axis(Section):
@@ -81,7 +82,7 @@ class Goal(Section):
 
     recovery: float = Field(gt=0)
     """Recovery in percent that the lower end of its 95 % interval must reach."""
-    arm: Literal["sft", "distilled", "logits"] = "distilled"
+    arm: Arm = "distilled"
     """The arm whose model must reach it; the others are not trained."""
 
 

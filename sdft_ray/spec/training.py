@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -116,7 +116,8 @@ class SoftArm(ArmOverrides, Soft):
         return Soft(**{name: getattr(self, name) for name in Soft.model_fields})
 
 
-ARMS = ("sft", "distilled", "logits")
+Arm = Literal["sft", "distilled", "logits"]
+ARMS: tuple[str, ...] = get_args(Arm)
 """Every arm, in the order of reports. The second trains on rewrites; the third on these, too, with soft targets."""
 
 
