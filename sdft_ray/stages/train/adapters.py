@@ -42,6 +42,13 @@ def load_model(base: str, settings: training.Train) -> Any:
     return adapt(model, Path(base), settings)
 
 
+def removed_from(base: Path) -> tuple[int, ...]:
+    """Return which blocks of the unpruned model are not in a pruned or patched one."""
+    manifest = read_manifest(base)
+    assert manifest, f"{base} is an artifact of a cut or a patch"
+    return Removed.model_validate(manifest.summary).removed
+
+
 def blocks_in_scope(base: Path, settings: training.Train) -> tuple[int, ...] | None:
     """Return which blocks of a pruned model are trained; None where all of it is."""
     if settings.scope == "all":
@@ -49,9 +56,7 @@ def blocks_in_scope(base: Path, settings: training.Train) -> tuple[int, ...] | N
     blocks = blocks_in(base)
     if settings.scope == "last":
         return tuple(range(max(0, blocks - LAST_BLOCKS), blocks))
-    manifest = read_manifest(base)
-    assert manifest, f"{base} is an artifact of a cut or a patch"
-    removed = tuple(Removed.model_validate(manifest.summary).removed)
+    removed = removed_from(base)
     beside = {block - sum(gone < block for gone in removed) for gap in gaps(removed) for block in gap}
     return tuple(sorted(beside & {*range(blocks)}))
 

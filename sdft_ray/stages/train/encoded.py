@@ -114,6 +114,11 @@ class EncodedRows(Sequence[TrainingRow]):
         """Return what the index has of every row (rows), whatever its source."""
         return np.concatenate([np.empty(0, _INDEX[name]), *(index[name] for index in self._indices)])
 
+    @property
+    def trained_tokens(self) -> int:
+        """The number of tokens that carry loss, of one shard."""
+        return int(self.column("stop").max(initial=0) - self.column("trained_from").sum(dtype=np.int64))
+
     def largest_id(self) -> int:
         """Return the largest token id of all shards; -1 where they are empty."""
         largest = -1

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from sdft_ray.errors import StageFailed, problem
-from sdft_ray.results import Cut, Step, validations
+from sdft_ray.results import Step, validations
 from sdft_ray.spec import compute
 from sdft_ray.stages import Work
 from sdft_ray.stages.train.log import Begun, Stepped
-from sdft_ray.stages.train.worker import RESULT, Assignment, Lesson, Outcome, train_worker
+from sdft_ray.stages.train.worker import RESULT, Assignment, Outcome, train_worker
 from sdft_ray.trackers import Tracking, run_of
 
 _ASK_SECONDS = 1.0  # between two looks at how far the workers are
@@ -61,7 +61,7 @@ def _make_trainer(work: Work[Any], given: dict[str, Any], ticker: Any) -> Any:
     from ray.train.torch import TorchTrainer
 
     plan = work.compute.train
-    assignment = Assignment(work.storage, work.stage, plan, given, work.handle("model"), ticker, _lesson(work))
+    assignment = Assignment(work.storage, work.stage, plan, given, work.handle("model"), ticker)
     return TorchTrainer(
         train_worker,
         train_loop_config={"assignment": assignment},
@@ -78,17 +78,6 @@ def _make_trainer(work: Work[Any], given: dict[str, Any], ticker: Any) -> Any:
             checkpoint_config=CheckpointConfig(num_to_keep=plan.keep_checkpoints),
         ),
     )
-
-
-def _lesson(work: Work[Any]) -> Lesson | None:
-    """Return the soft targets of a training that has them."""
-    if not (soft := work.settings.soft):
-        return None
-    if soft.likeliest:
-        return Lesson(soft, targets=work.handle("targets"))
-    pruned = work.stage.inputs["model"]
-    removed = Cut.model_validate(work.storage.manifest(pruned.inputs.get("pruned", pruned)).summary).removed
-    return Lesson(soft, removed, teacher=work.handle("teacher"))
 
 
 def _worker_count(plan: compute.Train) -> int | tuple[int, int]:

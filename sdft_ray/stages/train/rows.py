@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from pydantic import Field
 
 from sdft_ray.core.rows import Exchange, TrainingRow
@@ -97,14 +96,13 @@ def encode(
 
 def count(shard: EncodedRows, read: int, limit: int) -> Tally:
     """Return what a driver has to know of one shard, for which so many rows were read; `limit` is of tokens."""
-    tokens = int(shard.column("stop").max(initial=0))
     left_out = read - len(shard)
     return Tally(
         rows=len(shard),
         rows_too_long=left_out + int((shard.column("whole") > limit).sum()),
         rows_left_out=left_out,
-        tokens=tokens,
-        trained_tokens=tokens - int(shard.column("trained_from").sum(dtype=np.int64)),
+        tokens=int(shard.column("stop").max(initial=0)),
+        trained_tokens=shard.trained_tokens,
         largest_id=shard.largest_id(),
         rows_by_source=Counter(shard.column("origin").tolist()),
         first_rows={shard.number_of(i): shard[i] for i in range(min(_PROOFS, len(shard)))},

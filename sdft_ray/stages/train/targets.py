@@ -85,9 +85,8 @@ class Job:
         settings = self.stage.settings
         teacher = _load_teacher(self.storage.handle(self.stage.inputs["model"])(), settings.train.dtype, self.device)
         rows, vocabulary = EncodedRows(encoded, shard), teacher.model.config.vocab_size
-        tokens = int(rows.column("stop").max(initial=0) - rows.column("trained_from").sum())
         found = _find(teacher, rows, settings.soft)
-        shape = tokens, settings.soft.likeliest or 0
+        shape = rows.trained_tokens, settings.soft.likeliest or 0
         self.storage.publish(*write_likeliest(self.folder, shard, found, shape, vocabulary))
         return shard
 

@@ -22,6 +22,7 @@ from sdft_ray import environment
 from sdft_ray.core.rows import TrainingRow
 from sdft_ray.results import METRICS, Step
 from sdft_ray.spec import compute, training
+from sdft_ray.stages.train.adapters import removed_from
 from sdft_ray.stages.train.encoded import FOLDER, EncodedRows
 from sdft_ray.stages.train.history import best_step, is_out_of_patience, learning_rate
 from sdft_ray.stages.train.likeliest import LikeliestTokens
@@ -54,17 +55,6 @@ class Outcome(Record):
 
 
 @dataclasses.dataclass(frozen=True)
-class Lesson:
-    """Soft targets, and where they come from: the teacher beside the student, else its likeliest tokens."""
-
-    soft: training.Soft
-    removed: Sequence[int] = ()
-    """The teacher's blocks that the student does not have."""
-    teacher: Callable[[], Path] | None = None
-    targets: Callable[[], Path] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
 class Assignment:
     """What a worker is given."""
 
@@ -77,8 +67,6 @@ class Assignment:
     """Gives the directory of the pruned model on this node."""
     ticker: Any
     """The actor that rank 0 reports its progress to."""
-    lesson: Lesson | None = None
-    """Its soft targets, where it has them."""
 
     @property
     def settings(self) -> training.Train:
@@ -119,15 +107,15 @@ class Training:
         context = ray.train.get_context()
         self.rank, self.workers = context.get_world_rank(), context.get_world_size()
         encoded = self.folder / FOLDER
-        lesson = assignment.lesson
-        stored = LikeliestTokens(lesson.targets(), "train") if lesson and lesson.targets else None
+        base, soft = assignment.model(), assignment.stage.settings.soft
+        stored = LikeliestTokens(self._input("targets"), "train") if soft and soft.likeliest else None
         self.rows = EncodedRows(encoded, "train", targets=stored)
         origins = np.unique(EncodedRows(encoded, "validation").column("origin")).tolist()
         self.validation = {origin: EncodedRows(encoded, "validation", origin) for origin in origins}
-        module = load_trainable(str(assignment.model()), self.settings, self.plan, assignment.deepspeed)
+        module = load_trainable(str(base), self.settings, self.plan, assignment.deepspeed)
         self.engine = start_engine(module, self.settings, self.plan, assignment.deepspeed)
-        if lesson:
-            module.soften = Softener(lesson.soft, self._teacher(lesson))
+        if soft:
+            module.soften = self._soften(module, soft, base)
         self.steps = Schedule(len(self.rows), self.settings.epochs, self.settings.global_batch_size, self.settings.seed)
         bring = functools.partial(self.storage.bring, self.folder)
         self.history, self.best = _resume(self.engine, self.folder, self.rank, bring)
@@ -224,13 +212,18 @@ class Training:
         self._write(Outcome(history=tuple(self.history), **counts))
         dist.barrier()
 
-    def _teacher(self, lesson: Lesson) -> Teacher | None:
-        if lesson.teacher is None:
-            return None
-        teacher = Teacher(lesson.teacher(), self.settings.dtype, self.engine.device)
+    def _soften(self, module: Any, soft: training.Soft, base: Path) -> Softener:
+        """Return the loss with soft targets: those that rows bring, else those of the base beside the module."""
+        if soft.likeliest:
+            return Softener(soft, None)
+        teacher = Teacher(self._input("teacher"), self.settings.dtype, self.engine.device)
         if self.plan.zero_stage < 3:
-            teacher.share(self.engine.module.model, lesson.removed)
-        return teacher
+            teacher.share(module.model, removed_from(base))
+        return Softener(soft, teacher)
+
+    def _input(self, name: str) -> Path:
+        """Return the directory of an input on this node."""
+        return self.storage.handle(self.assignment.stage.inputs[name])()
 
     def _passes(self, rows: Sequence[TrainingRow]) -> list[list[int]]:
         """Return this worker's share of rows, as the places of those that go through the model together."""
