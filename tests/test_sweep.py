@@ -1,6 +1,5 @@
 """A sweep file: what it expands to, what its cells share, every mistake in it said in one line. Nothing is built."""
 
-import dataclasses
 import json
 import math
 import sys
@@ -388,17 +387,14 @@ def test_sweep_of_sizes_beyond_a_mixture_is_refused(mixture):
 def test_goal_finds_the_deepest_cut_that_keeps_enough_with_few_trainings(folder, monkeypatch, depths, deepest):
     """Against trying every depth; whatever was tried before, the way there is the same."""
     cells = tuple(planning.Cell({"prune.blocks": depth}, None) for depth in depths)
-    whole = planning.Plan(cells, (), (), goal=Goal(recovery=95))
+    trials = tuple(planning.Trial(None, {}, cell, cell.values) for cell in cells)
+    whole = planning.Plan(cells, (), trials, goal=Goal(recovery=95))
     trained = set()
 
-    def part(plan, wanted):
-        return dataclasses.replace(plan, cells=tuple(wanted), trials=tuple(wanted))
-
-    def judge(part, blocks, storage):
+    def judge(_goal, blocks, _trials, _storage):
         return goal.Tried(blocks, None, 1, blocks <= deepest)
 
-    monkeypatch.setattr(goal, "at_depths", part)
-    monkeypatch.setattr(goal, "is_done", lambda depth, storage: depth in trained)
+    monkeypatch.setattr(goal, "is_done", lambda trial, storage: trial.values["prune.blocks"] in trained)
     monkeypatch.setattr(goal, "_judge", judge)
     while (search := goal.replay(whole, None)).following is not None:
         assert search.chosen is None and search.following not in trained
@@ -416,6 +412,7 @@ def test_goal_trains_its_arm_alone_and_one_depth_at_a_time(folder):
     assert (search.tried, search.following, search.chosen) == ((), 2, None)
     part = goal.at_depths(plan, [2])
     assert len(part.trials) == 2 and names(part.shared).count("cut") == 1
+    assert part.name == plan.name, "trackers show the trainings of all depths as one sweep"
     assert {trial.train.id for trial in part.trials} <= {trial.train.id for trial in plan.trials}
 
 

@@ -75,8 +75,8 @@ def ratio(sums: Sequence[float], counts: Sequence[float], draws: int = 2000, see
     above, below = np.asarray(sums, float), np.asarray(counts, float)
     assert len(above) == len(below) > 0, "every text has a sum and a count"
     drawn = (random.integers(0, len(above), len(above)) for _ in range(draws))
-    low, high = np.percentile([above[texts].sum() / below[texts].sum() for texts in drawn], (2.5, 97.5))
-    return Estimate(float(above.sum() / below.sum()), float(low), float(high), len(above))
+    interval = _interval([above[texts].sum() / below[texts].sum() for texts in drawn])
+    return Estimate(float(above.sum() / below.sum()), *interval, len(above))
 
 
 def paired_differences(
@@ -93,16 +93,17 @@ def paired_differences(
     for task, values in first.items():
         assert len(values) == len(second[task]) > 0, f"{task} has other items for the other model"
         gain = np.asarray(values, float) - np.asarray(second[task], float)
-        means = np.array([gain[random.integers(0, len(gain), len(gain))].mean() for _ in range(draws)])
-        by_task[task] = _difference(float(gain.mean()), means, len(gain))
+        (means,) = _draw_means(random, draws, gain)
+        by_task[task] = Difference(float(gain.mean()), *_interval(means), len(gain))
         drawn.append(means)
     value = sum(difference.value for difference in by_task.values()) / len(by_task)
-    return by_task, _difference(value, np.mean(drawn, axis=0), sum(difference.n for difference in by_task.values()))
+    n = sum(difference.n for difference in by_task.values())
+    return by_task, Difference(value, *_interval(np.mean(drawn, axis=0)), n)
 
 
 def recovery_interval(
     model: Mapping[str, Sequence[float]], base: Mapping[str, Sequence[float]], draws: int = 2000, seed: int = 0
-) -> Difference | None:
+) -> Estimate | None:
     """Return the recovery in percent with its 95 % interval, by a paired bootstrap over items; None where the base
     scores nothing.
 
@@ -110,21 +111,24 @@ def recovery_interval(
     """
     random = np.random.default_rng(seed)
     pairs = [(np.asarray(model[task], float), np.asarray(values, float)) for task, values in base.items()]
-    means = np.zeros((2, draws))
-    for pair in pairs:
-        n = len(pair[0])
-        assert n == len(pair[1]) > 0, "both have the same items"
-        for draw in range(draws):
-            chosen = random.integers(0, n, n)
-            means[:, draw] += [each[chosen].mean() for each in pair]
+    means = sum(_draw_means(random, draws, *pair) for pair in pairs)
     below = sum(values.mean() for _, values in pairs)
     if not below:
         return None
     means = means[:, means[1] > 0]  # few items may be drawn so that the base has none of them right
     value = 100 * sum(values.mean() for values, _ in pairs) / below
-    return _difference(float(value), 100 * means[0] / means[1], sum(len(values) for values, _ in pairs))
+    return Estimate(float(value), *_interval(100 * means[0] / means[1]), sum(len(values) for values, _ in pairs))
 
 
-def _difference(value: float, means: Any, n: int) -> Difference:
-    low, high = np.percentile(means, (2.5, 97.5))
-    return Difference(value, float(low), float(high), n)
+def _draw_means(random: np.random.Generator, draws: int, *columns: Any) -> Any:
+    """Return the means (columns, draws) over items that are drawn again, the same ones for every column (items)."""
+    n = len(columns[0])
+    assert {len(column) for column in columns} == {n} and n, "all have the same items"
+    chosen = (random.integers(0, n, n) for _ in range(draws))
+    return np.array([[column[items].mean() for column in columns] for items in chosen]).T
+
+
+def _interval(values: Any) -> tuple[float, float]:
+    """Return the ends of the 95 % interval of what was drawn."""
+    low, high = np.percentile(values, (2.5, 97.5))
+    return float(low), float(high)

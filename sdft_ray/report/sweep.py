@@ -56,9 +56,11 @@ from sdft_ray.training_data import count_rows
 
 def collect(plan: Plan, name: str, storage: Storage) -> SweepReport:
     """Return everything that the report of a sweep shows; raises UserError where there is no base to compare with."""
-    looked_for = {"goal": _describe_goal(plan, storage)} if plan.goal else {}
+    looked_for = {}
     if plan.goal:
-        plan = goal.done_part(plan, storage)
+        search = goal.replay(plan, storage)
+        looked_for = {"goal": _describe_goal(plan, search)}
+        plan = goal.tried_part(plan, search)
     untuned = _Untuned.of(plan)
     untuned.require_done(name, storage)
     with storage.survey():
@@ -82,9 +84,8 @@ def collect(plan: Plan, name: str, storage: Storage) -> SweepReport:
     )
 
 
-def _describe_goal(plan: Plan, storage: Storage) -> GoalEntry:
+def _describe_goal(plan: Plan, search: goal.Search) -> GoalEntry:
     assert plan.goal
-    search = goal.replay(plan, storage)
     return GoalEntry(
         recovery=plan.goal.recovery,
         arm=plan.goal.arm,

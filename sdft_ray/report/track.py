@@ -30,7 +30,9 @@ def log_results(report: Report, chain: Chain, compute: Compute, storage: Storage
 def log_sweep(report: SweepReport, plan: Plan, compute: Compute, storage: Storage) -> None:
     """Log the results of the finished trials of a sweep, and which trials it stopped."""
     removed = {model.id: name_blocks(model.cut.removed) for model in report.models if model.cut}
-    for trial, entry in zip(plan.trials, report.trials, strict=True) if compute.track else ():
+    trials = {trial.train.id: trial for trial in plan.trials}  # a report may be of some alone
+    for entry in report.trials if compute.track else ():
+        trial = trials[entry.id]
         if entry.status == "stopped":  # its process was ended, and its run is still open
             with Tracking(compute.track, run_of(trial.train, plan.name), storage, trial.train.id) as tracking:
                 tracking.conclude({"final/stopped": 1.0})

@@ -13,15 +13,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from sdft_ray import pipeline
-from sdft_ray.core.recovery import Difference, recovery_interval
+from sdft_ray.core.recovery import Estimate, recovery_interval
 from sdft_ray.engine import EngineFactory, start_engine
 from sdft_ray.progress import log
 from sdft_ray.spec.compute import Compute
+from sdft_ray.spec.sweep import Goal
 from sdft_ray.stages.evaluate.scores import item_values
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 from sdft_ray.sweep import trials
-from sdft_ray.sweep.planning import DEPTH, Plan, is_done, make_plan, stages_of
+from sdft_ray.sweep.planning import DEPTH, Plan, Trial, is_done, make_plan, stages_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Tried:
     """A depth that was trained and evaluated."""
 
     blocks: int
-    recovery: Difference | None
+    recovery: Estimate | None
     """In percent, with its 95 % interval over items; None where the base scores nothing."""
     seeds: int
     meets: bool
@@ -67,22 +68,23 @@ def run(plan: Plan, compute: Compute, storage: Storage, engine: EngineFactory = 
         if search.tried:
             log(f"goal: {describe(plan, search.tried[-1])}")
         if search.following is None:
-            return pipeline.Built(tuple(new), tuple(stages_of(done_part(plan, storage))))
+            return pipeline.Built(tuple(new), tuple(stages_of(tried_part(plan, search))))
         log(f"goal: tries {search.following} blocks, {len(search.tried)} of {len(search.depths)} depths are tried")
         new += trials.run(at_depths(plan, [search.following]), compute, storage, engine).new
 
 
 def replay(plan: Plan, storage: Storage) -> Search:
     """Return what was tried so far, and what comes next."""
+    assert plan.goal
     depths = tuple(sorted({cell.values[DEPTH] for cell in plan.cells}))
     tried: list[Tried] = []
     low, high = -1, len(depths)  # the deepest that meets the goal, the least deep that does not
     while high - low > 1:
         middle = (low + high) // 2
-        part = at_depths(plan, [depths[middle]])
-        if not all(is_done(trial, storage) for trial in part.trials):
+        own = [trial for trial in plan.trials if trial.cell.values[DEPTH] == depths[middle]]
+        if not all(is_done(trial, storage) for trial in own):
             return Search(tuple(tried), depths[middle], depths)
-        tried.append(_judge(part, depths[middle], storage))
+        tried.append(_judge(plan.goal, depths[middle], own, storage))
         low, high = (middle, high) if tried[-1].meets else (low, middle)
     return Search(tuple(tried), None, depths)
 
@@ -90,12 +92,12 @@ def replay(plan: Plan, storage: Storage) -> Search:
 def at_depths(plan: Plan, depths: Sequence[int]) -> Plan:
     """Return the part of a plan that cuts at some depths."""
     cells = [cell for cell in plan.cells if cell.values[DEPTH] in depths]
-    return dataclasses.replace(make_plan(cells), goal=plan.goal)
+    return dataclasses.replace(make_plan(cells), goal=plan.goal, part_of=plan.name)
 
 
-def done_part(plan: Plan, storage: Storage) -> Plan:
+def tried_part(plan: Plan, search: Search) -> Plan:
     """Return the part of a plan that was tried; of a search that has not begun all of it."""
-    return at_depths(plan, tried) if (tried := [each.blocks for each in replay(plan, storage).tried]) else plan
+    return at_depths(plan, [each.blocks for each in search.tried]) if search.tried else plan
 
 
 def describe(plan: Plan, tried: Tried) -> str:
@@ -116,10 +118,8 @@ def describe_search(plan: Plan) -> str:
     return f"Goal: at most {most} of {depths} depths are trained. What is counted below is that of all of them."
 
 
-def _judge(part: Plan, blocks: int, storage: Storage) -> Tried:
-    assert part.goal
-    base = pipeline.chain(part.cells[0].recipe).tasks_of("base")
-    models = [trial.evaluations for trial in part.trials]
+def _judge(wanted: Goal, blocks: int, trials: Sequence[Trial], storage: Storage) -> Tried:
+    base = pipeline.chain(trials[0].cell.recipe).tasks_of("base")
+    models = [trial.evaluations for trial in trials]
     found = recovery_interval(item_values(models, storage), item_values([base], storage))
-    meets = found is not None and found.low >= part.goal.recovery
-    return Tried(blocks, found, len(part.trials), meets)
+    return Tried(blocks, found, len(trials), found is not None and found.low >= wanted.recovery)

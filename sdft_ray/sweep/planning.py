@@ -88,11 +88,13 @@ class Plan:
     asha: Asha | None = None
     goal: Goal | None = None
     """Where there is one, its depths are tried one by one: see goal.py."""
+    part_of: str | None = None
+    """The name of the whole sweep, of a part of one."""
 
     @property
     def name(self) -> str:
         """The name of the sweep's own records: other trials make another sweep."""
-        return f"sweep-{short_id([trial.train.id for trial in self.trials])}"
+        return self.part_of or f"sweep-{short_id([trial.train.id for trial in self.trials])}"
 
 
 # --- from file to plan ----------------------------------------------------------------------------------------
