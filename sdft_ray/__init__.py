@@ -8,6 +8,8 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from sdft_ray import imports
+
 if TYPE_CHECKING:
     from sdft_ray.surface import report, run, sweep
 
@@ -32,3 +34,4 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+imports.shorten()

@@ -5,6 +5,7 @@ import graphlib
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 from sdft_ray import cli, pipeline
@@ -12,7 +13,7 @@ from sdft_ray import cli, pipeline
 PACKAGE = Path(__file__).parents[1] / "sdft_ray"
 # Each imports only what stands before it. A package stands for its modules, among which there is no circle.
 ORDER = (
-    *("errors", "environment", "progress", "store", "spec", "core", "data", "models", "results", "cluster"),
+    *("imports", "errors", "environment", "progress", "store", "spec", "core", "data", "models", "results", "cluster"),
     *("endpoint", "engine", "generated", "text_pool", "trackers", "stages"),
     *("preflight.precision", "preflight.teachers", "preflight.limits", "preflight.cuts", "preflight.checks"),
     *("training_data", "measures", "pipeline", "sweep"),
@@ -103,3 +104,15 @@ def test_help_lists_the_commands():
     done = subprocess.run([sys.executable, "-m", "sdft_ray.cli", "--help"], capture_output=True, text=True, check=True)
     for command in cli._COMMANDS:
         assert re.search(rf"^    {command}\s", done.stdout, re.MULTILINE)
+
+
+def test_transformers_is_imported_without_scikit_learn_which_works_all_the_same():
+    script = """
+    import sys, sdft_ray
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.generation import candidate_generator
+    assert not {"sklearn", "scipy", "pandas"} & {*sys.modules}
+    assert candidate_generator.is_sklearn_available()
+    assert candidate_generator.roc_curve([0, 1], [0.2, 0.7])[1].tolist() == [0, 1, 1]
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)
