@@ -10,7 +10,7 @@ import dataclasses
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import JsonValue
 
@@ -21,6 +21,9 @@ from sdft_ray.endpoint import CannotServe, Client, Completion, Stopped
 from sdft_ray.errors import StageFailed, UserError
 from sdft_ray.spec.recipe import Distill
 from sdft_ray.spec.sources import ServedModel
+
+if TYPE_CHECKING:
+    import torch
 
 # Below this the order of two float32 logits is rounding: cached, batched and other kernels' sums differ by that much.
 NEAR_TIE = 1e-3
@@ -73,6 +76,14 @@ class VllmEngine:
         arguments = engine_arguments(model, settings.dtype, options, alone)
         if settings.seeds == "engine":
             arguments["seed"] = settings.seed
+        if looked_up := settings.lookup:
+            arguments["speculative_config"] = {
+                "method": "ngram",
+                "num_speculative_tokens": looked_up.tokens,
+                "prompt_lookup_min": looked_up.min,
+                "prompt_lookup_max": looked_up.max,
+            }
+            mend_sampling()
         from transformers import AutoConfig, AutoTokenizer
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
@@ -204,3 +215,21 @@ def engine_arguments(model: str, dtype: str, options: Mapping[str, Any], alone: 
         # A prompt split over two steps would rewind its seeded generator, which only CUDA's can (docs/footguns.md).
         named["enable_chunked_prefill"] = False
     return {"model": model, "dtype": dtype, "generation_config": "vllm", **named}
+
+
+def mend_sampling() -> None:
+    """Let a CPU judge drafts at the temperature and top_p that were asked for: vLLM's own way loses both, and takes
+    what happens to be in memory (docs/footguns.md)."""
+    from vllm.platforms import current_platform
+    from vllm.v1.sample import rejection_sampler
+
+    if current_platform.is_cpu():
+        rejection_sampler.expand_batch_to_tokens = expand_to_tokens
+
+
+def expand_to_tokens(
+    values: torch.Tensor, ends: torch.Tensor, tokens: int, replace_from: float = 0, replace_to: float = 0
+) -> torch.Tensor:
+    """Return a value of each request (B) for each of its drafted tokens (T); those of request i end before ends[i]."""
+    counts = ends.diff(prepend=ends.new_zeros(1)).long()
+    return values.masked_fill(values == replace_from, replace_to).repeat_interleave(counts, output_size=tokens)

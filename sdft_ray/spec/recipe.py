@@ -23,6 +23,7 @@ from sdft_ray.spec.sources import (
     RewritingTemplate,
     RowSource,
     RowSources,
+    ServedModel,
     TeacherSource,
     in_use,
 )
@@ -145,11 +146,28 @@ class Filters(Section):
         return self
 
 
+class Lookup(Section):
+    """How words of the prompt are proposed as the next ones (prompt lookup, vLLM's `ngram`)."""
+
+    tokens: int = Field(4, gt=0)
+    """Tokens that are proposed at a time."""
+    min: int = Field(2, gt=0)
+    """The last tokens that must stand in the text before, at least so many."""
+    max: int = Field(5, gt=0)
+    """At most so many are looked up."""
+
+    @model_validator(mode="after")
+    def _is_a_range(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min: {self.min} is above max. Lower it to {self.max}")
+        return self
+
+
 class Distill(Section):
     """How the unpruned model rewrites the references. Defaults: the published code of SDFT (arXiv 2402.13669)."""
 
     unhashed = ("max_attempts", "shift_rows", "max_failed_fraction")
-    optional: ClassVar[tuple[str, ...]] = ("teacher", "seeds")
+    optional: ClassVar[tuple[str, ...]] = ("teacher", "seeds", "lookup")
 
     teacher: TeacherSource | None = None
     """Another model that rewrites instead of the base, also a quantised one or one behind an endpoint: it is not cut.
@@ -167,6 +185,9 @@ class Distill(Section):
     seeds: Literal["row", "engine"] = "row"
     """What text is drawn by: `row`, a generator for each row, so that a row's text does not depend on which others the
     engine works on; `engine`, one for all, which saves a GPU a kernel a row and step, and is not repeatable."""
+    lookup: Lookup | None = None
+    """Propose tokens from the prompt, where the reference stands, and let the teacher judge several at once. Texts are
+    drawn from the same distribution, but they are others, and a row alone does not give its text again."""
     template: RewritingTemplate | None = None
     """Your own rewriting instruction with {prompt} and {reference}; where absent, one that suits rows.answer."""
     template_options: dict[str, JsonValue] = Field({"enable_thinking": False})
@@ -193,6 +214,12 @@ class Distill(Section):
         if taken := sorted(ours & {*value}):
             raise ValueError(f"{taken[0]} is set by sdft. Remove it")
         return value
+
+    @model_validator(mode="after")
+    def _looks_up_here(self) -> Self:
+        if self.lookup and isinstance(self.teacher, ServedModel):
+            raise ValueError("lookup: the endpoint proposes tokens as its server was told to. Remove lookup")
+        return self
 
 
 # Names that the report gives to models of its own.

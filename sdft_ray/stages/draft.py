@@ -15,14 +15,14 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sdft_ray import stages
 from sdft_ray.core.rows import Given
 from sdft_ray.core.speculation import worth
 from sdft_ray.data.chat import end_of_turn, render_prompts
 from sdft_ray.data.readers import read_json
-from sdft_ray.engine import NEAR_TIE, engine_arguments
+from sdft_ray.engine import NEAR_TIE, engine_arguments, mend_sampling
 from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.progress import log
 from sdft_ray.results import (
@@ -40,9 +40,6 @@ from sdft_ray.spec.recipe import Draft
 from sdft_ray.stages import Work
 from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage, numbered
-
-if TYPE_CHECKING:
-    import torch
 
 VERSION, NEEDS, UNIT = 2, Needs("distill", alone=True), "parts"
 METHOD = "draft_model"  # vLLM's name for it
@@ -128,7 +125,7 @@ def measure(
     arguments = engine_arguments(str(base), settings.dtype, {**options, **fair}, alone=True)
     from vllm import LLM, SamplingParams  # after what it reads of the environment is set
 
-    _mend_sampling()
+    mend_sampling()
 
     def start(**more: Any) -> Any:
         return LLM(**{**arguments, **more}, disable_log_stats=False)
@@ -181,24 +178,6 @@ def _require_context(model: Path, length: int, new: int) -> None:
         over = length - context
         do = f"Lower it by {over}" if over < new else "Hold out rows with shorter prompts"
         raise UserError(problem("draft.max_new_tokens", what, do))
-
-
-def _mend_sampling() -> None:
-    """Let a CPU judge drafts at the temperature and top_p that were asked for: vLLM's own way loses both, and takes
-    what happens to be in memory (docs/footguns.md)."""
-    from vllm.platforms import current_platform
-    from vllm.v1.sample import rejection_sampler
-
-    if current_platform.is_cpu():
-        rejection_sampler.expand_batch_to_tokens = expand_to_tokens
-
-
-def expand_to_tokens(
-    values: torch.Tensor, ends: torch.Tensor, tokens: int, replace_from: float = 0, replace_to: float = 0
-) -> torch.Tensor:
-    """Return a value of each request (B) for each of its drafted tokens (T); those of request i end before ends[i]."""
-    counts = ends.diff(prepend=ends.new_zeros(1)).long()
-    return values.masked_fill(values == replace_from, replace_to).repeat_interleave(counts, output_size=tokens)
 
 
 def _take_turns(

@@ -8,7 +8,7 @@ import torch
 from tiny import make_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sdft_ray import pipeline
+from sdft_ray import engine, pipeline
 from sdft_ray.core.rows import Exchange
 from sdft_ray.data.chat import render_prompts
 from sdft_ray.errors import StageFailed, UserError
@@ -121,8 +121,8 @@ def test_a_model_that_drafts_for_itself_is_always_accepted(ray_cluster, tiny_mod
 def test_values_of_requests_are_those_of_their_drafted_tokens():
     temperatures, ends = torch.tensor([0.7, 0.0, 0.3]), torch.tensor([2, 3, 5], dtype=torch.int32)
     expected = torch.tensor([0.7, 0.7, 1.0, 0.3, 0.3])
-    assert torch.equal(draft.expand_to_tokens(temperatures, ends, 5, 0, 1), expected)
-    assert draft.expand_to_tokens(torch.tensor([5, 7, 0], dtype=torch.int32), ends, 5).tolist() == [5, 5, 7, 0, 0]
+    assert torch.equal(engine.expand_to_tokens(temperatures, ends, 5, 0, 1), expected)
+    assert engine.expand_to_tokens(torch.tensor([5, 7, 0], dtype=torch.int32), ends, 5).tolist() == [5, 5, 7, 0, 0]
 
 
 def test_a_token_that_really_differs_fails_in_float32_and_is_told_in_half_precision(tiny_model):

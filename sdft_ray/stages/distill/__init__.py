@@ -250,6 +250,8 @@ def ledger_id(stage: Stage[Settings], template: str) -> str:
         identity |= {"teacher": settings.teacher.hashed()}
     if settings.seeds != "row":
         identity |= {"seeds": settings.seeds}
+    if settings.lookup:
+        identity |= {"lookup": settings.lookup.hashed()}
     return short_id(identity)
 
 

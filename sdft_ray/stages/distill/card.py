@@ -83,6 +83,8 @@ def write(
         rewrite = f"rewrite of the reference by {teacher}"
         method = f"for {stage.inputs['model'].slug}, which did not write the rewrites: this is no self-distillation"
     seeds = "; each sample of a row has its own seed" if stage.settings.seeds == "row" else ""
+    if looked_up := stage.settings.lookup:
+        seeds += f"; {looked_up.tokens} tokens at a time were proposed from the text before them, and judged"
     text = f"""---
 {front.to_yaml()}
 ---
