@@ -145,7 +145,8 @@ def describe_generated(recipe: Recipe, chain: Chain, storage: Storage) -> dict[s
     if HELD_OUT not in recipe.evaluate.tasks:
         return {}
     rows = read_held_out([storage.files(stage, f"{HELD_OUT}.parquet") for stage in chain.data[""].read])
-    by_id, filters = {row.id: row for row in rows}, recipe.distill.filters.model_dump()
+    by_id = {row.id: row for row in rows}
+    filters = [(source.filters or recipe.distill.filters).model_dump() for source in recipe.sources]
     items = {name: storage.files(chain.evaluations[name, HELD_OUT], ITEMS) for name in chain.models}
     return {name: describe(read_items(place, HeldOutItem), by_id, filters) for name, place in items.items()}
 

@@ -103,12 +103,17 @@ def stage(
     teacher: another model than the base, or the tokenizer of one that is served elsewhere.
     """
     each = tuple(
-        Source(name=name, answer=source.answer, template=source.template or wanted.template)
+        Source(
+            name=name,
+            answer=source.answer,
+            template=source.template or wanted.template,
+            filters=None if source.filters == wanted.filters else source.filters,
+        )
         for name, source in sources.items()
     )
     own: dict[str, Any]
     if len(each) == 1:
-        own = {"answer": each[0].answer, "template": each[0].template}
+        own = {"answer": each[0].answer, "template": each[0].template, "filters": each[0].filters or wanted.filters}
     else:
         own = {"answer": None, "template": None, "sources": each}
     if not isinstance(wanted.teacher, ServedModel):
