@@ -44,9 +44,7 @@ class Habits(Record):
     """Mean length."""
 
 
-def describe(
-    items: Sequence[HeldOutItem], rows: Mapping[str, Row], filters: Sequence[Mapping[str, Any]]
-) -> Habits:
+def describe(items: Sequence[HeldOutItem], rows: Mapping[str, Row], filters: Sequence[Mapping[str, Any]]) -> Habits:
     """Return how often answers have each fault; rows: by id. Filters, one for each source, may hold further
     `refusal_phrases`.
 

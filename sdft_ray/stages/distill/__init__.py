@@ -59,6 +59,12 @@ class SourceSummary(Record):
     reasons: dict[str, int]
     """Rows for each reason that occurs."""
 
+    @property
+    def acceptance(self) -> float | None:
+        """The share that keeps a rewrite of what could be rewritten; None where nothing could."""
+        asked = sum(count for reason, count in self.reasons.items() if reason not in ("plain", "tool_call"))
+        return self.kept / asked if asked else None
+
 
 class Summary(stages.Summary):
     """How many rows keep a rewrite, why others do not, and how much was generated."""
