@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 
 import pytest
 import yaml
@@ -118,7 +119,8 @@ def test_report_of_mixtures_has_the_sources_of_each_group_as_means_over_seeds(pl
     recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
     (tmp_path / "chats.jsonl").write_text((tmp_path / "rows.jsonl").read_text())
     chats = recipe["rows"] | {"path": str(tmp_path / "chats.jsonl"), "answer": "none"}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | {"rows": [recipe["rows"], chats]}))
+    recipe |= {"rows": [recipe["rows"], chats], "prune": {"remove": [0, 1]}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"recipe": "recipe.yaml", "axes": {"train.seed": [0, 1]}}))
     storage, mixed = Storage(str(tmp_path / "mixed")), planning.load_sweep(tmp_path / "sweep.yaml")
 
