@@ -200,7 +200,7 @@ def test_encode_split_by_tasks_gives_what_one_process_gives(ray_cluster, tiny_mo
 
 def test_train_rows_of_two_sources_are_counted_and_measured_apart(ray_cluster, tiny_model, tmp_path):
     raw = make_rows(0, "s" * 12)
-    work = make_work(tmp_path, tiny_model, [raw], lr=1e-3, global_batch_size=12)
+    work = make_work(tmp_path, tiny_model, [raw], lr=1e-3, global_batch_size=16)
     pipeline.build([work.stage], work.compute, work.storage)
     summary = train.Summary.of(work.stage, work.storage)
     assert summary.rows_by_source == {0: 8, 1: 4}
