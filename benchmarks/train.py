@@ -197,7 +197,7 @@ def start(base: Path, threads: int) -> dict[str, Callable[[Sequence[TrainingRow]
 
     def plain(rows: Sequence[TrainingRow]) -> None:
         for places in passes(rows):
-            packed_module(pack_rows([rows[i] for i in places]), [""] * len(places)).backward()
+            packed_module(pack_rows([rows[i] for i in places]), [""] * len(places)).sum().backward()
         torch.nn.utils.clip_grad_norm_(packed_module.parameters(), 1.0)
         packed_adam.step()
         packed_adam.zero_grad()

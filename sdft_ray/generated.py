@@ -44,8 +44,9 @@ class Habits(Record):
     """Mean length."""
 
 
-def describe(items: Sequence[HeldOutItem], rows: Mapping[str, Row], filters: Mapping[str, Any]) -> Habits:
-    """Return how often answers have each fault; rows: by id. Filters may hold further `refusal_phrases`.
+def describe(items: Sequence[HeldOutItem], rows: Mapping[str, Row], filters: Sequence[Mapping[str, Any]]) -> Habits:
+    """Return how often answers have each fault; rows: by id. Filters, one for each source, may hold further
+    `refusal_phrases`.
 
     The detectors are those that choose rewrites: a fault that the reference has, too, is none. Thoughts are no part of
     an answer, except where they do not end.
@@ -56,8 +57,8 @@ def describe(items: Sequence[HeldOutItem], rows: Mapping[str, Row], filters: Map
     return Habits(
         answers=count,
         ended=None if None in ended else sum(map(bool, ended)) / count,
-        repeated=sum(repeats_itself(text or whole, row, filters) for text, whole, row in texts) / count,
+        repeated=sum(repeats_itself(text or whole, row, filters[row.origin]) for text, whole, row in texts) / count,
         empty=sum(text is None or is_empty(text, row) for text, _, row in texts) / count,
-        refused=sum(refuses(text or "", row, filters) for text, _, row in texts) / count,
+        refused=sum(refuses(text or "", row, filters[row.origin]) for text, _, row in texts) / count,
         characters=sum(len(item.generated) for item in items) / count,
     )

@@ -241,16 +241,20 @@ class Step(Record):
     """In nats a trained token."""
     lr: float
     grad_norm: float
+    loss_by_source: dict[int, float] | None = None
+    """By the number of the recipe's source, where there are several; none of those that have no row in the step."""
     validation_loss: float | None = None
     """After steps that are followed by a validation."""
     validation_loss_by_source: dict[int, float] | None = None
-    """By the number of the recipe's source, where validation rows are of more than one."""
+    """Likewise."""
 
     def metrics(self) -> dict[str, float]:
         """Return its numbers by name."""
-        values = self.model_dump(exclude={"step", "validation_loss_by_source"}, exclude_none=True)
-        by_source = self.validation_loss_by_source or {}
-        return values | {f"validation_loss_of_source_{source}": loss for source, loss in by_source.items()}
+        by_source = {name: getattr(self, f"{name}_by_source") or {} for name in ("loss", "validation_loss")}
+        values = self.model_dump(exclude={"step", *(f"{name}_by_source" for name in by_source)}, exclude_none=True)
+        return values | {
+            f"{name}_of_source_{source}": loss for name, each in by_source.items() for source, loss in each.items()
+        }
 
 
 def read_history(directory: Path) -> list[Step]:

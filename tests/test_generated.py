@@ -8,7 +8,7 @@ from sdft_ray.core.rows import Row
 from sdft_ray.generated import HeldOutItem, describe
 from sdft_ray.results import read_items
 
-NO_FILTERS = {"refusal_phrases": ()}
+NO_FILTERS = [{"refusal_phrases": ()}]
 CIRCLES = "so it is 4 and " * 20
 
 
@@ -39,7 +39,9 @@ def test_describe_counts_each_fault_and_the_length():
     assert found.empty == 3 / 8, "nothing, an announcement, a thought without an end"
     assert found.refused == 1 / 8
     assert found.characters == pytest.approx(sum(len(item.generated) for item in items) / 8)
-    assert describe(items, known, {"refusal_phrases": ("no puedo",)}).refused == 2 / 8
+    known["spanish"] = known["spanish"]._replace(origin=1)
+    own = [*NO_FILTERS, {"refusal_phrases": ("no puedo",)}]
+    assert describe(items, known, own).refused == 2 / 8, "by the filters of its source"
 
 
 def test_describe_counts_no_fault_that_the_reference_has():

@@ -207,6 +207,10 @@ def load_text(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> Recip
             "distill.filters: leak_phrases do nothing where leak is false. Set leak: true.",
         ),
         (
+            {"rows": {"gym": "chain_sum", "limit": 10, "filters": {"leaks": False}}},
+            "rows.filters.leaks: unknown key. Did you mean leak?",
+        ),
+        (
             {"rows": {"gym": "chain_sum", "limit": 10, "decontaminate": ["sciq", "sciq"]}},
             "rows.decontaminate: has a name twice. Remove one.",
         ),

@@ -283,9 +283,19 @@ def test_a_column_that_is_sometimes_null_is_missing_there(tmp_path, name):
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.jsonl.zst"])
-def test_a_line_of_200_megabytes_is_read(tmp_path, name):
-    path = save([GSM[0], {"question": "long " * 40_000_000, "answer": "a"}], tmp_path / name)
-    assert [len(row.prompt) for row in read(path)] == [len(GSM[0]["question"]), 200_000_000]
+def test_a_line_of_200_megabytes_is_read_and_no_text_of_that_length(tmp_path, name):
+    path = save([{**GSM[0], "notes": ""}, {**GSM[1], "notes": "long " * 40_000_000}], tmp_path / name)
+    assert read(path) == ROWS[:2]
+    line = complaint(path, fields={"prompt": "question", "response": "notes"})
+    number = 4 if name.endswith(".csv") else 2
+    what = "holds a text of 200000000 characters (expected at most 4194304)"
+    assert line == f"{path}:{number}: {what}. Split or remove it."
+
+
+def test_a_text_that_no_tokenizer_can_hold_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "MOST_CHARACTERS", 20)
+    path = save([{"question": "short", "answer": "a"}, {"question": "?" * 21, "answer": "a"}], tmp_path / "rows.jsonl")
+    assert complaint(path).startswith(f"{path}:2: holds a text of 21 characters (expected at most 20). ")
 
 
 def test_a_value_longer_than_python_allows_a_csv_is_read(tmp_path):

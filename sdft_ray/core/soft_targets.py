@@ -1,7 +1,7 @@
 """Soft targets: a student is trained towards a teacher's distribution over the next token, not only towards one token.
 
-In: the student's logits (K, V), and of each of the K tokens the teacher's logits, or its likeliest tokens. Out: the
-summed loss, (1 - c) t^2 KL(p || q) + c CE, with p and q the distributions of teacher and student at temperature t
+In: the student's logits (K, V), and of each of the K tokens the teacher's logits, or its likeliest tokens. Out: their
+losses, (1 - c) t^2 KL(p || q) + c CE, with p and q the distributions of teacher and student at temperature t
 (arXiv 1503.02531 has the factor t^2, which keeps the gradient's size). The divergence is exact, over the whole
 vocabulary, or over the likeliest tokens and all others as one outcome: leaving the others out would be biased
 (arXiv 2503.16870).
@@ -58,13 +58,13 @@ def find_likeliest(logits: torch.Tensor, k: int, temperature: float) -> Likelies
 def soft_loss(
     logits: torch.Tensor, teacher: torch.Tensor | Likeliest, tokens: torch.Tensor, temperature: float, share: float
 ) -> torch.Tensor:
-    """Return the loss summed over K tokens, in nats.
+    """Return the losses (K) of K tokens, in nats.
 
     logits: (K, V) float32. teacher: logits (K, V), or likeliest tokens. tokens: (K), what the cross-entropy is of, of
     which the loss has a share.
     """
-    loss: torch.Tensor = _SoftLoss.apply(logits, teacher, tokens, temperature, share)
-    return loss
+    losses: torch.Tensor = _SoftLoss.apply(logits, teacher, tokens, temperature, share)
+    return losses
 
 
 class _SoftLoss(torch.autograd.Function):
@@ -73,35 +73,34 @@ class _SoftLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Any, teacher: Any, tokens: Any, temperature: float, share: float) -> torch.Tensor:
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        total = torch.zeros((), dtype=torch.float64, device=logits.device)
+        losses = torch.empty(len(logits), dtype=torch.float64, device=logits.device)
         for start in range(0, len(logits), _PIECE):
             piece = slice(start, start + _PIECE)
-            loss, slope = _piece_loss(logits[piece], teacher[piece], tokens[piece], temperature, share)
-            total += loss
+            losses[piece], slope = _piece_loss(logits[piece], teacher[piece], tokens[piece], temperature, share)
             if gradient is not None:
                 gradient[piece] = slope
         if gradient is not None:
             ctx.save_for_backward(gradient)
-        return total.to(logits.dtype)
+        return losses.to(logits.dtype)
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[Any, ...]:
         (gradient,) = ctx.saved_tensors
-        return gradient * outer[0], None, None, None, None
+        return gradient * outer[0][:, None], None, None, None, None
 
 
 def _piece_loss(logits: Any, teacher: Any, tokens: Any, temperature: float, share: float) -> tuple[Any, Any]:
-    """Return the summed loss of some tokens (n, V), and its gradient (n, V)."""
+    """Return the losses (n) of some tokens, and the gradient (n, V) of their sum."""
     log_q = (logits / temperature).log_softmax(-1)
     log_p = _fill(teacher, log_q) if isinstance(teacher, Likeliest) else _at(teacher, temperature)
     p, q = log_p.exp(), log_q.exp()
     weight = 1 - share
     # Where p is 0 its logarithm is -inf, and its part of the sum is 0.
-    divergence = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(dtype=torch.float64)
+    divergence = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1, dtype=torch.float64)
     loss, slope = weight * temperature**2 * divergence, (q - p).mul_(weight * temperature)
     if share:
         log_one = log_q if temperature == 1 else logits.log_softmax(-1)
-        loss = loss - share * log_one.gather(-1, tokens[:, None]).sum(dtype=torch.float64)
+        loss = loss - share * log_one.gather(-1, tokens[:, None])[:, 0].double()
         one = log_one.exp()
         one.scatter_add_(-1, tokens[:, None], torch.full_like(one[:, :1], -1.0))
         slope += share * one

@@ -28,6 +28,9 @@ from sdft_ray.errors import UserError, nearest, problem
 from sdft_ray.spec.section import Section
 from sdft_ray.spec.sources import Fields, FileRows, GymRows, HubRows, RowSource, TableRows, Turns
 
+MOST_CHARACTERS = 1 << 22
+"""Of a text: a million tokens. A tokenizer takes hundreds of times the memory of its text."""
+
 
 def is_missing(value: Any) -> bool:
     """Return whether a value stands for no value in files and tables: null, or NaN."""
@@ -42,6 +45,9 @@ def kind_of(value: Any) -> str:
 
 def require_characters(text: str, where: str) -> None:
     """Raise UserError for a text that no file and no tokenizer can hold."""
+    if len(text) > MOST_CHARACTERS:
+        what = f"holds a text of {len(text)} characters (expected at most {MOST_CHARACTERS})"
+        raise UserError(problem(where, what, "Split or remove it"))
     try:
         text.encode()
     except UnicodeEncodeError:

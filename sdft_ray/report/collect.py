@@ -38,6 +38,7 @@ from sdft_ray.report.entries import (
     RetentionComparison,
     Selection,
     SourceEntry,
+    SourceResult,
     Speed,
     Trained,
     Training,
@@ -55,6 +56,7 @@ from sdft_ray.results import (
     training_batches,
 )
 from sdft_ray.spec.recipe import Recipe
+from sdft_ray.spec.training import ARMS
 from sdft_ray.stages import evaluate, mix, retention
 from sdft_ray.stages.evaluate.scores import item_values
 from sdft_ray.store.identity import Stage
@@ -145,7 +147,8 @@ def describe_generated(recipe: Recipe, chain: Chain, storage: Storage) -> dict[s
     if HELD_OUT not in recipe.evaluate.tasks:
         return {}
     rows = read_held_out([storage.files(stage, f"{HELD_OUT}.parquet") for stage in chain.data[""].read])
-    by_id, filters = {row.id: row for row in rows}, recipe.distill.filters.model_dump()
+    by_id = {row.id: row for row in rows}
+    filters = [(source.filters or recipe.distill.filters).model_dump() for source in recipe.sources]
     items = {name: storage.files(chain.evaluations[name, HELD_OUT], ITEMS) for name in chain.models}
     return {name: describe(read_items(place, HeldOutItem), by_id, filters) for name, place in items.items()}
 
@@ -218,18 +221,44 @@ def _describe_sources(chain: Chain, models: Sequence[ModelEntry], storage: Stora
         return ()
     rewrites = Selection.of(chain.distilled, storage).by_source if chain.distilled else ()
     likelihoods = Nll.of(chain.nll[0], storage).by_source if chain.nll else ()
-    trained = {name: read_history(storage.files(stage, HISTORY)) for name, stage in chain.trained.items()}
-    validated = {name: steps[-1].validation_loss_by_source or {} for name, steps in trained.items()}
+    arms = {name: Trained.of(stage, storage) for name, stage in chain.trained.items() if name in ARMS}
+    losses = {name: arm.final_loss_by_source for name, arm in arms.items()}
+    validated = {name: arm.validation_loss_by_source for name, arm in arms.items()}
     held_out = {model.model: score for model in models if (score := model.quality.tasks.get(HELD_OUT))}
     entries = []
     for i, mixed in enumerate(mix.Summary.of(chain.rows, storage).sources):
         more: dict[str, Any] = {"rewrites": rewrites[i]} if rewrites else {}
         more |= {"nll": likelihoods[i]} if likelihoods else {}
         key = f"exact_match {chain.names[i]}"
-        matches = {name: score.other_metrics[key] for name, score in held_out.items() if key in score.other_metrics}
-        losses = {name: by_source[i] for name, by_source in validated.items() if i in by_source}
-        entries.append(SourceEntry(mixed=mixed, **more, exact_match=matches, validation_loss=losses))
+        more["exact_match"] = {
+            name: score.other_metrics[key] for name, score in held_out.items() if key in score.other_metrics
+        }
+        for field, by_arm in (("loss", losses), ("validation_loss", validated)):
+            more[field] = {name: by_source[i] for name, by_source in by_arm.items() if i in by_source}
+        entries.append(SourceEntry(mixed=mixed, **more))
     return tuple(entries)
+
+
+def describe_trial_sources(
+    trained: Stage[Any], evaluations: Evaluations, storage: Storage
+) -> dict[str, dict[str, SourceResult]]:
+    """Return what came of each source of a trial's rows, as the field of its result; none where there is one only."""
+    mixed, summary = trained.inputs["rows"].settings, Trained.of(trained, storage)
+    if not isinstance(mixed, mix.Settings):
+        return {}
+    rewrites = Selection.of(trained.inputs["distilled"], storage).by_source if "distilled" in trained.inputs else ()
+    matches = evaluate.Summary.of(evaluations[HELD_OUT], storage).other_metrics if HELD_OUT in evaluations else {}
+    sources = {
+        name: SourceResult(
+            rows=summary.rows_by_source.get(i, 0),
+            rewrites_kept=rewrites[i].acceptance if rewrites else None,
+            loss=summary.final_loss_by_source.get(i),
+            validation_loss=summary.validation_loss_by_source.get(i),
+            exact_match=matches.get(f"exact_match {name}"),
+        )
+        for i, name in enumerate(mixed.names)
+    }
+    return {"sources": sources}
 
 
 def _describe_merges(chain: Chain, storage: Storage) -> dict[str, MergeEntry]:

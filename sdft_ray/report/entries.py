@@ -7,13 +7,13 @@ cannot disagree. The JSON is the records' own: a field that has no value in some
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from pydantic import Field, JsonValue, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field
 
 from sdft_ray.core.recovery import Difference, Estimate
 from sdft_ray.generated import Habits
-from sdft_ray.results import Cut, Distances, Drafting, Gain, Record, Score, Step
+from sdft_ray.results import Cut, Distances, Drafting, Gain, Score, Step
 from sdft_ray.stages.cut import Summary as Pruned
 from sdft_ray.stages.distill import SourceSummary as Rewrites
 from sdft_ray.stages.distill import Summary as Selection
@@ -28,19 +28,7 @@ from sdft_ray.stages.retention import Summary as Retention
 from sdft_ray.stages.speed import Summary as Speed
 from sdft_ray.stages.train import Summary as Trained
 from sdft_ray.store.manifest import Provenance
-
-
-class Flat(Record):
-    """A record whose JSON has the fields of some inner records among its own."""
-
-    flat: ClassVar[tuple[str, ...]]
-
-    @model_serializer(mode="wrap")
-    def _spread(self, serialize: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
-        plain: dict[str, JsonValue] = {}
-        for name, value in serialize(self).items():
-            plain |= (value or {}) if name in self.flat else {name: value}
-        return plain
+from sdft_ray.store.record import Flat, Record
 
 
 class Quality(Record):
@@ -162,8 +150,10 @@ class SourceEntry(Record):
     nll: SourceNll | None = None
     exact_match: dict[str, float] = Field(default_factory=dict)
     """On its held-out rows, by model; none where its answers are not checked."""
+    loss: dict[str, float] = Field(default_factory=dict)
+    """The last one of its training rows, by arm."""
     validation_loss: dict[str, float] = Field(default_factory=dict)
-    """The last one on its validation rows, by trained model."""
+    """The last one on its validation rows, by arm."""
 
 
 class Report(Record):
@@ -220,6 +210,17 @@ class SweepModel(Flat):
     retention: Retention | None = None
 
 
+class SourceResult(Record):
+    """What came of one of several sources of rows in a trial, or in the mean of several: the rows that were trained on,
+    the share of what could be rewritten that was kept, the last losses, and the score on its held-out rows."""
+
+    rows: float
+    rewrites_kept: float | None
+    loss: float | None
+    validation_loss: float | None
+    exact_match: float | None
+
+
 class TrialResult(Flat):
     """What came of a trial."""
 
@@ -230,6 +231,8 @@ class TrialResult(Flat):
     quality: Quality
     cost: Cost
     retention: Retention | None = None
+    sources: dict[str, SourceResult] = Field(default_factory=dict)
+    """By name, where there are several."""
 
 
 class SpeedFigures(Drafting):
@@ -305,6 +308,7 @@ class Group(Place):
     parameters: int
     retention: dict[str, float] = Field(default_factory=dict)
     """Its figures by their names, where the recipe asks for it."""
+    sources: dict[str, SourceResult] = Field(default_factory=dict)
     pruned: str
     limited: bool
     chosen: bool = False

@@ -12,7 +12,7 @@ from typing import Any
 from sdft_ray.core.choice import JointChoice
 from sdft_ray.core.surgery import name_blocks
 from sdft_ray.progress import duration
-from sdft_ray.report import lines, plots, table
+from sdft_ray.report import lines, plots, sources, table
 from sdft_ray.report.entries import Details, Report, SweepReport
 from sdft_ray.store.manifest import MANIFEST
 
@@ -42,8 +42,9 @@ def render(report: Report) -> str:
         generated_rows=table.generated_rows(report),
         merge_lines=[lines.merge_line(name, merged) for name, merged in report.merges.items()],
         draft_columns=table.DRAFT_COLUMNS,
-        source_columns=table.source_columns(report),
-        source_rows=table.source_rows(report),
+        source_columns=sources.columns(report),
+        source_rows=sources.rows(report),
+        source_note=sources.NOTE,
         ladder=plots.ladder(report.models),
         distance_maps=_draw_distances(details),
         loss_curves=plots.loss_curves(details.trainings),
@@ -59,6 +60,9 @@ def render_sweep(report: SweepReport, folder: Path) -> str:
         goal_line=lines.goal_line(report.goal) if report.goal else None,
         figures=_draw_recovery(report),
         draft_figures=_draw_drafts(report),
+        source_columns=sources.SWEEP_COLUMNS,
+        source_rows=list(sources.sweep_rows(report)),
+        source_note=sources.NOTE,
         retention=table.sweep_retention(report),
         figure_names=lines.FIGURES,
         draft_columns=table.SWEEP_DRAFT_COLUMNS,

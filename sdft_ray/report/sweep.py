@@ -23,6 +23,7 @@ from sdft_ray.report.collect import (
     count_cost,
     describe_quality,
     describe_retention,
+    describe_trial_sources,
 )
 from sdft_ray.report.entries import (
     Draft,
@@ -34,7 +35,6 @@ from sdft_ray.report.entries import (
     Map,
     Place,
     Pruned,
-    Retention,
     Speed,
     SweepComparison,
     SweepModel,
@@ -44,6 +44,7 @@ from sdft_ray.report.entries import (
     TrialResult,
     Untried,
 )
+from sdft_ray.report.seeds import mean, mean_retention, mean_sources, spread
 from sdft_ray.results import DISTANCES, Distances, Drafted
 from sdft_ray.spec.training import ARMS
 from sdft_ray.stages import cut, distill, patch, retention, speed
@@ -216,6 +217,7 @@ def _describe_trial(
             quality=describe_quality(trial.evaluations, untuned.base_of(pruned.id), storage),
             cost=count_cost(storage.files(pruned, "config.json")),
             **describe_retention(trial.retention, storage),
+            **describe_trial_sources(trial.train, trial.evaluations, storage),
         )
         if done
         else None,
@@ -255,24 +257,17 @@ def _join_trials(entries: Sequence[TrialEntry], members: Sequence[int]) -> Group
         values=_unseeded(first),
         trials=tuple(members),
         mean=statistics.fmean(quality.mean for quality in qualities),
-        recovery=_mean(recoveries),
-        recovery_sd=_spread(recoveries),
-        recovery_over_chance=_mean([quality.recovery_over_chance for quality in qualities]),
-        validation_loss=_mean([result.validation_loss for result in results]),
+        recovery=mean(recoveries),
+        recovery_sd=spread(recoveries),
+        recovery_over_chance=mean([quality.recovery_over_chance for quality in qualities]),
+        validation_loss=mean([result.validation_loss for result in results]),
         parameters=results[0].cost.parameters,
-        **_mean_retention([result.retention for result in results if result.retention]),
+        **mean_retention(results),
+        **mean_sources(results),
         pruned=first.pruned,
         limited=any(quality.limited for quality in qualities),
         chosen=False,
     )
-
-
-def _mean_retention(each: Sequence[Retention]) -> dict[str, dict[str, float]]:
-    """Return the means over seeds of what is known of how near to the base models stay, as the field of a group."""
-    if not each:
-        return {}
-    figures = [own.figures for own in each]
-    return {"retention": {name: statistics.fmean(own[name].value for own in figures) for name in figures[0]}}
 
 
 def _unseeded(entry: TrialEntry) -> dict[str, Any]:
@@ -285,17 +280,6 @@ def _loss(group: Group) -> float:
 
 def _point(place: Place) -> tuple[Any, ...]:
     return place.values.get(RECIPE), place.arm, place.blocks, place.rows
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if known else None
-
-
-def _spread(values: Sequence[float | None]) -> float | None:
-    """Return the standard deviation over seeds, None for a single one."""
-    known = [value for value in values if value is not None]
-    return statistics.stdev(known) if len(known) > 1 else None
 
 
 def _compare(groups: Sequence[Group], trials: Sequence[Trial], storage: Storage) -> Iterable[SweepComparison]:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from sdft_ray.core.choice import JointChoice
 from sdft_ray.core.surgery import name_blocks
-from sdft_ray.report.entries import Cost, Draft, Greedy, Losses, Report, SourceEntry, SweepReport
+from sdft_ray.report.entries import Cost, Draft, Greedy, Losses, Report, SweepReport
 from sdft_ray.report.lines import (
     FIGURES,
     caption,
@@ -38,7 +38,7 @@ from sdft_ray.sweep.planning import DEPTH, SIZE
 
 def recovery_table(report: Report) -> Table:
     """Return models down, tasks across, then mean, recovery, parameters and FLOPs."""
-    table = _titled(f"{report.recipe}: quality kept, in %", caption(report))
+    table = titled(f"{report.recipe}: quality kept, in %", caption(report))
     table.add_column("model")
     for column in (*report.tasks, "mean", "recovery", "over chance", "parameters", "FLOPs/token"):
         table.add_column(column, justify="right")
@@ -71,7 +71,7 @@ def retention_rows(report: Report) -> list[list[str]]:
 
 def retention_table(report: Report) -> Table:
     """Return how near each model stays to the base."""
-    return _filled(_titled("Retention", retention_caption(report)), retention_columns(report), retention_rows(report))
+    return filled(titled("Retention", retention_caption(report)), retention_columns(report), retention_rows(report))
 
 
 GENERATED_COLUMNS = ("model", "end by themselves", "repeat", "empty", "refuse", "characters", "of the base's")
@@ -94,10 +94,10 @@ def generated_rows(report: Report) -> list[list[str]]:
 
 def generated_table(report: Report) -> Table:
     """Return how each model answers held-out rows."""
-    return _filled(_titled("Answers to held-out rows", GENERATED_NOTE), GENERATED_COLUMNS, generated_rows(report))
+    return filled(titled("Answers to held-out rows", GENERATED_NOTE), GENERATED_COLUMNS, generated_rows(report))
 
 
-def _filled(table: Table, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def filled(table: Table, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
     """Return a table with columns of figures behind a first one of names."""
     for column in columns:
         table.add_column(column, justify="left" if column == columns[0] else "right")
@@ -106,52 +106,8 @@ def _filled(table: Table, columns: Sequence[str], rows: Sequence[Sequence[str]])
     return table
 
 
-SOURCE_COLUMNS = (
-    *("source", "rows mixed", "unused", "held out elsewhere", "duplicates", "rewrites kept"),
-    *("NLL of rewrites", "of references"),
-)
-
-
-def source_columns(report: Report) -> list[str]:
-    """Return the columns of the table of sources."""
-    losses = (f"validation loss, {model}" for model in _validated_models(report))
-    return [*SOURCE_COLUMNS, *losses, *(f"exact match, {model}" for model in _checked_models(report))]
-
-
-def source_rows(report: Report) -> list[list[str]]:
-    """Return for each source what the mixture takes of it, what was rewritten, and how models answer its rows."""
-    validated, checked = _validated_models(report), _checked_models(report)
-    return [_source_row(entry, validated, checked) for entry in report.sources]
-
-
-def source_table(report: Report) -> Table:
-    """Return the sources of a recipe that mixes several."""
-    return _filled(_titled("Sources of rows"), source_columns(report), source_rows(report))
-
-
-def _source_row(entry: SourceEntry, validated: Sequence[str], checked: Sequence[str]) -> list[str]:
-    mixed, rewrites, nll = entry.mixed, entry.rewrites, entry.nll
-    sides = (nll.distilled, nll.reference) if nll else (None, None)
-    asked = sum(n for reason, n in rewrites.reasons.items() if reason not in ("plain", "tool_call")) if rewrites else 0
-    return [
-        mixed.name,
-        *map(str, (mixed.rows.train, mixed.unused, mixed.held_elsewhere, mixed.duplicates)),
-        f"{rewrites.kept / asked:.0%}" if rewrites and asked else "-",
-        *(f"{side.nll_per_token:.3f}" if side else "-" for side in sides),
-        *(f"{entry.validation_loss[model]:.3f}" if model in entry.validation_loss else "-" for model in validated),
-        *(number(100 * entry.exact_match[model]) if model in entry.exact_match else "-" for model in checked),
-    ]
-
-
-def _checked_models(report: Report) -> list[str]:
-    return list(dict.fromkeys(model for entry in report.sources for model in entry.exact_match))
-
-
-def _validated_models(report: Report) -> list[str]:
-    return list(dict.fromkeys(model for entry in report.sources for model in entry.validation_loss))
-
-
-def _titled(title: str, below: str | None = None) -> Table:
+def titled(title: str, below: str | None = None) -> Table:
+    """Return an empty table."""
     return Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", caption=below, caption_justify="left")
 
 
@@ -164,7 +120,7 @@ def _millions(parameters: int) -> str:
 
 def sweep_table(report: SweepReport) -> Table:
     """Return the base, the pruned models and the trained ones, those that differ in seeds alone as one line."""
-    table = _titled(f"{report.sweep}: quality kept, in %", sweep_caption(report))
+    table = titled(f"{report.sweep}: quality kept, in %", sweep_caption(report))
     columns = ["blocks", "rows", "model", "seeds", "mean", "recovery", "over chance", "validation loss", "parameters"]
     kept = sweep_retention(report)
     for column in (*columns, *map(FIGURES.__getitem__, kept)):
@@ -174,7 +130,7 @@ def sweep_table(report: SweepReport) -> Table:
         figures = (100 * quality.mean, quality.recovery, quality.recovery_over_chance)
         cells = (*map(number, figures), "", _millions(model.cost.parameters))
         own = {name: each.value for name, each in model.retention.figures.items()} if model.retention else {}
-        table.add_row(str(model.blocks), "", model.model, "", *cells, *(_three(own.get(name)) for name in kept))
+        table.add_row(str(model.blocks), "", model.model, "", *cells, *(three(own.get(name)) for name in kept))
     for group in report.groups:
         table.add_row(
             str(group.blocks),
@@ -184,9 +140,9 @@ def sweep_table(report: SweepReport) -> Table:
             number(100 * group.mean),
             number(group.recovery) + (f" ±{group.recovery_sd:.1f}" if group.recovery_sd is not None else ""),
             number(group.recovery_over_chance),
-            _three(group.validation_loss),
+            three(group.validation_loss),
             _millions(group.parameters),
-            *(_three(group.retention.get(name)) for name in kept),
+            *(three(group.retention.get(name)) for name in kept),
         )
     return table
 
@@ -197,7 +153,8 @@ def sweep_retention(report: SweepReport) -> list[str]:
     return [name for name in ("kl_responses", "kl_texts") if own and name in own.figures]
 
 
-def _three(value: float | None) -> str:
+def three(value: float | None) -> str:
+    """Return a figure as text."""
     return "-" if value is None else f"{value:.3f}"
 
 
@@ -234,7 +191,7 @@ DRAFT_NOTE = (
 
 def sweep_draft_table(report: SweepReport) -> Table:
     """Return what each model is worth as a draft of the base, greedy and sampled."""
-    table = _titled(f"{report.sweep}: as drafts of the base", DRAFT_NOTE)
+    table = titled(f"{report.sweep}: as drafts of the base", DRAFT_NOTE)
     for column in SWEEP_DRAFT_COLUMNS:
         table.add_column(column, justify="left" if column in ("draft", "text") else "right")
     for row in sweep_draft_rows(report):
@@ -263,8 +220,11 @@ def sweep_draft_rows(report: SweepReport) -> Iterator[list[str]]:
 def as_csv(report: SweepReport) -> str:
     """Return one line a trial."""
     values = [path for path in report.axes if path not in (DEPTH, SIZE)]
-    named = ({"draft": trial.draft, "retention": trial.result and trial.result.retention} for trial in report.trials)
-    more = [dict(leaves({name: record.plain() for name, record in each.items() if record})) for each in named]
+    inner = ("draft", "retention", "sources")
+    more = [
+        dict(leaves({name: each[name] for name in inner if each.get(name)}))
+        for each in (trial.plain() for trial in report.trials)
+    ]
     further = list(dict.fromkeys(name for each in more for name in each))
     results = ("mean", "recovery", "recovery_over_chance", "validation_loss", *Cost.model_fields, "seconds")
     columns = [column for task in report.tasks for column in (task, f"{task}_stderr")]

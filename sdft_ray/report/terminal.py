@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from sdft_ray.report import lines, table
+from sdft_ray.report import lines, sources, table
 from sdft_ray.report.entries import Draft, Greedy, Losses, Report, SweepReport
 from sdft_ray.spec.loading import leaves
 from sdft_ray.stages import score
@@ -40,7 +40,7 @@ def show(report: Report, console: Console) -> None:
     if report.speed:
         console.print(lines.speed_line(report.speed))
     if report.sources:
-        console.print(table.source_table(report))
+        console.print(sources.table(report))
     if details.selection:
         console.print(lines.selection_line(details.selection))
     if details.nll and (line := lines.nll_line(details.nll)):
@@ -54,6 +54,8 @@ def show_sweep(report: SweepReport, console: Console) -> None:
         console.print(lines.goal_line(report.goal))
     if report.comparisons:
         console.print(table.comparison_table(report))
+    if any(group.sources for group in report.groups):
+        console.print(sources.sweep_table(report))
     if report.drafts:
         console.print(table.sweep_draft_table(report))
     for model in report.pruned:

@@ -14,10 +14,12 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
+from sdft_ray.spec.lookup import Lookup
 from sdft_ray.spec.retention import Retention
 from sdft_ray.spec.section import LocalPath, Section, require_distinct
 from sdft_ray.spec.sources import (
     Calibration,
+    Filters,
     ModelSource,
     OneOrSeveral,
     RewritingTemplate,
@@ -116,51 +118,6 @@ class Prune(Section):
     def reads_texts(self) -> bool:
         """Whether something is measured on the calibration texts."""
         return self.is_scored or self.is_greedy or self.patch != "none"
-
-
-Phrase = Annotated[str, Field(min_length=1)]
-
-
-class Filters(Section):
-    """Which rewrites are refused, whatever their answer. Truncated and empty ones always are: they teach the model to
-    stop in the middle, or nothing. English refusals and leaks are known; add phrases of other languages."""
-
-    leak: bool = True
-    """Refuse a rewrite that speaks of the task of rewriting, in words that the row does not use."""
-    leak_phrases: tuple[Phrase, ...] = ()
-    """Further phrases that speak of it, in upper or lower case, for example [参考答案]."""
-    refusal: bool = True
-    """Refuse a rewrite that refuses to answer, where the reference does not."""
-    refusal_phrases: tuple[Phrase, ...] = ()
-    """Further phrases that refuse, anywhere in a text, in upper or lower case, for example [no puedo ayudarte]."""
-    repeated: bool = True
-    """Refuse a rewrite that runs in circles, where the reference does not."""
-    too_long: float | None = Field(4.0, gt=0)
-    """Refuse a rewrite of more than this many times the reference's characters, and more than 1,000; null: never."""
-
-    @model_validator(mode="after")
-    def _phrases_are_used(self) -> Self:
-        for name in ("leak", "refusal"):
-            if getattr(self, f"{name}_phrases") and not getattr(self, name):
-                raise ValueError(f"{name}_phrases do nothing where {name} is false. Set {name}: true")
-        return self
-
-
-class Lookup(Section):
-    """How words of the prompt are proposed as the next ones (prompt lookup, vLLM's `ngram`)."""
-
-    tokens: int = Field(4, gt=0)
-    """Tokens that are proposed at a time."""
-    min: int = Field(2, gt=0)
-    """The last tokens that must stand in the text before, at least so many."""
-    max: int = Field(5, gt=0)
-    """At most so many are looked up."""
-
-    @model_validator(mode="after")
-    def _is_a_range(self) -> Self:
-        if self.min > self.max:
-            raise ValueError(f"min: {self.min} is above max. Lower it to {self.max}")
-        return self
 
 
 class Distill(Section):

@@ -135,6 +135,36 @@ def _require_places(template: str) -> str:
 RewritingTemplate = Annotated[str, AfterValidator(_require_places)]
 
 
+# Not strict: below a validator of a whole section pydantic no longer sees JSON, whose lists may become tuples.
+_Names = Annotated[tuple[str, ...], Field(strict=False)]
+_Phrases = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
+
+
+class Filters(Section):
+    """Which rewrites are refused, whatever their answer. Truncated and empty ones always are: they teach the model to
+    stop in the middle, or nothing. English refusals and leaks are known; add phrases of other languages."""
+
+    leak: bool = True
+    """Refuse a rewrite that speaks of the task of rewriting, in words that the row does not use."""
+    leak_phrases: _Phrases = ()
+    """Further phrases that speak of it, in upper or lower case, for example [参考答案]."""
+    refusal: bool = True
+    """Refuse a rewrite that refuses to answer, where the reference does not."""
+    refusal_phrases: _Phrases = ()
+    """Further phrases that refuse, anywhere in a text, in upper or lower case, for example [no puedo ayudarte]."""
+    repeated: bool = True
+    """Refuse a rewrite that runs in circles, where the reference does not."""
+    too_long: float | None = Field(4.0, gt=0)
+    """Refuse a rewrite of more than this many times the reference's characters, and more than 1,000; null: never."""
+
+    @model_validator(mode="after")
+    def _phrases_are_used(self) -> Self:
+        for name in ("leak", "refusal"):
+            if getattr(self, f"{name}_phrases") and not getattr(self, name):
+                raise ValueError(f"{name}_phrases do nothing where {name} is false. Set {name}: true")
+        return self
+
+
 class Rows(Section):
     """Fields of every row source: how many rows it has and how they are split."""
 
@@ -149,8 +179,7 @@ class Rows(Section):
     answer: Literal["number", "math", "choice", "none"] = "number"
     """How a response is checked: its final number, mathematical expression or letter against the reference's, or not
     at all (open-ended)."""
-    # Not strict: below a validator of a whole section pydantic no longer sees JSON, whose lists may become tuples.
-    decontaminate: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    decontaminate: _Names = ()
     """Tasks of the evaluation preset: rows that hold an item of these are left out, counted and listed."""
     ngram: int = Field(13, gt=0)
     """Words in a row that a row and a task must share; see docs/design.md."""
@@ -159,13 +188,16 @@ class Rows(Section):
     to none: then all rows of all are used."""
     template: RewritingTemplate | None = None
     """The rewriting instruction of this source's rows, with {prompt} and {reference}; distill.template where absent."""
+    filters: Filters | None = None
+    """Which rewrites of this source's rows are refused: instead of distill.filters, as a whole, so fields that are left
+    out take their defaults."""
 
     _tasks_distinct = field_validator("decontaminate")(lambda value: require_distinct(value))
 
     @property
     def alone(self) -> Self:
         """It without what the other sources of a list and rewriting have to do with: what decides which rows it has."""
-        return self.model_copy(update={"weight": None, "template": None})
+        return self.model_copy(update={"weight": None, "template": None, "filters": None})
 
 
 class GymRows(Rows):
@@ -323,7 +355,7 @@ class Calibration(Section):
     @classmethod
     def _is_no_mixture(cls, value: CalibrationRows | None) -> CalibrationRows | None:
         if isinstance(value, Rows):
-            for name in ("weight", "template"):
+            for name in ("weight", "template", "filters"):
                 if getattr(value, name) is not None:
                     raise ValueError(f"{name}: has no use in a calibration corpus. Remove {name}")
         return value

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import BaseModel, ConfigDict, JsonValue, SerializerFunctionWrapHandler, model_serializer
 
 
 class Record(BaseModel):
@@ -21,3 +21,16 @@ class Record(BaseModel):
     def from_file(cls, path: Path) -> Self:
         """Return what a JSON file holds."""
         return cls.model_validate_json(path.read_bytes())
+
+
+class Flat(Record):
+    """A record whose JSON has the fields of some inner records among its own."""
+
+    flat: ClassVar[tuple[str, ...]]
+
+    @model_serializer(mode="wrap")
+    def _spread(self, serialize: SerializerFunctionWrapHandler) -> dict[str, JsonValue]:
+        plain: dict[str, JsonValue] = {}
+        for name, value in serialize(self).items():
+            plain |= (value or {}) if name in self.flat else {name: value}
+        return plain

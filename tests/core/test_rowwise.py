@@ -77,7 +77,7 @@ def test_rows_of_a_model_that_carries_a_state_on_are_trained_and_measured_one_a_
     rows = some_rows()
     with torch.no_grad():
         alone = sum(float(losses(module.model, pack_rows([row])).sum()) for row in rows)
-        found = sum(float(module(pack_rows([row]), [""])) for row in rows)
+        found = sum(float(module(pack_rows([row]), [""]).sum()) for row in rows)
         assert found == pytest.approx(alone, rel=1e-5)
         assert summed_loss(module.model, rows) == pytest.approx(alone, rel=1e-5)
         assert float(losses(module.model, pack_rows(rows)).sum()) != pytest.approx(alone, rel=1e-4), "it does leak"

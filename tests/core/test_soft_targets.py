@@ -26,7 +26,7 @@ def by_autograd(student, log_p, tokens, temperature, share):
 
 def of(student, teacher, tokens, temperature, share):
     student = student.clone().requires_grad_()
-    loss = soft_loss(student, teacher, tokens, temperature, share)
+    loss = soft_loss(student, teacher, tokens, temperature, share).sum()
     (2 * loss).backward()  # a factor from outside passes through
     return loss.detach().double(), student.grad.double() / 2
 

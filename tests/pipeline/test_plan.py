@@ -65,6 +65,7 @@ OTHER = {
     "distill.seeds": "engine",
     "distill.template": "{prompt} {reference}",
     "rows.0.template": "{reference} {prompt}",
+    "rows.0.filters": {"too_long": 2.0},
     "distill.filters.leak_phrases": ["given text"],
     "distill.filters.refusal_phrases": ["no puedo"],
     "train.method": "full",

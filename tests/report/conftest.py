@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -75,12 +76,14 @@ def gone_of(stage) -> int:
 
 @pytest.fixture
 def write_all(tiny_model):
-    """Return what writes all that trials of a plan need, and the trials."""
+    """Return what writes all that trials of a plan need, and the trials, each with more in its summary."""
 
-    def write_each(plan: planning.Plan, storage: Storage) -> None:
+    def write_each(
+        plan: planning.Plan, storage: Storage, more: Callable[[planning.Trial], dict] = lambda _: {}
+    ) -> None:
         write_shared(plan, storage, tiny_model)
         for trial in plan.trials:
-            write_trial(trial, storage, right=14, validation_loss=1.0)
+            write_trial(trial, storage, right=14, validation_loss=1.0, **more(trial))
 
     return write_each
 
@@ -90,8 +93,10 @@ def write_shared(plan: planning.Plan, storage: Storage, tiny_model: Path) -> Non
     config = json.loads((tiny_model / "config.json").read_text())
     for stage in plan.shared:
         match stage.name:
-            case "rows":
-                write(storage, stage, {"rows": {"train": 24}, "read": 24}, {})
+            case "rows" | "mix":
+                write(storage, stage, {"rows": {"held_out": 1, "validation": 1, "train": 24}, "read": 24}, {})
+            case "distill" if stage.settings.sources:
+                write(storage, stage, rewrites_of(stage.settings.sources), {})
             case "score":
                 write(storage, stage, {}, {"distances.json": json.dumps({"blocks": 6, "corpora": [], "choices": {}})})
             case "cut":
@@ -110,6 +115,17 @@ def write_shared(plan: planning.Plan, storage: Storage, tiny_model: Path) -> Non
                 write_evaluation(storage, stage, 16 - (2 * gone_of(cut) if cut.name == "cut" else 0))
 
 
+def rewrites_of(sources) -> dict:
+    """Return the summary of rewrites of which one source kept three of four, and every other one all."""
+    reasons = [{"kept": 3, "leak": 1}, *({"kept": 4} for _ in sources[1:])]
+    each = [
+        {"name": source.name, "rows": 4, "kept": own["kept"], "reasons": own}
+        for source, own in zip(sources, reasons, strict=True)
+    ]
+    counts = {"rows": 8, "kept": 7, "generations": 8, "generated_tokens": 8}
+    return {**counts, "acceptance": 7 / 8, "reasons": {}, "mean_generated_tokens": 1.0, "by_source": each}
+
+
 COUNTS = ("rows", "rows_too_long", "rows_left_out", "validation_rows", "steps", "planned_steps", "best_step")
 COUNTS += ("tokens_per_epoch", "trained_tokens_per_epoch", "workers", "trainable_parameters", "parameters")
 LOSSES = ("training_seconds", "peak_memory_gb", "logits_differ_by", "first_loss", "final_loss")
@@ -117,8 +133,8 @@ TRAINED = {**dict.fromkeys(COUNTS, 1), **dict.fromkeys(LOSSES, 1.0), "arm": "sft
 TRAINED |= {"example": {"without_loss": "1?", "with_loss": "1"}}
 
 
-def write_trial(trial: planning.Trial, storage: Storage, right: int, validation_loss: float) -> None:
-    write(storage, trial.train, {**TRAINED, "validation_loss": validation_loss}, {})
+def write_trial(trial: planning.Trial, storage: Storage, right: int, validation_loss: float, **more) -> None:
+    write(storage, trial.train, {**TRAINED, "validation_loss": validation_loss, **more}, {})
     write_retention(storage, trial.retention, 0.1 + 0.01 * right)
     for evaluation in trial.evaluations.values():
         write_evaluation(storage, evaluation, right)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sdft_ray.report import table
+from sdft_ray.report import sources
 from sdft_ray.report.entries import MixedSource, Report, Rewrites, SourceEntry, SourceNll
 from sdft_ray.results import Counts, Likelihood
 
@@ -27,20 +27,21 @@ def test_source_table_of_everything_measured_shows_it(entry):
             "rewrites": Rewrites(name="sums", rows=20, kept=15, reasons={"kept": 15, "leak": 5}),
             "nll": SourceNll(name="sums", rows=8, **sides),
             "exact_match": {"base": 0.5, "pruned": 0.025},
+            "loss": {"sft": 1.5},
             "validation_loss": {"sft": 1.75},
         }
     )
     report = make_report(whole, entry)
-    columns = ["validation loss, sft", "exact match, base", "exact match, pruned"]
-    assert table.source_columns(report)[-3:] == columns
-    assert table.source_rows(report) == [
-        ["sums", "30", "7", "1", "2", "75%", "1.250", "2.500", "1.750", "50.0", "2.5"],
-        ["sums", "30", "7", "1", "2", *"------"],
+    columns = ["loss, sft", "validation loss, sft", "exact match, base", "exact match, pruned"]
+    assert sources.columns(report)[-4:] == columns
+    assert sources.rows(report) == [
+        ["sums", "30", "7", "1", "2", "75%", "1.250", "2.500", "1.500", "1.750", "50.0", "2.5"],
+        ["sums", "30", "7", "1", "2", *"-------"],
     ]
-    assert table.source_table(report).row_count == 2
+    assert sources.table(report).row_count == 2
     texts = entry.model_copy(update={"rewrites": Rewrites(name="texts", rows=9, kept=0, reasons={"plain": 9})})
-    assert table.source_rows(make_report(texts))[0][5] == "-", "there was nothing to rewrite"
+    assert sources.rows(make_report(texts))[0][5] == "-", "there was nothing to rewrite"
 
 
 def test_source_table_without_held_out_rows_has_no_columns_of_models(entry):
-    assert table.source_columns(make_report(entry)) == [*table.SOURCE_COLUMNS]
+    assert sources.columns(make_report(entry)) == [*sources.COLUMNS]

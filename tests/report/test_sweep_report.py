@@ -2,13 +2,14 @@
 
 import csv
 import io
+import json
 
 import pytest
 import yaml
 from rich.console import Console
 
 from sdft_ray import pipeline
-from sdft_ray.report import page, plots, sweep, table, terminal
+from sdft_ray.report import page, plots, sources, sweep, table, terminal
 from sdft_ray.store.storage import Storage
 from sdft_ray.sweep import planning
 
@@ -112,6 +113,35 @@ def test_report_of_named_blocks_has_their_number_and_no_map(plan, write_all, tmp
     terminal.show_sweep(report, console)
     assert "remove [0, 1]" in console.export_text()
     assert "sft" in table.as_csv(report) and "<html" in page.render_sweep(report, tmp_path)
+
+
+def test_report_of_mixtures_has_the_sources_of_each_group_as_means_over_seeds(plan, write_all, tmp_path):
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    (tmp_path / "chats.jsonl").write_text((tmp_path / "rows.jsonl").read_text())
+    chats = recipe["rows"] | {"path": str(tmp_path / "chats.jsonl"), "answer": "none"}
+    recipe |= {"rows": [recipe["rows"], chats], "prune": {"remove": [0, 1]}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"recipe": "recipe.yaml", "axes": {"train.seed": [0, 1]}}))
+    storage, mixed = Storage(str(tmp_path / "mixed")), planning.load_sweep(tmp_path / "sweep.yaml")
+
+    def by_source(trial: planning.Trial) -> dict:
+        losses = {0: 1.0 + trial.train.settings.train.seed, 1: 2.0}
+        counts = {"rows_by_source": {0: 12, 1: 4}}
+        return {**counts, "final_loss_by_source": losses, "validation_loss_by_source": {1: 0.5}}
+
+    write_all(mixed, storage, by_source)
+    report = sweep.collect(mixed, "sweep.yaml", storage)
+    assert list(sources.sweep_rows(report)) == [
+        ["sft", "2", "16", "rows", "12", "-", "1.500", "-", "-"],
+        ["sft", "2", "16", "chats", "4", "-", "2.000", "0.500", "-"],
+        ["distilled", "2", "16", "rows", "12", "75%", "1.500", "-", "-"],
+        ["distilled", "2", "16", "chats", "4", "100%", "2.000", "0.500", "-"],
+    ]
+    console = Console(width=200, record=True, file=io.StringIO())
+    terminal.show_sweep(report, console)
+    assert "sources of rows" in console.export_text() and "Sources of rows" in page.render_sweep(report, tmp_path)
+    lines = list(csv.DictReader(io.StringIO(table.as_csv(report))))
+    assert {line["sources.rows.loss"] for line in lines} == {"1.0", "2.0"}
 
 
 def test_report_of_depths_has_each_pruned_model_with_its_blocks(collected):

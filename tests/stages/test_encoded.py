@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from events import read_events
 from tiny import make_tiny_model, make_tokenizer
+from transformers import AutoModelForCausalLM
 
 from sdft_ray import pipeline
 from sdft_ray.cluster import below_ray
@@ -20,6 +21,7 @@ from sdft_ray.spec import compute
 from sdft_ray.spec.training import Train
 from sdft_ray.spec.wording import validate
 from sdft_ray.stages import Work, rows, train
+from sdft_ray.stages.nll import summed_loss
 from sdft_ray.stages.train.encoded import EncodedRow, EncodedRows, write_shard
 from sdft_ray.stages.train.prepare import Job, encode_split, find_ids, plan_parts
 from sdft_ray.stages.train.rows import Reference, add
@@ -89,9 +91,7 @@ def test_encoded_rows_of_several_shards_and_inputs_are_the_rows_encoded_directly
     origins = [raw[number].origin for number, _ in expected]
     assert tally.rows_by_source == {0: origins.count(0), 1: origins.count(1)}
     assert find_ids(work, range(len(expected))) == [raw[number].id for number, _ in expected]
-    for origin in (0, 1):
-        own = EncodedRows(work.resumable / "encoded", "train", origin)
-        assert list(own) == [row for number, row in expected if raw[number].origin == origin]
+    assert [encoded.source_of(i) for i in range(len(encoded))] == origins and encoded.sources() == {0, 1}
 
 
 def test_encode_split_takes_the_first_rows_of_each_input_in_one_process(tiny_model, tmp_path):
@@ -198,13 +198,20 @@ def test_encode_split_by_tasks_gives_what_one_process_gives(ray_cluster, tiny_mo
     assert "\n" not in str(cause)
 
 
-def test_train_rows_of_two_sources_are_counted_and_validated_apart(ray_cluster, tiny_model, tmp_path):
-    work = make_work(tmp_path, tiny_model, [make_rows(0, "s" * 12)], lr=1e-3)
+def test_train_rows_of_two_sources_are_counted_and_measured_apart(ray_cluster, tiny_model, tmp_path):
+    raw = make_rows(0, "s" * 12)
+    work = make_work(tmp_path, tiny_model, [raw], lr=1e-3, global_batch_size=16)
     pipeline.build([work.stage], work.compute, work.storage)
     summary = train.Summary.of(work.stage, work.storage)
     assert summary.rows_by_source == {0: 8, 1: 4}
-    last = read_history(work.storage.fetch(work.stage))[-1]
+    (last,) = read_history(work.storage.fetch(work.stage))
+    model, untrained = AutoModelForCausalLM.from_pretrained(tiny_model), {}
+    for source in (0, 1):
+        own = list(encode_rows(make_tokenizer(), [row.exchange for row in raw if row.origin == source]))
+        untrained[source] = summed_loss(model, own) / sum(len(row.ids) - row.trained_from for row in own)
+    assert summary.final_loss_by_source == last.loss_by_source == pytest.approx(untrained, rel=1e-5)
     assert last.validation_loss_by_source and set(last.validation_loss_by_source) == {0, 1}
+    assert summary.validation_loss_by_source == last.validation_loss_by_source
     # The two validation rows have equally many trained tokens.
     assert sum(last.validation_loss_by_source.values()) / 2 == pytest.approx(last.validation_loss, rel=1e-6)
     folder = work.storage.fetch(work.stage) / "tensorboard"

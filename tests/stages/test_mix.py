@@ -164,6 +164,18 @@ def test_template_of_the_only_source_is_the_one_of_distill(make_recipe, make_sou
     assert own != ids(make_recipe(source))
 
 
+def test_filters_of_a_source_move_the_rewrites_alone_and_only_where_they_differ(make_recipe, make_source):
+    first, second = make_source("first", range(20)), make_source("second", range(30, 50))
+    strict = {"leak_phrases": ["given text"]}
+    assert ids(make_recipe({**first, "filters": strict})) == ids(
+        make_recipe(first, distill={"max_new_tokens": 32, "filters": strict})
+    )
+    common = ids(make_recipe(first, second))
+    assert ids(make_recipe({**first, "filters": {"leak": True}}, second)) == common
+    moved = ids(make_recipe({**first, "filters": strict}, second)) ^ common
+    assert {name.rpartition("-")[0] for name in moved} == {"distill", "nll", "train", "evaluate"}
+
+
 def test_ids_of_a_mixture_depend_on_the_proportions_and_each_source_keeps_its_own(make_recipe, make_source):
     first, second = make_source("first", range(20)), make_source("second", range(30, 60))
     one, same, other = (

@@ -6,7 +6,7 @@ from sdft_ray.core.prompts import CHECKABLE, OPEN
 from sdft_ray.core.rows import Row
 from sdft_ray.progress import Progress
 from sdft_ray.spec.compute import Compute
-from sdft_ray.spec.recipe import Filters
+from sdft_ray.spec.sources import Filters
 from sdft_ray.stages import Work, distill
 from sdft_ray.stages.distill.draws import Settings, Source, instruction_template, instruction_templates, select_rows
 from sdft_ray.store.identity import Stage
@@ -92,6 +92,12 @@ def test_select_rows_judges_a_row_as_its_source_says():
     ]
     assert [row.origin for row in select_rows(rows, texts, settings)[0]] == [0, 1, 0, 1, 0]
     assert instruction_templates(settings) == [CHECKABLE, OPEN]
+    strict = Filters(leak_phrases=("It is 99",))
+    both = settings.model_copy(
+        update={"filters": strict, "sources": (sources[0].model_copy(update={"filters": Filters()}), sources[1])}
+    )
+    reasons = ["wrong_answer", "leak", "wrong_answer", "leak", "wrong_answer"]
+    assert [row.reason for row in select_rows(rows, texts, both)[0]] == reasons, "its own filters, else the common ones"
 
 
 def test_settings_of_one_source_hash_as_they_did():

@@ -41,7 +41,8 @@ def take_steps(engine, rank: int, workers: int, count: int) -> list[tuple[float,
     from sdft_ray.stages.train.step import take_step
 
     passes = [[*range(rank, len(ROWS), workers)]]
-    return [take_step(engine, ROWS, [f"{step}/{i}" for i in range(6)], passes, 1.0) for step in range(count)]
+    steps = (take_step(engine, ROWS, [f"{step}/{i}" for i in range(6)], passes, 1.0) for step in range(count))
+    return [(losses.mean, norm) for losses, norm in steps]
 
 
 # --- the base, read by shares -------------------------------------------------------------------------------------

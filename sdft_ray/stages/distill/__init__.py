@@ -59,6 +59,12 @@ class SourceSummary(Record):
     reasons: dict[str, int]
     """Rows for each reason that occurs."""
 
+    @property
+    def acceptance(self) -> float | None:
+        """The share that keeps a rewrite of what could be rewritten; None where nothing could."""
+        asked = sum(count for reason, count in self.reasons.items() if reason not in ("plain", "tool_call"))
+        return self.kept / asked if asked else None
+
 
 class Summary(stages.Summary):
     """How many rows keep a rewrite, why others do not, and how much was generated."""
@@ -103,12 +109,17 @@ def stage(
     teacher: another model than the base, or the tokenizer of one that is served elsewhere.
     """
     each = tuple(
-        Source(name=name, answer=source.answer, template=source.template or wanted.template)
+        Source(
+            name=name,
+            answer=source.answer,
+            template=source.template or wanted.template,
+            filters=None if source.filters == wanted.filters else source.filters,
+        )
         for name, source in sources.items()
     )
     own: dict[str, Any]
     if len(each) == 1:
-        own = {"answer": each[0].answer, "template": each[0].template}
+        own = {"answer": each[0].answer, "template": each[0].template, "filters": each[0].filters or wanted.filters}
     else:
         own = {"answer": None, "template": None, "sources": each}
     if not isinstance(wanted.teacher, ServedModel):

@@ -17,6 +17,7 @@ from sdft_ray.data.checkers import CHECKERS
 from sdft_ray.results import DistilledRow
 from sdft_ray.spec.recipe import Distill
 from sdft_ray.spec.section import Section
+from sdft_ray.spec.sources import Filters
 from sdft_ray.store.ledger import Line
 
 _NOT_ASKED = Line("", 0, "", "", 0, 0, 0)
@@ -25,11 +26,13 @@ _NOT_ASKED = Line("", 0, "", "", 0, 0, 0)
 class Source(Section):
     """How the rows of one of several sources are rewritten and judged."""
 
-    unhashed = ("name",)
+    unhashed, optional = ("name",), ("filters",)
     name: str
     """For people."""
     answer: str
     template: str | None
+    filters: Filters | None = None
+    """Where they are not the common ones."""
 
 
 class Settings(Distill):
@@ -41,13 +44,18 @@ class Settings(Distill):
     rows: int | None
     """How many training rows, the first ones; all where absent."""
     sources: tuple[Source, ...] | None = None
-    """Where there are several: each with the answers and the template of its own."""
+    """Where there are several: each with the answers, template and filters of its own."""
 
     def answer_of(self, origin: int) -> str:
         """Return how the answers of a source's rows are checked."""
         answer = self.sources[origin].answer if self.sources else self.answer
         assert answer, "one source has its answer here"
         return answer
+
+    def filters_of(self, origin: int) -> Filters:
+        """Return the filters of a source's rewrites."""
+        own = self.sources[origin].filters if self.sources else None
+        return own or self.filters
 
 
 def instruction_template(settings: Settings, origin: int = 0) -> str:
@@ -69,9 +77,10 @@ def sampling_seed(row_id: str, seed: int, sample: int = 0) -> int:
 
 def rules_of(settings: Settings, rows: Iterable[Row]) -> dict[int, Rules]:
     """Return the rules that rewrites are judged by, by the source of a row."""
-    filters = settings.filters.model_dump()
     return {
-        origin: Rules(CHECKERS.get(settings.answer_of(origin)), filters, settings.strip_thinking)
+        origin: Rules(
+            CHECKERS.get(settings.answer_of(origin)), settings.filters_of(origin).model_dump(), settings.strip_thinking
+        )
         for origin in {row.origin for row in rows}
     }
 

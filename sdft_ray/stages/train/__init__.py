@@ -36,7 +36,7 @@ from sdft_ray.stages.train.adapters import blocks_in_scope, count_parameters, na
 from sdft_ray.stages.train.encoded import FOLDER
 from sdft_ray.stages.train.fit import fit
 from sdft_ray.stages.train.fitting import require_fitting
-from sdft_ray.stages.train.history import best_step
+from sdft_ray.stages.train.history import best_step, last_by_source
 from sdft_ray.stages.train.log import EVENTS
 from sdft_ray.stages.train.prepare import encode_split, find_ids
 from sdft_ray.stages.train.rows import (
@@ -110,6 +110,10 @@ class Summary(stages.Summary):
     final_loss: float
     validation_loss: float | None
     """The last one."""
+    final_loss_by_source: dict[int, float] = Field(default_factory=dict)
+    """By the number of the recipe's source, where there are several: at the last step with rows of it."""
+    validation_loss_by_source: dict[int, float] = Field(default_factory=dict)
+    """The last ones, likewise."""
     example: Example
 
 
@@ -175,6 +179,8 @@ def build(work: Work[Settings]) -> Summary:
         first_loss=history[0].loss,
         final_loss=history[-1].loss,
         validation_loss=next((loss for _, loss in reversed(validations(history))), None),
+        final_loss_by_source=last_by_source(step.loss_by_source for step in history),
+        validation_loss_by_source=last_by_source(step.validation_loss_by_source for step in history),
         example=data.example,
     )
 

@@ -76,19 +76,15 @@ class Targets(Protocol):
 class EncodedRows(Sequence[TrainingRow]):
     """What `write_shard` wrote, by number; a row becomes Python numbers only when it is asked for."""
 
-    def __init__(self, folder: Path, name: str, origin: int | None = None, targets: Targets | None = None) -> None:
-        """Open all shards of a name, or the one `NAME-00003`; origin: leave out the rows of other sources; targets:
-        of the same shards."""
+    def __init__(self, folder: Path, name: str, targets: Targets | None = None) -> None:
+        """Open all shards of a name, or the one `NAME-00003`; targets: of the same shards."""
         self._targets = targets
         self._files = sorted(folder.glob(f"{name}*.index.npy"))
         self._indices = [np.load(file, mmap_mode="r") for file in self._files]
         self._ids: dict[int, Array] = {}
         self._ends = np.cumsum([len(index) for index in self._indices], dtype=np.int64)
-        self._chosen = None if origin is None else np.flatnonzero(self.column("origin") == origin)
 
     def __len__(self) -> int:
-        if self._chosen is not None:
-            return len(self._chosen)
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, i: Any) -> Any:
@@ -110,8 +106,21 @@ class EncodedRows(Sequence[TrainingRow]):
         shard, place = self._find(i)
         return int(self._indices[shard]["number"][place])
 
+    def source_of(self, i: int) -> int:
+        """Return which of the recipe's sources a row is of."""
+        shard, place = self._find(i)
+        return int(self._indices[shard]["origin"][place])
+
+    def sources(self) -> set[int]:
+        """Return the sources that rows are of."""
+        found: set[int] = set()
+        for index in self._indices:
+            found.update(np.unique(index["origin"]).tolist())
+            _give_back(index)
+        return found
+
     def column(self, name: str) -> Array:
-        """Return what the index has of every row (rows), whatever its source."""
+        """Return what the index has of every row (rows)."""
         return np.concatenate([np.empty(0, _INDEX[name]), *(index[name] for index in self._indices)])
 
     @property
@@ -132,9 +141,8 @@ class EncodedRows(Sequence[TrainingRow]):
         """Return the shard of a row, and its place in it."""
         if not 0 <= i < len(self):
             raise IndexError(i)
-        at = i if self._chosen is None else int(self._chosen[i])
-        shard = int(np.searchsorted(self._ends, at, side="right"))
-        return shard, at - (int(self._ends[shard - 1]) if shard else 0)
+        shard = int(np.searchsorted(self._ends, i, side="right"))
+        return shard, i - (int(self._ends[shard - 1]) if shard else 0)
 
     def _ids_of(self, shard: int) -> Array:
         if shard not in self._ids:  # opened when asked for: who looks up numbers needs none, and may not have the files

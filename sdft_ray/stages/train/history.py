@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from sdft_ray.results import Step, validations
 from sdft_ray.spec import training
@@ -22,6 +22,11 @@ def learning_rate(step: int, steps: int, settings: training.Train) -> float:
 def best_step(history: Sequence[Step]) -> int | None:
     """Return the step with the lowest validation loss, the first of equals."""
     return min(validations(history), key=lambda seen: seen[1], default=(None, 0.0))[0]
+
+
+def last_by_source(losses: Iterable[dict[int, float] | None]) -> dict[int, float]:
+    """Return the last loss of each source."""
+    return {source: loss for each in losses for source, loss in (each or {}).items()}
 
 
 def is_out_of_patience(history: Sequence[Step], patience: int | None) -> bool:

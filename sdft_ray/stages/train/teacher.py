@@ -74,7 +74,7 @@ class Softener:
         self.soft, self.teacher = soft, teacher
 
     def __call__(self, logits: Any, packed: Packed) -> Any:
-        """Return the loss summed over the trained tokens; logits: (K, V)."""
+        """Return the losses (K) of the trained tokens; logits: (K, V)."""
         from sdft_ray.core.soft_targets import soft_loss
 
         given: Any = packed.likeliest

@@ -29,7 +29,7 @@ from sdft_ray.stages.train.likeliest import LikeliestTokens
 from sdft_ray.stages.train.log import EVENTS, Begun, Log, peak_bytes, report
 from sdft_ray.stages.train.rows import proof_rows
 from sdft_ray.stages.train.state import PROGRESS, Checkpoint
-from sdft_ray.stages.train.step import compute_logits, take_step, total_loss
+from sdft_ray.stages.train.step import compute_logits, measure_losses, take_step
 from sdft_ray.stages.train.teacher import Softener, Teacher
 from sdft_ray.stages.train.zero import load_trainable, start_engine
 from sdft_ray.store.files import write_atomically
@@ -110,8 +110,8 @@ class Training:
         base, soft = assignment.model(), assignment.stage.settings.soft
         stored = LikeliestTokens(self._input("targets"), "train") if soft and soft.likeliest else None
         self.rows = EncodedRows(encoded, "train", targets=stored)
-        origins = np.unique(EncodedRows(encoded, "validation").column("origin")).tolist()
-        self.validation = {origin: EncodedRows(encoded, "validation", origin) for origin in origins}
+        self.validation = EncodedRows(encoded, "validation")
+        self.is_mixed = len(self.rows.sources()) > 1
         module = load_trainable(str(base), self.settings, self.plan, assignment.deepspeed)
         self.engine = start_engine(module, self.settings, self.plan, assignment.deepspeed)
         if soft:
@@ -143,12 +143,15 @@ class Training:
             group["lr"] = lr
         # A row's dropout depends on seed, step and row alone.
         keys = [f"{self.settings.seed}/{step}/{i}" for i in numbers]
-        loss, norm = take_step(self.engine, chosen, keys, self._passes(chosen), self.settings.max_grad_norm)
+        losses, norm = take_step(self.engine, chosen, keys, self._passes(chosen), self.settings.max_grad_norm)
+        loss = losses.mean
         if not (math.isfinite(loss) and math.isfinite(norm)):  # before a checkpoint could keep what it did
             what, value = ("gradient", norm) if math.isfinite(loss) else ("loss", loss)
             self._write(Outcome(failed=f"the {what} at step {step + 1} is {value}", rows=tuple(numbers)))
             return False
-        self.history.append(Step(step=step + 1, loss=loss, lr=lr, grad_norm=norm))
+        sources = np.array([self.rows.source_of(i) for i in numbers])
+        by_source = {"loss_by_source": losses.by_source(sources)} if self.is_mixed else {}
+        self.history.append(Step(step=step + 1, loss=loss, lr=lr, grad_norm=norm, **by_source))
         self.tokens += sum(len(row.ids) for row in chosen)
         return True
 
@@ -159,12 +162,10 @@ class Training:
 
     def validate(self) -> None:
         """Measure the loss of the validation rows, and keep the weights where they are to be kept as the best."""
-        totals = {origin: total_loss(self.engine, rows, self._passes(rows)) for origin, rows in self.validation.items()}
-        found: dict[str, Any] = {
-            "validation_loss": sum(loss for loss, _ in totals.values()) / sum(tokens for _, tokens in totals.values())
-        }
-        if len(totals) > 1:
-            found["validation_loss_by_source"] = {origin: loss / tokens for origin, (loss, tokens) in totals.items()}
+        losses = measure_losses(self.engine, self.validation, self._passes(self.validation))
+        found: dict[str, Any] = {"validation_loss": losses.mean}
+        if self.is_mixed:
+            found["validation_loss_by_source"] = losses.by_source(self.validation.column("origin"))
         self.history[-1] = self.history[-1].model_copy(update=found)
         if self.settings.keep == "best" and best_step(self.history) == len(self.history):
             self.best = self._weights()

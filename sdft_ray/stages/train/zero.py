@@ -1,7 +1,7 @@
 """The DeepSpeed engine of one worker.
 
 In: a model directory, training settings, the compute plan and the user's JSON. Out: an engine whose forward pass gives
-the summed loss of packed rows.
+the losses of packed rows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def load_trainable(base: str, settings: training.Train, plan: compute.Train, giv
 
 
 def with_loss(model: Any, settings: training.Train, gradient_checkpointing: bool = False) -> Any:
-    """Return a module from packed rows to the summed loss of their trained tokens, or to the logits of those."""
+    """Return a module from packed rows to the losses (K) of their trained tokens, or to the logits (K, V) of those."""
     import torch
 
     from sdft_ray.core.rowwise import drop_by_row, keep_within_rows, may_share_a_sequence
@@ -65,7 +65,7 @@ def with_loss(model: Any, settings: training.Train, gradient_checkpointing: bool
                 return logits
             if self.soften is not None and self.training:  # validation losses compare, whatever the arm
                 return self.soften(logits, packed)
-            return torch.nn.functional.cross_entropy(logits, packed.targets.to(logits.device), reduction="sum")
+            return torch.nn.functional.cross_entropy(logits, packed.targets.to(logits.device), reduction="none")
 
     return ResponseLoss()
 
