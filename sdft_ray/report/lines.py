@@ -193,6 +193,11 @@ def name_trial(trial: TrialEntry) -> str:
     return f"{trial.blocks} blocks, {trial.rows} rows, {trial.name}"
 
 
+def name_chosen(name: str, chosen: bool) -> str:
+    """Return the name of a group, marked where another setting was chosen."""
+    return name if chosen else f"{name} (not chosen)"
+
+
 # --- figures --------------------------------------------------------------------------------------------------
 
 
