@@ -8,7 +8,7 @@ from __future__ import annotations
 from sdft_ray.core.surgery import require_blocks, require_supported
 from sdft_ray.data import readers
 from sdft_ray.errors import UserError, problem
-from sdft_ray.models import directory, parts, sources
+from sdft_ray.models import directory, exporting, parts, sources
 from sdft_ray.models.sizes import sizes_of
 from sdft_ray.preflight import limits
 from sdft_ray.preflight.cuts import depth_of
@@ -35,6 +35,9 @@ def check(recipe: Recipe, compute: Compute, read: limits.FileReader = limits.rea
         depth = _require_prunable(recipe, facts)
         if recipe.draft:
             _require_generates(facts, compute)
+        if recipe.export and (path := sources.model_path(recipe.model)).is_dir():
+            for form in recipe.export.formats:
+                exporting.require_writable(path, form)
     if recipe.arms.need_rewrites and (teaching := _teacher_facts(recipe, facts)):
         _require_generates(teaching, compute)
     for name, other in others.items():

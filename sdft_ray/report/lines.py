@@ -11,6 +11,7 @@ from sdft_ray.core.surgery import name_blocks
 from sdft_ray.report.entries import (
     Comparison,
     Draft,
+    Exported,
     GoalEntry,
     Greedy,
     Losses,
@@ -154,6 +155,13 @@ def merge_line(name: str, entry: MergeEntry) -> str:
         text += f"; {merged.fell_back_to_linear} with a cosine beyond {COLLINEAR} fell back to the mean"
     gained = ", ".join(f"{other} {interval(difference)}" for other, difference in entry.against.items())
     return f"{text}. {name} less others on the same items, mean in points with 95 % intervals: {gained}."
+
+
+def export_line(name: str, export: Exported) -> str:
+    """Return how large an exported model is, and how far its weights are from those that it was made of."""
+    size = f"{export.bytes / 1e6:.1f} MB of weights for {export.of_bytes / 1e6:.1f} MB"
+    error = f"off by {export.largest_error:.2g} at most" if export.largest_error else "as they are after rounding"
+    return f"{name}: {size}, {error}."
 
 
 def draft_line(name: str, draft: Draft) -> str:

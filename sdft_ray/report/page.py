@@ -41,6 +41,7 @@ def render(report: Report) -> str:
         generated_columns=table.GENERATED_COLUMNS,
         generated_rows=table.generated_rows(report),
         merge_lines=[lines.merge_line(name, merged) for name, merged in report.merges.items()],
+        export_lines=[lines.export_line(name, export) for name, export in report.exports.items()],
         draft_columns=table.DRAFT_COLUMNS,
         source_columns=table.source_columns(report),
         source_rows=table.source_rows(report),
