@@ -150,7 +150,7 @@ def _add_readers(add: Callable[..., argparse.ArgumentParser]) -> None:
 def _add_publishers(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the commands that hand models on."""
     push = add("push", publishing.push, "publish a model, its rewritten data set or both on a hub, each with its card")
-    push.add_argument("artifacts", nargs="+", metavar="ID", help="a model that was made here, a distill artifact")
+    push.add_argument("artifacts", nargs="+", metavar="ID", help="a model, its exports, a distill artifact")
     push.add_argument("--to", required=True, metavar="OWNER/NAME", help="the name there; key: HF_TOKEN")
     push.add_argument("--base", metavar="M", help="the base's name on the hub, if the recipe has a path or a file")
     push.add_argument("--private", action="store_true", help="only for those whom its owner lets in")

@@ -71,6 +71,9 @@ def require_format(name: str) -> None:
         what = f"{name} is not written: the gguf package reads K-quants and cannot make them"
         do = f"Write f16, then do: llama-quantize FILE.gguf OUT.gguf {name.upper()}"
         raise UserError(problem("--format", what, do))
+    if name == "int8":
+        what = "int8 is no GGUF; it is written by a recipe"
+        raise UserError(problem("--format", what, "Set export: {formats: [int8]} in the recipe"))
     if name not in FORMATS:
         raise UserError(problem("--format", f"{name} is not written", nearest(name, FORMATS)))
 
