@@ -8,9 +8,11 @@ memory, where its own way loads the whole model.
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
@@ -28,12 +30,14 @@ from sdft_ray.models.directory import (
     stored_tensors,
     write_companions,
 )
-from sdft_ray.models.shards import StoredTensor, write_tensors
+from sdft_ray.models.shards import StoredTensor, read_header, write_tensors
 from sdft_ray.progress import Progress
 from sdft_ray.store.files import remember_hash, write_atomically
 
 _SCHEME = preset_name_to_scheme("W8A8", ["Linear"])
 _STEPS = 127  # above zero
+Tick = Callable[[str], None]
+"""Counts a tensor that was written or compared."""
 
 
 def require_dense(model: Path) -> None:
@@ -51,50 +55,58 @@ def write_int8(model: Path, directory: Path, progress: Progress) -> tuple[int, f
     of one. Raises UserError for a model that is no dense decoder."""
     describe_directory(model)
     require_dense(model)
-    shards, done = stored_tensors(model), 0
+    shards, done = stored_tensors(model), itertools.count(1)
     progress.begin(2 * sum(map(len, shards.values())))
-    places: dict[str, str] = {}
-    for shard, tensors in shards.items():
-        plan = {name: part for source, tensor in tensors.items() for name, part in _parts(source, tensor).items()}
-        file = directory / shard.name
 
-        def contents(shard: Path = shard, tensors: Mapping[str, StoredTensor] = tensors) -> Iterator[memoryview]:
-            nonlocal done
-            with safe_open(shard, framework="pt") as weights:
-                for name in tensors:
-                    for part in _stored(name, weights.get_tensor(name)):
-                        yield memoryview(part.contiguous().view(torch.uint8).numpy().reshape(-1))
-                    done += 1
-                    progress.update(done, "writing")
+    def tick(what: str) -> None:
+        progress.update(next(done), what)
 
-        remember_hash(file, write_tensors(file, list(plan.items()), contents()))
-        places |= dict.fromkeys(plan, file.name)
+    places = {name: shard.name for shard in shards for name in _write(shard, directory / shard.name, tick)}
     size = sum((directory / shard.name).stat().st_size for shard in shards)
     if (model / WEIGHTS_INDEX).is_file():
-        index = {"metadata": {"total_size": size}, "weight_map": places}
-        write_atomically(directory / WEIGHTS_INDEX, json.dumps(index, indent=2) + "\n")
+        _write_json(directory / WEIGHTS_INDEX, {"metadata": {"total_size": size}, "weight_map": places})
     rules = QuantizationConfig(
         config_groups={"group_0": _SCHEME},
         format="int-quantized",
         quantization_status="compressed",
         ignore=["lm_head"],
     )
-    config = {**read_json(model / "config.json"), "quantization_config": rules.model_dump(mode="json")}
-    write_atomically(directory / "config.json", json.dumps(config, indent=2) + "\n")
+    config = read_json(model / "config.json")
+    _write_json(directory / "config.json", {**config, "quantization_config": rules.model_dump(mode="json")})
     write_companions(model, directory)
-    return size, max(_compare(shard, directory / shard.name, progress, done) for shard in shards)
+    return size, max(_compare(shard, directory / shard.name, tick) for shard in shards)
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+    write_atomically(file, json.dumps(content, indent=2) + "\n")
+
+
+def _write(shard: Path, file: Path, tick: Tick) -> list[str]:
+    """Write one file of weights; return the names of its tensors."""
+    tensors = read_header(shard)
+    plan = [part for name, tensor in tensors.items() for part in _parts(name, tensor)]
+
+    def contents() -> Iterator[memoryview]:
+        with safe_open(shard, framework="pt") as weights:
+            for name in tensors:
+                for part in _stored(name, weights.get_tensor(name)):
+                    yield memoryview(part.contiguous().view(torch.uint8).numpy().reshape(-1))
+                tick("writing")
+
+    remember_hash(file, write_tensors(file, plan, contents()))
+    return [name for name, _ in plan]
 
 
 def _is_quantised(name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and block_of(name) is not None and name.endswith(".weight")
 
 
-def _parts(name: str, tensor: StoredTensor) -> dict[str, StoredTensor]:
-    """Return what a tensor becomes in the file, without places."""
+def _parts(name: str, tensor: StoredTensor) -> list[tuple[str, StoredTensor]]:
+    """Return what a tensor becomes in the file, by name."""
     if not _is_quantised(name, tensor.shape):
-        return {name: tensor}
+        return [(name, tensor)]
     scale = StoredTensor(tensor.dtype, (tensor.shape[0], 1), 0, tensor.shape[0] * tensor.bytes // tensor.elements)
-    return {name: StoredTensor("I8", tensor.shape, 0, tensor.elements), f"{name}_scale": scale}
+    return [(name, StoredTensor("I8", tensor.shape, 0, tensor.elements)), (f"{name}_scale", scale)]
 
 
 def _stored(name: str, weight: torch.Tensor) -> list[torch.Tensor]:
@@ -110,7 +122,7 @@ def _stored(name: str, weight: torch.Tensor) -> list[torch.Tensor]:
     return [quantize(weight.float(), scale.float(), None, rules, dtype=torch.int8), scale]
 
 
-def _compare(shard: Path, file: Path, progress: Progress, done: int) -> float:
+def _compare(shard: Path, file: Path, tick: Tick) -> float:
     """Return the largest error of a weight, after proving that the file holds the model's weights.
 
     Rounding loses half a step. The largest weight of a row is 127.5 steps, and the scale was rounded, too: what lies
@@ -129,6 +141,5 @@ def _compare(shard: Path, file: Path, progress: Progress, done: int) -> float:
                 right = torch.equal(weight, stored)
             if not right:
                 raise RuntimeError(f"{name} in {file} is not that of the model")
-            done += 1
-            progress.update(done, "comparing")
+            tick("comparing")
     return largest
