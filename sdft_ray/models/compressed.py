@@ -86,11 +86,11 @@ def _write(shard: Path, file: Path, tick: Tick) -> list[str]:
     tensors = read_header(shard)
     plan = [part for name, tensor in tensors.items() for part in _parts(name, tensor)]
 
-    def contents() -> Iterator[memoryview]:
+    def contents() -> Iterator[bytes]:
         with safe_open(shard, framework="pt") as weights:
             for name in tensors:
                 for part in _stored(name, weights.get_tensor(name)):
-                    yield memoryview(part.contiguous().view(torch.uint8).numpy().reshape(-1))
+                    yield part.contiguous().view(torch.uint8).numpy().tobytes()
                 tick("writing")
 
     remember_hash(file, write_tensors(file, plan, contents()))

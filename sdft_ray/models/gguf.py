@@ -119,7 +119,7 @@ def load_gguf(file: Path, dtype: str) -> PreTrainedModel:
             values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
             if count := heads.get(name.split(".")[-2]):
                 values = values.reshape(count, -1, 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
-            weights[name] = torch.from_numpy(np.ascontiguousarray(values)).to(getattr(torch, dtype))
+            weights[name] = torch.from_numpy(np.array(values)).to(getattr(torch, dtype))
     model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
         None, config=config, state_dict=weights, dtype=getattr(torch, dtype), output_loading_info=True
     )

@@ -52,7 +52,9 @@ def _cells(report: Report | SweepReport) -> Iterator[dict[str, str]]:
         tasks = {task: percent(score) for task, score in entry.quality.tasks.items()}
         summed = (entry.quality.mean, entry.quality.recovery, entry.quality.recovery_over_chance)
         yield {"model": entry.model, **tasks, **_summed(*summed, entry.cost.parameters), **_place(report, entry)}
-    for group in report.groups if isinstance(report, SweepReport) else ():
+    if isinstance(report, Report):
+        return
+    for group in report.groups:
         place = {"blocks": str(group.blocks), "rows": str(group.rows)}
         summed = (group.mean, group.recovery, group.recovery_over_chance)
         spread = f" ±{group.recovery_sd:.1f}" if group.recovery_sd is not None else ""
