@@ -91,9 +91,7 @@ class Wandb:
             self._run.log(dict(metrics), step=step)
 
     def artifact(self, file: Path) -> None:
-        copy = shutil.copy(
-            file, self._run.dir
-        )  # of a file elsewhere it keeps a link, which `wandb sync` may find broken
+        copy = shutil.copy(file, self._run.dir)  # of another file it keeps a link, which may break before `wandb sync`
         self._run.save(copy, base_path=self._run.dir, policy="now")
 
     def finish(self, status: Literal["done", "stopped"]) -> None:
