@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdft_ray import commands, environment
+from sdft_ray import commands, environment, inspection
 from sdft_ray.errors import StageFailed, UserError, nearest, problem
 from sdft_ray.publish import commands as publishing
 
@@ -98,12 +98,12 @@ def _parser() -> argparse.ArgumentParser:
 def _add_builders(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the commands that plan and build."""
 
-    def add_file(command: argparse.ArgumentParser, name: str, kind: str) -> None:
-        command.add_argument("recipe", type=Path, metavar=name, help=kind)
+    def add_file(command: argparse.ArgumentParser, name: str, kind: str, **several: Any) -> None:
+        command.add_argument("recipe", type=Path, metavar=name, help=kind, **several)
         command.add_argument("--compute", type=Path, metavar="F", help="a compute file, see configs/compute")
 
-    def add_recipe(command: argparse.ArgumentParser) -> None:
-        add_file(command, "RECIPE", "a recipe file, see configs/recipes")
+    def add_recipe(command: argparse.ArgumentParser, **several: Any) -> None:
+        add_file(command, "RECIPE", "a recipe file, see configs/recipes", **several)
         override = "override a recipe value, e.g. train.lr=2e-4"
         command.add_argument("--set", action="append", default=[], metavar="K=V", help=override)
 
@@ -121,27 +121,28 @@ def _add_builders(add: Callable[..., argparse.ArgumentParser]) -> None:
     submit.add_argument("--print-manifest", action="store_true", help="submit nothing; print a RayJob for KubeRay")
     submit.add_argument("--print-slurm", action="store_true", help="submit nothing; print a job script for sbatch")
     submit.add_argument("--image", metavar="I", default="sdft-ray:0.1.0", help="its image (default: %(default)s)")
-    report = add("report", commands.report, "show the recovery table of a finished recipe, or what a sweep has so far")
-    add_recipe(report)
+    report = add("report", commands.report, "show what recipes came to and sweeps have so far; several: side by side")
+    add_recipe(report, nargs="+")
     for command in (run, sweep, report):
         command.add_argument("--html", type=Path, metavar="F", help="also write one self-contained HTML page")
     for command in (sweep, report):
-        command.add_argument("--csv", type=Path, metavar="F", help="of a sweep: also write one line a trial")
+        command.add_argument("--csv", type=Path, metavar="F", help="of a sweep, or of several: also write its lines")
 
 
 def _add_readers(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the commands that look at what there is."""
-    verify = add("verify", commands.verify, "prove that a model is whole, and the cut of its base that it claims to be")
+    whole = "prove that a model is whole, and the cut of its base that it claims to be"
+    verify = add("verify", inspection.verify, whole)
     verify.add_argument("target", metavar="TARGET", help="a model directory, an artifact's id, or a recipe file")
     verify.add_argument("--against", metavar="BASE", help="directory or id of the model that TARGET was cut from")
     verify.add_argument("--vllm", action="store_true", help="also compare greedy tokens of vLLM and transformers")
-    doctor = add("doctor", commands.doctor, "look for what would keep a recipe from running, here or on a cluster")
+    doctor = add("doctor", inspection.doctor, "look for what would keep a recipe from running, here or on a cluster")
     doctor.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE", help="also look at what this recipe needs")
     doctor.add_argument("--compute", type=Path, metavar="F", help="a compute file, see configs/compute")
-    show = add("show", commands.show, "show one artifact")
+    show = add("show", inspection.show, "show one artifact")
     show.add_argument("artifact", metavar="ID_OR_DIR")
     show.add_argument("--plot", type=Path, metavar="F", help="of a score: also draw its distances, as .svg or .png")
-    diff = add("diff", commands.diff, "show which recipe values differ between two recipes or artifacts")
+    diff = add("diff", inspection.diff, "show which recipe values differ between two recipes or artifacts")
     diff.add_argument("a", metavar="A")
     diff.add_argument("b", metavar="B")
 
@@ -149,7 +150,7 @@ def _add_readers(add: Callable[..., argparse.ArgumentParser]) -> None:
 def _add_publishers(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the commands that hand models on."""
     push = add("push", publishing.push, "publish a model, its rewritten data set or both on a hub, each with its card")
-    push.add_argument("artifacts", nargs="+", metavar="ID", help="a model that was made here, a distill artifact")
+    push.add_argument("artifacts", nargs="+", metavar="ID", help="a model, its exports, a distill artifact")
     push.add_argument("--to", required=True, metavar="OWNER/NAME", help="the name there; key: HF_TOKEN")
     push.add_argument("--base", metavar="M", help="the base's name on the hub, if the recipe has a path or a file")
     push.add_argument("--private", action="store_true", help="only for those whom its owner lets in")

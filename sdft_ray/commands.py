@@ -88,9 +88,13 @@ def run(options: argparse.Namespace) -> None:
 
 
 def report(options: argparse.Namespace) -> None:
-    """Show the results of a recipe or a sweep."""
+    """Show the results of a recipe or a sweep, or of several side by side."""
     from sdft_ray.sweep import planning
 
+    files, options.recipe = options.recipe, options.recipe[0]
+    if len(files) > 1:
+        _show_several(options, files)
+        return
     if planning.is_sweep(options.recipe):
         plan, _, storage = _load_sweep(options)
         _show_sweep(options, plan, storage)
@@ -220,6 +224,34 @@ def _show_sweep(options: argparse.Namespace, plan: Any, storage: Any) -> Any:
     return report
 
 
+def _show_several(options: argparse.Namespace, files: Sequence[Path]) -> None:
+    from rich.console import Console
+
+    from sdft_ray.progress import log
+    from sdft_ray.report import collect, frame, page, table
+    from sdft_ray.report import sweep as of_sweep
+    from sdft_ray.store.identity import distinct
+    from sdft_ray.sweep.planning import is_sweep
+
+    if options.set:
+        raise UserError(problem("--set", "is for one recipe", "Copy the recipe and change the copy"))
+    reports = {}
+    for name, file in zip(distinct([file.stem for file in files]), files, strict=True):
+        options.recipe = file
+        load, gather = (_load_sweep, of_sweep.collect) if is_sweep(options.recipe) else (_load, collect.collect)
+        content, _, storage = load(options)
+        reports[name] = gather(content, str(options.recipe), storage)
+    if options.json:
+        print(json.dumps({name: each.plain() for name, each in reports.items()}, indent=1))
+    else:
+        Console(width=None if sys.stdout.isatty() else 160).print(table.several_table(reports))
+    if options.csv:
+        frame.of_several(reports).to_csv(options.csv, index=False)
+        log(f"Table: {options.csv}")
+    if options.html:
+        _write_page(options.html, page.render_several(reports))
+
+
 def _load_sweep(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     from sdft_ray.spec.compute import load_compute
     from sdft_ray.store.storage import Storage
@@ -238,120 +270,6 @@ def _load_sweep(options: argparse.Namespace) -> tuple[Any, Any, Any]:
 def _require_directory(option: str, file: Path | None, root: str) -> None:
     if file and not file.absolute().parent.is_dir() and file.parent != Path(root):
         raise UserError(problem(option, f"{file.parent} is no directory", f"Make {file.parent}"))
-
-
-def verify(options: argparse.Namespace) -> None:
-    """Verify models."""
-    from sdft_ray.progress import Progress
-    from sdft_ray.store.storage import Storage
-    from sdft_ray.verify import checks, models
-
-    results, failed = [], []
-    for model in models.find_models(options.target, options.against, Storage(options.root)):
-        done = []
-        with Progress(f"verify {model.name}") as progress:
-            for check in checks.verify(model, options.vllm):
-                done.append(check)
-                progress.enter(f"{check.check} {check.status}")
-        if not options.json:
-            checks.show(model, done)
-        results.append(checks.describe(model, done))
-        if wrong := ", ".join(check.check for check in done if check.status == "FAILED"):
-            failed.append(f"{model.name} ({wrong})")
-    if options.json:
-        print(json.dumps(results, indent=1))
-    if failed:
-        raise StageFailed(f"verify: failed: {'; '.join(failed)}")
-
-
-def doctor(options: argparse.Namespace) -> int:
-    """Look for obstacles to running a recipe."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    from sdft_ray.preflight import doctor
-    from sdft_ray.progress import Progress
-    from sdft_ray.spec.compute import load_compute
-    from sdft_ray.spec.loading import load_recipe
-
-    recipe = load_recipe(options.recipe) if options.recipe else None
-    with contextlib.redirect_stdout(sys.stderr), Progress("doctor"):
-        findings = list(doctor.examine(recipe, load_compute(options.compute), options.root))
-    failed = any(finding.status == "fail" for finding in findings)
-    if options.json:
-        print(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
-        return int(failed)
-    table = Table(box=None, pad_edge=False)
-    table.add_column("", no_wrap=True)
-    table.add_column("check", no_wrap=True)
-    table.add_column("where", overflow="fold")
-    table.add_column("found", overflow="fold", ratio=1)
-    for finding in findings:
-        colour = {"ok": "green", "warn": "yellow", "fail": "red"}[finding.status]
-        text = escape(finding.what) + (f". [bold]{escape(finding.do)}[/]" if finding.do else "")
-        table.add_row(f"[{colour}]{finding.status}[/]", finding.check, escape(finding.where), text)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
-    return int(failed)
-
-
-def show(options: argparse.Namespace) -> None:
-    """Show one artifact."""
-    from sdft_ray.report import terminal
-    from sdft_ray.store.manifest import read_manifest
-    from sdft_ray.store.storage import Storage
-
-    directory = Storage(options.root).find(options.artifact, "*.json")
-    manifest = read_manifest(directory)
-    assert manifest, "an artifact is found by its manifest"
-    if options.json:
-        print(json.dumps(manifest.plain(), indent=1))
-    else:
-        terminal.show_artifact(directory, manifest)
-    if options.plot:
-        from sdft_ray.report import plots
-        from sdft_ray.results import DISTANCES, Distances
-
-        if manifest.stage != "score" or options.plot.suffix not in (".svg", ".png"):
-            what = f"cannot draw {manifest.stage} as {options.plot.suffix or 'a file without suffix'}"
-            raise UserError(problem("--plot", what, "Give a score artifact and a name in .svg or .png"))
-        plots.save(plots.distance_maps(Distances.from_file(directory / DISTANCES)), options.plot)
-
-
-def diff(options: argparse.Namespace) -> None:
-    """Show which values differ."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from sdft_ray.spec.loading import leaves
-
-    first, second = (dict(leaves(_values(name, options.root))) for name in (options.a, options.b))
-    differing = [key for key in {**first, **second} if first.get(key, _ABSENT) != second.get(key, _ABSENT)]
-    if options.json:
-        print(json.dumps({key: [first.get(key), second.get(key)] for key in differing}, indent=1))
-        return
-    if not differing:
-        print("No value differs.")
-        return
-    table = Table("value", options.a, options.b, box=None, pad_edge=False)
-    for key in differing:
-        table.add_row(key, str(first.get(key, "-")), str(second.get(key, "-")))
-    Console().print(table)
-
-
-_ABSENT = object()
-
-
-def _values(name: str, root: str) -> Any:
-    """Return the values that identify a recipe file or an artifact."""
-    from sdft_ray.spec.loading import load_recipe
-    from sdft_ray.store.manifest import MANIFEST, read_manifest
-    from sdft_ray.store.storage import Storage
-
-    if Path(name).suffix in (".yaml", ".yml"):
-        return load_recipe(Path(name))
-    manifest = read_manifest(Storage(root).find(name, MANIFEST))
-    return manifest and manifest.lineage
 
 
 def _load(options: argparse.Namespace) -> tuple[Any, Any, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from sdft_ray.data.calibration import CorpusSettings, FurtherTexts, describe_further
 from sdft_ray.errors import UserError, nearest, problem
 from sdft_ray.spec.recipe import Recipe
-from sdft_ray.stages import draft, evaluate, model, nll, probes, retention, train
+from sdft_ray.stages import draft, evaluate, export, model, nll, probes, retention, train
 from sdft_ray.store.identity import Stage
 from sdft_ray.training_data import Data
 
@@ -55,17 +55,34 @@ def nll_stages(
     )
 
 
+def export_stages(recipe: Recipe, models: Mapping[str, Stage[Any]]) -> dict[str, Stage[export.Settings]]:
+    """Return the models in other forms, by name and form; raises UserError for one that the recipe does not make."""
+    if not (wanted := recipe.export):
+        return {}
+    chosen = _chosen(models, wanted.models or recipe.arms.names, "export.models")
+    return {
+        f"{name} {form}": export.stage(form, name, stage) for name, stage in chosen.items() for form in wanted.formats
+    }
+
+
 def draft_stages(recipe: Recipe, models: Mapping[str, Stage[Any]], own: Data) -> dict[str, Stage[draft.Settings]]:
     """Return the models that are tried as drafts, by name; raises UserError for one that the recipe does not make."""
     if not (settings := recipe.draft):
         return {}
     candidates = {name: stage for name, stage in models.items() if name != "base"}
-    drafts = {}
-    for name in settings.models or ("pruned", *recipe.arms.names):
-        if name not in candidates:
-            raise UserError(problem("draft.models", f"this recipe makes no {name}", nearest(name, candidates)))
-        drafts[name] = draft.stage(settings, name, models["pruned"], models["base"], candidates[name], own.read)
-    return drafts
+    chosen = _chosen(candidates, settings.models or ("pruned", *recipe.arms.names), "draft.models")
+    return {
+        name: draft.stage(settings, name, models["pruned"], models["base"], stage, own.read)
+        for name, stage in chosen.items()
+    }
+
+
+def _chosen(models: Mapping[str, Stage[Any]], names: Sequence[str], where: str) -> dict[str, Stage[Any]]:
+    """Return models by names; raises UserError at `where` a name is that the recipe does not make."""
+    for name in names:
+        if name not in models:
+            raise UserError(problem(where, f"this recipe makes no {name}", nearest(name, models)))
+    return {name: models[name] for name in names}
 
 
 def _require_untrained(texts: FurtherTexts | None, own: Data) -> None:

@@ -8,8 +8,9 @@ code, and a finished artifact is not built again.
                  └─ distill ── (targets) ───────────────┘            └── merge
     nll: likelihoods of rewrites and references under the base
     draft: pruned, tuned and merged models for the base
+    export: models in the forms that other programs serve
     probes ── retention: every model against the base, token by token
-    evaluate: base, pruned, tuned and merged models on every task
+    evaluate: every model on every task
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any
 from sdft_ray.cluster import below_ray, in_thread, last_line, ray_cluster, require_capacity
 from sdft_ray.engine import EngineFactory, start_engine
 from sdft_ray.errors import StageFailed, UserError, nearest, problem
-from sdft_ray.measures import draft_stages, evaluation_stages, nll_stages, retention_stages
+from sdft_ray.measures import draft_stages, evaluation_stages, export_stages, nll_stages, retention_stages
 from sdft_ray.preflight import precision, teachers
 from sdft_ray.preflight.checks import check
 from sdft_ray.progress import Progress, duration, log
@@ -45,6 +46,7 @@ from sdft_ray.stages import (
     distill,
     draft,
     evaluate,
+    export,
     loss,
     merge,
     mix,
@@ -74,6 +76,7 @@ MODULES: dict[str, StageModule] = {
     "targets": train.targets,
     "train": train,
     "merge": merge,
+    "export": export,
     "nll": nll,
     "draft": draft,
     "speed": speed,
@@ -101,7 +104,7 @@ class Chain:
     data: Mapping[str, Data]
     """Training data: the recipe's own under "", others by the names of their models."""
     models: Mapping[str, Stage[Any]]
-    """Every model, by the name that the report gives it: base, pruned, patched, each arm, and merged ones."""
+    """Every model, by the name that the report gives it: base, pruned, patched, each arm, merged and exported ones."""
     nll: tuple[Stage[nll.Settings], ...]
     """One for each set of rewrites; the recipe's own first."""
     drafts: Mapping[str, Stage[draft.Settings]]
@@ -132,6 +135,11 @@ class Chain:
         """The models that are merged from others, by name."""
         kinds = (merge.SlerpSettings, merge.LinearSettings)
         return {name: stage for name, stage in self.models.items() if isinstance(stage.settings, kinds)}
+
+    @property
+    def exported(self) -> dict[str, Stage[export.Settings]]:
+        """The models in other forms, by name and form."""
+        return {name: stage for name, stage in self.models.items() if isinstance(stage.settings, export.Settings)}
 
     def tasks_of(self, name: str) -> dict[str, Stage[evaluate.Settings]]:
         """Return the evaluations of a model, by task."""
@@ -173,6 +181,8 @@ def chain(recipe: Recipe) -> Chain:
         models[arm] = train_in(arm, [data[""].inputs])
     if recipe.merge:
         models |= _merge_stages(recipe.merge, start, models[recipe.merge.arm], data, train_in)
+    drafts = draft_stages(recipe, models, own)  # of no exported ones
+    models |= export_stages(recipe, models)
     return Chain(
         base=base,
         rows=own.rows,
@@ -184,7 +194,7 @@ def chain(recipe: Recipe) -> Chain:
         data=data,
         models=models,
         nll=nll_stages(recipe, base, data),
-        drafts=draft_stages(recipe, models, own),
+        drafts=drafts,
         speed=speed.stage(recipe.evaluate.dtype, base, pruned) if recipe.evaluate.speed else None,
         retention=retention_stages(recipe, models, own, corpora),
         evaluations=evaluation_stages(recipe, models, own),

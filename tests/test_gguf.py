@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdft_ray import cli
 from sdft_ray.errors import StageFailed, UserError
+from sdft_ray.models import gguf
+from sdft_ray.models.vocabulary import name_pre_tokenizer
 from sdft_ray.progress import Progress
-from sdft_ray.publish import gguf
-from sdft_ray.publish.vocabulary import name_pre_tokenizer
 
 torch.set_num_threads(1)
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from hub import KEY, Hub
@@ -12,6 +13,7 @@ from sdft_ray import cli
 from sdft_ray.errors import StageFailed, UserError
 from sdft_ray.progress import Progress
 from sdft_ray.publish import hub
+from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 
 NAME = "me/smaller"
@@ -55,6 +57,22 @@ def test_pushed_model_and_data_set_are_one_commit_each_with_every_file(server, r
         assert model.files[name] == (place / name).read_bytes()
     assert data.files["train.parquet"] == (root.storage.find(root.distilled) / "train.parquet").read_bytes()
     assert model.files["adapter/adapter_model.safetensors"] == b"weights"
+
+
+def test_pushed_gguf_lies_beside_the_model_it_was_made_of_alone(server, root, tmp_path):
+    of = SimpleNamespace(id=root.trained, lineage={})
+    stage = Stage("export", "tiny-q8-0", 1, {"format": "q8_0"}, {"model": of})
+    (root.storage.scratch(stage) / "model-q8_0.gguf").write_bytes(b"weights")
+    (root.storage.scratch(stage) / "config.json").write_text("{}")
+    root.storage.commit(stage, {}, 0.1)
+    push(server, root, root.trained, stage.id)
+    files = server.repositories["model", NAME].files
+    assert files["model-q8_0.gguf"] == b"weights" and len(files["config.json"]) > 2
+    assert b"--hf-file model-q8_0.gguf" in files["README.md"]
+    push(server, root, root.trained)
+    assert "model-q8_0.gguf" not in server.repositories["model", NAME].files
+    with pytest.raises(UserError, match=f"{stage.id}: was made of {root.trained}, which is not pushed with it"):
+        hub.gather([root.cut, stage.id], NAME, None, root.storage)
 
 
 def test_pushed_files_hold_no_name_of_a_path_or_machine(server, root):

@@ -18,7 +18,7 @@ ORDER = (
     *("preflight.precision", "preflight.teachers", "preflight.limits", "preflight.cuts", "preflight.checks"),
     *("training_data", "measures", "pipeline", "sweep"),
     *("preflight.memory", "preflight.costs", "preflight.savings", "preflight.doctor", "preflight.starter"),
-    *("report", "verify", "submit", "publish", "surface", "completion", "commands", "cli"),
+    *("report", "verify", "submit", "publish", "surface", "completion", "inspection", "commands", "cli"),
 )
 HEAVY = ("torch", "ray", "vllm", "deepspeed", "lm_eval", "transformers")
 

@@ -245,7 +245,7 @@ def test_recipe_with_several_mistakes_reports_all_at_once(tmp_path):
         load(tmp_path, changes, without="prune")
     assert sorted(error.value.problems) == [
         "distill.top_p: got 2; expected less than or equal to 1. Change this value.",
-        "foo: unknown key. Known: arms, distill, draft, evaluate, merge, model, prune, rows, train.",
+        "foo: unknown key. Known: arms, distill, draft, evaluate, export, merge, model, prune, rows, train.",
         "model.revision: 'main' moves. Pin a commit: git ls-remote https://huggingface.co/REPO.",
         "prune: is missing. Add it.",
         "rows.fields.respons: unknown key. Did you mean response?",

@@ -240,6 +240,8 @@ def test_wandb_itself_writes_offline_what_sync_sends_later(storage, tmp_path, mo
     assert "compute.track" not in capsys.readouterr().err
     files = sorted((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(files) == 2 and len({file.name for file in files}) == 1, "one run in two pieces"
+    (kept,) = (tmp_path / "wandb").glob("offline-run-*/files/metrics.jsonl")
+    assert not kept.is_symlink()
 
 
 def test_mlflow_itself_keeps_one_run_below_its_sweep(storage, tmp_path, monkeypatch, capsys):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from sdft_ray.core.surgery import require_blocks, require_supported
 from sdft_ray.data import readers
 from sdft_ray.errors import UserError, problem
-from sdft_ray.models import directory, parts, sources
+from sdft_ray.models import directory, exporting, parts, sources
 from sdft_ray.models.sizes import sizes_of
 from sdft_ray.preflight import limits
 from sdft_ray.preflight.cuts import depth_of
@@ -35,6 +35,7 @@ def check(recipe: Recipe, compute: Compute, read: limits.FileReader = limits.rea
         depth = _require_prunable(recipe, facts)
         if recipe.draft:
             _require_generates(facts, compute)
+        _require_exportable(recipe)
     if recipe.arms.need_rewrites and (teaching := _teacher_facts(recipe, facts)):
         _require_generates(teaching, compute)
     for name, other in others.items():
@@ -84,6 +85,15 @@ def _require_prunable(recipe: Recipe, facts: directory.ModelFacts) -> int | None
             config = readers.read_json(path / "config.json")
         require_blocks(path, names, config)
     return depth_of(recipe.prune, sizes_of(recipe.model))
+
+
+def _require_exportable(recipe: Recipe) -> None:
+    """Raise UserError for a model whose directory is here and which cannot be exported as the recipe says."""
+    assert not isinstance(recipe.model, HubModel), "a hub model has no facts"
+    path = sources.model_path(recipe.model)
+    if path.is_dir() and not getattr(recipe.model, "part", None):
+        for form in recipe.export.formats if recipe.export else ():
+            exporting.require_writable(path, form)
 
 
 def _teacher_facts(recipe: Recipe, base: directory.ModelFacts | None) -> directory.ModelFacts | None:

@@ -57,6 +57,7 @@ def write_card(origin: Origin, name: str, base: str | None, files: Sequence[str]
         if shared
         else None,
         mean=interval(origin.mean_difference) if origin.mean_difference else None,
+        ggufs=[file for file in files if file.endswith(".gguf")],
         adapter=any(file.startswith("adapter/") for file in files),
         recipe=yaml.safe_dump(_recipe(origin), sort_keys=False, allow_unicode=True),
         version=origin.model.provenance.packages.get("sdft-ray", ""),

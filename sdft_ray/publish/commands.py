@@ -14,7 +14,7 @@ from sdft_ray import environment
 from sdft_ray.errors import UserError, problem
 
 if TYPE_CHECKING:
-    from sdft_ray.publish.gguf import Written
+    from sdft_ray.models.gguf import Written
     from sdft_ray.publish.hub import Publication
 
 
@@ -55,8 +55,8 @@ def _show(publications: list[Publication], options: argparse.Namespace) -> None:
 
 def export(options: argparse.Namespace) -> None:
     """Write a model as a GGUF file."""
+    from sdft_ray.models import gguf
     from sdft_ray.progress import Progress, quiet_transformers
-    from sdft_ray.publish import gguf
     from sdft_ray.store.manifest import read_manifest
     from sdft_ray.store.storage import Storage
 

@@ -31,7 +31,7 @@ _ADAPTER = "adapter/adapter_config.json"
 # Not for others: names of machines (TensorBoard's files), and peft's card, which names a path of this machine.
 _KEPT_BACK = ("tensorboard/*", "adapter/README.md", CARD)
 # Weights of what a repository held before: beside others they would be loaded, or taken for a part of the model.
-_REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.bin", "adapter/*")
+_REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.gguf", "adapter/*")
 
 
 class Publication(NamedTuple):
@@ -75,19 +75,25 @@ def require_name(name: str) -> None:
 def gather(targets: Sequence[str], name: str, base: str | None, storage: Storage) -> list[Publication]:
     """Return what is to be published under a name, the data set first; raises UserError for what cannot be.
 
-    base: the name on a hub of the model that was pruned, where the manifests do not have it.
+    base: the name on a hub of the model that was pruned, where the manifests do not have it. GGUF files go beside the
+    model that they were made of.
     """
     found: dict[str, tuple[Path, Manifest]] = {}
+    beside: dict[str, tuple[Path, Manifest]] = {}
     for target in targets:
         directory = storage.find(target)
         manifest = read_manifest(directory)
         assert manifest, "an artifact is found by its manifest"
+        check_files(directory, manifest, hashes=True)
+        if manifest.stage == "export":
+            beside[target] = directory, manifest
+            continue
         kind = _kind(target, manifest)
         if kind in found:
             what = f"is a {kind}, and so is {found[kind][1].id}; one name holds one of each"
             raise UserError(problem(target, what, "Push it under another name"))
-        check_files(directory, manifest, hashes=True)
         found[kind] = directory, manifest
+    forms = _require_forms(beside, found["model"][1].id if "model" in found else None)
     publications = []
     if "dataset" in found:
         directory, manifest = found["dataset"]
@@ -96,10 +102,25 @@ def gather(targets: Sequence[str], name: str, base: str | None, storage: Storage
         )
     if "model" in found:
         directory, manifest = found["model"]
-        names = [file.path for file in manifest.files]
+        names = [*(file.path for file in manifest.files), *forms]
         card = write_card(find_origin(manifest, storage), name, base, names, name if "dataset" in found else None)
-        publications.append(Publication("model", manifest, _files(directory, manifest, card.encode())))
+        files = _files(directory, manifest, card.encode()) | forms
+        publications.append(Publication("model", manifest, files))
     return publications
+
+
+def _require_forms(exports: Mapping[str, tuple[Path, Manifest]], model: str | None) -> dict[str, Path | bytes]:
+    """Return the GGUF files of exports of a model; raises UserError for others."""
+    forms: dict[str, Path | bytes] = {}
+    for target, (directory, manifest) in exports.items():
+        of, files = manifest.identity.inputs["model"], [file.path for file in manifest.files if ".gguf" in file.path]
+        if of != model:
+            raise UserError(problem(target, f"was made of {of}, which is not pushed with it", f"Give {of}, too"))
+        if not files:
+            what = "holds safetensors of 8 bits, and only GGUF files go beside a model"
+            raise UserError(problem(target, what, "Leave it out"))
+        forms |= {file: directory / file for file in files}
+    return forms
 
 
 def _kind(target: str, manifest: Manifest) -> str:
@@ -107,7 +128,7 @@ def _kind(target: str, manifest: Manifest) -> str:
         return "dataset"
     if manifest.stage in STAGES:
         return "model"
-    do = f"Give the id of a {', '.join(STAGES)} or distill artifact"
+    do = f"Give the id of a {', '.join(STAGES)}, export or distill artifact"
     raise UserError(problem(target, f"is of stage {manifest.stage}: neither a model nor a data set made here", do))
 
 

@@ -25,6 +25,7 @@ from sdft_ray.report.entries import (
     Details,
     Draft,
     Example,
+    Exported,
     Greedy,
     Losses,
     Merged,
@@ -89,6 +90,8 @@ def collect(recipe: Recipe, name: str, storage: Storage) -> Report:
     )
     sources = _describe_sources(chain, models, storage)
     compared = compare_arms({arm: [chain.tasks_of(arm)] for arm in recipe.arms.names}, storage)
+    further = [*compared[1:], *_compare_exported(chain, storage)]
+    exports = {name: Exported.of(stage, storage) for name, stage in chain.exported.items()}
     return Report(
         recipe=name,
         flops_tokens=FLOPS_TOKENS,
@@ -99,7 +102,8 @@ def collect(recipe: Recipe, name: str, storage: Storage) -> Report:
         merges=_describe_merges(chain, storage),
         drafts={name: Draft.of(stage, storage) for name, stage in chain.drafts.items()},
         **({"sources": sources} if sources else {}),
-        **({"further_comparisons": tuple(compared[1:])} if compared[1:] else {}),
+        **({"exports": exports} if exports else {}),
+        **({"further_comparisons": tuple(further)} if further else {}),
         details=_describe_details(recipe, chain, storage),
     )
 
@@ -160,11 +164,19 @@ def compare_arms(evaluations: Mapping[str, Sequence[Evaluations]], storage: Stor
     seeds; an item counts as their mean.
     """
     values = {arm: item_values(models, storage) for arm, models in evaluations.items() if models}
-    compared = []
-    for second, first in itertools.pairwise(values):
-        tasks, mean = paired_differences(values[first], values[second])
-        compared.append(Comparison(first=first, second=second, tasks=tasks, mean=mean))
-    return compared
+    return [_compare(first, second, values) for second, first in itertools.pairwise(values)]
+
+
+def _compare(first: str, second: str, values: Mapping[str, Mapping[str, Sequence[float]]]) -> Comparison:
+    tasks, mean = paired_differences(values[first], values[second])
+    return Comparison(first=first, second=second, tasks=tasks, mean=mean)
+
+
+def _compare_exported(chain: Chain, storage: Storage) -> list[Comparison]:
+    """Return how much better each exported model does than what it was made of."""
+    pairs = [(name, stage.settings.of) for name, stage in chain.exported.items()]
+    values = {name: item_values([chain.tasks_of(name)], storage) for name in {*itertools.chain(*pairs)}}
+    return [_compare(*pair, values) for pair in pairs]
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from sdft_ray.stages.cut import Summary as Pruned
 from sdft_ray.stages.distill import SourceSummary as Rewrites
 from sdft_ray.stages.distill import Summary as Selection
 from sdft_ray.stages.draft import Summary as Draft
+from sdft_ray.stages.export import Summary as Exported
 from sdft_ray.stages.loss import GreedySummary as Greedy
 from sdft_ray.stages.loss import Summary as Losses
 from sdft_ray.stages.merge import Summary as Merged
@@ -170,10 +171,12 @@ class Report(Record):
     speed: Speed | None
     merges: dict[str, MergeEntry]
     drafts: dict[str, Draft]
+    exports: dict[str, Exported] = Field(default_factory=dict)
+    """By the name of the exported model."""
     sources: tuple[SourceEntry, ...] = ()
     """Where there are several."""
     further_comparisons: tuple[Comparison, ...] = ()
-    """Of each further arm with the one before it."""
+    """Of each further arm with the one before it, and of each exported model with what it was made of."""
     details: Details = Field(exclude=True)
 
     @property

@@ -8,11 +8,19 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
-from sdft_ray.report import table
+from sdft_ray.report import several, table
 from sdft_ray.report.entries import Report, SweepReport
 
 if TYPE_CHECKING:
     import pandas
+
+
+def of_several(reports: several.Reports) -> pandas.DataFrame:
+    """Return the lines of several reports, each behind the name of its report."""
+    import pandas
+
+    frames = {name: of_recipe(of) if isinstance(of, Report) else of_sweep(of) for name, of in reports.items()}
+    return pandas.concat(frames, names=["of"]).reset_index(level="of").reset_index(drop=True)
 
 
 def of_recipe(report: Report) -> pandas.DataFrame:

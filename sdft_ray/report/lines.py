@@ -11,6 +11,7 @@ from sdft_ray.core.surgery import name_blocks
 from sdft_ray.report.entries import (
     Comparison,
     Draft,
+    Exported,
     GoalEntry,
     Greedy,
     Losses,
@@ -156,6 +157,13 @@ def merge_line(name: str, entry: MergeEntry) -> str:
     return f"{text}. {name} less others on the same items, mean in points with 95 % intervals: {gained}."
 
 
+def export_line(name: str, export: Exported) -> str:
+    """Return how large an exported model is, and how far its weights are from those that it was made of."""
+    size = f"{export.bytes / 1e6:.1f} MB of weights for {export.of_bytes / 1e6:.1f} MB"
+    error = f"off by {export.largest_error:.2g} at most" if export.largest_error else "as they are after rounding"
+    return f"{name}: {size}, {error}."
+
+
 def draft_line(name: str, draft: Draft) -> str:
     """Return what a model is worth as a draft: the best number of drafted tokens, and what it cost and gained."""
     best = draft.greedy.best
@@ -191,6 +199,11 @@ def nll_line(nll: Nll) -> str | None:
 def name_trial(trial: TrialEntry) -> str:
     """Return a trial in words."""
     return f"{trial.blocks} blocks, {trial.rows} rows, {trial.name}"
+
+
+def name_chosen(name: str, chosen: bool) -> str:
+    """Return the name of a group, marked where another setting was chosen."""
+    return name if chosen else f"{name} (not chosen)"
 
 
 # --- figures --------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The HTML page of a recipe's or a sweep's report: one file, no network.
+"""The HTML page of a recipe's report, of a sweep's or of several: one file, no network.
 
 In: the collected report. Out: HTML with everything inline; text from models and rows is escaped.
 """
@@ -12,7 +12,7 @@ from typing import Any
 from sdft_ray.core.choice import JointChoice
 from sdft_ray.core.surgery import name_blocks
 from sdft_ray.progress import duration
-from sdft_ray.report import lines, plots, sources, table
+from sdft_ray.report import lines, plots, several, sources, table
 from sdft_ray.report.entries import Details, Report, SweepReport
 from sdft_ray.store.manifest import MANIFEST
 
@@ -41,6 +41,7 @@ def render(report: Report) -> str:
         generated_columns=table.GENERATED_COLUMNS,
         generated_rows=table.generated_rows(report),
         merge_lines=[lines.merge_line(name, merged) for name, merged in report.merges.items()],
+        export_lines=[lines.export_line(name, export) for name, export in report.exports.items()],
         draft_columns=table.DRAFT_COLUMNS,
         source_columns=sources.columns(report),
         source_rows=sources.rows(report),
@@ -72,6 +73,23 @@ def render_sweep(report: SweepReport, folder: Path) -> str:
         maps=[plots.as_svg(plots.distance_maps(*each)) for each in report.maps],
         manifests=[os.path.relpath(Path(trial.directory) / MANIFEST, folder.absolute()) for trial in report.trials],
     )
+
+
+def render_several(reports: several.Reports) -> str:
+    """Return the page of several recipes and sweeps."""
+    return _template("several.html.jinja").render(
+        notes=several.notes(reports),
+        columns=several.columns(reports),
+        rows=several.rows(reports),
+        figures={name: _draw(report) for name, report in reports.items()},
+    )
+
+
+def _draw(report: Report | SweepReport) -> dict[str, str]:
+    """Return the figures of a report's quality by their titles."""
+    if isinstance(report, SweepReport):
+        return _draw_recovery(report)
+    return {"Mean score, with 95 % intervals over items": plots.ladder(report.models)}
 
 
 def _draw_distances(details: Details) -> str:

@@ -149,10 +149,12 @@ def recovery_lines(report: SweepReport, along: str, apart: str, label: str) -> s
             mine = [group for group in groups if group.arm == arm and _apart(group, apart) == other]
             label_of = f"{arm}, {other[0]} {other[1]} {apart}".replace(",  ", ", ") if len(others) > 1 else arm
             _draw_recovery(axes, mine, along, label_of, style)
+    ticks = {getattr(group, along) for group in groups}
     if along == "blocks":
+        ticks |= {model.blocks for model in report.pruned}
         pruned = sorted((model.blocks, model.quality.recovery) for model in report.pruned)
         axes.plot(*zip(*pruned, strict=True), "x:", color=_UNTRAINED, label="pruned, not trained")
-    axes.set_xticks(sorted({getattr(group, along) for group in groups}))
+    axes.set_xticks(sorted(ticks))
     axes.minorticks_off()
     return _finish(figure, axes, label, "recovery, % of the base")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -15,12 +15,14 @@ from rich.table import Table
 
 from sdft_ray.core.choice import JointChoice
 from sdft_ray.core.surgery import name_blocks
+from sdft_ray.report import several
 from sdft_ray.report.entries import Cost, Draft, Greedy, Losses, Report, SweepReport
 from sdft_ray.report.lines import (
     FIGURES,
     caption,
     figure_of,
     interval,
+    name_chosen,
     number,
     percent,
     ratio,
@@ -74,6 +76,7 @@ def retention_table(report: Report) -> Table:
     return filled(titled("Retention", retention_caption(report)), retention_columns(report), retention_rows(report))
 
 
+_NAMES = ("of", "model", "source", "draft", "text")  # columns of them
 GENERATED_COLUMNS = ("model", "end by themselves", "repeat", "empty", "refuse", "characters", "of the base's")
 GENERATED_NOTE = (
     "In % of the answers; repetition and refusal count where the reference has none. Characters: mean length."
@@ -97,10 +100,10 @@ def generated_table(report: Report) -> Table:
     return filled(titled("Answers to held-out rows", GENERATED_NOTE), GENERATED_COLUMNS, generated_rows(report))
 
 
-def filled(table: Table, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Return a table with columns of figures behind a first one of names."""
+def filled(table: Table, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Return a table with columns of names on the left and of figures on the right."""
     for column in columns:
-        table.add_column(column, justify="left" if column == columns[0] else "right")
+        table.add_column(column, justify="left" if column in _NAMES else "right")
     for row in rows:
         table.add_row(*row)
     return table
@@ -158,11 +161,6 @@ def three(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def name_chosen(name: str, chosen: bool) -> str:
-    """Return the name of a group, marked where another setting was chosen."""
-    return name if chosen else f"{name} (not chosen)"
-
-
 def comparison_table(report: SweepReport) -> Table:
     """Return how much better each arm does than the one before it on the same items, with 95 % intervals."""
     pairs = {f"{entry.compared.first} - {entry.compared.second}": None for entry in report.comparisons}
@@ -192,11 +190,7 @@ DRAFT_NOTE = (
 def sweep_draft_table(report: SweepReport) -> Table:
     """Return what each model is worth as a draft of the base, greedy and sampled."""
     table = titled(f"{report.sweep}: as drafts of the base", DRAFT_NOTE)
-    for column in SWEEP_DRAFT_COLUMNS:
-        table.add_column(column, justify="left" if column in ("draft", "text") else "right")
-    for row in sweep_draft_rows(report):
-        table.add_row(*row)
-    return table
+    return filled(table, SWEEP_DRAFT_COLUMNS, sweep_draft_rows(report))
 
 
 def sweep_draft_rows(report: SweepReport) -> Iterator[list[str]]:
@@ -242,6 +236,12 @@ def as_csv(report: SweepReport) -> str:
             cells += (scores[task].value, scores[task].stderr) if task in scores else (None, None)
         lines.writerow([*cells, *map(own.get, further), trial.reason])
     return file.getvalue()
+
+
+def several_table(reports: several.Reports) -> Table:
+    """Return the models of several reports."""
+    table = titled("Side by side, in %", "\n".join(several.notes(reports)))
+    return filled(table, several.columns(reports), several.rows(reports))
 
 
 # --- single artifacts -----------------------------------------------------------------------------------------

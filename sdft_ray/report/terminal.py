@@ -35,6 +35,8 @@ def show(report: Report, console: Console) -> None:
         console.print(lines.retention_line(kept))
     for name, merged in report.merges.items():
         console.print(lines.merge_line(name, merged))
+    for name, export in report.exports.items():
+        console.print(lines.export_line(name, export))
     for name, draft in report.drafts.items():
         console.print(lines.draft_line(name, draft))
     if report.speed:

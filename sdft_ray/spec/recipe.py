@@ -14,6 +14,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
+from sdft_ray.spec.export import Export
 from sdft_ray.spec.lookup import Lookup
 from sdft_ray.spec.retention import Retention
 from sdft_ray.spec.section import LocalPath, Section, require_distinct
@@ -329,6 +330,7 @@ class Recipe(Section):
     arms: Arms = Arms(sft=ArmOverrides(), distilled=ArmOverrides())
     merge: Merge | None = None
     draft: Draft | None = None
+    export: Export | None = None
     evaluate: Evaluate
 
     @model_validator(mode="after")

@@ -22,6 +22,7 @@ from sdft_ray.core.recovery import Estimate, ratio
 from sdft_ray.core.retention import Measured, Nearness, Probe, compare, read_lines, write_lines
 from sdft_ray.core.surgery import decoder_of
 from sdft_ray.errors import UserError, problem
+from sdft_ray.models.exporting import load_exported
 from sdft_ray.results import PROBES, RETENTION
 from sdft_ray.spec.compute import Needs
 from sdft_ray.spec.section import Section
@@ -137,7 +138,10 @@ def measure(
     use_assigned_cores()
 
     def load(directory: Callable[[], Path]) -> Any:
-        return AutoModelForCausalLM.from_pretrained(directory(), dtype=getattr(torch, dtype)).to(device).eval()
+        place = directory()
+        exported = load_exported(place, dtype)
+        loaded = exported or AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype))
+        return loaded.to(device).eval()
 
     loaded = load(base)
     both = (loaded, load(model) if model else loaded)

@@ -126,9 +126,10 @@ def expand(sweep: Sweep, folder: Path) -> tuple[Cell, ...]:
     problems: dict[str, None] = {}
     for file in sweep.recipe:
         whole = load_recipe(folder / file)  # raises for the recipe's own mistakes
-        if whole.merge:
-            do = f"Remove merge from {file}"
-            raise UserError(problem("recipe", f"{file} merges models, and trials do not merge", do))
+        for key, what in (("merge", "merges"), ("export", "exports")):
+            if getattr(whole, key):
+                fault = f"{file} {what} models, and trials do not {key}"
+                raise UserError(problem("recipe", fault, f"Remove {key} from {file}"))
         first = load_recipe(folder / sweep.recipe[0])
         if whole.evaluate != first.evaluate:
             what = f"{file} has other evaluations than {sweep.recipe[0]}, so their means do not compare"

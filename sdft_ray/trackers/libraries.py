@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -90,7 +91,8 @@ class Wandb:
             self._run.log(dict(metrics), step=step)
 
     def artifact(self, file: Path) -> None:
-        self._run.save(str(file), base_path=str(file.parent), policy="now")
+        copy = shutil.copy(file, self._run.dir)  # of another file it keeps a link, which may break before `wandb sync`
+        self._run.save(copy, base_path=self._run.dir, policy="now")
 
     def finish(self, status: Literal["done", "stopped"]) -> None:
         self._run.finish(exit_code=0 if status == "done" else 1)

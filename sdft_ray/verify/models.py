@@ -58,7 +58,7 @@ def find_models(target: str, against: str | None, storage: Storage) -> list[Mode
 def _recipe_models(path: Path, storage: Storage) -> list[Model]:
     chain = pipeline.chain(load_recipe(path))
     base = storage.files(chain.base)
-    stages = {name: stage for name, stage in chain.models.items() if name != "base"}
+    stages = {name: stage for name, stage in chain.models.items() if name != "base" and name not in chain.exported}
     built = {name: stage for name, stage in stages.items() if storage.status(stage) == "done"}
     if not built:
         what = f"none of its models ({', '.join(stages)}) is built under {storage.uri}"

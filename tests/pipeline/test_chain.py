@@ -40,6 +40,7 @@ def chain(ray_cluster, tiny_model, tmp_path_factory):
         "distill": {"max_new_tokens": 24, "dtype": "float32"},
         "train": {"global_batch_size": 16, "epochs": 2, "lr": 1e-3},
         "arms": {"sft": {}, "distilled": {"lr": 2e-3}},
+        "export": {"models": ["sft"], "formats": ["int8"]},
         "evaluate": {
             "tasks": ["arc_easy", "held_out"],
             "limit": 3,
@@ -71,9 +72,9 @@ def artifact(folder: Path, stage: str, slug: str = "") -> Path:
     return found[0]
 
 
-def test_chain_reports_four_models_in_the_promised_shape(chain):
+def test_chain_reports_every_model_in_the_promised_shape(chain):
     report = json.loads(chain[1].stdout)
-    assert [model["model"] for model in report["models"]] == ["base", "pruned", "sft", "distilled"]
+    assert [model["model"] for model in report["models"]] == ["base", "pruned", "sft", "distilled", "sft int8"]
     base, pruned = report["models"][:2]
     for model in report["models"]:
         assert set(model["tasks"]) == {"arc_easy", "held_out"}
@@ -86,6 +87,10 @@ def test_chain_reports_four_models_in_the_promised_shape(chain):
     assert base["retention"]["texts"]["kl"]["value"] == 0 < pruned["retention"]["texts"]["kl"]["value"]
     (nearer,) = report["retention"]
     assert nearer["first"] == "distilled" and nearer["figures"]["kl_texts"]["n"] == 2
+    (cost,) = report["further_comparisons"]
+    assert (cost["first"], cost["second"]) == ("sft int8", "sft") and cost["tasks"]["arc_easy"]["n"] == 3
+    small = report["exports"]["sft int8"]
+    assert small["bytes"] < small["of_bytes"] and 0 < small["largest_error"] < 0.01
     assert pruned["parameters"] < base["parameters"]
     assert pruned["flops_per_token"] < base["flops_per_token"]
 
@@ -93,8 +98,8 @@ def test_chain_reports_four_models_in_the_promised_shape(chain):
 def test_chain_every_artifact_is_whole_and_its_files_are_the_listed_ones(chain):
     folder, _ = chain
     manifests = list((folder / "artifacts").glob("*/*/manifest.json"))
-    # rows, score, loss, cut, distill, nll, probes; train; evaluate, retention
-    assert len(manifests) == 7 + 2 + 4 * 3
+    # rows, score, loss, cut, distill, nll, probes; train; export; evaluate, retention
+    assert len(manifests) == 7 + 2 + 1 + 5 * 3
     for path in manifests:
         manifest = read_manifest(path.parent)
         check_files(path.parent, manifest, hashes=True)
@@ -143,7 +148,7 @@ def test_chain_run_again_builds_nothing(chain):
     before = {path: path.stat().st_mtime_ns for path in (folder / "artifacts").rglob("manifest.json")}
     again = sdft("run", "recipe.yaml", cwd=folder)  # without the compute file: that never moves an id
     assert again.returncode == 0
-    assert "Nothing to do: all 22 artifacts are there already" in again.stderr
+    assert "Nothing to do: all 26 artifacts are there already" in again.stderr
     assert {path: path.stat().st_mtime_ns for path in (folder / "artifacts").rglob("manifest.json")} == before
 
 
@@ -162,6 +167,7 @@ def test_chain_another_depth_reuses_scoring_and_generation(chain):
         "loss": "missing",
         "cut": "missing",
         "train": "missing",
+        "export": "missing",
     }
 
 
@@ -177,7 +183,7 @@ def test_chain_run_again_under_other_names_builds_nothing(chain, tiny_model, tmp
     recipe["evaluate"]["retention"]["text"] = "other-plain.txt"
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     again = sdft("run", "recipe.yaml", "--root", folder / "artifacts", "--json", cwd=tmp_path)
-    assert again.returncode == 0 and "Nothing to do: all 22 artifacts are there already" in again.stderr, again.stderr
+    assert again.returncode == 0 and "Nothing to do: all 26 artifacts are there already" in again.stderr, again.stderr
     assert json.loads(again.stdout)["models"] == json.loads(chain[1].stdout)["models"]
 
 

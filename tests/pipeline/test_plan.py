@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pin
@@ -96,6 +97,7 @@ FIXED = {
     "evaluate.speed",  # measures beside the evaluations
     "evaluate.retention",  # measures beside the evaluations; what its own leaves move is tested with it
     "draft",  # measures beside the evaluations
+    "export",  # makes further models
     "merge",  # makes further models; what its own leaves move is tested with it
 }
 
@@ -279,6 +281,15 @@ def test_an_arm_with_soft_targets_stands_beside_the_others_and_stores_them_where
     assert targets(stored) == targets(plan(likeliest=8, lr=1e-5)), "they do not depend on how the student learns"
     names = [name for name, _ in stored]
     assert names.index("distill") < names.index("targets") < names.index("train")
+
+
+def test_exports_are_further_models_that_move_no_other_id(recipe):
+    exports = {"formats": ["q8_0", "int8"], "models": ["base", "sft"]}
+    more = all_ids(recipe | {"export": exports}) - all_ids(recipe)
+    assert all_ids(recipe) < all_ids(recipe | {"export": exports})
+    assert Counter(name for name, _ in more) == {"export": 4, "evaluate": 8}
+    with pytest.raises(UserError, match=r"^export\.models: this recipe makes no sfd\. Did you mean sft\?"):
+        all_ids(recipe | {"export": exports | {"models": ["sfd"]}})
 
 
 def test_only_the_arm_with_soft_targets_alone_generates_too(recipe):

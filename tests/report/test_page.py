@@ -50,11 +50,12 @@ class Cards(HTMLParser):
             self.lines[-1][-1][0] += data.strip()
 
 
-def test_page_of_a_sweep_names_every_figure_of_a_card_as_the_head_of_its_column(collected, tmp_path):
-    cards = Cards()
-    cards.feed(page.render_sweep(collected.model_copy(update={"maps": []}), tmp_path))
+@pytest.mark.parametrize("times", [1, 2])
+def test_page_of_sweeps_names_every_figure_of_a_card_as_the_head_of_its_column(collected, times, tmp_path):
+    cards, report = Cards(), collected.model_copy(update={"maps": []})
+    cards.feed(page.render_sweep(report, tmp_path) if times == 1 else page.render_several({"a": report, "b": report}))
     head, *lines = cards.lines
-    assert len(lines) == len(collected.models) + len(collected.groups)
+    assert len(lines) == times * (len(collected.models) + len(collected.groups))
     for line in lines:
         assert len(line) == len(head)
         for (text, name), (column, _) in list(zip(line, head, strict=True))[1:]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sdft_ray.errors import UserError, problem
+from sdft_ray.models.exporting import load_exported
 from sdft_ray.models.generation import plain_generation
 from sdft_ray.results import Item, Score
 from sdft_ray.stages.evaluate.likelihoods import score_requests
@@ -128,6 +129,8 @@ def load_model(model: str, dtype: str, batch_size: int, device: str) -> Any:
 
     # On a CPU the context is the cost. A GPU is fed better by the harness's own large batches.
     kind = SharedContextLM if device == "cpu" else HFLM
-    lm = kind(pretrained=model, dtype=dtype, device=device, batch_size=batch_size)
+    exported = load_exported(Path(model), dtype)
+    given = exported.to(device) if exported else model
+    lm = kind(pretrained=given, tokenizer=model, dtype=dtype, device=device, batch_size=batch_size)
     lm.model.generation_config = plain_generation(lm.model, lm.tokenizer)  # generating tasks of the harness take it
     return lm

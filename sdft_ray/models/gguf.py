@@ -18,17 +18,17 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
 from safetensors import safe_open
-from transformers import AutoConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from sdft_ray.errors import StageFailed, UserError, nearest, problem
 from sdft_ray.models.directory import describe_directory, require_dtype, tensor_places
 from sdft_ray.models.sources import read_gguf
+from sdft_ray.models.vocabulary import add_vocabulary, name_pre_tokenizer
 from sdft_ray.progress import Progress
-from sdft_ray.publish.vocabulary import add_vocabulary
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 class _Family(NamedTuple):
@@ -71,6 +71,9 @@ def require_format(name: str) -> None:
         what = f"{name} is not written: the gguf package reads K-quants and cannot make them"
         do = f"Write f16, then do: llama-quantize FILE.gguf OUT.gguf {name.upper()}"
         raise UserError(problem("--format", what, do))
+    if name == "int8":
+        what = "int8 is no GGUF; it is written by a recipe"
+        raise UserError(problem("--format", what, "Set export: {formats: [int8]} in the recipe"))
     if name not in FORMATS:
         raise UserError(problem("--format", f"{name} is not written", nearest(name, FORMATS)))
 
@@ -101,7 +104,36 @@ def write_gguf(model: Path, file: Path, kind: Kind, title: str, progress: Progre
     return Written(file, len(plan), file.stat().st_size, error, config.max_position_embeddings)
 
 
+def load_gguf(file: Path, dtype: str) -> PreTrainedModel:
+    """Return the model of a file that was written here, with the config beside it: what llama.cpp computes with, in
+    another precision."""
+    config = AutoConfig.from_pretrained(file.parent)
+    family = _require_family(file.parent, config)
+    names, heads = _tensor_names(family, config), _reordered(family, config)
+    stored = {tensor.name: tensor for tensor in read_gguf(file).tensors}
+    with torch.device("meta"):
+        shapes = {name: weight.shape for name, weight in AutoModelForCausalLM.from_config(config).state_dict().items()}
+    weights = {}
+    for name, shape in shapes.items():
+        if tensor := stored.get(names.get_name(name, (".weight", ".bias"))):  # else tied to another
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+            if count := heads.get(name.split(".")[-2]):
+                values = values.reshape(count, -1, 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
+            weights[name] = torch.from_numpy(np.array(values)).to(getattr(torch, dtype))
+    model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+        None, config=config, state_dict=weights, dtype=getattr(torch, dtype), output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    return model
+
+
 # --- what can be said -----------------------------------------------------------------------------------------
+
+
+def require_sayable(model: Path) -> None:
+    """Raise UserError for a model or a tokenizer that GGUF cannot say."""
+    _require_family(model, AutoConfig.from_pretrained(model))
+    name_pre_tokenizer(model / "tokenizer.json")
 
 
 def _require_family(model: Path, config: PretrainedConfig) -> _Family:
@@ -194,9 +226,7 @@ class _Tensor(NamedTuple):
 
 def _plan(model: Path, family: _Family, config: PretrainedConfig, kind: Kind) -> list[_Tensor]:
     """Return the tensors of the file in order; raises UserError for one that GGUF has no place for."""
-    (architecture,) = (each for each, name in gguf.MODEL_ARCH_NAMES.items() if name == family.name)
-    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads} if family.interleaved else {}
+    names, heads = _tensor_names(family, config), _reordered(family, config)
     plan = []
     for source, (place, stored) in tensor_places(model).items():
         require_dtype(model, source, stored)
@@ -208,6 +238,19 @@ def _plan(model: Path, family: _Family, config: PretrainedConfig, kind: Kind) ->
         reordered = heads.get(source.split(".")[-2], 0)
         plan.append(_Tensor(name, _kind_of(stored.shape, kind), stored.shape, place, source, reordered))
     return plan if config.rope_parameters.get("rope_type", "default") == "default" else [*plan, _stretched(config)]
+
+
+def _tensor_names(family: _Family, config: PretrainedConfig) -> Any:
+    """Return what knows the names of tensors in the file by those in the model."""
+    (architecture,) = (each for each, name in gguf.MODEL_ARCH_NAMES.items() if name == family.name)
+    return gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+
+
+def _reordered(family: _Family, config: PretrainedConfig) -> dict[str, int]:
+    """Return the modules whose rows have another order in the file, each with its number of heads."""
+    if not family.interleaved:
+        return {}
+    return {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
 
 
 def _kind_of(shape: Sequence[int], kind: Kind) -> Kind:

@@ -1,0 +1,58 @@
+"""Models in the forms that other programs serve: what is loaded to be evaluated is what was written."""
+
+import pytest
+import torch
+from architectures import load
+from test_gguf import make_model
+from transformers import AutoModelForCausalLM
+
+from sdft_ray.errors import UserError
+from sdft_ray.models import compressed, exporting
+from sdft_ray.progress import Progress
+
+torch.set_num_threads(1)
+IDS = torch.arange(3, 35).reshape(1, -1)
+
+
+def export(model, folder, form):
+    folder.mkdir()
+    return exporting.write(model, folder, form, "tiny", Progress("export"))
+
+
+def logits(model) -> torch.Tensor:
+    with torch.inference_mode():
+        return model.eval()(IDS).logits
+
+
+@pytest.mark.parametrize("variant", ["llama", "llama, untied", "llama, stretched", "qwen2", "granite"])
+@pytest.mark.parametrize("form", ["f16", "q8_0"])
+def test_exported_gguf_is_evaluated_with_the_weights_of_the_file(variant, form, tmp_path):
+    model = make_model(tmp_path, variant)
+    export(model, tmp_path / "out", form)
+    loaded = exporting.load_exported(tmp_path / "out", "float32")
+    assert not torch.equal(logits(loaded), logits(load(model)))
+    if form == "f16":
+        rounded = load(model)
+        for weight in rounded.parameters():
+            weight.data = weight.data.half().float() if weight.dim() > 1 else weight.data
+        assert torch.equal(logits(loaded), logits(rounded))
+    elif variant == "llama":  # transformers reads no stretched positions of a GGUF, and no granite
+        file = f"model-{form}.gguf"
+        back = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file=file, dtype=torch.float32)
+        assert torch.equal(logits(loaded), logits(back))
+
+
+def test_exported_int8_is_loaded_by_transformers_as_rounded_matrices(tmp_path):
+    model = make_model(tmp_path, "llama")
+    written = export(model, tmp_path / "out", "int8")
+    assert exporting.load_exported(tmp_path / "out", "float32") is None
+    loaded, original = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32), load(model)
+    assert 0 < (logits(loaded) - logits(original)).abs().max() < 0.2 * logits(original).abs().max()
+    assert 0 < written.largest_error < 0.01
+    assert written.bytes < sum(file.stat().st_size for file in model.glob("*.safetensors")) / 2
+
+
+def test_export_of_a_mixture_in_8_bits_is_one_line(tmp_path):
+    model = make_model(tmp_path, "mixtral")
+    with pytest.raises(UserError, match=r"experts\..*, and int8 is written of dense decoders alone\. Leave int8 out"):
+        compressed.require_dense(model)
