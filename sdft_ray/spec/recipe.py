@@ -329,8 +329,7 @@ class Evaluate(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Precision of every evaluated model."""
     engine: Literal["transformers", "vllm"] = "transformers"
-    """What runs the models. `vllm` generates several times faster, and adds up in another order; on a GPU it computes
-    likelihoods, too. A model is loaded once for all of its tasks, and contexts hold one token less."""
+    """What runs the models: `vllm` generates several times faster, and on a GPU also computes likelihoods."""
 
     _tasks_distinct = field_validator("tasks")(lambda value: require_distinct(value))
 

@@ -32,7 +32,8 @@ class Loaded(NamedTuple):
     """Returns (log-likelihood, is greedy) of each (context, continuation), both token ids."""
 
 
-def run_task(lm: Any, settings: TaskSettings) -> tuple[Score, list[Item]]:
+def ask_harness(lm: Any, settings: TaskSettings) -> dict[str, Any]:
+    """Return what the harness reports of a task, with all samples."""
     import lm_eval
 
     manager = task_manager(FOLDERS.get(settings.task))
@@ -42,7 +43,7 @@ def run_task(lm: Any, settings: TaskSettings) -> tuple[Score, list[Item]]:
             task = write_task(manager, task, _from_file(Path(settings.file), Path(folder)), Path(folder))
         elif settings.revision:
             task = write_task(manager, task, {"dataset_kwargs": {"revision": settings.revision}}, Path(folder))
-        output = lm_eval.simple_evaluate(
+        output: dict[str, Any] = lm_eval.simple_evaluate(
             model=lm,
             tasks=[task],
             num_fewshot=settings.shots,
@@ -54,6 +55,12 @@ def run_task(lm: Any, settings: TaskSettings) -> tuple[Score, list[Item]]:
             use_cache=None,
             verbosity="ERROR",
         )
+    return output
+
+
+def run_task(lm: Any, settings: TaskSettings) -> tuple[Score, list[Item]]:
+    """Return the score and the items of a task."""
+    output = ask_harness(lm, settings)
     results = output["results"][settings.task]
     samples_of_all = [sample for samples in output["samples"].values() for sample in samples]
     metric = settings.metric
@@ -151,6 +158,11 @@ def load_model(model: str, dtype: str, batch_size: int, device: str) -> Loaded:
     kind = SharedContextLM if device == "cpu" else HFLM
     lm = kind(pretrained=model, dtype=dtype, device=device, batch_size=batch_size)
     lm.model.generation_config = plain_generation(lm.model, lm.tokenizer)  # generating tasks of the harness take it
+    return in_transformers(lm, batch_size)
+
+
+def in_transformers(lm: Any, batch_size: int) -> Loaded:
+    """Return a model that the harness has loaded in transformers."""
     return Loaded(
         lm,
         lm.tokenizer,
