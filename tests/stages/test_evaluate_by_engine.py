@@ -69,7 +69,8 @@ def asked(plain) -> dict:
         greedy = plain.model.generate(torch.tensor([first]), max_new_tokens=4)[0, len(first) :].tolist()
     letters = [(first, [token]) for token in range(60, 200)]  # more than are looked up at once
     inner = [(first, [5, 6, 7]), (first, [5, 6, 8]), (first, [5, 6, 7]), (first, greedy), (first, greedy[:1])]
-    whole = [(long, [11, 12, 13]), (long, [13]), ([9], long), ([77], [78, 79])]
+    alike = [(long[:100], [*range(40, 80), *end]) for end in ([1, 2], [3, 4], [5])]  # share more than their context
+    whole = [*alike, (long, [11, 12, 13]), (long, [13]), ([9], long), ([77], [78, 79])]
     (written,) = plain.generate_until(asking("generate_until", ("Q: 2?\nA:", {"until": [], "max_gen_toks": 24})))
     assert len(written) > 8
     until = [{"until": []}, {"until": [written[5:7]]}, {"until": ["no such text", written[8]]}, {"until": written[0]}]

@@ -1,8 +1,8 @@
 """The harness's model with vLLM where transformers would be: it is given token ids, and returns token ids.
 
 In: a model directory. Out: a `Loaded` whose parts start at their first use. The harness's own class still encodes,
-truncates and cuts at stop strings: only what computes is another. On a CPU likelihoods stay with transformers, because
-prompt logprobs read a context anew for each choice and take all of it through the head.
+truncates and cuts at stop strings: only what computes is another. On a CPU likelihoods stay with transformers: prompt
+logprobs take all of a context through the head, and the packed pass only what is scored.
 
 The module imports torch and lm-eval, so it is imported by workers alone.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lm_eval.models.huggingface import HFLM
@@ -129,41 +129,63 @@ class EngineLM(HFLM):  # type: ignore[misc]
         """Return the same by the engine.
 
         A prompt ends before the last token of its continuation, which is looked up in the distribution of the next one.
-        So choices of one token (letters) are looked up together, behind one reading of their context, which may be in
-        the prefix cache: prompts whose own logprobs are asked for are not read from it.
+        So choices of one token (letters) are looked up together, behind one reading of their context.
         """
-        from vllm import SamplingParams
-
         members: dict[tuple[tuple[int, ...], int], dict[int, list[int]]] = {}
         for i, (context, continuation) in enumerate(requests):
             assert context and len(continuation) <= self.max_length, f"request {i} fits no model of this context"
             *ids, last = (context + continuation)[-(self.max_length + 1) :]
             members.setdefault((tuple(ids), len(continuation) - 1), {}).setdefault(last, []).append(i)
-        asked = [(*key, some) for key, lasts in members.items() for some in _pieces(list(lasts), _LAST_TOKENS)]
-        made = self._complete(
-            [list(ids) for ids, _, _ in asked],
+        asked = [_Asked(*key, some) for key, lasts in members.items() for some in _pieces(list(lasts), _LAST_TOKENS)]
+        scores: dict[int, tuple[float, bool]] = {}
+        for (ids, inner, some), output in zip(asked, self._read(asked), strict=True):
+            (completion,) = output.outputs
+            own = [output.prompt_logprobs[place][ids[place]] for place in range(len(ids) - inner, len(ids))]
+            before, greedy = sum(each.logprob for each in own), all(each.rank == 1 for each in own)
+            for last in some:
+                score = before + completion.logprobs[0][last].logprob, greedy and completion.token_ids[0] == last
+                scores |= dict.fromkeys(members[ids, inner][last], score)
+        return [scores[i] for i in range(len(requests))]
+
+    def _read(self, asked: Sequence[_Asked], cached: bool = True) -> list[Any]:
+        """Return vLLM's outputs with the logprobs that are asked for; cached: contexts may be read from its cache.
+
+        vLLM itself reads nothing from there for such requests, because it then leaves the logprobs of what it read
+        unset (its issue 42019). Those of the context are not needed here; where more was read, it is done once more.
+        """
+        from vllm import SamplingParams
+
+        outputs = self._complete(
+            [list(each.ids) for each in asked],
             [
                 SamplingParams(
                     temperature=0,
                     max_tokens=1,
                     detokenize=False,
                     flat_logprobs=True,
-                    prompt_logprobs=0 if inner else None,  # of the prompt's own tokens
-                    logprob_token_ids=some,
+                    prompt_logprobs=0 if each.inner else None,  # of the prompt's own tokens
+                    logprob_token_ids=each.lasts,
+                    skip_reading_prefix_cache=not cached,
                 )
-                for _, inner, some in asked
+                for each in asked
             ],
         )
-        scores: dict[int, tuple[float, bool]] = {}
-        for (ids, inner, some), output in zip(asked, made, strict=True):
-            (completion,) = output.outputs
-            own = [output.prompt_logprobs[place][ids[place]] for place in range(len(ids) - inner, len(ids))]
-            before, greedy = sum(each.logprob for each in own), all(each.rank == 1 for each in own)
-            for last in some:
-                likelihood = before + completion.logprobs[0][last].logprob
-                is_greedy = greedy and completion.token_ids[0] == last
-                scores |= dict.fromkeys(members[ids, inner][last], (likelihood, is_greedy))
-        return [scores[i] for i in range(len(requests))]
+        pairs = enumerate(zip(asked, outputs, strict=True))
+        unset = [i for i, (each, output) in pairs if output.num_cached_tokens >= len(each.ids) - each.inner]
+        if cached and unset:
+            for i, output in zip(unset, self._read([asked[i] for i in unset], cached=False), strict=True):
+                outputs[i] = output
+        return outputs
+
+
+class _Asked(NamedTuple):
+    """A prompt, and which logprobs are needed."""
+
+    ids: tuple[int, ...]
+    inner: int
+    """Of so many of its last tokens."""
+    lasts: list[int]
+    """And of these tokens behind it."""
 
 
 def _pieces(items: list[int], most: int) -> Iterator[list[int]]:
