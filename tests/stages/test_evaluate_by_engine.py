@@ -120,7 +120,7 @@ def found(ray_cluster, tiny_model, asked) -> dict:
 
 
 def assert_near(scores, expected) -> None:
-    assert [likelihood for likelihood, _ in scores] == pytest.approx([x for x, _ in expected], abs=1e-3)
+    assert [likelihood for likelihood, _ in scores] == pytest.approx([x for x, _ in expected], abs=1e-3, rel=1e-6)
     assert [greedy for _, greedy in scores] == [x for _, x in expected]
 
 

@@ -93,12 +93,12 @@ class EngineLM(HFLM):  # type: ignore[misc]
         """Return all prompts (N, T), each followed by what was made behind it and padding."""
         from vllm import SamplingParams
 
-        temperature = asked.pop("temperature", 0.0) if asked.pop("do_sample", False) else 0.0
+        sampled, temperature = asked.pop("do_sample", False), asked.pop("temperature", 0.0)
         if unknown := sorted(asked.keys() - set(_SAMPLING)):
             what = f"vllm cannot generate with {', '.join(unknown)}, which a task asks for"
             raise UserError(problem("evaluate.engine", what, "Set evaluate.engine: transformers"))
         common = {
-            "temperature": temperature,
+            "temperature": temperature if sampled else 0.0,
             "max_tokens": max_length - context.shape[1],
             "stop": [text for text in stop if text],
             "ignore_eos": True,  # vLLM's own also holds those of generation_config.json
@@ -107,7 +107,7 @@ class EngineLM(HFLM):  # type: ignore[misc]
             **asked,
         }
         prompts = [ids[seen.bool()].tolist() for ids, seen in zip(context, attention_mask, strict=True)]
-        seeds = [i if temperature else None for i in range(len(prompts))]
+        seeds = [i if sampled else None for i in range(len(prompts))]
         made = self._complete(prompts, [SamplingParams(**common, seed=seed) for seed in seeds])
         behind = [torch.tensor(each.outputs[0].token_ids, dtype=context.dtype) for each in made]
         pad = self.tokenizer.pad_token_id
