@@ -50,7 +50,8 @@ def main() -> None:
     parser.add_argument("--measure", nargs=2, metavar=("WAY", "MODEL"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
-        print(json.dumps(measure(*options.measure, options)))
+        way, model = options.measure
+        print(json.dumps(measure(way, model, options)))
         return
     runs: dict[str, list[dict[str, Any]]] = {way: [] for way in options.ways}
     with tempfile.TemporaryDirectory(prefix="evaluate-") as folder:

@@ -136,14 +136,13 @@ class Evaluator:
     def __init__(
         self, model: Callable[[], Path], dtype: str, batch_size: int, device: str, options: Mapping[str, Any]
     ) -> None:
-        self._loads = (model, dtype, batch_size, device, options)
+        self._where, self._how = model, (dtype, batch_size, device, options)
 
     @functools.cached_property
     def _loaded(self) -> Loaded:
         from sdft_ray.stages.evaluate.by_engine import load_engine
 
-        model, *how = self._loads
-        return load_engine(str(model()), *how)
+        return load_engine(str(self._where()), *self._how)
 
     def evaluate(self, settings: Settings, held_out: list[Row]) -> tuple[Summary, Sequence[Item]]:
         """Return the score, with the seconds that it took, and the items of one task."""

@@ -37,7 +37,7 @@ def load_engine(model: str, dtype: str, batch_size: int, device: str, options: M
     return Loaded(lm, lm.tokenizer, lm.answer, lm.score)
 
 
-class EngineLM(HFLM):  # type: ignore[misc]
+class EngineLM(HFLM):
     """The harness's model over vLLM."""
 
     def __init__(self, model: str, dtype: str, batch_size: int, device: str, options: Mapping[str, Any]) -> None:
@@ -134,8 +134,8 @@ class EngineLM(HFLM):  # type: ignore[misc]
         members: dict[tuple[tuple[int, ...], int], dict[int, list[int]]] = {}
         for i, (context, continuation) in enumerate(requests):
             assert context and len(continuation) <= self.max_length, f"request {i} fits no model of this context"
-            *ids, last = (context + continuation)[-(self.max_length + 1) :]
-            members.setdefault((tuple(ids), len(continuation) - 1), {}).setdefault(last, []).append(i)
+            *given, last = (context + continuation)[-(self.max_length + 1) :]
+            members.setdefault((tuple(given), len(continuation) - 1), {}).setdefault(last, []).append(i)
         asked = [_Asked(*key, some) for key, lasts in members.items() for some in _pieces(list(lasts), _LAST_TOKENS)]
         scores: dict[int, tuple[float, bool]] = {}
         for (ids, inner, some), output in zip(asked, self._read(asked), strict=True):
