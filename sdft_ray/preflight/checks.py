@@ -5,6 +5,9 @@ In: recipe and compute file. Out: nothing, or a UserError for a mistake that wou
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from sdft_ray.core.surgery import require_blocks, require_supported
 from sdft_ray.data import readers
 from sdft_ray.errors import UserError, problem
@@ -34,10 +37,12 @@ def check(recipe: Recipe, compute: Compute, read: limits.FileReader = limits.rea
     if facts:
         depth = _require_prunable(recipe, facts)
         if recipe.draft:
-            _require_generates(facts, compute)
+            _require_generates(facts, "distill", compute.distill.gpus, compute.distill.engine_options())
         _require_exportable(recipe)
+        if recipe.evaluate.engine == "vllm":
+            _require_generates(facts, "evaluate", compute.evaluate.gpus, compute.evaluate.engine_options())
     if recipe.arms.need_rewrites and (teaching := _teacher_facts(recipe, facts)):
-        _require_generates(teaching, compute)
+        _require_generates(teaching, "distill", compute.distill.gpus, compute.distill.engine_options())
     for name, other in others.items():
         if other.path is not None and facts and depth:
             _require_compatible(f"merge.others.{name}.path", other.path, facts, depth)
@@ -107,19 +112,19 @@ def _teacher_facts(recipe: Recipe, base: directory.ModelFacts | None) -> directo
             return sources.describe_model(source, "distill.teacher.path", teaches=True)
 
 
-def _require_generates(facts: directory.ModelFacts, compute: Compute) -> None:
+def _require_generates(facts: directory.ModelFacts, section: str, gpus: float, engine: Mapping[str, Any]) -> None:
     """Raise UserError for a model of which vLLM's CPU build generates other text (docs/architectures.md), or which
-    cannot be spread as the compute file says."""
-    plan = compute.distill
-    if facts.architecture == "gpt_oss" and not plan.gpus:
+    cannot be spread as the section of the compute file says."""
+    if facts.architecture == "gpt_oss" and not gpus:
         what = "vLLM's CPU build generates other text than gpt_oss"
-        raise UserError(problem("compute.distill.gpus", what, "Set compute.distill.gpus: 1"))
-    if facts.heads and facts.heads % plan.tensor_parallel_size:
-        what = f"{plan.tensor_parallel_size} does not divide the {facts.heads} attention heads of the model"
+        raise UserError(problem(f"compute.{section}.gpus", what, f"Set compute.{section}.gpus: 1"))
+    if facts.heads and facts.heads % (each := engine["tensor_parallel_size"]):
+        what = f"{each} does not divide the {facts.heads} attention heads of the model"
         do = f"Give one of {', '.join(str(n) for n in range(1, facts.heads + 1) if facts.heads % n == 0)}"
-        raise UserError(problem("compute.distill.tensor_parallel_size", what, do))
-    if facts.blocks and facts.blocks % plan.pipeline_parallel_size:
-        _report_uneven(facts.blocks, plan.pipeline_parallel_size)
+        key = "tensor_parallel_size" if section == "distill" else "gpus"
+        raise UserError(problem(f"compute.{section}.{key}", what, do))
+    if facts.blocks and facts.blocks % (groups := engine.get("pipeline_parallel_size", 1)):
+        _report_uneven(facts.blocks, groups)
 
 
 def _report_uneven(blocks: int, groups: int) -> None:

@@ -37,6 +37,7 @@ from sdft_ray.store.storage import Storage
 from sdft_ray.sweep.planning import Plan
 from sdft_ray.training_data import MixedStage, count_rows
 
+_Engines = compute_spec.Distill | compute_spec.Evaluate
 # llama.cpp's names of the layers that may get an adapter.
 _GGUF = {
     "attn_q": "q_proj",
@@ -141,7 +142,7 @@ def _distill(recipe: Recipe, compute: Compute, shape: memory.Shape | None, rows:
     weights = None if shape is None else _bytes(recipe.distill.dtype) * shape.parameters
     if teacher:
         weights = _stored_bytes(teacher)
-    return _engine("distill", work, actors, weights, compute)
+    return _engine("distill", work, actors, weights, compute, compute.distill)
 
 
 def _stored_bytes(model: LocalModel | HubModel) -> int | None:
@@ -163,12 +164,11 @@ def _drafts(
     weights = None
     if shape is not None and pruned is not None:  # the base alone and the base with its draft take turns
         weights = _bytes(settings.dtype) * (2 * shape.parameters + pruned.parameters)
-    return [_engine("draft", work, 1, weights, compute)]
+    return [_engine("draft", work, 1, weights, compute, compute.distill)]
 
 
-def _engine(stage: str, work: str, processes: int, weights: int | None, compute: Compute) -> Cost:
+def _engine(stage: str, work: str, processes: int, weights: int | None, compute: Compute, section: _Engines) -> Cost:
     """Return the cost of processes with vLLM: its part of a GPU; or process, weights and KV cache."""
-    section = compute.distill
     if section.gpus:
         parts = f"vLLM takes {section.engine.gpu_memory_utilization:.0%} of a GPU"
         return _cost(stage, work, processes, None, parts, compute, section.gpus)
@@ -272,9 +272,12 @@ def _evaluate(recipe: Recipe, compute: Compute, shape: memory.Shape | None, mode
     settings, section = recipe.evaluate, compute.evaluate
     items = f"{settings.limit} items" if settings.limit else "all items"
     work = f"{models} models x {len(settings.tasks)} tasks, {items} each"
-    bytes_each = (
-        None if shape is None else memory.holding_memory(shape, _bytes(settings.dtype), section.batch_size * 256)
-    )
+    number, bytes_each = _bytes(settings.dtype), None
+    if shape is not None:
+        bytes_each = memory.holding_memory(shape, number, section.batch_size * 256)
+    if settings.engine == "vllm":  # on a CPU beside the model in transformers
+        both = None if shape is None or bytes_each is None else bytes_each + number * shape.parameters
+        return _engine("evaluate", work, _at_once(compute, models), both, compute, section)
     at_once = _at_once(compute, models * len(settings.tasks))
     return _cost("evaluate", work, at_once, bytes_each, "", compute, section.gpus)
 

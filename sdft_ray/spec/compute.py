@@ -218,14 +218,21 @@ class Train(Section):
 
 
 class Evaluate(Section):
-    """Ray tasks that each evaluate one model on one task."""
+    """Ray tasks that each evaluate one model on one task; with `evaluate.engine: vllm` actors, each for one model."""
 
     cpus: Count | Auto = 1
-    """CPUs of one (model, task); several run at once where the cluster holds them."""
+    """CPUs of one (model, task) or actor; several run at once where the cluster holds them."""
     gpus: float = Field(0, ge=0)
-    """GPUs of one (model, task); 0 evaluates on the CPU."""
+    """GPUs of one (model, task) or actor; 0 evaluates on the CPU. An actor's vLLM spreads each layer over its GPUs:
+    their number must divide the attention heads."""
     batch_size: int = Field(16, gt=0)
-    """Sequences of one forward pass."""
+    """Sequences of one forward pass of transformers."""
+    engine: Engine = Engine()
+    """Of an actor."""
+
+    def engine_options(self) -> dict[str, Any]:
+        """Return the options of an actor's engine, by vLLM's names except for `kv_cache_gib`."""
+        return self.engine.model_dump() | {"tensor_parallel_size": max(1, int(self.gpus))}
 
 
 class Needs(NamedTuple):

@@ -313,6 +313,8 @@ class Evaluate(Section):
     """Whether, and on what, every model is compared with the base token by token; scores do not change."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Precision of every evaluated model."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What runs the models: `vllm` generates several times faster, and on a GPU also computes likelihoods."""
 
     _tasks_distinct = field_validator("tasks")(lambda value: require_distinct(value))
 

@@ -96,13 +96,14 @@ class Work(Generic[S]):
         """A directory for pieces that let this stage go on after a kill."""
         return self.storage.resumable(self.stage)
 
-    def result(self, task: Any) -> Any:
-        """Return what a Ray task makes; end it, and raise StageFailed, where this work is stopped."""
+    def result(self, task: Any, of_actor: bool = False) -> Any:
+        """Return what a Ray task makes; end it, and raise StageFailed, where this work is stopped. One of an actor that
+        has begun ends with its actor."""
         import ray
 
         while not ray.wait([task], timeout=_LOOK_SECONDS)[0]:
             if self.stopped.is_set():
-                ray.cancel(task, force=True)
+                ray.cancel(task, force=not of_actor)
                 raise StageFailed(f"{self.stage.name}: stopped, because a stage beside it failed")
         return ray.get(task)
 

@@ -77,6 +77,7 @@ OTHER = {
     "train.dtype": "bfloat16",
     "evaluate.tasks": ["arc_easy"],
     "evaluate.dtype": "float32",
+    "evaluate.engine": "vllm",
     "train.rows": 4,
 }
 # Only one value exists, or the other needs another source.

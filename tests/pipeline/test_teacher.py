@@ -16,7 +16,7 @@ from sdft_ray import pipeline
 from sdft_ray.errors import UserError
 from sdft_ray.preflight.checks import check
 from sdft_ray.report.lines import selection_line
-from sdft_ray.spec.compute import Compute, Distill, load_compute
+from sdft_ray.spec.compute import Compute, Distill, Evaluate, load_compute
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.sources import KEY_VARIABLE
 from sdft_ray.spec.wording import validate
@@ -182,6 +182,11 @@ def test_parallel_sizes_must_divide_the_heads_and_leave_each_group_a_block(recip
     line = r"^compute.distill.tensor_parallel_size: 4 does not divide the 2 attention heads .* Give one of 1, 2\.$"
     with pytest.raises(UserError, match=line):
         check(short, spread(tensor_parallel_size=4))
+    evaluating = load_compute().model_copy(update={"evaluate": Evaluate(gpus=4)})
+    check(short, evaluating)
+    by_engine = validate(Recipe, recipe | {"evaluate": recipe["evaluate"] | {"engine": "vllm"}})
+    with pytest.raises(UserError, match=r"^compute.evaluate.gpus: 4 does not divide the 2 attention heads"):
+        check(by_engine, evaluating)
     taught = validate(Recipe, with_teacher(recipe, {"path": str(other)}))
     check(taught, spread(tensor_parallel_size=4))
     with pytest.raises(UserError, match=r"^compute.distill.pipeline_parallel_size: 6 is more than the 5 blocks"):

@@ -75,7 +75,7 @@ def test_examine_in_float32_scores_exactly_what_plain_lm_eval_does(task, metric,
     settings = evaluate.TaskSettings(
         task=task, dtype="float32", metric=metric, shots=0, limit=12, chat_template=False, file=str(file)
     )
-    ours, items = evaluate.evaluate(lambda: tiny_model, settings, [], 8, "cpu")
+    ours, items = evaluate.evaluate(lambda: tiny_model, "float32", 8, "cpu", settings, [])
     manager = presets.task_manager()
     (tmp_path / "plain.yaml").write_text(
         f"include: {manager.task_index[task].yaml_path}\ndataset_path: arrow\ndataset_name: null\n"
@@ -165,7 +165,8 @@ def test_held_out_answers_are_graded_without_thoughts_and_references_without_wha
     learn_by_heart(model, [(render_prompt(tokenizer, p), tokenizer(text)["input_ids"]) for p, text in said.items()])
     rows = [Row(prompt, "It is 4.", "4", id=prompt) for prompt in said]
     lm = types.SimpleNamespace(model=model, tokenizer=tokenizer, max_length=512)
-    _, items = held_out.evaluate_held_out(lm, rows, [Source(name="sums", answer="number")], 32, 4)
+    loaded = harness.in_transformers(lm, 4)
+    _, items = held_out.evaluate_held_out(loaded, rows, [Source(name="sums", answer="number")], 32)
     assert {item.id: item.value for item in items} == {"a?": 1.0, "b?": 0.0, "c?": 0.0, "d?": 1.0}
     assert [item.generated for item in items][::2] == ["4", "<think>\n4, 4, 4"]
     assert all(item.ended for item in items)
@@ -184,13 +185,14 @@ def test_held_out_rows_of_several_sources_are_checked_as_each_says(tiny_model):
     lm = types.SimpleNamespace(
         model=AutoModelForCausalLM.from_pretrained(tiny_model), tokenizer=tokenizer, max_length=512
     )
+    loaded = harness.in_transformers(lm, 4)
     sums = [Row(f"{i}?", f"It is {i}.", str(i), id=f"sum{i}") for i in range(3)]
     chats = [Row(f"Say {i}.", f"I say {i}.", id=f"chat{i}", origin=1) for i in range(2)]
     texts = [Row("", f"A plain text, number {i}.", conversation=PLAIN, id=f"text{i}", origin=2) for i in range(2)]
     answers = {"sums": "number", "chats": "none", "texts": "none"}
     sources = [Source(name=name, answer=answer) for name, answer in answers.items()]
     score, items = held_out.evaluate_held_out(
-        lm, [*chats, *sums, *texts], [*sources, Source(name="texts", answer="none")], 4, 4
+        loaded, [*chats, *sums, *texts], [*sources, Source(name="texts", answer="none")], 4
     )
     assert [item.id for item in items] == ["sum0", "sum1", "sum2"] and score.n == 3
     assert {*score.other_metrics} == {
@@ -200,7 +202,7 @@ def test_held_out_rows_of_several_sources_are_checked_as_each_says(tiny_model):
     assert score.other_metrics["exact_match sums"] == score.value
     for name, rows in (("sums", sums), ("chats", chats)):
         own = [row._replace(origin=0, answer="0") for row in rows]
-        alone, _ = held_out.evaluate_held_out(lm, own, sources[:1], 4, 4)
+        alone, _ = held_out.evaluate_held_out(loaded, own, sources[:1], 4)
         assert alone.bits_per_byte == pytest.approx(score.other_metrics[f"bits_per_byte {name}"], rel=1e-4)
         assert alone.other_metrics == {}
     bits = 0.0
@@ -217,7 +219,9 @@ def test_held_out_without_a_row_that_is_checked_is_one_clear_line(tiny_model):
 
     lm = types.SimpleNamespace(model=None, tokenizer=AutoTokenizer.from_pretrained(tiny_model), max_length=512)
     with pytest.raises(UserError, match=r"^evaluate\.tasks: held_out has no row"):
-        held_out.evaluate_held_out(lm, [Row("a?", "b")], [Source(name="chats", answer="none")], 4, 4)
+        held_out.evaluate_held_out(
+            harness.in_transformers(lm, 4), [Row("a?", "b")], [Source(name="chats", answer="none")], 4
+        )
 
 
 def learn_by_heart(model, texts):

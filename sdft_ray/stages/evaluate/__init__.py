@@ -3,16 +3,20 @@
 In: a model directory, and a benchmark task of lm-eval or the recipe's held-out rows. Out: score.json and one line an
 item in items.jsonl, for paired comparisons. The same stage serves base, pruned and tuned models; one artifact per
 (model, task), so one more task costs only itself. Each runs in a Ray task of its own: lm-eval cannot disturb the
-driver, and a cluster works on many at once.
+driver, and a cluster works on many at once. vLLM takes long to start, so an actor with it serves all open tasks of a
+model, one after another; each artifact is there when its task is done, and a dead actor costs the task it was at.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from sdft_ray import environment, stages
 from sdft_ray.cluster import use_assigned_cores
@@ -23,7 +27,7 @@ from sdft_ray.spec.compute import Needs
 from sdft_ray.spec.recipe import Evaluate
 from sdft_ray.spec.sources import RowSource
 from sdft_ray.stages import Work
-from sdft_ray.stages.evaluate.harness import load_model, run_task
+from sdft_ray.stages.evaluate.harness import Loaded, load_model, run_task
 from sdft_ray.stages.evaluate.held_out import evaluate_held_out
 from sdft_ray.stages.evaluate.presets import way_of
 from sdft_ray.stages.evaluate.settings import HeldOutSettings, Settings, Source, TaskSettings
@@ -31,6 +35,7 @@ from sdft_ray.store.files import hash_source, write_atomically
 from sdft_ray.store.identity import Stage, numbered, slugify
 
 VERSION, NEEDS, UNIT = 2, Needs("evaluate"), "parts"
+_DEATHS = 3  # of an actor's process, after which its tasks fail; as Ray has it for tasks
 
 
 class Summary(Score, stages.Timed):
@@ -49,9 +54,11 @@ def stage(
         each = tuple(Source(name=name, answer=source.answer) for name, source in sources.items())
         held_out = HeldOutSettings(
             dtype=wanted.dtype,
+            engine=wanted.engine,
             max_new_tokens=wanted.max_new_tokens,
             answer=each[0].answer if len(each) == 1 else None,
             sources=each if len(each) > 1 else None,
+            offline=wanted.preset == "offline",
         )
         inputs = {numbered("rows", i): stage for i, stage in enumerate(rows)}
         return Stage("evaluate", slug, VERSION, held_out, {"model": model, **inputs})
@@ -60,6 +67,7 @@ def stage(
     settings = TaskSettings(
         task=task,
         dtype=wanted.dtype,
+        engine=wanted.engine,
         metric=way.metric,
         shots=way.shots,
         revision=way.revision,
@@ -77,48 +85,91 @@ def build(work: Work[Settings]) -> Summary:
 
     plan = work.compute.evaluate
     held_out = read_held_out(work.inputs("rows")) if work.settings.task == HELD_OUT else []
-    summary, items = work.result(
-        ray.remote(evaluate)
-        .options(
-            num_cpus=plan.cpus,
-            num_gpus=plan.gpus,
-            name=f"evaluate {work.settings.task}",
-            scheduling_strategy="DEFAULT",  # of a sweep, too: else the trial's own place, which has no CPU
+    device = "cuda" if plan.gpus else "cpu"
+    # Of a sweep, too: else the trial's own place, which has no CPU.
+    takes: dict[str, Any] = {"num_cpus": plan.cpus, "num_gpus": plan.gpus, "scheduling_strategy": "DEFAULT"}
+    asked = (work.settings, held_out)
+    loads = (work.handle("model"), work.settings.dtype, plan.batch_size, device)
+    if work.settings.engine == "vllm":
+        start = functools.partial(
+            ray.remote(Evaluator).options(max_restarts=_DEATHS, max_task_retries=_DEATHS, **takes).remote,
+            *loads,
+            plan.engine_options(),
         )
-        .remote(
-            work.handle("model"),
-            work.settings,
-            held_out,
-            plan.batch_size,
-            "cuda" if plan.gpus else "cpu",
-        )
-    )
+        with _shared((work.storage.uri, work.stage.inputs["model"].id, work.settings.dtype), start) as evaluator:
+            summary, items = work.result(evaluator.evaluate.remote(*asked), of_actor=True)
+    else:
+        task = ray.remote(evaluate).options(name=f"evaluate {work.settings.task}", **takes)
+        summary, items = work.result(task.remote(*loads, *asked))
     write_atomically(work.directory / ITEMS, "".join(json.dumps(item.plain()) + "\n" for item in items))
     write_atomically(work.directory / SCORE, json.dumps(summary.plain(), indent=1) + "\n")
     return cast(Summary, summary)
 
 
+_ACTORS: dict[tuple[str, ...], tuple[Any, int]] = {}
+"""Those that stages of this process share, each with how many do."""
+_LOCK = threading.Lock()
+
+
+@contextlib.contextmanager
+def _shared(key: tuple[str, ...], start: Callable[[], Any]) -> Iterator[Any]:
+    """Hold the actor of a key, which the first of those that hold it at once starts, and the last ends."""
+    with _LOCK:
+        actor, holders = _ACTORS.get(key) or (start(), 0)
+        _ACTORS[key] = actor, holders + 1
+    try:
+        yield actor
+    finally:
+        with _LOCK:
+            actor, holders = _ACTORS.pop(key)
+            if holders > 1:
+                _ACTORS[key] = actor, holders - 1
+            else:
+                import ray
+
+                ray.kill(actor)
+
+
+class Evaluator:
+    """An actor with one model in vLLM; what reads it starts with the first task that needs it."""
+
+    def __init__(
+        self, model: Callable[[], Path], dtype: str, batch_size: int, device: str, options: Mapping[str, Any]
+    ) -> None:
+        self._where, self._how = model, (dtype, batch_size, device, options)
+
+    @functools.cached_property
+    def _loaded(self) -> Loaded:
+        from sdft_ray.stages.evaluate.by_engine import load_engine
+
+        return load_engine(str(self._where()), *self._how)
+
+    def evaluate(self, settings: Settings, held_out: list[Row]) -> tuple[Summary, Sequence[Item]]:
+        """Return the score, with the seconds that it took, and the items of one task."""
+        return _evaluate(lambda: self._loaded, settings, held_out)
+
+
 def evaluate(
-    model: Callable[[], Path],
-    settings: Settings,
-    held_out: list[Row],
-    batch_size: int,
-    device: str,
+    model: Callable[[], Path], dtype: str, batch_size: int, device: str, settings: Settings, held_out: list[Row]
 ) -> tuple[Summary, Sequence[Item]]:
-    """Return the score, with the seconds that it took, and the items of one task; runs in a Ray worker."""
+    """Return the same by transformers; runs in a Ray worker."""
+    return _evaluate(lambda: load_model(str(model()), dtype, batch_size, device), settings, held_out)
+
+
+def _evaluate(load: Callable[[], Loaded], settings: Settings, held_out: list[Row]) -> tuple[Summary, Sequence[Item]]:
     begun = time.monotonic()
-    if isinstance(settings, HeldOutSettings) or settings.file:
+    if settings.offline:
         environment.go_offline()
     from sdft_ray.progress import quiet_transformers
 
     quiet_transformers()
     use_assigned_cores()
-    lm = load_model(str(model()), settings.dtype, batch_size, device)
+    model = load()
     score: Score
     items: Sequence[Item]
     if isinstance(settings, HeldOutSettings):
         sources = settings.sources or [Source(name="", answer=str(settings.answer))]
-        score, items = evaluate_held_out(lm, held_out, sources, settings.max_new_tokens, batch_size)
+        score, items = evaluate_held_out(model, held_out, sources, settings.max_new_tokens)
     else:
-        score, items = run_task(lm, settings)
+        score, items = run_task(model.lm, settings)
     return Summary(**score.model_dump(exclude_unset=True), seconds=round(time.monotonic() - begun, 2)), items

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import numbers
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from sdft_ray.data.benchmarks import read_documents
 from sdft_ray.errors import UserError, problem
 from sdft_ray.models.exporting import load_exported
-from sdft_ray.models.generation import plain_generation
+from sdft_ray.models.generation import Written, generate_greedily, plain_generation
 from sdft_ray.results import Item, Score
 from sdft_ray.stages.evaluate.likelihoods import score_requests
 from sdft_ray.stages.evaluate.presets import FOLDERS, task_manager
@@ -18,17 +21,30 @@ from sdft_ray.stages.evaluate.scores import make_score
 from sdft_ray.stages.evaluate.settings import TaskSettings
 
 
-def run_task(lm: Any, settings: TaskSettings) -> tuple[Score, list[Item]]:
+class Loaded(NamedTuple):
+    """A model that can be taken through tasks."""
+
+    lm: Any
+    """As the harness asks it."""
+    tokenizer: Any
+    answer: Callable[[Sequence[list[int]], int], list[Written]]
+    """Returns the greedy continuations of prompts (token ids), of so many tokens at most."""
+    score: Callable[[Sequence[tuple[list[int], list[int]]]], list[tuple[float, bool]]]
+    """Returns (log-likelihood, is greedy) of each (context, continuation), both token ids."""
+
+
+def ask_harness(lm: Any, settings: TaskSettings) -> dict[str, Any]:
+    """Return what the harness reports of a task, with all samples."""
     import lm_eval
 
     manager = task_manager(FOLDERS.get(settings.task))
     with tempfile.TemporaryDirectory() as folder:
         task = settings.task
         if settings.file:
-            task = write_task(manager, task, _from_file(settings.file), Path(folder))
+            task = write_task(manager, task, _from_file(Path(settings.file), Path(folder)), Path(folder))
         elif settings.revision:
             task = write_task(manager, task, {"dataset_kwargs": {"revision": settings.revision}}, Path(folder))
-        output = lm_eval.simple_evaluate(
+        output: dict[str, Any] = lm_eval.simple_evaluate(
             model=lm,
             tasks=[task],
             num_fewshot=settings.shots,
@@ -40,6 +56,12 @@ def run_task(lm: Any, settings: TaskSettings) -> tuple[Score, list[Item]]:
             use_cache=None,
             verbosity="ERROR",
         )
+    return output
+
+
+def run_task(lm: Any, settings: TaskSettings) -> tuple[Score, list[Item]]:
+    """Return the score and the items of a task."""
+    output = ask_harness(lm, settings)
     results = output["results"][settings.task]
     samples_of_all = [sample for samples in output["samples"].values() for sample in samples]
     metric = settings.metric
@@ -100,12 +122,17 @@ def write_task(manager: Any, task: str, changes: Mapping[str, Any], folder: Path
     return str(path)
 
 
-def _from_file(file: str) -> dict[str, Any]:
-    """Return what makes a task read a local copy of its documents."""
+def _from_file(file: Path, folder: Path) -> dict[str, Any]:
+    """Return what makes a task read a local copy of its documents; folder: where one in its form can be written."""
+    kwargs: dict[str, Any] = {"data_files": {"validation": str(file)}}
+    if is_lines := file.suffix != ".arrow":
+        plain = folder / "documents.jsonl"
+        plain.write_text("".join(json.dumps(each) + "\n" for each in read_documents(file)), encoding="utf-8")
+        kwargs = {"data_files": {"validation": str(plain)}, "cache_dir": str(folder)}  # else each run leaves a copy
     return {
-        "dataset_path": "arrow",
+        "dataset_path": "json" if is_lines else "arrow",
         "dataset_name": None,
-        "dataset_kwargs": {"data_files": {"validation": file}},
+        "dataset_kwargs": kwargs,
         "training_split": None,
         "validation_split": "validation",
         "test_split": None,
@@ -116,7 +143,8 @@ def _of_filter(sample: Mapping[str, Any], metric: str) -> bool:
     return str(sample.get("filter", "none")) == metric.partition(",")[2]
 
 
-def load_model(model: str, dtype: str, batch_size: int, device: str) -> Any:
+def load_model(model: str, dtype: str, batch_size: int, device: str) -> Loaded:
+    """Return a model in transformers."""
     from lm_eval.models.huggingface import HFLM
 
     class SharedContextLM(HFLM):
@@ -133,4 +161,14 @@ def load_model(model: str, dtype: str, batch_size: int, device: str) -> Any:
     given = exported.to(device) if exported else model
     lm = kind(pretrained=given, tokenizer=model, dtype=dtype, device=device, batch_size=batch_size)
     lm.model.generation_config = plain_generation(lm.model, lm.tokenizer)  # generating tasks of the harness take it
-    return lm
+    return in_transformers(lm, batch_size)
+
+
+def in_transformers(lm: Any, batch_size: int) -> Loaded:
+    """Return a model that the harness has loaded in transformers."""
+    return Loaded(
+        lm,
+        lm.tokenizer,
+        functools.partial(generate_greedily, lm.model, lm.tokenizer, batch_size=batch_size),
+        functools.partial(score_requests, lm.model, max_length=lm.max_length, batch_size=batch_size),
+    )

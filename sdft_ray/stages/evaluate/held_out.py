@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from sdft_ray.core.rows import Row, TrainingRow
 from sdft_ray.core.selection import strip_thoughts
@@ -12,9 +12,8 @@ from sdft_ray.data.chat import encode_rows, opening_ids
 from sdft_ray.data.checkers import is_correct
 from sdft_ray.errors import UserError, problem
 from sdft_ray.generated import HeldOutItem
-from sdft_ray.models.generation import generate_greedily
 from sdft_ray.results import Score
-from sdft_ray.stages.evaluate.likelihoods import score_requests
+from sdft_ray.stages.evaluate.harness import Loaded
 from sdft_ray.stages.evaluate.scores import make_score
 from sdft_ray.stages.evaluate.settings import Source
 
@@ -27,7 +26,7 @@ class _Bits(NamedTuple):
 
 
 def evaluate_held_out(
-    lm: Any, rows: list[Row], sources: Sequence[Source], max_new_tokens: int, batch_size: int
+    model: Loaded, rows: list[Row], sources: Sequence[Source], max_new_tokens: int
 ) -> tuple[Score, list[HeldOutItem]]:
     """Return exact match of greedily generated answers, and bits per byte of the references, on the held-out rows.
 
@@ -35,15 +34,14 @@ def evaluate_held_out(
     byte separate models where exact match is on the floor: they need no answer to be right. Rows of sources whose
     answers are not checked count for them alone. Of several sources each has both figures among the other metrics.
     """
-    model, tokenizer = lm.model, lm.tokenizer
-    encoded = list(encode_rows(tokenizer, [row.exchange for row in rows]))
+    encoded = list(encode_rows(model.tokenizer, [row.exchange for row in rows]))
     checked = [i for i, row in enumerate(rows) if sources[row.origin].answer != "none"]
     if not checked:
         do = "Hold out rows of a source with checkable answers"
         raise UserError(problem("evaluate.tasks", "held_out has no row with an answer that is checked", do))
     prompts = [encoded[i].ids[: encoded[i].trained_from] for i in checked]
-    answers = generate_greedily(model, tokenizer, prompts, max_new_tokens, batch_size)
-    references = _measure(lm, rows, encoded, batch_size)
+    answers = model.answer(prompts, max_new_tokens)
+    references = _measure(model, rows, encoded)
     items = []
     for i, written in zip(checked, answers, strict=True):
         row, answer = rows[i], strip_thoughts(written.text)
@@ -70,7 +68,7 @@ def evaluate_held_out(
     ), items
 
 
-def _measure(lm: Any, rows: Sequence[Row], encoded: Sequence[TrainingRow], batch_size: int) -> list[_Bits]:
+def _measure(model: Loaded, rows: Sequence[Row], encoded: Sequence[TrainingRow]) -> list[_Bits]:
     """Return the likelihood of each reference.
 
     What the template writes around a response is the format's, not the reference's: its bits are left out.
@@ -80,12 +78,11 @@ def _measure(lm: Any, rows: Sequence[Row], encoded: Sequence[TrainingRow], batch
         if row.exchange.is_plain:
             requests.append((each.ids[:1], each.ids[1:]))
         else:
-            start = each.trained_from + len(opening_ids(lm.tokenizer))
+            start = each.trained_from + len(opening_ids(model.tokenizer))
             requests.append((each.ids[:start], each.ids[start:-1]))
-    likelihoods = score_requests(lm.model, requests, lm.max_length, batch_size)
     return [
         _Bits(-likelihood / math.log(2), len(row.reference.encode()))
-        for row, (likelihood, _) in zip(rows, likelihoods, strict=True)
+        for row, (likelihood, _) in zip(rows, model.score(requests), strict=True)
     ]
 
 

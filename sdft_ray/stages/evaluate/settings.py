@@ -19,22 +19,26 @@ class Source(Section):
 class HeldOutSettings(Section):
     """The recipe's own held-out rows, answered greedily."""
 
-    optional = ("sources",)
+    unhashed, optional = ("offline",), ("sources", "engine")
     task: Literal["held_out"] = "held_out"
     dtype: str
+    engine: str = "transformers"
     max_new_tokens: int
     answer: str | None
     """How they are checked; None where each source has its own way."""
     sources: tuple[Source, ...] | None = None
     """Where there are several."""
+    offline: bool = True
+    """Whether no other task of the recipe needs a hub: a worker that is offline once stays so."""
 
 
 class TaskSettings(Section):
     """A benchmark task of lm-eval."""
 
-    unhashed, optional = ("file",), ("revision", "sha256")
+    unhashed, optional = ("file",), ("revision", "sha256", "engine")
     task: str
     dtype: str
+    engine: str = "transformers"
     metric: str | None
     shots: int
     revision: str | None = None
@@ -44,6 +48,11 @@ class TaskSettings(Section):
     """Of the file that holds the items, where one does."""
     file: str | None = None
     """Where that file is."""
+
+    @property
+    def offline(self) -> bool:
+        """Whether it needs no hub."""
+        return self.file is not None
 
 
 Settings = HeldOutSettings | TaskSettings
