@@ -8,11 +8,11 @@ ZeRO stages, and measures the peak of a worker's resident memory over three step
 line is JSON: the ratio of estimate and measurement, of all eight, by median and range.
 The second makes a Llama of 2 GB and trains it with LoRA under ZeRO-3 by so many workers. It measures the anonymous
 memory of the worker that holds most (mapped weight files are not held) while it loads, trains and writes; full
-fine-tuning only loads. As many processes score with the model, each a share of the texts, in bfloat16 and block by block
-from the files, which are in float32. `zero3_load_over_share`: what loading adds, over model / W.
+fine-tuning only loads. As many processes score with the model, each a share of the texts, in bfloat16 and block by
+block from the files, which are in float32. `zero3_load_over_share`: what loading adds, over model / W.
 `zero3_load_over_limit`: all that a worker holds then, over model / W + largest shard + 1 GB.
-`score_peak_over_two_blocks`: what scoring adds, over two blocks, embeddings and states. Each of the case with the highest
-ratio.
+`score_peak_over_two_blocks`: what scoring adds, over two blocks, embeddings and states. Each of the case with the
+highest ratio.
 """
 
 from __future__ import annotations

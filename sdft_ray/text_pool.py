@@ -78,11 +78,12 @@ def _measure_one_by_one(
     import ray
 
     done = 0
+    actor: Any = _Actor  # Ray's annotations know functions alone
     dataset = ray.data.from_items(
         [{"number": number, "texts": json.dumps(texts)} for number, texts in enumerate(batches)],
         override_num_blocks=len(batches),
     ).map(
-        _Actor,
+        actor,
         fn_constructor_kwargs={"meter": meter, **arguments},
         compute=ray.data.ActorPoolStrategy(size=section.actors),
         num_cpus=_settled(section),

@@ -115,7 +115,7 @@ class Walk:
 
     def logits(self, batch: Batch, state: torch.Tensor) -> torch.Tensor:
         """Return the logits (B, T, V) of x(L)."""
-        last = self._stand_ins[-1]
+        last: Any = self._stand_ins[-1]
         last.given = state.to(self.device)
         try:
             with self._hollow():

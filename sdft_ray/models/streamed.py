@@ -77,13 +77,16 @@ class _Streamed:
 
     def _fill(self, names: Set[str]) -> list[str]:
         """Read tensors of the model, and return the names of all that are there now."""
+        import torch
+
         wanted, filled = {id(self._empty[name]) for name in names}, list[str]()
         for target, source in self._sources.items():
             if id(self._empty[target]) in wanted:
                 for made, values in self._make(target, source).items():
+                    value = torch.nn.Parameter(values, requires_grad=False) if made in self._parameters else values
                     tied = [name for name, empty in self._empty.items() if empty is self._empty[made]]
                     for name in tied:
-                        self._put(name, values)
+                        self._put(name, value)
                     filled += tied
         if missing := sorted(names & self._parameters - {*filled}):
             raise UserError(problem(self._directory, f"has no {missing[0]}", "Copy or download it again"))
@@ -108,10 +111,6 @@ class _Streamed:
                 made[name].view(-1)[number * size : (number + 1) * size] = values.reshape(-1)
         return made
 
-    def _put(self, name: str, values: torch.Tensor) -> None:
-        import torch
-
+    def _put(self, name: str, value: torch.Tensor) -> None:
         owner, _, own = name.rpartition(".")
-        if name in self._parameters and not isinstance(values, torch.nn.Parameter):
-            values = torch.nn.Parameter(values, requires_grad=False)
-        setattr(self.model.get_submodule(owner), own, values)
+        setattr(self.model.get_submodule(owner), own, value)
