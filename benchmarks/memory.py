@@ -8,8 +8,11 @@ ZeRO stages, and measures the peak of a worker's resident memory over three step
 line is JSON: the ratio of estimate and measurement, of all eight, by median and range.
 The second makes a Llama of 2 GB and trains it with LoRA under ZeRO-3 by so many workers. It measures the anonymous
 memory of the worker that holds most (mapped weight files are not held) while it loads, trains and writes; full
-fine-tuning only loads. `zero3_load_over_share`: what loading adds, over model / W. `zero3_load_over_limit`: all that a
-worker holds then, over model / W + largest shard + 1 GB. Both of the case with the highest ratio.
+fine-tuning only loads. As many processes score with the model, each a share of the texts, in bfloat16 and block by
+block from the files, which are in float32. `zero3_load_over_share`: what loading adds, over model / W.
+`zero3_load_over_limit`: all that a worker holds then, over model / W + largest shard + 1 GB.
+`score_peak_over_two_blocks`: what scoring adds, over two blocks, embeddings and states. Each of the case with the
+highest ratio.
 """
 
 from __future__ import annotations
@@ -37,6 +40,7 @@ from sdft_ray.spec import compute, loading, training, wording
 from sdft_ray.store.storage import Storage
 
 WORKERS, ROWS, TOKENS = 2, 2, 256
+TEXTS, TEXT_TOKENS = 8, 128  # that are scored
 LIVE = 50_000_000  # elements that ZeRO-3 gathers at once; its usual 1e9 would be the whole of the 2 GB model
 
 
@@ -155,8 +159,10 @@ def compare_shares(counts: list[int], methods: list[str]) -> None:
         run_workers(make_model, 1, base)
         sizes = [path.stat().st_size for path in weight_files(base)]
         print(f"model {sum(sizes) / 1e9:.2f} GB, largest shard {max(sizes) / 1e9:.2f}; anonymous GB of a worker")
-        print(f"{'':22}{'before':>8}{'load':>8}{'loaded':>8}{'train':>8}{'write':>8}{'share':>8}{'limit':>8}")
-        over_share, over_limit = [], []
+        print(
+            f"{'':22}{'before':>8}{'load':>8}{'loaded':>8}{'train':>8}{'write':>8}{'score':>8}{'share':>8}{'limit':>8}"
+        )
+        over_share, over_limit, over_blocks = [], [], []
         for workers in counts:
             for method in methods:
                 each = run_workers(measure_shares, workers, base, method, 3, {})
@@ -166,16 +172,22 @@ def compare_shares(counts: list[int], methods: list[str]) -> None:
                 _print_row(f"ZeRO-3 {method} W={workers}", most, share, limit)
                 over_share.append((most["load"] - most["before"]) / share)
                 over_limit.append(most["load"] / limit)
+            each = run_workers(measure_scoring, workers, base, True)
+            most = max(each, key=lambda one: one["score"])
+            _print_row(f"streamed W={workers}", most, sum(sizes) / 2, most["before"] + most["limit"])
+            over_blocks.append(max((one["score"] - one["before"]) / one["limit"] for one in each))
         for zero_stage, given in ((3, {"mics_shard_size": -1}), (1, {})):  # the first has the whole model loaded
             each = run_workers(measure_shares, 2, base, "lora", zero_stage, given)
             for number, one in enumerate(each):
                 _print_row(f"whole, ZeRO-{zero_stage}, rank {number}", one, sum(sizes), 0)
+        _print_row("resident W=1", run_workers(measure_scoring, 1, base, False)[0], sum(sizes) / 2, 0)
     figures = {"zero3_load_over_share": max(over_share), "zero3_load_over_limit": max(over_limit)}
+    figures |= {"score_peak_over_two_blocks": max(over_blocks)}
     print_figures("memory_shares", {name: round(figure, 4) for name, figure in figures.items()})
 
 
 def _print_row(name: str, phases: dict[str, int], share: float, limit: float) -> None:
-    columns = [phases.get(phase, 0) for phase in ("before", "load", "loaded", "train", "write")]
+    columns = [phases.get(phase, 0) for phase in ("before", "load", "loaded", "train", "write", "score")]
     print(f"{name:22}" + "".join(f"{value / 1e9:8.2f}" for value in (*columns, share, limit)), flush=True)
 
 
@@ -221,6 +233,22 @@ def measure_shares(
         state.save_state(engine, Path(folder), {})
         save_file(dict(state.share_of_weights(engine, torch.zeros(1))), Path(folder) / "tuned.safetensors")
     return phases
+
+
+def measure_scoring(rank: int, workers: int, base: Path, streamed: bool) -> dict[str, int]:
+    """Score a share of the texts; return the peak of anonymous bytes, and what it may add to those before."""
+    from sdft_ray.stages.score import Scorer
+
+    phases = {"before": anonymous_bytes()}
+    texts = [([(7 * i + j) % 20_000 + 17 for j in range(TEXT_TOKENS)], TEXT_TOKENS - 1) for i in range(TEXTS)]
+    with _peak_of(phases, "score"):
+        scorer = Scorer(lambda: base, "bfloat16", "cpu", streamed)
+        for _ in scorer([[text] for text in texts[rank::workers]]):
+            pass
+    shape = costs.shape_of_directory(base)
+    held = 2 * shape.block_parameters + shape.vocabulary * shape.width
+    states = memory.state_bytes(shape, 2, TEXT_TOKENS * len(texts[rank::workers]))
+    return phases | {"limit": 2 * held + states}
 
 
 @contextlib.contextmanager

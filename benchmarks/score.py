@@ -112,10 +112,13 @@ def _forward(model: Any, batches: list[list[list[int]]]) -> None:
 
 
 def _one_pass(model: Any, batches: list[list[list[int]]]) -> None:
+    from sdft_ray.core.walking import Walk
     from sdft_ray.stages.score import pass_by
 
+    walk = Walk(model)
     for batch in batches:
-        pass_by(model, batch, [len(row) - 1 for row in batch])
+        for _ in pass_by(walk, [[(row, len(row) - 1) for row in batch]]):
+            pass
 
 
 def _a_pass_a_size(model: Any, batches: list[list[list[int]]]) -> None:

@@ -1,22 +1,25 @@
-"""Calibration texts, and a pool of actors that each hold a model and measure them.
+"""Calibration texts, and a pool of actors that measure them with a model, which each holds whole or block by block.
 
-In: the settings of corpora; an actor's class, and corpora of texts as token ids. Out: the corpora; the actors' results,
-in the order of the texts.
+In: the settings of corpora; what measures, and corpora of texts as token ids. Out: the corpora; the results, in the
+order of the texts. A model that is whole takes one batch after the other; one that is streamed all batches of an actor
+at once, so that its files are read once.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sdft_ray.cluster import use_assigned_cores
 from sdft_ray.core.rows import Row
 from sdft_ray.data.calibration import Corpus, CorpusSettings, read_corpora
+from sdft_ray.models.sizes import sizes_of_directory
 from sdft_ray.progress import Progress
 from sdft_ray.results import read_split
-from sdft_ray.spec.compute import Score
+from sdft_ray.spec.compute import Compute, Score
 
 
 def read_texts(base: Path, settings: Sequence[CorpusSettings], rows: Mapping[int, Path]) -> list[Corpus]:
@@ -25,41 +28,121 @@ def read_texts(base: Path, settings: Sequence[CorpusSettings], rows: Mapping[int
     return read_corpora(base, settings, first)
 
 
+Texts = Sequence[tuple[list[int], int]]
+"""Of one batch: the ids of each, and the first of its tokens that counts."""
+Meter = Callable[..., Callable[[Sequence[Texts]], Iterator[Any]]]
+"""Makes of a model's place, dtype, device and whether it is streamed what measures batches: it yields the share that is
+done, and at last the results of each batch by name."""
+
+
+def is_streamed(base: Path, dtype: str, compute: Compute, alone: bool = False) -> bool:
+    """Return whether processes that measure with a model hold one block of it at a time; alone: there is one."""
+    weights = sizes_of_directory(base).total * (4 if dtype == "float32" else 2)
+    return compute.streams(weights, alone)
+
+
 def measure(
-    actor: Any,
-    corpora: Sequence[Sequence[tuple[list[int], int]]],
+    meter: Meter,
+    corpora: Sequence[Texts],
     section: Score,
     progress: Progress,
     **arguments: Any,
 ) -> list[dict[str, list[Any]]]:
-    """Return the results of a class of actors for the (ids, first) of each text: by corpus, then by name, in its order.
+    """Return the results for the (ids, first) of each text: by corpus, then by name, in its order.
 
     Batches of texts of similar length are made here, so that they do not depend on the number of actors.
     """
-    import ray
-
-    assert section.cpus != "auto", "load_compute settles auto"
     texts = [text for corpus in corpora for text in corpus]
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i][0]))
     batches = [order[i : i + section.batch_size] for i in range(0, len(order), section.batch_size)]
-    dataset = ray.data.from_items(
-        [{"index": batch, "texts": json.dumps([texts[i] for i in batch])} for batch in batches],
-        override_num_blocks=len(batches),
-    ).map(
-        actor,
-        fn_constructor_kwargs={"device": "cuda" if section.gpus else "cpu", **arguments},
-        compute=ray.data.ActorPoolStrategy(size=section.actors),
-        num_cpus=section.cpus,
-        num_gpus=section.gpus or None,
-    )
-    results: dict[int, dict[str, Any]] = {}
+    given = [[texts[i] for i in batch] for batch in batches]
+    arguments |= {"device": "cuda" if section.gpus else "cpu"}
     progress.begin(len(texts))
     progress.enter("loading the model")
-    for batch in dataset.iter_rows():
-        for place, i in enumerate(batch.pop("index")):
-            results[int(i)] = {name: values[place] for name, values in batch.items()}
-        progress.update(len(results))
+    run = _measure_at_once if arguments["streamed"] else _measure_one_by_one
+    results: dict[int, dict[str, Any]] = {}
+    for number, found in run(meter, given, section, progress, arguments):
+        results |= {
+            i: {name: values[place] for name, values in found.items()} for place, i in enumerate(batches[number])
+        }
     assert sorted(results) == list(range(len(texts))), "every text is measured once"
     ordered = iter(results[i] for i in range(len(texts)))
     by_corpus = [list(itertools.islice(ordered, len(corpus))) for corpus in corpora]
     return [{name: [result[name] for result in own] for name in own[0]} for own in by_corpus]
+
+
+def _measure_one_by_one(
+    meter: Meter, batches: Sequence[Texts], section: Score, progress: Progress, arguments: dict[str, Any]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the number of each batch and its results."""
+    import ray
+
+    done = 0
+    actor: Any = _Actor  # Ray's annotations know functions alone
+    dataset = ray.data.from_items(
+        [{"number": number, "texts": json.dumps(texts)} for number, texts in enumerate(batches)],
+        override_num_blocks=len(batches),
+    ).map(
+        actor,
+        fn_constructor_kwargs={"meter": meter, **arguments},
+        compute=ray.data.ActorPoolStrategy(size=section.actors),
+        num_cpus=_settled(section),
+        num_gpus=section.gpus or None,
+    )
+    for found in dataset.iter_rows():
+        number = int(found.pop("number"))
+        yield number, found
+        done += len(batches[number])
+        progress.update(done)
+
+
+class _Actor:
+    """Holds what measures, with a model that is whole."""
+
+    def __init__(self, meter: Meter, **arguments: Any) -> None:
+        use_assigned_cores()
+        self.measure = meter(**arguments)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return the results of one batch."""
+        *_, [found] = self.measure([json.loads(row["texts"])])
+        return {"number": row["number"], **found}
+
+
+def _measure_at_once(
+    meter: Meter, batches: Sequence[Texts], section: Score, progress: Progress, arguments: dict[str, Any]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the number of each batch and its results, once an actor has taken all of its batches through the model."""
+    shares = [share for i in range(section.actors) if (share := batches[i :: section.actors])]
+    total = sum(map(len, batches))
+    for pieces in stream(_measure_share, [(meter, share, arguments) for share in shares], section):
+        if isinstance(pieces[0], float):
+            progress.update(int(total * min(pieces)))
+            continue
+        for i, share in enumerate(pieces):
+            yield from ((i + section.actors * place, found) for place, found in enumerate(share))
+
+
+def _measure_share(meter: Meter, batches: Sequence[Texts], arguments: dict[str, Any]) -> Iterator[Any]:
+    yield from meter(**arguments)(batches)
+
+
+def stream(function: Callable[..., Iterator[Any]], shares: Sequence[tuple[Any, ...]], section: Score) -> Iterator[Any]:
+    """Run a generator function in one process a share, which is its arguments; yield what all of them yield next."""
+    import ray
+
+    task: Any = ray.remote(_with_own_cores).options(
+        num_cpus=_settled(section), num_gpus=section.gpus or None, num_returns="streaming", name=function.__name__
+    )
+    for pieces in zip(*[task.remote(function, *share) for share in shares], strict=True):
+        yield ray.get(list(pieces))
+
+
+def _with_own_cores(function: Callable[..., Iterator[Any]], *arguments: Any) -> Iterator[Any]:
+    use_assigned_cores()
+    yield from function(*arguments)
+
+
+def _settled(section: Score) -> int:
+    assert section.cpus != "auto", "load_compute settles auto"
+    return section.cpus

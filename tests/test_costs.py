@@ -94,6 +94,33 @@ def data(tiny_model, tmp_path) -> dict:
     }
 
 
+def test_estimate_of_scoring_follows_what_the_compute_file_chooses(data):
+    """The tiny model in float32 has 1.0 MB of weights."""
+    greedy = data | {"prune": data["prune"] | {"metric": "loss", "contiguous": False, "dtype": "float32"}}
+
+    def estimate(settings: dict, **ray) -> dict[str, costs.Cost]:
+        given = {"ray": {"address": "auto", **ray}, "score": {"gpus": 1, "cpus": 1, **settings}}
+        found = []
+        for each in (data, greedy):
+            recipe = validate(Recipe, each)
+            compute = validate(Compute, given)
+            found += costs.estimate_stages(recipe, compute, pipeline.chain(recipe), Storage("x"))
+        return {cost.stage: cost for cost in found if cost.stage in ("score", "loss")}
+
+    for ray, settings, streams in (
+        ({"gpu_memory_gb": 1e-3}, {}, True),
+        ({"gpu_memory_gb": 1e-3}, {"weights": "resident"}, False),
+        ({"gpu_memory_gb": 1}, {}, False),
+        ({}, {}, False),
+        ({}, {"weights": "streamed"}, True),
+    ):
+        for cost in estimate(settings, **ray).values():
+            assert ("one block at a time" in cost.parts) == streams == ("in main memory" in cost.parts), cost
+    whole, streamed = (estimate({"weights": way, "gpus": 0}) for way in ("resident", "streamed"))
+    assert "states 0.0" in streamed["loss"].parts and "main memory" not in streamed["loss"].parts
+    assert whole.keys() == streamed.keys() == {"score", "loss"}
+
+
 def test_estimate_stages_names_steps_and_what_does_not_fit(data):
     recipe = validate(Recipe, data)
     gpus = validate(Compute, {"ray": {"address": "auto", "gpu_memory_gb": 0.5}, "train": {"gpus": 1, "cpus": 1}})

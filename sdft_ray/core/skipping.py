@@ -1,130 +1,56 @@
 """The loss of a model without some of its blocks, with nothing copied and the model's own code in charge.
 
-In: a causal LM, token ids, and candidates: blocks to leave out. Out: a loss for each text and candidate. The model runs
-once, some blocks at a time, and each candidate goes on from the state before its first block, with stand-ins where
-blocks are out.
+In: a causal LM that is run block by block, token ids, and candidates: blocks to leave out. Out: a loss for each text
+and candidate. All candidates advance together, and those that have lost the same blocks so far share their state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
 
-from sdft_ray.core.surgery import decoder_of
+from sdft_ray.core.walking import Walk, pad
 
 
+@torch.inference_mode()
 def skipped_losses(
-    model: Any,
-    ids: Sequence[list[int]],
-    first: Sequence[int],
+    walk: Walk,
+    batches: Sequence[Sequence[tuple[list[int], int]]],
     candidates: Sequence[Sequence[int]],
     gone: Sequence[int] = (),
-) -> Any:
-    """Return the mean next-token loss in nats of each text with each candidate's blocks skipped, (B, C).
+) -> Generator[float, None, list[torch.Tensor]]:
+    """Return the losses of each batch, (B, C): the mean next-token loss in nats of each text with each candidate's
+    blocks skipped. Yield the share that is done.
 
-    Counted are the tokens from `first` of each text on (never its very first, which nothing predicts). An empty
-    candidate is the whole model; `gone` blocks are skipped in all of them. Of the states between blocks one is held at
-    a time, (B, T, D): candidates take their turns in the order of their first blocks.
+    batches: of texts, each with the first of its tokens that counts (never its very first, which nothing predicts).
+    An empty candidate is the whole model; `gone` blocks are skipped in all of them. A state (B, T, D) is kept for each
+    batch and each candidate that has begun.
     """
-    device = model.device
-    lengths = [len(row) for row in ids]
-    width = max(lengths)
-    input_ids = torch.tensor([row + [0] * (width - len(row)) for row in ids], device=device)  # (B, T)
-    position = torch.arange(width, device=device)[None]
-    real = position < torch.tensor(lengths, device=device)[:, None]
-    counted = (real & (position >= torch.tensor(first, device=device)[:, None]))[:, 1:]  # (B, T-1)
-    inputs = {"input_ids": input_ids, "attention_mask": real.long(), "use_cache": False}
-    starts = [min(removed, default=len(decoder_of(model).layers)) for removed in candidates]
-    losses: dict[int, Any] = {}
-    at, state = 0, None  # x(at), where a block stands before it
-    in_tuple = _returns_tuples(model)
-    with torch.inference_mode():
-        for i in sorted(range(len(candidates)), key=lambda i: starts[i]):
-            if candidates[i] and starts[i] > at:
-                at, state = starts[i], _state_before(model, starts[i], inputs, gone, at, state, in_tuple)
-            with standing_in(model, {*gone, *candidates[i]}, at, state, in_tuple):
-                losses[i] = _losses(model(**inputs).logits, input_ids, counted)
-    return torch.stack([losses[i] for i in range(len(candidates))], dim=1).cpu()
-
-
-class _Reached(Exception):
-    """Raised where a state was asked for: what comes behind it is not computed."""
-
-    def __init__(self, state: Any) -> None:
-        self.state = state
-
-
-def _returns_tuples(model: Any) -> bool:
-    """Return whether the blocks of a model return tuples, as those of falcon_h1, by a look at one token."""
-
-    def stop(_module: Any, _args: Any, output: Any) -> None:
-        raise _Reached(output)
-
-    hook = decoder_of(model).layers[0].register_forward_hook(stop)
-    try:
-        with torch.inference_mode():
-            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
-    except _Reached as reached:
-        return isinstance(reached.state, tuple)
-    finally:
-        hook.remove()
-    raise AssertionError("the first block did not run")
-
-
-def _state_before(
-    model: Any, block: int, inputs: Mapping[str, Any], gone: Sequence[int], at: int, state: Any, in_tuple: bool
-) -> Any:
-    """Return x(block) of the model without the blocks that are gone, from its state x(at)."""
-
-    def stop(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _Reached(args[0] if args else kwargs["hidden_states"])
-
-    hook = decoder_of(model).layers[block].register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        with standing_in(model, gone, at, state, in_tuple):
-            model(**inputs)
-    except _Reached as reached:
-        return reached.state
-    finally:
-        hook.remove()
-    raise AssertionError(f"block {block} did not run")
-
-
-@contextmanager
-def standing_in(model: Any, removed: Collection[int], start: int, state: Any, in_tuple: bool) -> Iterator[None]:
-    """Make the model begin at `state`, x(start), and skip the removed blocks behind it; at 0 it begins as ever.
-
-    Blocks keep their places, so that masks and kinds that the model's code picks by place stay theirs.
-    in_tuple: whether its blocks return a tuple.
-    """
-
-    class StandIn(torch.nn.Module):
-        """Gives back what it gets, or a state; passes for the block in whose place it stands."""
-
-        def __init__(self, block: Any, given: Any = None) -> None:
-            super().__init__()
-            self.given = given
-            for name in ("attention_type", "layer_type", "block_type"):  # by which model code picks a block's mask
-                if hasattr(block, name):
-                    setattr(self, name, getattr(block, name))
-
-        def forward(self, hidden_states: Any, *_args: Any, **_kwargs: Any) -> Any:
-            given = hidden_states if self.given is None else self.given
-            return (given,) if in_tuple else given
-
-    decoder = decoder_of(model)
-    blocks = decoder.layers
-    decoder.layers = torch.nn.ModuleList(
-        StandIn(block, state if i == start - 1 else None) if i < start or i in removed else block
-        for i, block in enumerate(blocks)
-    )
-    try:
-        yield
-    finally:
-        decoder.layers = blocks
+    padded = [pad([ids for ids, _ in texts], walk.device) for texts in batches]
+    removed = [frozenset({*gone, *candidate}) for candidate in candidates]
+    states: list[dict[frozenset[int], Any]] = [{frozenset(): state} for state in walk.first_states(padded)]
+    for number, block in enumerate(walk.blocks):
+        reached = {frozenset(each for each in blocks if each <= number) for blocks in removed}
+        runs = any(number not in blocks for blocks in reached)
+        with walk.hold(*[block] if runs else []):
+            for i, batch in enumerate(padded):
+                before, run = states[i], walk.enter(number, batch)
+                states[i] = {
+                    blocks: before[blocks - {number}] if number in blocks else run(before[blocks]).to(walk.keep)
+                    for blocks in reached
+                }
+        yield (number + 1) / (len(walk.blocks) + 1)
+    losses = []
+    with walk.hold(walk.head):
+        for texts, batch, last in zip(batches, padded, states, strict=True):
+            position = torch.arange(batch.ids.shape[1], device=walk.device)[None]
+            first = torch.tensor([first for _, first in texts], device=walk.device)
+            counted = (batch.real & (position >= first[:, None]))[:, 1:]  # (B, T-1)
+            found = {blocks: _losses(walk.logits(batch, state), batch.ids, counted) for blocks, state in last.items()}
+            losses.append(torch.stack([found[blocks] for blocks in removed], dim=1).cpu())
+    return losses
 
 
 def _losses(logits: Any, input_ids: Any, counted: Any) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -107,31 +106,45 @@ def estimate_stages(recipe: Recipe, compute: Compute, chain: Chain, storage: Sto
 
 def _score(recipe: Recipe, compute: Compute, shape: memory.Shape | None) -> Cost:
     corpora = recipe.prune.calibration
-    work = f"{sum(corpus.limit for corpus in corpora)} texts of up to {_longest(recipe)} tokens"
-    return _measuring("score", work, recipe, compute, shape)
+    texts, tries = sum(corpus.limit for corpus in corpora), 1 + 2 * recipe.prune.candidates
+    work = f"{texts} texts of up to {_longest(recipe)} tokens"
+    held_back = sum(corpus.held_back for corpus in corpora) * tries  # whose states the loss keeps
+    return _measuring("score", work, recipe, compute, shape, max(texts, held_back), tries)
 
 
 def _greedy(recipe: Recipe, compute: Compute, shape: memory.Shape | None, depth: int | None) -> Cost:
     """Return the cost of trying every block at every step."""
     protect, texts = recipe.prune.protect, sum(corpus.held_back for corpus in recipe.prune.calibration)
     work = f"passes over {texts} texts of up to {_longest(recipe)} tokens"
+    tries = 1 + (shape.blocks - protect.first - protect.last if shape else 0)
     if shape and depth:
         counted = count_passes(shape.blocks, depth, protect.first, protect.last)
         work = f"{counted.passes:.0f} {work}, for {counted.candidates} candidates"
-    return _measuring("loss", work, recipe, compute, shape)
+    return _measuring("loss", work, recipe, compute, shape, texts * tries, tries)
 
 
 def _longest(recipe: Recipe) -> int:
     return max(corpus.max_tokens for corpus in recipe.prune.calibration)
 
 
-def _measuring(stage: str, work: str, recipe: Recipe, compute: Compute, shape: memory.Shape | None) -> Cost:
-    """Return the cost of processes that hold the base to measure calibration texts."""
-    section, bytes_each = compute.score, None
+def _measuring(
+    stage: str, work: str, recipe: Recipe, compute: Compute, shape: memory.Shape | None, states: int, tries: int
+) -> Cost:
+    """Return the cost of processes that measure calibration texts with the base.
+
+    states: of texts, that all of them keep together where it is streamed; tries: of one text, kept where it is not.
+    """
+    section, bytes_each, parts = compute.score, None, ""
     if shape is not None:
-        tokens = section.batch_size * _longest(recipe)
-        bytes_each = memory.holding_memory(shape, _bytes(recipe.prune.dtype), tokens)
-    return _cost(stage, work, section.actors, bytes_each, "", compute, section.gpus)
+        number, longest = _bytes(recipe.prune.dtype), _longest(recipe)
+        tokens, streamed = section.batch_size * longest, compute.streams(number * shape.parameters)
+        kept = states * longest // section.actors if streamed else tries * tokens
+        kept = memory.state_bytes(shape, number, kept)
+        bytes_each = memory.holding_memory(shape, number, tokens, streamed)
+        bytes_each += 0 if streamed and section.gpus else kept
+        parts = f"one block at a time; states {kept / 1e9:.2f}" if streamed else ""
+        parts += " in main memory" if streamed and section.gpus else ""
+    return _cost(stage, work, section.actors, bytes_each, parts, compute, section.gpus)
 
 
 def _distill(recipe: Recipe, compute: Compute, shape: memory.Shape | None, rows: int | None) -> Cost:
@@ -285,11 +298,8 @@ def _evaluate(recipe: Recipe, compute: Compute, shape: memory.Shape | None, mode
 def _cost(
     stage: str, work: str, processes: int, bytes_each: int | None, parts: str, compute: Compute, gpus: float
 ) -> Cost:
-    fits = None
-    if bytes_each is not None and gpus and compute.ray.gpu_memory_gb:
-        fits = bytes_each <= compute.ray.gpu_memory_gb * 1e9 * gpus
-    elif bytes_each is not None and not gpus and compute.ray.address == "local":
-        fits = bytes_each * processes <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    room = compute.room(processes, gpus)
+    fits = None if bytes_each is None or room is None else bytes_each <= room
     return Cost(stage, work, processes, bytes_each and round(bytes_each / 1e9, 2), parts, fits)
 
 

@@ -130,7 +130,16 @@ def activation_bytes(shape: Shape, tokens: int, loss_tokens: int, half: bool, gr
     return kept + 3 * 4 * loss_tokens * shape.vocabulary
 
 
-def holding_memory(shape: Shape, number: int, tokens: int) -> int:
-    """Return the bytes of a process that holds a model for forward passes of T tokens: b P, and one block's values."""
+def holding_memory(shape: Shape, number: int, tokens: int, streamed: bool = False) -> int:
+    """Return the bytes of a process that holds a model for forward passes of T tokens: b P, and one block's values.
+
+    streamed: it holds b times the parameters of the embeddings and one block instead.
+    """
     block = number * tokens * (10 * shape.width + 2 * shape.kv_width + 4 * shape.feed_forward)
-    return number * shape.parameters + block + PROCESS_BYTES
+    held = shape.vocabulary * shape.width + shape.block_parameters if streamed else shape.parameters
+    return number * held + block + PROCESS_BYTES
+
+
+def state_bytes(shape: Shape, number: int, tokens: int) -> int:
+    """Return the bytes of the residual stream between two blocks, b T D."""
+    return number * tokens * shape.width

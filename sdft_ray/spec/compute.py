@@ -50,7 +50,7 @@ class RayCluster(Section):
 
 
 class Score(Section):
-    """Actors that each hold the base model, for the stages score and loss."""
+    """Actors that each measure texts with the base model, for the stages score, loss and patch."""
 
     actors: int = Field(1, gt=0)
     """Number of actors."""
@@ -60,6 +60,10 @@ class Score(Section):
     """GPUs of one actor; 0 computes on the CPU."""
     batch_size: int = Field(8, gt=0)
     """Texts of one forward pass."""
+    weights: Literal["resident", "streamed"] | Auto = "auto"
+    """Weights of the base that an actor holds: all (`resident`), or those of one block at a time, which takes all texts
+    of the actor and is read once (`streamed`). `auto` streams where all would take more than four fifths of the memory
+    of an actor, which is known of this machine, and of GPUs by ray.gpu_memory_gb."""
 
 
 class Engine(Section):
@@ -264,6 +268,21 @@ class Compute(Section):
             "train": (self.train.workers.min, _settled(self.train.cpus), self.train.gpus),
             "evaluate": (1, _settled(self.evaluate.cpus), self.evaluate.gpus),
         }
+
+    def room(self, processes: int, gpus: float) -> float | None:
+        """Return the bytes for each of some processes, of its GPUs or this machine; None where that is not known."""
+        if gpus:
+            return self.ray.gpu_memory_gb * 1e9 * gpus if self.ray.gpu_memory_gb else None
+        if self.ray.address != "local":
+            return None
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / processes
+
+    def streams(self, weights: int, alone: bool = False) -> bool:
+        """Return whether processes that measure texts hold one block at a time of a model of so many bytes."""
+        if self.score.weights != "auto":
+            return self.score.weights == "streamed"
+        room = self.room(1 if alone else self.score.actors, self.score.gpus)
+        return room is not None and weights > 0.8 * room
 
     def bundles(self, needs: Needs) -> tuple[int, int, float]:
         """Return how many bundles of how many CPUs and GPUs a stage holds at once, at least."""

@@ -3,8 +3,8 @@
 In: the base model, the calibration corpora and, where spans are tried, the distances. Out: losses.json: each span with
 its loss beside its ranks by distance and by influence; or the blocks that go one after the other, each time the one
 without which the loss is least. It costs a forward pass a candidate and so knows the number of blocks, which `score`
-does not. Nothing is copied: the base runs once, and each candidate goes on from the state before its first removed
-block, through the model's own code with stand-ins where blocks are out.
+does not. Nothing is copied: all candidates advance together, block by block, and
+those that have lost the same blocks so far share their state.
 
 One after the other every block is a candidate at each step. What a step measured is kept in a ledger that knows nothing
 of the number of blocks: another number goes on from there, and so does a run after a kill.
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdft_ray import stages
-from sdft_ray.cluster import use_assigned_cores
 from sdft_ray.core.choice import Choice
 from sdft_ray.core.passes import Passes, count_passes
 from sdft_ray.data.calibration import Corpus, CorpusSettings
@@ -34,7 +33,7 @@ from sdft_ray.stages import Work
 from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage, short_id
 from sdft_ray.store.record import Record
-from sdft_ray.text_pool import measure, read_texts
+from sdft_ray.text_pool import Texts, is_streamed, measure, read_texts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -171,7 +170,8 @@ def _measure_losses(
     import torch
 
     texts = [[(text.ids, text.content_from) for text in corpus.loss_texts] for corpus in corpora]
-    model = {"model": work.handle("model"), "dtype": work.settings.dtype}
+    streamed = is_streamed(work.input("model"), work.settings.dtype, work.compute)
+    model = {"model": work.handle("model"), "dtype": work.settings.dtype, "streamed": streamed}
     tried = {"candidates": [(), *candidates], "gone": gone}
     measured = measure(LossMeter, texts, work.compute.score, work.progress, **tried, **model)
     losses = [torch.from_numpy(np.stack(corpus["loss"])).double() for corpus in measured]
@@ -329,28 +329,25 @@ def rank_candidates(work: Work[Settings]) -> list[Ranked]:
 
 
 class LossMeter:
-    """An actor that takes the loss of texts under each candidate: holds the base model."""
+    """Takes the loss of texts under each candidate."""
 
     def __init__(
         self,
         model: Callable[[], Path],
         dtype: str,
         device: str,
+        streamed: bool,
         candidates: Sequence[Sequence[int]],
         gone: Sequence[int],
     ) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM
+        from sdft_ray.models.streamed import open_walk
 
-        use_assigned_cores()
-        self.model = AutoModelForCausalLM.from_pretrained(model(), dtype=getattr(torch, dtype)).to(device).eval()
+        self.walk = open_walk("AutoModelForCausalLM", model(), dtype, device, streamed)
         self.candidates, self.gone = candidates, gone
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Return the losses (b, C) of a batch."""
+    def __call__(self, batches: Sequence[Texts]) -> Iterator[Any]:
+        """Yield the share that is done, then the losses (b, C) of each batch."""
         from sdft_ray.core.skipping import skipped_losses
 
-        texts = json.loads(row["texts"])
-        ids, first = [ids for ids, _ in texts], [first for _, first in texts]
-        losses = skipped_losses(self.model, ids, first, self.candidates, self.gone)
-        return {"index": row["index"], "loss": losses.numpy()}
+        losses = yield from skipped_losses(self.walk, batches, self.candidates, self.gone)
+        yield [{"loss": each.numpy()} for each in losses]

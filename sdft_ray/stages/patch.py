@@ -10,13 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from sdft_ray import stages
-from sdft_ray.cluster import use_assigned_cores
-from sdft_ray.core.surgery import decoder_of
 from sdft_ray.data.calibration import Corpus, CorpusSettings, Text
 from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
@@ -30,7 +28,11 @@ from sdft_ray.stages import Work
 from sdft_ray.store.files import remember_hash
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.record import Record
-from sdft_ray.text_pool import read_texts
+from sdft_ray.text_pool import is_streamed, read_texts, stream
+
+if TYPE_CHECKING:
+    from sdft_ray.core.patch import Sums
+    from sdft_ray.core.walking import Walk
 
 VERSION, NEEDS, UNIT = 1, Needs("score", alone=True), "texts"
 
@@ -103,49 +105,69 @@ def _fit_on_ray(
     work: Work[Settings], removed: Sequence[int], corpora: Sequence[Corpus]
 ) -> tuple[list[Patched], dict[int, Any]]:
     """Return what is to be known of each patch, and the map (D, D) of each block before a gap."""
-    import ray
-
-    plan = work.compute.score
+    plan, dtype = work.compute.score, work.settings.dtype
     texts = sum(len(corpus.measured) + len(corpus.loss_texts) for corpus in corpora)
     work.progress.begin(texts)
     work.progress.enter("loading the model")
-    task: Any = ray.remote(fit_patches).options(
-        num_cpus=plan.cpus, num_gpus=plan.gpus or None, num_returns="streaming", name="patch"
-    )
-    device = "cuda" if plan.gpus else "cpu"
-    pieces = task.remote(work.handle("model"), work.settings.dtype, device, removed, corpora)
-    for done, piece in enumerate(pieces, 1):
-        made = ray.get(piece)
-        work.progress.update(min(done, texts))  # the last piece is what was fitted
-    patches, maps = made
+    streamed = is_streamed(work.input("model"), dtype, work.compute, alone=True)
+    given = work.handle("model"), dtype, "cuda" if plan.gpus else "cpu", streamed, removed, corpora
+    for [found] in stream(fit_patches, [given], plan):
+        if isinstance(found, float):
+            work.progress.update(int(found * texts))
+    patches, maps = found
     return patches, maps
 
 
 def fit_patches(
-    model: Callable[[], Path], dtype: str, device: str, removed: Sequence[int], corpora: Sequence[Corpus]
+    model: Callable[[], Path],
+    dtype: str,
+    device: str,
+    streamed: bool,
+    removed: Sequence[int],
+    corpora: Sequence[Corpus],
 ) -> Iterator[Any]:
-    """Yield 1 for each text, then what is to be known of each patch with the maps (D, D) by block.
+    """Yield the share that is done, then what is to be known of each patch with the maps (D, D) by block.
 
     Corpora count the same, whatever their length.
     """
-    import torch
-    from transformers import AutoModel
+    from sdft_ray.core.patch import Sums, gaps
+    from sdft_ray.models.streamed import open_walk
 
-    from sdft_ray.core.patch import Sums, fit, gaps
-
-    use_assigned_cores()
-    loaded = AutoModel.from_pretrained(model(), dtype=getattr(torch, dtype)).to(device).eval()
-    around, width = gaps(tuple(removed)), loaded.config.hidden_size
+    walk, around = open_walk("AutoModel", model(), dtype, device, streamed), gaps(tuple(removed))
+    width = walk.model.config.hidden_size
     fitted, held_back = ({before: Sums.none(width) for before, _ in around} for _ in range(2))
-    for corpus in corpora:
-        for texts, whole in ((corpus.measured, fitted), (corpus.loss_texts, held_back)):
-            sums = {before: Sums.none(width) for before, _ in around}
-            for text in texts:
-                for before, added, wanted in see_gaps(loaded, text, around):
-                    sums[before].add(added, wanted)
-                yield 1
-            for before, own in sums.items():
-                whole[before].join(own)
+    groups = [
+        (texts, whole)
+        for corpus in corpora
+        for texts, whole in ((corpus.measured, fitted), (corpus.loss_texts, held_back))
+    ]
+    todo = [(text, number) for number, (texts, _) in enumerate(groups) for text in texts]
+    left = {(before, number): len(texts) for before, _ in around for number, (texts, _) in enumerate(groups)}
+    sums: dict[tuple[int, int], Sums] = {}
+    rounds, shown = [todo] if streamed else [[each] for each in todo], 0.0
+    for done, some in enumerate(rounds):
+        for share, seen in see_gaps(walk, [text for text, _ in some], around):
+            for i, before, added, wanted in seen:
+                number = some[i][1]
+                key = before, number
+                if key not in sums:
+                    sums[key] = Sums.none(width)
+                sums[key].add(added, wanted)
+                left[key] -= 1
+                if not left[key]:
+                    groups[number][1][before].join(sums.pop(key))
+            if (done + share) / len(rounds) > shown + 0.01:
+                shown = (done + share) / len(rounds)
+                yield shown
+    yield _fit_each(around, fitted, held_back)
+
+
+def _fit_each(
+    around: Sequence[tuple[int, int]], fitted: Mapping[int, Sums], held_back: Mapping[int, Sums]
+) -> tuple[list[Patched], dict[int, Any]]:
+    """Return what is to be known of each patch, and the map (D, D) of each block before a gap."""
+    from sdft_ray.core.patch import fit
+
     patches, maps = [], {}
     for before, _ in around:
         maps[before], weight, errors = fit(fitted[before], held_back[before])
@@ -159,55 +181,42 @@ def fit_patches(
                 held_back_tokens=held_back[before].tokens,
             )
         )
-    yield patches, maps
+    return patches, maps
 
 
-class _Seen(Exception):
-    """Raised at the last block that is looked at: what comes behind it is not computed."""
-
-
-def see_gaps(model: Any, text: Text, around: Sequence[tuple[int, int]]) -> Iterator[tuple[int, Any, Any]]:
-    """Yield for each gap the block before it, what its MLP adds (T, D), and what it should add (T, D), so that the
-    stream is that behind the removed blocks."""
-    import torch
-
+def see_gaps(
+    walk: Walk, texts: Sequence[Text], around: Sequence[tuple[int, int]]
+) -> Iterator[tuple[float, list[tuple[int, int, Any, Any]]]]:
+    """Yield the share that is done, with what was seen since: the number of a text, the block before a gap, what its
+    MLP adds (T, D), and what it should add (T, D), so that the stream is that behind the removed blocks."""
     from sdft_ray.core.patch import last_parts
+    from sdft_ray.core.walking import pad
 
-    scale = float(getattr(model.config, "residual_multiplier", 1.0))  # of granite
-    added: dict[int, Any] = {}
-    outputs: dict[int, Any] = {}
-    states: dict[int, Any] = {}
+    config = walk.model.config
+    scale = float(getattr(config, "residual_multiplier", 1.0))  # of granite
+    added: list[Any] = []  # by the last parts of the block that runs
+    kept: dict[tuple[int, int], tuple[Any, Any]] = {}
+
+    def keep(_module: Any, _args: Any, output: Any) -> None:
+        added.append((output[0] if isinstance(output, tuple) else output).reshape(-1, config.hidden_size))
+
+    parts = [part for before, _ in around for part in last_parts(walk.blocks[before], config.model_type)]
+    hooks = [part.register_forward_hook(keep) for part in parts]
     last = around[-1][1]
-
-    def keep(found: dict[int, Any], block: int) -> Any:
-        def hook(_module: Any, _args: Any, output: Any) -> None:
-            output = (output[0] if isinstance(output, tuple) else output).reshape(-1, model.config.hidden_size)
-            found[block] = found[block] + output if block in found else output
-
-        return hook
-
-    def stop(_module: Any, _args: Any, _output: Any) -> None:
-        raise _Seen
-
-    layers = decoder_of(model).layers
-    hooks = []
-    for before, behind in around:
-        for part in last_parts(layers[before], model.config.model_type):
-            hooks.append(part.register_forward_hook(keep(added, before)))
-        hooks.append(layers[before].register_forward_hook(keep(outputs, before)))
-        hooks.append(layers[behind - 1].register_forward_hook(keep(states, behind)))
-    hooks.append(layers[last - 1].register_forward_hook(stop))
     try:
-        with torch.inference_mode():
-            model(input_ids=torch.tensor([text.ids], device=model.device), use_cache=False)
-    except _Seen:
-        pass
+        for number, i, _, (state,) in walk.states([pad([text.ids], walk.device) for text in texts], until=last):
+            seen = []
+            for before, behind in around:
+                if number == before + 1:
+                    kept[i, before] = sum(added[1:], added[0]).to(walk.keep), state.to(walk.keep)
+                    added.clear()
+                if number == behind:
+                    adds, output = (each.to(walk.device).float() for each in kept.pop((i, before)))
+                    seen.append((i, before, adds * scale, state.float() - (output - adds * scale)))
+            yield (number * len(texts) + i) / (last * len(texts)), seen
     finally:
         for hook in hooks:
             hook.remove()
-    for before, behind in around:
-        adds = added[before].float() * scale
-        yield before, adds, states[behind].float() - (outputs[before].float() - adds)
 
 
 def write_patched(

@@ -2,21 +2,22 @@
 
 In: the base model and calibration corpora. Out: distances.json (per corpus d(l, n) for all l and n, the Block
 Influence of every block, and the choice for every n) and texts.safetensors (the same of every text, for certainty). It
-knows nothing of how many blocks will go, nor of the metric that decides, so a sweep scores once. Hooks take x(0)..x(L)
-as they pass by: transformers' own `hidden_states` end behind the final norm, and keep every token of every state.
+knows nothing of how many blocks will go, nor of the metric that decides, so a sweep scores once. x(0)..x(L) are
+taken as they pass by: transformers' own `hidden_states` end behind the final norm, and keep every token of every state.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+import os
+import tempfile
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdft_ray import stages
-from sdft_ray.cluster import use_assigned_cores
 from sdft_ray.core.choice import Choice, JointChoice
-from sdft_ray.core.surgery import decoder_of
 from sdft_ray.data.calibration import CorpusSettings
 from sdft_ray.errors import UserError, problem
 from sdft_ray.results import DISTANCES, TEXTS, Corpus, Distances, MeasuredCorpus
@@ -25,7 +26,10 @@ from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
 from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage
-from sdft_ray.text_pool import measure, read_texts
+from sdft_ray.text_pool import Texts, is_streamed, measure, read_texts
+
+if TYPE_CHECKING:
+    from sdft_ray.core.walking import Batch, Walk
 
 VERSION, NEEDS, UNIT = 3, Needs("score"), "texts"
 
@@ -66,7 +70,8 @@ def build(work: Work[Settings]) -> Summary:
     wanted = work.settings.calibration
     corpora = read_texts(work.input("model"), wanted, work.numbered_inputs("rows", len(wanted)))
     texts = [[(t.ids, first[c.positions](t)) for t in c.measured] for c in corpora]
-    model = {"model": work.handle("model"), "dtype": work.settings.dtype}
+    streamed = is_streamed(work.input("model"), work.settings.dtype, work.compute)
+    model = {"model": work.handle("model"), "dtype": work.settings.dtype, "streamed": streamed}
     by_corpus = measure(Scorer, texts, work.compute.score, work.progress, **model)
     for blame in (blame for corpus in by_corpus for blame in corpus["blame"] if blame):
         raise UserError(problem("model", blame, "Fix the weights; if they are whole, try prune.dtype: float32"))
@@ -119,21 +124,21 @@ def _join(choices: dict[str, dict[int, Choice]], corpora: Sequence[Corpus]) -> d
 
 
 class Scorer:
-    """An actor that measures texts: holds the base model without its head."""
+    """Measures texts with the base model without its head."""
 
-    def __init__(self, model: Callable[[], Path], dtype: str, device: str) -> None:
-        import torch
-        from transformers import AutoModel
+    def __init__(self, model: Callable[[], Path], dtype: str, device: str, streamed: bool) -> None:
+        from sdft_ray.models.streamed import open_walk
 
-        use_assigned_cores()
-        self.model = AutoModel.from_pretrained(model(), dtype=getattr(torch, dtype)).to(device).eval()
+        self.walk, self.streamed = open_walk("AutoModel", model(), dtype, device, streamed), streamed
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Return a batch's distances (b, L+1, L+1) and influences (b, L), and what is to blame where they are NaN."""
-        texts = json.loads(row["texts"])
-        distances, influences = pass_by(self.model, [ids for ids, _ in texts], [first for _, first in texts])
-        blame = [self._blame(each) for each in influences]
-        return {"index": row["index"], "distances": distances.numpy(), "influences": influences.numpy(), "blame": blame}
+    def __call__(self, batches: Sequence[Texts]) -> Iterator[Any]:
+        """Yield the share that is done, then of each batch distances (b, L+1, L+1) and influences (b, L), and what is
+        to blame where they are NaN."""
+        measured = yield from pass_by(self.walk, batches, on_disk if self.streamed else None)
+        yield [
+            {"distances": distances.numpy(), "influences": influences.numpy(), "blame": [*map(self._blame, influences)]}
+            for distances, influences in measured
+        ]
 
     def _blame(self, influence: Any) -> str:
         """Return where NaN first came up for one text, (L) -> text, or nothing."""
@@ -144,62 +149,88 @@ class Scorer:
             return ""
         block = int(wrong[0])
         inside = f"layers.{block}."
-        for name, tensor in self.model.named_parameters():
-            if (inside in name or "layers." not in name) and not torch.isfinite(tensor).all():
-                return f"{name} of its weights holds NaN or infinity"
+        with self.walk.hold(self.walk.embeddings, self.walk.blocks[block]):
+            for name, tensor in self.walk.model.named_parameters():
+                if (inside in name or "layers." not in name) and not torch.isfinite(tensor).all():
+                    return f"{name} of its weights holds NaN or infinity"
         return f"block {block} gives NaN or infinity on calibration texts, though its weights are finite"
 
 
-def pass_by(model: Any, ids: Sequence[list[int]], first: Sequence[int]) -> tuple[Any, Any]:
-    """Return distances (B, L+1, L+1), averaged over the tokens from `first` of each sequence to its end, and the Block
-    Influence of every block over all tokens, (B, L): 1 - mean of cos_sim(x(i), x(i+1)) (arXiv 2403.03853).
+def pass_by(
+    walk: Walk, batches: Sequence[Texts], room: Callable[..., Any] | None = None
+) -> Generator[float, None, list[tuple[Any, Any]]]:
+    """Return for each batch distances (B, L+1, L+1), averaged over the tokens from the first that counts of each text
+    to its end, and the Block Influence of every block over all tokens, (B, L): 1 - mean of cos_sim(x(i), x(i+1))
+    (arXiv 2403.03853). Yield the share that is done.
 
-    Of each state only the tokens that are averaged over stay in memory, (L+1, D) each.
+    Of each state only the tokens that are averaged over are kept, (L+1, P, D), in a tensor that `room` makes.
     """
+    from sdft_ray.core.walking import pad
+
+    padded = [pad([ids for ids, _ in texts], walk.device) for texts in batches]
+    seen = [_Seen(batch, [first for _, first in texts]) for texts, batch in zip(batches, padded, strict=True)]
+    for number, i, before, state in walk.states(padded):
+        if before is None:
+            seen[i].make_room(len(walk.blocks) + 1, state, room)
+        seen[i].see(number, before, state)
+        if i == len(batches) - 1:
+            yield number / (len(walk.blocks) + 1)
+    return [each.measure() for each in seen]
+
+
+class _Seen:
+    """What is kept of the states of one batch as they pass by."""
+
+    def __init__(self, batch: Batch, first: Sequence[int]) -> None:
+        import torch
+
+        position = torch.arange(batch.ids.shape[1], device=batch.ids.device)[None]
+        start = torch.tensor(first, device=batch.ids.device)[:, None]
+        self.real, self.wanted = batch.real, batch.real & (position >= start)  # (B, T), P of them wanted
+        self.influences: list[Any] = []
+
+    def make_room(self, states: int, like: Any, room: Callable[..., Any] | None) -> None:
+        """Prepare for so many states like this one."""
+        shape = states, int(self.wanted.sum()), like.shape[-1]
+        self.states = room(shape, like.dtype) if room else like.new_empty(shape)
+
+    def see(self, number: int, before: Any, state: Any) -> None:
+        """Take in x(number), (B, T, D), beside x(number - 1)."""
+        import torch
+
+        self.states[number] = state[self.wanted]
+        if before is not None:
+            old, new = before.float(), state.float()
+            norms = torch.linalg.vector_norm(old, dim=-1) * torch.linalg.vector_norm(new, dim=-1)  # (B, T)
+            cos = torch.linalg.vecdot(old, new) / norms.clamp_min(1e-12)
+            self.influences.append(1 - torch.where(self.real, cos, 0).sum(dim=1) / self.real.sum(dim=1))
+
+    def measure(self) -> tuple[Any, Any]:
+        """Return distances (B, L+1, L+1) and influences (B, L)."""
+        import torch
+
+        from sdft_ray.core.similarity import angular_distances
+
+        device, count = self.wanted.device, self.states.shape[0]
+        text = self.wanted.nonzero()[:, 0]
+        total = torch.zeros(len(self.wanted), count, count, dtype=torch.float64, device=device)
+        for some in torch.arange(len(text), device=device).split(64):  # in float64 all at once would be large
+            states = self.states[:, some.to(self.states.device)].to(device).float()
+            total.index_add_(0, text[some], angular_distances(states.transpose(0, 1)))
+        distances = total / self.wanted.sum(dim=1)[:, None, None]
+        return distances.cpu(), torch.stack(self.influences, dim=1).cpu()
+
+
+def on_disk(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Return an uninitialised tensor that is a file without a name: the kernel writes it out where memory is short."""
     import torch
 
-    from sdft_ray.core.similarity import angular_distances
-
-    device = model.device
-    lengths = torch.tensor([len(row) for row in ids], device=device)
-    width = int(lengths.max())
-    input_ids = torch.tensor([row + [0] * (width - len(row)) for row in ids], device=device)  # (B, T)
-    position = torch.arange(width, device=device)[None]
-    real = position < lengths[:, None]
-    wanted = real & (position >= torch.tensor(first, device=device)[:, None])  # (B, T), P of them
-    states: list[Any] = []
-    influences: list[Any] = []
-    before: list[Any] = [None, None]  # x(l - 1) and its norms
-
-    def see(hidden: Any) -> None:
-        hidden = hidden.float()
-        states.append(hidden[wanted])  # (P, D)
-        norm = torch.linalg.vector_norm(hidden, dim=-1)  # (B, T)
-        previous, previous_norm = before
-        if previous is not None:
-            cos = torch.linalg.vecdot(previous, hidden) / (norm * previous_norm).clamp_min(1e-12)
-            influences.append(1 - torch.where(real, cos, 0).sum(dim=1) / lengths)
-        before[:] = hidden, norm
-
-    def enters(_module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        see(args[0] if args else kwargs["hidden_states"])
-
-    def leaves(_module: Any, _args: Any, output: Any) -> None:
-        see(output[0] if isinstance(output, tuple) else output)
-
-    hooks = [block.register_forward_pre_hook(enters, with_kwargs=True) for block in decoder_of(model).layers]
-    hooks.append(decoder_of(model).layers[-1].register_forward_hook(leaves))
-    try:
-        with torch.inference_mode():
-            model(input_ids=input_ids, attention_mask=real.long(), use_cache=False)
-            before.clear()
-            stacked = torch.stack(states, dim=1)  # (P, L+1, D)
-            text = wanted.nonzero()[:, 0]
-            total = torch.zeros(len(ids), *[stacked.shape[1]] * 2, dtype=torch.float64, device=device)
-            for some in torch.arange(len(stacked), device=device).split(64):  # in float64 all at once would be large
-                total.index_add_(0, text[some], angular_distances(stacked[some]))
-            distances = total / wanted.sum(dim=1)[:, None, None]
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return distances.cpu(), torch.stack(influences, dim=1).cpu()
+    elements = math.prod(shape)
+    with tempfile.NamedTemporaryFile(prefix="sdft-states-") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, elements * dtype.itemsize)  # a full disk is an error here
+        except OSError as error:
+            what = f"has no {elements * dtype.itemsize / 1e9:.1f} GB for the states of a batch ({error.strerror})"
+            do = "Set TMPDIR to a larger disk, or compute.score.weights: resident"
+            raise UserError(problem(tempfile.gettempdir(), what, do)) from None
+        return torch.from_file(file.name, shared=True, size=elements, dtype=dtype).view(shape)

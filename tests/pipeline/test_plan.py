@@ -289,6 +289,12 @@ def test_exports_are_further_models_that_move_no_other_id(recipe):
     more = all_ids(recipe | {"export": exports}) - all_ids(recipe)
     assert all_ids(recipe) < all_ids(recipe | {"export": exports})
     assert Counter(name for name, _ in more) == {"export": 4, "evaluate": 8}
+    engines = recipe | {"export": exports, "evaluate": {**recipe["evaluate"], "engine": "vllm"}}
+    measured = pipeline.chain(validate(Recipe, engines)).evaluations
+    assert {name for (name, _), stage in measured.items() if stage.settings.engine == "transformers"} == {
+        "base q8_0",
+        "sft q8_0",
+    }
     with pytest.raises(UserError, match=r"^export\.models: this recipe makes no sfd\. Did you mean sft\?"):
         all_ids(recipe | {"export": exports | {"models": ["sfd"]}})
 

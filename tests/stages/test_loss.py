@@ -1,17 +1,18 @@
 """The loss with blocks skipped, against the whole model whose blocks are made to give back their input by hooks."""
 
-import json
-
 import pytest
 import torch
 from architectures import logits_of
 from tiny import make_tiny_model, make_tiny_rows
+from walks import measure_losses, result_of
 
 from sdft_ray.core.passes import count_passes
 from sdft_ray.core.skipping import skipped_losses
 from sdft_ray.core.surgery import ARCHITECTURES
+from sdft_ray.core.walking import Walk
 from sdft_ray.data.calibration import CorpusSettings
 from sdft_ray.errors import UserError
+from sdft_ray.models.streamed import open_walk
 from sdft_ray.progress import Progress
 from sdft_ray.spec import compute
 from sdft_ray.spec.recipe import Protect, Prune
@@ -37,35 +38,38 @@ def test_skipped_losses_equal_those_of_the_base_that_skips_by_hooks(architecture
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path / "model", architecture)).eval()
-    found = skipped_losses(model, TEXTS, FIRST, CANDIDATES)
+    walk = Walk(model)
+    found = measure_losses(walk, TEXTS, FIRST, CANDIDATES)
     assert found.shape == (len(TEXTS), len(CANDIDATES))
     for column, removed in enumerate(CANDIDATES):
         expected = torch.stack([loss_alone(model, *text, removed) for text in zip(TEXTS, FIRST, strict=True)])
         torch.testing.assert_close(found[:, column], expected, atol=1e-4, rtol=1e-4)
     assert (found[:, 0] - found[:, 1]).abs().max() > 1e-3, "skipped blocks matter"
-    without = skipped_losses(model, TEXTS, FIRST, [[4], [], [0]], gone=[1, 3])
+    without = measure_losses(walk, TEXTS, FIRST, [[4], [], [0]], [1, 3])
     for column, removed in enumerate([[1, 3, 4], [1, 3], [0, 1, 3]]):
         expected = torch.stack([loss_alone(model, *text, removed) for text in zip(TEXTS, FIRST, strict=True)])
         torch.testing.assert_close(without[:, column], expected, atol=1e-4, rtol=1e-4)
-    # The model is whole again.
-    torch.testing.assert_close(skipped_losses(model, TEXTS, FIRST, [[]])[:, 0], found[:, 0], atol=0, rtol=0)
+    # Block by block from disk, in two batches.
+    streamed = open_walk("AutoModelForCausalLM", tmp_path / "model", "float32", "cpu", streamed=True)
+    texts = [*zip(TEXTS, FIRST, strict=True)]
+    parts = result_of(skipped_losses(streamed, [texts[:2], texts[2:]], [[4], [], [0]], [1, 3]))
+    torch.testing.assert_close(torch.cat(parts), without, atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 0), (1, 2)])
 def test_removing_one_after_the_other_runs_as_many_blocks_as_are_counted(tmp_path, first, last):
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path / "model")).eval()
+    walk = Walk(AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path / "model")).eval())
     ran = []
-    for number, block in enumerate(model.model.layers):
+    for number, block in enumerate(walk.blocks):
         block.register_forward_hook(lambda *_, number=number: ran.append(number))
     gone: list[int] = []
     for taken in (3, 1):
         free = [[block] for block in range(first, 6 - last) if block not in gone]
-        skipped_losses(model, TEXTS, FIRST, [[], *free], gone)
+        measure_losses(walk, TEXTS, FIRST, [[], *free], gone)
         gone.append(taken)
-    looks = 2  # of each call, what the first block returns
-    assert (len(ran) - looks) / 6 == pytest.approx(count_passes(6, 2, first, last).passes)
+    assert len(ran) / 6 == pytest.approx(count_passes(6, 2, first, last).passes)
 
 
 CORPUS = CorpusSettings(name="sums", field="text", limit=10, held_back=5, max_tokens=40, positions="last")
@@ -155,10 +159,8 @@ def measured(monkeypatch) -> list[int]:
     def measure(actor, corpora, _section, _progress, **arguments):
         meter = actor(device="cpu", **arguments)
         counts.append(len(arguments["candidates"]) - 1)
-        results = [
-            [meter({"index": 0, "texts": json.dumps([text, text])})["loss"][0] for text in corpus] for corpus in corpora
-        ]
-        return [{"loss": losses} for losses in results]
+        found = [[*meter([[text] for text in corpus])][-1] for corpus in corpora]
+        return [{"loss": [each["loss"][0] for each in losses]} for losses in found]
 
     monkeypatch.setattr(loss, "measure", measure)
     return counts

@@ -87,8 +87,8 @@ def test_fit_brings_the_stream_nearer_to_what_was_removed(tmp_path):
     base = make_tiny_model(tmp_path / "base")
     cut = prune(base, tmp_path / "cut", REMOVED)
     corpus = make_corpus()
-    *texts, (patches, maps) = fit_patches(lambda: base, "float32", "cpu", REMOVED, [corpus])
-    assert texts == [1] * 12
+    *shares, (patches, maps) = fit_patches(lambda: base, "float32", "cpu", False, REMOVED, [corpus])
+    assert len(shares) >= 12 and shares == sorted(shares)
     (patch,) = patches
     assert (patch.block, patch.tokens, patch.held_back_tokens) == (1, 8 * 24, 4 * 24)
     assert patch.error < patch.error_without
@@ -104,12 +104,23 @@ def test_fit_brings_the_stream_nearer_to_what_was_removed(tmp_path):
 def test_fit_of_scattered_blocks_patches_each_gap(tmp_path):
     base = make_tiny_model(tmp_path / "base")
     removed = (1, BLOCKS - 2)
-    *_, (patches, maps) = fit_patches(lambda: base, "float32", "cpu", removed, [make_corpus()])
+    *_, (patches, maps) = fit_patches(lambda: base, "float32", "cpu", False, removed, [make_corpus()])
     assert [patch.block for patch in patches] == [0, BLOCKS - 3] == sorted(maps)
     cut = prune(base, tmp_path / "cut", removed)
     (tmp_path / "patched").mkdir()
     changed = write_patched(cut, tmp_path / "patched", removed, maps, "llama")
     assert changed == [f"model.layers.{block}.mlp.down_proj.weight" for block in (0, BLOCKS - 4)]
+
+
+@pytest.mark.parametrize("architecture", ["granitemoehybrid", "llama", "nemotron_h"])
+def test_fit_of_a_streamed_base_is_that_of_one_that_is_whole(tmp_path, architecture):
+    base = make_tiny_model(tmp_path / "base", architecture)
+    corpora = [make_corpus(), make_corpus(range(20, 26))]
+    fits = [[*fit_patches(lambda: base, "float32", "cpu", way, (1, 3, 4), corpora)][-1] for way in (False, True)]
+    (patches, maps), (others, streamed) = fits
+    assert patches == others
+    for block in (0, 2):
+        torch.testing.assert_close(streamed[block], maps[block], atol=1e-6, rtol=0)
 
 
 def test_recipe_with_a_patch_trains_from_the_patched_model_and_verify_names_the_changed_tensor(ray_cluster, tmp_path):
@@ -128,7 +139,7 @@ def test_recipe_with_a_patch_trains_from_the_patched_model_and_verify_names_the_
     chain, storage = pipeline.chain(recipe), Storage(str(tmp_path / "root"))
     assert {chain.models[arm].inputs["model"].id for arm in ("sft", "distilled")} == {chain.models["patched"].id}
     made = [stage for stage in chain.in_order if stage.name in ("score", "loss", "cut", "patch")]
-    pipeline.build(made, load_compute(), storage)
+    pipeline.build(made, load_compute({"score": {"weights": "streamed"}}), storage)
     summary = Summary.of(chain.patched, storage)
     (patch,) = summary.patches
     assert patch.block == summary.removed[0] - 1 and patch.error <= patch.error_without

@@ -6,23 +6,27 @@ import math
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from architectures import blocks_of
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny_model, make_tiny_rows
+from walks import measure_states, result_of
 
 from sdft_ray.core.rows import Row
 from sdft_ray.core.surgery import ARCHITECTURES
+from sdft_ray.core.walking import Walk
 from sdft_ray.data import calibration
 from sdft_ray.data.calibration import Corpus, CorpusSettings
 from sdft_ray.errors import UserError
+from sdft_ray.models.streamed import open_walk
 from sdft_ray.progress import Progress
 from sdft_ray.results import read_measured, read_split
 from sdft_ray.spec import compute
 from sdft_ray.stages import Work, score
-from sdft_ray.stages.score import pass_by
+from sdft_ray.stages.score import on_disk, pass_by
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 
@@ -92,29 +96,38 @@ def by_definition(states: torch.Tensor, first: int) -> tuple[list[list[float]], 
 def test_pass_by_a_padded_batch_gives_what_the_definitions_give_for_each_text_alone(models, architecture, positions):
     first = {"last": LAST, "all": [0] * 5, "second half": [len(ids) // 2 for ids in TEXTS]}[positions]
     model = models(architecture)
-    distances, influences = pass_by(model, TEXTS, first)
+    distances, influences = measure_states(Walk(model), TEXTS, first)
     assert distances.shape == (5, 7, 7) and influences.shape == (5, 6)
     for i, ids in enumerate(TEXTS):
         expected = by_definition(states_alone(model, ids), first[i])
         torch.testing.assert_close(distances[i], torch.tensor(expected[0], dtype=torch.float64), atol=1e-5, rtol=0)
         torch.testing.assert_close(influences[i], torch.tensor(expected[1]), atol=1e-5, rtol=0)
     assert distances[:, 0, -1].min() > 0.01, "a random model moves its stream"
+    # Block by block from disk, in two batches.
+    streamed = open_walk("AutoModel", Path(model.name_or_path), "float32", "cpu", streamed=True)
+    texts = [*zip(TEXTS, first, strict=True)]
+    parts = result_of(pass_by(streamed, [texts[:2], texts[2:]], on_disk))
+    for found, expected in zip(zip(*parts, strict=True), (distances, influences), strict=True):
+        torch.testing.assert_close(torch.cat(found), expected, atol=1e-6, rtol=0)
+    assert all(each.is_meta for block in streamed.blocks for each in block.parameters())
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_pass_by_does_not_depend_on_how_texts_are_batched(models, size):
-    model, whole = models("llama"), pass_by(models("llama"), TEXTS, LAST)
-    parts = [pass_by(model, TEXTS[i : i + size], LAST[i : i + size]) for i in range(0, len(TEXTS), size)]
+    walk = Walk(models("llama"))
+    whole = measure_states(walk, TEXTS, LAST)
+    parts = [measure_states(walk, TEXTS[i : i + size], LAST[i : i + size]) for i in range(0, len(TEXTS), size)]
     for found, expected in zip(zip(*parts, strict=True), whole, strict=True):
         torch.testing.assert_close(torch.cat(found), expected, atol=1e-6, rtol=0)
 
 
 def test_pass_by_ends_before_the_final_norm(models, tmp_path):
-    model, before = models("llama"), pass_by(models("llama"), TEXTS, LAST)
+    model = models("llama")
+    before = measure_states(Walk(model), TEXTS, LAST)
     with torch.no_grad():
         # A trained norm has weights that turn the vector; a fresh one would only rescale it.
         model.norm.weight.copy_(torch.linspace(-2, 2, 64))
-    for found, expected in zip(pass_by(model, TEXTS, LAST), before, strict=True):
+    for found, expected in zip(measure_states(Walk(model), TEXTS, LAST), before, strict=True):
         assert torch.equal(found, expected)
 
 
@@ -123,7 +136,7 @@ def test_pass_by_ends_before_the_final_norm(models, tmp_path):
 CORPUS = {"field": "text", "limit": 20, "held_back": 6, "max_tokens": 48, "positions": "last"}
 
 
-def make_work(root: Path, model: Path, *corpora: dict, actors: int = 1, batch_size: int = 4) -> Work:
+def make_work(root: Path, model: Path, *corpora: dict, **plan: Any) -> Work:
     """Return the score stage's work; a corpus with `rows: True` is a rows artifact, else a text file."""
     storage = Storage(str(root))
     inputs, settings = {"model": Stage("model", "tiny", 1, {}, location=model)}, []
@@ -138,8 +151,8 @@ def make_work(root: Path, model: Path, *corpora: dict, actors: int = 1, batch_si
         wanted = CORPUS | {k: v for k, v in corpus.items() if k in CORPUS}
         settings.append(CorpusSettings(**wanted, name=f"corpus {i}", path=path and str(path)))
     stage = Stage("score", "tiny", 1, score.Settings(dtype="float32", calibration=tuple(settings)), inputs)
-    plan = compute.Compute(score=compute.Score(actors=actors, cpus=1, batch_size=batch_size))
-    return Work(stage, storage, plan, Progress("score", "texts"))
+    section = compute.Score(**{"cpus": 1, "batch_size": 4} | plan)
+    return Work(stage, storage, compute.Compute(score=section), Progress("score", "texts"))
 
 
 def read_corpora(work: Work) -> list[Corpus]:
@@ -161,29 +174,34 @@ def scored(ray_cluster, tiny_model, tmp_path):
 
 
 def test_score_is_the_same_whatever_the_number_of_actors_and_in_one_process(scored, models, tiny_model):
-    one, two = (scored(name, {}, {"positions": "all"}, actors=n)[0] for name, n in (("one", 1), ("two", 2)))
-    first, second = read_measured(one.directory), read_measured(two.directory)
-    for a, b in zip([*first[0], *first[1]], [*second[0], *second[1]], strict=True):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+    forms = {"one": {}, "two": {"actors": 2}, "streamed": {"actors": 2, "weights": "streamed"}}
+    one, *others = (scored(name, {}, {"positions": "all"}, **form)[0] for name, form in forms.items())
+    first = read_measured(one.directory)
+    for other in others:
+        second = read_measured(other.directory)
+        for a, b in zip([*first[0], *first[1]], [*second[0], *second[1]], strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
     texts = read_corpora(one)[0].measured
-    distances, influences = pass_by(models("llama"), [t.ids for t in texts], [len(t.ids) - 1 for t in texts])
+    ids = [text.ids for text in texts]
+    distances, influences = measure_states(Walk(models("llama")), ids, [len(text) - 1 for text in ids])
     torch.testing.assert_close(first[0][0], distances.float(), atol=1e-6, rtol=0)
     torch.testing.assert_close(first[1][0], influences.float(), atol=1e-6, rtol=0)
 
 
-def test_score_of_a_killed_actor_is_that_of_a_calm_one(scored, tmp_path, monkeypatch):
+@pytest.mark.parametrize("weights", ["resident", "streamed"])
+def test_score_of_a_killed_actor_is_that_of_a_calm_one(scored, tmp_path, monkeypatch, weights):
     calm = read_measured(scored("calm", {})[0].directory)
     fuse = tmp_path / "fuse"
 
     class Killed(score.Scorer):
-        def __call__(self, row):
+        def __call__(self, batches):
             if not fuse.exists():
                 fuse.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
-            return super().__call__(row)
+            return super().__call__(batches)
 
     monkeypatch.setattr(score, "Scorer", Killed)
-    killed = read_measured(scored("killed", {})[0].directory)
+    killed = read_measured(scored("killed", {}, weights=weights)[0].directory)
     assert fuse.exists()
     assert torch.equal(killed[0][0], calm[0][0]) and torch.equal(killed[1][0], calm[1][0])
 
@@ -262,15 +280,20 @@ def test_score_of_more_tokens_than_the_context_is_refused(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.4.self_attn.q_proj.weight"]
+    ("name", "weights"),
+    [
+        ("model.embed_tokens.weight", "resident"),
+        ("model.layers.0.mlp.up_proj.weight", "resident"),
+        ("model.layers.4.self_attn.q_proj.weight", "streamed"),
+    ],
 )
-def test_score_of_nan_weights_names_the_tensor(scored, tmp_path, name):
+def test_score_of_nan_weights_names_the_tensor(scored, tmp_path, name, weights):
     model = make_tiny_model(tmp_path / "model")
-    weights = load_file(model / "model.safetensors")
-    weights[name].view(-1)[:64] = float("nan")
-    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    tensors = load_file(model / "model.safetensors")
+    tensors[name].view(-1)[:64] = float("nan")
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=rf"{name.removeprefix('model.')} of its weights holds NaN or infinity"):
-        scored("nan", {}, model=model)
+        scored("nan", {}, model=model, weights=weights)
 
 
 def test_score_of_activations_that_overflow_names_the_block(scored, tmp_path):

@@ -8,22 +8,17 @@ tensors that DeepSpeed itself broadcasts while it makes the model.
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sdft_ray.models.directory import tensor_places
+from sdft_ray.models.mapped import MappedFiles, find_sources
 from sdft_ray.spec import training
 from sdft_ray.stages.train.adapters import adapt
 
 if TYPE_CHECKING:
     import torch
 
-Read = Callable[[str], "torch.Tensor"]
-"""Returns a tensor of the files by its name there, mapped."""
 # Settings of a user's DeepSpeed JSON with which a worker keeps more than its share, or keeps it in another form.
 _OTHER_FORMS = {
     "mics_shard_size",
@@ -66,86 +61,20 @@ def load_share(base: str, settings: training.Train, config: Mapping[str, Any]) -
 
 def _fill(model: Any, outline: Any, base: Path) -> None:
     """Copy this worker's share of every weight, and all buffers of the files, into a model; the outline has shapes."""
-    from safetensors import safe_open
-
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
-    shapes, places, filled = outline.state_dict(), tensor_places(base), set()
-    with contextlib.ExitStack() as stack:
-        paths = {path for path, _ in places.values()}
-        files = {path: stack.enter_context(safe_open(path, framework="pt")) for path in paths}
-        for target, source in _find_sources(outline, places).items():
-            pieces = source.pieces()
-            size = shapes[target].numel() // len(pieces)
-            filled.add(id(own[target]))
-            for number, piece in enumerate(pieces):
-                if len(pieces) > 1 and not _own_range(own[target], number * size, size):
-                    continue
-                for name, values in source.convert(
-                    piece, target, outline, lambda name: files[places[name][0]].get_tensor(name)
-                ).items():
-                    _copy_own(own[name], number * size, values)
-                    filled.add(id(own[name]))
+    shapes, filled, files = outline.state_dict(), set(), MappedFiles(base)
+    for target, source in find_sources(outline, files.names).items():
+        pieces = source.pieces()
+        size = shapes[target].numel() // len(pieces)
+        filled.add(id(own[target]))
+        for number, piece in enumerate(pieces):
+            if len(pieces) > 1 and not _own_range(own[target], number * size, size):
+                continue
+            for name, values in source.convert(piece, target, outline, files.read).items():
+                _copy_own(own[name], number * size, values)
+                filled.add(id(own[name]))
     missing = [name for name, parameter in model.named_parameters() if id(parameter) not in filled]
     assert not missing, f"{base} has no {', '.join(missing[:3])}"
-
-
-@dataclasses.dataclass
-class _Source:
-    """The tensors of the files that one tensor of a model is made of."""
-
-    converter: Any
-    """transformers' conversion; None where the files hold the tensor as it is."""
-    names: dict[str, list[str]]
-    """Of these tensors, by the pattern of the conversion that they match, in order."""
-
-    def pieces(self) -> list[dict[str, list[str]]]:
-        """Return groups of the names, each of which makes one contiguous range of the tensor.
-
-        Experts that the files hold one by one are fused along the first dimension: each makes a range by itself.
-        """
-        from transformers.core_model_loading import MergeModulelist
-
-        first, *rest = self.converter.operations if self.converter else [None]
-        counts = {len(names) for names in self.names.values()}
-        by_expert = isinstance(first, MergeModulelist) and first.dim == 0 and len(counts) == 1
-        if not (by_expert and all(getattr(operation, "dim", 0) >= 1 for operation in rest)):
-            return [self.names]
-        return [{pattern: [names[i]] for pattern, names in self.names.items()} for i in range(*counts)]
-
-    def convert(self, piece: Mapping[str, list[str]], target: str, outline: Any, read: Read) -> dict[str, torch.Tensor]:
-        """Return the tensors of a model that a piece makes, by name: one, or what a fused tensor is split into."""
-        if not self.converter:
-            return {target: read(next(iter(piece.values()))[0])}
-        converter = copy.deepcopy(self.converter)
-        for pattern, names in piece.items():
-            for name in names:
-                converter.add_tensor(target, name, pattern, read(name))
-        made = converter.convert(target, model=outline, config=outline.config)
-        return {name: values[0] if isinstance(values, list) else values for name, values in made.items()}
-
-
-def _find_sources(outline: Any, names: Iterable[str]) -> dict[str, _Source]:
-    """Return what each tensor of a model is made of, by the rules of transformers' own loader.
-
-    Names that the model does not know are left out, as its loader does: files also hold what a config determines.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
-    rules = get_model_conversion_mapping(outline)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    known, prefix = outline.state_dict(), outline.base_model_prefix
-    sources: dict[str, _Source] = {}
-    for name in sorted(names, key=dot_natural_key):
-        target, pattern = rename_source_key(name, renamings, converters, prefix, known)
-        if target not in known and name in known:  # its name only looks like one to change
-            target, pattern = name, None
-        if target in known:
-            source = sources.setdefault(target, _Source(by_pattern[pattern] if pattern else None, {}))
-            source.names.setdefault(pattern or name, []).append(name)
-    return sources
 
 
 def _own_range(target: Any, start: int, size: int) -> range:
