@@ -64,6 +64,7 @@ OTHER = {
     "distill.dtype": "float32",
     "distill.teacher": {"endpoint": "http://127.0.0.1:1/v1", "model": "some/teacher"},
     "distill.seeds": "engine",
+    "distill.lookup": {"tokens": 3},
     "distill.template": "{prompt} {reference}",
     "rows.0.template": "{reference} {prompt}",
     "rows.0.filters": {"too_long": 2.0},
