@@ -4,11 +4,12 @@ import pytest
 import torch
 from architectures import load
 from test_gguf import make_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdft_ray.errors import UserError
 from sdft_ray.models import compressed, exporting
 from sdft_ray.progress import Progress
+from sdft_ray.stages.evaluate.harness import load_model
 
 torch.set_num_threads(1)
 IDS = torch.arange(3, 35).reshape(1, -1)
@@ -40,6 +41,22 @@ def test_exported_gguf_is_evaluated_with_the_weights_of_the_file(variant, form, 
         file = f"model-{form}.gguf"
         back = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file=file, dtype=torch.float32)
         assert torch.equal(logits(loaded), logits(back))
+
+
+@pytest.mark.parametrize("form", ["q8_0", "int8"])
+def test_harness_gets_the_exported_weights_and_the_models_tokenizer(form, tmp_path):
+    model = make_model(tmp_path, "llama")
+    export(model, tmp_path / "out", form)
+    lm = load_model(str(tmp_path / "out"), "float32", 4, "cpu")
+    assert (lm.model.get_input_embeddings().weight.dtype, lm.model.device.type) == (torch.float32, "cpu")
+    assert not torch.equal(logits(lm.model), logits(load(model)))
+    tokens = AutoTokenizer.from_pretrained(model)("What is 12 + 3? ünï 日本").input_ids
+    assert lm.tok_encode("What is 12 + 3? ünï 日本") == tokens
+    scores = lm._loglikelihood_tokens([(("", ""), tokens[:4], tokens[4:])], disable_tqdm=True)
+    with torch.inference_mode():
+        odds = lm.model(torch.tensor([tokens[:-1]])).logits[0].log_softmax(-1)
+    expected = sum(odds[i - 1, tokens[i]].item() for i in range(4, len(tokens)))
+    assert scores[0][0] == pytest.approx(expected, abs=1e-3)
 
 
 def test_exported_int8_is_loaded_by_transformers_as_rounded_matrices(tmp_path):
