@@ -19,7 +19,7 @@ demo: $(STAMP)
 
 test: test-fast
 	@echo "Testing what is heavy, two files at a time; make test-all has the rest."
-	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "heavy and not full"
+	@$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "heavy and not full"
 
 test-fast: $(STAMP)
 	@echo "Testing what is light."

@@ -20,7 +20,12 @@ def pytest_configure(config) -> None:
         refuse_ray()
 
 
+# Files that take minutes, so that two workers which take a file at a time end together.
+LONGEST = ("test_kill", "test_trials", "test_distill", "test_train", "test_chain", "test_loss", "test_score")
+
+
 def pytest_collection_modifyitems(items) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     for item in items:
         if is_heavy(item.path, {item.originalname, *item.fixturenames}):
             item.add_marker("heavy")
