@@ -62,11 +62,24 @@ def test_harness_gets_the_exported_weights_and_the_models_tokenizer(form, tmp_pa
 def test_exported_int8_is_loaded_by_transformers_as_rounded_matrices(tmp_path):
     model = make_model(tmp_path, "llama")
     written = export(model, tmp_path / "out", "int8")
-    assert exporting.load_exported(tmp_path / "out", "float32") is None
-    loaded, original = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32), load(model)
+    loaded, original = exporting.load_exported(tmp_path / "out", "float32"), load(model)
+    body = loaded.get_decoder()(input_ids=IDS).last_hidden_state  # as `retention` asks for it, before anything else
+    by_transformers = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert torch.equal(loaded.lm_head(body), logits(by_transformers))
     assert 0 < (logits(loaded) - logits(original)).abs().max() < 0.2 * logits(original).abs().max()
     assert 0 < written.largest_error < 0.01
     assert written.bytes < sum(file.stat().st_size for file in model.glob("*.safetensors")) / 2
+
+
+def test_int8_rounds_what_goes_into_a_matrix_too(tmp_path):
+    export(make_model(tmp_path, "llama"), tmp_path / "out", "int8")
+    layer = exporting.load_exported(tmp_path / "out", "float32").model.layers[0].mlp.up_proj
+    given = torch.linspace(-1, 1, layer.in_features).reshape(1, 1, -1)
+    with torch.inference_mode():
+        scale = given.abs().max() / 127.5
+        rounded = (given / scale).round().clamp(-128, 127) * scale
+        torch.testing.assert_close(layer(given), rounded @ layer.weight.T)
+        assert not torch.allclose(layer(given), given @ layer.weight.T, atol=1e-5)
 
 
 def test_export_of_a_mixture_in_8_bits_is_one_line(tmp_path):

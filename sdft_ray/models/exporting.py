@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from sdft_ray.data.readers import read_json
 from sdft_ray.models.directory import write_companions
 from sdft_ray.progress import Progress
 
@@ -65,10 +66,21 @@ def serve_line(directory: str, form: str) -> str:
 
 
 def load_exported(directory: Path, dtype: str) -> PreTrainedModel | None:
-    """Return the model whose weights are a GGUF file in a directory; None where transformers loads the directory by
-    itself, as it does with int8."""
-    if not (files := sorted(directory.glob("*.gguf"))):
-        return None
-    from sdft_ray.models import gguf
+    """Return the model of a directory that was written here, in a precision; None for any other directory.
 
-    return gguf.load_gguf(files[0], dtype)
+    Matrices of int8 become numbers again, times their scales, and what goes into them is still rounded to 8 bits.
+    """
+    if files := sorted(directory.glob("*.gguf")):
+        from sdft_ray.models import gguf
+
+        return gguf.load_gguf(files[0], dtype)
+    if "quantization_config" not in read_json(directory / "config.json"):
+        return None
+    import torch
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    at_once = CompressedTensorsConfig(dequantize=True)  # else at the first call of the whole model, not of its body
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=getattr(torch, dtype), quantization_config=at_once
+    )
+    return model
