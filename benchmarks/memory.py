@@ -176,7 +176,7 @@ def compare_shares(counts: list[int], methods: list[str]) -> None:
             most = max(each, key=lambda one: one["score"])
             _print_row(f"streamed W={workers}", most, sum(sizes) / 2, most["before"] + most["limit"])
             over_blocks.append(max((one["score"] - one["before"]) / one["limit"] for one in each))
-        for zero_stage, given in ((3, {"mics_shard_size": -1}), (1, {})):  # the first has the whole model loaded
+        for zero_stage, given in ((3, {"zero_hpz_partition_size": 1}), (1, {})):  # the first loads it whole
             each = run_workers(measure_shares, 2, base, "lora", zero_stage, given)
             for number, one in enumerate(each):
                 _print_row(f"whole, ZeRO-{zero_stage}, rank {number}", one, sum(sizes), 0)

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 # Settings of a user's DeepSpeed JSON with which a worker keeps more than its share, or keeps it in another form.
 _OTHER_FORMS = {
-    "mics_shard_size",
     "zero_hpz_partition_size",
     "zero_quantized_weights",
     "zero_quantized_nontrainable_weights",
