@@ -47,7 +47,7 @@ def test_exported_gguf_is_evaluated_with_the_weights_of_the_file(variant, form, 
 def test_harness_gets_the_exported_weights_and_the_models_tokenizer(form, tmp_path):
     model = make_model(tmp_path, "llama")
     export(model, tmp_path / "out", form)
-    lm = load_model(str(tmp_path / "out"), "float32", 4, "cpu")
+    lm = load_model(str(tmp_path / "out"), "float32", 4, "cpu").lm
     assert (lm.model.get_input_embeddings().weight.dtype, lm.model.device.type) == (torch.float32, "cpu")
     assert not torch.equal(logits(lm.model), logits(load(model)))
     tokens = AutoTokenizer.from_pretrained(model)("What is 12 + 3? ünï 日本").input_ids
