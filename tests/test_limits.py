@@ -140,6 +140,14 @@ def test_check_of_rows_finds_those_that_do_not_fit_the_context(problems, rows, s
     assert sorted(line.where for line in problems(rows, **settings)) == keys
 
 
+@pytest.mark.parametrize(("engine", "keys"), [("transformers", []), ("vllm", ["rows"])])
+def test_check_of_a_reference_as_long_as_the_context_minds_the_token_that_vllm_makes(problems, engine, keys):
+    rows = [row(i, reference=2046) for i in range(9)]  # 2048 tokens
+    wanted = {"arms": {"sft": {}}, "evaluate": {"max_new_tokens": 100, "engine": engine}}
+    settings = {**SHORT, **wanted, "train": {"max_tokens": 2048, "max_too_long_fraction": 1.0}}
+    assert [line.where for line in problems(rows, **settings)] == keys
+
+
 def test_check_of_long_rows_counts_them_and_shows_one(problems):
     (line,) = problems([row(i, prompt=1960) for i in range(9)], **{**SHORT, "arms": {"sft": {}}})
     assert line.startswith(

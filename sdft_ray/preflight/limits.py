@@ -232,8 +232,9 @@ def _lengths(
     if "evaluate" in new:
         asked = [row for row in held_out if sources[row.origin].answer != "none" or recipe.evaluate.retention]
         yield _Length("evaluate.max_new_tokens", _prompts(asked), *leaves("evaluate", context))
-        what = f"held-out references must fit the model's context of {context}"
-        yield _Length("rows", [row.reference for row in held_out], context, what, "Remove these rows")
+        room = context - (recipe.evaluate.engine == "vllm")  # vLLM always makes a token behind what it reads
+        what = f"held-out references must fit {room} tokens of the model's context"
+        yield _Length("rows", [row.reference for row in held_out], room, what, "Remove these rows")
     if recipe.draft:
         some = [row for row in held_out if not row.exchange.is_plain]
         asked = some[: recipe.draft.prompts] if len(sources) == 1 else some  # of several they are evenly mixed
