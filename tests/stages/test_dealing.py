@@ -77,6 +77,15 @@ def test_deal_gives_each_range_the_lines_of_its_rows(join, seed):
         assert {row_id: sorted(found) for row_id, found in dealt.lines_of(some.number, ids).items()} == oracle
 
 
+def test_deal_writes_next_to_nothing_for_ranges_without_lines(join):
+    lines = [Line(row_id(0), sample, "It is 0.", "stop", 5, 3, sample) for sample in range(3000)]
+    folder, ranges, _ = join(make_rows(700), [])
+    ledgers.write_piece(ledger := folder.storage.ledger("ledger-1"), "batch", lines)
+    dealt = dealing.deal(folder, ledger, ranges, lambda: [make_rows(700)])
+    assert len(ranges) == 100 and len(dealt.lines_of(0, [row_id(0)])[row_id(0)]) == 3000
+    assert (folder.path / dealt.files[0]).stat().st_size < 300_000, "the offsets alone of 3,000 texts are 12,000 bytes"
+
+
 def test_deal_keeps_the_order_in_which_the_ledger_has_the_lines_of_a_row(join):
     rows = make_rows(20)
     lines = [Line(row.id, 0, f"text {i}", "error", 5, 3, 1) for row in rows for i in range(4)]

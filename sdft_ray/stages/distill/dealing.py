@@ -101,8 +101,9 @@ def _deal_part(folder: Folder, ledger: str, ranges: int, part: Part) -> str:
     options = pa.ipc.IpcWriteOptions(compression="lz4")
     with pa.ipc.new_file(folder.path / name, table.schema, options=options) as file:
         batch = pa.RecordBatch.from_arrays([column.combine_chunks() for column in table.columns], schema=table.schema)
+        none = pa.RecordBatch.from_pylist([], table.schema)  # an empty slice is written with all offsets of its columns
         for start, stop in itertools.pairwise(bounds):
-            file.write_batch(batch.slice(start, stop - start))
+            file.write_batch(batch.slice(start, stop - start) if start < stop else none)
     folder.keep(name)
     return name
 
