@@ -59,6 +59,15 @@ def test_harness_gets_the_exported_weights_and_the_models_tokenizer(form, tmp_pa
     assert scores[0][0] == pytest.approx(expected, abs=1e-3)
 
 
+def test_likelihoods_of_int8_beside_an_engine_are_those_without_one(tmp_path):
+    from sdft_ray.stages.evaluate.by_engine import load_engine
+
+    export(make_model(tmp_path, "llama"), tmp_path / "out", "int8")
+    given, requests = str(tmp_path / "out"), [([5, 6, 7], [8, 9]), ([5, 6], [9, 8, 7])]
+    beside = load_engine(given, "float32", 4, "cpu", {})  # which is not started for these
+    assert beside.score(requests) == load_model(given, "float32", 4, "cpu").score(requests)
+
+
 def test_exported_int8_is_loaded_by_transformers_as_rounded_matrices(tmp_path):
     model = make_model(tmp_path, "llama")
     written = export(model, tmp_path / "out", "int8")

@@ -65,6 +65,15 @@ def serve_line(directory: str, form: str) -> str:
     return f"llama-server --model {directory}/{_file(form)} --jinja"
 
 
+def load_causal(directory: Path, dtype: str) -> PreTrainedModel:
+    """Return the model of any directory in a precision, one that was written here among them."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    exported = load_exported(directory, dtype)
+    return exported or AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
+
+
 def load_exported(directory: Path, dtype: str) -> PreTrainedModel | None:
     """Return the model of a directory that was written here, in a precision; None for any other directory.
 

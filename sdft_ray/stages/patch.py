@@ -8,6 +8,7 @@ the manifest's `changed` is the cut's, byte by byte.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,15 +144,13 @@ def fit_patches(
     ]
     todo = [(text, number) for number, (texts, _) in enumerate(groups) for text in texts]
     left = {(before, number): len(texts) for before, _ in around for number, (texts, _) in enumerate(groups)}
-    sums: dict[tuple[int, int], Sums] = {}
+    sums: defaultdict[tuple[int, int], Sums] = defaultdict(lambda: Sums.none(width))
     rounds, shown = [todo] if streamed else [[each] for each in todo], 0.0
     for done, some in enumerate(rounds):
         for share, seen in see_gaps(walk, [text for text, _ in some], around):
             for i, before, added, wanted in seen:
                 number = some[i][1]
                 key = before, number
-                if key not in sums:
-                    sums[key] = Sums.none(width)
                 sums[key].add(added, wanted)
                 left[key] -= 1
                 if not left[key]:

@@ -22,7 +22,7 @@ from sdft_ray.core.recovery import Estimate, ratio
 from sdft_ray.core.retention import Measured, Nearness, Probe, compare, read_lines, write_lines
 from sdft_ray.core.surgery import decoder_of
 from sdft_ray.errors import UserError, problem
-from sdft_ray.models.exporting import load_exported
+from sdft_ray.models.exporting import load_causal
 from sdft_ray.results import PROBES, RETENTION
 from sdft_ray.spec.compute import Needs
 from sdft_ray.spec.section import Section
@@ -129,8 +129,6 @@ def measure(
 ) -> list[Measured]:
     """Return what is measured on each probe, and the seconds that it took; runs in a Ray worker. A model of None is
     the base itself."""
-    import torch
-    from transformers import AutoModelForCausalLM
 
     from sdft_ray.progress import quiet_transformers
 
@@ -138,10 +136,7 @@ def measure(
     use_assigned_cores()
 
     def load(directory: Callable[[], Path]) -> Any:
-        place = directory()
-        exported = load_exported(place, dtype)
-        loaded = exported or AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype))
-        return loaded.to(device).eval()
+        return load_causal(directory(), dtype).to(device).eval()
 
     loaded = load(base)
     both = (loaded, load(model) if model else loaded)

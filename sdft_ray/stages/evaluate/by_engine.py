@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from lm_eval.models.huggingface import HFLM
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from sdft_ray.cluster import last_line
 from sdft_ray.data.chat import opened_thought, response_ends
 from sdft_ray.engine import engine_arguments
 from sdft_ray.errors import StageFailed, UserError, problem
+from sdft_ray.models.exporting import load_causal
 from sdft_ray.models.generation import Written, read_written
 from sdft_ray.stages.evaluate.harness import Loaded
 from sdft_ray.stages.evaluate.likelihoods import score_requests
@@ -64,7 +66,7 @@ class EngineLM(HFLM):
     @functools.cached_property
     def network(self) -> Any:
         """The model in transformers."""
-        return AutoModelForCausalLM.from_pretrained(self.pretrained, dtype=getattr(torch, self.dtype)).eval()
+        return load_causal(Path(self.pretrained), self.dtype).eval()
 
     def _complete(self, prompts: Sequence[list[int]], params: Sequence[Any]) -> list[Any]:
         """Return what vLLM makes of each prompt."""

@@ -149,8 +149,10 @@ class Training:
             what, value = ("gradient", norm) if math.isfinite(loss) else ("loss", loss)
             self._write(Outcome(failed=f"the {what} at step {step + 1} is {value}", rows=tuple(numbers)))
             return False
-        sources = np.array([self.rows.source_of(i) for i in numbers])
-        by_source = {"loss_by_source": losses.by_source(sources)} if self.is_mixed else {}
+        by_source = {}
+        if self.is_mixed:
+            sources = np.array([self.rows.source_of(i) for i in numbers])
+            by_source = {"loss_by_source": losses.by_source(sources)}
         self.history.append(Step(step=step + 1, loss=loss, lr=lr, grad_norm=norm, **by_source))
         self.tokens += sum(len(row.ids) for row in chosen)
         return True
