@@ -20,7 +20,7 @@ from faked import finish, kill, wait_for
 from sdft_ray import pipeline
 from sdft_ray.cluster import require_capacity
 from sdft_ray.data.benchmarks import offline_task_file
-from sdft_ray.errors import StageFailed
+from sdft_ray.errors import UserError
 from sdft_ray.spec.compute import Compute, cores, load_compute
 from sdft_ray.spec.wording import validate
 from sdft_ray.stages import evaluate
@@ -137,7 +137,7 @@ def test_evaluations_end_with_the_one_beside_them_that_fails(ray_cluster, tiny_m
 
     (tmp_path / "empty").mkdir()
     failing, long = evaluation("arc_easy", tmp_path / "empty"), evaluation("hellaswag", tiny_model)  # 10,042 items
-    with pytest.raises(StageFailed, match="evaluate: failed"):
+    with pytest.raises(UserError, match=r"empty/config\.json: does not exist"):
         pipeline.build([failing, long], compute, storage)
     everything = {"evaluate": {"cpus": cores()}, "ray": {"wait_seconds": 15}}
     require_capacity(validate(Compute, compute.model_dump(mode="json") | everything), evaluate.NEEDS, "evaluate")
