@@ -302,8 +302,9 @@ _NAMED = re.compile(
     r"|korrekt|bonne|juste|certa|giusta)|(?:选项|選項)?是?(?:正确|正確)|が正|[이가] (?:정답|맞))"
 )
 _ONLY_LETTER = re.compile(r"(?:\\[a-z]+|[\W_])*([A-Ja-j])[\W_]*")
+_QUOTED = re.compile(r"(?<![\w'\"])[\"'\u2018\u201c]([A-J])[\"'\u2019\u201d](?![\w'\"])")
 _FIRST_OR_BRACKETED = re.compile(
-    r"(?m:^)[^\w\n]*([A-J])(?:[.):、]|[^\w\n]*(?m:$))|[(\[]([A-J])[)\]]"
+    r"(?:(?m:^)|(?<=[.!?;]\s))[^\w\n]*([A-J])(?:[.):、]|[^\w\n]*(?m:$))|[(\[]([A-J])[)\]]"
     r"|(?i:\b(?:option|choice|opción|opção|buchstabe|lettre)\s|[选選][项項]|選択肢)[\s*_]*([A-J])(?![A-Za-z])"
     r"(?!\s(?:is|was)(?:n't| not| wrong| incorrect| false))"
 )
@@ -315,7 +316,7 @@ def final_choice(text: str) -> str | None:
     >>> [final_choice(s) for s in ("B", "(b)", "B. Paris", "The correct answer is (B)", "A dog", "(A) or (B)")]
     ['B', 'B', 'B', 'B', None, None]
     """
-    text = spell_plainly(final_part(text)[0])
+    text = _QUOTED.sub(r"\1", spell_plainly(final_part(text)[0]))
     if match := _ONLY_LETTER.fullmatch(text):
         return match[1].upper()
     if named := _NAMED.findall(text):
