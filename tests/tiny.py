@@ -89,6 +89,34 @@ def make_tiny_model(directory: Path, architecture: str = "llama", **overrides: A
     return directory
 
 
+EYES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+EYES |= {"image_size": 28, "patch_size": 14}
+# The wrapper, its text decoder, and its eyes.
+WRAPPERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3": ("gemma3_text", EYES),
+    "gemma4": ("gemma4_text", EYES | {"num_key_value_heads": 2, "head_dim": 16}),
+    "llama4": ("llama4_text", EYES | {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}),
+    "mistral3": ("ministral3", EYES | {"head_dim": 16}),
+    "qwen3_5": ("qwen3_5_text", {"hidden_size": 32, "depth": 1, "num_heads": 2, "out_hidden_size": 64}),
+}
+
+
+def make_wrapped(directory: Path, architecture: str, **fields: Any) -> Path:
+    """Write a tiny model with eyes, with a byte tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    text, eyes = WRAPPERS[architecture]
+    own = AutoConfig.from_pretrained(make_tiny_model(directory / "text", text, **fields)).to_dict()
+    eyes = {"model_type": "pixtral"} | eyes if architecture == "mistral3" else eyes
+    torch.manual_seed(0)
+    tied = own["tie_word_embeddings"]
+    config = AutoConfig.for_model(architecture, text_config=own, vision_config=eyes, tie_word_embeddings=tied)
+    AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
+    return directory
+
+
 def make_tokenizer(merges: Sequence[tuple[str, str]] = ()) -> Any:
     """Return a tokenizer with one token a byte, which round-trips any text, and ChatML's marks; and one a merge."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
