@@ -22,7 +22,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "cohere2": _WINDOWS | {"sliding_window_pattern": 3},
     "deepseek_v3": _ROUTED
     | {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32}
-    | {"n_group": 2, "topk_group": 1, "num_key_value_heads": 2, "head_dim": 16},
+    | {"n_group": 2, "topk_group": 1, "num_key_value_heads": 2, "head_dim": 16}
+    | {"topk_method": "noaux_tc", "moe_layer_freq": 1},  # as every config of it; transformers has no such fields
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32}
     | {"moe_layer_start_index": 1, "moe_layer_end_index": 4},
     "exaone4": _WINDOWS | {"sliding_window_pattern": 3},
