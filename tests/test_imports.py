@@ -17,7 +17,8 @@ ORDER = (
     *("endpoint", "engine", "generated", "text_pool", "trackers", "stages"),
     *("preflight.precision", "preflight.teachers", "preflight.limits", "preflight.cuts", "preflight.checks"),
     *("training_data", "measures", "pipeline", "sweep"),
-    *("preflight.memory", "preflight.costs", "preflight.savings", "preflight.doctor", "preflight.starter"),
+    *("preflight.memory", "preflight.shapes", "preflight.costs", "preflight.savings", "preflight.doctor"),
+    "preflight.starter",
     *("report", "verify", "submit", "publish", "surface", "completion", "inspection", "commands", "cli"),
 )
 HEAVY = ("torch", "ray", "vllm", "deepspeed", "lm_eval", "transformers")

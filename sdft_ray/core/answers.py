@@ -77,7 +77,7 @@ _VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e]")
 _DASH = re.compile(r"[\u2010-\u2013](?=[\d.$\u20ac\u00a3])")
 # Separators of groups of digits other than a comma: LaTeX's commas and spaces, no-break and thin ones, apostrophes.
 _SEPARATOR = re.compile(
-    r"(?<=\d)(?:(?:\{,\}|,?\\!)\s*(?=\d{2,3}(?!\d))|(?:\\[,:; ]|[~'\u2019\u00a0\u2009\u202f])(?=\d{3}(?!\d)))"
+    r"(?<=\d)(?:(?:\{,\}|,?\\!)\s*(?=\d{2,3}(?!\d))|(?:\\[,:; ]|\\?_|[~'\u2019\u00a0\u2009\u202f])(?=\d{3}(?!\d)))"
 )
 _INDIAN = re.compile(r"(?<![\d.,])\d{1,2}(?:,\d{2})+,\d{3}(?!\d)")
 # At most nine digits: an int of more than 4,300 is refused by Python, and no mixed number is that long.
@@ -120,7 +120,7 @@ _SCIENTIFIC = re.compile(r"(?<=\d)\s*(?:\\times|\\cdot|[\u00d7x*\u22c5])\s*10\s?
 # Not numbers: LaTeX's commands for text, the 2 of `m^2`, the 3 of `Week 3:210 pages`.
 _NO_NUMBER = re.compile(
     r"\b(?:Step|Day|Week|Month|Year|Part|Case|Round|Question|Problem)\s\d+:(?=\d)"
-    r"|\\[,;:! ]|\\(?:text|math)[a-z]*|\\mbox|\\(?=\$)|(?<=[A-Za-z}])\s?\^\s?\{?\d+\}?"
+    r"|\\[,;:! ]|\\(?:text|math)[a-z]*|\\(?:mbox|left|right)(?![a-z])|\\(?=\$)|(?<=[A-Za-z}])\s?\^\s?\{?\d+\}?"
 )
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _MONTH = r"(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sept?(?:ember)?"
@@ -146,6 +146,19 @@ _NUMBER = re.compile(
     r"(?P<whole>(?:(?<![A-Za-z\d])|(?<=\b[A-Z]{3})|(?<=\bRs))\d+(?:\.\d+)?(?:[eE][-+]?\d+\b)?|(?<![\w.])\.\d+)"
     r"(?:\s?(?:\^|\*\*)\s?\{?(?P<power>-?\d+)\}?)?(?:\s?/\s?(?P<below>-?\d+(?:\.\d+)?))?)"
 )
+# What makes an expression of the numbers beside it: the 2 of a root or of 2 pi is not the answer.
+_OPERATION = (
+    r"(?:\\(?:sqrt|pi|log|ln|exp|sin|cos|tan|cot|sec|csc|arc[a-z]+|[dt]?binom|overline|dot|infty|pm|mp)"
+    r"(?![a-z])|[√∛π∞±])"
+)
+_BEHIND_OPERATION = re.compile(_OPERATION + r"[^\s=≈\\]{0,12}\s?\Z")
+_BEFORE_OPERATION = re.compile(r"[\s.*·]*(?:\\(?:cdot|times)\s*)?" + _OPERATION)
+# A marked part goes on behind its first number: a sum, a product with a letter, a list.
+_GOES_ON = re.compile(
+    r"\s*(?:[-+*/]\s*(?:[\d(\\]|[B-HJ-Zb-z](?![A-Za-z]))|[xyzne](?![A-Za-z])"
+    r"|(?:[,;]\s+-?[\d.,]*\d\s*)+(?:\\?[)\]}]\s*)?\Z)"
+)
+_HALF_OF_SUM = re.compile(r"(?<![A-Za-z])[A-Za-z]\s*[-+*/]\s*\Z")
 # The left side of an equation in a marked part: `5 * 4 =`, `x =`.
 _LEFT_SIDE = re.compile(r"(?:[^=A-Za-z\n]|(?<![A-Za-z])[A-Za-z](?![A-Za-z]))*(?<!\()=")
 _DIGIT = re.compile("[\\d\u00bc-\u00be\u2150-\u215e]")
@@ -189,7 +202,7 @@ def _cut_to_end(sentence: str) -> str:
 
 
 def _read_marked(part: str) -> Fraction | str | None:
-    """Return the number at the start of a marked part, which words may follow; else its last."""
+    """Return the number at the start of a marked part, which words may follow; else its last; None of a formula."""
     part = _SPACED.sub(lambda number: number[0].replace(" ", ""), part)
     if left := _LEFT_SIDE.match(part):
         part = part[left.end() :]
@@ -197,6 +210,8 @@ def _read_marked(part: str) -> Fraction | str | None:
     if not numbers:
         return None
     first = numbers[0]
+    if _GOES_ON.match(first.string, first.end()) or _HALF_OF_SUM.search(first.string[: first.start()]):
+        return None
     return _value(numbers[-1] if has_words(first.string[: first.start()]) else first)
 
 
@@ -217,7 +232,11 @@ def _with_point(number: re.Match[str]) -> str:
 
 
 def _value(match: re.Match[str]) -> Fraction | str | None:
-    """Return the value of a match of _NUMBER; None where it is too large to be spelled out."""
+    """Return the value of a match of _NUMBER; None in an expression, and where it is too large to be spelled out."""
+    if _BEHIND_OPERATION.search(match.string[max(0, match.start() - 40) : match.start()]) or _BEFORE_OPERATION.match(
+        match.string, match.end()
+    ):
+        return None
     if match["whole"] is None:
         return _date_or_time(match)
     if len(match[0]) > _MOST_DIGITS or re.search(r"[eE][-+]?\d{4}", match["whole"]):
@@ -283,8 +302,9 @@ _NAMED = re.compile(
     r"|korrekt|bonne|juste|certa|giusta)|(?:选项|選項)?是?(?:正确|正確)|が正|[이가] (?:정답|맞))"
 )
 _ONLY_LETTER = re.compile(r"(?:\\[a-z]+|[\W_])*([A-Ja-j])[\W_]*")
+_QUOTED = re.compile(r"(?<![\w'\"])[\"'\u2018\u201c]([A-J])[\"'\u2019\u201d](?![\w'\"])")
 _FIRST_OR_BRACKETED = re.compile(
-    r"(?m:^)[^\w\n]*([A-J])(?:[.):、]|[^\w\n]*(?m:$))|[(\[]([A-J])[)\]]"
+    r"(?:(?m:^)|(?<=[.!?;]\s))[^\w\n]*([A-J])(?:[.):、]|[^\w\n]*(?m:$))|[(\[]([A-J])[)\]]"
     r"|(?i:\b(?:option|choice|opción|opção|buchstabe|lettre)\s|[选選][项項]|選択肢)[\s*_]*([A-J])(?![A-Za-z])"
     r"(?!\s(?:is|was)(?:n't| not| wrong| incorrect| false))"
 )
@@ -296,7 +316,7 @@ def final_choice(text: str) -> str | None:
     >>> [final_choice(s) for s in ("B", "(b)", "B. Paris", "The correct answer is (B)", "A dog", "(A) or (B)")]
     ['B', 'B', 'B', 'B', None, None]
     """
-    text = spell_plainly(final_part(text)[0])
+    text = _QUOTED.sub(r"\1", spell_plainly(final_part(text)[0]))
     if match := _ONLY_LETTER.fullmatch(text):
         return match[1].upper()
     if named := _NAMED.findall(text):

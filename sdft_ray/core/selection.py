@@ -147,7 +147,7 @@ def is_empty(text: str, row: Row) -> bool:
 
 # --- thoughts of a rewrite beside its response --------------------------------------------------------------------
 
-_THOUGHT = r"(?:[a-z]+[:_])?(?:think|thinking|thoughts?|reasoning|reflection)"
+_THOUGHT = r"(?:[a-z]+[:_])?(?:think|thinking|thoughts?|reasoning|reflection|scratchpad)"
 # A tag opens thoughts where it begins a line or follows a sentence, not in the middle of one that mentions it. An end
 # without a beginning (a template may hold that) is not set off by a space, or has an empty line behind it.
 _THOUGHT_TAG = re.compile(
@@ -157,6 +157,10 @@ _THOUGHT_TAG = re.compile(
     rf"|(?P<unspaced>(?<![ \t`'\"(\u201c\u2018]))?(?:[<\u25c1]/{_THOUGHT}[>\u25b7]"
     rf"|(?-i:\[/THINK\])|<\|end_(?:of_)?{_THOUGHT}\|>|<channel\|>)(?P<line>\s*\n\s*\n)?)",
     re.IGNORECASE,
+)
+# What such models write around the response itself.
+_RESPONSE_TAG = re.compile(
+    r"\A<\|(?:begin_of_|start_)(?:solution|response)\|>\s*|\s*<\|end_(?:of_)?(?:solution|response)\|>\Z", re.IGNORECASE
 )
 # The channels of gpt-oss and their remains without special tokens; the process and response of Granite.
 _CHANNEL = r"<\|channel\|>\s*"
@@ -193,7 +197,8 @@ def strip_thoughts(text: str) -> str | None:
             if not inside:  # a template opened the thoughts itself
                 responses.clear()
             start, inside = tag.end(), False
-    return None if inside else "\n".join(filter(None, map(str.strip, [*responses, text[start:]])))
+    kept = "\n".join(filter(None, map(str.strip, [*responses, text[start:]])))
+    return None if inside else _RESPONSE_TAG.sub("", kept)
 
 
 # --- filters: reasons to refuse a rewrite whatever its answer -----------------------------------------------------

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from sdft_ray.core.depth import Sizes
@@ -19,6 +19,8 @@ from sdft_ray.models.parts import text_config, text_name
 from sdft_ray.spec.sources import HubModel, ModelSource
 
 _HEAD = "lm_head.weight"
+Shapes = Mapping[str, Sequence[int]]
+"""The shape of each tensor, by its name."""
 
 
 def sizes_of(source: ModelSource) -> Sizes | None:
@@ -26,18 +28,23 @@ def sizes_of(source: ModelSource) -> Sizes | None:
     if isinstance(source, HubModel):
         return None
     path = sources.model_path(source)
-    return sizes_of_directory(path, getattr(source, "part", None)) if path.is_dir() else _sizes_of_gguf(path)
+    return sizes_of_directory(path, getattr(source, "part", None)) if path.is_dir() else sizes_of_gguf(path)
 
 
 def sizes_of_directory(directory: Path, part: str | None = None) -> Sizes:
     """Return the sizes of a Hugging Face model directory, or of a part of it."""
+    return _count((block_of(name), shape) for name, shape in tensor_shapes(directory, part).items())
+
+
+def tensor_shapes(directory: Path, part: str | None = None) -> Shapes:
+    """Return the shapes of the parameters of a model directory, or of a part of it; tied ones once."""
     config = text_config(directory) if part else read_json(directory / "config.json")
     named = {text_name(name) if part else name: tensor.shape for name, (_, tensor) in tensor_places(directory).items()}
     dropped = further_blocks(config)
     shapes = {name: shape for name, shape in named.items() if name and _is_counted(name, dropped)}
     if is_tied(directory, config):
         shapes.pop(_HEAD, None)  # old checkpoints store the embeddings twice
-    return _count((block_of(name), shape) for name, shape in shapes.items())
+    return shapes
 
 
 def _is_counted(name: str, dropped: Sequence[int]) -> bool:
@@ -45,7 +52,8 @@ def _is_counted(name: str, dropped: Sequence[int]) -> bool:
     return rename_tensor(name, dropped) is not None and not name.endswith(BUFFERS)
 
 
-def _sizes_of_gguf(path: Path) -> Sizes:
+def sizes_of_gguf(path: Path) -> Sizes:
+    """Return the sizes of a model in a GGUF file."""
     blocks = re.compile(r"blk\.(\d+)\.")
     tensors = [tensor for tensor in sources.read_gguf(path).tensors if not tensor.name.startswith("rope_")]
     named = [(blocks.match(tensor.name), [int(size) for size in tensor.shape]) for tensor in tensors]

@@ -8,27 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from pathlib import Path
 
 from sdft_ray import pipeline
 from sdft_ray.core.mixture import mixture_size
 from sdft_ray.core.passes import count_passes
 from sdft_ray.core.patch import gaps
-from sdft_ray.core.surgery import block_of
-from sdft_ray.data import readers
 from sdft_ray.models import sources
-from sdft_ray.models.directory import stored_tensors, weight_files
-from sdft_ray.models.parts import text_config, text_name
+from sdft_ray.models.directory import weight_files
 from sdft_ray.models.sizes import sizes_of, sizes_of_directory
 from sdft_ray.pipeline import Chain
 from sdft_ray.preflight import memory
 from sdft_ray.preflight.cuts import depth_of
+from sdft_ray.preflight.shapes import shape_of, shape_of_directory
 from sdft_ray.spec import compute as compute_spec
 from sdft_ray.spec import training
 from sdft_ray.spec.compute import Compute, cores
 from sdft_ray.spec.recipe import Prune, Recipe
-from sdft_ray.spec.sources import HubModel, LocalModel, ModelSource, ServedModel
+from sdft_ray.spec.sources import HubModel, LocalModel, ServedModel
 from sdft_ray.stages import mix, retention, train
 from sdft_ray.stages.train.adapters import LAST_BLOCKS
 from sdft_ray.store.identity import Stage
@@ -37,17 +33,6 @@ from sdft_ray.sweep.planning import Plan
 from sdft_ray.training_data import MixedStage, count_rows
 
 _Engines = compute_spec.Distill | compute_spec.Evaluate
-# llama.cpp's names of the layers that may get an adapter.
-_GGUF = {
-    "attn_q": "q_proj",
-    "attn_k": "k_proj",
-    "attn_v": "v_proj",
-    "attn_output": "o_proj",
-    "ffn_gate": "gate_proj",
-    "ffn_up": "up_proj",
-    "ffn_down": "down_proj",
-}
-_GATE_OR_UP = ("gate_proj", "up_proj", "w1", "w3")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,80 +308,3 @@ def _most_rows(rows: MixedStage, storage: Storage) -> int | None:
         return None if math.isinf(size) else int(size)
     split = rows.settings.split
     return split.limit - split.held_out - split.validation if split.limit else None
-
-
-# --- the shape of a model, from headers -----------------------------------------------------------------------
-
-
-_FEED_FORWARD = ("intermediate_size", "ffn_dim", "block_ff_dim")  # of opt, of lfm2's published files
-
-
-def shape_of(source: ModelSource) -> memory.Shape | None:
-    """Return a model's shape; None for a hub model, which has no file here."""
-    if isinstance(source, HubModel):
-        return None
-    path = sources.model_path(source)
-    return shape_of_directory(path, getattr(source, "part", None)) if path.is_dir() else _shape_of_gguf(path)
-
-
-def shape_of_directory(directory: Path, part: str | None = None) -> memory.Shape:
-    """Return the shape of a Hugging Face model directory, or of a part of it."""
-    config = text_config(directory) if part else readers.read_json(directory / "config.json")
-    tensors = {
-        new: tensor.shape
-        for shard in stored_tensors(directory).values()
-        for name, tensor in shard.items()
-        if (new := text_name(name) if part else name)
-    }
-    heads = config["num_attention_heads"]
-    head = config.get("head_dim") or config["hidden_size"] // heads
-    experts = config.get("num_experts_per_tok")
-    inner = config.get("moe_intermediate_size") if experts else None
-    return _shape(
-        tensors,
-        width=config["hidden_size"],
-        kv_width=(config.get("num_key_value_heads") or heads) * head,
-        feed_forward=(inner or next(config[key] for key in _FEED_FORWARD if key in config)) * (experts or 1),
-        vocabulary=config["vocab_size"],
-    )
-
-
-def _shape_of_gguf(path: Path) -> memory.Shape:
-    architecture = sources.gguf_field(path, "general.architecture")
-
-    def number(name: str) -> int:
-        return int(sources.gguf_field(path, f"{architecture}.{name}"))
-
-    tensors: dict[str, tuple[int, ...]] = {}
-    for tensor in sources.read_gguf(path).tensors:
-        first, _, rest = tensor.name.removeprefix("blk.").partition(".")
-        named = rest.removesuffix(".weight")
-        name = f"model.layers.{first}.{_GGUF.get(named, named)}.weight" if first.isdigit() else tensor.name
-        tensors[name] = tuple(int(size) for size in reversed(tensor.shape))
-    width, heads = number("embedding_length"), number("attention.head_count")
-    return _shape(
-        tensors,
-        width=width,
-        kv_width=number("attention.head_count_kv") * width // heads,
-        feed_forward=number("feed_forward_length"),
-        vocabulary=tensors["token_embd.weight"][0],
-    )
-
-
-def _shape(tensors: Mapping[str, tuple[int, ...]], **sizes: int) -> memory.Shape:
-    numbers = {name: block_of(name) for name in tensors}
-    blocks = 1 + max(number for number in numbers.values() if number is not None)
-    in_blocks = sum(math.prod(tensors[name]) for name, number in numbers.items() if number is not None)
-    linear = tuple(
-        # In memory gate and up of an expert are one tensor, whose adapter is as wide as both.
-        (layer, tensors[name][1], tensors[name][0] * (2 if ".experts." in name and layer in _GATE_OR_UP else 1))
-        for name, number in numbers.items()
-        if number == 0 and len(tensors[name]) == 2 and (layer := name.split(".")[-2])
-    )
-    return memory.Shape(
-        blocks=blocks,
-        parameters=sum(math.prod(shape) for shape in tensors.values()),
-        block_parameters=in_blocks // blocks,
-        linear=linear,
-        **sizes,
-    )

@@ -94,6 +94,7 @@ def test_final_choice_forms(text, letter):
         "A dog.",
         "It is (A) or (B).",
         "A. wet\nB. dry",
+        "A: wrong. B: wrong. C: right.",
         "Plants need light.",
         "The answer is Both.",
         "The answer is B's.",
@@ -274,6 +275,29 @@ def test_final_number_other_spellings(text, answer):
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        *(f"\\boxed{{{formula}}}" for formula in (
+            r"\sqrt{2}", r"10\sqrt{2}", r"\sqrt[3]{8}", r"\log_2 8", r"\frac{\pi}{4}", r"2\pi", r"\binom{5}{2}",
+            "x^2+1", "3x", "2e", "2 + 3", "1/2 + 1/3", r"4 \pm 1", r"5.\overline{6}", "1, 2", r"\{1, 2\}", "[1, 2)",
+            r"\left(1, 2\right)", "5/x",
+        )),
+        r"The answer is $10\sqrt{2}$.", "The area is 2π.", "It is 5√2 long", r"So it is 0.\overline{3}",
+    ],
+)  # fmt: skip
+def test_final_number_of_a_formula_or_a_list_is_none(text):
+    assert final_number(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [(r"As \sqrt{4} = 2", 2), (r"\sqrt{16}\approx 4", 4), ("Its root is √9, and the rest 5.", 5), ("1_000 m", 1000)],
+)
+def test_final_number_beside_a_formula(text, number):
+    assert final_number(text) == number
+
+
+@pytest.mark.parametrize(
     "text", ["1" * 4400, "5 and " + "1" * 4400, "1/" + "1" * 4400, "0." + "1" * 4400, "1e4000", "9^999999"]
 )
 def test_final_number_too_large_to_spell_out_is_none(text):
@@ -385,6 +409,9 @@ def test_final_number_of_all_gsm8k_answers_is_what_stands_behind_the_marks():
         ("The correct answer is option A: ice", "A"),
         ("Answer:\n\nB", "B"),
         ("Therefore, the answer is $\\boxed{C}$", "C"),
+        ("The answer is 'C'", "C"),
+        ("The answer is \u201cC\u201d.", "C"),
+        ("{'answer': 'C'}", "C"),
         ("So I take option C.", "C"),
         ("I pick B", "B"),
         ("I'd go with it", None),

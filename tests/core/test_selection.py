@@ -254,6 +254,12 @@ COMMENTARY = "<|start|>assistant<|channel|>commentary<|message|>x<|end|>"
         ("I think so. [THINK] no", None),
         ("", ""),
         ("<think>a</think>It is 12.<think>or 13?</think>It is 12.", "It is 12.\nIt is 12."),
+        ("<scratchpad>6 and 6</scratchpad>\nIt is 12.", "It is 12."),
+        (
+            "<|begin_of_thought|>6<|end_of_thought|>\n\n<|begin_of_solution|>\nIt is 12.\n<|end_of_solution|>",
+            "It is 12.",
+        ),
+        ("<|START_THINKING|>6<|END_THINKING|><|START_RESPONSE|>It is 12.<|END_RESPONSE|>", "It is 12."),
     ],
 )
 def test_strip_thoughts_of_every_kind(text, response):
