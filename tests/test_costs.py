@@ -238,11 +238,8 @@ def write_headers(directory: Path, name: str) -> Path:
     return directory
 
 
-ROWS = [
-    [cell.strip() for cell in line.split("|")[2:-1]]
-    for line in Path("docs/guide.md").read_text().splitlines()
-    if "| `{repo: " in line
-]
+TABLE = [line for line in Path("docs/guide.md").read_text().splitlines() if "| `{repo: " in line]
+ROWS = [[cell.strip() for cell in line.split("|")[2:-1]] for line in TABLE]
 
 
 @pytest.mark.parametrize(("source", "keys", "score", "train", "evaluate"), ROWS)
