@@ -19,7 +19,7 @@ def write_recipe(folder: Path, architecture: str, address: str) -> None:
     sums = [{"q": f"What is {i} + {i}?", "a": f"{i} + {i} = {2 * i}"} for i in range(24)]
     (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
     (folder / "texts.txt").write_text("\n\n".join(f"Text number {i} about nothing much." for i in range(6)))
-    rows = {"path": "sums.jsonl", "fields": {"prompt": "q", "response": "a"}, "answer": "none"}
+    rows = {"path": "sums.jsonl", "fields": {"prompt": "q", "response": "a"}, "answer": "number"}
     recipe = {
         "model": {"path": "sees", "part": "all"},
         "rows": rows | {"held_out": 4, "validation": 4},
