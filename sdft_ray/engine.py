@@ -205,7 +205,10 @@ def engine_arguments(model: str, dtype: str, options: Mapping[str, Any], alone: 
     alone: no other engine is on this machine.
     """
     environment.for_vllm(alone)
+    from transformers import AutoConfig
     from vllm.platforms import current_platform
+
+    from sdft_ray.core.rowwise import may_share_a_sequence
 
     named = {key: value for key, value in options.items() if value is not None}
     kv_cache_gib = named.pop("kv_cache_gib")
@@ -214,6 +217,8 @@ def engine_arguments(model: str, dtype: str, options: Mapping[str, Any], alone: 
         named["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
         # A prompt split over two steps would rewind its seeded generator, which only CUDA's can (docs/footguns.md).
         named["enable_chunked_prefill"] = False
+        # Without it vLLM keeps no beginnings of models whose blocks carry a state on.
+        named["enable_prefix_caching"] &= may_share_a_sequence(AutoConfig.from_pretrained(model))
     return {"model": model, "dtype": dtype, "generation_config": "vllm", **named}
 
 

@@ -9,6 +9,7 @@ code, and a finished artifact is not built again.
     nll: likelihoods of rewrites and references under the base
     draft: pruned, tuned and merged models for the base
     export: models in the forms that other programs serve
+    whole: tuned decoders, back in the model that also sees or hears
     probes ── retention: every model against the base, token by token
     evaluate: every model on every task
 """
@@ -59,6 +60,7 @@ from sdft_ray.stages import (
     score,
     speed,
     train,
+    whole,
 )
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
@@ -77,6 +79,7 @@ MODULES: dict[str, StageModule] = {
     "train": train,
     "merge": merge,
     "export": export,
+    "whole": whole,
     "nll": nll,
     "draft": draft,
     "speed": speed,
@@ -105,6 +108,8 @@ class Chain:
     """Training data: the recipe's own under "", others by the names of their models."""
     models: Mapping[str, Stage[Any]]
     """Every model, by the name that the report gives it: base, pruned, patched, each arm, merged and exported ones."""
+    wholes: Mapping[str, Stage[whole.Settings]]
+    """By the name of the text model; none where the rest of the base is left out, or where there is none."""
     nll: tuple[Stage[nll.Settings], ...]
     """One for each set of rewrites; the recipe's own first."""
     drafts: Mapping[str, Stage[draft.Settings]]
@@ -154,6 +159,7 @@ class Chain:
         targets = [stage.inputs["targets"] for stage in self.trained.values() if "targets" in stage.inputs]
         stages = [self.base, *own.read, self.rows, *self.corpus_rows.values(), *kept, *generated]
         stages += [*targets, *self.models.values()]
+        stages += [each for put in self.wholes.values() for each in (put.inputs["whole"], put)]
         stages += [*self.nll, *self.drafts.values(), *([self.speed] if self.speed else [])]
         stages += [stage.inputs["probes"] for stage in self.retention.values()]
         stages += [*self.retention.values(), *self.evaluations.values()]
@@ -193,12 +199,20 @@ def chain(recipe: Recipe) -> Chain:
         patched=patched,
         data=data,
         models=models,
+        wholes=_put_back(recipe, models),
         nll=nll_stages(recipe, base, data),
         drafts=drafts,
         speed=speed.stage(recipe.evaluate.dtype, base, pruned) if recipe.evaluate.speed else None,
         retention=retention_stages(recipe, models, own, corpora),
         evaluations=evaluation_stages(recipe, models, own),
     )
+
+
+def _put_back(recipe: Recipe, models: Mapping[str, Stage[Any]]) -> dict[str, Stage[whole.Settings]]:
+    """Return the whole models around those of the arms and the merged ones, where the recipe keeps the rest."""
+    base = model.whole_stage(recipe.model)
+    names = (*recipe.arms.names, *(recipe.merge.methods if recipe.merge else ()))
+    return {name: whole.stage(models[name], base) for name in names} if base else {}
 
 
 def _train(

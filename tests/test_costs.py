@@ -1,19 +1,22 @@
 """What `sdft check` says a recipe will take."""
 
 import json
-import math
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny_model
 
 from sdft_ray import pipeline
-from sdft_ray.models.sizes import sizes_of
+from sdft_ray.models.sizes import sizes_of, sizes_of_directory
 from sdft_ray.preflight import costs
 from sdft_ray.preflight.memory import trainable_parameters
+from sdft_ray.preflight.shapes import shape_of_directory
 from sdft_ray.spec.compute import Compute, load_compute
+from sdft_ray.spec.loading import load_recipe
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.sources import HubModel, LocalModel, PackagedModel
 from sdft_ray.spec.training import Train
@@ -171,29 +174,101 @@ def test_estimate_of_a_target_is_that_of_the_depth_that_it_means(data):
     assert estimates[0] == estimates[1] == estimates[2]
 
 
-def write_large_headers(directory: Path) -> Path:
-    """Write config and headers of Llama-3.3-70B; its file of 141 GB takes no space."""
-    width, inner, heads, kv_heads, vocabulary, blocks = 8192, 28_672, 64, 8, 128_256, 80
-    kv = kv_heads * width // heads
-    block = {"self_attn.q_proj": (width, width), "self_attn.k_proj": (kv, width), "self_attn.v_proj": (kv, width)}
-    block |= {"self_attn.o_proj": (width, width), "mlp.gate_proj": (inner, width), "mlp.up_proj": (inner, width)}
-    block |= {"mlp.down_proj": (width, inner), "input_layernorm": (width,), "post_attention_layernorm": (width,)}
-    shapes = {f"model.layers.{i}.{name}.weight": shape for i in range(blocks) for name, shape in block.items()}
-    shapes |= {"model.embed_tokens.weight": (vocabulary, width), "lm_head.weight": (vocabulary, width)}
-    shapes |= {"model.norm.weight": (width,)}
+_ATTENTION = {"head_dim": 128, "num_key_value_heads": 8, "tie_word_embeddings": False}
+_DELTA = {f"linear_{name}_head_dim": 128 for name in ("key", "value")}
+_DELTA |= {"linear_num_key_heads": 16, "linear_num_value_heads": 32}
+# Architecture, parameters and config of published models, the text decoder of those that also see.
+PUBLISHED: dict[str, tuple[str, int, dict]] = {
+    "google/gemma-3-4b-it": (
+        "gemma3_text",
+        3_880_263_168,
+        {"hidden_size": 2560, "intermediate_size": 10_240, "num_hidden_layers": 34, "vocab_size": 262_208}
+        | {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256},
+    ),
+    "Qwen/Qwen3-8B": (
+        "qwen3",
+        8_190_735_360,
+        {"hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 36, "vocab_size": 151_936}
+        | _ATTENTION
+        | {"num_attention_heads": 32},
+    ),
+    "Qwen/Qwen3.5-9B": (
+        "qwen3_5_text",
+        8_953_803_264,
+        {"hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 32, "vocab_size": 248_320}
+        | _ATTENTION
+        | _DELTA
+        | {"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 256},
+    ),
+    "Qwen/Qwen3-30B-A3B-Instruct-2507": (
+        "qwen3_moe",
+        30_532_122_624,
+        {"hidden_size": 2048, "num_hidden_layers": 48, "vocab_size": 151_936, "num_experts": 128}
+        | _ATTENTION
+        | {"num_attention_heads": 32, "num_key_value_heads": 4, "moe_intermediate_size": 768},
+    ),
+    "meta-llama/Llama-3.3-70B-Instruct": (
+        "llama",
+        70_553_706_496,
+        {"hidden_size": 8192, "intermediate_size": 28_672, "num_hidden_layers": 80, "vocab_size": 128_256}
+        | _ATTENTION
+        | {"num_attention_heads": 64},
+    ),
+}
+
+
+def write_headers(directory: Path, name: str) -> Path:
+    """Write config and headers of a published model; its file, of up to 141 GB, takes no space."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    architecture, _, fields = PUBLISHED[name]
+    config = AutoConfig.for_model(architecture, **fields)
+    with torch.device("meta"):
+        tensors = AutoModelForCausalLM.from_config(config).state_dict()
     entries, end = {}, 0
-    for name, shape in shapes.items():
-        begin, end = end, end + 2 * math.prod(shape)
-        entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    for key, tensor in tensors.items():
+        if not (config.tie_word_embeddings and key == "lm_head.weight"):
+            begin, end = end, end + 2 * tensor.numel()
+            entries[key] = {"dtype": "BF16", "shape": [*tensor.shape], "data_offsets": [begin, end]}
     header = json.dumps(entries).encode()
-    directory.mkdir()
+    config.save_pretrained(directory)
     with (directory / "model.safetensors").open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + end)
-    config = {"model_type": "llama", "hidden_size": width, "intermediate_size": inner, "num_attention_heads": heads}
-    config |= {"num_key_value_heads": kv_heads, "vocab_size": vocabulary, "num_hidden_layers": blocks}
-    (directory / "config.json").write_text(json.dumps(config))
     return directory
+
+
+TABLE = [line for line in Path("docs/guide.md").read_text().splitlines() if "| `{repo: " in line]
+ROWS = [[cell.strip() for cell in line.split("|")[2:-1]] for line in TABLE]
+
+
+@pytest.mark.parametrize(("source", "keys", "score", "train", "evaluate"), ROWS)
+def test_models_of_the_guide_are_planned_on_8_gpus_of_80_gb(
+    source, keys, score, train, evaluate, tmp_path, monkeypatch
+):
+    model = yaml.safe_load(source.strip("`"))
+    _, parameters, _ = PUBLISHED[model["repo"]]
+    directory = write_headers(tmp_path / "model", model["repo"])
+    shape, sizes = shape_of_directory(directory), sizes_of_directory(directory)
+    assert shape.parameters == sizes.total == parameters
+    monkeypatch.setattr(costs, "shape_of", lambda _: shape)
+    monkeypatch.setattr(costs, "sizes_of", lambda _: sizes)
+    plan = yaml.safe_load(Path("configs/compute/gpu8.yaml").read_text())
+    plan["ray"]["gpu_memory_gb"] = 80
+    overrides = [f"model={json.dumps(model)}"]
+    for key, value in (each.split("=") for each in re.findall(r"`([\w.=]+)`", keys)):
+        at, section, *field = key.split(".")
+        if at == "compute":
+            plan[section] |= {field[0]: yaml.safe_load(value)}
+        else:
+            overrides.append(f"{key}={value}")
+    recipe = load_recipe(Path("configs/recipes/gsm8k.yaml"), overrides)
+    chain = pipeline.chain(recipe)
+    assert {*chain.wholes} == ({"sft", "distilled"} if model.get("part") else set())
+    found = costs.estimate_stages(recipe, validate(Compute, plan), chain, Storage(str(tmp_path / "root")))
+    planned = {cost.stage: f"{cost.gb:.0f}" if cost.gb else cost.parts for cost in found if cost.fits is not False}
+    stages = ("score", "train (distilled)", "evaluate")
+    assert [planned[stage].replace("vLLM takes 90% of a GPU", "90 %") for stage in stages] == [score, train, evaluate]
 
 
 @pytest.mark.parametrize(
@@ -206,7 +281,7 @@ def write_large_headers(directory: Path) -> Path:
     ],
 )
 def test_estimate_of_a_70b_on_two_nodes_of_8_gpus(data, tmp_path, monkeypatch, zero_stage, offload, loading):
-    shape = costs.shape_of_directory(write_large_headers(tmp_path / "large"))
+    shape = costs.shape_of_directory(write_headers(tmp_path / "large", "meta-llama/Llama-3.3-70B-Instruct"))
     assert shape.parameters == 70_553_706_496
     monkeypatch.setattr(costs, "shape_of_directory", lambda _: shape)  # of which two blocks are removed
     train = {

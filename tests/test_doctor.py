@@ -1,6 +1,9 @@
 """What the doctor finds, and how the command says it."""
 
+import fcntl
 import json
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +18,8 @@ from sdft_ray.spec.sources import HubModel, HubRows
 from sdft_ray.spec.wording import validate
 from sdft_ray.stages.model import stage as model_stage
 from sdft_ray.stages.rows import stage as rows_stage
+from sdft_ray.store import storage
+from sdft_ray.store.objects import Objects
 from sdft_ray.store.storage import Storage
 
 
@@ -100,8 +105,47 @@ def test_every_check_passes_on_this_machine_and_leaves_nothing(ray_cluster, tmp_
 def test_root_that_cannot_be_written_fails_with_the_node_and_the_remedy(ray_cluster, tmp_path):
     (tmp_path / "file").touch()
     found = doctor.examine(None, load_compute(), str(tmp_path / "file"))
-    [storage] = [finding for finding in found if finding.check == "storage"]
-    assert storage.status == "fail" and storage.do == "Give a directory that every node may write."
+    [written] = [finding for finding in found if finding.check == "storage"]
+    assert written.status == "fail" and written.do == "Give a directory that every node may write."
+
+
+TAKE = """
+import sys
+from sdft_ray.store.storage import can_take
+print(can_take(*sys.argv[1:]))
+"""
+
+
+def taken_elsewhere(root: str, name: str) -> bool:
+    done = subprocess.run([sys.executable, "-c", TAKE, root, name], capture_output=True, text=True, check=True)
+    return done.stdout.strip() == "True"
+
+
+@pytest.mark.parametrize("place", ["directory", "store"])
+def test_what_one_node_holds_another_does_not_get(place, request, tmp_path):
+    root = request.getfixturevalue("s3") if place == "store" else str(tmp_path / "root")
+    with storage.hold_probe(root) as name:
+        assert not taken_elsewhere(root, name)
+        assert doctor._storage(root, name, "host").status == "ok"
+    assert not [path for path in tmp_path.glob("root/**/*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("place", "remedy"),
+    [
+        ("directory", "Give a directory with locks that all nodes see."),
+        ("store", "Give a store with conditional writes."),
+    ],
+)
+def test_root_whose_locks_hold_nothing_fails_with_the_remedy(place, remedy, request, tmp_path, monkeypatch):
+    root = request.getfixturevalue("s3") if place == "store" else str(tmp_path)
+    if place == "store":  # writes whatever is there already
+        monkeypatch.setattr(Objects, "create", lambda objects, key, data: objects.write(key, data) or True)
+    else:  # as a mount with local locks
+        monkeypatch.setattr(fcntl, "flock", lambda *arguments: None)
+    with storage.hold_probe(root) as name:
+        found = doctor._storage(root, name, "host")
+    assert (found.status, found.do) == ("fail", remedy) and "could build one artifact" in found.what
 
 
 def test_cluster_that_is_not_there_is_one_failed_line_and_exit_code_1(tmp_path):

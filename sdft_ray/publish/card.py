@@ -16,7 +16,7 @@ from sdft_ray.core.recovery import recovery
 from sdft_ray.core.surgery import name_blocks
 from sdft_ray.publish.origin import Origin, Scored
 from sdft_ray.report.lines import interval, percent
-from sdft_ray.stages import merge, patch
+from sdft_ray.stages import merge, patch, whole
 
 _LICENCE = re.compile(r"licen[cs]e|copying", re.IGNORECASE)
 _KINDS = {
@@ -24,6 +24,7 @@ _KINDS = {
     "patch": "A linear map that stands in for them is folded into the block before them. Nothing was trained.",
     "train": "What is left was fine-tuned.",
     "merge": "What is left was fine-tuned, on several kinds of rows apart, and the tuned models were merged.",
+    "whole": "What is left of its text decoder was fine-tuned; all else is the base's, bit by bit. Scores are on text.",
 }
 STAGES = tuple(_KINDS)
 """The kinds of stages whose artifacts are models that were made here."""
@@ -47,6 +48,7 @@ def write_card(origin: Origin, name: str, base: str | None, files: Sequence[str]
         removed=removed,
         span=name_blocks(removed.removed),
         kind=_KINDS[origin.model.stage],
+        loader="AutoModelForImageTextToText" if origin.model.stage == "whole" else "AutoModelForCausalLM",
         facts=_facts(origin),
         sources=origin.sources,
         dataset=dataset,
@@ -86,7 +88,7 @@ def _front(origin: Origin, name: str, base: str | None, licence: str | None, dat
         license_name="that-of-the-base" if licence else None,
         license_link=licence,
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="image-text-to-text" if origin.model.stage == "whole" else "text-generation",
         tags=["depth-pruning", "layer-pruning", "self-data-distillation", "sdft-ray"],
         model_name=name.rpartition("/")[2] if origin.scores else None,
         eval_results=_results(origin.scores) or None,
@@ -120,6 +122,8 @@ def _facts(origin: Origin) -> list[tuple[str, str]]:
         ("choice of blocks", f"by {removed.metric}; {removed.agreement:.0%} of bootstrap samples choose the same"),
     ]
     for manifest in origin.ancestors:
+        if manifest.stage == "whole":
+            facts.append(("parameters of the whole", f"{whole.Summary.model_validate(manifest.summary).parameters:,}"))
         if manifest.stage == "patch":
             changed = patch.Summary.model_validate(manifest.summary).changed
             facts.append(("patched", ", ".join(f"`{tensor}`" for tensor in changed)))

@@ -80,7 +80,8 @@ def find_origin(model: Manifest, storage: Storage) -> Origin:
     ancestors = [model, *_ancestors(model, storage)]
     oldest = ancestors[-1]
     base = oldest.id if oldest.stage == "model" else _parent(oldest)
-    scores, mean = _scores(model.id, base, storage)
+    scored = ancestors[1].id if model.stage == "whole" else model.id  # on text it is the model inside
+    scores, mean = _scores(scored, base, storage)
     return Origin(tuple(ancestors), tuple(_sources(ancestors, storage)), scores, mean)
 
 

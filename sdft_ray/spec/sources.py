@@ -31,8 +31,8 @@ class PackagedModel(Section):
     """Name of the .gguf file inside it."""
 
 
-Part = Literal["text"]
-"""A part of a model that is one of its own."""
+Part = Literal["text", "all"]
+"""What becomes of a model that holds a text model."""
 
 
 class LocalModel(Section):
@@ -42,8 +42,9 @@ class LocalModel(Section):
     path: LocalPath
     """The directory or the .gguf file; a relative path starts at the directory that the command is run in."""
     part: Part | None = None
-    """`text`: the text decoder alone of a model that also sees or hears (its config.json has a text_config). It becomes
-    a plain text model, and the rest of the model is left out; all of the model where absent."""
+    """For a model that also sees or hears (its config.json has a text_config). `text`: its text decoder becomes a plain
+    text model, which is pruned and tuned, and the rest is left out. `all`: the same, and each tuned decoder is also
+    written back into the whole model, of which nothing else changes."""
 
 
 class HubModel(Section):
@@ -55,7 +56,7 @@ class HubModel(Section):
     revision: Commit
     """Commit hash, 40 hex digits: a moving name such as `main` is refused."""
     part: Part | None = None
-    """`text`: the text decoder alone of a model that also sees or hears; see `model.part` of a directory."""
+    """For a model that also sees or hears: `text` or `all`; see `model.part` of a directory."""
 
 
 KEY_VARIABLE = "SDFT_TEACHER_KEY"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -20,7 +20,7 @@ from sdft_ray.models.directory import describe_directory, spell_tokenizer_for_ol
 from sdft_ray.models.parts import text_config, write_text_part
 from sdft_ray.models.sources import NO_NUMBERS, download_model, gguf_field, model_path, read_gguf
 from sdft_ray.spec.section import Section
-from sdft_ray.spec.sources import HubModel, LocalModel, ModelSource, Part
+from sdft_ray.spec.sources import HubModel, LocalModel, ModelSource
 from sdft_ray.stages import Work
 from sdft_ray.store.files import hash_source
 from sdft_ray.store.identity import Stage, slugify
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 VERSION, NEEDS, UNIT = 1, None, "parts"
+Text = Literal["text"]
+"""The part of a model that is taken: all that follows works on it, whatever becomes of the rest."""
 
 
 class HubSettings(Section):
@@ -37,7 +39,7 @@ class HubSettings(Section):
     optional = ("part", "teaches")
     repo: str
     revision: str
-    part: Part | None = None
+    part: Text | None = None
     teaches: bool = False
     """Whether it is no base: then it need not be of an architecture that can be pruned, and may be quantised."""
 
@@ -50,7 +52,7 @@ class FileSettings(Section):
     sha256: str
     gguf: str | None = None
     """Path of the file."""
-    part: Part | None = None
+    part: Text | None = None
     directory: str | None = None
     """Path of the model whose part is wanted."""
 
@@ -78,17 +80,26 @@ def stage(source: ModelSource, where: str = "model.path", teaches: bool = False)
     teaches: it only rewrites and is never pruned.
     Raises UserError at `where` the recipe names it for one that is not there.
     """
+    part: Text | None = "text" if getattr(source, "part", None) else None
     if isinstance(source, HubModel):
-        settings = HubSettings(repo=source.repo, revision=source.revision, part=source.part, teaches=teaches)
-        return Stage("model", slugify(_name_part(source.repo, source.part)), VERSION, settings)
+        settings = HubSettings(repo=source.repo, revision=source.revision, part=part, teaches=teaches)
+        return Stage("model", slugify(_name_part(source.repo, part)), VERSION, settings)
     path = model_path(source, where)
     sha256 = hash_source(path, without=NO_NUMBERS)
     if path.is_file():
         return Stage("model", slugify(path.stem), VERSION, FileSettings(sha256=sha256, gguf=str(path)))
-    if isinstance(source, LocalModel) and source.part:
-        of_part = FileSettings(sha256=sha256, part=source.part, directory=str(path.resolve()))
-        return Stage("model", slugify(_name_part(path.name, source.part)), VERSION, of_part)
+    if part:
+        of_part = FileSettings(sha256=sha256, part=part, directory=str(path.resolve()))
+        return Stage("model", slugify(_name_part(path.name, part)), VERSION, of_part)
     return Stage("model", slugify(path.name), VERSION, FileSettings(sha256=sha256), location=path.resolve())
+
+
+def whole_stage(source: ModelSource) -> Stage[Settings] | None:
+    """Return the stage that stands for all of a model, of which a part goes through the chain and is to be put back;
+    None where none is."""
+    if getattr(source, "part", None) != "all":
+        return None
+    return stage(source.model_copy(update={"part": None}), teaches=True)
 
 
 def tokenizer_stage(path: str, where: str) -> Stage[Settings]:
@@ -104,7 +115,7 @@ def tokenizer_stage(path: str, where: str) -> Stage[Settings]:
     return Stage("model", slugify(directory.name), VERSION, FileSettings(sha256=sha256), location=directory.resolve())
 
 
-def _name_part(name: str, part: Part | None) -> str:
+def _name_part(name: str, part: Text | None) -> str:
     return f"{name}-{part}" if part else name
 
 

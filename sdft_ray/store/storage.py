@@ -22,6 +22,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import FileLock, Timeout
+
 from sdft_ray.errors import UserError, problem
 from sdft_ray.store.backend import Backend, Listing, id_in, make_directory
 from sdft_ray.store.files import write_atomically
@@ -30,7 +32,7 @@ from sdft_ray.store.lease import Lease
 from sdft_ray.store.local import Directory
 from sdft_ray.store.locks import file_lock
 from sdft_ray.store.manifest import MANIFEST, Manifest, command_here, write_manifest
-from sdft_ray.store.objects import is_store
+from sdft_ray.store.objects import Objects, is_store
 from sdft_ray.store.remote import ObjectStore
 
 Status = Literal["done", "partial", "missing"]
@@ -315,3 +317,45 @@ def probe(root: str) -> None:
         raise UserError(problem(where, error.strerror or str(error), do)) from None
     if content != data:
         raise UserError(problem(where, "does not return what was written", "Give another --root")) from None
+
+
+@contextmanager
+def hold_probe(root: str) -> Iterator[str]:
+    """Hold something below a root as the right to an artifact is held, and yield its name.
+
+    Raises UserError where nothing can be held.
+    """
+    name = f"probes/{uuid.uuid4().hex}"
+    if is_store(root):
+        objects = Objects(root)
+        objects.create(name, uuid.uuid4().bytes)
+        try:
+            yield name
+        finally:
+            objects.delete([name])
+        return
+    path = make_directory(Path(root) / "probes") / Path(name).name
+    lock = FileLock(path)
+    try:
+        lock.acquire()
+    except (OSError, NotImplementedError) as error:
+        do = "Mount it with locks, or give an s3:// URI"
+        raise UserError(problem(root, f"has no file locks ({error})", do)) from None
+    try:
+        yield name
+    finally:
+        lock.release()
+        path.unlink(missing_ok=True)
+
+
+def can_take(root: str, name: str) -> bool:
+    """Return whether this process gets what `hold_probe` holds, which it must not."""
+    if is_store(root):
+        return Objects(root).create(name, uuid.uuid4().bytes)
+    lock = FileLock(Path(root) / name)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    lock.release()
+    return True

@@ -130,6 +130,9 @@ def expand(sweep: Sweep, folder: Path) -> tuple[Cell, ...]:
             if getattr(whole, key):
                 fault = f"{file} {what} models, and trials do not {key}"
                 raise UserError(problem("recipe", fault, f"Remove {key} from {file}"))
+        if getattr(whole.model, "part", None) == "all":
+            fault = f"{file} puts its models back into the whole one, and trials do not"
+            raise UserError(problem("recipe", fault, f"Set model.part: text in {file}"))
         first = load_recipe(folder / sweep.recipe[0])
         if whole.evaluate != first.evaluate:
             what = f"{file} has other evaluations than {sweep.recipe[0]}, so their means do not compare"

@@ -1,54 +1,28 @@
 """The text decoder of a model that also sees is the same model without its eyes."""
 
 import json
+import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from architectures import load, logits_of, prune, some_ids
 from safetensors.torch import load_file, save_file
-from tiny import make_tiny_model, make_tokenizer
+from tiny import WRAPPERS, make_wrapped
 
 from sdft_ray.errors import UserError
-from sdft_ray.models.parts import text_config
+from sdft_ray.models.parts import text_config, text_name, write_whole
 from sdft_ray.models.sources import describe_model
 from sdft_ray.preflight.costs import shape_of
 from sdft_ray.progress import Progress
 from sdft_ray.spec import compute
-from sdft_ray.spec.sources import LocalModel
+from sdft_ray.spec.sources import HubModel, LocalModel
 from sdft_ray.stages import Work, model
 from sdft_ray.store.storage import Storage
 
 pytestmark = pytest.mark.heavy
 
 torch.set_num_threads(1)
-
-EYES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-EYES |= {"image_size": 28, "patch_size": 14}
-# The wrapper, its text decoder, and its eyes.
-WRAPPERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "gemma3": ("gemma3_text", EYES),
-    "gemma4": ("gemma4_text", EYES | {"num_key_value_heads": 2, "head_dim": 16}),
-    "llama4": ("llama4_text", EYES | {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}),
-    "mistral3": ("ministral3", EYES | {"head_dim": 16}),
-    "qwen3_5": ("qwen3_5_text", {"hidden_size": 32, "depth": 1, "num_heads": 2, "out_hidden_size": 64}),
-}
-
-
-def make_wrapped(directory: Path, architecture: str, **fields: Any) -> Path:
-    """Write a tiny model with eyes, with a byte tokenizer."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    text, eyes = WRAPPERS[architecture]
-    own = AutoConfig.from_pretrained(make_tiny_model(directory / "text", text, **fields)).to_dict()
-    eyes = {"model_type": "pixtral"} | eyes if architecture == "mistral3" else eyes
-    torch.manual_seed(0)
-    tied = own["tie_word_embeddings"]
-    config = AutoConfig.for_model(architecture, text_config=own, vision_config=eyes, tie_word_embeddings=tied)
-    AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(directory)
-    make_tokenizer().save_pretrained(directory)
-    return directory
 
 
 def make_work(root: Path, whole: Path) -> Work:
@@ -123,3 +97,66 @@ def test_part_of_a_gguf_file_is_refused(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(UserError, match=r"^model\.part: .*model\.gguf is a \.gguf file"):
         model.stage(LocalModel(path=str(tmp_path / "model.gguf"), part="text"))
+
+
+@pytest.mark.parametrize("architecture", WRAPPERS)
+def test_decoder_that_is_put_back_changes_nothing_but_itself(architecture, tmp_path):
+    from transformers import AutoModelForImageTextToText
+
+    base = make_wrapped(tmp_path / "whole", architecture)
+    (base / "preprocessor_config.json").write_text('{"image_processor_type": "Any"}')
+    work = make_work(tmp_path / "root", base)
+    model.build(work)
+    cut = prune(work.directory, tmp_path / "cut", (1, 4))
+    (tmp_path / "out").mkdir()
+    parameters, kept = write_whole(cut, base, tmp_path / "out")
+    whole, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()) and parameters == whole.num_parameters()
+    assert whole.config.text_config.num_hidden_layers == 4
+    torch.testing.assert_close(logits_of(whole.eval(), some_ids()), logits_of(load(cut), some_ids()))
+    was, now = bytes_of(base), bytes_of(tmp_path / "out")
+    rest = {name for name in was if text_name(name) is None}
+    assert len(rest) == kept and {name for name in now if text_name(name) is None} == rest
+    assert all(now[name] == was[name] for name in rest)
+    assert {text_name(name): content for name, content in now.items() if name not in rest} == bytes_of(cut)
+    assert {re.sub(r"\d+", "N", name) for name in now} <= {re.sub(r"\d+", "N", name) for name in was}
+    assert (tmp_path / "out/preprocessor_config.json").read_text() == '{"image_processor_type": "Any"}'
+    assert (tmp_path / "out/tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+
+
+def bytes_of(directory: Path) -> dict[str, bytes]:
+    return {
+        name: tensor.numpy().tobytes()
+        for file in directory.glob("*.safetensors")
+        for name, tensor in load_file(file).items()
+    }
+
+
+def test_whole_model_of_shards_and_heads_of_the_uncut_one_loses_the_heads(tmp_path):
+    base = make_wrapped(tmp_path / "whole", "qwen3_5", tie_word_embeddings=False)
+    weights = load_file(base / "model.safetensors")
+    (base / "model.safetensors").unlink()
+    names = sorted(weights)
+    more = {"mtp.fc.weight": torch.ones(2, 2)}
+    for i, part in enumerate((names[::2], names[1::2])):
+        tensors = {name: weights[name] for name in part} | (more if i else {})
+        save_file(tensors, base / f"model-0000{i + 1}-of-00002.safetensors", metadata={"format": "pt"})
+    files = {name: f"model-0000{i % 2 + 1}-of-00002.safetensors" for i, name in enumerate(names)}
+    files["mtp.fc.weight"] = "model-00002-of-00002.safetensors"
+    (base / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    work = make_work(tmp_path / "root", base)
+    model.build(work)
+    (tmp_path / "out").mkdir()
+    write_whole(work.directory, base, tmp_path / "out")
+    assert bytes_of(tmp_path / "out") == {name: tensor.numpy().tobytes() for name, tensor in weights.items()}
+
+
+def test_whole_models_move_no_id_of_the_text_models(tmp_path):
+    whole = str(make_wrapped(tmp_path / "whole", "gemma3"))
+    assert model.stage(LocalModel(path=whole, part="all")).id == model.stage(LocalModel(path=whole, part="text")).id
+    around = model.whole_stage(LocalModel(path=whole, part="all"))
+    assert around is not None and around.location == Path(whole)
+    assert model.whole_stage(LocalModel(path=whole, part="text")) is None
+    repo = HubModel(repo="owner/name", revision="0" * 40, part="all")
+    assert model.stage(repo).settings.part == "text"
+    assert model.whole_stage(repo).settings.part is None, "downloaded as it is"

@@ -19,6 +19,7 @@ from tiny import make_tiny_model, make_tokenizer
 from tracked import Server
 
 from sdft_ray import pipeline
+from sdft_ray.core.packing import Schedule
 from sdft_ray.core.rows import Row
 from sdft_ray.errors import StageFailed, UserError
 from sdft_ray.progress import Progress
@@ -30,7 +31,7 @@ from sdft_ray.spec.training import Train
 from sdft_ray.spec.wording import validate
 from sdft_ray.stages import Work, cut, rows, train
 from sdft_ray.stages.train import state
-from sdft_ray.stages.train.adapters import count_parameters, name_adapters, outline_model
+from sdft_ray.stages.train.adapters import count_parameters, load_model, name_adapters, outline_model
 from sdft_ray.stages.train.encoded import EncodedRows
 from sdft_ray.stages.train.fitting import require_fitting
 from sdft_ray.stages.train.history import learning_rate
@@ -222,6 +223,54 @@ def test_train_every_zero_stage_gives_one_trajectory(ray_cluster, tiny_model, tm
     for (loss, norm), (expected_loss, expected_norm) in zip(losses(works[1]), losses(works[0]), strict=True):
         assert loss == pytest.approx(expected_loss, rel=1e-4)
         assert norm == pytest.approx(expected_norm, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "method", "zero_stage"),
+    [
+        ("qwen3_5_text", "full", 3),
+        *(pytest.param("qwen3_5_text", *rest, marks=FULL) for rest in (("full", 0), ("lora", 3))),
+        *(pytest.param("falcon_h1", *rest, marks=FULL) for rest in (("full", 3), ("lora", 0))),
+        pytest.param("lfm2", "full", 3, marks=FULL),
+    ],
+)
+def test_train_a_hybrid_takes_the_steps_of_a_plain_loop(ray_cluster, tmp_path, architecture, method, zero_stage):
+    base = make_tiny_model(tmp_path / "base", architecture)
+    workers = 2 if zero_stage else 1
+    fields = {"method": method, "lr": 1e-3, "epochs": 1, "lora": {"rank": 4, "dropout": 0.0}}
+    work = make_work(tmp_path / "root", base, plan(workers=workers, zero_stage=zero_stage, micro_batch=4), **fields)
+    train.build(work)
+    expected = plain_losses(base, work)
+    assert len(expected) >= 4
+    for (loss, norm), (expected_loss, expected_norm) in zip(losses(work), expected, strict=True):
+        assert loss == pytest.approx(expected_loss, rel=1e-4)
+        assert norm == pytest.approx(expected_norm, rel=1e-3)
+
+
+def plain_losses(base: Path, work: Work) -> list[tuple[float, float]]:
+    """Return loss and gradient norm of every step of PyTorch's own loop, which reads one row at a time."""
+    settings, rows = work.settings.train, EncodedRows(work.resumable / "encoded", "train")
+    model = load_model(str(base), settings).train()
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer, found = torch.optim.AdamW(weights, weight_decay=settings.weight_decay), []
+    history = read_history(work.directory)
+    schedule = Schedule(len(rows), settings.epochs, settings.global_batch_size, settings.seed)
+    for step, numbers in enumerate(schedule):
+        chosen = [rows[i] for i in numbers]
+        tokens, total = sum(len(row.ids) - row.trained_from for row in chosen), 0.0
+        for row in chosen:
+            logits = model(input_ids=torch.tensor([row.ids]), use_cache=False).logits[0]
+            targets = torch.tensor(row.ids[row.trained_from :])
+            loss = torch.nn.functional.cross_entropy(logits[row.trained_from - 1 : -1], targets, reduction="sum")
+            (loss / tokens).backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(weights, settings.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = history[step].lr
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append((total / tokens, float(norm)))
+    return found
 
 
 def test_train_full_fine_tuning_moves_all_weights_and_reloads(ray_cluster, tiny_model, tmp_path):

@@ -37,8 +37,8 @@ def load_model(base: str, settings: training.Train) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    torch.manual_seed(settings.seed)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, settings.dtype))
+    torch.manual_seed(settings.seed)  # behind the load, for which some models draw random numbers (Qwen 3.5)
     return adapt(model, Path(base), settings)
 
 
