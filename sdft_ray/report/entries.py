@@ -19,6 +19,7 @@ from sdft_ray.stages.distill import SourceSummary as Rewrites
 from sdft_ray.stages.distill import Summary as Selection
 from sdft_ray.stages.draft import Summary as Draft
 from sdft_ray.stages.export import Summary as Exported
+from sdft_ray.stages.finals import Summary as Finals
 from sdft_ray.stages.loss import GreedySummary as Greedy
 from sdft_ray.stages.loss import Summary as Losses
 from sdft_ray.stages.merge import Summary as Merged
@@ -128,6 +129,8 @@ class Details(Record):
     """None where nothing was measured to choose blocks."""
     losses: Losses | None
     greedy: Greedy | None
+    finals: Finals | None = None
+    """Where cuts were trained before one was chosen."""
     cut: Pruned
     selection: Selection | None
     examples: Sequence[Example]

@@ -10,6 +10,7 @@ from sdft_ray.core.recovery import Difference, Estimate
 from sdft_ray.core.surgery import name_blocks
 from sdft_ray.report.entries import (
     Comparison,
+    Details,
     Draft,
     Exported,
     GoalEntry,
@@ -25,6 +26,7 @@ from sdft_ray.report.entries import (
     TrialEntry,
 )
 from sdft_ray.results import HELD_OUT, Cut, Pace, Score
+from sdft_ray.stages import finals
 
 _LIMITED = "LIMITED: scores are of a part of each task, not comparable with published ones. "
 
@@ -73,6 +75,13 @@ def greedy_line(greedy: Greedy) -> str:
     cost = greedy.cost
     text = f"Removed one after the other: {cost.candidates} candidates in {len(greedy.steps)} steps took the work of"
     return f"{text} {cost.passes:.0f} passes over the loss texts ({cost.from_the_start:.0f} without shared states)."
+
+
+def finals_line(details: Details) -> str | None:
+    """Return what came of the cuts that were trained before one was chosen, and at what cost."""
+    return (
+        f"Finalists, the loss before and after training: {finals.describe(details.finals)}." if details.finals else None
+    )
 
 
 def speed_line(speed: Speed) -> str:

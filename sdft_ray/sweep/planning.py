@@ -246,12 +246,28 @@ def make_plan(cells: Sequence[Cell]) -> Plan:
     ]
     drafts = {stage.id: stage for _, chain in chains for stage in chain.drafts.values()}
     own = {*drafts, *(stage.id for trial in trials for stage in trial.stages)}
+    own -= {stage.id for _, chain in chains for stage in chain.cutting.in_order}  # a finalist may be a trial, too
     shared = {stage.id: stage for _, chain in chains for stage in chain.in_order if stage.id not in own}
-    in_order = tuple(sorted(shared.values(), key=_in_order))
+    in_order = _behind_inputs(sorted(shared.values(), key=_place))
     return Plan(tuple(cells), in_order, tuple(trials), drafts=tuple(drafts.values()))
 
 
-def _in_order(stage: Stage[Any]) -> tuple[int, float]:
+def _behind_inputs(stages: Sequence[Stage[Any]]) -> tuple[Stage[Any], ...]:
+    """Return stages in their order, but each behind those of them that it is made from."""
+    given, ordered = {stage.id for stage in stages}, dict[str, Stage[Any]]()
+
+    def add(stage: Stage[Any]) -> None:
+        for each in stage.inputs.values():
+            add(each)
+        if stage.id in given:
+            ordered.setdefault(stage.id, stage)
+
+    for stage in stages:
+        add(stage)
+    return tuple(ordered.values())
+
+
+def _place(stage: Stage[Any]) -> tuple[int, float]:
     """Return a stage's place: as in one chain, but generation at the largest size first: smaller ones share it."""
     rows = stage.settings.rows if isinstance(stage.settings, distill.Settings) else 0
     return [*pipeline.MODULES].index(stage.name), -math.inf if rows is None else -rows

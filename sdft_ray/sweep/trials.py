@@ -83,7 +83,8 @@ def _build_shared(plan: Plan, compute: Compute, storage: Storage, engine: Engine
     todo, _ = pipeline.survey(plan.shared, storage)
     cuts = [stage for stage in todo if stage.name in ("score", "loss", "cut")]
     generated = [stage for stage in todo if isinstance(stage.settings, distill.Settings)]
-    if cuts and generated and _is_room_for_both(compute):
+    is_trained = any(stage.name == "finals" for stage in todo)  # a cut that waits for trainings is no small thing
+    if cuts and generated and not is_trained and _is_room_for_both(compute):
         before = _ancestors([*cuts, *generated])
         pipeline.build([stage for stage in todo if stage.id in before], compute, storage)
         # In a process of its own: two runs of Ray Data in one get in each other's way (docs/footguns.md). On this node,
