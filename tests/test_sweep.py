@@ -9,6 +9,8 @@ import pytest
 import yaml
 from command import sdft
 
+from sdft_ray.core import searching
+from sdft_ray.core.recovery import Estimate
 from sdft_ray.errors import UserError
 from sdft_ray.preflight import savings
 from sdft_ray.progress import Progress
@@ -17,6 +19,7 @@ from sdft_ray.spec.sweep import Goal
 from sdft_ray.stages import Work, distill
 from sdft_ray.stages.distill.draws import instruction_templates
 from sdft_ray.stages.evaluate.presets import OPENLLM_V1
+from sdft_ray.store.identity import ancestors
 from sdft_ray.store.storage import Storage
 from sdft_ray.sweep import goal, planning, trials
 
@@ -364,7 +367,7 @@ def test_what_cuts_and_generation_begin_from_is_built_before_both(mixture):
     """Of a mixture not only the rows of its sources, but what mixes them."""
     plan = load(mixture, {"prune.blocks": [1, 2]})
     both = [stage for stage in plan.shared if stage.name in ("score", "loss", "cut", "distill")]
-    found = trials._ancestors(both)
+    found = {stage.id for stage in ancestors(both)} - {stage.id for stage in both}
     assert {stage.name for stage in plan.shared if stage.id in found} == {"model", "rows", "mix"}
 
 
@@ -384,7 +387,8 @@ def test_sweep_of_sizes_beyond_a_mixture_is_refused(mixture):
 
 @pytest.mark.parametrize("deepest", range(10))  # 0: none keeps enough
 @pytest.mark.parametrize("depths", [(1, 2), (1, 2, 3), (1, 3, 4, 5, 6, 8, 9)])
-def test_goal_finds_the_deepest_cut_that_keeps_enough_with_few_trainings(folder, monkeypatch, depths, deepest):
+@pytest.mark.parametrize("signals", [None, (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4), (2.0,) * 7])
+def test_goal_finds_the_deepest_cut_that_keeps_enough_with_few_trainings(folder, monkeypatch, depths, deepest, signals):
     """Against trying every depth; whatever was tried before, the way there is the same."""
     cells = tuple(planning.Cell({"prune.blocks": depth}, None) for depth in depths)
     trials = tuple(planning.Trial(None, {}, cell, cell.values) for cell in cells)
@@ -392,8 +396,10 @@ def test_goal_finds_the_deepest_cut_that_keeps_enough_with_few_trainings(folder,
     trained = set()
 
     def judge(_goal, blocks, _trials, _storage):
-        return goal.Tried(blocks, None, 1, blocks <= deepest)
+        kept = 97.0 - 4 * (blocks - deepest) if blocks > deepest else 97.0
+        return goal.Tried(blocks, Estimate(kept, kept, kept, 1), 1, blocks <= deepest)
 
+    monkeypatch.setattr(goal, "read_signals", lambda plan, storage: signals and signals[: len(depths)])
     monkeypatch.setattr(goal, "is_done", lambda trial, storage: trial.values["prune.blocks"] in trained)
     monkeypatch.setattr(goal, "_judge", judge)
     while (search := goal.replay(whole, None)).following is not None:
@@ -401,7 +407,8 @@ def test_goal_finds_the_deepest_cut_that_keeps_enough_with_few_trainings(folder,
         trained.add(search.following)
     expected = max((depth for depth in depths if depth <= deepest), default=None)
     assert (search.chosen.blocks if search.chosen else None) == expected
-    assert len(trained) == len(search.tried) <= math.ceil(math.log2(len(depths) + 1))
+    most = searching.most_trainings(len(depths)) if signals else math.ceil(math.log2(len(depths) + 1))
+    assert len(trained) == len(search.tried) <= most
 
 
 def test_goal_trains_its_arm_alone_and_one_depth_at_a_time(folder):

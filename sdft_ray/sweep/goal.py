@@ -1,28 +1,31 @@
-"""A sweep with a goal: the deepest cut that keeps enough, found by halving instead of by trying every depth.
+"""A sweep with a goal: the deepest cut that keeps enough, found without training every depth.
 
 In: a plan whose cells differ in depth (and seeds), and a goal. Out: the depths that were tried, in order, each with its
-recovery and interval, and the one that is chosen. It takes recovery to fall with depth: of n depths at most
-log2(n + 1), rounded up, are trained. Nothing is remembered but artifacts: what comes next follows from what is done.
+recovery and interval, and the one that is chosen. The loss that each depth costs untrained is measured first, and says
+where to begin (core/searching.py). Recovery is taken to fall with depth. Nothing is remembered but artifacts: what
+comes next follows from what is done.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from sdft_ray import pipeline
+from sdft_ray.core.choice import Choice
 from sdft_ray.core.recovery import Estimate, recovery_interval
+from sdft_ray.core.searching import following, most_trainings
 from sdft_ray.engine import EngineFactory, start_engine
 from sdft_ray.progress import log
 from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.sweep import Goal
 from sdft_ray.stages.evaluate.scores import item_values
-from sdft_ray.store.identity import Stage
+from sdft_ray.store.identity import Stage, ancestors
+from sdft_ray.store.record import Record
 from sdft_ray.store.storage import Storage
 from sdft_ray.sweep import trials
-from sdft_ray.sweep.planning import DEPTH, Plan, Trial, is_done, make_plan, stages_of
+from sdft_ray.sweep.planning import DEPTH, Plan, Trial, check, is_done, make_plan, stages_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +65,8 @@ def run(plan: Plan, compute: Compute, storage: Storage, engine: EngineFactory = 
     """
     if plan.goal is None:
         return trials.run(plan, compute, storage, engine)
-    new: list[Stage[Any]] = []
+    check(plan, compute)
+    new = [*pipeline.build(_signalling(plan), compute, storage, engine=engine).new]
     while True:
         search = replay(plan, storage)
         if search.tried:
@@ -78,15 +82,46 @@ def replay(plan: Plan, storage: Storage) -> Search:
     assert plan.goal
     depths = tuple(sorted({cell.values[DEPTH] for cell in plan.cells}))
     tried: list[Tried] = []
-    low, high = -1, len(depths)  # the deepest that meets the goal, the least deep that does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        own = [trial for trial in plan.trials if trial.cell.values[DEPTH] == depths[middle]]
+    signals, measured = read_signals(plan, storage), dict[int, float]()
+    while (number := following(signals, measured, plan.goal.recovery, len(depths))) is not None:
+        own = [trial for trial in plan.trials if trial.cell.values[DEPTH] == depths[number]]
         if not all(is_done(trial, storage) for trial in own):
-            return Search(tuple(tried), depths[middle], depths)
-        tried.append(_judge(plan.goal, depths[middle], own, storage))
-        low, high = (middle, high) if tried[-1].meets else (low, middle)
+            return Search(tuple(tried), depths[number], depths)
+        tried.append(_judge(plan.goal, depths[number], own, storage))
+        measured[number] = tried[-1].recovery.low if tried[-1].recovery else 0.0
     return Search(tuple(tried), None, depths)
+
+
+def read_signals(plan: Plan, storage: Storage) -> list[float] | None:
+    """Return the loss that each depth costs untrained, in nats a token, the shallowest first; None where that is not
+    measured, or not yet."""
+    stages = [chain.loss for chain in _chains(plan)]
+    if not all(stage and storage.status(stage) == "done" for stage in stages):
+        return None
+    losses = [_Losses.model_validate(storage.manifest(stage).summary) for stage in stages if stage]
+    return [each.choice.value - each.base_loss for each in losses]
+
+
+class _Losses(Record):
+    """What both kinds of loss artifacts say."""
+
+    base_loss: float
+    choice: Choice
+
+
+def _signalling(plan: Plan) -> list[Stage[Any]]:
+    """Return the stages that measure the loss of every depth, in an order of building."""
+    chains = _chains(plan)
+    if not all(chain.loss for chain in chains):
+        return []
+    needed = {stage.id for chain in chains if chain.loss for stage in (chain.loss, *ancestors([chain.loss]))}
+    return list({stage.id: stage for chain in chains for stage in chain.in_order if stage.id in needed}.values())
+
+
+def _chains(plan: Plan) -> list[pipeline.Chain]:
+    """Return a chain of each depth, the shallowest first."""
+    cells = {cell.values[DEPTH]: cell for cell in plan.cells}
+    return [pipeline.chain(cell.recipe) for _, cell in sorted(cells.items())]
 
 
 def at_depths(plan: Plan, depths: Sequence[int]) -> Plan:
@@ -114,8 +149,9 @@ def describe_search(plan: Plan) -> str:
     """Return in words what the search will take at most."""
     assert plan.goal
     depths = len({cell.values[DEPTH] for cell in plan.cells})
-    most = math.ceil(math.log2(depths + 1))
-    return f"Goal: at most {most} of {depths} depths are trained. What is counted below is that of all of them."
+    text = f"Goal: at most {most_trainings(depths)} of {depths} depths are trained"
+    text += ", after the loss of each was measured" if _signalling(plan) else ""
+    return f"{text}. What is counted below is that of all of them."
 
 
 def _judge(wanted: Goal, blocks: int, trials: Sequence[Trial], storage: Storage) -> Tried:
