@@ -121,7 +121,7 @@ def load_sweep(path: Path | Mapping[str, Any]) -> Plan:
 
 
 def expand(sweep: Sweep, folder: Path) -> tuple[Cell, ...]:
-    """Return one cell for each recipe and combination of values, in the order of the file."""
+    """Return one cell for each combination of values and recipe, in the order of the file."""
     cells: list[Cell] = []
     problems: dict[str, None] = {}
     for file in sweep.recipe:
@@ -137,8 +137,9 @@ def expand(sweep: Sweep, folder: Path) -> tuple[Cell, ...]:
         if whole.draft != first.draft:
             what = f"{file} tries drafts differently from {sweep.recipe[0]}, so their figures do not compare"
             raise UserError(problem("recipe", what, "Give both the same draft"))
-        name = {RECIPE: Path(file).stem} if len(sweep.recipe) > 1 else {}
-        for values in _combinations(sweep):
+    for values in _combinations(sweep):
+        for file in sweep.recipe:
+            name = {RECIPE: Path(file).stem} if len(sweep.recipe) > 1 else {}
             overrides = [f"{path}={json.dumps(value)}" for path, value in values.items()]
             try:
                 cell = Cell({**name, **values}, load_recipe(folder / file, overrides))
