@@ -415,6 +415,40 @@ def test_goal_finds_the_deepest_cut_that_keeps_enough_with_few_trainings(folder,
     assert len(trained) == len(search.tried) <= most
 
 
+@pytest.mark.parametrize("enough", range(1, 10))  # 9: none is
+def test_goal_of_a_size_trains_the_least_depth_alone(folder, monkeypatch, enough):
+    depths = (1, 2, 3, 5, 6, 7, 8)
+    cells = tuple(planning.Cell({"prune.blocks": depth}, None) for depth in depths)
+    trials = tuple(planning.Trial(None, {}, cell, cell.values) for cell in cells)
+    whole = planning.Plan(cells, (), trials, goal=Goal(parameters=100 - enough))
+    measured, trained, kept = set(), set(), Estimate(90, 89, 91, 1)
+    monkeypatch.setattr(goal, "_chains", lambda plan: depths)
+    monkeypatch.setattr(goal, "_size", lambda _goal, depth, _storage: 100.0 - depth if depth in measured else None)
+    monkeypatch.setattr(goal, "_judge", lambda _goal, blocks, _trials, _storage: goal.Tried(blocks, kept, 2, False))
+    monkeypatch.setattr(goal, "is_done", lambda trial, storage: trial.values["prune.blocks"] in trained)
+    while (search := goal.replay(whole, None)).following is not None:
+        assert search.chosen is None
+        (trained if search.is_training else measured).add(search.following)
+    expected = min((depth for depth in depths if depth >= enough), default=None)
+    assert (search.chosen.blocks if search.chosen else None) == expected
+    assert len(measured) <= 3 and trained == ({expected} if expected else set())
+    if search.chosen:
+        said = f"{expected} blocks: {100 - expected} parameters, which meets {100 - enough} parameters or fewer; "
+        assert goal.describe(whole, search.chosen) == said + "recovery 90.0 % [89.0, 91.0]"
+
+
+def test_goal_of_a_speed_measures_the_pruned_model_of_one_depth(folder):
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe["evaluate"]["speed"] = True
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    plan = load(folder, {"prune.blocks": [1, 2, 3]}, goal={"tokens_per_second": 1.2})
+    storage = Storage(str(folder / "artifacts"))
+    search = goal.replay(plan, storage)
+    assert (search.following, search.is_training) == (2, False)
+    assert names(goal._sizing(plan, 2)) == ["model", "score", "loss", "cut", "speed"]
+    assert goal.describe_search(plan).startswith("Goal: at most 2 of 3 depths are cut and measured, one is trained.")
+
+
 def test_goal_trains_its_arm_alone_and_one_depth_at_a_time(folder):
     axes = {"prune.blocks": [1, 2, 3], "train.seed": [0, 1]}
     plan = load(folder, axes, goal={"recovery": 90})
@@ -446,6 +480,16 @@ def test_goal_trains_its_arm_alone_and_one_depth_at_a_time(folder):
             [{"prune.blocks": [1, 2]}, {"prune.blocks": [3]}],
             {},
             "goal: is of one recipe and one set of axes. Remove the others.",
+        ),
+        (
+            {"prune.blocks": [1, 2]},
+            {"goal": {"tokens_per_second": 1.2}},
+            "goal.tokens_per_second: is not measured by the recipe. Set evaluate.speed: true in it.",
+        ),
+        (
+            {"prune.blocks": [1, 2]},
+            {"goal": {"recovery": 90, "parameters": 1e6}},
+            "goal: names none or several. Give one of recovery, parameters, tokens_per_second.",
         ),
         (
             {"prune.blocks": [1, 2]},

@@ -62,7 +62,12 @@ def most_trainings(depths: int) -> int:
     >>> most_trainings(7)
     4
     """
-    return math.ceil(math.log2(depths + 1)) + (depths > 2)
+    return halvings(depths) + (depths > 2)
+
+
+def halvings(depths: int) -> int:
+    """Return how many trainings a search takes at most that halves."""
+    return math.ceil(math.log2(depths + 1))
 
 
 def _chances(signals: Sequence[float], measured: Mapping[int, float], goal: float) -> list[float]:

@@ -359,13 +359,16 @@ class Map(NamedTuple):
 
 
 class GoalEntry(Record):
-    """How far the search for the deepest cut that keeps enough is."""
+    """How far the search for the depth that a goal asks for is."""
 
-    recovery: float
-    """In percent, which the lower end of an interval must reach."""
+    wanted: str
+    """What it asks for."""
+    keeps: bool
+    """Whether that is quality, which the lower end of an interval must reach: then the deepest cut is looked for, else
+    the least deep one."""
     arm: str
     chosen: int | None
-    """Blocks that may be removed; None where no depth keeps enough, or where the search goes on."""
+    """Blocks that go; None where no depth reaches the goal, or where the search goes on."""
     following: int | None
     """The depth that is tried next."""
     depths: tuple[int, ...]

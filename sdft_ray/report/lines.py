@@ -106,11 +106,12 @@ def goal_line(goal: GoalEntry) -> str:
     if goal.following is not None:
         found = f"not decided yet: {goal.following} blocks are tried next"
     elif goal.chosen is None:
-        found = f"no depth keeps {goal.recovery:g} %"
+        found = f"no depth {'keeps' if goal.keeps else 'reaches'} {goal.wanted}"
     else:
-        found = f"{goal.chosen} blocks may go"
+        found = f"{goal.chosen} blocks may go" if goal.keeps else f"{goal.chosen} blocks are enough"
     tried = "; ".join(goal.lines) or "nothing was tried"
-    return f"Goal, {goal.arm} above {goal.recovery:g} % with its 95 % interval: {found}. {tried}."
+    aim = f"{goal.arm} above {goal.wanted} with its 95 % interval" if goal.keeps else goal.wanted
+    return f"Goal, {aim}: {found}. {tried}."
 
 
 FIGURES = {

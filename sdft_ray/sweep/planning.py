@@ -114,6 +114,9 @@ def load_sweep(path: Path | Mapping[str, Any]) -> Plan:
     cells = expand(sweep, path.parent if isinstance(path, Path) else Path())
     if sweep.goal:
         cells = _of_arm(cells, sweep.goal.arm)
+        if sweep.goal.tokens_per_second and not cells[0].recipe.evaluate.speed:
+            what = "is not measured by the recipe"
+            raise UserError(problem("goal.tokens_per_second", what, "Set evaluate.speed: true in it"))
     plan = dataclasses.replace(make_plan(cells), asha=sweep.asha, goal=sweep.goal)
     if problems := list(_mistakes_of_asha(plan)) if plan.asha else []:
         raise UserError(*problems)
