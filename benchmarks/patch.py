@@ -92,13 +92,9 @@ def _sums(walk: Walk, texts: Sequence[Sequence[int]], spans: Sequence[Span]) -> 
 
 def _fits(seen: Mapping[str, Sequence[Mapping[Span, Sums]]], span: Span) -> Iterator[tuple[str, tuple[Sums, Sums]]]:
     """Yield what each patch is fitted on and chosen by: each corpus, and all of them."""
-    width = len(next(iter(seen.values()))[0][span].outer)
     for name, names in {**{name: [name] for name in seen}, "all": [*seen]}.items():
-        both = Sums.none(width), Sums.none(width)
-        for each in names:
-            for whole, own in zip(both, seen[each], strict=True):
-                whole.join(own[span])
-        yield name, both
+        fitted, chosen_on = (Sums.mean([seen[each][part][span] for each in names]) for part in range(2))
+        yield name, (fitted, chosen_on)
 
 
 def _patched(walk: Walk, patch: Any, measured: Mapping[str, Sequence[list[int]]], span: Span) -> dict[str, float]:
