@@ -110,10 +110,8 @@ def build(work: Work[Settings]) -> Summary:
     for patched in patches:
         for name, errors in patched.corpora.items():
             if errors.patched > errors.without:
-                shown = f"{errors.patched:.3g}, {errors.without:.3g} without"
-                log(
-                    f"patch: the map in block {patched.block} does harm on {name} (error {shown}). Give more of its texts"
-                )
+                shown = f"error {errors.patched:.3g}, {errors.without:.3g} without"
+                log(f"patch: the map in block {patched.block} does harm on {name} ({shown}). Give more of its texts")
     changed = write_patched(pruned, work.directory, removed, maps, architecture)
     parameters = require_loadable(work.directory)
     return Summary(patches=tuple(patches), changed=tuple(changed), parameters=parameters, removed=removed)
