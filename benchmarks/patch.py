@@ -17,8 +17,7 @@ from typing import Any
 from benchmarks.report import print_figures
 from sdft_ray import pipeline
 from sdft_ray.core.patch import Sums, fit, fold
-from sdft_ray.core.skipping import skipped_losses
-from sdft_ray.core.walking import Walk
+from sdft_ray.core.walking import Batch, Walk, pad
 from sdft_ray.data.calibration import Text, calibration_file, read_calibration
 from sdft_ray.models.streamed import open_walk
 from sdft_ray.spec.compute import load_compute
@@ -32,6 +31,8 @@ Span = tuple[int, int]
 
 def main() -> None:
     """Print the table and the figures."""
+    import torch
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, default=Path("configs/recipes/demo.yaml"), help="for its model")
     parser.add_argument("--root", default="./artifacts", help="where that model is or will be built")
@@ -52,15 +53,17 @@ def main() -> None:
     seen = {
         name: [_sums(walk, own[: ends[0]], spans), _sums(walk, own[slice(*ends)], spans)] for name, own in texts.items()
     }
-    measured = {name: own[ends[1] :] for name, own in texts.items()}
+    measured = {name: _batches(walk, own[ends[1] :]) for name, own in texts.items()}
     print(f"{'removed':<10} {'fitted on':<14} {'weight':>7} " + " ".join(f"{name:>12}" for name in texts))
     figures: dict[str, float] = {}
     for span in spans:
-        before = _losses(walk, measured, span)
+        given = {name: (batches, _states(walk, batches, span)) for name, batches in measured.items()}
+        nothing = torch.eye(walk.model.config.hidden_size, dtype=torch.float64)
+        before = _patched(walk, nothing, given, span)
         _print(span, "nothing", "", before)
         for name, fitted in _fits(seen, span):
             patch, weight, _ = fit(*fitted)
-            after = _patched(walk, patch, measured, span)
+            after = _patched(walk, patch, given, span)
             _print(span, name, f"{weight:g}", after)
             figures[f"{span[0]}:{span[1]} {name}"] = round(max(after[each] - before[each] for each in before), 4)
     print_figures("patch", figures)
@@ -97,30 +100,42 @@ def _fits(seen: Mapping[str, Sequence[Mapping[Span, Sums]]], span: Span) -> Iter
         yield name, (fitted, chosen_on)
 
 
-def _patched(walk: Walk, patch: Any, measured: Mapping[str, Sequence[list[int]]], span: Span) -> dict[str, float]:
-    """Return the losses with a patch in the block before the span, which is as it was afterwards."""
+def _batches(walk: Walk, texts: Sequence[list[int]]) -> list[Batch]:
+    """Return texts in batches of similar length."""
+    ordered = sorted(texts, key=len)
+    return [pad(ordered[i : i + BATCH], walk.device) for i in range(0, len(ordered), BATCH)]
+
+
+def _states(walk: Walk, batches: Sequence[Batch], span: Span) -> list[Any]:
+    """Return what reaches the block before a span, (B, T, D) of each batch: no patch changes it."""
+    if span[0] == 1:
+        return walk.first_states(batches)
+    return [state for number, _, _, state in walk.states(batches, until=span[0] - 1) if number == span[0] - 1]
+
+
+def _patched(
+    walk: Walk, patch: Any, given: Mapping[str, tuple[list[Batch], list[Any]]], span: Span
+) -> dict[str, float]:
+    """Return the mean loss of a token by corpus, with a patch in the block before the span, without the span's blocks;
+    given: batches, and what reaches that block."""
+    import torch
+
     weight: Any = walk.blocks[span[0] - 1].mlp.down_proj.weight
-    kept = weight.data
+    kept, losses = weight.data, {}
     weight.data = fold(patch, "weight", kept, walk.model.config.model_type)
-    try:
-        return _losses(walk, measured, span)
-    finally:
-        weight.data = kept
-
-
-def _losses(walk: Walk, measured: Mapping[str, Sequence[list[int]]], span: Span) -> dict[str, float]:
-    """Return the mean loss of texts without the blocks of a span, by corpus."""
-    losses = {}
-    for name, texts in measured.items():
-        ordered = sorted(texts, key=len)
-        batches = [[(ids, 0) for ids in ordered[i : i + BATCH]] for i in range(0, len(ordered), BATCH)]
-        passes = skipped_losses(walk, batches, [()], range(*span))
-        while True:
-            try:
-                next(passes)
-            except StopIteration as done:
-                losses[name] = float(sum(each.sum() for each in done.value) / len(texts))
-                break
+    with torch.inference_mode():
+        for name, (batches, states) in given.items():
+            sums: list[tuple[float, int]] = []
+            for batch, reached in zip(batches, states, strict=True):
+                state = reached
+                for number in (span[0] - 1, *range(span[1], len(walk.blocks))):
+                    state = walk.enter(number, batch)(state)
+                counted, wanted = batch.real[:, 1:], batch.ids[:, 1:]
+                logits = walk.logits(batch, state)[:, :-1][counted]
+                loss = torch.nn.functional.cross_entropy(logits, wanted[counted], reduction="sum")
+                sums.append((float(loss), int(counted.sum())))
+            losses[name] = sum(loss for loss, _ in sums) / sum(tokens for _, tokens in sums)
+    weight.data = kept
     return losses
 
 
