@@ -72,7 +72,7 @@ def run(options: argparse.Namespace, patch: str, arms: dict[str, Any]) -> dict[s
         "--json",
         *overrides,
     ]
-    done = subprocess.run([*command, *overrides], stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.returncode)
     models = {model["model"]: model for model in json.loads(done.stdout)["models"]}

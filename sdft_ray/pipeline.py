@@ -4,8 +4,8 @@ In: a recipe. Out: its `Chain`, and after `run` an artifact for each stage of it
 code, and a finished artifact is not built again.
 
     sources of rows ── mix, where there are several
-    base model ──┬─ (score) ── (loss) ── cut ── (patch) ─┬─ train (sft, distilled, logits)
-                 └─ distill ── (targets) ───────────────┘            └── merge
+    base model ──┬─ (score) ── (loss) ── (finals) ── cut ── (patch) ─┬─ train (sft, distilled, logits)
+                 └─ distill ── (targets) ───────────────────────────┘            └── merge
     nll: likelihoods of rewrites and references under the base
     draft: pruned, tuned and merged models for the base
     export: models in the forms that other programs serve
@@ -29,6 +29,7 @@ from functools import cached_property
 from typing import Any
 
 from sdft_ray.cluster import below_ray, in_thread, last_line, ray_cluster, require_capacity
+from sdft_ray.cutting import Cutting, cutting
 from sdft_ray.engine import EngineFactory, start_engine
 from sdft_ray.errors import StageFailed, UserError, nearest, problem
 from sdft_ray.measures import draft_stages, evaluation_stages, export_stages, nll_stages, retention_stages
@@ -48,6 +49,7 @@ from sdft_ray.stages import (
     draft,
     evaluate,
     export,
+    finals,
     loss,
     merge,
     mix,
@@ -64,7 +66,7 @@ from sdft_ray.stages import (
 )
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
-from sdft_ray.training_data import Data, MixedStage, calibration, read_sources, training_data
+from sdft_ray.training_data import Data, MixedStage, read_sources, training_data
 
 MODULES: dict[str, StageModule] = {
     "model": model,
@@ -72,6 +74,7 @@ MODULES: dict[str, StageModule] = {
     "mix": mix,
     "score": score,
     "loss": loss,
+    "finals": finals,
     "cut": cut,
     "patch": patch,
     "distill": distill,
@@ -96,14 +99,7 @@ class Chain:
 
     base: Stage[model.Settings]
     rows: MixedStage
-    corpus_rows: Mapping[str, MixedStage]
-    """The rows of calibration corpora that are rows, by `rows_N` for the corpus N."""
-    score: Stage[score.Settings] | None
-    """None where nothing that is measured chooses the blocks."""
-    loss: loss.LossStage | None
-    pruned: cut.CutStage
-    patched: Stage[patch.Settings] | None
-    """The pruned model with a linear patch: arms are trained from it where there is one."""
+    cutting: Cutting
     data: Mapping[str, Data]
     """Training data: the recipe's own under "", others by the names of their models."""
     models: Mapping[str, Stage[Any]]
@@ -119,6 +115,31 @@ class Chain:
     """By the name of the model; none where the recipe asks for none."""
     evaluations: Mapping[tuple[str, str], Stage[evaluate.Settings]]
     """By the name of the model and of the task."""
+
+    @property
+    def score(self) -> Stage[score.Settings] | None:
+        """None where nothing that is measured chooses the blocks."""
+        return self.cutting.score
+
+    @property
+    def loss(self) -> loss.LossStage | None:
+        """The losses of candidates."""
+        return self.cutting.loss
+
+    @property
+    def finals(self) -> Stage[finals.Settings] | None:
+        """What chooses among cuts that were trained; None where none are."""
+        return self.cutting.finalists[-1] if self.cutting.finalists else None
+
+    @property
+    def pruned(self) -> cut.CutStage:
+        """The base without the chosen blocks."""
+        return self.cutting.pruned
+
+    @property
+    def patched(self) -> Stage[patch.Settings] | None:
+        """The pruned model with a linear patch: arms are trained from it where there is one."""
+        return self.cutting.patched
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -155,9 +176,8 @@ class Chain:
         """Every stage once, in the order in which they are built."""
         # Generation before training: an early failure costs less.
         own, generated = self.data[""], [stage for data in self.data.values() for stage in data.in_order]
-        kept = [stage for stage in (self.score, self.loss, self.pruned, self.patched) if stage is not None]
         targets = [stage.inputs["targets"] for stage in self.trained.values() if "targets" in stage.inputs]
-        stages = [self.base, *own.read, self.rows, *self.corpus_rows.values(), *kept, *generated]
+        stages = [self.base, *own.read, self.rows, *self.cutting.in_order, *generated]
         stages += [*targets, *self.models.values()]
         stages += [each for put in self.wholes.values() for each in (put.inputs["whole"], put)]
         stages += [*self.nll, *self.drafts.values(), *([self.speed] if self.speed else [])]
@@ -170,18 +190,12 @@ def chain(recipe: Recipe) -> Chain:
     """Return every stage of a recipe, each with its inputs."""
     base = model.stage(recipe.model)
     own = read_sources(recipe.sources, recipe)
-    prune = recipe.prune
-    corpora, corpus_rows = calibration(recipe, own.rows) if prune.reads_texts else ((), {})
-    scored = score.stage(prune.dtype, corpora, base, corpus_rows) if prune.is_scored else None
-    is_tried = prune.is_greedy or (prune.is_scored and prune.candidates)
-    tried = loss.stage(prune, corpora, base, scored, corpus_rows) if is_tried else None
-    pruned = cut.stage(prune, base, scored, tried if prune.metric == "loss" else None)
+    made = cutting(recipe, base, own.rows)
     data = training_data(recipe, base, own)
-    models: dict[str, Stage[Any]] = {"base": base, "pruned": pruned}
-    start: Stage[Any] = pruned
-    patched = patch.stage(prune, corpora, base, pruned, corpus_rows) if prune.patch == "linear" else None
-    if patched:
-        models["patched"] = start = patched
+    models: dict[str, Stage[Any]] = {"base": base, "pruned": made.pruned}
+    start: Stage[Any] = made.pruned
+    if made.patched:
+        models["patched"] = start = made.patched
     train_in = functools.partial(_train, recipe, base, start)
     for arm in recipe.arms.names:
         models[arm] = train_in(arm, [data[""].inputs])
@@ -192,18 +206,14 @@ def chain(recipe: Recipe) -> Chain:
     return Chain(
         base=base,
         rows=own.rows,
-        corpus_rows=corpus_rows,
-        score=scored,
-        loss=tried,
-        pruned=pruned,
-        patched=patched,
+        cutting=made,
         data=data,
         models=models,
         wholes=_put_back(recipe, models),
         nll=nll_stages(recipe, base, data),
         drafts=drafts,
-        speed=speed.stage(recipe.evaluate.dtype, base, pruned) if recipe.evaluate.speed else None,
-        retention=retention_stages(recipe, models, own, corpora),
+        speed=speed.stage(recipe.evaluate.dtype, base, made.pruned) if recipe.evaluate.speed else None,
+        retention=retention_stages(recipe, models, own, made.corpora),
         evaluations=evaluation_stages(recipe, models, own),
     )
 

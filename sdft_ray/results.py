@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from pydantic import Field
 
-from sdft_ray.core.choice import Choice, JointChoice
+from sdft_ray.core.choice import Choice, JointChoice, Tried
 from sdft_ray.core.mixture import join_rows
 from sdft_ray.core.rows import Row
 from sdft_ray.data.readers import read_json
@@ -216,8 +216,14 @@ def read_choice(directory: Path) -> Choice:
     return _Losses.from_file(directory / CANDIDATES).choice
 
 
+def read_candidates(directory: Path) -> tuple[Tried, ...]:
+    """Return the candidates of a loss artifact, the best one first."""
+    return _Losses.from_file(directory / CANDIDATES).candidates
+
+
 class _Losses(Record):
     choice: Choice
+    candidates: tuple[Tried, ...] = ()
 
 
 def read_measured(directory: Path) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

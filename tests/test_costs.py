@@ -163,6 +163,16 @@ def test_estimate_of_removing_one_after_the_other_counts_passes(data):
     assert found["loss"].work == "6 passes over 32 texts of up to 256 tokens, for 11 candidates"
 
 
+def test_estimate_of_finalists_has_a_training_for_each(data):
+    here = validate(Compute, {"distill": {"cpus": 1}, "train": {"cpus": 1}, "score": {"cpus": 1}})
+    prune = data["prune"] | {"finalists": {"count": 3, "rows": 8}}
+    recipe = validate(Recipe, data | {"prune": prune})
+    named = {c.stage: c for c in costs.estimate_stages(recipe, here, pipeline.chain(recipe), Storage("x"))}
+    assert [name for name in named if "finalist" in name] == [f"train (finalist {i})" for i in (1, 2, 3)]
+    assert named["train (finalist 1)"].work.startswith("1 steps of 16 rows")
+    assert named["train (finalist 1)"].gb == named["train (sft)"].gb
+
+
 def test_estimate_of_a_target_is_that_of_the_depth_that_it_means(data):
     sizes = sizes_of(validate(Recipe, data).model)
     here = validate(Compute, {"distill": {"cpus": 1}, "train": {"cpus": 1}, "score": {"cpus": 1}})

@@ -9,6 +9,8 @@ import pytest
 import yaml
 from command import sdft
 
+from sdft_ray.core import searching
+from sdft_ray.core.recovery import Estimate
 from sdft_ray.errors import UserError
 from sdft_ray.preflight import savings
 from sdft_ray.progress import Progress
@@ -17,6 +19,7 @@ from sdft_ray.spec.sweep import Goal
 from sdft_ray.stages import Work, distill
 from sdft_ray.stages.distill.draws import instruction_templates
 from sdft_ray.stages.evaluate.presets import OPENLLM_V1
+from sdft_ray.store.identity import ancestors
 from sdft_ray.store.storage import Storage
 from sdft_ray.sweep import goal, planning, trials
 
@@ -279,13 +282,17 @@ def test_report_of_a_sweep_that_has_not_begun_says_what_to_do(folder):
 
 def test_every_shipped_sweep_plans_and_saves(tmp_path):
     files = sorted((Path(__file__).parents[1] / "configs" / "sweeps").glob("*.yaml"))
-    assert [file.name for file in files] == ["depth.yaml", "draft.yaml", "goal.yaml", "paper.yaml", "small.yaml"]
+    assert [file.name for file in files] == [
+        "depth.yaml", "draft.yaml", "goal.yaml", "paper.yaml", "small.yaml", "study.yaml"
+    ]  # fmt: skip
     for file in files:
         plan = planning.load_sweep(file)
         found = savings.measure(plan, Storage(str(tmp_path)))
         assert found.sweep < found.alone * 0.8
         counts = {kind.stage: kind.sweep for kind in found.stages}
         assert (counts["model"], counts["score"]) == (1, 1)
+        if file.stem == "study":  # the deciding cells first: both recipes at the first seed
+            assert [trial.values["train.seed"] for trial in plan.trials[:7]] == [0] * 6 + [1]
     assert not list(tmp_path.iterdir()), "planning writes nothing under the root"
 
 
@@ -372,7 +379,7 @@ def test_what_cuts_and_generation_begin_from_is_built_before_both(mixture):
     """Of a mixture not only the rows of its sources, but what mixes them."""
     plan = load(mixture, {"prune.blocks": [1, 2]})
     both = [stage for stage in plan.shared if stage.name in ("score", "loss", "cut", "distill")]
-    found = trials._ancestors(both)
+    found = {stage.id for stage in ancestors(both)} - {stage.id for stage in both}
     assert {stage.name for stage in plan.shared if stage.id in found} == {"model", "rows", "mix"}
 
 
@@ -392,7 +399,8 @@ def test_sweep_of_sizes_beyond_a_mixture_is_refused(mixture):
 
 @pytest.mark.parametrize("deepest", range(10))  # 0: none keeps enough
 @pytest.mark.parametrize("depths", [(1, 2), (1, 2, 3), (1, 3, 4, 5, 6, 8, 9)])
-def test_goal_finds_the_deepest_cut_that_keeps_enough_with_few_trainings(folder, monkeypatch, depths, deepest):
+@pytest.mark.parametrize("signals", [None, (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4), (2.0,) * 7])
+def test_goal_finds_the_deepest_cut_that_keeps_enough_with_few_trainings(folder, monkeypatch, depths, deepest, signals):
     """Against trying every depth; whatever was tried before, the way there is the same."""
     cells = tuple(planning.Cell({"prune.blocks": depth}, None) for depth in depths)
     trials = tuple(planning.Trial(None, {}, cell, cell.values) for cell in cells)
@@ -400,8 +408,10 @@ def test_goal_finds_the_deepest_cut_that_keeps_enough_with_few_trainings(folder,
     trained = set()
 
     def judge(_goal, blocks, _trials, _storage):
-        return goal.Tried(blocks, None, 1, blocks <= deepest)
+        kept = 97.0 - 4 * (blocks - deepest) if blocks > deepest else 97.0
+        return goal.Tried(blocks, Estimate(kept, kept, kept, 1), 1, blocks <= deepest)
 
+    monkeypatch.setattr(goal, "read_signals", lambda plan, storage: signals and signals[: len(depths)])
     monkeypatch.setattr(goal, "is_done", lambda trial, storage: trial.values["prune.blocks"] in trained)
     monkeypatch.setattr(goal, "_judge", judge)
     while (search := goal.replay(whole, None)).following is not None:
@@ -409,7 +419,42 @@ def test_goal_finds_the_deepest_cut_that_keeps_enough_with_few_trainings(folder,
         trained.add(search.following)
     expected = max((depth for depth in depths if depth <= deepest), default=None)
     assert (search.chosen.blocks if search.chosen else None) == expected
-    assert len(trained) == len(search.tried) <= math.ceil(math.log2(len(depths) + 1))
+    most = searching.most_trainings(len(depths)) if signals else math.ceil(math.log2(len(depths) + 1))
+    assert len(trained) == len(search.tried) <= most
+
+
+@pytest.mark.parametrize("enough", range(1, 10))  # 9: none is
+def test_goal_of_a_size_trains_the_least_depth_alone(folder, monkeypatch, enough):
+    depths = (1, 2, 3, 5, 6, 7, 8)
+    cells = tuple(planning.Cell({"prune.blocks": depth}, None) for depth in depths)
+    trials = tuple(planning.Trial(None, {}, cell, cell.values) for cell in cells)
+    whole = planning.Plan(cells, (), trials, goal=Goal(parameters=100 - enough))
+    measured, trained, kept = set(), set(), Estimate(90, 89, 91, 1)
+    monkeypatch.setattr(goal, "_chains", lambda plan: depths)
+    monkeypatch.setattr(goal, "_size", lambda _goal, depth, _storage: 100.0 - depth if depth in measured else None)
+    monkeypatch.setattr(goal, "_judge", lambda _goal, blocks, _trials, _storage: goal.Tried(blocks, kept, 2, False))
+    monkeypatch.setattr(goal, "is_done", lambda trial, storage: trial.values["prune.blocks"] in trained)
+    while (search := goal.replay(whole, None)).following is not None:
+        assert search.chosen is None
+        (trained if search.is_training else measured).add(search.following)
+    expected = min((depth for depth in depths if depth >= enough), default=None)
+    assert (search.chosen.blocks if search.chosen else None) == expected
+    assert len(measured) <= 3 and trained == ({expected} if expected else set())
+    if search.chosen:
+        said = f"{expected} blocks: {100 - expected} parameters, which meets {100 - enough} parameters or fewer; "
+        assert goal.describe(whole, search.chosen) == said + "recovery 90.0 % [89.0, 91.0]"
+
+
+def test_goal_of_a_speed_measures_the_pruned_model_of_one_depth(folder):
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    recipe["evaluate"]["speed"] = True
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    plan = load(folder, {"prune.blocks": [1, 2, 3]}, goal={"tokens_per_second": 1.2})
+    storage = Storage(str(folder / "artifacts"))
+    search = goal.replay(plan, storage)
+    assert (search.following, search.is_training) == (2, False)
+    assert names(goal._sizing(plan, 2)) == ["model", "score", "loss", "cut", "speed"]
+    assert goal.describe_search(plan).startswith("Goal: at most 2 of 3 depths are cut and measured, one is trained.")
 
 
 def test_goal_trains_its_arm_alone_and_one_depth_at_a_time(folder):
@@ -443,6 +488,16 @@ def test_goal_trains_its_arm_alone_and_one_depth_at_a_time(folder):
             [{"prune.blocks": [1, 2]}, {"prune.blocks": [3]}],
             {},
             "goal: is of one recipe and one set of axes. Remove the others.",
+        ),
+        (
+            {"prune.blocks": [1, 2]},
+            {"goal": {"tokens_per_second": 1.2}},
+            "goal.tokens_per_second: is not measured by the recipe. Set evaluate.speed: true in it.",
+        ),
+        (
+            {"prune.blocks": [1, 2]},
+            {"goal": {"recovery": 90, "parameters": 1e6}},
+            "goal: names none or several. Give one of recovery, parameters, tokens_per_second.",
         ),
         (
             {"prune.blocks": [1, 2]},

@@ -20,6 +20,14 @@ class Choice:
 
 
 @dataclasses.dataclass(frozen=True)
+class Tried:
+    """A candidate, and the loss without its blocks."""
+
+    blocks: tuple[int, ...]
+    loss: float
+
+
+@dataclasses.dataclass(frozen=True)
 class JointChoice(Choice):
     """The blocks that matter least to all corpora together."""
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from sdft_ray.core.surgery import BLOCK
@@ -89,12 +90,16 @@ class Sums:
         self.cross += (added.T @ wanted).cpu()
         self.square += float(wanted.square().sum())
 
-    def join(self, other: Sums) -> None:
-        """Take in the mean over other tokens, as one more corpus that counts the same."""
-        self.tokens += other.tokens
-        self.outer += other.outer / other.tokens
-        self.cross += other.cross / other.tokens
-        self.square += other.square / other.tokens
+    @classmethod
+    def mean(cls, corpora: Sequence[Sums]) -> Sums:
+        """Return the sums over corpora, each of which counts the same, whatever its length."""
+        whole = cls.none(len(corpora[0].outer))
+        for each in corpora:
+            whole.tokens += each.tokens
+            whole.outer += each.outer / each.tokens
+            whole.cross += each.cross / each.tokens
+            whole.square += each.square / each.tokens
+        return whole
 
     def error(self, patch: Tensor) -> float:
         """Return the mean squared error of a map (D, D), relative to the mean square of what is wanted."""

@@ -55,6 +55,8 @@ def check(recipe: Recipe, compute: Compute, read: limits.FileReader = limits.rea
         for source in in_use:
             if isinstance(source, GymRows):
                 readers.read_rows(source.model_copy(update={"limit": 1}))
+        if recipe.prune.finalists and given is recipe.rows:
+            limits.read_sources(in_use, recipe.prune.finalists.rows, read, key, "prune.finalists.rows")
         splits = limits.read_sources(given, recipe.train.rows, read, key)
         if given is not recipe.rows:  # no task reads others' held-out rows
             splits["held_out"] = []
@@ -64,6 +66,8 @@ def check(recipe: Recipe, compute: Compute, read: limits.FileReader = limits.rea
     limits.require_texts(recipe, count, read)
     if recipe.evaluate.preset == "harness":
         require_known(recipe.evaluate.tasks)
+    if recipe.prune.finalists:
+        train.require_fitting(recipe.train, compute.train)
     for arm in recipe.arms.names:
         train.require_fitting(recipe.train_settings(arm), compute.train)
     for name, other in others.items():

@@ -76,8 +76,8 @@ def estimate_stages(recipe: Recipe, compute: Compute, chain: Chain, storage: Sto
     shape = shape_of_directory(done) if done else shape_of(recipe.model)
     depth = depth_of(recipe.prune, sizes_of_directory(done) if done else sizes_of(recipe.model))
     pruned = None if shape is None or depth is None else memory.prune(shape, depth)
-    trained = chain.trained
-    first = next(iter(trained.values()))
+    first = next(iter(chain.trained.values()))
+    trained = {f"finalist {i}": stage for i, stage in enumerate(chain.cutting.trained, 1)} | chain.trained
     return [
         *([_score(recipe, compute, shape)] if chain.score else []),
         *([_greedy(recipe, compute, shape, depth)] if recipe.prune.is_greedy else []),

@@ -73,7 +73,10 @@ def _name_choice(prune: Prune) -> str:
     if prune.is_greedy:
         return "one after the other, each time the one without which the loss is least"
     if prune.metric == "loss":
-        return f"the span of least loss among the best {prune.candidates} by distance and by influence"
+        text = f"the span of least loss among the best {prune.candidates} by distance and by influence"
+        if tried := prune.finalists:
+            text += f"; of the best {tried.count}, each trained on {tried.rows} rows, the one of least loss then"
+        return text
     if prune.metric == "angular":
         return "the span of least angular distance"
     return f"{'the span' if prune.contiguous else 'those'} of least Block Influence"

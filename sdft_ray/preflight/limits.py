@@ -117,11 +117,16 @@ def read_splits(source: RowSource, read: FileReader = read_file) -> _Known:
 
 
 def read_sources(
-    sources: Sequence[RowSource], count: int | None = None, read: FileReader = read_file, where: str = "rows"
+    sources: Sequence[RowSource],
+    count: int | None = None,
+    read: FileReader = read_file,
+    where: str = "rows",
+    asks: str = "train.rows",
 ) -> Splits:
     """Return the splits of one source or of several mixed, each row with the number of its source among those in use.
 
-    Raises UserError where rows are too few for the splits, or for `count` to train on; where: the sources' key.
+    Raises UserError where rows are too few for the splits, or for `count` to train on; where: the sources' key; asks:
+    that of the count.
     """
     each: list[_Known] = []
     for number, source in enumerate(sources):
@@ -132,11 +137,11 @@ def read_sources(
     shares = whole_shares(weights) if weights and len(each) > 1 else None
     most = mixture_size([one.most for one in each], shares)
     if count is not None and count > most:
-        what, do = f"{count} is more than the {most} training rows", "Lower train.rows"
+        what, do = f"{count} is more than the {most} training rows", f"Lower {asks}"
         if shares:
             what += " of the mixture, which ends where a source has run out"
             do += ", or the weight of the source with the fewest rows for its share"
-        raise UserError(problem("train.rows", what, do))
+        raise UserError(problem(asks, what, do))
     return each[0].splits if len(each) == 1 else _mix(each, shares, count)
 
 

@@ -19,6 +19,7 @@ from sdft_ray.stages.distill import SourceSummary as Rewrites
 from sdft_ray.stages.distill import Summary as Selection
 from sdft_ray.stages.draft import Summary as Draft
 from sdft_ray.stages.export import Summary as Exported
+from sdft_ray.stages.finals import Summary as Finals
 from sdft_ray.stages.loss import GreedySummary as Greedy
 from sdft_ray.stages.loss import Summary as Losses
 from sdft_ray.stages.merge import Summary as Merged
@@ -128,6 +129,8 @@ class Details(Record):
     """None where nothing was measured to choose blocks."""
     losses: Losses | None
     greedy: Greedy | None
+    finals: Finals | None = None
+    """Where cuts were trained before one was chosen."""
     cut: Pruned
     selection: Selection | None
     examples: Sequence[Example]
@@ -356,13 +359,16 @@ class Map(NamedTuple):
 
 
 class GoalEntry(Record):
-    """How far the search for the deepest cut that keeps enough is."""
+    """How far the search for the depth that a goal asks for is."""
 
-    recovery: float
-    """In percent, which the lower end of an interval must reach."""
+    wanted: str
+    """What it asks for."""
+    keeps: bool
+    """Whether that is quality, which the lower end of an interval must reach: then the deepest cut is looked for, else
+    the least deep one."""
     arm: str
     chosen: int | None
-    """Blocks that may be removed; None where no depth keeps enough, or where the search goes on."""
+    """Blocks that go; None where no depth reaches the goal, or where the search goes on."""
     following: int | None
     """The depth that is tried next."""
     depths: tuple[int, ...]

@@ -10,6 +10,7 @@ from sdft_ray.core.recovery import Difference, Estimate
 from sdft_ray.core.surgery import name_blocks
 from sdft_ray.report.entries import (
     Comparison,
+    Details,
     Draft,
     Exported,
     GoalEntry,
@@ -25,6 +26,7 @@ from sdft_ray.report.entries import (
     TrialEntry,
 )
 from sdft_ray.results import HELD_OUT, Cut, Pace, Score
+from sdft_ray.stages import finals
 
 _LIMITED = "LIMITED: scores are of a part of each task, not comparable with published ones. "
 
@@ -75,6 +77,13 @@ def greedy_line(greedy: Greedy) -> str:
     return f"{text} {cost.passes:.0f} passes over the loss texts ({cost.from_the_start:.0f} without shared states)."
 
 
+def finals_line(details: Details) -> str | None:
+    """Return what came of the cuts that were trained before one was chosen, and at what cost."""
+    return (
+        f"Finalists, the loss before and after training: {finals.describe(details.finals)}." if details.finals else None
+    )
+
+
 def speed_line(speed: Speed) -> str:
     """Return how fast the pruned model was against the base, with the range over alternating runs."""
 
@@ -97,11 +106,12 @@ def goal_line(goal: GoalEntry) -> str:
     if goal.following is not None:
         found = f"not decided yet: {goal.following} blocks are tried next"
     elif goal.chosen is None:
-        found = f"no depth keeps {goal.recovery:g} %"
+        found = f"no depth {'keeps' if goal.keeps else 'reaches'} {goal.wanted}"
     else:
-        found = f"{goal.chosen} blocks may go"
+        found = f"{goal.chosen} blocks may go" if goal.keeps else f"{goal.chosen} blocks are enough"
     tried = "; ".join(goal.lines) or "nothing was tried"
-    return f"Goal, {goal.arm} above {goal.recovery:g} % with its 95 % interval: {found}. {tried}."
+    aim = f"{goal.arm} above {goal.wanted} with its 95 % interval" if goal.keeps else goal.wanted
+    return f"Goal, {aim}: {found}. {tried}."
 
 
 FIGURES = {

@@ -28,6 +28,7 @@ def render(report: Report) -> str:
         corpora=details.distances.corpora if details.distances else (),
         cut_line=lines.cut_line(details.cut, details.losses or details.greedy),
         greedy_line=lines.greedy_line(details.greedy) if details.greedy else None,
+        finals_line=lines.finals_line(details),
         step_columns=[*table.STEP_COLUMNS, *table.several_corpora(details.greedy)] if details.greedy else [],
         steps=table.greedy_rows(details.greedy) if details.greedy else (),
         speed_line=lines.speed_line(report.speed) if report.speed else None,

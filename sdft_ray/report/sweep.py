@@ -88,7 +88,8 @@ def collect(plan: Plan, name: str, storage: Storage) -> SweepReport:
 def _describe_goal(plan: Plan, search: goal.Search) -> GoalEntry:
     assert plan.goal
     return GoalEntry(
-        recovery=plan.goal.recovery,
+        wanted=plan.goal.wanted,
+        keeps=plan.goal.recovery is not None,
         arm=plan.goal.arm,
         chosen=search.chosen.blocks if search.chosen else None,
         following=search.following,

@@ -29,6 +29,8 @@ def show(report: Report, console: Console) -> None:
     console.print(lines.cut_line(details.cut, details.losses or details.greedy))
     if details.greedy:
         console.print(lines.greedy_line(details.greedy))
+    if line := lines.finals_line(details):
+        console.print(line)
     for compared in report.compared:
         console.print(lines.difference_line(compared))
     for kept in report.retention:

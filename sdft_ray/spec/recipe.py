@@ -30,7 +30,7 @@ from sdft_ray.spec.sources import (
     TeacherSource,
     in_use,
 )
-from sdft_ray.spec.training import ARMS, Arm, ArmOverrides, Arms, Train
+from sdft_ray.spec.training import ARMS, Arm, ArmOverrides, Arms, OneOfFinalists, Train
 
 
 class Protect(Section):
@@ -68,6 +68,9 @@ class Prune(Section):
     protect: Protect = Protect()
     candidates: int = Field(5, ge=0)
     """Spans whose loss is measured: so many of the best by distance, and so many of the best by influence. 0: none."""
+    finalists: OneOfFinalists | None = None
+    """Train so many of the best cuts briefly, each patched as the recipe says, and remove the blocks without which the
+    loss on the loss texts is then least: the order of cuts can turn with training. Chosen once for all arms."""
     patch: Literal["none", "linear"] = "none"
     """What is folded into the block before the cut, fitted on the calibration texts without training: nothing, or the
     `linear` map that stands in best for the removed blocks (after arXiv 2505.02819). Arms are trained from the patched
@@ -94,7 +97,7 @@ class Prune(Section):
             raise ValueError("target: decides how many blocks go, and so does prune.blocks. Keep one of them")
         if self.remove:
             named = {name for name in self.model_fields_set if getattr(self, name) is not None}
-            for name in ("blocks", "target", "metric", "contiguous", "protect", "candidates"):
+            for name in ("blocks", "target", "metric", "contiguous", "protect", "candidates", "finalists"):
                 if name in named:
                     raise ValueError(f"{name}: decides nothing beside prune.remove. Keep one of them")
             return self
@@ -103,6 +106,10 @@ class Prune(Section):
         if self.metric == "loss" and self.contiguous and self.candidates < 2:
             what = f"candidates: {self.candidates} leaves the loss nothing to choose from"
             raise ValueError(f"{what}. Set candidates to 2 or more")
+        if self.finalists and (self.metric != "loss" or not self.contiguous):
+            raise ValueError("finalists: are the best spans by the loss. Set prune.metric: loss and contiguous: true")
+        if self.finalists and self.finalists.count > self.candidates:
+            raise ValueError(f"finalists: are more than the {self.candidates} candidates. Raise prune.candidates")
         return self
 
     @property

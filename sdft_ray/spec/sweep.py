@@ -78,12 +78,34 @@ class Asha(Section):
 
 
 class Goal(Section):
-    """How much quality a model must keep. Only those depths are tried that find the deepest cut that does."""
+    """What a model must keep, or become. Only those depths are tried that find the one: the deepest cut that keeps
+    enough, or the least deep one that is small or fast enough."""
 
-    recovery: float = Field(gt=0)
-    """Recovery in percent that the lower end of its 95 % interval must reach."""
+    recovery: float | None = Field(None, gt=0)
+    """Recovery in percent that the lower end of its 95 % interval must reach. Either this, `parameters` or
+    `tokens_per_second` is needed."""
+    parameters: float | None = Field(None, gt=0)
+    """Parameters that the model may have at most. Depths are only cut to see; the chosen one is trained."""
+    tokens_per_second: float | None = Field(None, gt=0)
+    """Tokens per second in decoding, as a multiple of the base's, that the slowest of the alternating runs must reach.
+    It needs evaluate.speed. Depths are cut and timed; the chosen one is trained."""
     arm: Arm = "distilled"
-    """The arm whose model must reach it; the others are not trained."""
+    """The arm that is trained; the others are not."""
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        if sum(each is not None for each in (self.recovery, self.parameters, self.tokens_per_second)) != 1:
+            raise ValueError("names none or several. Give one of recovery, parameters, tokens_per_second")
+        return self
+
+    @property
+    def wanted(self) -> str:
+        """What it asks for, in words."""
+        if self.recovery is not None:
+            return f"{self.recovery:g} %"
+        if self.parameters is not None:
+            return f"{self.parameters:,.0f} parameters or fewer"
+        return f"{self.tokens_per_second:g} times the base's tokens per second"
 
 
 class Sweep(Section):
@@ -101,7 +123,7 @@ class Sweep(Section):
     seed: int = 0
     """Seed of the values that are drawn from the ranges."""
     goal: Goal | None = None
-    """Look for the deepest cut, among the depths of the axis prune.blocks, that keeps so much."""
+    """Look for one depth, among those of the axis prune.blocks, that reaches this."""
     asha: Asha | None = None
     """Stops trials that do worse than others of the same arm, depth and size; without it all are trained to the end."""
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from sdft_ray.spec.section import Section
 
@@ -92,6 +92,31 @@ class ArmOverrides(Section):
     """Instead of train.epochs."""
     global_batch_size: int | None = Field(None, gt=0)
     """Instead of train.global_batch_size."""
+
+
+class Finalists(Section):
+    """The best cuts by the loss, each patched as the recipe says and briefly trained before one is chosen."""
+
+    count: int = Field(ge=2)
+    """How many; a plain number stands for it."""
+    rows: int = Field(64, gt=0)
+    """Training rows of each: the first ones, with their references, once; the same for every size, arm and seed."""
+    lr: float = Field(1e-4, gt=0)
+    """Learning rate; the other settings are those of `train`."""
+
+    def settings(self, train: Train) -> Train:
+        """Return how each is trained in a recipe whose models are trained so."""
+        own = {"rows": self.rows, "lr": self.lr, "epochs": 1, "seed": 0, "patience": None, "keep": "last"}
+        return train.model_copy(update=own)
+
+
+def _as_section(given: Any) -> Any:
+    return {"count": given} if isinstance(given, int) else given
+
+
+OneOfFinalists = Annotated[
+    Finalists, BeforeValidator(_as_section, json_schema_input_type=Annotated[int, Field(ge=2)] | Finalists)
+]
 
 
 class Soft(Section):

@@ -12,7 +12,7 @@ import json
 from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from sdft_ray import stages
 from sdft_ray.core.choice import Choice
@@ -30,12 +30,13 @@ from sdft_ray.core.surgery import (
     require_removable,
 )
 from sdft_ray.data.readers import read_json
+from sdft_ray.errors import UserError, problem
 from sdft_ray.models.depth import Depth, blocks_in, depth_settings, settle_depth
 from sdft_ray.models.directory import require_loadable, stored_tensors, tensor_places, write_companions
 from sdft_ray.models.parts import copy_part
 from sdft_ray.models.shards import same_bytes
 from sdft_ray.progress import log
-from sdft_ray.results import Cut, read_choice, read_measured
+from sdft_ray.results import Cut, read_candidates, read_choice, read_measured
 from sdft_ray.spec.recipe import Prune
 from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
@@ -49,8 +50,11 @@ _THREADS = 4  # more do not make a disk faster
 class Settings(Depth):
     """How the blocks to remove are chosen."""
 
+    optional: ClassVar[tuple[str, ...]] = (*Depth.optional, "rank")
     metric: str
     contiguous: bool
+    rank: int = 0
+    """Which of the candidates by loss, the best one being 0."""
 
 
 class Named(Section):
@@ -71,12 +75,12 @@ class Summary(Cut, stages.Summary):
     """Of the pruned model."""
 
 
-def stage(prune: Prune, base: Stage, score: Stage | None, loss: Stage | None) -> CutStage:
-    """Return the stage; loss: that of the candidates, where it decides."""
+def stage(prune: Prune, base: Stage, score: Stage | None, loss: Stage | None, rank: int = 0) -> CutStage:
+    """Return the stage; loss: that of the candidates, where it decides; rank: which of them is cut."""
     if prune.remove:
         slug = f"{base.slug}-{len(prune.remove)}"
         return Stage("cut", slug, VERSION, Named(remove=prune.remove), {"model": base})
-    settings = Settings(metric=prune.metric, contiguous=prune.contiguous, **depth_settings(prune))
+    settings = Settings(metric=prune.metric, contiguous=prune.contiguous, rank=rank, **depth_settings(prune))
     inputs = {name: stage for name, stage in (("model", base), ("score", score), ("loss", loss)) if stage}
     return Stage("cut", settings.slug(base.slug), VERSION, settings, inputs)
 
@@ -117,6 +121,8 @@ def _choose(work: Work[Settings | Named]) -> Cut:
         end = blocks - settings.protect.last
         size = settle_depth(settings, "tail", work.input("model"))
         return Cut(removed=tuple(range(end - size, end)), metric="tail", **aim)
+    if settings.rank:
+        return Cut(metric=settings.metric, **_read_ranked(work.input("loss"), settings.rank), **aim)
     choice = choose_removed(work)
     return Cut(
         removed=choice.blocks,
@@ -126,6 +132,15 @@ def _choose(work: Work[Settings | Named]) -> Cut:
         runner_up=choice.runner_up,
         **aim,
     )
+
+
+def _read_ranked(directory: Path, rank: int) -> dict[str, Any]:
+    """Return which blocks a candidate removes, and its loss."""
+    candidates = read_candidates(directory)
+    if rank >= len(candidates):
+        what = f"asks for {rank + 1} cuts or more, and {len(candidates)} were tried"
+        raise UserError(problem("prune.finalists", what, "Lower prune.finalists"))
+    return {"removed": candidates[rank].blocks, "cost": candidates[rank].loss}
 
 
 def _report_target(work: Work[Settings | Named], summary: Summary) -> None:
@@ -140,8 +155,10 @@ def _report_target(work: Work[Settings | Named], summary: Summary) -> None:
 
 def _explain(cut: Cut) -> dict[str, str]:
     """Return for people why these blocks."""
-    if cut.cost is None or cut.agreement is None:
+    if cut.cost is None:
         return {"metric": "tail, the last ones"} if cut.metric == "tail" else {"named by": "the recipe"}
+    if cut.agreement is None:
+        return {"metric": f"{cut.metric}, but not the best", "cost": f"{cut.cost:.4f}"}
     return {
         "metric": cut.metric,
         "cost": f"{cut.cost:.4f}",

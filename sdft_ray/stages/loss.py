@@ -13,7 +13,7 @@ of the number of blocks: another number goes on from there, and so does a run af
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,17 +23,16 @@ from sdft_ray.core.choice import Choice
 from sdft_ray.core.passes import Passes, count_passes
 from sdft_ray.data.calibration import Corpus, CorpusSettings
 from sdft_ray.data.readers import read_json
-from sdft_ray.errors import UserError, problem
+from sdft_ray.losses import Model, measure_losses, read_loss_texts
 from sdft_ray.models.depth import Depth, blocks_in, depth_settings, settle_depth
-from sdft_ray.progress import log
+from sdft_ray.progress import Progress, log
 from sdft_ray.results import CANDIDATES, read_measured
-from sdft_ray.spec.compute import Needs
+from sdft_ray.spec.compute import Compute, Needs
 from sdft_ray.spec.recipe import Prune
 from sdft_ray.stages import Work
 from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage, short_id
 from sdft_ray.store.record import Record
-from sdft_ray.text_pool import Texts, is_streamed, measure, read_texts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -146,38 +145,15 @@ def build(work: Work[Any]) -> Summary | GreedySummary:
     return summary
 
 
-def _read_loss_texts(work: Work[Any]) -> list[Corpus]:
-    """Return the corpora, each of which has loss texts."""
+def _read_texts(work: Work[Any]) -> list[Corpus]:
     wanted = work.settings.calibration
-    corpora = read_texts(work.input("model"), wanted, work.numbered_inputs("rows", len(wanted)))
-    assert len({corpus.name for corpus in corpora}) == len(corpora), "losses are kept by the names of corpora"
-    for corpus in corpora:
-        if not corpus.loss_texts:
-            what = f"{corpus.name} has no text left to hold back for the loss"
-            do = "Give 3 texts of two tokens or more, or set prune.metric: angular and prune.candidates: 0"
-            raise UserError(problem("prune.calibration", what, do))
-    return corpora
+    return read_loss_texts(work.input("model"), wanted, work.numbered_inputs("rows", len(wanted)))
 
 
-def _measure_losses(
-    work: Work[Any], corpora: Sequence[Corpus], candidates: Sequence[Sequence[int]], gone: Sequence[int] = ()
-) -> list[Tensor]:
-    """Return for each corpus the losses of its texts (B, 1 + C), of which the first are without any candidate.
-
-    gone: blocks that are skipped in all of them.
-    """
-    import numpy as np
-    import torch
-
-    texts = [[(text.ids, text.content_from) for text in corpus.loss_texts] for corpus in corpora]
-    streamed = is_streamed(work.input("model"), work.settings.dtype, work.compute)
-    model = {"model": work.handle("model"), "dtype": work.settings.dtype, "streamed": streamed}
-    tried = {"candidates": [(), *candidates], "gone": gone}
-    measured = measure(LossMeter, texts, work.compute.score, work.progress, **tried, **model)
-    losses = [torch.from_numpy(np.stack(corpus["loss"])).double() for corpus in measured]
-    if not all(torch.isfinite(each).all() for each in losses):
-        raise UserError(problem("model", "gives a loss of NaN on the loss texts", "Try prune.dtype: float32"))
-    return losses
+def _given(work: Work[Any], corpora: Sequence[Corpus]) -> tuple[Model, Sequence[Corpus], Compute, Progress]:
+    """Return what `measure_losses` needs of the base."""
+    model = Model(work.input("model"), work.handle("model"), work.settings.dtype)
+    return model, corpora, work.compute, work.progress
 
 
 def _try_spans(work: Work[Settings]) -> Summary:
@@ -186,9 +162,9 @@ def _try_spans(work: Work[Settings]) -> Summary:
 
     from sdft_ray.core.similarity import choose
 
-    candidates, corpora = rank_candidates(work), _read_loss_texts(work)
+    candidates, corpora = rank_candidates(work), _read_texts(work)
     removed = [candidate.blocks for candidate in candidates]
-    losses = _measure_losses(work, corpora, removed)
+    losses = measure_losses(*_given(work, corpora), removed)
     means = torch.stack([each.mean(dim=0) for each in losses])  # (corpora, 1 + C)
     names = [corpus.name for corpus in corpora]
     tried = [
@@ -213,7 +189,7 @@ def _remove_one_by_one(work: Work[GreedySettings]) -> GreedySummary:
 
     base, protect = work.input("model"), work.settings.protect
     depth, blocks = settle_depth(work.settings, "anywhere", base), blocks_in(base)
-    corpora, steps, agree = _read_loss_texts(work), list[Taken](), torch.ones(())
+    corpora, steps, agree = _read_texts(work), list[Taken](), torch.ones(())
     base_loss = 0.0
     with _kept_steps(work) as kept:
         for number in range(depth):
@@ -279,11 +255,11 @@ def _kept_steps(work: Work[GreedySettings]) -> Iterator[Path]:
 def _measure_step(
     work: Work[GreedySettings], kept: Path, corpora: Sequence[Corpus], free: Sequence[int], gone: Sequence[int]
 ) -> list[Tensor]:
-    """Return `_measure_losses` of every block that is free, from the file where an earlier run kept them."""
+    """Return `measure_losses` of every block that is free, from the file where an earlier run kept them."""
     import torch
 
     if not kept.is_file():
-        losses = _measure_losses(work, corpora, [(block,) for block in free], gone)
+        losses = measure_losses(*_given(work, corpora), [(block,) for block in free], gone)
         write_atomically(kept, json.dumps([each.tolist() for each in losses]))
         work.storage.publish(kept)
     return [torch.tensor(each, dtype=torch.float64) for each in read_json(kept)]
@@ -326,28 +302,3 @@ def rank_candidates(work: Work[Settings]) -> list[Ranked]:
         if all(choice.blocks != candidate.blocks for candidate in candidates):
             candidates.append(Ranked(blocks=choice.blocks, influence=choice.value))
     return candidates
-
-
-class LossMeter:
-    """Takes the loss of texts under each candidate."""
-
-    def __init__(
-        self,
-        model: Callable[[], Path],
-        dtype: str,
-        device: str,
-        streamed: bool,
-        candidates: Sequence[Sequence[int]],
-        gone: Sequence[int],
-    ) -> None:
-        from sdft_ray.models.streamed import open_walk
-
-        self.walk = open_walk("AutoModelForCausalLM", model(), dtype, device, streamed)
-        self.candidates, self.gone = candidates, gone
-
-    def __call__(self, batches: Sequence[Texts]) -> Iterator[Any]:
-        """Yield the share that is done, then the losses (b, C) of each batch."""
-        from sdft_ray.core.skipping import skipped_losses
-
-        losses = yield from skipped_losses(self.walk, batches, self.candidates, self.gone)
-        yield [{"loss": each.numpy()} for each in losses]

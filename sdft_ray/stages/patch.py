@@ -8,7 +8,6 @@ the manifest's `changed` is the cut's, byte by byte.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
 from sdft_ray.models.directory import DTYPES, copy_all_but_weights, require_dtype, require_loadable, stored_tensors
 from sdft_ray.models.shards import StoredTensor, write_tensors
+from sdft_ray.progress import log
 from sdft_ray.results import Cut
 from sdft_ray.spec.compute import Needs
 from sdft_ray.spec.recipe import Prune
@@ -45,6 +45,14 @@ class Settings(Section):
     calibration: tuple[CorpusSettings, ...]
 
 
+class Errors(Record):
+    """Mean squares on held-back tokens of one corpus, relative to what should be added there."""
+
+    patched: float
+    without: float
+    """Of no patch."""
+
+
 class Patched(Record):
     """The map at one gap. Errors are mean squares on held-back tokens, relative to what should be added there."""
 
@@ -57,6 +65,8 @@ class Patched(Record):
     """Of no patch."""
     tokens: int
     held_back_tokens: int
+    corpora: dict[str, Errors] = Field(default_factory=dict)
+    """The errors on each: a map that helps on the whole can do harm to one of them."""
 
 
 class Summary(stages.Summary):
@@ -97,6 +107,11 @@ def build(work: Work[Settings]) -> Summary:
             what = f"{corpus.name} has no text left to hold back, on which a patch is chosen"
             raise UserError(problem("prune.calibration", what, "Give 3 texts of two tokens or more"))
     patches, maps = _fit_on_ray(work, removed, corpora)
+    for patched in patches:
+        for name, errors in patched.corpora.items():
+            if errors.patched > errors.without:
+                shown = f"error {errors.patched:.3g}, {errors.without:.3g} without"
+                log(f"patch: the map in block {patched.block} does harm on {name} ({shown}). Give more of its texts")
     changed = write_patched(pruned, work.directory, removed, maps, architecture)
     parameters = require_loadable(work.directory)
     return Summary(patches=tuple(patches), changed=tuple(changed), parameters=parameters, removed=removed)
@@ -136,51 +151,43 @@ def fit_patches(
 
     walk, around = open_walk("AutoModel", model(), dtype, device, streamed), gaps(tuple(removed))
     width = walk.model.config.hidden_size
-    fitted, held_back = ({before: Sums.none(width) for before, _ in around} for _ in range(2))
-    groups = [
-        (texts, whole)
-        for corpus in corpora
-        for texts, whole in ((corpus.measured, fitted), (corpus.loss_texts, held_back))
-    ]
-    todo = [(text, number) for number, (texts, _) in enumerate(groups) for text in texts]
-    left = {(before, number): len(texts) for before, _ in around for number, (texts, _) in enumerate(groups)}
-    sums: defaultdict[tuple[int, int], Sums] = defaultdict(lambda: Sums.none(width))
+    groups = [(corpus.name, texts) for corpus in corpora for texts in (corpus.measured, corpus.loss_texts)]
+    todo = [(text, number) for number, (_, texts) in enumerate(groups) for text in texts]
+    sums = {before: [Sums.none(width) for _ in groups] for before, _ in around}
     rounds, shown = [todo] if streamed else [[each] for each in todo], 0.0
     for done, some in enumerate(rounds):
         for share, seen in see_gaps(walk, [text for text, _ in some], around):
             for i, before, added, wanted in seen:
-                number = some[i][1]
-                key = before, number
-                sums[key].add(added, wanted)
-                left[key] -= 1
-                if not left[key]:
-                    groups[number][1][before].join(sums.pop(key))
+                sums[before][some[i][1]].add(added, wanted)
             if (done + share) / len(rounds) > shown + 0.01:
                 shown = (done + share) / len(rounds)
                 yield shown
-    yield _fit_each(around, fitted, held_back)
+    names = [name for name, _ in groups[::2]]
+    fits = {before: _fit(before, names, own[::2], own[1::2]) for before, own in sums.items()}
+    yield [patched for patched, _ in fits.values()], {before: found for before, (_, found) in fits.items()}
 
 
-def _fit_each(
-    around: Sequence[tuple[int, int]], fitted: Mapping[int, Sums], held_back: Mapping[int, Sums]
-) -> tuple[list[Patched], dict[int, Any]]:
-    """Return what is to be known of each patch, and the map (D, D) of each block before a gap."""
-    from sdft_ray.core.patch import fit
+def _fit(before: int, names: Sequence[str], measured: Sequence[Sums], held_back: Sequence[Sums]) -> tuple[Patched, Any]:
+    """Return what is to be known of the patch in a block, and its map (D, D); sums: of each corpus by its name."""
+    import torch
 
-    patches, maps = [], {}
-    for before, _ in around:
-        maps[before], weight, errors = fit(fitted[before], held_back[before])
-        patches.append(
-            Patched(
-                block=before,
-                weight=weight,
-                error=errors[weight],
-                error_without=errors[float("inf")],
-                tokens=fitted[before].tokens,
-                held_back_tokens=held_back[before].tokens,
-            )
-        )
-    return patches, maps
+    from sdft_ray.core.patch import Sums, fit
+
+    fitted, chosen_on = (Sums.mean(each) for each in (measured, held_back))
+    found, weight, errors = fit(fitted, chosen_on)
+    nothing = torch.eye(len(found), dtype=found.dtype)
+    return Patched(
+        block=before,
+        weight=weight,
+        error=errors[weight],
+        error_without=errors[float("inf")],
+        tokens=fitted.tokens,
+        held_back_tokens=chosen_on.tokens,
+        corpora={
+            name: Errors(patched=each.error(found), without=each.error(nothing))
+            for name, each in zip(names, held_back, strict=True)
+        },
+    ), found
 
 
 def see_gaps(

@@ -63,6 +63,17 @@ class Stage(Generic[S]):
         return f"{self.slug}-{self.id}"
 
 
+def ancestors(stages: Sequence[Stage[Any]]) -> list[Stage[Any]]:
+    """Return all that stages are made from, each once."""
+    found: dict[str, Stage[Any]] = {}
+    left = [*stages]
+    while left:
+        new = {stage.id: stage for stage in left.pop().inputs.values() if stage.id not in found}
+        found |= new
+        left += new.values()
+    return list(found.values())
+
+
 class Hashed(Protocol):
     """Settings that know which part of them bears identity."""
 

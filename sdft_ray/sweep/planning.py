@@ -114,6 +114,9 @@ def load_sweep(path: Path | Mapping[str, Any]) -> Plan:
     cells = expand(sweep, path.parent if isinstance(path, Path) else Path())
     if sweep.goal:
         cells = _of_arm(cells, sweep.goal.arm)
+        if sweep.goal.tokens_per_second and not cells[0].recipe.evaluate.speed:
+            what = "is not measured by the recipe"
+            raise UserError(problem("goal.tokens_per_second", what, "Set evaluate.speed: true in it"))
     plan = dataclasses.replace(make_plan(cells), asha=sweep.asha, goal=sweep.goal)
     if problems := list(_mistakes_of_asha(plan)) if plan.asha else []:
         raise UserError(*problems)
@@ -121,7 +124,7 @@ def load_sweep(path: Path | Mapping[str, Any]) -> Plan:
 
 
 def expand(sweep: Sweep, folder: Path) -> tuple[Cell, ...]:
-    """Return one cell for each recipe and combination of values, in the order of the file."""
+    """Return one cell for each combination of values and recipe, in the order of the file."""
     cells: list[Cell] = []
     problems: dict[str, None] = {}
     for file in sweep.recipe:
@@ -140,8 +143,9 @@ def expand(sweep: Sweep, folder: Path) -> tuple[Cell, ...]:
         if whole.draft != first.draft:
             what = f"{file} tries drafts differently from {sweep.recipe[0]}, so their figures do not compare"
             raise UserError(problem("recipe", what, "Give both the same draft"))
-        name = {RECIPE: Path(file).stem} if len(sweep.recipe) > 1 else {}
-        for values in _combinations(sweep):
+    for values in _combinations(sweep):
+        for file in sweep.recipe:
+            name = {RECIPE: Path(file).stem} if len(sweep.recipe) > 1 else {}
             overrides = [f"{path}={json.dumps(value)}" for path, value in values.items()]
             try:
                 cell = Cell({**name, **values}, load_recipe(folder / file, overrides))
@@ -249,12 +253,28 @@ def make_plan(cells: Sequence[Cell]) -> Plan:
     ]
     drafts = {stage.id: stage for _, chain in chains for stage in chain.drafts.values()}
     own = {*drafts, *(stage.id for trial in trials for stage in trial.stages)}
+    own -= {stage.id for _, chain in chains for stage in chain.cutting.in_order}  # a finalist may be a trial, too
     shared = {stage.id: stage for _, chain in chains for stage in chain.in_order if stage.id not in own}
-    in_order = tuple(sorted(shared.values(), key=_in_order))
+    in_order = _behind_inputs(sorted(shared.values(), key=_place))
     return Plan(tuple(cells), in_order, tuple(trials), drafts=tuple(drafts.values()))
 
 
-def _in_order(stage: Stage[Any]) -> tuple[int, float]:
+def _behind_inputs(stages: Sequence[Stage[Any]]) -> tuple[Stage[Any], ...]:
+    """Return stages in their order, but each behind those of them that it is made from."""
+    given, ordered = {stage.id for stage in stages}, dict[str, Stage[Any]]()
+
+    def add(stage: Stage[Any]) -> None:
+        for each in stage.inputs.values():
+            add(each)
+        if stage.id in given:
+            ordered.setdefault(stage.id, stage)
+
+    for stage in stages:
+        add(stage)
+    return tuple(ordered.values())
+
+
+def _place(stage: Stage[Any]) -> tuple[int, float]:
     """Return a stage's place: as in one chain, but generation at the largest size first: smaller ones share it."""
     rows = stage.settings.rows if isinstance(stage.settings, distill.Settings) else 0
     return [*pipeline.MODULES].index(stage.name), -math.inf if rows is None else -rows

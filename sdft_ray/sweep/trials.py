@@ -23,7 +23,7 @@ from sdft_ray.results import HISTORY, read_history, validations
 from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.sweep import Asha
 from sdft_ray.stages import distill, draft, evaluate, score, train
-from sdft_ray.store.identity import Stage
+from sdft_ray.store.identity import Stage, ancestors
 from sdft_ray.store.storage import Storage
 from sdft_ray.sweep import notes
 from sdft_ray.sweep.planning import Plan, Trial, check, describe_stopped, is_done, name_draft, stages_of
@@ -83,8 +83,9 @@ def _build_shared(plan: Plan, compute: Compute, storage: Storage, engine: Engine
     todo, _ = pipeline.survey(plan.shared, storage)
     cuts = [stage for stage in todo if stage.name in ("score", "loss", "cut")]
     generated = [stage for stage in todo if isinstance(stage.settings, distill.Settings)]
-    if cuts and generated and _is_room_for_both(compute):
-        before = _ancestors([*cuts, *generated])
+    is_trained = any(stage.name == "finals" for stage in todo)  # a cut that waits for trainings is no small thing
+    if cuts and generated and not is_trained and _is_room_for_both(compute):
+        before = {stage.id for stage in ancestors([*cuts, *generated])} - {stage.id for stage in (*cuts, *generated)}
         pipeline.build([stage for stage in todo if stage.id in before], compute, storage)
         # In a process of its own: two runs of Ray Data in one get in each other's way (docs/footguns.md). On this node,
         # where the recipe's files are.
@@ -101,17 +102,6 @@ def _build_shared(plan: Plan, compute: Compute, storage: Storage, engine: Engine
                 seconds = storage.manifest(stage).provenance.wall_seconds
                 log(f"{stage.name}: {duration(seconds)}, {storage.where(stage)}")
     pipeline.build(plan.shared, compute, storage, engine=engine)
-
-
-def _ancestors(stages: Sequence[Stage[Any]]) -> set[str]:
-    """Return the ids of all that stages are made from, but for the stages themselves."""
-    found: set[str] = set()
-    left = [*stages]
-    while left:
-        new = [stage for stage in left.pop().inputs.values() if stage.id not in found]
-        found |= {stage.id for stage in new}
-        left += new
-    return found - {stage.id for stage in stages}
 
 
 def _is_room_for_both(compute: Compute) -> bool:

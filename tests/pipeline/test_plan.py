@@ -57,6 +57,7 @@ OTHER = {
     "rows.0.fields.answer": "a",
     "prune.dtype": "bfloat16",
     "prune.patch": "linear",
+    "prune.finalists": 2,
     "prune.metric": "angular",
     "train.scope": "last",
     "prune.calibration.0.field": "other",

@@ -9,6 +9,7 @@ from sdft_ray.core.choice import Choice
 from sdft_ray.core.passes import count_passes
 from sdft_ray.report import lines, page, table
 from sdft_ray.report.entries import Cost, Details, Greedy, ModelEntry, Pruned, Quality, Report
+from sdft_ray.stages import finals
 from sdft_ray.stages.loss import Taken
 from sdft_ray.store.manifest import Provenance
 
@@ -73,6 +74,23 @@ def report_of(cut: Pruned, greedy: Greedy | None) -> Report:
     )
     common = {"recipe": "r", "flops_tokens": 1, "models": (base,), "comparison": None, "speed": None}
     return Report.model_construct(**common, merges={}, drafts={}, sources=(), details=details)
+
+
+def test_report_of_finalists_says_what_training_changed_and_what_it_took():
+    each = [
+        finals.Finalist(blocks=(2, 3), untrained=4.0, loss=3.0, losses={"boolq": 3.0}),
+        finals.Finalist(blocks=(1, 2), untrained=3.5, loss=3.25, losses={"boolq": 3.25}),
+    ]
+    made = finals.Summary(finalists=tuple(each), choice=Choice((2, 3), 3.0, (1, 2), 0.9), rows=64, seconds=91.6)
+    report = report_of(ONE_BY_ONE, None)
+    assert lines.finals_line(report.details) is None
+    report = report.model_copy(update={"details": report.details.model_copy(update={"finals": made})})
+    line = lines.finals_line(report.details)
+    assert line == (
+        "Finalists, the loss before and after training: [2, 4) 4.000 to 3.000, [1, 3) 3.500 to 3.250 nats a token "
+        "after 64 rows, in 92 s."
+    )
+    assert line in page.render(report)
 
 
 def test_page_of_blocks_that_went_one_after_the_other_has_every_step():

@@ -48,9 +48,9 @@ def states_of(directory, ids, block):
     return seen[0].double()
 
 
-def make_corpus(seeds=range(12)):
+def make_corpus(seeds=range(12), name="made"):
     texts = [Text(some_ids(1, 24)[0].roll(seed).tolist()) for seed in seeds]
-    return Corpus("made", "all", texts[:8], texts[8:], 0)
+    return Corpus(name, "all", texts[:8], texts[8:], 0)
 
 
 @pytest.mark.parametrize("variant", FOLDABLE, ids=lambda v: "-".join([v[0], *v[1]]))
@@ -92,6 +92,7 @@ def test_fit_brings_the_stream_nearer_to_what_was_removed(tmp_path):
     (patch,) = patches
     assert (patch.block, patch.tokens, patch.held_back_tokens) == (1, 8 * 24, 4 * 24)
     assert patch.error < patch.error_without
+    assert patch.corpora["made"].model_dump() == pytest.approx({"patched": patch.error, "without": patch.error_without})
     (tmp_path / "patched").mkdir()
     changed = write_patched(cut, tmp_path / "patched", REMOVED, maps, "llama")
     assert changed == ["model.layers.1.mlp.down_proj.weight"]
@@ -115,10 +116,10 @@ def test_fit_of_scattered_blocks_patches_each_gap(tmp_path):
 @pytest.mark.parametrize("architecture", ["granitemoehybrid", "llama", "nemotron_h"])
 def test_fit_of_a_streamed_base_is_that_of_one_that_is_whole(tmp_path, architecture):
     base = make_tiny_model(tmp_path / "base", architecture)
-    corpora = [make_corpus(), make_corpus(range(20, 26))]
+    corpora = [make_corpus(), make_corpus(range(20, 32), "other")]
     fits = [[*fit_patches(lambda: base, "float32", "cpu", way, (1, 3, 4), corpora)][-1] for way in (False, True)]
     (patches, maps), (others, streamed) = fits
-    assert patches == others
+    assert patches == others and all([*patch.corpora] == ["made", "other"] for patch in patches)
     for block in (0, 2):
         torch.testing.assert_close(streamed[block], maps[block], atol=1e-6, rtol=0)
 
