@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tiny import make_tokenizer
 
@@ -148,6 +150,20 @@ def test_read_conversation_with_a_turn_that_says_nothing_gives_blank_rows(tmp_pa
         ({"messages": [{"from": "human", "value": "q"}]}, ", turn 1: has no role. Set rows.fields.format: sharegpt."),
         ({"messages": [{"role": "user", "content": None}]}, ", turn 1: has no text as its content. Fix this row."),
         ({"messages": ["q", "a"]}, ", turn 1: has no role. Fix this row."),
+        (
+            {"messages": [{"role": ["user"], "content": "q"}]},
+            ", turn 1: has the unknown role ['user']. Did you mean user?",
+        ),
+        ({"messages": "[" * 100000}, ": messages is text, and no JSON list. Fix this row."),
+        (
+            {
+                "messages": [
+                    *TURNS[:2],
+                    {"role": "assistant", "function_call": {"name": "f", "arguments": "[" * 100000}},
+                ]
+            },
+            ", turn 3: calls f with arguments that are no JSON. Fix this row.",
+        ),
         ({"messages": "q"}, ": messages is text, and no JSON list. Fix this row."),
         ({"messages": None}, ": messages is no list. Fix this row."),
         (
@@ -254,6 +270,58 @@ def test_require_writable_where_the_template_leaves_tools_out_names_the_tool(tok
     rows = read(tmp_path / "rows.jsonl", [{"messages": CALLING, "tools": [ADD]}], fields=fields)
     with pytest.raises(UserError, match="does not write the tool add of the conversation at '4 \\+ 4\\?'"):
         require_writable(tokenizer, [row.exchange for row in rows])
+
+
+@pytest.mark.parametrize("role", ["system", "tool"])
+def test_require_writable_where_the_template_leaves_a_role_out_names_it(tokenizer, tmp_path, role):
+    known = "{% for m in messages if m.role in ('user', 'assistant') %}"
+    known += "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    tokenizer.chat_template = known + "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    turns = [{"role": "system", "content": "Be brief."}, *TURNS[-2:]]
+    if role == "tool":
+        turns = [*TURNS[-2:], {"role": "tool", "content": "42"}, *TURNS[-2:]]
+    rows = read(tmp_path / "rows.jsonl", [{"messages": turns}])
+    with pytest.raises(UserError, match=f"does not write the message of the {role} of the conversation at"):
+        require_writable(tokenizer, [row.exchange for row in rows])
+
+
+def test_require_writable_takes_results_of_tools_as_json(tokenizer, tmp_path):
+    written = "{{ (m.content | tojson) if m.role == 'tool' else m.content }}"
+    known = f"{{% for m in messages %}}<|im_start|>{{{{ m.role }}}}\n{written}<|im_end|>\n"
+    tokenizer.chat_template = known + "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    turns = [*TURNS[-2:], {"role": "tool", "content": '{"zeit": "früh"}'}, *TURNS[-2:]]
+    rows = read(tmp_path / "rows.jsonl", [{"messages": turns}])
+    require_writable(tokenizer, [row.exchange for row in rows])
+
+
+def test_read_conversation_of_a_table_has_no_keys_of_other_rows(tmp_path):
+    calls = [{"name": "f", "arguments": {"city": "Rome"}}, {"name": "g", "arguments": {"a": 1, "b": [{"c": 2}]}}]
+    records = [
+        {"messages": [TURNS[-2], {"role": "assistant", "content": "", "tool_calls": [{"function": call}]}]}
+        for call in calls
+    ]
+    lines = read(tmp_path / "rows.jsonl", records)
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "rows.parquet")
+    source = {"path": str(tmp_path / "rows.parquet"), "fields": {"messages": "messages"}, "answer": "none"}
+    table = list(readers.read_rows(validate(FileRows, source)))
+    assert [row.content_id for row in table] == [row.content_id for row in lines]
+    assert [row.exchange.calls[0]["function"] for row in table] == calls
+
+
+@pytest.mark.parametrize("content", ["Let me look.", None])
+def test_read_conversation_takes_calls_and_roles_as_openai_had_them(tmp_path, content):
+    call = {"name": "f", "arguments": '{"city": "Rome"}'}
+    turns = [
+        {"role": "developer", "content": "Be brief."},
+        TURNS[-2],
+        {"role": "assistant", "content": content, "function_call": call},
+        {"role": "function", "name": "f", "content": "sunny"},
+        TURNS[-1],
+    ]
+    (row,) = read(tmp_path / "rows.jsonl", [{"messages": turns}])
+    assert [message["role"] for message in row.exchange.given.messages] == ["system", "user", "assistant", "tool"]
+    assert row.exchange.given.messages[2]["tool_calls"][0]["function"]["arguments"] == {"city": "Rome"}
+    assert row.exchange.given.messages[2]["content"] == (content or "")
 
 
 @pytest.mark.parametrize(

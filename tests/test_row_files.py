@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from row_files import ONE_FILE, pack, save
 
@@ -133,6 +135,21 @@ def test_a_dataset_saved_to_disk_is_read_through_its_own_files(tmp_path):
     assert complaint(tmp_path / "moved") == (
         f"rows.path: {tmp_path / 'moved'} lacks data-00001-of-00003.arrow, which its state.json names. Copy it, too."
     )
+
+
+@pytest.mark.parametrize("named", [[{"x": 1}], "abc", [1]])
+def test_a_dataset_saved_to_disk_with_a_damaged_state_is_named(tmp_path, named):
+    (tmp_path / "state.json").write_text(json.dumps({"_data_files": named}))
+    assert (
+        complaint(tmp_path)
+        == f"rows.path: {tmp_path}/state.json names no files in _data_files. Save the data set again."
+    )
+
+
+def test_a_table_that_names_a_column_twice_is_refused(tmp_path):
+    table = pa.table([["a"], ["b"]], names=["q", "q"])
+    pq.write_table(table, tmp_path / "rows.parquet")
+    assert complaint(tmp_path / "rows.parquet").endswith("rows.parquet names the column q twice. Rename one of them.")
 
 
 def test_datasets_saved_together_say_to_give_one(tmp_path):

@@ -77,8 +77,11 @@ _VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e]")
 _DASH = re.compile(r"[\u2010-\u2013](?=[\d.$\u20ac\u00a3])")
 # Separators of groups of digits other than a comma: LaTeX's commas and spaces, no-break and thin ones, apostrophes.
 _SEPARATOR = re.compile(
-    r"(?<=\d)(?:(?:\{,\}|,?\\!)\s*(?=\d{2,3}(?!\d))|(?:\\[,:; ]|\\?_|[~'\u2019\u00a0\u2009\u202f])(?=\d{3}(?!\d)))"
+    r"(?<=\d)(?:,?\\!\s*(?=\d{2,3}(?!\d))|(?:\\[,:; ]|\\?_|[~'\u2019\u00a0\u2009\u202f])(?=\d{3}(?!\d)))"
 )
+# LaTeX without a space behind the comma: `7{,}250`, `5{,}00{,}000`; else it is decimal: `2{,}5`.
+_BRACED = re.compile(r"(?<=\d)(?<!\b0)\{,\}(?=(?:\d\d\{,\})*\d{3}(?!\d))")
+_BRACED_POINT = re.compile(r"(?<=\d)\{[.,]\}(?=\d)")
 _INDIAN = re.compile(r"(?<![\d.,])\d{1,2}(?:,\d{2})+,\d{3}(?!\d)")
 # At most nine digits: an int of more than 4,300 is refused by Python, and no mixed number is that long.
 _MIXED = re.compile(r"(?<![\d./,^_])(\d{1,9})\s+(?:and\s+)?(\d{1,9})\s?/\s?(\d{1,9})(?![\d/])")
@@ -94,6 +97,7 @@ def spell_plainly(text: str) -> str:
         text = _SUPERSCRIPT.sub(r"^\g<0>", _VULGAR.sub(r" \g<0>", text.translate(_INVISIBLE)))
         text = unicodedata.normalize("NFKC", _SEPARATOR.sub(",", text)).translate(_AS_ASCII)
         text = re.sub(r"[^\W0-9a-zA-Z_]", lambda char: _ascii_digit(char[0]), _DASH.sub("-", text))
+    text = _BRACED_POINT.sub(".", _BRACED.sub(",", text))
     text = _INDIAN.sub(lambda number: number[0].replace(",", ""), _SEPARATOR.sub(",", text))
     return _MIXED.sub(_improper, text)
 
@@ -115,17 +119,32 @@ _FRACTION = re.compile(r"\\[dtc]?frac" + 2 * r"\s*(?:\{\s*(-?[\d.,]+)\s*\}|(\d))
 _DECIMAL_COMMA = re.compile(r"(?<![\d.,])(?:(\d{1,3}(?:\.\d{3})+),(\d+)|(0),(\d+)|(\d+),(\d{1,2}))(?!\d|,\d)")
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:,\d{3})+|(?:\.\d{3}){2,})(?!\d)")
 _SPACED = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?!\d)")
+# Two numbers seldom stand so: `1 234 567`, `1 234,50`.
+_SURELY_SPACED = re.compile(r"(?<![\d.,])\d{1,3}(?:(?: \d{3}){2,}(?! ?\d)|(?: \d{3})+(?=,\d{1,2}(?![\d,])))")
 _HYPHENATED = re.compile(r"(?<![\d./,-])(\d{1,9})-(?=\d{1,9}/\d)")
 _SCIENTIFIC = re.compile(r"(?<=\d)\s*(?:\\times|\\cdot|[\u00d7x*\u22c5])\s*10\s?(?:\^|\*\*)\s?\{?([-+]?\d+)\}?")
 # Not numbers: LaTeX's commands for text, the 2 of `m^2`, the 3 of `Week 3:210 pages`.
 _NO_NUMBER = re.compile(
     r"\b(?:Step|Day|Week|Month|Year|Part|Case|Round|Question|Problem)\s\d+:(?=\d)"
-    r"|\\[,;:! ]|\\(?:text|math)[a-z]*|\\(?:mbox|left|right)(?![a-z])|\\(?=\$)|(?<=[A-Za-z}])\s?\^\s?\{?\d+\}?"
+    r"|\\[,;:! ]|\\(?:text|math)[a-z]*\s*\{?|\\(?:mbox|left|right)(?![a-z])|\\(?=\$)|(?<=[A-Za-z}])\s?\^\s?\{?\d+\}?"
 )
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _MONTH = r"(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sept?(?:ember)?"
 _MONTH += r"|Oct(?:ober)?|Nov(?:ember)?|Dec(?:ember)?)\b"
 _DAY = r"(?:0?[1-9]|[12]\d|3[01])(?:st|nd|rd|th)?(?![\d%]|[.,]\d)"
+_MONTHS_ELSEWHERE = (
+    *("janvier|januar|enero|gennaio|janeiro", "février|februar|febrero|febbraio|fevereiro", "mars|märz|marzo|março"),
+    *("avril|abril|aprile", "mai|mayo|maggio|maio", "juin|juni|junio|giugno|junho"),
+    *("juillet|juli|julio|luglio|julho", "août|agosto", "septembre|septiembre|settembre|setembro"),
+    *("octobre|oktober|octubre|ottobre|outubro", "novembre|noviembre|novembro"),
+    "décembre|dezember|diciembre|dicembre|dezembro",
+)
+"""French, German, Spanish, Italian and Portuguese."""
+_DATE_ELSEWHERE = re.compile(
+    rf"(?<![\d.,])(\d\d?)(?:\.|º|er)?\s(?:de\s)?(?:{'|'.join(f'({names})' for names in _MONTHS_ELSEWHERE)})"
+    r"(?:\sde)?\s(\d{4})(?!\d)",
+    re.IGNORECASE,
+)
 # Without a year a month may be a name, and what follows a count: "June 5 apples", "In May 24 people came".
 _YEAR = r",?\s(?:19|20)\d\d(?!\d)"
 _DATE_OR_TIME = (
@@ -133,8 +152,8 @@ _DATE_OR_TIME = (
     r"|(?P<year_last>\d\d?(?P<mark2>[-/.])\d\d?(?P=mark2)(?:\d{4}|\d\d)(?![\d/-]))"
     rf"|(?P<named>\b(?:{_MONTH}\.?\s{_DAY}|{_DAY}\.?\s(?:of\s)?{_MONTH}\.?|{_MONTH}){_YEAR}"
     rf"|(?<![iI]n\s)\b(?:{_MONTH}\.?\s{_DAY}|{_DAY}\.?\s(?:of\s)?{_MONTH})(?!\s+[a-z]))"
-    r"|(?P<hour>\d+)(?::|h(?=\d\d(?!\d))|\s?[\u65f6\u6642\u70b9\u9ede]\s?)(?P<minutes>\d+(?::\d+)*)"
-    r"(?:\s?(?P<half>[aApP])\.?[mM]\b)?"
+    r"|(?P<hour>\d+)(?::|\s:\s(?=\d)|\s?h\s?(?=\d\d(?!\d))|\s?[\u65f6\u6642\u70b9\u9ede]\s?)(?P<minutes>\d+(?::\d+)*)"
+    r"(?:\s*(?P<half>[aApP])\.?[mM]\b)?"
     r"|(?P<chain>\d+(?:\.\d+){2,})"
 )
 _NUMBER = re.compile(
@@ -151,8 +170,9 @@ _OPERATION = (
     r"(?:\\(?:sqrt|pi|log|ln|exp|sin|cos|tan|cot|sec|csc|arc[a-z]+|[dt]?binom|overline|dot|infty|pm|mp)"
     r"(?![a-z])|[√∛π∞±])"
 )
-_BEHIND_OPERATION = re.compile(_OPERATION + r"[^\s=≈\\]{0,12}\s?\Z")
-_BEFORE_OPERATION = re.compile(r"[\s.*·]*(?:\\(?:cdot|times)\s*)?" + _OPERATION)
+_BEHIND_OPERATION = re.compile(_OPERATION + r"[^\s=≈\\]{0,12}\s?\Z|(?<=[\d)}])(?:\^|\*\*)\{?-?\Z")
+_BEFORE_OPERATION = re.compile(r"[\s.*·]*(?:\\(?:cdot|times)\s*)?" + _OPERATION + r"|\}*(?:\s?\^\s?|\*\*)\{?-?\d")
+_TUPLE = re.compile(r"\s*(?:\\left)?\s*\\?[(\[{]\s*-?[\d.]+\s*[,;]")
 # A marked part goes on behind its first number: a sum, a product with a letter, a list.
 _GOES_ON = re.compile(
     r"\s*(?:[-+*/]\s*(?:[\d(\\]|[B-HJ-Zb-z](?![A-Za-z]))|[xyzne](?![A-Za-z])"
@@ -182,6 +202,7 @@ def final_number(text: str) -> Fraction | str | None:
     ['7/2', '500000', '22:30', '2031-07-09']
     """
     part, marked = final_part(text)
+    part = _DATE_ELSEWHERE.sub(_iso_date, part)
     if marked:
         return _read_marked(part)
     for announced in reversed(list(_ANNOUNCED.finditer(part))):
@@ -203,6 +224,8 @@ def _cut_to_end(sentence: str) -> str:
 
 def _read_marked(part: str) -> Fraction | str | None:
     """Return the number at the start of a marked part, which words may follow; else its last; None of a formula."""
+    if _TUPLE.match(part):
+        return None
     part = _SPACED.sub(lambda number: number[0].replace(" ", ""), part)
     if left := _LEFT_SIDE.match(part):
         part = part[left.end() :]
@@ -217,6 +240,7 @@ def _read_marked(part: str) -> Fraction | str | None:
 
 def _find_numbers(text: str) -> list[re.Match[str]]:
     """Return the matches of _NUMBER in a text whose numbers are in ASCII, their groups joined."""
+    text = _SURELY_SPACED.sub(lambda number: number[0].replace(" ", ""), text)
     text = spell_plainly(_HYPHENATED.sub(r"\1 ", _DECIMAL_COMMA.sub(_with_point, text)))
     text = _NO_NUMBER.sub(" ", _SCIENTIFIC.sub(r"e\1", text))
     text = _GROUPED.sub(lambda number: re.sub("[.,]", "", number[0]), text)
@@ -224,6 +248,11 @@ def _find_numbers(text: str) -> list[re.Match[str]]:
     text = _SPACED.sub(lambda number: number[0].replace(" ", "" if " 0" in number[0] else " "), text)
     text = _MIXED.sub(_improper, _FRACTION.sub(lambda parts: " {}/{}".format(*filter(None, parts.groups())), text))
     return list(_NUMBER.finditer(text))
+
+
+def _iso_date(date: re.Match[str]) -> str:
+    day, *months, year = date.groups()
+    return f"{year}-{next(i for i, month in enumerate(months, 1) if month):02}-{day.zfill(2)}"
 
 
 def _with_point(number: re.Match[str]) -> str:
@@ -301,7 +330,8 @@ _NAMED = re.compile(
     rf"|(?<![{_LATIN}])([A-J])[)\]*_]*\s*(?:(?:is|ist|est|es|é|è)(?: (?:the|die|la|a))? (?i:correct|right|best|richtig"
     r"|korrekt|bonne|juste|certa|giusta)|(?:选项|選項)?是?(?:正确|正確)|が正|[이가] (?:정답|맞))"
 )
-_ONLY_LETTER = re.compile(r"(?:\\[a-z]+|[\W_])*([A-Ja-j])[\W_]*")
+# Commands are taken whole: the d of an empty \boxed{} is no letter.
+_ONLY_LETTER = re.compile(r"(?:\\(?:[A-Za-z]++|\W)|[^\w\\]|_)*+([A-Ja-j])[\W_]*")
 _QUOTED = re.compile(r"(?<![\w'\"])[\"'\u2018\u201c]([A-J])[\"'\u2019\u201d](?![\w'\"])")
 _FIRST_OR_BRACKETED = re.compile(
     r"(?:(?m:^)|(?<=[.!?;]\s))[^\w\n]*([A-J])(?:[.):、]|[^\w\n]*(?m:$))|[(\[]([A-J])[)\]]"

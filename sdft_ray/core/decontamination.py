@@ -1,7 +1,8 @@
 """Find rows that share text with a benchmark: training on its items would make the evaluation a test of memory.
 
 In: the texts of tasks, once, and those of rows, one row at a time. Out: for each task that shares a run of words with
-a row, that run. Plain words are compared, without case and punctuation (characters, where a script sets no spaces).
+a row, that run. Plain words are compared, without case and punctuation (characters, where a script sets no spaces) and
+in one spelling: full-width letters, ligatures and accents apart from their letters are as usual.
 Nearly all rows share nothing, so a row is first asked for a few short runs, at a distance that no shared run fits in
 between; only a row that has one of those is compared run by run.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from sdft_ray.core.words import UNSPACED, count_words, runs, split_unspaced
@@ -19,7 +21,9 @@ from sdft_ray.core.words import UNSPACED, count_words, runs, split_unspaced
 # texts of 8 and more words once.
 SHORTEST_WORDS = 8
 
-_WORD = re.compile(r"\w+")
+# \w lacks the signs that other scripts write on their letters: Hebrew, Arabic, those of India.
+_WORD = re.compile(r"[\w\u0300-\u036f\u0591-\u05bd\u0610-\u061a\u064b-\u065f\u0900-\u0963\u0966-\u0dff]+")
+_INVISIBLE = dict.fromkeys([0xAD, *range(0x200B, 0x2010), 0x2060, 0xFEFF])
 # What \w+ finds in lower-case ASCII, as one table: a third of the time.
 _ASCII = str.maketrans({i: c.lower() if (c := chr(i)).isalnum() or c == "_" else " " for i in range(128)})
 
@@ -46,7 +50,8 @@ def ngrams(text: str, n: int) -> Iterator[str]:
 def _split(text: str) -> list[str]:
     if text.isascii():
         return text.translate(_ASCII).split()
-    words = _WORD.findall(lower := text.lower())
+    lower = unicodedata.normalize("NFKC", text.translate(_INVISIBLE)).lower()
+    words = _WORD.findall(lower)
     return split_unspaced(words) if UNSPACED.search(lower) else words
 
 

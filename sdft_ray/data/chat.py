@@ -240,7 +240,7 @@ def _write_exchange(tokenizer: Any, turn: _Turn, row: Exchange) -> tuple[str, st
         what = f"its chat template writes {_describe(row)} otherwise before its response than with it"
         raise UserError(problem("model", what, _OTHER_TEMPLATE))
     if lacks := _unwritten(before, written, given, calls):
-        do = "Give the model a chat template that writes tools, or leave such rows out"
+        do = "Give the model a chat template that writes it, or leave such rows out"
         raise UserError(problem("model", f"its chat template does not write {lacks} of {_describe(row)}", do))
     if calls:
         return before, _end_turn(tokenizer, turn, written)
@@ -253,7 +253,12 @@ def _write_exchange(tokenizer: Any, turn: _Turn, row: Exchange) -> tuple[str, st
 
 
 def _unwritten(before: str, written: str, given: Given, calls: Sequence[Mapping[str, Any]]) -> str:
-    """Return the kind of what a template leaves out, and its name; nothing where it writes all."""
+    """Return what a template leaves out, in words; nothing where it writes all but earlier responses, which may lose
+    their thoughts. It may write results of tools as JSON."""
+    for message in given.messages:
+        quoted = [json.dumps(message["content"].strip(), ensure_ascii=only)[1:-1] for only in (False, True)]
+        if message["role"] != "assistant" and not any(form in before for form in (message["content"].strip(), *quoted)):
+            return f"the message of the {message['role']}"
     earlier = [call for message in given.messages for call in message.get("tool_calls", ())]
     for kind, functions, text in (
         ("the tool", given.tools or (), before),

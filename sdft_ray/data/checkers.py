@@ -55,9 +55,14 @@ CHECKERS = {
 }
 
 
+_ABSENT = re.compile(r"\W*|n\.?/?a\.?|nan|none|null", re.IGNORECASE)
+"""What columns of answers hold where there is none."""
+
+
 def read_answer(checker: str, reference: str, given: str | None) -> str | None:
     """Return the answer of a row in its checker's spelling: from the column that gives it, else from the reference."""
-    return CHECKERS[checker].read(reference if given is None else rf"\boxed{{{given}}}")
+    is_given = given is not None and not _ABSENT.fullmatch(given.strip())
+    return CHECKERS[checker].read(rf"\boxed{{{given}}}" if is_given else reference)
 
 
 def is_correct(checker: str, answer: str, text: str) -> bool:

@@ -19,6 +19,8 @@ from sdft_ray.spec.sources import Format, Turns
 
 _KEYS: dict[Format, tuple[str, str]] = {"messages": ("role", "content"), "sharegpt": ("from", "value")}
 _ROLES = ("system", "user", "assistant", "tool")
+_OTHER_ROLES = {"function": "tool", "developer": "system"}
+"""Names that OpenAI's API has or had for them."""
 _SHAREGPT_ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "model", "chatgpt", "bard", "bing"), "assistant"),
@@ -58,16 +60,20 @@ def read_conversation(
         ends.append(len(messages))
     for end in ends if which == "each" else ends[-1:]:
         last = end == ends[-1]
-        yield _row(Given(messages[:end], described), messages[end : end + 1], answer if last else None)
+        yield _row(Given(messages[:end], described), messages[end : end + 1], answer if last else None, where)
 
 
-def _row(given: Given, response: Sequence[Message], answer: str | None) -> Row:
+def _row(given: Given, response: Sequence[Message], answer: str | None, where: str) -> Row:
     asked = [message for message in given.messages if message["role"] == "user"]
     prompt = str(asked[-1]["content"]) if asked else ""
     target: Message = {"content": ""}
     if asked and response and not any(map(_says_nothing, given.messages)):
         target = response[0]
-    conversation = write_conversation(given, target.get("tool_calls"))
+    try:
+        conversation = write_conversation(given, target.get("tool_calls"))
+    except TypeError as error:  # a date or a decimal in a column of a table
+        what = f"holds a value in a call or a tool that JSON has no form for ({error})"
+        raise UserError(problem(where, what, "Write it as text")) from None
     return Row(prompt, str(target["content"]), answer, conversation=conversation)
 
 
@@ -79,7 +85,7 @@ def _as_list(value: Any, where: str, name: str = "messages") -> list[Any]:
     if isinstance(value, str):  # a column of JSON
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UserError(problem(where, f"{name} is text, and no JSON list", "Fix this row")) from None
     if not isinstance(value, list):
         raise UserError(problem(where, f"{name} is no list", "Fix this row"))
@@ -95,14 +101,19 @@ def _read_message(turn: Any, form: Format, where: str) -> Message:
             do = f"Set rows.fields.format: {'sharegpt' if form == 'messages' else 'messages'}"
         raise UserError(problem(where, what, do))
     given, content = turn[role_key], turn.get(content_key)
-    role = _SHAREGPT_ROLES.get(given) if form == "sharegpt" else given
+    roles = _SHAREGPT_ROLES if form == "sharegpt" else dict(zip(_ROLES, _ROLES, strict=True)) | _OTHER_ROLES
+    role = roles.get(given) if isinstance(given, str) else None
     if role == "function_call":
-        return {"role": "assistant", "content": "", "tool_calls": [_read_call(call, where) for call in _calls(content)]}
-    if role not in _ROLES:
-        known = _ROLES if form == "messages" else [*_SHAREGPT_ROLES]
-        raise UserError(problem(where, f"has the unknown role {given}", nearest(str(given), known)))
-    message: Message = {"role": role, "content": _read_content(content, bool(turn.get("tool_calls")), where)}
-    if calls := turn.get("tool_calls"):
+        return {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [_read_call(call, where) for call in _calls(content) or [None]],
+        }
+    if role is None:
+        raise UserError(problem(where, f"has the unknown role {given}", nearest(str(given), roles)))
+    calls = turn.get("tool_calls") or _calls(turn.get("function_call"))
+    message: Message = {"role": role, "content": _read_content(content, bool(calls), where)}
+    if calls:
         message["tool_calls"] = [_read_call(call, where) for call in _as_list(calls, where, "tool_calls")]
     return message | {key: turn[key] for key in _KEPT if turn.get(key) is not None}
 
@@ -124,12 +135,12 @@ def _read_content(content: Any, may_lack: bool, where: str) -> str:
 
 
 def _calls(content: Any) -> list[Any]:
-    """Return the calls of a ShareGPT turn: JSON of one of them, or of a list."""
+    """Return the calls in one value: JSON of one of them, or of a list; none where there is no value."""
     try:
-        value = json.loads(content) if isinstance(content, str) else content
-    except ValueError:
-        value = None
-    return value if isinstance(value, list) else [value]
+        value = json.loads(content) if isinstance(content, str) and content else content
+    except (ValueError, RecursionError):
+        value = [content]  # which is no call
+    return value if isinstance(value, list) else [value] if value else []
 
 
 def _read_call(call: Any, where: str) -> dict[str, Any]:
@@ -141,7 +152,7 @@ def _read_call(call: Any, where: str) -> dict[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments or "{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             what = f"calls {function['name']} with arguments that are no JSON"
             raise UserError(problem(where, what, "Fix this row")) from None
     read = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}

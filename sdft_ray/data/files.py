@@ -113,14 +113,18 @@ def _row_files(files: Iterable[Path], source: str, where: str, kinds: Sequence[s
 def _saved_files(path: Path, where: str) -> list[Path]:
     """Return the Arrow files of a directory that `datasets` saved; none for any other directory."""
     if (path / _SPLITS).is_file():
-        splits = _read(path / _SPLITS).get("splits") or []
+        splits = _read(path / _SPLITS).get("splits")
+        splits = splits if isinstance(splits, list) else []
         what = f"{path} holds several splits ({', '.join(map(str, splits))})"
         raise UserError(problem(where, what, f"Give one of them, such as {path}/{splits[0] if splits else 'train'}"))
     state = _read(path / _STATE) if (path / _STATE).is_file() else {}
     if state.get("_indices_data_files"):
         what = f"{path} is saved by an old version of datasets, with its order in a file of its own"
         raise UserError(problem(where, what, "Save it again with a new version"))
-    files = [inside(path, str(entry["filename"])) for entry in state.get("_data_files") or []]
+    named = state.get("_data_files") or []
+    if not (isinstance(named, list) and all(isinstance(each, dict) and each.get("filename") for each in named)):
+        raise UserError(problem(where, f"{path / _STATE} names no files in _data_files", "Save the data set again"))
+    files = [inside(path, str(entry["filename"])) for entry in named]
     if lost := next((file for file in files if not file.is_file()), None):
         raise UserError(problem(where, f"{path} lacks {lost.name}, which its {_STATE} names", "Copy it, too"))
     return files

@@ -236,14 +236,28 @@ def _read_table(path: Path, span: Span) -> Iterator[Record]:
     number = span.first - 1
     try:
         for batch in _parquet_batches(path, span) if parquet else _arrow_batches(path):
+            names = batch.schema.names
+            if twice := next((name for name in names if names.count(name) > 1), None):
+                raise UserError(problem(str(path), f"names the column {twice} twice", "Rename one of them"))
             batch.validate(full=True)  # or values of a damaged file are read from anywhere in memory
             for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
                 for values in batch.slice(start, _ROWS_AT_ONCE).to_pylist():
                     number += 1
-                    yield _at(f"{path}:{number}", values)
+                    yield _at(f"{path}:{number}", {name: _own(value) for name, value in values.items()})
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         what = f"cannot be read as {'Parquet' if parquet else 'Arrow'} ({first_line(error)})"
         raise UserError(problem(str(path), what, "Give a valid file")) from None
+
+
+def _own(value: Any) -> Any:
+    """Return a value without the keys that other rows gave it: tables write those of all objects into each, as null."""
+    match value:
+        case dict():
+            return {key: _own(inner) for key, inner in value.items() if inner is not None}
+        case list():
+            return [_own(inner) for inner in value]
+        case _:
+            return value
 
 
 def _parquet_batches(path: Path, span: Span) -> Iterator[Any]:

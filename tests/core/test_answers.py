@@ -95,6 +95,9 @@ def test_final_choice_forms(text, letter):
         "It is (A) or (B).",
         "A. wet\nB. dry",
         "A: wrong. B: wrong. C: right.",
+        "\\boxed{}",
+        "$\\square$",
+        "\\angle",
         "Plants need light.",
         "The answer is Both.",
         "The answer is B's.",
@@ -268,6 +271,20 @@ def test_final_choice_words_are_no_letters(text):
         ("\\boxed{\\$7{,}250}", "7250"),
         ("\\boxed{\\cfrac{2}{5}}", "2/5"),
         ("\\boxed{\\frac{2,000}{7}}", "2000/7"),
+        ("\\boxed{2{,}5}", "5/2"),
+        ("$x = 0{,}125$", "1/8"),
+        ("3{,}14", "157/50"),
+        ("7{.}5", "15/2"),
+        ("The answer is 1 234 567.", "1234567"),
+        ("1 234,50 \u20ac", "2469/2"),
+        ("Es war am 3. M\u00e4rz 2024.", "2024-03-03"),
+        ("7. Mai 2024", "2024-05-07"),
+        ("le 1er ao\u00fbt 2020", "2020-08-01"),
+        ("el 3 de marzo de 2024", "2024-03-03"),
+        ("\\boxed{10:30\\text{ PM}}", "22:30"),
+        ("21 h 05", "21:05"),
+        ("#### 3 : 4", "3:4"),
+        ("30^{\\circ}", "30"),
     ],
 )
 def test_final_number_other_spellings(text, answer):
@@ -279,9 +296,11 @@ def test_final_number_other_spellings(text, answer):
     [
         *(f"\\boxed{{{formula}}}" for formula in (
             r"\sqrt{2}", r"10\sqrt{2}", r"\sqrt[3]{8}", r"\log_2 8", r"\frac{\pi}{4}", r"2\pi", r"\binom{5}{2}",
-            "x^2+1", "3x", "2e", "2 + 3", "1/2 + 1/3", r"4 \pm 1", r"5.\overline{6}", "1, 2", r"\{1, 2\}", "[1, 2)",
+            "x^2+1", "3x", "2e", "2 + 3", "[1,5]", "(1,5)", r"\{1,2,3\}",
+            "1/2 + 1/3", r"4 \pm 1", r"5.\overline{6}", "1, 2", r"\{1, 2\}", "[1, 2)",
             r"\left(1, 2\right)", "5/x",
         )),
+        "10^{10^{10}}", "9^9^9^9",
         r"The answer is $10\sqrt{2}$.", "The area is 2π.", "It is 5√2 long", r"So it is 0.\overline{3}",
     ],
 )  # fmt: skip
@@ -457,3 +476,9 @@ def test_final_part_that_is_marked(text, part):
 
 def test_final_part_of_a_text_with_headings_is_not_marked():
     assert final_part("#### Step 2: Add\n4 + 4 = 8") == ("Step 2: Add\n4 + 4 = 8", False)
+
+
+@pytest.mark.parametrize("given", ["", " ", "-", "?", "N/A", "nan", "None"])
+@pytest.mark.parametrize("checker", ["number", "math", "choice"])
+def test_read_answer_of_a_column_that_gives_none_reads_the_reference(checker, given):
+    assert read_answer(checker, r"So \boxed{B}." if checker == "choice" else "#### 5", given) in ("B", "5")

@@ -2,6 +2,7 @@
 import pickle
 import re
 import string
+import unicodedata
 
 import pytest
 from hypothesis import example, given
@@ -77,6 +78,25 @@ def test_find_overlaps_in_scripts_without_spaces(item):
     assert not found(item[: len(item) // 3], item)
 
 
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        lambda item: unicodedata.normalize("NFD", item),
+        lambda item: "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in item),
+        lambda item: item.replace("tudi", "tu\u00addi").replace(" ", " \u200b"),
+    ],
+    ids=["accents apart", "full width", "invisible"],
+)
+def test_find_overlaps_whatever_the_spelling_of_unicode(spelled):
+    item = "Quelle est la capitale de la région où les élèves étudient la géographie"
+    assert spelled(item) != item and found(spelled(item), item)
+
+
+def test_find_overlaps_counts_words_of_hindi_with_their_signs():
+    assert list(ngrams("हिंदी में लिखा", 3)) == ["हिंदी में लिखा"]
+    assert not found("अरे, क्या आप मुझे बता सकते हैं", "क्या आप मुझे बता सकते हैं")
+
+
 def test_find_overlaps_of_everyday_chinese_is_none():
     assert found("下列说法正确的是哪一项？请选择。", "下列说法正确的是哪一项") == []
 
@@ -84,8 +104,16 @@ def test_find_overlaps_of_everyday_chinese_is_none():
 # --- the index against the plain algorithm --------------------------------------------------------------------
 
 
+SIGNS = r"\u0300-\u036f\u0591-\u05bd\u0610-\u061a\u064b-\u065f\u0900-\u0963\u0966-\u0dff"
+
+
+def plain_words(text: str) -> list[str]:
+    text = re.sub("[\u00ad\u200b-\u200f\u2060\ufeff]", "", text)
+    return split_unspaced(re.findall(rf"[\w{SIGNS}]+", unicodedata.normalize("NFKC", text).lower()))
+
+
 def plain_ngrams(text: str, n: int) -> list[str]:
-    return list(map(" ".join, runs(split_unspaced(re.findall(r"\w+", text.lower())), n)))
+    return list(map(" ".join, runs(plain_words(text), n)))
 
 
 def plain_overlaps(rows: dict, tasks: dict, n: int) -> list[Overlap]:
@@ -94,7 +122,7 @@ def plain_overlaps(rows: dict, tasks: dict, n: int) -> list[Overlap]:
     for task, texts in tasks.items():
         indexes[task] = {}
         for text in texts:
-            size = min(n, count_words(split_unspaced(re.findall(r"\w+", text.lower()))))
+            size = min(n, count_words(plain_words(text)))
             if size >= min(n, SHORTEST_WORDS):
                 indexes[task].setdefault(size, set()).update(plain_ngrams(text, size))
     sizes = sorted({size for index in indexes.values() for size in index}, reverse=True)
