@@ -6,6 +6,7 @@ In: recipe and compute file. Out: nothing, or a UserError for a mistake that wou
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any
 
 from sdft_ray.core.surgery import require_blocks, require_supported
@@ -23,6 +24,9 @@ from sdft_ray.spec.sources import in_use as sources_in_use
 from sdft_ray.stages import merge, train
 from sdft_ray.stages.evaluate.presets import require_known
 from sdft_ray.trackers import libraries
+
+# vLLM's code of these also holds that of their eyes; PyPI's torchvision does not work beside a CPU's torch.
+_NEED_TORCHVISION = ("qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text")
 
 
 def check(recipe: Recipe, compute: Compute, read: limits.FileReader = limits.read_file) -> None:
@@ -120,11 +124,15 @@ def _teacher_facts(recipe: Recipe, base: directory.ModelFacts | None) -> directo
 
 
 def _require_generates(facts: directory.ModelFacts, section: str, gpus: float, engine: Mapping[str, Any]) -> None:
-    """Raise UserError for a model of which vLLM's CPU build generates other text (docs/architectures.md), or which
-    cannot be spread as the section of the compute file says."""
+    """Raise UserError for a model that vLLM's CPU build does not read, or of which it generates other text
+    (docs/architectures.md), or which cannot be spread as the section of the compute file says."""
     if facts.architecture == "gpt_oss" and not gpus:
         what = "vLLM's CPU build generates other text than gpt_oss"
         raise UserError(problem(f"compute.{section}.gpus", what, f"Set compute.{section}.gpus: 1"))
+    if facts.architecture in _NEED_TORCHVISION and not gpus and find_spec("torchvision") is None:
+        what = f"vLLM reads {facts.architecture} with torchvision, which is not installed"
+        do = "Do: pip install torchvision --index-url https://download.pytorch.org/whl/cpu"
+        raise UserError(problem(section, what, do))
     if facts.heads and facts.heads % (each := engine["tensor_parallel_size"]):
         what = f"{each} does not divide the {facts.heads} attention heads of the model"
         do = f"Give one of {', '.join(str(n) for n in range(1, facts.heads + 1) if facts.heads % n == 0)}"

@@ -61,8 +61,9 @@ def test_rewrites_of_a_quantised_teacher_are_those_of_its_weights(form, ray_clus
     assert form in (artifact / "README.md").read_text() and read_manifest(artifact).summary["rows"] == 24
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     written = pq.read_table(artifact / "train.parquet").to_pylist()
-    same = [row["generated"] == text_of(model, tokenizer, row) for row in written]
-    assert sum(same) >= 20, "all but what rounding of activations decides"
+    same = [row["generated"].rstrip("\ufffd ") == text_of(model, tokenizer, row) for row in written]
+    texts = [(row["generated"], text_of(model, tokenizer, row)) for row in written[:6]]
+    assert sum(same) >= 20, f"{sum(same)} of 24, all but what rounding decides: {texts}"
 
 
 @torch.inference_mode()
@@ -75,4 +76,5 @@ def text_of(model: Any, tokenizer: Any, row: dict[str, Any]) -> str:
         ids = [*ids, int(model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())]
         if ids[-1] == tokenizer.eos_token_id:
             break
-    return str(tokenizer.decode(ids[start:], skip_special_tokens=True)).strip()
+    text = str(tokenizer.decode(ids[start:], skip_special_tokens=True)).strip()
+    return text.rstrip("\ufffd ")  # the engine waits for the rest of a character that is not whole

@@ -155,6 +155,24 @@ def test_teacher_may_be_quantised_or_of_an_unknown_architecture_where_a_base_may
         check(validate(Recipe, with_teacher(recipe, {"path": str(tmp_path / "gone")})), load_compute())
 
 
+@pytest.mark.parametrize(
+    ("architecture", "line"),
+    [
+        ("gpt_oss", r"compute\.distill\.gpus: vLLM's CPU build generates other text"),
+        (
+            "qwen3_5_text",
+            r"distill: vLLM reads qwen3_5_text with torchvision, .*\. Do: pip install",
+        ),
+    ],
+)
+def test_model_that_vllm_does_not_run_on_a_cpu_is_refused_there(recipe, tmp_path, monkeypatch, architecture, line):
+    monkeypatch.setattr("sdft_ray.preflight.checks.find_spec", lambda name: None)
+    other = validate(Recipe, with_teacher(recipe, {"path": str(make_tiny_model(tmp_path / "other", architecture))}))
+    with pytest.raises(UserError, match=line):
+        check(other, load_compute())
+    check(other, load_compute({"distill": {"gpus": 1, "cpus": 1}, "ray": {"address": "auto"}}))
+
+
 def test_teacher_of_the_hub_is_downloaded_though_it_could_not_be_cut(tmp_path):
     stage = model.stage(validate(Recipe, BARE | {"model": HUB}).model, teaches=True)
     assert stage.identity["settings"]["teaches"] is True

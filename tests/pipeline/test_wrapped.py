@@ -39,7 +39,7 @@ def write_recipe(folder: Path, architecture: str, address: str) -> None:
     (folder / "compute.yaml").write_text(yaml.safe_dump(compute))
 
 
-@pytest.mark.parametrize("architecture", ["gemma3", pytest.param("qwen3_5", marks=pytest.mark.full)])
+@pytest.mark.parametrize("architecture", ["gemma3", pytest.param("mistral3", marks=pytest.mark.full)])
 def test_chain_of_a_model_that_also_sees_ends_in_one_that_does(architecture, ray_cluster, tmp_path):
     from transformers import AutoModelForImageTextToText
 
@@ -61,5 +61,3 @@ def test_chain_of_a_model_that_also_sees_ends_in_one_that_does(architecture, ray
     assert rest and all(torch.equal(now[name], was[name]) for name in rest)
     verified = sdft("verify", "recipe.yaml", cwd=tmp_path)
     assert verified.returncode == 0, verified.stdout + verified.stderr
-    again = sdft("run", "recipe.yaml", "--set", "model.part=text", cwd=tmp_path)
-    assert again.returncode == 0 and "Nothing to do" in again.stderr, "the chain of the text model alone"
