@@ -231,10 +231,11 @@ def test_file_in_four_bits_has_the_bytes_that_llama_cpp_makes(overrides, tmp_pat
     assert ours.fields["general.file_type"].contents() == library.LlamaFileType.MOSTLY_Q4_K_M
 
 
-def test_disk_that_is_too_small_is_one_line_and_leaves_nothing(small_disk, tmp_path):
+@pytest.mark.parametrize("form", ["f16", "int8"])
+def test_disk_that_is_too_small_is_one_line_and_leaves_nothing(form, small_disk, tmp_path):
     model = make_model(tmp_path, "llama", hidden_size=512, intermediate_size=1536)
-    with pytest.raises(StageFailed, match=rf"^{small_disk}: has .* MB left, and the file takes .* MB\. Make space"):
-        gguf.write_gguf(model, small_disk / "f.gguf", "f16", "tiny", Progress("export"))
+    with pytest.raises(StageFailed, match=rf"^{small_disk}: has .* MB left, and the weights take .* MB\. Make space"):
+        exporting.write(model, small_disk, form, "tiny", Progress("export"))
     assert not [*small_disk.iterdir()]
 
 

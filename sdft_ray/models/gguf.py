@@ -9,7 +9,6 @@ another model.
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,12 +21,13 @@ from safetensors import safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from sdft_ray.errors import StageFailed, UserError, nearest, problem
+from sdft_ray.errors import UserError, nearest, problem
 from sdft_ray.models import quants
 from sdft_ray.models.directory import describe_directory, require_dtype, tensor_places
 from sdft_ray.models.sources import read_gguf
 from sdft_ray.models.vocabulary import add_vocabulary, name_pre_tokenizer
 from sdft_ray.progress import Progress
+from sdft_ray.store.files import require_space
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -262,10 +262,7 @@ def _stretched(config: PretrainedConfig) -> _Tensor:
 
 def _write(writer: gguf.GGUFWriter, plan: Sequence[_Tensor], file: Path, progress: Progress) -> None:
     """Write the file; raises StageFailed where the disk is too small."""
-    needed, free = sum(tensor.bytes for tensor in plan), shutil.disk_usage(file.parent).free
-    if needed > free:
-        what = f"has {free / 1e6:.1f} MB left, and the file takes {needed / 1e6:.1f} MB"
-        raise StageFailed(problem(str(file.parent), what, "Make space, or give --out on another disk"))
+    require_space(file.parent, sum(tensor.bytes for tensor in plan))
     for tensor in plan:
         writer.add_tensor_info(tensor.name, tensor.stored_shape, tensor.stored_as, tensor.bytes, tensor.kind)
     writer.write_header_to_file(file)
