@@ -47,7 +47,7 @@ def test_exported_gguf_is_evaluated_with_the_weights_of_the_file(variant, form, 
         assert torch.equal(logits(loaded), logits(back))
 
 
-@pytest.mark.parametrize("form", ["q8_0", "int8"])
+@pytest.mark.parametrize("form", ["q8_0", "q4_k_m", "int8"])
 def test_harness_gets_the_exported_weights_and_the_models_tokenizer(form, tmp_path):
     model = make_model(tmp_path, "llama")
     export(model, tmp_path / "out", form)
