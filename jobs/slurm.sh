@@ -1,5 +1,5 @@
 #!/bin/bash
-# Written by `sdft submit --print-slurm`. Not run under Slurm by the maintainers; tested with a stand-in for srun.
+# Written by `sdft submit --print-slurm`. Not run under Slurm by the maintainers; tested with a stand-in for srun and a real Ray.
 # Read it, add account, partition and time, activate the environment, then here: sbatch FILE
 # Submitted again, or requeued, it goes on from what is under the root.
 #SBATCH --job-name=sdft-gsm8k

@@ -159,7 +159,7 @@ def _add_publishers(add: Callable[..., argparse.ArgumentParser]) -> None:
         "export", publishing.export, "write a model as a GGUF file for llama.cpp, and compare it with the model"
     )
     export.add_argument("model", metavar="ID_OR_DIR")
-    export.add_argument("--format", default="f16", metavar="F", help="f16, bf16 or q8_0 (default: %(default)s)")
+    export.add_argument("--format", default="f16", metavar="F", help="f16, bf16, q8_0 or q4_k_m (default: %(default)s)")
     export.add_argument("--out", type=Path, metavar="FILE", help="default: under exports/ of the root")
 
 

@@ -27,7 +27,8 @@ class Answer(NamedTuple):
 class Hub(ThreadingHTTPServer):
     """Repositories by kind and name, and large files by hash. Owner `me` may write with KEY, nobody as `others`.
 
-    drop: how many uploads of large files lose their connection, after half of their bytes.
+    drop: how many uploads of large files lose their connection, after half of their bytes. broken: a kind of repository
+    whose commits fail.
     """
 
     daemon_threads = True
@@ -39,6 +40,7 @@ class Hub(ThreadingHTTPServer):
         self.large: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.drop = 0
+        self.broken: str | None = None
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def handle_error(self, request, client_address) -> None:
@@ -139,6 +141,8 @@ class _Handler(BaseHTTPRequestHandler):
     def commit(self, kind: str, name: str, repository: Repository, body: bytes) -> Answer:
         if not name.startswith("me/"):
             return Answer(403, {"error": "forbidden"})
+        if kind == self.server.broken:
+            return Answer(500, {"error": "Internal Error"})
         lines = [json.loads(line) for line in body.splitlines()]
         for line in lines:
             value = line["value"]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from architectures import load
+from safetensors.torch import load_file
 from test_gguf import make_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -16,6 +17,8 @@ IDS = torch.arange(3, 35).reshape(1, -1)
 
 
 def export(model, folder, form):
+    if form == "q4_k_m":
+        pytest.importorskip("libgguf", reason="needs libgguf: pip install 'sdft-ray[q4]'")
     folder.mkdir()
     return exporting.write(model, folder, form, "tiny", Progress("export"))
 
@@ -26,9 +29,10 @@ def logits(model) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("variant", ["llama", "llama, untied", "llama, stretched", "qwen2", "granite"])
-@pytest.mark.parametrize("form", ["f16", "q8_0"])
+@pytest.mark.parametrize("form", ["f16", "q8_0", "q4_k_m"])
 def test_exported_gguf_is_evaluated_with_the_weights_of_the_file(variant, form, tmp_path):
-    model = make_model(tmp_path, variant)
+    wide = {"hidden_size": 256, "intermediate_size": 512} if form == "q4_k_m" else {}  # which has blocks of 256
+    model = make_model(tmp_path, variant, **wide)
     export(model, tmp_path / "out", form)
     loaded = exporting.load_exported(tmp_path / "out", "float32")
     assert not torch.equal(logits(loaded), logits(load(model)))
@@ -43,7 +47,7 @@ def test_exported_gguf_is_evaluated_with_the_weights_of_the_file(variant, form, 
         assert torch.equal(logits(loaded), logits(back))
 
 
-@pytest.mark.parametrize("form", ["q8_0", "int8"])
+@pytest.mark.parametrize("form", ["q8_0", "q4_k_m", "int8"])
 def test_harness_gets_the_exported_weights_and_the_models_tokenizer(form, tmp_path):
     model = make_model(tmp_path, "llama")
     export(model, tmp_path / "out", form)
@@ -89,6 +93,28 @@ def test_int8_rounds_what_goes_into_a_matrix_too(tmp_path):
         rounded = (given / scale).round().clamp(-128, 127) * scale
         torch.testing.assert_close(layer(given), rounded @ layer.weight.T)
         assert not torch.allclose(layer(given), given @ layer.weight.T, atol=1e-5)
+
+
+@pytest.mark.heavy
+def test_product_of_int8_in_vllm_is_that_of_the_scheme(tmp_path):
+    pytest.importorskip("vllm")
+    import vllm._custom_ops as ops
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        pytest.skip("of its kernels for a CPU")
+    current_platform.import_kernels()
+    export(make_model(tmp_path, "llama"), tmp_path / "out", "int8")
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    weight, scale = (stored[f"model.layers.0.mlp.up_proj.{name}"] for name in ("weight", "weight_scale"))
+    given = torch.randn(7, weight.shape[1]) * torch.logspace(-2, 2, 7)[:, None]
+    product = ops.create_onednn_scaled_mm(weight.T, scale, torch.float32, True, False, 32)
+    out = torch.empty(7, weight.shape[0])
+    rounded, steps, _ = ops.onednn_scaled_int8_quant(given, None, None, True)
+    ops.onednn_scaled_mm(product, rounded, out, steps, None, None, None)
+    step = given.abs().amax(1, keepdim=True) / 127
+    expected = (given / step).round().double() * step.double() @ (weight.double() * scale.double()).T
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
 def test_export_of_a_mixture_in_8_bits_is_one_line(tmp_path):

@@ -1,19 +1,23 @@
 """A GGUF file holds the model: transformers reads its weights back, and llama.cpp writes the same text."""
 
 import json
+import re
+import sys
 import urllib.request
 from pathlib import Path
 
 import gguf as library
+import numpy as np
 import pytest
 import torch
 from architectures import generated_by, load, prune
+from gguf import GGMLQuantizationType as Kind
 from tiny import CHAT_TEMPLATE, make_tiny_model, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdft_ray import cli
 from sdft_ray.errors import StageFailed, UserError
-from sdft_ray.models import gguf
+from sdft_ray.models import exporting, gguf, quants
 from sdft_ray.models.vocabulary import name_pre_tokenizer
 from sdft_ray.progress import Progress
 
@@ -46,7 +50,7 @@ def make_model(folder: Path, variant: str, **overrides) -> Path:
 
 
 def write(model: Path, name: str = "f16") -> gguf.Written:
-    return gguf.write_gguf(model, model.parent / f"{name}.gguf", gguf.FORMATS[name], "tiny", Progress("export"))
+    return gguf.write_gguf(model, model.parent / f"{name}.gguf", name, "tiny", Progress("export"))
 
 
 def fields(file: Path) -> dict:
@@ -147,18 +151,91 @@ def test_tokenizers_have_llama_cpps_names_and_others_are_refused(tmp_path):
 
 
 def test_formats_that_are_not_written_are_one_line_with_a_remedy(tmp_path, capsys):
-    assert cli.main(["export", str(tmp_path), "--format", "q4_k_m"]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("--format: q4_k_m is not written: the gguf package reads K-quants and cannot make them. ")
-    assert "llama-quantize FILE.gguf OUT.gguf Q4_K_M" in error
+    assert cli.main(["export", str(tmp_path), "--format", "q5_k_m"]) == 2
+    expected = "--format: q5_k_m is not written. Write f16, then do: llama-quantize FILE.gguf OUT.gguf Q5_K_M.\n"
+    assert capsys.readouterr().err == expected
     assert cli.main(["export", str(tmp_path), "--format", "q8"]) == 2
     assert capsys.readouterr().err == "--format: q8 is not written. Did you mean q8_0?\n"
 
 
-def test_disk_that_is_too_small_is_one_line_and_leaves_nothing(small_disk, tmp_path):
+def test_four_bits_without_their_library_are_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.delitem(sys.modules, "libgguf", raising=False)
+    monkeypatch.setattr(sys, "path_importer_cache", {})
+    assert cli.main(["export", str(tmp_path), "--format", "q4_k_m"]) == 2
+    line = "q4_k_m needs libgguf, which is not installed. Do: pip install 'sdft-ray[q4]'."
+    assert capsys.readouterr().err == f"--format: {line}\n"
+    with pytest.raises(UserError, match=re.escape(f"export.formats: {line}")):
+        exporting.require_library("q4_k_m")
+
+
+def test_kinds_of_four_bits_are_those_of_llama_cpp():
+    def six_bits(part: str) -> list[int]:
+        names = [f"blk.{i}.{part}.weight" for i in range(32)]
+        return [i for i, name in enumerate(names) if quants.kind_of(name, (512, 512), "q4_k_m", 32, False) == Kind.Q6_K]
+
+    more = [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31]  # as in the published files of Llama 3.1 8B
+    assert (six_bits("attn_v"), six_bits("ffn_down"), six_bits("attn_k")) == (more, more, [])
+
+    def kind(name: str, width: int = 512, tied: bool = False) -> str:
+        return quants.kind_of(name, (512, width), "q4_k_m", 32, tied).name
+
+    assert (kind("output.weight"), kind("token_embd.weight"), kind("token_embd.weight", tied=True)) == (
+        "Q6_K",
+        "Q4_K",
+        "Q6_K",
+    )
+    widths = (576, 100)  # no whole blocks of 256; nor of 32
+    assert [kind("blk.4.attn_v.weight", width) for width in widths] == ["Q5_0", "F16"]
+    assert [kind("blk.0.attn_v.weight", width) for width in widths] == ["Q8_0", "F16"]
+
+
+@pytest.mark.parametrize("kind", quants._CODES, ids=lambda kind: kind.name)
+def test_quantised_weights_are_told_from_others(kind):
+    if kind in quants._LIBGGUF:
+        pytest.importorskip("libgguf", reason="needs libgguf: pip install 'sdft-ray[q4]'")
+    random = np.random.default_rng(0)
+    weights = random.normal(size=(8, 512)).astype(np.float32)
+    weights *= np.repeat(10.0 ** random.uniform(-4, 0, size=(8, 16)), 32, 1).astype(np.float32)  # groups differ in size
+    stored = quants.encode(weights, kind)
+    error = quants.error_of(weights, stored, kind)
+    assert error == np.abs(library.quants.dequantize(stored, kind) - weights).max()
+    bits = {Kind.Q4_K: 4, Kind.Q5_0: 5, Kind.Q6_K: 6, Kind.Q8_0: 8}[kind]
+    assert 0 < error < 1.2 * np.abs(weights).max() / 2**bits * (2 if kind == Kind.Q4_K else 1)
+    assert quants.error_of(weights[::-1].copy(), stored, kind) is None
+    off = weights.copy()
+    off[3, np.abs(weights[3]).argmax()] *= 0.5
+    assert quants.error_of(off, stored, kind) is None
+
+
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 9}  # whole blocks of 256
+
+
+@pytest.mark.parametrize("overrides", [WIDE, WIDE | {"tie_word_embeddings": False}, {"num_hidden_layers": 9}])
+def test_file_in_four_bits_has_the_bytes_that_llama_cpp_makes(overrides, tmp_path):
+    pytest.importorskip("libgguf", reason="needs libgguf: pip install 'sdft-ray[q4]'")
+    llama_cpp = pytest.importorskip("llama_cpp", reason="needs its quantiser: pip install llama-cpp-python")
+    model = make_model(tmp_path, "llama", **overrides)
+    load(model).half().float().save_pretrained(model)  # what float16 holds: it quantises that file
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M
+    theirs, source = tmp_path / "theirs.gguf", str(write(model).file).encode()
+    assert llama_cpp.llama_model_quantize(source, str(theirs).encode(), settings) == 0
+    ours = library.GGUFReader(write(model, "q4_k_m").file)
+    expected = {tensor.name: tensor for tensor in library.GGUFReader(theirs).tensors}
+    assert {tensor.name: tensor.tensor_type for tensor in ours.tensors} == {
+        name: tensor.tensor_type for name, tensor in expected.items()
+    }
+    for tensor in ours.tensors:
+        assert np.array_equal(tensor.data, expected[tensor.name].data), tensor.name
+    assert ours.fields["general.file_type"].contents() == library.LlamaFileType.MOSTLY_Q4_K_M
+
+
+@pytest.mark.parametrize("form", ["f16", "int8"])
+def test_disk_that_is_too_small_is_one_line_and_leaves_nothing(form, small_disk, tmp_path):
     model = make_model(tmp_path, "llama", hidden_size=512, intermediate_size=1536)
-    with pytest.raises(StageFailed, match=rf"^{small_disk}: has .* MB left, and the file takes .* MB\. Make space"):
-        gguf.write_gguf(model, small_disk / "f.gguf", gguf.FORMATS["f16"], "tiny", Progress("export"))
+    with pytest.raises(StageFailed, match=rf"^{small_disk}: has .* MB left, and the weights take .* MB\. Make space"):
+        exporting.write(model, small_disk, form, "tiny", Progress("export"))
     assert not [*small_disk.iterdir()]
 
 
@@ -178,22 +255,33 @@ def test_export_writes_under_the_root_and_prints_how_to_serve(tmp_path, capsys):
     assert "is no Hugging Face model directory" in capsys.readouterr().err
 
 
+@pytest.fixture
+def llama_cpp():
+    """A function that starts llama.cpp on a file and returns how to ask it: ask(path, **body)."""
+    xllamacpp = pytest.importorskip("xllamacpp", reason="needs llama.cpp: pip install xllamacpp")
+
+    def start(file: Path):
+        settings = xllamacpp.CommonParams()
+        settings.model.path = str(file)
+        settings.n_ctx, settings.n_parallel, settings.cpuparams.n_threads, settings.warmup = 256, 1, 1, False
+        server = xllamacpp.Server(settings)
+
+        def ask(path: str, **body) -> dict:
+            request = urllib.request.Request(server.listening_address + path, json.dumps(body).encode())
+            request.add_header("Content-Type", "application/json")
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return json.load(answer)
+
+        return ask
+
+    return start
+
+
 @pytest.mark.heavy
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_llama_cpp_writes_the_text_of_transformers(variant, tmp_path):
-    xllamacpp = pytest.importorskip("xllamacpp", reason="needs llama.cpp: pip install xllamacpp")
+def test_llama_cpp_writes_the_text_of_transformers(variant, llama_cpp, tmp_path):
     model = prune(make_model(tmp_path, variant), tmp_path / "cut", (0, 2, 5))
-    settings = xllamacpp.CommonParams()
-    settings.model.path = str(write(model).file)
-    settings.n_ctx, settings.n_parallel, settings.cpuparams.n_threads, settings.warmup = 256, 1, 1, False
-    server = xllamacpp.Server(settings)
-
-    def ask(path: str, **body) -> dict:
-        request = urllib.request.Request(server.listening_address + path, json.dumps(body).encode())
-        request.add_header("Content-Type", "application/json")
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)
-
+    ask = llama_cpp(write(model).file)
     tokenizer = AutoTokenizer.from_pretrained(model)
     messages = [{"role": "user", "content": "What is 12 + 3 at 4.5?\n\n\tIt's ünï 日本 🙂"}]
     text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -204,3 +292,23 @@ def test_llama_cpp_writes_the_text_of_transformers(variant, tmp_path):
     answer = ask("/completion", prompt=ids, n_predict=16, temperature=0, return_tokens=True, logit_bias=never_end)
     (expected,) = generated_by(load(model), torch.tensor([ids]), use_cache=True)
     assert answer["tokens"] == expected[len(ids) :]
+
+
+@pytest.mark.heavy
+def test_llama_cpp_computes_with_the_four_bits_that_are_read_back(llama_cpp, tmp_path):
+    pytest.importorskip("libgguf", reason="needs libgguf: pip install 'sdft-ray[q4]'")
+    model = make_model(tmp_path, "llama", **WIDE)
+    exporting.write(model, tmp_path, "q4_k_m", "tiny", Progress("export"))
+    ids = AutoTokenizer.from_pretrained(model)("What is 12 + 3?").input_ids
+    ask = llama_cpp(tmp_path / "model-q4_k_m.gguf")
+    (first,) = ask("/completion", prompt=ids, n_predict=1, n_probs=300)["completion_probabilities"]
+    theirs = {token["id"]: token["logprob"] for token in first["top_logprobs"]}
+
+    def divergence(other) -> float:
+        with torch.inference_mode():
+            odds = other(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        return sum(odds[i].exp().item() * (odds[i].item() - odds_there) for i, odds_there in theirs.items())
+
+    # llama.cpp also rounds what goes into a matrix, which a model of random weights makes much of.
+    assert divergence(exporting.load_exported(tmp_path, "float32")) < 0.1
+    assert divergence(load(model)) > 1

@@ -166,6 +166,18 @@ def test_connection_that_stays_broken_publishes_nothing_and_the_next_push_upload
     assert uploads and not [request for request in server.requests if request.startswith("PUT")]
 
 
+def test_hub_that_fails_between_two_commits_says_which_was_published_and_the_next_push_makes_the_other(server, root):
+    server.broken = "model"  # the second of the two
+    address = f"{server.url}/datasets/{NAME}/commit/{1:040}"
+    with pytest.raises(StageFailed, match=rf"^{NAME}: the hub answers 500 \(.*\); {address} was published\. Run the"):
+        push(server, root, root.trained, root.distilled)
+    model, data = (server.repositories[kind, NAME] for kind in ("model", "dataset"))
+    assert (model.commits, model.files, len(data.commits)) == ([], {}, 1)
+    server.broken = None
+    push(server, root, root.trained, root.distilled)
+    assert len(model.commits) == 1 and model.files
+
+
 def test_wrong_key_name_of_others_and_public_repository_are_one_line_each(server, root):
     with pytest.raises(UserError, match=rf"^{NAME}: the hub refuses your token\. Set HF_TOKEN"):
         push(server, root, root.cut, key="hf_wrong")

@@ -1,8 +1,11 @@
 """The RayJob that is printed has KubeRay's fields, what the compute file asks for, and no secret."""
 
+import os
 import re
 from pathlib import Path
+from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
@@ -64,6 +67,42 @@ def test_manifest_has_kuberays_fields_and_what_the_compute_file_asks_for(root):
         volumes = {volume["name"] for volume in pod["volumes"]}
         assert volumes == {mount["name"] for mount in container["volumeMounts"]}
         assert ("root" in volumes) == root.startswith("/")
+
+
+def closed(schema: Any) -> Any:
+    """Return a schema that refuses what Kubernetes would drop without a word, and takes numbers where it does."""
+    if isinstance(schema, list):
+        return [closed(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    parts = {key: closed(part) for key, part in schema.items()}
+    if parts.get("x-kubernetes-int-or-string"):
+        return {"type": ["integer", "string"], **{key: parts[key] for key in parts if key == "pattern"}}
+    if isinstance(schema.get("properties"), dict) and schema.get("type") == "object":
+        parts.setdefault("additionalProperties", bool(schema.get("x-kubernetes-preserve-unknown-fields")))
+    return parts
+
+
+@pytest.mark.parametrize("root", ["/shared/artifacts", "s3://bucket/artifacts"])
+def test_manifest_is_valid_by_the_schema_of_kuberay(root):
+    if not (definition := os.environ.get("SDFT_KUBERAY_CRD")):
+        pytest.skip("set SDFT_KUBERAY_CRD to KubeRay's ray.io_rayjobs.yaml")
+    (version,) = (
+        each["schema"]["openAPIV3Schema"]
+        for each in yaml.safe_load(Path(definition).read_text())["spec"]["versions"]
+        if each["name"] == "v1"
+    )
+    rules = closed(version)
+    rules["properties"]["metadata"] = {"type": "object"}  # which Kubernetes itself looks at
+    _, job = yaml.safe_load_all(kuberay.render(RECIPE, COMPUTE, root, "distill", "registry/image:1"))
+    check = jsonschema.Draft202012Validator(rules)
+    assert [f"{error.json_path}: {error.message}" for error in check.iter_errors(job)] == []
+    job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["container"] = []
+    job["spec"]["backoffLimit"] = "3"
+    assert {error.json_path for error in check.iter_errors(job)} == {
+        "$.spec.backoffLimit",
+        "$.spec.rayClusterSpec.headGroupSpec.template.spec",
+    }
 
 
 def test_manifest_of_files_on_this_machine_or_of_this_machines_cores_is_refused(tmp_path):

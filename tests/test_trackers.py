@@ -112,6 +112,32 @@ def test_tracking_results_are_logged_once_and_a_run_with_nothing_new_is_not_open
     assert server.runs == {"run-0": [*logged([1]), (None, {"final/mean": 0.5}), (None, {"final/mean": 0.75})]}
 
 
+def test_tracking_by_a_server_that_was_replaced_is_one_line_and_logs_everything_anew(
+    server, storage, capsys, monkeypatch
+):
+    monkeypatch.setattr(trackers, "_replaced", set())
+    other = RUN._replace(name="another")
+
+    def track_both(to: Server, mean: float) -> None:
+        for run, training in ((RUN, "0"), (other, "1")):
+            with Tracking(["mlflow"], run, storage, training, to.make) as tracking:
+                for step in (1, 2, 3):
+                    tracking.log(step, {"train/loss": 1 / step})
+                tracking.conclude({"final/mean": mean})
+
+    track_both(server, 0.5)
+    replaced = Server()
+    track_both(replaced, 0.5)  # nothing new: nobody asks
+    assert replaced.runs == {} and capsys.readouterr().err == ""
+    for _ in range(2):
+        track_both(replaced, 0.75)
+    assert list(replaced.runs.values()) == 2 * [[*logged([1, 2, 3]), (None, {"final/mean": 0.75})]]
+    assert capsys.readouterr().err == (
+        "compute.track: mlflow: knows no run that was logged before: it is another server or store. "
+        "Runs begin anew there with all their steps.\n"
+    )
+
+
 def test_tracking_by_nobody_writes_nothing(storage):
     track(Server(), storage, [1], names=())
     assert not (storage.root / "tracking").exists()
@@ -262,3 +288,16 @@ def test_mlflow_itself_keeps_one_run_below_its_sweep(storage, tmp_path, monkeypa
     assert run.data.metrics["final/mean"] == 0.5 and run.data.params["train.lr"] == "0.001"
     assert {run.info.status for run in runs} == {"FINISHED"}
     assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["metrics.jsonl"]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/another")
+    monkeypatch.setattr(trackers, "_replaced", set())
+    with Tracking(["mlflow"], RUN._replace(group="sweep-1"), storage, "0123456789ab") as tracking:
+        for step in (1, 2, 3):
+            tracking.log(step, {"train/loss": 1 / step})
+        tracking.conclude({"final/mean": 0.75})
+    line = "knows no run that was logged before: it is another server or store. Runs begin anew"
+    errors = [error for error in capsys.readouterr().err.splitlines() if "compute.track" in error]
+    assert len(errors) == 1 and line in errors[0]
+    client = mlflow.MlflowClient()
+    found = client.search_runs([client.get_experiment_by_name(tmp_path.name).experiment_id])
+    (run,) = (run for run in found if run.info.run_name == RUN.name)
+    assert [metric.step for metric in client.get_metric_history(run.info.run_id, "train/loss")] == [1, 2, 3]

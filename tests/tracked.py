@@ -1,5 +1,7 @@
 """A tracker for tests: it stands where a library would, and a server that holds what it was given."""
 
+from sdft_ray.trackers.libraries import UnknownRun
+
 
 class Server:
     """What a tracker's server would hold: runs by key, and how it fails."""
@@ -24,6 +26,8 @@ class FakeTracker:
 
     def start(self, run, key):
         self.call()
+        if key and key not in self.server.runs:
+            raise UnknownRun
         self.key = key or f"run-{len(self.server.runs)}"
         self.server.runs.setdefault(self.key, [])
         return self.key

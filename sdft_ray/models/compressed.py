@@ -32,7 +32,7 @@ from sdft_ray.models.directory import (
 )
 from sdft_ray.models.shards import StoredTensor, read_header, write_tensors
 from sdft_ray.progress import Progress
-from sdft_ray.store.files import remember_hash, write_atomically
+from sdft_ray.store.files import remember_hash, require_space, write_atomically
 
 _SCHEME = preset_name_to_scheme("W8A8", ["Linear"])
 _STEPS = 127  # above zero
@@ -52,10 +52,12 @@ def require_dense(model: Path) -> None:
 
 def write_int8(model: Path, directory: Path, progress: Progress) -> tuple[int, float]:
     """Write a model's quantised weights, config and companions; return the bytes of its weights, and the largest error
-    of one. Raises UserError for a model that is no dense decoder."""
+    of one. Raises UserError for a model that is no dense decoder, and StageFailed where the disk is too small."""
     describe_directory(model)
     require_dense(model)
     shards, done = stored_tensors(model), itertools.count(1)
+    parts = (part for tensors in shards.values() for name in tensors for _, part in _parts(name, tensors[name]))
+    require_space(directory, sum(part.bytes for part in parts))
     progress.begin(2 * sum(map(len, shards.values())))
 
     def tick(what: str) -> None:

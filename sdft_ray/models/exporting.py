@@ -27,6 +27,14 @@ class Exported(NamedTuple):
     """Of a weight, beyond the rounding of float16 or bfloat16."""
 
 
+def require_library(form: str) -> None:
+    """Raise UserError for a form of a recipe whose library is not installed here."""
+    if form != "int8":
+        from sdft_ray.models import quants
+
+        quants.require_library(form, "export.formats")
+
+
 def require_writable(model: Path, form: str) -> None:
     """Raise UserError for a model that cannot be written in a form."""
     if form == "int8":
@@ -48,7 +56,8 @@ def write(model: Path, directory: Path, form: str, title: str, progress: Progres
         return Exported(*compressed.write_int8(model, directory, progress))
     from sdft_ray.models import gguf
 
-    written = gguf.write_gguf(model, directory / _file(form), gguf.FORMATS[form], title, progress)
+    require_library(form)
+    written = gguf.write_gguf(model, directory / _file(form), form, title, progress)
     shutil.copyfile(model / "config.json", directory / "config.json")
     write_companions(model, directory)
     return Exported(written.bytes, written.largest_error)

@@ -1,14 +1,14 @@
 """A model directory as one GGUF file, which llama.cpp runs.
 
 In: a Hugging Face directory of a dense decoder. Out: a .gguf file, read back and compared with the weights: float16
-and bfloat16 are their rounding exactly, q8_0 is within a stated distance. One tensor is in memory at a time. What GGUF
-cannot say of a model, such as windows in some of its blocks, is refused by name: llama.cpp would run another model.
+and bfloat16 are their rounding exactly, quantised ones are within stated bounds (quants.py). One tensor is in memory at
+a time. What GGUF cannot say of a model, such as windows in some of its blocks, is refused by name: llama.cpp would run
+another model.
 """
 
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,11 +21,13 @@ from safetensors import safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from sdft_ray.errors import StageFailed, UserError, nearest, problem
+from sdft_ray.errors import UserError, nearest, problem
+from sdft_ray.models import quants
 from sdft_ray.models.directory import describe_directory, require_dtype, tensor_places
 from sdft_ray.models.sources import read_gguf
 from sdft_ray.models.vocabulary import add_vocabulary, name_pre_tokenizer
 from sdft_ray.progress import Progress
+from sdft_ray.store.files import require_space
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -46,11 +48,7 @@ _FAMILIES = {
     "qwen2": _Family("qwen2"),
     "qwen3": _Family("qwen3"),
 }
-FORMATS = {"f16": Kind.F16, "bf16": Kind.BF16, "q8_0": Kind.Q8_0}
-"""How matrices may be stored."""
-_BLOCK = 32  # weights of q8_0 that share a scale
 _NUMPY: dict[Kind, np.dtype[Any]] = {Kind.F32: np.dtype("float32"), Kind.F16: np.dtype("float16")}  # others are bytes
-_TORCH = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
 
 
 class Written(NamedTuple):
@@ -67,19 +65,19 @@ class Written(NamedTuple):
 
 def require_format(name: str) -> None:
     """Raise UserError for a format that is not written here."""
-    if "_k" in name and name not in FORMATS:
-        what = f"{name} is not written: the gguf package reads K-quants and cannot make them"
-        do = f"Write f16, then do: llama-quantize FILE.gguf OUT.gguf {name.upper()}"
-        raise UserError(problem("--format", what, do))
+    quants.require_library(name, "--format")
     if name == "int8":
         what = "int8 is no GGUF; it is written by a recipe"
         raise UserError(problem("--format", what, "Set export: {formats: [int8]} in the recipe"))
-    if name not in FORMATS:
-        raise UserError(problem("--format", f"{name} is not written", nearest(name, FORMATS)))
+    if "_k" in name and name not in quants.FORMS:
+        what, do = f"{name} is not written", f"Write f16, then do: llama-quantize FILE.gguf OUT.gguf {name.upper()}"
+        raise UserError(problem("--format", what, do))
+    if name not in quants.FORMS:
+        raise UserError(problem("--format", f"{name} is not written", nearest(name, quants.FORMS)))
 
 
-def write_gguf(model: Path, file: Path, kind: Kind, title: str, progress: Progress) -> Written:
-    """Write a model as a GGUF file and compare it with the model; title: its name for people.
+def write_gguf(model: Path, file: Path, form: str, title: str, progress: Progress) -> Written:
+    """Write a model as a GGUF file in a form and compare it with the model; title: its name for people.
 
     Raises UserError for a model that GGUF cannot say, and StageFailed where the disk is too small.
     """
@@ -88,10 +86,10 @@ def write_gguf(model: Path, file: Path, kind: Kind, title: str, progress: Progre
     family = _require_family(model, config)
     writer = gguf.GGUFWriter(None, family.name)
     writer.add_name(title)
-    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{kind.name}"])
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{form.upper()}"])
     _add_settings(writer, config)
     add_vocabulary(writer, model, config.vocab_size)
-    plan = _plan(model, family, config, kind)
+    plan = _plan(model, family, config, form)
     file.parent.mkdir(parents=True, exist_ok=True)
     torn = file.with_name(f".{file.name}.tmp")
     try:
@@ -224,7 +222,7 @@ class _Tensor(NamedTuple):
         return weights
 
 
-def _plan(model: Path, family: _Family, config: PretrainedConfig, kind: Kind) -> list[_Tensor]:
+def _plan(model: Path, family: _Family, config: PretrainedConfig, form: str) -> list[_Tensor]:
     """Return the tensors of the file in order; raises UserError for one that GGUF has no place for."""
     names, heads = _tensor_names(family, config), _reordered(family, config)
     plan = []
@@ -235,8 +233,8 @@ def _plan(model: Path, family: _Family, config: PretrainedConfig, kind: Kind) ->
         if not (name := names.get_name(source, (".weight", ".bias"))):
             what = f"holds {source}, which the GGUF of a {family.name} model has no place for"
             raise UserError(problem(str(model), what, "Serve the directory itself with vLLM"))
-        reordered = heads.get(source.split(".")[-2], 0)
-        plan.append(_Tensor(name, _kind_of(stored.shape, kind), stored.shape, place, source, reordered))
+        kind = quants.kind_of(name, stored.shape, form, config.num_hidden_layers, config.tie_word_embeddings)
+        plan.append(_Tensor(name, kind, stored.shape, place, source, heads.get(source.split(".")[-2], 0)))
     return plan if config.rope_parameters.get("rope_type", "default") == "default" else [*plan, _stretched(config)]
 
 
@@ -253,13 +251,6 @@ def _reordered(family: _Family, config: PretrainedConfig) -> dict[str, int]:
     return {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
 
 
-def _kind_of(shape: Sequence[int], kind: Kind) -> Kind:
-    """Return how a tensor is stored: vectors keep float32, which llama.cpp expects of them."""
-    if len(shape) < 2:
-        return Kind.F32
-    return Kind.F16 if kind == Kind.Q8_0 and shape[-1] % _BLOCK else kind
-
-
 def _stretched(config: PretrainedConfig) -> _Tensor:
     """Return the divisor of each frequency of RoPE in a model that stretches its positions as Llama 3.1 does."""
     stretched, _ = ROPE_INIT_FUNCTIONS["llama3"](config, None)
@@ -271,10 +262,7 @@ def _stretched(config: PretrainedConfig) -> _Tensor:
 
 def _write(writer: gguf.GGUFWriter, plan: Sequence[_Tensor], file: Path, progress: Progress) -> None:
     """Write the file; raises StageFailed where the disk is too small."""
-    needed, free = sum(tensor.bytes for tensor in plan), shutil.disk_usage(file.parent).free
-    if needed > free:
-        what = f"has {free / 1e6:.1f} MB left, and the file takes {needed / 1e6:.1f} MB"
-        raise StageFailed(problem(str(file.parent), what, "Make space, or give --out on another disk"))
+    require_space(file.parent, sum(tensor.bytes for tensor in plan))
     for tensor in plan:
         writer.add_tensor_info(tensor.name, tensor.stored_shape, tensor.stored_as, tensor.bytes, tensor.kind)
     writer.write_header_to_file(file)
@@ -291,7 +279,7 @@ def _quantised(tensor: _Tensor) -> np.ndarray:
     """Return a tensor as it is stored; raises UserError for weights that float16 cannot hold."""
     weights = tensor.weights()
     with np.errstate(over="ignore"):
-        stored: np.ndarray = gguf.quants.quantize(weights, tensor.kind)
+        stored = quants.encode(weights, tensor.kind)
     if tensor.kind == Kind.F16 and not np.isfinite(stored).all():
         what = f"holds weights up to {np.abs(weights).max():.3g}, and float16 ends at 65504"
         raise UserError(problem(tensor.source_name, what, "Give --format bf16"))
@@ -314,25 +302,6 @@ def _compare(plan: Sequence[_Tensor], file: Path, progress: Progress) -> float:
 
 def _error_of(tensor: _Tensor, data: Any) -> float:
     """Return how far stored weights are from the model's, beyond the rounding of their type."""
-    weights = tensor.weights()
-    stored = gguf.quants.dequantize(data, tensor.kind).reshape(tensor.shape)
-    if tensor.kind in _TORCH:  # rounded by torch: it is not what rounded them for the file
-        right = bool((torch.from_numpy(weights).to(_TORCH[tensor.kind]).float().numpy() == stored).all())
-        error = 0.0
-    else:
-        errors = np.abs(stored - weights).reshape(-1, _BLOCK).max(1)
-        right, error = bool((errors <= allowed_errors(weights)).all()), float(errors.max())
-    if not right:
+    if (error := quants.error_of(tensor.weights(), data, tensor.kind)) is None:
         raise RuntimeError(f"{tensor.name} in the file is not {tensor.source_name} of the model")
     return error
-
-
-def allowed_errors(weights: np.ndarray) -> np.ndarray:
-    """Return how far q8_0 may be from weights, for each block of 32 of them.
-
-    The largest weight of a block is 127 steps. Rounding to steps loses half of one; the step itself is a float16, of 11
-    bits, or a multiple of 2^-24 where it is below 2^-14.
-    """
-    largest = np.abs(weights).reshape(-1, _BLOCK).max(1)
-    allowed: np.ndarray = largest * (0.5 / 127 + 2.0**-11 + 1e-6) + 127 * 2.0**-25
-    return allowed

@@ -38,6 +38,8 @@ def check(recipe: Recipe, compute: Compute, read: limits.FileReader = limits.rea
         raise UserError(*problems)
     facts, depth = sources.describe_model(recipe.model), None
     others = recipe.merge.others if recipe.merge else {}
+    for form in recipe.export.formats if recipe.export else ():
+        exporting.require_library(form)
     if facts:
         depth = _require_prunable(recipe, facts)
         if recipe.draft:

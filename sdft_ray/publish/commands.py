@@ -68,7 +68,7 @@ def export(options: argparse.Namespace) -> None:
     name = f"{manifest.slug}-{manifest.id}" if manifest else model.name
     file = options.out or storage.root / "exports" / f"{name}-{options.format}.gguf"
     with Progress("export", "tensors") as progress:
-        written = gguf.write_gguf(model, file, gguf.FORMATS[options.format], name, progress)
+        written = gguf.write_gguf(model, file, options.format, name, progress)
     if not options.out:
         storage.publish(file)
     _show_written(written, model, options)
@@ -82,6 +82,6 @@ def _show_written(written: Written, model: Path, options: argparse.Namespace) ->
     if options.json:
         print(json.dumps({**written._asdict(), "file": str(written.file), "serve": serve}))
         return
-    exact = f"within {written.largest_error:.2g}" if options.format == "q8_0" else "exact after rounding"
+    exact = f"within {written.largest_error:.2g}" if written.largest_error else "exact after rounding"
     print(f"{written.file}: {written.bytes / 1e6:.1f} MB, {written.tensors} tensors, read back and {exact}")
     print("\n".join(serve))

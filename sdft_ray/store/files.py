@@ -9,10 +9,11 @@ import fnmatch
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdft_ray.errors import UserError, problem
+from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.store.identity import canonical_json
 
 
@@ -107,6 +108,13 @@ def write_atomically(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raise StageFailed where a disk has less space left than so many bytes."""
+    if (free := shutil.disk_usage(folder).free) < needed:
+        what = f"has {free / 1e6:.1f} MB left, and the weights take {needed / 1e6:.1f} MB"
+        raise StageFailed(problem(str(folder), what, "Make space there, and do it again"))
 
 
 def _hidden(path: Path, below: Path) -> bool:

@@ -27,12 +27,13 @@ from sdft_ray.spec.loading import leaves
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.record import Record
 from sdft_ray.store.storage import Storage
-from sdft_ray.trackers.libraries import Run, Tracker, make
+from sdft_ray.trackers.libraries import Run, Tracker, UnknownRun, make
 
 _END_SECONDS = 30.0  # that a command waits at its end for a tracker's next answer
 _LOOK_SECONDS = 0.5  # between two looks at whether it is there
 _KEEP_SECONDS = 10.0  # between two notes of how far a tracker is: in an object store each is a request
 Make = Callable[[TrackerName], Tracker]
+_replaced: set[TrackerName] = set()  # of which it was reported that they know no earlier run
 
 
 class Kept(Record):
@@ -106,6 +107,7 @@ class _Follower:
         self._name, self._run, self._storage, self._make = name, run, storage, make
         self._note = f"tracking/{training}-{name}.json"
         self._tracker: Tracker | None = None
+        self._had: list[_Step] = []  # that the tracker should have; given again to one that was replaced
         self._answered_at = time.monotonic()
         self._thread: Future[None] = in_thread(self._follow)
 
@@ -141,7 +143,10 @@ class _Follower:
     def _take(self, given: _Step | _Results) -> None:
         """Log what the tracker does not have yet."""
         match given:
-            case _Step(step, metrics) if step > self._kept.step:
+            case _Step(step) if step <= self._kept.step:
+                if self._tracker is None:
+                    self._had.append(given)
+            case _Step(step, metrics):
                 self._opened().log(step, metrics)
                 self._kept = self._kept.model_copy(update={"step": step})
             case _Results(metrics, files) if metrics != self._kept.results:
@@ -160,10 +165,25 @@ class _Follower:
                 if self._run.group:  # trials that start together make one parent
                     stack.enter_context(self._storage.lock(f"tracking-{self._run.group}"))
                 tracker = self._make(self._name)
-                key = tracker.start(self._run, self._kept.key)
+                try:
+                    key = tracker.start(self._run, self._kept.key)
+                except UnknownRun:
+                    self._begin_anew()
+                    key = tracker.start(self._run, None)
             self._tracker, self._kept = tracker, self._kept.model_copy(update={"key": key})
             self._write()  # at once: another start after a kill would be another run
+            had, self._had = self._had, []
+            for step in had:
+                self._take(step)
         return self._tracker
+
+    def _begin_anew(self) -> None:
+        """Forget what a tracker that was replaced was told; the first of its runs reports it for all."""
+        self._kept = Kept()
+        if self._name not in _replaced:
+            _replaced.add(self._name)
+            what = "knows no run that was logged before: it is another server or store"
+            log(problem(f"compute.track: {self._name}", what, "Runs begin anew there with all their steps"))
 
     def _write(self) -> None:
         if self._kept != self._written:

@@ -33,11 +33,15 @@ class Run(NamedTuple):
     """By dotted key."""
 
 
+class UnknownRun(Exception):
+    """A tracker knows no run of a key: its server is another one."""
+
+
 class Tracker(Protocol):
     """One run in one tracker. Every call may raise whatever the library raises."""
 
     def start(self, run: Run, key: str | None) -> str:
-        """Open a new run, or the one with a key that `start` returned before; return its key."""
+        """Open a new run, or the one with a key that `start` returned before; return its key. Raises UnknownRun."""
         ...
 
     def log(self, step: int | None, metrics: Mapping[str, float]) -> None:
@@ -106,6 +110,7 @@ class Mlflow:
     def start(self, run: Run, key: str | None) -> str:
         from mlflow import MlflowClient
         from mlflow.entities import Param
+        from mlflow.exceptions import MlflowException
 
         self._client = MlflowClient()
         if key is None:
@@ -113,7 +118,12 @@ class Mlflow:
             parent = {"mlflow.parentRunId": self._parent(experiment, run.group)} if run.group else {}
             key = str(self._client.create_run(experiment, tags=parent, run_name=run.name).info.run_id)
         else:
-            self._client.update_run(key, status="RUNNING")
+            try:
+                self._client.update_run(key, status="RUNNING")
+            except MlflowException as error:
+                if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                    raise UnknownRun from error
+                raise
         self._key = key
         # A value that is there already may be logged again as long as it is the same.
         self._client.log_batch(key, params=[Param(name, str(value)) for name, value in run.settings.items()])

@@ -1,5 +1,6 @@
 """Every mistake a user is likely to make, through the command: one clear line, exit code 2, nothing touched."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from command import sdft
+from tiny import make_tiny_model
 
 from sdft_ray.models.sizes import sizes_of
 from sdft_ray.spec.sources import LocalModel
@@ -27,6 +29,23 @@ def folder(tiny_model, tmp_path):
     }
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("architecture", "form", "line"),
+    [
+        ("gemma2", "q8_0", "is a gemma2 model, which is not written as GGUF here (known: granite, llama, mistral, "),
+        ("mixtral", "int8", ".w1.weight, and int8 is written of dense decoders alone. Leave int8 out of export."),
+        ("llama", "q4_k_m", "export.formats: q4_k_m needs libgguf, which is not installed. Do: pip install 'sdft-ray"),
+    ],
+)
+def test_check_of_an_export_that_cannot_be_written_is_one_line(architecture, form, line, folder):
+    if form == "q4_k_m" and importlib.util.find_spec("libgguf"):
+        pytest.skip("libgguf is installed")
+    model = make_tiny_model(folder / architecture, architecture)
+    done = sdft("check", "recipe.yaml", "--set", f"model.path={model}", "--set", f"export.formats=[{form}]", cwd=folder)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert line in done.stderr
 
 
 def test_check_of_a_good_recipe_touches_nothing(folder):
