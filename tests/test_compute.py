@@ -55,6 +55,7 @@ def test_stages_whose_workers_share_a_section_of_the_compute_file_need_what_it_s
     assert needs == {
         "score": "score",
         "loss": "score",
+        "finals": "score",
         "patch": "score",
         "targets": "score",
         "probes": "evaluate",
@@ -76,6 +77,7 @@ def test_stages_of_one_worker_need_one_bundle_whatever_their_section_says(load):
     assert needs == {
         "score": (2, 4, 0),
         "loss": (2, 4, 0),
+        "finals": (2, 4, 0),
         "patch": (1, 4, 0),
         "targets": (2, 4, 0),
         "probes": (1, 3, 0),
