@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "sdft_ray"
 # Each imports only what stands before it. A package stands for its modules, among which there is no circle.
 ORDER = (
     *("imports", "errors", "environment", "progress", "store", "spec", "core", "data", "models", "results", "cluster"),
-    *("endpoint", "engine", "generated", "text_pool", "trackers", "stages"),
+    *("endpoint", "engine", "generated", "text_pool", "trackers", "overlap", "stages"),
     *("preflight.precision", "preflight.teachers", "preflight.limits", "preflight.cuts", "preflight.checks"),
     *("training_data", "measures", "pipeline", "sweep"),
     *("preflight.memory", "preflight.costs", "preflight.savings", "preflight.doctor", "preflight.starter"),

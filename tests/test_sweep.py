@@ -9,6 +9,7 @@ import pytest
 import yaml
 from command import sdft
 
+from sdft_ray import overlap
 from sdft_ray.errors import UserError
 from sdft_ray.preflight import savings
 from sdft_ray.progress import Progress
@@ -363,9 +364,9 @@ def test_sweep_of_weights_shares_rows_and_evaluations_and_generates_into_one_led
 def test_what_cuts_and_generation_begin_from_is_built_before_both(mixture):
     """Of a mixture not only the rows of its sources, but what mixes them."""
     plan = load(mixture, {"prune.blocks": [1, 2]})
-    both = [stage for stage in plan.shared if stage.name in ("score", "loss", "cut", "distill")]
-    found = trials._ancestors(both)
-    assert {stage.name for stage in plan.shared if stage.id in found} == {"model", "rows", "mix"}
+    (generating,) = overlap.pairs(plan.shared)
+    assert {stage.name for stage in generating.beside} == {"score", "loss", "cut"}
+    assert {stage.name for stage in generating.first} == {"model", "rows", "mix"}
 
 
 def test_sweep_of_weights_with_0_is_refused_where_trials_would_not_compare(mixture):
