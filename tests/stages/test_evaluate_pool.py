@@ -130,6 +130,13 @@ def test_twenty_kills_cost_no_item_and_count_none_twice(ray_cluster, stages, alo
     assert asked.total() - len(asked) <= KILLS * 4 * 4, "a kill cost more than its shard of 4 items of 4 choices"
 
 
+def find(kind: str) -> list:
+    """Return the actors of a class that are alive."""
+    from ray.util.state import list_actors
+
+    return list_actors(filters=[("class_name", "=", kind), ("state", "=", "ALIVE")])
+
+
 def kept(root: Path) -> list[Path]:
     """Return the files of answered shards."""
     return list(root.glob("resumable/evaluate/*/*.json"))
@@ -139,13 +146,12 @@ def test_the_harness_itself_killed_goes_on_from_the_answers_that_are_kept(
     ray_cluster, stages, alone, tiny_model, tmp_path
 ):
     import ray
-    from ray.util.state import list_actors
 
     evaluator = start(Fake(tmp_path, pause=0.02), tiny_model, actors=2, items=4)
     tasks = ask(evaluator, stages, Storage(str(tmp_path)))
     while len(kept(tmp_path)) < 4:
         time.sleep(0.05)
-    (process,) = list_actors(filters=[("class_name", "=", "Evaluator"), ("state", "=", "ALIVE")])
+    (process,) = find("Evaluator")
     os.kill(process.pid, signal.SIGKILL)
     assert {task: outcome(ray.get(each)) for task, each in tasks.items()} == alone["made"]
     ray.kill(evaluator)
@@ -163,6 +169,8 @@ def test_answers_that_are_kept_are_not_asked_for_again(ray_cluster, stages, alon
     while len(kept(tmp_path)) < 6:
         time.sleep(0.05)
     ray.kill(evaluator)
+    while find("Answerer"):  # which still ask
+        time.sleep(0.1)
     answers = sum(len(json.loads(path.read_text())) for path in kept(tmp_path))
     before = len((tmp_path / "asked.txt").read_text().split())
     evaluator = start(Fake(tmp_path), tiny_model, actors=actors, items=16)
