@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from sdft_ray import environment
 from sdft_ray.errors import StageFailed, UserError, problem
-from sdft_ray.progress import log
+from sdft_ray.progress import Progress, log
 from sdft_ray.spec.compute import Compute, Needs, cores
 
 A = TypeVar("A")
@@ -49,7 +49,8 @@ def ray_cluster(compute: Compute) -> Iterator[None]:
     ray.data.DataContext.get_current().enable_progress_bars = False
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     on_end = signal.getsignal(signal.SIGTERM)
-    with _native_stderr_closed():
+    with Progress("ray") as progress, _native_stderr_closed():
+        progress.enter("connecting" if compute.ray.address != "local" else "starting")
         _connect(compute, quiet)
     signal.signal(signal.SIGTERM, on_end)  # Ray's prints a stack and aborts
     try:

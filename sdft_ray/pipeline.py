@@ -28,7 +28,8 @@ from concurrent.futures import as_completed
 from functools import cached_property
 from typing import Any
 
-from sdft_ray.cluster import below_ray, in_thread, last_line, ray_cluster, require_capacity
+from sdft_ray import overlap
+from sdft_ray.cluster import below_ray, in_thread, last_line, ray_cluster, require_capacity, resources_of_nodes
 from sdft_ray.cutting import Cutting, cutting
 from sdft_ray.engine import EngineFactory, start_engine
 from sdft_ray.errors import StageFailed, UserError, nearest, problem
@@ -298,26 +299,28 @@ def build(
     validated: Validated = None,
     engine: EngineFactory = start_engine,
     sweep: str | None = None,
+    at_once: int | None = None,
 ) -> Built:
-    """Build every stage that is not there yet, in their order, on one cluster.
+    """Build every stage that is not there yet, in their order, on one cluster; what needs nothing of each other at the
+    same time, where the nodes hold both.
 
     `validated` is called with the step and the loss of every validation of a training; `sweep` names the sweep that
-    trackers show the trainings in.
+    trackers show the trainings in; at_once: the most evaluations at a time, else as many as the cluster holds.
     """
     todo, done = survey(stages, storage)
-    maker = _Maker(storage, compute, validated, engine, sweep)
+    maker = _Maker(storage, compute, validated, engine, sweep, at_once or max(1, len(todo)))
     require_gates(done, storage)
     with contextlib.ExitStack() as stack:
-        connected = False
-        for group in _together(todo):
-            if needs := MODULES[group[0].name].NEEDS:
-                if not connected:  # as late as can be: mistakes in the rows show before a cluster starts
-                    with Progress("ray") as progress:
-                        progress.enter("connecting" if compute.ray.address != "local" else "starting")
-                        stack.enter_context(ray_cluster(compute))
-                    connected = True
-                require_capacity(compute, needs, group[0].name)
-            maker.make(group)
+        # As late as can be: mistakes in the rows show before a cluster starts.
+        connect = functools.cache(lambda: stack.enter_context(ray_cluster(compute)))
+        for pair in overlap.pairs(todo):
+            maker.make(pair.first, connect)
+            connect()
+            beside = overlap.limit(pair, compute, resources_of_nodes(), lambda name: MODULES[name].NEEDS)
+            if beside.stages:
+                with overlap.building(build, beside, storage, pair.here[0].name):
+                    maker.make(pair.here, connect)
+        maker.make(todo, connect)
     return Built(tuple(todo), tuple(done))
 
 
@@ -357,17 +360,26 @@ class _Maker:
     validated: Validated
     engine: EngineFactory
     sweep: str | None
+    at_once: int
 
-    def make(self, group: Sequence[Stage[Any]]) -> None:
+    def make(self, stages: Sequence[Stage[Any]], connect: Callable[[], None]) -> None:
+        """Build those of some stages that are not there yet, in their order."""
+        for group in _together(survey(stages, self.storage)[0]):
+            if needs := MODULES[group[0].name].NEEDS:
+                connect()
+                require_capacity(self.compute, needs, group[0].name)
+            self._make(group)
+
+    def _make(self, group: Sequence[Stage[Any]]) -> None:
         """Build one stage, or several at once."""
         if len(group) == 1:
             with Progress(group[0].name, MODULES[group[0].name].UNIT) as progress:
-                self._build(group[0], progress, threading.Event())
+                self._build(group[0], progress, threading.Event(), threading.Semaphore())
             return
         with Progress(group[0].name, "tasks") as progress:
             progress.begin(len(group))
-            stopped = threading.Event()
-            waiting = [in_thread(self._build, stage, Progress(stage.name, "parts"), stopped) for stage in group]
+            stopped, place = threading.Event(), threading.Semaphore(self.at_once)
+            waiting = [in_thread(self._build, stage, Progress(stage.name, "parts"), stopped, place) for stage in group]
             try:
                 for done, future in enumerate(as_completed(waiting), 1):
                     future.result()
@@ -375,9 +387,11 @@ class _Maker:
             finally:  # at the first failure the others end: else they would go on beside the next trial
                 stopped.set()
 
-    def _build(self, stage: Stage[Any], progress: Progress, stopped: threading.Event) -> None:
-        """Build one stage under its lock, and log its time and directory."""
-        with self.storage.lock(f"{stage.name}-{stage.id}"):
+    def _build(
+        self, stage: Stage[Any], progress: Progress, stopped: threading.Event, place: threading.Semaphore
+    ) -> None:
+        """Build one stage under its lock, once there is a place for it, and log its time and directory."""
+        with place, self.storage.lock(f"{stage.name}-{stage.id}"):
             if self.storage.status(stage) == "done":  # built by another command while this one waited
                 require_gates([stage], self.storage)
                 return
@@ -408,7 +422,4 @@ class _Maker:
 def describe(stages: Sequence[Stage[Any]], storage: Storage) -> list[Mapping[str, Any]]:
     """Return the status and the directory of each stage, for `sdft check`."""
     with storage.survey():
-        return [
-            {"stage": stage.name, "status": storage.status(stage), "directory": storage.where(stage)}
-            for stage in stages
-        ]
+        return [{"stage": s.name, "status": storage.status(s), "directory": storage.where(s)} for s in stages]

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from command import sdft
 
+from sdft_ray import overlap
 from sdft_ray.core import searching
 from sdft_ray.core.recovery import Estimate
 from sdft_ray.errors import UserError
@@ -19,7 +20,6 @@ from sdft_ray.spec.sweep import Goal
 from sdft_ray.stages import Work, distill
 from sdft_ray.stages.distill.draws import instruction_templates
 from sdft_ray.stages.evaluate.presets import OPENLLM_V1
-from sdft_ray.store.identity import ancestors
 from sdft_ray.store.storage import Storage
 from sdft_ray.sweep import goal, planning, trials
 
@@ -378,9 +378,9 @@ def test_sweep_of_weights_shares_rows_and_evaluations_and_generates_into_one_led
 def test_what_cuts_and_generation_begin_from_is_built_before_both(mixture):
     """Of a mixture not only the rows of its sources, but what mixes them."""
     plan = load(mixture, {"prune.blocks": [1, 2]})
-    both = [stage for stage in plan.shared if stage.name in ("score", "loss", "cut", "distill")]
-    found = {stage.id for stage in ancestors(both)} - {stage.id for stage in both}
-    assert {stage.name for stage in plan.shared if stage.id in found} == {"model", "rows", "mix"}
+    (generating,) = overlap.pairs(plan.shared)
+    assert {stage.name for stage in generating.beside} == {"score", "loss", "cut"}
+    assert {stage.name for stage in generating.first} == {"model", "rows", "mix"}
 
 
 def test_sweep_of_weights_with_0_is_refused_where_trials_would_not_compare(mixture):

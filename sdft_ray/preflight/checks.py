@@ -22,7 +22,7 @@ from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.sources import GymRows, HubModel, LocalModel, RowSource, ServedModel
 from sdft_ray.spec.sources import in_use as sources_in_use
 from sdft_ray.stages import merge, train
-from sdft_ray.stages.evaluate.presets import require_known
+from sdft_ray.stages.evaluate.presets import require_usable
 from sdft_ray.trackers import libraries
 
 # vLLM's code of these also holds that of their eyes; PyPI's torchvision does not work beside a CPU's torch.
@@ -70,8 +70,7 @@ def check(recipe: Recipe, compute: Compute, read: limits.FileReader = limits.rea
         if context is not None:
             limits.require_lengths(recipe, compute, in_use, splits, context, count)
     limits.require_texts(recipe, count, read)
-    if recipe.evaluate.preset == "harness":
-        require_known(recipe.evaluate.tasks)
+    require_usable(recipe.evaluate.preset, recipe.evaluate.tasks)
     if recipe.prune.finalists:
         train.require_fitting(recipe.train, compute.train)
     for arm in recipe.arms.names:

@@ -275,8 +275,8 @@ def _evaluate(recipe: Recipe, compute: Compute, shape: memory.Shape | None, mode
         bytes_each = memory.holding_memory(shape, number, section.batch_size * 256)
     if settings.engine == "vllm":  # on a CPU beside the model in transformers
         both = None if shape is None or bytes_each is None else bytes_each + number * shape.parameters
-        return _engine("evaluate", work, _at_once(compute, models), both, compute, section)
-    at_once = _at_once(compute, models * len(settings.tasks))
+        return _engine("evaluate", work, _at_once(compute, models * section.actors), both, compute, section)
+    at_once = _at_once(compute, models * (section.actors if section.actors > 1 else len(settings.tasks)))
     return _cost("evaluate", work, at_once, bytes_each, "", compute, section.gpus)
 
 

@@ -146,8 +146,8 @@ class Distill(Section):
     pipeline_parallel_size: int = Field(1, gt=0)
     """Groups of GPUs that the blocks of the model are spread over. An actor needs gpus for both sizes multiplied."""
     batch_rows: int = Field(2048, gt=0)
-    """Rows handed to an actor at once, fewer where there are too few for all actors. Its engine schedules them itself
-    and runs empty only at their end."""
+    """Rows handed to an actor at once, at most; fewer towards the end, so that all actors end together. Its engine
+    schedules them itself and runs empty only at their end."""
     piece_rows: int = Field(16, gt=0)
     """Finished rows that are made durable together: the most that a kill can cost one actor. Where they take less than
     piece_seconds, it is what that time brings."""
@@ -222,8 +222,12 @@ class Train(Section):
 
 
 class Evaluate(Section):
-    """Ray tasks that each evaluate one model on one task; with `evaluate.engine: vllm` actors, each for one model."""
+    """Ray tasks that each evaluate one model on one task; with `evaluate.engine: vllm`, or several actors, actors that
+    share the items of all tasks of one model."""
 
+    actors: Count = 1
+    """The most actors of one model. It begins with the first that the cluster holds, and more follow as there is room;
+    with 1 transformers has none, but a Ray task for each (model, task)."""
     cpus: Count | Auto = 1
     """CPUs of one (model, task) or actor; several run at once where the cluster holds them."""
     gpus: float = Field(0, ge=0)
@@ -231,8 +235,11 @@ class Evaluate(Section):
     their number must divide the attention heads."""
     batch_size: int = Field(16, gt=0)
     """Sequences of one forward pass of transformers."""
+    shard_items: Count = 512
+    """Items handed to an actor at once, at most, and fewer towards the end of a task: what a kill can cost it. The
+    engine batches them itself and runs empty only at their end."""
     engine: Engine = Engine()
-    """Of an actor."""
+    """Of an actor with vLLM."""
 
     def engine_options(self) -> dict[str, Any]:
         """Return the options of an actor's engine, by vLLM's names except for `kv_cache_gib`."""

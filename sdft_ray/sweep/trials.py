@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdft_ray import environment, pipeline
-from sdft_ray.cluster import count_places, fit_together, on_this_node, ray_cluster, require_capacity, resources_of_nodes
+from sdft_ray.cluster import count_places, ray_cluster, require_capacity, resources_of_nodes
 from sdft_ray.engine import EngineFactory, start_engine
 from sdft_ray.errors import StageFailed, UserError
 from sdft_ray.preflight import precision, teachers
@@ -22,8 +22,8 @@ from sdft_ray.progress import Progress, duration, log
 from sdft_ray.results import HISTORY, read_history, validations
 from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.sweep import Asha
-from sdft_ray.stages import distill, draft, evaluate, score, train
-from sdft_ray.store.identity import Stage, ancestors
+from sdft_ray.stages import draft, evaluate, train
+from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 from sdft_ray.sweep import notes
 from sdft_ray.sweep.planning import Plan, Trial, check, describe_stopped, is_done, name_draft, stages_of
@@ -51,7 +51,7 @@ def run(plan: Plan, compute: Compute, storage: Storage, engine: EngineFactory = 
             with ray_cluster(compute):
                 if drafts:
                     require_capacity(compute, draft.NEEDS, "draft")
-                _build_shared(plan, compute, storage, engine)
+                pipeline.build(plan.shared, compute, storage, engine=engine)
                 _run_trials(_with_rivals(trials, plan, storage) if plan.asha else trials, plan, compute, storage)
                 _try_drafts([stage for stage in drafts if stage in todo], plan, compute, storage)
     failed = open_trials(plan, storage)
@@ -74,40 +74,6 @@ def open_trials(plan: Plan, storage: Storage) -> list[Trial]:
 def is_open(trial: Trial, plan: Plan, storage: Storage) -> bool:
     """Return whether a trial is neither finished nor stopped by the sweep."""
     return not is_done(trial, storage) and notes.read_stopped(storage, plan.name, trial.train) is None
-
-
-def _build_shared(plan: Plan, compute: Compute, storage: Storage, engine: EngineFactory) -> None:
-    """Build what trials share; cuts and generation at once where the nodes hold scoring beside engines."""
-    import ray
-
-    todo, _ = pipeline.survey(plan.shared, storage)
-    cuts = [stage for stage in todo if stage.name in ("score", "loss", "cut")]
-    generated = [stage for stage in todo if isinstance(stage.settings, distill.Settings)]
-    is_trained = any(stage.name == "finals" for stage in todo)  # a cut that waits for trainings is no small thing
-    if cuts and generated and not is_trained and _is_room_for_both(compute):
-        before = {stage.id for stage in ancestors([*cuts, *generated])} - {stage.id for stage in (*cuts, *generated)}
-        pipeline.build([stage for stage in todo if stage.id in before], compute, storage)
-        # In a process of its own: two runs of Ray Data in one get in each other's way (docs/footguns.md). On this node,
-        # where the recipe's files are.
-        beside = ray.remote(num_cpus=0, max_calls=1, max_retries=0, scheduling_strategy=on_this_node())(pipeline.build)
-        cutting = beside.remote(cuts, compute, storage)
-        pipeline.build(generated, compute, storage, engine=engine)
-        try:
-            ray.get(cutting)
-        except ray.exceptions.RayError as error:
-            if isinstance(cause := pipeline.below_ray(error), (UserError, StageFailed)):
-                raise cause from error
-        else:
-            for stage in cuts:
-                seconds = storage.manifest(stage).provenance.wall_seconds
-                log(f"{stage.name}: {duration(seconds)}, {storage.where(stage)}")
-    pipeline.build(plan.shared, compute, storage, engine=engine)
-
-
-def _is_room_for_both(compute: Compute) -> bool:
-    """Return whether the nodes that are there hold scoring beside generation. A pool that grows takes what there is."""
-    pool, needs = compute.distill.actors, [compute.bundles(stage.NEEDS) for stage in (score, distill)]
-    return pool.min == pool.max and fit_together(resources_of_nodes(), *needs)
 
 
 def _with_rivals(trials: Sequence[Trial], plan: Plan, storage: Storage) -> list[Trial]:

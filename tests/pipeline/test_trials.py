@@ -103,10 +103,13 @@ def test_sweep_with_a_goal_trains_until_it_is_decided_and_shares_artifacts_with_
     assert len([*folder.glob("artifacts/train/*")]) == 2
 
 
-def test_sweep_scores_while_it_generates_and_ends_at_once_when_interrupted(ray_cluster, tiny_model, tmp_path):
+@pytest.mark.parametrize("command", ["sweep", "run"])
+def test_command_scores_while_it_generates_and_ends_at_once_when_interrupted(
+    ray_cluster, tiny_model, tmp_path, command
+):
     folder = make_folder(tmp_path, tiny_model, ray_cluster, {"prune.blocks": [1, 2]}, seconds_a_row=1.0)
     artifacts = folder / "artifacts"
-    process = start(folder)
+    process = faked.start(folder, command, {"sweep": "sweep.yaml", "run": "recipe.yaml"}[command])
     wait_for(process, lambda: list(artifacts.glob("score/*")) and list(artifacts.glob("ledger/*/part-*")))
     assert not list(artifacts.glob("distill/*")), "32 seconds are not over"
     started = psutil.Process(process.pid).children(recursive=True)
@@ -117,6 +120,22 @@ def test_sweep_scores_while_it_generates_and_ends_at_once_when_interrupted(ray_c
     ), errors  # fmt: skip
     assert "Traceback" not in errors
     assert not [child for child in started if child.is_running()]
+
+
+def test_run_evaluates_what_is_there_while_it_trains(ray_cluster, tiny_model, tmp_path):
+    folder = make_folder(tmp_path, tiny_model, ray_cluster, {"prune.blocks": [2]}, arms={"distilled": {}})
+    errors = finish(faked.start(folder, "run", "recipe.yaml"))
+    times = {}
+    for path in folder.glob("artifacts/*/*/manifest.json"):
+        seconds = read_manifest(path.parent).provenance.wall_seconds
+        times[path.parent.name.rpartition("-")[0]] = (path.stat().st_mtime - seconds, path.stat().st_mtime)
+    (trained,) = [times[path.name.rpartition("-")[0]] for path in folder.glob("artifacts/train/*")]
+    for model in ("base", "pruned"):
+        begun, ended = times[f"arc-easy-{model}"]
+        assert trained[0] < ended and begun < trained[1], f"{model} was not evaluated beside the training"
+    assert times["arc-easy-distilled"][0] > trained[1]
+    lines = [line for line in errors.splitlines() if "beside" in line]
+    assert lines == ["score, cut: beside distill", "evaluate: beside train"]
 
 
 def test_evaluations_end_with_the_one_beside_them_that_fails(ray_cluster, tiny_model, tmp_path):

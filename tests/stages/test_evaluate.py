@@ -1,6 +1,8 @@
 """Evaluations: the harness is asked for what the recipe says, and our scores are its scores."""
 
+import functools
 import math
+import sys
 import types
 
 import pytest
@@ -25,6 +27,9 @@ HUB = {
     "mmlu": "cais/mmlu",
     "winogrande": "allenai/winogrande",
     "gsm8k": "openai/gsm8k",
+    "gsm8k_cot": "openai/gsm8k",
+    "ifeval": "google/IFEval",
+    "mmlu_pro": "TIGER-Lab/MMLU-Pro",
 }
 
 
@@ -33,14 +38,20 @@ class Asked(Exception):
 
 
 @pytest.mark.parametrize("task", HUB)
-def test_leaderboard_task_asks_the_hub_for_the_pinned_commit(task, tmp_path, monkeypatch):
+def test_task_of_a_hub_is_asked_for_at_the_pinned_commit(task, tmp_path, monkeypatch):
     import datasets
+    import nltk
+
+    # What ifeval's task imports, and would download, is needed to grade answers alone.
+    monkeypatch.setattr(nltk.data, "find", lambda name: name)
+    monkeypatch.setitem(sys.modules, "langdetect", types.ModuleType("langdetect"))
+    monkeypatch.setitem(sys.modules, "immutabledict", types.SimpleNamespace(immutabledict=dict))
 
     def load_dataset(**asked):
         raise Asked(asked["path"], asked.get("revision"))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    manager, way = presets.task_manager(presets.FOLDERS[task]), presets.OPENLLM_V1[task]
+    manager, way = presets.task_manager(presets.FOLDERS[task]), (presets.OPENLLM_V1 | presets.GENERATIVE)[task]
     assert len(way.revision) == 40
     path = harness.write_task(manager, task, {"dataset_kwargs": {"revision": way.revision}}, tmp_path)
     with pytest.raises(Asked) as asked:
@@ -52,6 +63,13 @@ def test_leaderboard_has_the_published_shots():
     assert {task: way.shots for task, way in presets.OPENLLM_V1.items()} == {
         "arc_challenge": 25, "hellaswag": 10, "truthfulqa_mc2": 0, "mmlu": 5, "winogrande": 5, "gsm8k": 5
     }  # fmt: skip
+
+
+def test_ifeval_without_its_packages_is_one_clear_line(monkeypatch):
+    monkeypatch.setattr(presets.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"^evaluate\.tasks: ifeval needs immutabledict and langdetect, .*lm_eval\[ife"):
+        presets.require_usable("generative", ["gsm8k_cot", "ifeval"])
+    presets.require_usable("generative", ["gsm8k_cot", "mmlu_pro", "held_out"])
 
 
 def test_a_harness_task_is_scored_by_what_is_higher_for_a_better_model():
@@ -75,7 +93,8 @@ def test_examine_in_float32_scores_exactly_what_plain_lm_eval_does(task, metric,
     settings = evaluate.TaskSettings(
         task=task, dtype="float32", metric=metric, shots=0, limit=12, chat_template=False, file=str(file)
     )
-    ours, items = evaluate.evaluate(lambda: tiny_model, "float32", 8, "cpu", settings, [])
+    load = functools.partial(harness.load_model, str(tiny_model), "float32", 8, "cpu")
+    ours, items = evaluate.evaluate(load, settings, [])
     manager = presets.task_manager()
     (tmp_path / "plain.yaml").write_text(
         f"include: {manager.task_index[task].yaml_path}\ndataset_path: arrow\ndataset_name: null\n"

@@ -172,7 +172,7 @@ def test_what_the_engine_cannot_do_is_one_clear_line(found):
 
 
 @pytest.mark.full
-def test_an_engine_serves_all_tasks_of_a_model_and_its_death_costs_the_task_at_work(ray_cluster, tiny_model, tmp_path):
+def test_an_engine_serves_all_tasks_of_a_model_and_its_death_costs_what_it_was_at(ray_cluster, tiny_model, tmp_path):
     from ray.util.state import list_actors
 
     storage, base = Storage(str(tmp_path / "root")), Stage("model", "tiny", 1, {"name": "tiny"}, location=tiny_model)
@@ -185,10 +185,13 @@ def test_an_engine_serves_all_tasks_of_a_model_and_its_death_costs_the_task_at_w
     def count_done() -> int:
         return sum(storage.status(stage) == "done" for stage in stages("vllm"))
 
+    def alive(kind: str) -> list:
+        return list_actors(filters=[("class_name", "=", kind), ("state", "=", "ALIVE")])
+
     at_work = in_thread(pipeline.build, stages("vllm"), compute, storage)
     while not count_done() and not at_work.done():
         time.sleep(0.1)
-    (actor,) = list_actors(filters=[("class_name", "=", "Evaluator"), ("state", "=", "ALIVE")])
+    (actor,) = alive("Answerer")
     os.kill(actor.pid, signal.SIGKILL)
     assert count_done() == 1
     at_work.result()
@@ -197,5 +200,7 @@ def test_an_engine_serves_all_tasks_of_a_model_and_its_death_costs_the_task_at_w
         assert ours.id != theirs.id
         found, expected = (read_items(storage.files(stage, ITEMS), Item) for stage in (ours, theirs))
         assert found == expected and len(found) == TASKS[ours.settings.task]
-    evaluators = list_actors(filters=[("class_name", "=", "Evaluator")])
-    assert [(each.actor_id, each.state) for each in evaluators] == [(actor.actor_id, "DEAD")]
+    (evaluator,) = list_actors(filters=[("class_name", "=", "Evaluator")])
+    assert evaluator.state == "DEAD"
+    while alive("Answerer"):  # they end with it
+        time.sleep(0.1)

@@ -26,6 +26,7 @@ from typing import Any
 from sdft_ray import stages
 from sdft_ray.core.prompts import RENDERING_VERSION
 from sdft_ray.core.selection import REASONS
+from sdft_ray.core.shares import shares
 from sdft_ray.errors import StageFailed, problem
 from sdft_ray.results import count_training_rows, training_batches
 from sdft_ray.spec.compute import Needs
@@ -273,13 +274,11 @@ def _generate(work: Work[Settings], requests: Requests, ledger: Path) -> None:
     plan, pool = work.compute.distill, work.compute.distill.actors
     served = isinstance(work.settings.teacher, ServedModel)
     assert plan.cpus != "auto", "load_compute settles auto"
-    missing = requests.missing
-    size = min(plan.batch_rows, -(-missing // pool.max))
-    batches = [(start, min(start + size, missing)) for start in range(0, missing, size)]
+    batches = [*shares(requests.missing, pool.max, plan.batch_rows, plan.piece_rows)]
     # The number of restarts has no parameter of its own yet (docs/footguns.md).
     warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", RayDeprecationWarning)
     dataset = ray.data.from_items(
-        [{"start": start, "stop": stop} for start, stop in batches], override_num_blocks=len(batches)
+        [{"start": some.start, "stop": some.stop} for some in batches], override_num_blocks=len(batches)
     ).map_batches(
         Rewriter,
         fn_constructor_kwargs={
@@ -294,7 +293,12 @@ def _generate(work: Work[Settings], requests: Requests, ledger: Path) -> None:
             "piece": (plan.piece_rows, plan.piece_seconds),
         },
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(min_size=pool.min, max_size=pool.max, max_tasks_in_flight_per_actor=2),
+        compute=ray.data.ActorPoolStrategy(
+            min_size=pool.min,
+            max_size=pool.max,
+            # A second batch would wait for its actor while others are idle. But a pool grows only where one waits.
+            max_tasks_in_flight_per_actor=1 if pool.min == pool.max else 2,
+        ),
         num_cpus=plan.cpus,
         num_gpus=None if served else plan.gpus or None,
         # Ray Data's own default is to try for ever.

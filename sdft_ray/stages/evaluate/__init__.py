@@ -3,8 +3,8 @@
 In: a model directory, and a benchmark task of lm-eval or the recipe's held-out rows. Out: score.json and one line an
 item in items.jsonl, for paired comparisons. The same stage serves base, pruned and tuned models; one artifact per
 (model, task), so one more task costs only itself. Each runs in a Ray task of its own: lm-eval cannot disturb the
-driver, and a cluster works on many at once. vLLM takes long to start, so an actor with it serves all open tasks of a
-model, one after another; each artifact is there when its task is done, and a dead actor costs the task it was at.
+driver, and a cluster works on many at once. vLLM takes long to start, so a pool of actors with it serves all open tasks
+of a model, whose items they share (sharded.py, pool.py); each artifact is there when its task is done.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from sdft_ray import environment, stages
-from sdft_ray.cluster import use_assigned_cores
+from sdft_ray.cluster import on_this_node, use_assigned_cores
 from sdft_ray.core.rows import Row
 from sdft_ray.data.benchmarks import offline_task_file
 from sdft_ray.results import HELD_OUT, ITEMS, SCORE, Item, Score, read_held_out
@@ -29,13 +29,14 @@ from sdft_ray.spec.sources import RowSource
 from sdft_ray.stages import Work
 from sdft_ray.stages.evaluate.harness import Loaded, load_model, run_task
 from sdft_ray.stages.evaluate.held_out import evaluate_held_out
+from sdft_ray.stages.evaluate.pool import DEATHS
 from sdft_ray.stages.evaluate.presets import way_of
 from sdft_ray.stages.evaluate.settings import HeldOutSettings, Settings, Source, TaskSettings
+from sdft_ray.stages.evaluate.sharded import TASKS_AT_ONCE, Evaluator, Sizes
 from sdft_ray.store.files import hash_source, write_atomically
 from sdft_ray.store.identity import Stage, numbered, slugify
 
 VERSION, NEEDS, UNIT = 2, Needs("evaluate"), "parts"
-_DEATHS = 3  # of an actor's process, after which its tasks fail; as Ray has it for tasks
 
 
 class Summary(Score, stages.Timed):
@@ -83,27 +84,36 @@ def build(work: Work[Settings]) -> Summary:
     """Write score.json and items.jsonl."""
     import ray
 
-    plan = work.compute.evaluate
-    held_out = read_held_out(work.inputs("rows")) if work.settings.task == HELD_OUT else []
+    plan, settings, model = work.compute.evaluate, work.settings, work.stage.inputs["model"]
+    held_out = read_held_out(work.inputs("rows")) if settings.task == HELD_OUT else []
     device = "cuda" if plan.gpus else "cpu"
     # Of a sweep, too: else the trial's own place, which has no CPU.
     takes: dict[str, Any] = {"num_cpus": plan.cpus, "num_gpus": plan.gpus, "scheduling_strategy": "DEFAULT"}
-    asked = (work.settings, held_out)
-    loads = (work.handle("model"), work.settings.dtype, plan.batch_size, device)
-    if work.settings.engine == "vllm":
-        start = functools.partial(
-            ray.remote(Evaluator).options(max_restarts=_DEATHS, max_task_retries=_DEATHS, **takes).remote,
-            *loads,
-            plan.engine_options(),
-        )
-        with _shared((work.storage.uri, work.stage.inputs["model"].id, work.settings.dtype), start) as evaluator:
-            summary, items = work.result(evaluator.evaluate.remote(*asked), of_actor=True)
+    options = plan.engine_options() if settings.engine == "vllm" else None
+    load = functools.partial(_load, work.handle("model"), settings.dtype, plan.batch_size, device, options)
+    if options or plan.actors > 1:
+        outline = functools.partial(stages.bring_tokenizer, work.storage, model)
+        start = functools.partial(start_evaluator, outline, load, takes, Sizes(plan.actors, plan.shard_items))
+        with _shared((work.storage.uri, model.id, settings.dtype, settings.engine), start) as evaluator:
+            asked = evaluator.evaluate.remote(evaluate, work.stage, work.storage, held_out)
+            summary, items = work.result(asked, of_actor=True)
     else:
-        task = ray.remote(evaluate).options(name=f"evaluate {work.settings.task}", **takes)
-        summary, items = work.result(task.remote(*loads, *asked))
+        task = ray.remote(evaluate).options(name=f"evaluate {settings.task}", **takes)
+        summary, items = work.result(task.remote(load, settings, held_out))
     write_atomically(work.directory / ITEMS, "".join(json.dumps(item.plain()) + "\n" for item in items))
     write_atomically(work.directory / SCORE, json.dumps(summary.plain(), indent=1) + "\n")
     return cast(Summary, summary)
+
+
+def start_evaluator(
+    outline: Callable[[], Path], load: Callable[[], Loaded], takes: dict[str, Any], sizes: Sizes
+) -> Any:
+    """Start what takes a model through tasks, on this node: there it ends with this process."""
+    import ray
+
+    options = {"num_cpus": 0, "max_restarts": DEATHS, "max_task_retries": DEATHS, "max_concurrency": TASKS_AT_ONCE}
+    actor = ray.remote(Evaluator).options(**options, scheduling_strategy=on_this_node())
+    return actor.remote(outline, load, takes, sizes)
 
 
 _ACTORS: dict[tuple[str, ...], tuple[Any, int]] = {}
@@ -130,40 +140,26 @@ def _shared(key: tuple[str, ...], start: Callable[[], Any]) -> Iterator[Any]:
                 ray.kill(actor)
 
 
-class Evaluator:
-    """An actor with one model in vLLM; what reads it starts with the first task that needs it."""
-
-    def __init__(
-        self, model: Callable[[], Path], dtype: str, batch_size: int, device: str, options: Mapping[str, Any]
-    ) -> None:
-        self._where, self._how = model, (dtype, batch_size, device, options)
-
-    @functools.cached_property
-    def _loaded(self) -> Loaded:
-        from sdft_ray.stages.evaluate.by_engine import load_engine
-
-        return load_engine(str(self._where()), *self._how)
-
-    def evaluate(self, settings: Settings, held_out: list[Row]) -> tuple[Summary, Sequence[Item]]:
-        """Return the score, with the seconds that it took, and the items of one task."""
-        return _evaluate(lambda: self._loaded, settings, held_out)
-
-
-def evaluate(
-    model: Callable[[], Path], dtype: str, batch_size: int, device: str, settings: Settings, held_out: list[Row]
-) -> tuple[Summary, Sequence[Item]]:
-    """Return the same by transformers; runs in a Ray worker."""
-    return _evaluate(lambda: load_model(str(model()), dtype, batch_size, device), settings, held_out)
-
-
-def _evaluate(load: Callable[[], Loaded], settings: Settings, held_out: list[Row]) -> tuple[Summary, Sequence[Item]]:
-    begun = time.monotonic()
-    if settings.offline:
-        environment.go_offline()
+def _load(
+    model: Callable[[], Path], dtype: str, batch_size: int, device: str, options: Mapping[str, Any] | None
+) -> Loaded:
+    """Return the model in a directory, in vLLM with these options or without any in transformers; runs in a worker."""
     from sdft_ray.progress import quiet_transformers
 
     quiet_transformers()
     use_assigned_cores()
+    if options is None:
+        return load_model(str(model()), dtype, batch_size, device)
+    from sdft_ray.stages.evaluate.by_engine import load_engine
+
+    return load_engine(str(model()), dtype, batch_size, device, options)
+
+
+def evaluate(load: Callable[[], Loaded], settings: Settings, held_out: list[Row]) -> tuple[Summary, Sequence[Item]]:
+    """Return the score, with the seconds that it took, and the items of one task; runs in a Ray worker."""
+    begun = time.monotonic()
+    if settings.offline:
+        environment.go_offline()
     model = load()
     score: Score
     items: Sequence[Item]

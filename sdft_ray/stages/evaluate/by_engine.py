@@ -10,6 +10,8 @@ The module imports torch and lm-eval, so it is imported by workers alone.
 from __future__ import annotations
 
 import functools
+import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,16 +41,24 @@ def load_engine(model: str, dtype: str, batch_size: int, device: str, options: M
     return Loaded(lm, lm.tokenizer, lm.answer, lm.score)
 
 
-class EngineLM(HFLM):
-    """The harness's model over vLLM."""
+class OutlineLM(HFLM):
+    """The harness's model without weights: what computes is elsewhere."""
 
-    def __init__(self, model: str, dtype: str, batch_size: int, device: str, options: Mapping[str, Any]) -> None:
+    def __init__(self, model: str) -> None:
         outline = SimpleNamespace(config=AutoConfig.from_pretrained(model), device=torch.device("cpu"))
         tokenizer = AutoTokenizer.from_pretrained(model)
         super().__init__(pretrained=outline, tokenizer=tokenizer, backend="causal", batch_size=_ALL_AT_ONCE)
-        self.pretrained, self.dtype, self.options = model, dtype, options
+        self.pretrained = model
+
+
+class EngineLM(OutlineLM):
+    """The harness's model over vLLM."""
+
+    def __init__(self, model: str, dtype: str, batch_size: int, device: str, options: Mapping[str, Any]) -> None:
+        super().__init__(model)
+        self.dtype, self.options = dtype, options
         self.rows_at_once, self.in_engine = batch_size, device != "cpu"
-        self.ends = response_ends(tokenizer, outline.config.eos_token_id)
+        self.ends = response_ends(self.tokenizer, self.config.eos_token_id)
         self._max_length = self.max_length - 1  # vLLM always makes a token behind what it reads
 
     @functools.cached_property
@@ -109,7 +119,7 @@ class EngineLM(HFLM):
             **asked,
         }
         prompts = [ids[seen.bool()].tolist() for ids, seen in zip(context, attention_mask, strict=True)]
-        seeds = [i if sampled else None for i in range(len(prompts))]
+        seeds = _seeds(prompts) if sampled else [None] * len(prompts)
         made = self._complete(prompts, [SamplingParams(**common, seed=seed) for seed in seeds])
         behind = [torch.tensor(each.outputs[0].token_ids, dtype=context.dtype) for each in made]
         pad = self.tokenizer.pad_token_id
@@ -188,6 +198,16 @@ class _Asked(NamedTuple):
     """Of so many of its last tokens."""
     lasts: list[int]
     """And of these tokens behind it."""
+
+
+def _seeds(prompts: Sequence[list[int]]) -> list[int]:
+    """Return a seed for each prompt, which no other prompt moves; one that is repeated gets further ones."""
+    times: Counter[tuple[int, ...]] = Counter()
+    seeds = []
+    for ids in map(tuple, prompts):
+        seeds.append(zlib.crc32(repr((ids, times[ids])).encode()))
+        times[ids] += 1
+    return seeds
 
 
 def _pieces(items: list[int], most: int) -> Iterator[list[int]]:

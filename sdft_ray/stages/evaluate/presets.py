@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,14 @@ OPENLLM_V1 = {
 }
 
 
+# Answers that are written: these break first after pruning. Shots and metrics are those that the tasks' makers report.
+GENERATIVE = {
+    "gsm8k_cot": Way("exact_match,flexible-extract", 8, OPENLLM_V1["gsm8k"].revision),
+    "ifeval": Way("prompt_level_strict_acc,none", 0, "966cd89545d6b6acfd7638bc708b98261ca58e84"),
+    "mmlu_pro": Way("exact_match,custom-extract", 5, "b189ec765aa7ed75c8acfea42df31fdae71f97be"),
+}
+
+
 # Zero-shot, because the embedded files have no training split to take examples from; the task gsm8k_cot has its own.
 OFFLINE = {
     "arc_easy": Way("acc,none"),
@@ -47,15 +56,18 @@ OFFLINE = {
 
 # Where the harness keeps these tasks. Its whole index costs 12 seconds of CPU in every worker, one folder nothing.
 FOLDERS = {
-    **{task: task for task in ("gsm8k", "hellaswag", "piqa", "sciq", "winogrande")},
+    **{task: task for task in ("gsm8k", "hellaswag", "ifeval", "mmlu_pro", "piqa", "sciq", "winogrande")},
     **{"arc_challenge": "arc", "arc_easy": "arc", "gsm8k_cot": "gsm8k"},
     **{"mmlu": "mmlu/default", "truthfulqa_mc2": "truthfulqa"},
 }
 
 
+_IFEVAL = ("immutabledict", "langdetect")  # that it imports
+
+
 def way_of(preset: str, task: str) -> Way:
     """Return how a task is taken under a preset; raises UserError for a task that the preset does not have."""
-    known = {"offline": OFFLINE, "openllm_v1": OPENLLM_V1}.get(preset)
+    known = {"offline": OFFLINE, "openllm_v1": OPENLLM_V1, "generative": GENERATIVE}.get(preset)
     if known is None:
         return Way(None)  # any task of the harness
     if task not in known:
@@ -64,8 +76,18 @@ def way_of(preset: str, task: str) -> Way:
     return known[task]
 
 
-def require_known(tasks: Iterable[str]) -> None:
-    """Raise UserError for a task that the harness does not have; reads its index of tasks."""
+def require_usable(preset: str, tasks: Iterable[str]) -> None:
+    """Raise UserError for a task that the harness does not have, or not without packages that are not here."""
+    missing = [name for name in _IFEVAL if importlib.util.find_spec(name) is None]
+    if missing and "ifeval" in tasks:
+        what = f"ifeval needs {' and '.join(missing)}, here and on every node"
+        raise UserError(problem("evaluate.tasks", what, "Do: pip install 'lm_eval[ifeval]'"))
+    if preset == "harness":
+        _require_known(tasks)
+
+
+def _require_known(tasks: Iterable[str]) -> None:
+    """Raise UserError for a task that is not in the harness's index, which takes seconds to read."""
     names = task_manager().all_tasks
     unknown = [task for task in tasks if task != HELD_OUT and task not in names]
     if unknown:
