@@ -38,8 +38,7 @@ from sdft_ray.preflight import precision, teachers
 from sdft_ray.preflight.checks import check
 from sdft_ray.progress import Progress, duration, log
 from sdft_ray.spec.compute import Compute
-from sdft_ray.spec.recipe import Merge, Recipe
-from sdft_ray.spec.sources import LocalModel
+from sdft_ray.spec.recipe import Recipe
 from sdft_ray.stages import (
     StageModule,
     Timed,
@@ -68,6 +67,7 @@ from sdft_ray.stages import (
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 from sdft_ray.training_data import Data, MixedStage, read_sources, training_data
+from sdft_ray.tuning import tuned_models, whole_models
 
 MODULES: dict[str, StageModule] = {
     "model": model,
@@ -197,11 +197,7 @@ def chain(recipe: Recipe) -> Chain:
     start: Stage[Any] = made.pruned
     if made.patched:
         models["patched"] = start = made.patched
-    train_in = functools.partial(_train, recipe, base, start)
-    for arm in recipe.arms.names:
-        models[arm] = train_in(arm, [data[""].inputs])
-    if recipe.merge:
-        models |= _merge_stages(recipe.merge, start, models[recipe.merge.arm], data, train_in)
+    models |= tuned_models(recipe, base, start, data)
     drafts = draft_stages(recipe, models, own)  # of no exported ones
     models |= export_stages(recipe, models)
     return Chain(
@@ -210,50 +206,13 @@ def chain(recipe: Recipe) -> Chain:
         cutting=made,
         data=data,
         models=models,
-        wholes=_put_back(recipe, models),
+        wholes=whole_models(recipe, models),
         nll=nll_stages(recipe, base, data),
         drafts=drafts,
         speed=speed.stage(recipe.evaluate.dtype, base, made.pruned) if recipe.evaluate.speed else None,
         retention=retention_stages(recipe, models, own, made.corpora),
         evaluations=evaluation_stages(recipe, models, own),
     )
-
-
-def _put_back(recipe: Recipe, models: Mapping[str, Stage[Any]]) -> dict[str, Stage[whole.Settings]]:
-    """Return the whole models around those of the arms and the merged ones, where the recipe keeps the rest."""
-    base = model.whole_stage(recipe.model)
-    names = (*recipe.arms.names, *(recipe.merge.methods if recipe.merge else ()))
-    return {name: whole.stage(models[name], base) for name in names} if base else {}
-
-
-def _train(
-    recipe: Recipe, base: Stage[Any], start: Stage[Any], arm: str, data: Sequence[Mapping[str, Any]], other: str = ""
-) -> Stage[train.Settings]:
-    """Return the training of an arm on some data; other: the name of another model, which is merged with the arm's."""
-    soft = recipe.arms.logits.soft if arm == "logits" and recipe.arms.logits else None
-    return train.stage(recipe.train_settings(arm, other), arm, start, data, soft, base)
-
-
-def _merge_stages(
-    settings: Merge,
-    pruned: Stage[Any],
-    first: Stage[Any],
-    data: Mapping[str, Data],
-    train_in: Callable[..., Stage[train.Settings]],
-) -> dict[str, Stage[Any]]:
-    """Return the models that are merged with an arm's, one trained on all of their rows, and the merged ones."""
-    models: dict[str, Stage[Any]] = {}
-    for name, other in settings.others.items():
-        if other.path is None:
-            models[name] = train_in(settings.arm, [data[name].inputs], name)
-        else:
-            models[name] = model.stage(LocalModel(path=other.path), f"merge.others.{name}.path")
-    parents = {settings.arm: first, **models}
-    if settings.together:
-        models["together"] = train_in(settings.arm, [own.inputs for own in data.values()])
-    for name, method in settings.methods.items():
-        models[name] = merge.stage(method, pruned, parents)
-    return models
 
 
 # --- from stages to artifacts ---------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ ORDER = (
     *("imports", "errors", "environment", "progress", "store", "spec", "core", "data", "models", "results", "cluster"),
     *("endpoint", "engine", "generated", "text_pool", "losses", "trackers", "overlap", "stages"),
     *("preflight.precision", "preflight.teachers", "preflight.limits", "preflight.cuts", "preflight.checks"),
-    *("training_data", "cutting", "measures", "pipeline", "sweep"),
+    *("training_data", "cutting", "tuning", "measures", "pipeline", "sweep"),
     *("preflight.memory", "preflight.shapes", "preflight.costs", "preflight.savings", "preflight.doctor"),
     "preflight.starter",
     *("report", "verify", "submit", "publish", "surface", "completion", "inspection", "commands", "cli"),

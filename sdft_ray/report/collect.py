@@ -40,11 +40,11 @@ from sdft_ray.report.entries import (
     RetentionComparison,
     Selection,
     SourceEntry,
-    SourceResult,
     Speed,
     Trained,
     Training,
 )
+from sdft_ray.report.sweep_entries import SourceResult
 from sdft_ray.results import (
     DISTANCES,
     HELD_OUT,

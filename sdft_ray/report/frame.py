@@ -9,7 +9,8 @@ import io
 from typing import TYPE_CHECKING
 
 from sdft_ray.report import several, table
-from sdft_ray.report.entries import Report, SweepReport
+from sdft_ray.report.entries import Report
+from sdft_ray.report.sweep_entries import SweepReport
 
 if TYPE_CHECKING:
     import pandas

@@ -13,7 +13,6 @@ from sdft_ray.report.entries import (
     Details,
     Draft,
     Exported,
-    GoalEntry,
     Greedy,
     Losses,
     MergeEntry,
@@ -22,9 +21,8 @@ from sdft_ray.report.entries import (
     RetentionComparison,
     Selection,
     Speed,
-    SweepReport,
-    TrialEntry,
 )
+from sdft_ray.report.sweep_entries import GoalEntry, SweepReport, TrialEntry
 from sdft_ray.results import HELD_OUT, Cut, Pace, Score
 from sdft_ray.stages import finals
 

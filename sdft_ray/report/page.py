@@ -13,7 +13,8 @@ from sdft_ray.core.choice import JointChoice
 from sdft_ray.core.surgery import name_blocks
 from sdft_ray.progress import duration
 from sdft_ray.report import lines, plots, several, sources, table
-from sdft_ray.report.entries import Details, Report, SweepReport
+from sdft_ray.report.entries import Details, Report
+from sdft_ray.report.sweep_entries import SweepReport
 from sdft_ray.store.manifest import MANIFEST
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sdft_ray.core.recovery import mean_error
-from sdft_ray.report.entries import DraftEntry, Group, ModelEntry, SweepModel, SweepReport, Training
+from sdft_ray.report.entries import ModelEntry, Training
+from sdft_ray.report.sweep_entries import DraftEntry, Group, SweepModel, SweepReport
 from sdft_ray.results import Distances, validations
 from sdft_ray.sweep.planning import RECIPE
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from sdft_ray.report.entries import SourceResult, TrialResult
+from sdft_ray.report.sweep_entries import SourceResult, TrialResult
 
 
 def mean(values: Sequence[float | None]) -> float | None:

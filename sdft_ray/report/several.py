@@ -10,8 +10,9 @@ import statistics
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sdft_ray.report.entries import Group, Report, SweepReport
+from sdft_ray.report.entries import Report
 from sdft_ray.report.lines import caption, name_chosen, number, percent, sweep_caption
+from sdft_ray.report.sweep_entries import Group, SweepReport
 
 Reports = Mapping[str, Report | SweepReport]
 COLUMNS = ("of", "model", "blocks", "rows")

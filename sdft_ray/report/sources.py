@@ -9,8 +9,9 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from sdft_ray.report.entries import Report, SourceEntry, SweepReport
+from sdft_ray.report.entries import Report, SourceEntry
 from sdft_ray.report.lines import number
+from sdft_ray.report.sweep_entries import SweepReport
 from sdft_ray.report.table import filled, name_chosen, three, titled
 
 COLUMNS = (

@@ -25,8 +25,9 @@ from sdft_ray.report.collect import (
     describe_retention,
     describe_trial_sources,
 )
-from sdft_ray.report.entries import (
-    Draft,
+from sdft_ray.report.entries import Draft, Pruned, Speed, Trained
+from sdft_ray.report.seeds import mean, mean_retention, mean_sources, spread
+from sdft_ray.report.sweep_entries import (
     DraftEntry,
     DraftFigures,
     DraftWorth,
@@ -34,17 +35,13 @@ from sdft_ray.report.entries import (
     Group,
     Map,
     Place,
-    Pruned,
-    Speed,
     SweepComparison,
     SweepModel,
     SweepReport,
-    Trained,
     TrialEntry,
     TrialResult,
     Untried,
 )
-from sdft_ray.report.seeds import mean, mean_retention, mean_sources, spread
 from sdft_ray.results import DISTANCES, Distances, Drafted
 from sdft_ray.spec.training import ARMS
 from sdft_ray.stages import cut, distill, patch, retention, speed

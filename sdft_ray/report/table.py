@@ -16,7 +16,7 @@ from rich.table import Table
 from sdft_ray.core.choice import JointChoice
 from sdft_ray.core.surgery import name_blocks
 from sdft_ray.report import several
-from sdft_ray.report.entries import Cost, Draft, Greedy, Losses, Report, SweepReport
+from sdft_ray.report.entries import Cost, Draft, Greedy, Losses, Report
 from sdft_ray.report.lines import (
     FIGURES,
     caption,
@@ -30,6 +30,7 @@ from sdft_ray.report.lines import (
     saved,
     sweep_caption,
 )
+from sdft_ray.report.sweep_entries import SweepReport
 from sdft_ray.results import Corpus, Measured
 from sdft_ray.spec.loading import leaves
 from sdft_ray.stages import score

@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from sdft_ray.report import lines, sources, table
-from sdft_ray.report.entries import Draft, Greedy, Losses, Report, SweepReport
+from sdft_ray.report.entries import Draft, Greedy, Losses, Report
+from sdft_ray.report.sweep_entries import SweepReport
 from sdft_ray.spec.loading import leaves
 from sdft_ray.stages import score
 from sdft_ray.store.manifest import Manifest

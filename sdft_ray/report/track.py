@@ -11,7 +11,8 @@ from typing import Any
 
 from sdft_ray.core.surgery import name_blocks
 from sdft_ray.pipeline import Chain
-from sdft_ray.report.entries import Quality, Report, SweepReport
+from sdft_ray.report.entries import Quality, Report
+from sdft_ray.report.sweep_entries import SweepReport
 from sdft_ray.results import HISTORY, METRICS, read_history
 from sdft_ray.spec.compute import Compute
 from sdft_ray.store.identity import Stage
