@@ -162,7 +162,7 @@ def measured(monkeypatch) -> list[int]:
         found = [[*meter([[text] for text in corpus])][-1] for corpus in corpora]
         return [{"loss": [each["loss"][0] for each in losses]} for losses in found]
 
-    monkeypatch.setattr(loss, "measure", measure)
+    monkeypatch.setattr("sdft_ray.losses.measure", measure)
     return counts
 
 
