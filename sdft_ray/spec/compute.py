@@ -146,8 +146,8 @@ class Distill(Section):
     pipeline_parallel_size: int = Field(1, gt=0)
     """Groups of GPUs that the blocks of the model are spread over. An actor needs gpus for both sizes multiplied."""
     batch_rows: int = Field(2048, gt=0)
-    """Rows handed to an actor at once, at most; fewer towards the end, so that all actors end together. Its engine
-    schedules them itself and runs empty only at their end."""
+    """Rows handed to an actor at once, fewer where there are too few for all actors. Its engine schedules them itself
+    and runs empty only at their end."""
     piece_rows: int = Field(16, gt=0)
     """Finished rows that are made durable together: the most that a kill can cost one actor. Where they take less than
     piece_seconds, it is what that time brings."""
@@ -236,7 +236,7 @@ class Evaluate(Section):
     batch_size: int = Field(16, gt=0)
     """Sequences of one forward pass of transformers."""
     shard_items: Count = 512
-    """Items handed to an actor at once, at most, and fewer towards the end of a task: what a kill can cost it. The
+    """Items handed to an actor at once, fewer where there are too few for all actors: what a kill can cost it. The
     engine batches them itself and runs empty only at their end."""
     engine: Engine = Engine()
     """Of an actor with vLLM."""

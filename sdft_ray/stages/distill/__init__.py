@@ -274,7 +274,7 @@ def _generate(work: Work[Settings], requests: Requests, ledger: Path) -> None:
     plan, pool = work.compute.distill, work.compute.distill.actors
     served = isinstance(work.settings.teacher, ServedModel)
     assert plan.cpus != "auto", "load_compute settles auto"
-    batches = [*shares(requests.missing, pool.max, plan.batch_rows, plan.piece_rows)]
+    batches = [*shares(requests.missing, pool.max, plan.batch_rows)]
     # The number of restarts has no parameter of its own yet (docs/footguns.md).
     warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", RayDeprecationWarning)
     dataset = ray.data.from_items(

@@ -30,7 +30,6 @@ from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 
 TASKS_AT_ONCE = 2  # of a model: while the last shards of one are answered, the requests of the next are made
-_LEAST_ITEMS = 16  # of a shard, where there are enough
 
 
 class Sizes(NamedTuple):
@@ -139,7 +138,7 @@ class _Answers:
         gaps = zip([0, *sorted(known.values())], [*sorted(known), len(items)], strict=True)
         for begin, end in gaps:
             of_gap = [bound for bound in bounds if begin <= bound <= end]
-            for some in shares(len(of_gap) - 1, self._sizes.actors, self._sizes.items, _LEAST_ITEMS):
+            for some in shares(len(of_gap) - 1, self._sizes.actors, self._sizes.items):
                 yield of_gap[some.start], of_gap[some.stop]
 
     @contextlib.contextmanager
