@@ -16,6 +16,10 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def pytest_configure(config) -> None:
+    from hypothesis import settings
+
+    settings.register_profile("any machine", deadline=None)  # a busy one may stop for a second
+    settings.load_profile("any machine")
     if "not heavy" in config.option.markexpr:
         refuse_ray()
 

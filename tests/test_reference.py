@@ -192,6 +192,7 @@ def test_explain_of_a_field_of_one_kind_of_source_names_its_key():
     ("key", "line"),
     [
         ("train.lrr", "train.lrr: unknown key. Did you mean train.lr?"),
+        ("sweep.vary", "sweep.vary: unknown key. Known: asha, axes, goal, recipe, samples, seed."),
         ("lr", "lr: unknown key. Did you mean train.lr?"),
         ("trian.workers", "trian.workers: unknown key. Did you mean compute.train.workers?"),
         ("prune.protect.zzz_zzz_zzz_zzz_zzz", "prune.protect.zzz_zzz_zzz_zzz_zzz: unknown key. Known: first, last."),

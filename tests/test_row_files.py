@@ -149,7 +149,7 @@ def test_a_dataset_saved_to_disk_with_a_damaged_state_is_named(tmp_path, named):
 def test_a_table_that_names_a_column_twice_is_refused(tmp_path):
     table = pa.table([["a"], ["b"]], names=["q", "q"])
     pq.write_table(table, tmp_path / "rows.parquet")
-    assert complaint(tmp_path / "rows.parquet").endswith("rows.parquet names the column q twice. Rename one of them.")
+    assert complaint(tmp_path / "rows.parquet").endswith("rows.parquet: names the column q twice. Rename one of them.")
 
 
 def test_datasets_saved_together_say_to_give_one(tmp_path):

@@ -17,6 +17,7 @@ from sdft_ray.core.rows import Row
 from sdft_ray.data import benchmarks, calibration, readers
 from sdft_ray.errors import UserError
 from sdft_ray.models import directory, sources
+from sdft_ray.preflight import limits
 from sdft_ray.spec.sources import FileRows, GymRows, LocalModel, PackagedModel
 from sdft_ray.stages.model import stage as model_stage
 
@@ -353,6 +354,48 @@ def test_describe_directory_reads_architecture_and_blocks(model):
 def test_describe_directory_that_lacks_a_part_names_it(model, lost, line):
     (model / lost).unlink()
     assert complaint(directory.describe_directory, model) == line.format(path=model)
+
+
+def reshaped(tensors):
+    tensors["model.layers.3.mlp.down_proj.weight"] = torch.zeros(3, 5)
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda tensors: tensors.pop("model.norm.weight"), "cannot be loaded (model.norm.weight is missing). Copy"),
+        (lambda tensors: tensors.pop("model.layers.3.mlp.up_proj.weight"), "layers.3.mlp.up_proj.weight is missing)"),
+        (reshaped, "layers.3.mlp.down_proj.weight is (3, 5) in the files, (64, 96) in the model)"),
+        (lambda tensors: tensors.update({"other.weight": torch.zeros(2)}), "other.weight is not in the model)"),
+        (
+            lambda tensors: tensors.update({k: v.to(torch.float8_e4m3fn) for k, v in tensors.items()}),
+            "is of F8_E4M3, and only float16, bfloat16 and float32 can be pruned. Give the model",
+        ),
+    ],
+    ids=["norm", "of a block", "shape", "more", "fp8"],
+)
+def test_require_sound_of_weights_that_are_not_those_of_the_config_names_one(model, change, line):
+    directory.require_sound(model)
+    tensors = load_file(model / "model.safetensors")
+    change(tensors)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    assert line in complaint(directory.require_sound, model)
+
+
+@pytest.mark.parametrize(
+    ("template", "line"),
+    [
+        (
+            "{% for m in messages %}{{ m.content",
+            "its chat template cannot write a conversation of a user",
+        ),
+        ("{{ raise_exception('no') }}", "(no). Correct its chat template."),
+        ("hello", "its chat template does not write both messages."),
+    ],
+)
+def test_require_template_that_writes_no_conversation_is_one_line(model, template, line):
+    (model / "chat_template.jinja").write_text(template)
+    assert line in complaint(limits.require_template, model)
 
 
 def test_describe_directory_with_pickled_weights_gives_a_command_that_converts_them(model):

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from sdft_ray.core.surgery import EMBEDDINGS, count_blocks, further_blocks, rename_tensor
 from sdft_ray.data.chat import end_of_turn
 from sdft_ray.data.readers import read_json, read_object, read_text, require_whole
+from sdft_ray.data.text import first_line
 from sdft_ray.errors import UserError, problem
 from sdft_ray.models.shards import StoredTensor, read_header, same_bytes
 from sdft_ray.store.files import inside, write_atomically
@@ -153,6 +154,19 @@ def require_loadable(directory: Path) -> int:
     if wrong:
         raise RuntimeError(f"{directory}: {min(wrong)}")
     return int(model.num_parameters())
+
+
+def require_sound(directory: Path) -> None:
+    """Raise UserError for a model whose files are not those of its config, or hold no plain numbers."""
+    for name, (path, tensor) in tensor_places(directory).items():
+        if name.endswith(".weight") and tensor.dtype not in (*DTYPES, "F64"):
+            what = f"{name} is of {tensor.dtype}, and only float16, bfloat16 and float32 can be pruned"
+            raise UserError(problem(str(path), what, "Give the model before it was quantised"))
+    try:
+        require_loadable(directory)
+    except Exception as error:  # noqa: BLE001 - a config can be wrong in any way
+        what = f"cannot be loaded ({first_line(error).removeprefix(f'{directory}: ')})"
+        raise UserError(problem(str(directory), what, "Copy or download it again")) from None
 
 
 _WEIGHTS = "model.safetensors"

@@ -93,6 +93,9 @@ def _require_prunable(recipe: Recipe, facts: directory.ModelFacts) -> int | None
         else:
             config = readers.read_json(path / "config.json")
         require_blocks(path, names, config)
+        if not getattr(recipe.model, "part", None):
+            directory.require_sound(path)
+            limits.require_template(path)
     return depth_of(recipe.prune, sizes_of(recipe.model))
 
 

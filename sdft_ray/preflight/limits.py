@@ -21,7 +21,7 @@ from sdft_ray.core.prompts import ask_for_rewrite, rewriting_template
 from sdft_ray.core.rows import Row
 from sdft_ray.core.selection import reason_not_to_rewrite
 from sdft_ray.data import calibration, readers
-from sdft_ray.data.chat import require_writable
+from sdft_ray.data.chat import require_trainable, require_writable
 from sdft_ray.errors import Problem, UserError, problem
 from sdft_ray.models import sources
 from sdft_ray.results import HELD_OUT, SPLITS
@@ -263,6 +263,11 @@ def require_forms(source: ModelSource, splits: Splits) -> None:
     exchanges = [row.exchange for rows in splits.values() for row in rows if row.conversation is not None]
     if exchanges and not isinstance(source, HubModel):
         require_writable(_load_tokenizer(sources.model_path(source)), exchanges)
+
+
+def require_template(directory: Path) -> None:
+    """Raise UserError where the chat template of a model gives no training sequence."""
+    require_trainable(_load_tokenizer(directory))
 
 
 def token_counter(source: ModelSource) -> Counter:

@@ -109,7 +109,8 @@ class Fields(Section):
     answer: str | None = None
     """Column of the checkable final answer; without it the answer is read from the response."""
     messages: str | None = None
-    """Column of a whole conversation, in place of prompt and response: a list of turns, or its JSON."""
+    """Column of a whole conversation, in place of prompt and response: a list of turns, or its JSON. Thoughts of
+    earlier turns (`reasoning_content`) stay as the chat template writes them; those of a response are not trained."""
     tools: str | None = None
     """Column of the functions that a conversation may call: a list, or its JSON."""
     format: Format | None = None
