@@ -56,16 +56,9 @@ def to_awq(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
     return parts, ((values - zero) * scale.float()).reshape(weight.shape)
 
 
-def to_fp8(weight: torch.Tensor) -> tuple[Parts, torch.Tensor]:
-    scale = weight.float().abs().max() / torch.finfo(torch.float8_e4m3fn).max
-    values = (weight.float() / scale).to(torch.float8_e4m3fn)
-    return {"weight": values, "weight_scale": scale.reshape(())}, values.float() * scale
-
-
 FORMS: dict[str, tuple[Callable[[torch.Tensor], tuple[Parts, torch.Tensor]], dict]] = {
     "gptq": (to_gptq, {"bits": 4, "group_size": GROUP, "desc_act": False, "sym": True, "lm_head": False}),
     "awq": (to_awq, {"bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}),
-    "fp8": (to_fp8, {"activation_scheme": "dynamic"}),
 }
 
 

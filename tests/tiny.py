@@ -34,7 +34,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "falcon_h1": _MAMBA | {"mamba_d_ssm": 128, "mlp_multipliers": [1.0, 0.5]},
     "glm4_moe": _ROUTED | _UNTIED,
     "granitemoehybrid": _EXPERTS | _MAMBA | _HYBRID | {"shared_intermediate_size": 32, "residual_multiplier": 0.5},
-    "lfm2": {"full_attn_idxs": [1, 4]},
+    "lfm2": {"full_attn_idxs": [1, 4], "block_dim": 64, "conv_dim": 64},  # the latter are read by vLLM alone
     "llama4_text": {"num_local_experts": 4, "intermediate_size_mlp": 96, "attention_chunk_size": 64}
     | {"no_rope_layer_interval": 2, "interleave_moe_layer_step": 2},
     "nemotron_h": _EXPERTS
