@@ -137,6 +137,7 @@ Where vLLM says NO it does so of the base, too:
 - llama4_text: vLLM knows experts in every n-th block alone, which these cuts have not; and its blocks of the KV cache
   (128 tokens) must divide the chunks of attention.
 - nemotron_h: vLLM's CPU build has no experts without a gate.
+- olmo_hybrid: its kernels want triton on a CPU. qwen3_next: gated delta nets run in bfloat16 alone there.
 - qwen3_5_text and qwen3_5_moe_text: vLLM's code of them imports torchvision, which the CPU lock leaves out."""
 
 
