@@ -27,6 +27,8 @@ from sdft_ray.trackers import libraries
 
 # vLLM's code of these also holds that of their eyes; PyPI's torchvision does not work beside a CPU's torch.
 _NEED_TORCHVISION = ("qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text")
+# Without an error (docs/architectures.md).
+_OTHER_TEXT = ("gpt_neox", "gpt_oss", "lfm2")
 
 
 def check(recipe: Recipe, compute: Compute, read: limits.FileReader = limits.read_file) -> None:
@@ -127,8 +129,8 @@ def _teacher_facts(recipe: Recipe, base: directory.ModelFacts | None) -> directo
 def _require_generates(facts: directory.ModelFacts, section: str, gpus: float, engine: Mapping[str, Any]) -> None:
     """Raise UserError for a model that vLLM's CPU build does not read, or of which it generates other text
     (docs/architectures.md), or which cannot be spread as the section of the compute file says."""
-    if facts.architecture == "gpt_oss" and not gpus:
-        what = "vLLM's CPU build generates other text than gpt_oss"
+    if facts.architecture in _OTHER_TEXT and not gpus:
+        what = f"vLLM's CPU build generates other text than {facts.architecture}"
         raise UserError(problem(f"compute.{section}.gpus", what, f"Set compute.{section}.gpus: 1"))
     if facts.architecture in _NEED_TORCHVISION and not gpus and find_spec("torchvision") is None:
         what = f"vLLM reads {facts.architecture} with torchvision, which is not installed"

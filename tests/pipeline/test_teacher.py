@@ -159,6 +159,7 @@ def test_teacher_may_be_quantised_or_of_an_unknown_architecture_where_a_base_may
     ("architecture", "line"),
     [
         ("gpt_oss", r"compute\.distill\.gpus: vLLM's CPU build generates other text"),
+        ("lfm2", r"compute\.distill\.gpus: vLLM's CPU build generates other text than lfm2"),
         (
             "qwen3_5_text",
             r"distill: vLLM reads qwen3_5_text with torchvision, .*\. Do: pip install",
