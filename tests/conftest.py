@@ -1,6 +1,7 @@
 """What tests share: a tiny model, one Ray, and no network."""
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -20,6 +21,8 @@ def pytest_configure(config) -> None:
 
     settings.register_profile("any machine", deadline=None)  # a busy one may stop for a second
     settings.load_profile("any machine")
+    # A script's background jobs ignore Ctrl-C, and so would the commands that tests interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if "not heavy" in config.option.markexpr:
         refuse_ray()
 

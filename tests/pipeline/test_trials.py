@@ -107,11 +107,11 @@ def test_sweep_with_a_goal_trains_until_it_is_decided_and_shares_artifacts_with_
 def test_command_scores_while_it_generates_and_ends_at_once_when_interrupted(
     ray_cluster, tiny_model, tmp_path, command
 ):
-    folder = make_folder(tmp_path, tiny_model, ray_cluster, {"prune.blocks": [1, 2]}, seconds_a_row=1.0)
+    folder = make_folder(tmp_path, tiny_model, ray_cluster, {"prune.blocks": [1, 2]}, seconds_a_row=2.0)
     artifacts = folder / "artifacts"
     process = faked.start(folder, command, {"sweep": "sweep.yaml", "run": "recipe.yaml"}[command])
     wait_for(process, lambda: list(artifacts.glob("score/*")) and list(artifacts.glob("ledger/*/part-*")))
-    assert not list(artifacts.glob("distill/*")), "32 seconds are not over"
+    assert not list(artifacts.glob("distill/*")), "64 seconds are not over"
     started = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=20)
