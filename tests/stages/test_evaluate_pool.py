@@ -188,6 +188,6 @@ def test_items_that_always_kill_fail_their_task_alone(ray_cluster, stages, alone
     evaluator = start(Fake(tmp_path, deadly=alone["asked"][:1], always=True), tiny_model, actors=2, items=32)
     tasks = ask(evaluator, wanted, Storage(str(tmp_path)))
     assert outcome(ray.get(tasks["gsm8k_cot"])) == alone["made"]["gsm8k_cot"]
-    with pytest.raises(StageFailed, match=r"evaluate: processes with the model died 4 times over \d\d requests"):
+    with pytest.raises(StageFailed, match=r"evaluate: processes with the model died 4 times over \d+ requests"):
         ray.get(tasks["arc_easy"])
     ray.kill(evaluator)
