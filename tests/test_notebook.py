@@ -2,13 +2,11 @@
 
 from pathlib import Path
 
-import pytest
 from notebook import run_cells
 
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "notebook.ipynb"
 
 
-@pytest.mark.full
 def test_notebook_runs_from_model_to_frames(ray_cluster, tiny_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     _, models, frame, depths, blocks = run_cells(NOTEBOOK, MODEL={"path": str(tiny_model)})
