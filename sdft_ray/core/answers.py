@@ -11,6 +11,8 @@ import re
 import unicodedata
 from fractions import Fraction
 
+from sdft_ray.core.words import INVISIBLE
+
 # --- where the answer stands -------------------------------------------------------------------------------------
 
 _TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL | re.IGNORECASE)
@@ -69,7 +71,6 @@ def _last_boxed(text: str) -> str | None:
 
 # --- one spelling ------------------------------------------------------------------------------------------------
 
-_INVISIBLE = dict.fromkeys([*range(0x200B, 0x2010), 0x2060, 0xFEFF])
 _AS_ASCII = str.maketrans("\u2044\u066b\u066c\u2212", "/.,-")
 _SUPERSCRIPT = re.compile("[\u207b\u00b9\u00b2\u00b3\u2070\u2074-\u2079]+")
 _VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e]")
@@ -94,7 +95,7 @@ def spell_plainly(text: str) -> str:
     ('2,345', '7,250', '7/2 cups')
     """
     if not text.isascii():
-        text = _SUPERSCRIPT.sub(r"^\g<0>", _VULGAR.sub(r" \g<0>", text.translate(_INVISIBLE)))
+        text = _SUPERSCRIPT.sub(r"^\g<0>", _VULGAR.sub(r" \g<0>", text.translate(INVISIBLE)))
         text = unicodedata.normalize("NFKC", _SEPARATOR.sub(",", text)).translate(_AS_ASCII)
         text = re.sub(r"[^\W0-9a-zA-Z_]", lambda char: _ascii_digit(char[0]), _DASH.sub("-", text))
     text = _BRACED_POINT.sub(".", _BRACED.sub(",", text))

@@ -14,7 +14,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from sdft_ray.core.words import UNSPACED, count_words, runs, split_unspaced
+from sdft_ray.core.words import INVISIBLE, UNSPACED, count_words, runs, split_unspaced
 
 # A task's text of fewer than n words counts where a row holds all of it. Shorter ones than this are everyday speech: in
 # 9,473 rows of GSM8K and Dolly texts of 5 to 7 words occurred 22 times, all by chance ("the position of the sun"),
@@ -23,7 +23,7 @@ SHORTEST_WORDS = 8
 
 # \w lacks the signs that other scripts write on their letters: Hebrew, Arabic, those of India.
 _WORD = re.compile(r"[\w\u0300-\u036f\u0591-\u05bd\u0610-\u061a\u064b-\u065f\u0900-\u0963\u0966-\u0dff]+")
-_INVISIBLE = dict.fromkeys([0xAD, *range(0x200B, 0x2010), 0x2060, 0xFEFF])
+_UNSEEN = INVISIBLE | {0xAD: None}  # and hyphens that show only where a line breaks
 # What \w+ finds in lower-case ASCII, as one table: a third of the time.
 _ASCII = str.maketrans({i: c.lower() if (c := chr(i)).isalnum() or c == "_" else " " for i in range(128)})
 
@@ -50,7 +50,7 @@ def ngrams(text: str, n: int) -> Iterator[str]:
 def _split(text: str) -> list[str]:
     if text.isascii():
         return text.translate(_ASCII).split()
-    lower = unicodedata.normalize("NFKC", text.translate(_INVISIBLE)).lower()
+    lower = unicodedata.normalize("NFKC", text.translate(_UNSEEN)).lower()
     words = _WORD.findall(lower)
     return split_unspaced(words) if UNSPACED.search(lower) else words
 

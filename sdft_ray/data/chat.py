@@ -256,8 +256,10 @@ def _unwritten(before: str, written: str, given: Given, calls: Sequence[Mapping[
     """Return what a template leaves out, in words; nothing where it writes all but earlier responses, which may lose
     their thoughts. It may write results of tools as JSON."""
     for message in given.messages:
-        quoted = [json.dumps(message["content"].strip(), ensure_ascii=only)[1:-1] for only in (False, True)]
-        if message["role"] != "assistant" and not any(form in before for form in (message["content"].strip(), *quoted)):
+        content = message["content"].strip()
+        if message["role"] == "assistant" or content in before:
+            continue
+        if not any(json.dumps(content, ensure_ascii=only)[1:-1] in before for only in (False, True)):
             return f"the message of the {message['role']}"
     earlier = [call for message in given.messages for call in message.get("tool_calls", ())]
     for kind, functions, text in (

@@ -18,15 +18,18 @@ from sdft_ray.errors import UserError, nearest, problem
 from sdft_ray.spec.sources import Format, Turns
 
 _KEYS: dict[Format, tuple[str, str]] = {"messages": ("role", "content"), "sharegpt": ("from", "value")}
-_ROLES = ("system", "user", "assistant", "tool")
-_OTHER_ROLES = {"function": "tool", "developer": "system"}
-"""Names that OpenAI's API has or had for them."""
-_SHAREGPT_ROLES = {
-    **dict.fromkeys(("human", "user"), "user"),
-    **dict.fromkeys(("gpt", "assistant", "model", "chatgpt", "bard", "bing"), "assistant"),
-    **dict.fromkeys(("observation", "tool", "function_response"), "tool"),
-    "system": "system",
-    "function_call": "function_call",
+_ROLES: dict[Format, dict[str, str]] = {
+    "messages": {
+        **{role: role for role in ("system", "user", "assistant", "tool")},
+        **{"function": "tool", "developer": "system"},  # names that OpenAI's API has or had for them
+    },
+    "sharegpt": {
+        **dict.fromkeys(("human", "user"), "user"),
+        **dict.fromkeys(("gpt", "assistant", "model", "chatgpt", "bard", "bing"), "assistant"),
+        **dict.fromkeys(("observation", "tool", "function_response"), "tool"),
+        "system": "system",
+        "function_call": "function_call",
+    },
 }
 _KEPT = ("name", "tool_call_id", "reasoning_content")  # of a message, beside role, content and calls
 
@@ -101,8 +104,7 @@ def _read_message(turn: Any, form: Format, where: str) -> Message:
             do = f"Set rows.fields.format: {'sharegpt' if form == 'messages' else 'messages'}"
         raise UserError(problem(where, what, do))
     given, content = turn[role_key], turn.get(content_key)
-    roles = _SHAREGPT_ROLES if form == "sharegpt" else dict(zip(_ROLES, _ROLES, strict=True)) | _OTHER_ROLES
-    role = roles.get(given) if isinstance(given, str) else None
+    role = _ROLES[form].get(given) if isinstance(given, str) else None
     if role == "function_call":
         return {
             "role": "assistant",
@@ -110,7 +112,7 @@ def _read_message(turn: Any, form: Format, where: str) -> Message:
             "tool_calls": [_read_call(call, where) for call in _calls(content) or [None]],
         }
     if role is None:
-        raise UserError(problem(where, f"has the unknown role {given}", nearest(str(given), roles)))
+        raise UserError(problem(where, f"has the unknown role {given}", nearest(str(given), _ROLES[form])))
     calls = turn.get("tool_calls") or _calls(turn.get("function_call"))
     message: Message = {"role": role, "content": _read_content(content, bool(calls), where)}
     if calls:

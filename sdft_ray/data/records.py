@@ -200,13 +200,19 @@ def _read_csv(path: Path) -> Iterator[Record]:
         where = f"{path}:{number}"
         if not header:
             header, header_at = cells, f"the header {where}"
-            if twice := next((name for name in header if header.count(name) > 1), None):
-                raise UserError(problem(where, f"names the column {twice} twice", "Rename one of them"))
+            _require_distinct(header, where)
         elif len(cells) != len(header):
             what = f"has another number of values than the header (got {len(cells)}; expected {len(header)})"
             raise UserError(problem(where, what, "Fix this line"))
         else:
             yield Record(where, header_at, dict(zip(header, cells, strict=True)))
+
+
+def _require_distinct(names: list[str], where: str) -> None:
+    """Raise UserError for a table that has two columns of one name."""
+    if len({*names}) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(problem(where, f"names the column {twice} twice", "Rename one of them"))
 
 
 def _csv_lines(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -236,9 +242,7 @@ def _read_table(path: Path, span: Span) -> Iterator[Record]:
     number = span.first - 1
     try:
         for batch in _parquet_batches(path, span) if parquet else _arrow_batches(path):
-            names = batch.schema.names
-            if twice := next((name for name in names if names.count(name) > 1), None):
-                raise UserError(problem(str(path), f"names the column {twice} twice", "Rename one of them"))
+            _require_distinct(batch.schema.names, str(path))
             batch.validate(full=True)  # or values of a damaged file are read from anywhere in memory
             for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
                 for values in batch.slice(start, _ROWS_AT_ONCE).to_pylist():

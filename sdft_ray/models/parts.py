@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sdft_ray.data.readers import read_object
 from sdft_ray.errors import UserError, problem
 from sdft_ray.models.directory import WEIGHTS_INDEX, require_loadable, stored_tensors, write_companions
-from sdft_ray.models.shards import Copied, copy_tensors, read_header
+from sdft_ray.models.shards import Copied, StoredTensor, copy_tensors
 from sdft_ray.store.files import remember_hash, write_atomically
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ _PREFIXES = {
 _FURTHER_HEADS = "mtp."  # tensors that predict further tokens from the last state of the uncut decoder
 # What images and sounds are turned into tensors by.
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+Files = Mapping[str, tuple[Path, Mapping[str, str]]]
+"""By the name of a file that is written: the file that its tensors are copied from, and the name that each gets."""
 # Read from the wrapper where text_config lacks them.
 _SHARED = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype")
 
@@ -49,14 +51,15 @@ def copy_part(base: Path, directory: Path, rename: Callable[[str], str | None]) 
         for shard, tensors in held.items()
         if (names := {name: new for name in tensors if (new := rename(name))})
     }
-    copies = _copy(directory, {shard.name: (shard, names) for shard, names in renamed.items()})
+    files = {shard.name: (shard, names) for shard, names in renamed.items()}
+    copies = _copy(directory, files)
     if (base / WEIGHTS_INDEX).is_file():
-        _write_index(directory, {new: shard.name for shard, names in renamed.items() for new in names.values()})
+        _write_index(directory, files, held)
     return frozenset().union(*(copy.same for copy in copies))
 
 
-def _copy(directory: Path, files: Mapping[str, tuple[Path, Mapping[str, str]]]) -> Sequence[Copied]:
-    """Write files by name, each with the tensors of another one that a mapping gives a name."""
+def _copy(directory: Path, files: Files) -> Sequence[Copied]:
+    """Write files."""
     with ThreadPoolExecutor(_THREADS) as pool:
         copies = list(pool.map(lambda name: copy_tensors(files[name][0], directory / name, files[name][1]), files))
     for name, copy in zip(files, copies, strict=True):
@@ -64,10 +67,10 @@ def _copy(directory: Path, files: Mapping[str, tuple[Path, Mapping[str, str]]]) 
     return copies
 
 
-def _write_index(directory: Path, weight_map: Mapping[str, str]) -> None:
-    """Write the index of files of tensors."""
-    headers = {file: read_header(directory / file) for file in {*weight_map.values()}}
-    total = sum(headers[file][name].bytes for name, file in weight_map.items())
+def _write_index(directory: Path, files: Files, held: Mapping[Path, Mapping[str, StoredTensor]]) -> None:
+    """Write the index of files; held: the tensors of those that they are copied from."""
+    weight_map = {new: file for file, (_, names) in files.items() for new in names.values()}
+    total = sum(held[source][name].bytes for source, names in files.values() for name in names)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_atomically(directory / WEIGHTS_INDEX, json.dumps(index, indent=2))
 
@@ -121,19 +124,17 @@ def write_whole(text: Path, whole: Path, directory: Path) -> tuple[int, int]:
     Return its parameter count, and the number of tensors beside the decoder, which are copied byte for byte. Heads that
     predict further tokens are left out, as of a cut.
     """
-    stored = stored_tensors(whole)
+    stored, own = stored_tensors(whole), stored_tensors(text)
     rest = {
         file: {name: name for name in tensors if text_name(name) is None and not name.startswith(_FURTHER_HEADS)}
         for file, tensors in stored.items()
     }
     prefixes = _prefixes_of(name for tensors in stored.values() for name in tensors)
-    decoder = {
-        file: {name: _whole_name(name, prefixes) for name in tensors} for file, tensors in stored_tensors(text).items()
-    }
+    decoder = {file: {name: _whole_name(name, prefixes) for name in tensors} for file, tensors in own.items()}
     sources = [(file, names) for file, names in (decoder | rest).items() if names]
     files = {f"model-{i:05}-of-{len(sources):05}.safetensors": source for i, source in enumerate(sources, 1)}
     _copy(directory, files)
-    _write_index(directory, {new: file for file, (_, names) in files.items() for new in names.values()})
+    _write_index(directory, files, {**own, **stored})
     config = dict(read_object(whole / "config.json"), text_config=read_object(text / "config.json"))
     write_atomically(directory / "config.json", json.dumps(config, indent=2) + "\n")
     for path in (path for name in _PROCESSORS if (path := whole / name).is_file()):

@@ -28,12 +28,17 @@ def sizes_of(source: ModelSource) -> Sizes | None:
     if isinstance(source, HubModel):
         return None
     path = sources.model_path(source)
-    return sizes_of_directory(path, getattr(source, "part", None)) if path.is_dir() else sizes_of_gguf(path)
+    return sizes_of_directory(path, getattr(source, "part", None)) if path.is_dir() else _sizes_of_gguf(path)
 
 
 def sizes_of_directory(directory: Path, part: str | None = None) -> Sizes:
     """Return the sizes of a Hugging Face model directory, or of a part of it."""
-    return _count((block_of(name), shape) for name, shape in tensor_shapes(directory, part).items())
+    return sizes_of_shapes(tensor_shapes(directory, part))
+
+
+def sizes_of_shapes(shapes: Shapes) -> Sizes:
+    """Return the sizes of a model whose tensors have these names and shapes."""
+    return _count((block_of(name), shape) for name, shape in shapes.items())
 
 
 def tensor_shapes(directory: Path, part: str | None = None) -> Shapes:
@@ -52,8 +57,7 @@ def _is_counted(name: str, dropped: Sequence[int]) -> bool:
     return rename_tensor(name, dropped) is not None and not name.endswith(BUFFERS)
 
 
-def sizes_of_gguf(path: Path) -> Sizes:
-    """Return the sizes of a model in a GGUF file."""
+def _sizes_of_gguf(path: Path) -> Sizes:
     blocks = re.compile(r"blk\.(\d+)\.")
     tensors = [tensor for tensor in sources.read_gguf(path).tensors if not tensor.name.startswith("rope_")]
     named = [(blocks.match(tensor.name), [int(size) for size in tensor.shape]) for tensor in tensors]

@@ -5,8 +5,10 @@ In: recipe and compute file. Out: nothing, or a UserError for a mistake that wou
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from sdft_ray.core.surgery import require_blocks, require_supported
@@ -23,6 +25,7 @@ from sdft_ray.spec.sources import GymRows, HubModel, LocalModel, RowSource, Serv
 from sdft_ray.spec.sources import in_use as sources_in_use
 from sdft_ray.stages import merge, train
 from sdft_ray.stages.evaluate.presets import require_usable
+from sdft_ray.store.files import stamp
 from sdft_ray.trackers import libraries
 
 # vLLM's code of these also holds that of their eyes; PyPI's torchvision does not work beside a CPU's torch.
@@ -101,9 +104,15 @@ def _require_prunable(recipe: Recipe, facts: directory.ModelFacts) -> int | None
             config = readers.read_json(path / "config.json")
         require_blocks(path, names, config)
         if not getattr(recipe.model, "part", None):
-            directory.require_sound(path)
-            limits.require_template(path)
+            _require_sound(path, tuple(stamp(file) for file in sorted(path.rglob("*")) if file.is_file()))
     return depth_of(recipe.prune, sizes_of(recipe.model))
+
+
+@functools.lru_cache
+def _require_sound(path: Path, _stamps: tuple[tuple[str, int, int], ...]) -> None:
+    """Raise UserError for a model that cannot be loaded or trained; once for all recipes of a sweep."""
+    directory.require_sound(path)
+    limits.require_template(path)
 
 
 def _require_exportable(recipe: Recipe) -> None:

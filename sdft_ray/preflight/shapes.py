@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from sdft_ray.core.depth import Sizes
 from sdft_ray.core.surgery import block_of
 from sdft_ray.data.readers import read_json
 from sdft_ray.models import sources
 from sdft_ray.models.parts import text_config
-from sdft_ray.models.sizes import Shapes, sizes_of_directory, sizes_of_gguf, tensor_shapes
+from sdft_ray.models.sizes import Shapes, sizes_of_shapes, tensor_shapes
 from sdft_ray.preflight import memory
 from sdft_ray.spec.sources import HubModel, ModelSource
 
@@ -47,7 +46,6 @@ def shape_of_directory(directory: Path, part: str | None = None) -> memory.Shape
     inner = config.get("moe_intermediate_size") if experts else None
     return _shape(
         tensor_shapes(directory, part),
-        sizes_of_directory(directory, part),
         width=config["hidden_size"],
         kv_width=(config.get("num_key_value_heads") or heads) * head,
         feed_forward=(inner or next(config[key] for key in _FEED_FORWARD if key in config)) * (experts or 1),
@@ -62,7 +60,7 @@ def _shape_of_gguf(path: Path) -> memory.Shape:
         return int(sources.gguf_field(path, f"{architecture}.{name}"))
 
     tensors: dict[str, tuple[int, ...]] = {}
-    for tensor in sources.read_gguf(path).tensors:
+    for tensor in (each for each in sources.read_gguf(path).tensors if not each.name.startswith("rope_")):
         first, _, rest = tensor.name.removeprefix("blk.").partition(".")
         named = rest.removesuffix(".weight")
         name = f"model.layers.{first}.{_GGUF.get(named, named)}.weight" if first.isdigit() else tensor.name
@@ -70,7 +68,6 @@ def _shape_of_gguf(path: Path) -> memory.Shape:
     width, heads = number("embedding_length"), number("attention.head_count")
     return _shape(
         tensors,
-        sizes_of_gguf(path),
         width=width,
         kv_width=number("attention.head_count_kv") * width // heads,
         feed_forward=number("feed_forward_length"),
@@ -78,7 +75,8 @@ def _shape_of_gguf(path: Path) -> memory.Shape:
     )
 
 
-def _shape(tensors: Shapes, sizes: Sizes, **more: int) -> memory.Shape:
+def _shape(tensors: Shapes, **more: int) -> memory.Shape:
+    sizes = sizes_of_shapes(tensors)
     linear = tuple(
         # In memory gate and up of an expert are one tensor, whose adapter is as wide as both.
         (layer, shape[1], shape[0] * (2 if ".experts." in name and layer in _GATE_OR_UP else 1))

@@ -80,15 +80,16 @@ _hashed: dict[tuple[str, int, int], str] = {}
 
 def remember_hash(path: Path, sha256: str) -> None:
     """Remember the hash of a file that this process wrote: `list_files` reads it again only after a change."""
-    _hashed[_stamp(path)] = sha256
+    _hashed[stamp(path)] = sha256
 
 
 def hash_once(path: Path) -> str:
     """Return the sha256 of a file, from memory where this process hashed it as it wrote it."""
-    return _hashed.get(_stamp(path)) or hash_file(path)
+    return _hashed.get(stamp(path)) or hash_file(path)
 
 
-def _stamp(path: Path) -> tuple[str, int, int]:
+def stamp(path: Path) -> tuple[str, int, int]:
+    """Return what tells a file from another one, and from itself once it was written again."""
     stat = path.stat()
     return str(path), stat.st_size, stat.st_mtime_ns
 
