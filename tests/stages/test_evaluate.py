@@ -84,14 +84,14 @@ def test_a_harness_task_is_scored_by_what_is_higher_for_a_better_model():
             harness.choose_metric("lambada", results, nothing, samples)
 
 
-@pytest.mark.parametrize(("task", "metric"), [("arc_easy", None), ("hellaswag", "acc_norm,none")])
-def test_examine_in_float32_scores_exactly_what_plain_lm_eval_does(task, metric, tiny_model, tmp_path):
+@pytest.mark.parametrize(("task", "metric", "shots"), [("arc_easy", None, 2), ("hellaswag", "acc_norm,none", 0)])
+def test_evaluate_in_float32_scores_exactly_what_plain_lm_eval_does(task, metric, shots, tiny_model, tmp_path):
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
     way, file = presets.OFFLINE[task], offline_task_file(task)
     settings = evaluate.TaskSettings(
-        task=task, dtype="float32", metric=metric, shots=0, limit=12, chat_template=False, file=str(file)
+        task=task, dtype="float32", metric=metric, shots=shots, limit=12, chat_template=False, file=str(file)
     )
     load = functools.partial(harness.load_model, str(tiny_model), "float32", 8, "cpu")
     ours, items = evaluate.evaluate(load, settings, [])
@@ -104,7 +104,7 @@ def test_examine_in_float32_scores_exactly_what_plain_lm_eval_does(task, metric,
     plain = lm_eval.simple_evaluate(
         model=HFLM(pretrained=str(tiny_model), dtype="float32", device="cpu", batch_size=8),
         tasks=[str(tmp_path / "plain.yaml")],
-        num_fewshot=0,
+        num_fewshot=shots,
         limit=12,
         task_manager=manager,
         bootstrap_iters=0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import numbers
+import random
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -34,9 +35,19 @@ class Loaded(NamedTuple):
 
 
 def ask_harness(lm: Any, settings: TaskSettings) -> dict[str, Any]:
-    """Return what the harness reports of a task, with all samples."""
-    import lm_eval
+    """Return what the harness reports of a task, with all samples.
 
+    By the steps of `lm_eval.simple_evaluate`, but for its description of this machine: that asks pip, compilers and
+    drivers, for seconds a task.
+    """
+    import lm_eval
+    import numpy as np
+    import torch
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    torch.manual_seed(DEFAULT_OTHER_SEED)
     manager = task_manager(FOLDERS.get(settings.task))
     with tempfile.TemporaryDirectory() as folder:
         task = settings.task
@@ -44,16 +55,19 @@ def ask_harness(lm: Any, settings: TaskSettings) -> dict[str, Any]:
             task = write_task(manager, task, _from_file(Path(settings.file), Path(folder)), Path(folder))
         elif settings.revision:
             task = write_task(manager, task, {"dataset_kwargs": {"revision": settings.revision}}, Path(folder))
-        output: dict[str, Any] = lm_eval.simple_evaluate(
-            model=lm,
-            tasks=[task],
-            num_fewshot=settings.shots,
+        loaded = manager.load([task])
+        for part in loaded["tasks"].values():
+            if part.get_config("num_fewshot") != 0:  # a task that is defined without examples stays so
+                part.set_config(key="num_fewshot", value=settings.shots)
+            part.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+        output: dict[str, Any] = lm_eval.evaluate(
+            lm,
+            loaded,
             limit=settings.limit,
             apply_chat_template=settings.chat_template,
-            task_manager=manager,
+            fewshot_as_multiturn=True,
             log_samples=True,
             bootstrap_iters=0,
-            use_cache=None,
             verbosity="ERROR",
         )
     return output
