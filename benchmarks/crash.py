@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ from sdft_ray import pipeline
 from sdft_ray.core.rows import Given, Row, write_conversation
 from sdft_ray.core.selection import Generation
 from sdft_ray.engine import Request, VllmEngine
-from sdft_ray.spec.compute import load_compute
+from sdft_ray.spec.compute import Endpoint, EngineOptions, load_compute
 from sdft_ray.spec.recipe import Distill
 from sdft_ray.stages import distill
 from sdft_ray.stages.rows import write_splits
@@ -289,7 +289,7 @@ class FakeEngine:
 
     hurry = 1.0
 
-    def __init__(self, model: str, settings: Distill, options: Mapping[str, Any], alone: bool) -> None:
+    def __init__(self, model: str, settings: Distill, options: EngineOptions | Endpoint, alone: bool) -> None:
         pass
 
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Generation]]:

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,7 @@ def through_stage(stage: Stage[Settings], compute: Compute, root: Path) -> Timed
     log.unlink(missing_ok=True)
 
     class Logged(VllmEngine):
-        def __init__(self, model: str, settings: Distill, options: Mapping[str, Any], alone: bool) -> None:
+        def __init__(self, model: str, settings: Distill, options: Any, alone: bool) -> None:
             super().__init__(model, settings, options, alone)
             self._log([time.time(), -1])
 
@@ -162,7 +162,7 @@ def through_vllm(stage: Stage[Settings], compute: Compute, root: Path) -> Timed:
     """Generate with vllm.LLM in this process."""
     chosen = compute.distill
     options = chosen.engine_options()
-    arguments = engine_arguments(str(stage.inputs["model"].location), stage.settings.dtype, options, alone=True)
+    arguments = engine_arguments(str(stage.model.location), stage.settings.dtype, options, alone=True)
     from vllm import LLM, SamplingParams
 
     llm = LLM(**arguments, disable_log_stats=False)
@@ -190,7 +190,7 @@ def through_transformers(stage: Stage[Settings], compute: Compute, root: Path, b
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    directory = stage.inputs["model"].location
+    directory = stage.model.location
     tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, stage.settings.dtype))
     ready, finished = time.time(), []
@@ -216,7 +216,7 @@ def read_prompts(stage: Stage[Settings]) -> list[tuple[str, list[int]]]:
     """Return the id and the prompt's token ids of each row, as the stage makes them."""
     from transformers import AutoTokenizer
 
-    rows, model = stage.inputs["rows"].location, stage.inputs["model"].location
+    rows, model = stage.rows.location, stage.model.location
     assert rows and model
     tokenizer = AutoTokenizer.from_pretrained(model)
     return [

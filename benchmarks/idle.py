@@ -17,9 +17,8 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -29,7 +28,7 @@ from sdft_ray import pipeline
 from sdft_ray.core.rows import Row
 from sdft_ray.core.selection import Generation
 from sdft_ray.engine import Request
-from sdft_ray.spec.compute import load_compute
+from sdft_ray.spec.compute import Endpoint, EngineOptions, load_compute
 from sdft_ray.spec.loading import load_recipe
 from sdft_ray.spec.recipe import Distill
 from sdft_ray.stages import distill, rows
@@ -41,7 +40,7 @@ ENGINES, AT_ONCE, SECONDS_A_TOKEN = 4, 16, 0.004
 class FakeEngine:
     """Answers so many requests at once, and takes its time."""
 
-    def __init__(self, model: str, settings: Distill, options: Mapping[str, Any], alone: bool) -> None:
+    def __init__(self, model: str, settings: Distill, options: EngineOptions | Endpoint, alone: bool) -> None:
         self.log = Path(os.environ["IDLE_LOG"]) / f"{settings.seed}-{os.getpid()}.txt"
 
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Generation]]:

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from sdft_ray.core.rows import Row
 from sdft_ray.core.selection import Generation
 from sdft_ray.data.readers import FileContent
 from sdft_ray.engine import Request
-from sdft_ray.spec.compute import load_compute
+from sdft_ray.spec.compute import Endpoint, EngineOptions, load_compute
 from sdft_ray.spec.loading import load_recipe
 from sdft_ray.spec.recipe import Distill
 from sdft_ray.spec.sources import FileRows
@@ -96,7 +96,7 @@ def measure(count: int, root: Path) -> None:
 class FakeEngine:
     """Answers at once."""
 
-    def __init__(self, model: str, settings: Distill, options: Mapping[str, Any], alone: bool) -> None:
+    def __init__(self, model: str, settings: Distill, options: EngineOptions | Endpoint, alone: bool) -> None:
         pass
 
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Generation]]:

@@ -14,10 +14,10 @@ import signal
 import socket
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from sdft_ray import environment
 from sdft_ray.errors import StageFailed, UserError, problem
@@ -116,20 +116,40 @@ def _native_stderr_closed() -> Iterator[None]:
         os.close(kept)
 
 
-def resources_of_nodes() -> list[dict[str, float]]:
-    """Return the resources of each node that is alive, free or not."""
+class RayNode(NamedTuple):
+    """A node of the cluster, and what it has, free or not."""
+
+    cpus: float
+    gpus: float = 0
+    id: str = ""
+    host: str = ""
+    address: str = ""
+
+
+def live_nodes() -> list[RayNode]:
+    """Return each node that is alive."""
     import ray
 
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [
+        RayNode(
+            node["Resources"].get("CPU", 0),
+            node["Resources"].get("GPU", 0),
+            node["NodeID"],
+            node["NodeManagerHostname"],
+            node["NodeManagerAddress"],
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
 
 
-def count_places(nodes: Iterable[Mapping[str, float]], cpus: int, gpus: float) -> int:
-    """Return how many processes of so many CPUs and GPUs fit on nodes with these resources, each on one node.
+def count_places(nodes: Iterable[RayNode], cpus: int, gpus: float) -> int:
+    """Return how many processes of so many CPUs and GPUs fit on nodes, each on one node.
 
-    >>> count_places([{"CPU": 3}, {"CPU": 4, "GPU": 1}], 2, 0), count_places([{"CPU": 3}, {"CPU": 4, "GPU": 1}], 2, 1)
+    >>> count_places([RayNode(3), RayNode(4, 1)], 2, 0), count_places([RayNode(3), RayNode(4, 1)], 2, 1)
     (3, 1)
     """
-    return sum(int(min(node.get("CPU", 0) // cpus, node.get("GPU", 0) // gpus if gpus else math.inf)) for node in nodes)
+    return sum(int(min(node.cpus // cpus, node.gpus // gpus if gpus else math.inf)) for node in nodes)
 
 
 def require_capacity(compute: Compute, needs: Needs, stage: str) -> None:
@@ -142,20 +162,19 @@ def require_capacity(compute: Compute, needs: Needs, stage: str) -> None:
 
     bundles, cpus, gpus = compute.bundles(needs)
     where = f"compute.{needs.section}"
-    nodes = resources_of_nodes()
-    sizes = [(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes]
-    if coming := compute.ray.largest_node:
-        sizes.append((coming.cpus, coming.gpus))
-    if not any(cpus <= size[0] and gpus <= size[1] for size in sizes):
-        largest = max(sizes, key=lambda size: (size[1], size[0]) if gpus else size)
-        what = f"needs {cpus} CPUs and {gpus:g} GPUs on one node; the largest has {largest[0]:g} and {largest[1]:g}"
-        key = "cpus" if cpus > largest[0] else "gpus"
+    nodes = live_nodes()
+    coming = compute.ray.largest_node
+    sizes = [*nodes, *([RayNode(coming.cpus, coming.gpus)] if coming else [])]
+    if not any(cpus <= size.cpus and gpus <= size.gpus for size in sizes):
+        largest = max(sizes, key=lambda size: (size.gpus, size.cpus) if gpus else (size.cpus, size.gpus))
+        what = f"needs {cpus} CPUs and {gpus:g} GPUs on one node; the largest has {largest.cpus:g} and {largest.gpus:g}"
+        key = "cpus" if cpus > largest.cpus else "gpus"
         raise UserError(problem(where, f"{what} (compute.ray.largest_node counts)", f"Lower {where}.{key}"))
     group = placement_group([{"CPU": cpus, **({"GPU": gpus} if gpus else {})}] * bundles)
     try:
         if count_places(nodes, cpus, gpus) >= bundles and group.wait(5):
             return
-        all_cpus, all_gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
+        all_cpus, all_gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
         capacity = f"{all_cpus:g} CPUs and {all_gpus:g} GPUs on {len(nodes)} nodes"
         what = f"needs {bundles} x ({cpus} CPUs, {gpus:g} GPUs); the cluster has {capacity}"
         log(f"{stage}: {what}; waiting up to {compute.ray.wait_seconds} s for that much to be free")
@@ -165,19 +184,18 @@ def require_capacity(compute: Compute, needs: Needs, stage: str) -> None:
         remove_placement_group(group)
 
 
-def fit_together(nodes: Iterable[Mapping[str, float]], *needs: tuple[int, int, float]) -> bool:
-    """Return whether nodes with these resources hold all of several (processes, CPUs and GPUs of each) at once.
+def fit_together(nodes: Iterable[RayNode], *needs: tuple[int, int, float]) -> bool:
+    """Return whether nodes hold all of several (processes, CPUs and GPUs of each) at once.
 
-    >>> fit_together([{"CPU": 2}], (1, 1, 0), (1, 1, 0)), fit_together([{"CPU": 2}], (1, 1, 0), (1, 2, 0))
+    >>> fit_together([RayNode(2)], (1, 1, 0), (1, 1, 0)), fit_together([RayNode(2)], (1, 1, 0), (1, 2, 0))
     (True, False)
     """
-    free = [{"CPU": node.get("CPU", 0), "GPU": node.get("GPU", 0)} for node in nodes]
+    free = [*nodes]
     for cpus, gpus in [(cpus, gpus) for processes, cpus, gpus in needs for _ in range(processes)]:
-        node = next((node for node in free if node["CPU"] >= cpus and node["GPU"] >= gpus), None)
-        if node is None:
+        i = next((i for i, node in enumerate(free) if node.cpus >= cpus and node.gpus >= gpus), None)
+        if i is None:
             return False
-        node["CPU"] -= cpus
-        node["GPU"] -= gpus
+        free[i] = free[i]._replace(cpus=free[i].cpus - cpus, gpus=free[i].gpus - gpus)
     return True
 
 

@@ -34,22 +34,22 @@ def check(options: argparse.Namespace) -> None:
     recipe, compute, storage = _load(options)
     check(recipe, compute)
     chain = pipeline.chain(recipe)
-    stages = pipeline.describe(chain.in_order, storage)
+    lines = pipeline.describe(chain.in_order, storage)
     todo, _ = pipeline.survey(chain.in_order, storage)
     precision.report_slow(todo, compute)
     teachers.require_endpoints(todo)
     costs = estimate_stages(recipe, compute, chain, storage) if options.compute else []
     if options.json:
-        estimates = [dataclasses.asdict(cost) for cost in costs]
+        stages, estimates = [line._asdict() for line in lines], [dataclasses.asdict(cost) for cost in costs]
         print(json.dumps({"stages": stages, "estimates": estimates} if options.compute else stages, indent=1))
         return
     print(*cuts.describe([recipe]), sep="\n")
     table = Table(box=None, pad_edge=False)
     for column in ("stage", "status", "directory"):
         table.add_column(column, overflow="fold")
-    for line in stages:
-        colour = {"done": "green", "partial": "yellow", "missing": ""}[line["status"]]
-        table.add_row(line["stage"], f"[{colour}]{line['status']}[/]" if colour else line["status"], line["directory"])
+    for stage, status, directory in lines:
+        colour = {"done": "green", "partial": "yellow", "missing": ""}[status]
+        table.add_row(stage, f"[{colour}]{status}[/]" if colour else status, directory)
     Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200).print(table)
     if costs:
         _show_costs(costs)

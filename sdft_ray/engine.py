@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,6 +19,7 @@ from sdft_ray.core.selection import Generation
 from sdft_ray.data.chat import opened_thought, opening_ids, read_generated, response_ends
 from sdft_ray.endpoint import CannotServe, Client, Completion, Stopped
 from sdft_ray.errors import StageFailed, UserError
+from sdft_ray.spec.compute import Endpoint, EngineOptions
 from sdft_ray.spec.recipe import Distill
 from sdft_ray.spec.sources import ServedModel
 
@@ -55,24 +56,22 @@ class Engine(Protocol):
 class EngineFactory(Protocol):
     """Starts an engine."""
 
-    def __call__(self, model: str, settings: Distill, options: Mapping[str, Any], alone: bool) -> Engine:
-        """Return an engine of the model in a directory.
-
-        options: vLLM's own, by its names, or how an endpoint is asked. alone: no other engine is on this machine.
-        """
+    def __call__(self, model: str, settings: Distill, options: EngineOptions | Endpoint, alone: bool) -> Engine:
+        """Return an engine of the model in a directory; alone: no other engine is on this machine."""
         ...
 
 
-def start_engine(model: str, settings: Distill, options: Mapping[str, Any], alone: bool) -> Engine:
-    """Return the engine that the settings ask for: the endpoint of the teacher, or vLLM in this process."""
-    kind = EndpointEngine if isinstance(settings.teacher, ServedModel) else VllmEngine
-    return kind(model, settings, options, alone)
+def start_engine(model: str, settings: Distill, options: EngineOptions | Endpoint, alone: bool) -> Engine:
+    """Return the engine that the options are of: the endpoint of the teacher, or vLLM in this process."""
+    if isinstance(options, Endpoint):
+        return EndpointEngine(model, settings, options)
+    return VllmEngine(model, settings, options, alone)
 
 
 class VllmEngine:
     """vLLM behind the `Engine` boundary."""
 
-    def __init__(self, model: str, settings: Distill, options: Mapping[str, Any], alone: bool) -> None:
+    def __init__(self, model: str, settings: Distill, options: EngineOptions, alone: bool) -> None:
         arguments = engine_arguments(model, settings.dtype, options, alone)
         if settings.seeds == "engine":
             arguments["seed"] = settings.seed
@@ -134,13 +133,13 @@ class VllmEngine:
 class EndpointEngine:
     """A model behind an endpoint, of which the tokenizer is here: prompts are those that vLLM would get here."""
 
-    def __init__(self, model: str, settings: Distill, options: Mapping[str, Any], alone: bool) -> None:
+    def __init__(self, model: str, settings: Distill, options: Endpoint) -> None:
         from transformers import AutoConfig, AutoTokenizer
 
         assert isinstance(settings.teacher, ServedModel)
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.ends = response_ends(self.tokenizer, AutoConfig.from_pretrained(model).eos_token_id)
-        self.client, self.threads = Client(settings.teacher, **options), options["requests"]
+        self.client, self.threads = Client(settings.teacher, **dict(options)), options.requests
         self.served, self.settings = settings.teacher, settings
 
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Generation]]:
@@ -199,7 +198,7 @@ class EndpointEngine:
         return Generation(read_generated(self.tokenizer, ids, text, opened), reason, prompt_tokens, tokens)
 
 
-def engine_arguments(model: str, dtype: str, options: Mapping[str, Any], alone: bool) -> dict[str, Any]:
+def engine_arguments(model: str, dtype: str, options: EngineOptions, alone: bool) -> dict[str, Any]:
     """Return the arguments of vLLM's engine, after setting the environment that vLLM reads when it is imported.
 
     alone: no other engine is on this machine.
@@ -210,15 +209,18 @@ def engine_arguments(model: str, dtype: str, options: Mapping[str, Any], alone: 
 
     from sdft_ray.core.rowwise import may_share_a_sequence
 
-    named = {key: value for key, value in options.items() if value is not None}
-    kv_cache_gib = named.pop("kv_cache_gib")
-    if current_platform.is_cpu():
-        named.pop("gpu_memory_utilization")
-        named["kv_cache_memory_bytes"] = int(kv_cache_gib * 2**30)
-        # A prompt split over two steps would rewind its seeded generator, which only CUDA's can (docs/footguns.md).
-        named["enable_chunked_prefill"] = False
-        # Without it vLLM keeps no beginnings of models whose blocks carry a state on.
-        named["enable_prefix_caching"] &= may_share_a_sequence(AutoConfig.from_pretrained(model))
+    is_cpu = current_platform.is_cpu()
+    other_name = {"kv_cache_gib", "gpu_memory_utilization"} if is_cpu else {"kv_cache_gib"}
+    named = options.model_dump(exclude_none=True, exclude=other_name)
+    if is_cpu:
+        shares = options.enable_prefix_caching and may_share_a_sequence(AutoConfig.from_pretrained(model))
+        named |= {
+            "kv_cache_memory_bytes": int(options.kv_cache_gib * 2**30),
+            # A prompt split over two steps would rewind its seeded generator, which only CUDA's can (docs/footguns.md).
+            "enable_chunked_prefill": False,
+            # Without it vLLM keeps no beginnings of models whose blocks carry a state on.
+            "enable_prefix_caching": shares,
+        }
     return {"model": model, "dtype": dtype, "generation_config": "vllm", **named}
 
 

@@ -127,4 +127,4 @@ def _values(name: str, root: str) -> Any:
     if Path(name).suffix in (".yaml", ".yml"):
         return load_recipe(Path(name))
     manifest = read_manifest(Storage(root).find(name, MANIFEST))
-    return manifest and manifest.lineage
+    return manifest and manifest.lineage.plain()

@@ -37,9 +37,10 @@ def retention_stages(
     texts = describe_further(wanted, corpora)
     _require_untrained(texts, own)
     held = [stage for stage, source in zip(own.read, own.sources.values(), strict=True) if source.held_out]
-    probed = probes.stage(recipe.evaluate, texts, models["base"], held)
+    base = models["base"]
+    probed = probes.stage(recipe.evaluate, texts, base, held)
     return {
-        name: retention.stage(recipe.evaluate.dtype, _known(name, stage), models["base"], stage, probed)
+        name: retention.stage(recipe.evaluate.dtype, _known(name, stage), base, stage, probed)
         for name, stage in models.items()
     }
 

@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from sdft_ray.cluster import below_ray, fit_together, in_thread, last_line, on_this_node
+from sdft_ray.cluster import RayNode, below_ray, fit_together, in_thread, last_line, on_this_node
 from sdft_ray.errors import StageFailed, UserError
 from sdft_ray.progress import Progress, duration, log
 from sdft_ray.spec.compute import Compute, Needs
@@ -65,9 +65,7 @@ class Beside(NamedTuple):
     """Evaluations."""
 
 
-def limit(
-    pair: Pair, compute: Compute, nodes: Sequence[dict[str, float]], needs_of: Callable[[str], Needs | None]
-) -> Beside:
+def limit(pair: Pair, compute: Compute, nodes: Sequence[RayNode], needs_of: Callable[[str], Needs | None]) -> Beside:
     """Return what of a pair may go on beside the long stages; needs_of: of a kind of stage.
 
     A long stage whose processes grow in number takes whatever is free: nothing goes beside it.

@@ -26,10 +26,10 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from sdft_ray import overlap
-from sdft_ray.cluster import below_ray, in_thread, last_line, ray_cluster, require_capacity, resources_of_nodes
+from sdft_ray.cluster import below_ray, in_thread, last_line, live_nodes, ray_cluster, require_capacity
 from sdft_ray.cutting import Cutting, cutting
 from sdft_ray.engine import EngineFactory, start_engine
 from sdft_ray.errors import StageFailed, UserError, nearest, problem
@@ -143,14 +143,19 @@ class Chain:
         return self.cutting.patched
 
     @property
+    def own(self) -> Data:
+        """The recipe's own rows."""
+        return self.data[""]
+
+    @property
     def names(self) -> tuple[str, ...]:
-        """The names of the recipe's own sources of rows, for people."""
-        return tuple(self.data[""].sources)
+        """The names of their sources, for people."""
+        return tuple(self.own.sources)
 
     @property
     def distilled(self) -> Stage[distill.Settings] | None:
         """The rewrites of the recipe's own rows."""
-        return self.data[""].distilled
+        return self.own.distilled
 
     @property
     def trained(self) -> dict[str, Stage[train.Settings]]:
@@ -176,13 +181,13 @@ class Chain:
     def in_order(self) -> tuple[Stage[Any], ...]:
         """Every stage once, in the order in which they are built."""
         # Generation before training: an early failure costs less.
-        own, generated = self.data[""], [stage for data in self.data.values() for stage in data.in_order]
+        generated = [stage for data in self.data.values() for stage in data.in_order]
         targets = [stage.inputs["targets"] for stage in self.trained.values() if "targets" in stage.inputs]
-        stages = [self.base, *own.read, self.rows, *self.cutting.in_order, *generated]
+        stages = [self.base, *self.own.read, self.rows, *self.cutting.in_order, *generated]
         stages += [*targets, *self.models.values()]
-        stages += [each for put in self.wholes.values() for each in (put.inputs["whole"], put)]
+        stages += [each for put in self.wholes.values() for each in (*put.inputs.values(), put)]
         stages += [*self.nll, *self.drafts.values(), *([self.speed] if self.speed else [])]
-        stages += [stage.inputs["probes"] for stage in self.retention.values()]
+        stages += [given for stage in self.retention.values() for given in stage.inputs.values()]
         stages += [*self.retention.values(), *self.evaluations.values()]
         return tuple({stage.id: stage for stage in stages}.values())
 
@@ -275,7 +280,7 @@ def build(
         for pair in overlap.pairs(todo):
             maker.make(pair.first, connect)
             connect()
-            beside = overlap.limit(pair, compute, resources_of_nodes(), lambda name: MODULES[name].NEEDS)
+            beside = overlap.limit(pair, compute, live_nodes(), lambda name: MODULES[name].NEEDS)
             if beside.stages:
                 with overlap.building(build, beside, storage, pair.here[0].name):
                     maker.make(pair.here, connect)
@@ -378,7 +383,15 @@ class _Maker:
         return StageFailed(f"{stage.name}: failed: {last_line(cause)}. {kept}.{trace}")
 
 
-def describe(stages: Sequence[Stage[Any]], storage: Storage) -> list[Mapping[str, Any]]:
-    """Return the status and the directory of each stage, for `sdft check`."""
+class Listed(NamedTuple):
+    """What `sdft check` shows of a stage."""
+
+    stage: str
+    status: str
+    directory: str
+
+
+def describe(stages: Sequence[Stage[Any]], storage: Storage) -> list[Listed]:
+    """Return the status and the directory of each stage."""
     with storage.survey():
-        return [{"stage": s.name, "status": storage.status(s), "directory": storage.where(s)} for s in stages]
+        return [Listed(stage.name, storage.status(stage), storage.where(stage)) for stage in stages]

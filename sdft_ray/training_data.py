@@ -43,8 +43,8 @@ class Data:
     @property
     def in_order(self) -> tuple[Stage[Any], ...]:
         """The stages, in the order in which they are built."""
-        teacher = [self.distilled.inputs["teacher"]] if self.distilled and "teacher" in self.distilled.inputs else []
-        return (*self.read, *teacher, *self.inputs.values())
+        teacher = self.distilled.inputs.get("teacher") if self.distilled else None
+        return (*self.read, *([teacher] if teacher else []), *self.inputs.values())
 
 
 def read_sources(sources: Sequence[RowSource], recipe: Recipe) -> Data:

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from command import sdft
 
+from sdft_ray.cluster import RayNode
 from sdft_ray.preflight import doctor
 from sdft_ray.spec.compute import Compute, load_compute
 from sdft_ray.spec.sources import HubModel, HubRows
@@ -78,7 +79,7 @@ def test_variables_that_lead_elsewhere_are_named(address, variables, expected):
 
 
 def test_stages_that_no_node_or_not_all_nodes_together_can_hold_fail():
-    nodes = [{"CPU": 8, "GPU": 1}, {"CPU": 8, "GPU": 1}, {"memory": 9}]
+    nodes = [RayNode(8, 1), RayNode(8, 1), RayNode(0)]
     needs = {"score": (4, 4, 0), "distill": (2, 2, 1), "train": (4, 2, 1), "evaluate": (1, 16, 0), "speed": (4, 2, 0.5)}
     found = {finding.where: finding for finding in doctor.check_capacity(nodes, needs)}
     assert statuses(found.values()) == {

@@ -14,6 +14,7 @@ from sdft_ray.data.chat import render_prompt
 from sdft_ray.endpoint import Client
 from sdft_ray.engine import EndpointEngine, Request, VllmEngine, start_engine
 from sdft_ray.errors import StageFailed, UserError
+from sdft_ray.spec.compute import Endpoint, EngineOptions
 from sdft_ray.spec.recipe import Distill
 from sdft_ray.spec.sources import KEY_VARIABLE, ServedModel
 from sdft_ray.spec.wording import validate
@@ -35,7 +36,7 @@ def short_pauses(monkeypatch):
 def make_engine(server, model, requests=4, patience=5.0, timeout=5.0, settings=None, **teacher) -> EndpointEngine:
     teacher = {"endpoint": server.url, "model": NAME, **teacher}
     wanted = validate(Distill, {"teacher": teacher, "max_new_tokens": 16, **(settings or {})})
-    options = {"requests": requests, "timeout_seconds": timeout, "patience_seconds": patience}
+    options = Endpoint(requests=requests, timeout_seconds=timeout, patience_seconds=patience)
     engine = start_engine(str(model), wanted, options, alone=True)
     assert isinstance(engine, EndpointEngine)
     return engine
@@ -302,4 +303,4 @@ def test_endpoint_with_another_tokenizer_is_refused_where_it_says_so(server, tin
 
 def test_start_engine_takes_vllm_where_no_endpoint_teaches(monkeypatch):
     monkeypatch.setattr(VllmEngine, "__init__", lambda self, *_: None)
-    assert isinstance(start_engine("somewhere", Distill(), {}, alone=True), VllmEngine)
+    assert isinstance(start_engine("somewhere", Distill(), EngineOptions(), alone=True), VllmEngine)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sdft_ray.errors import UserError
 from sdft_ray.models import compressed, exporting
 from sdft_ray.progress import Progress
+from sdft_ray.spec.compute import EngineOptions
 from sdft_ray.stages.evaluate.harness import load_model
 
 torch.set_num_threads(1)
@@ -68,7 +69,7 @@ def test_likelihoods_of_int8_beside_an_engine_are_those_without_one(tmp_path):
 
     export(make_model(tmp_path, "llama"), tmp_path / "out", "int8")
     given, requests = str(tmp_path / "out"), [([5, 6, 7], [8, 9]), ([5, 6], [9, 8, 7])]
-    beside = load_engine(given, "float32", 4, "cpu", {})  # which is not started for these
+    beside = load_engine(given, "float32", 4, "cpu", EngineOptions())  # which is not started for these
     assert beside.score(requests) == load_model(given, "float32", 4, "cpu").score(requests)
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from sdft_ray.engine import Request, VllmEngine
 from sdft_ray.errors import UserError
-from sdft_ray.spec.compute import load_compute
+from sdft_ray.spec.compute import EngineOptions
 from sdft_ray.spec.recipe import Distill
 from sdft_ray.spec.wording import validate
 
@@ -21,7 +21,7 @@ def test_lookup_leaves_greedy_text_and_temperature_as_they_are(ray_cluster, tiny
         engines = [VllmEngine(str(tiny_model), validate(Distill, settings), options, alone=True) for settings in of]
         return [{request.id: made.text for request, made in engine.generate(requests)} for engine in engines]
 
-    options = load_compute().distill.engine_options() | {"kv_cache_gib": 0.1, "max_num_seqs": 8, "max_model_len": 128}
+    options = EngineOptions(kv_cache_gib=0.1, max_num_seqs=8, max_model_len=128)
     looked_up = SETTINGS | {"lookup": {"tokens": 3, "min": 1, "max": 3}}
     # The lowest temperature of vLLM: a token that is not the likeliest is drawn only where two nearly tie.
     cold = looked_up | {"temperature": 0.01, "top_p": 1.0}

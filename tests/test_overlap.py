@@ -8,6 +8,7 @@ import psutil
 import pytest
 
 from sdft_ray import overlap, pipeline
+from sdft_ray.cluster import RayNode
 from sdft_ray.errors import UserError
 from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.recipe import Recipe
@@ -64,11 +65,11 @@ def test_pairs_leave_out_what_is_done(todo):
 @pytest.mark.parametrize(
     ("nodes", "sections", "kept"),
     [
-        ([{"CPU": 2}], {}, [[], []]),
-        ([{"CPU": 4}], {}, [["score", "loss", "cut"], []]),  # training takes all
-        ([{"CPU": 4}, {"CPU": 1}], {}, [["score", "loss", "cut"], ["evaluate"]]),
-        ([{"CPU": 16}], {"distill": {"actors": {"min": 1, "max": 2}}}, [[], ["evaluate"]]),
-        ([{"CPU": 16}], {"train": {"workers": {"min": 1, "max": 2}}}, [["score", "loss", "cut"], []]),
+        ([RayNode(2)], {}, [[], []]),
+        ([RayNode(4)], {}, [["score", "loss", "cut"], []]),  # training takes all
+        ([RayNode(4), RayNode(1)], {}, [["score", "loss", "cut"], ["evaluate"]]),
+        ([RayNode(16)], {"distill": {"actors": {"min": 1, "max": 2}}}, [[], ["evaluate"]]),
+        ([RayNode(16)], {"train": {"workers": {"min": 1, "max": 2}}}, [["score", "loss", "cut"], []]),
     ],
 )
 def test_limit_keeps_what_the_nodes_hold_beside_the_rest(todo, nodes, sections, kept):
@@ -82,7 +83,7 @@ def test_limit_keeps_what_the_nodes_hold_beside_the_rest(todo, nodes, sections, 
 )
 def test_evaluations_beside_a_training_take_no_more_than_it_leaves(todo, cpus, actors, expected):
     _, training = overlap.pairs(todo)
-    beside = overlap.limit(training, compute_of(evaluate={"actors": actors}), [{"CPU": cpus}], NEEDS.get)
+    beside = overlap.limit(training, compute_of(evaluate={"actors": actors}), [RayNode(cpus)], NEEDS.get)
     if cpus == 64:  # as many as there are
         assert beside.at_once * actors >= len(beside.stages)
         return

@@ -19,6 +19,7 @@ from sdft_ray.core.selection import Generation
 from sdft_ray.data.chat import render_prompt
 from sdft_ray.endpoint import Client
 from sdft_ray.engine import EndpointEngine, Request
+from sdft_ray.spec.compute import Endpoint
 from sdft_ray.spec.recipe import Distill
 from sdft_ray.spec.sources import ServedModel
 from sdft_ray.spec.wording import validate
@@ -32,7 +33,7 @@ from sdft_ray.spec.compute import load_compute
 from sdft_ray.spec.recipe import Distill
 from sdft_ray.spec.wording import validate
 model, sampling, requests = json.loads(sys.stdin.read())
-options = load_compute().distill.engine_options() | {"kv_cache_gib": 0.25, "max_model_len": 512}
+options = load_compute().distill.engine_options().model_copy(update={"kv_cache_gib": 0.25, "max_model_len": 512})
 engine = VllmEngine(model, validate(Distill, sampling), options, alone=False)
 made = engine.generate([Request(**request) for request in requests])
 print(json.dumps({request.id: vars(generation) for request, generation in made}))
@@ -107,10 +108,10 @@ def test_vllm_serve_killed_and_started_again_gives_each_row_the_text_of_the_engi
     try:
         teacher = {"endpoint": f"http://127.0.0.1:{port}/v1", "model": NAME}
         settings = validate(Distill, {**SAMPLING, "teacher": teacher})
-        options = {"requests": 4, "timeout_seconds": 120, "patience_seconds": 300}
+        options = Endpoint(requests=4, timeout_seconds=120, patience_seconds=300)
         Client(ServedModel(**teacher)).require_model()
         Client(ServedModel(**teacher)).require_tokenizer(tokenizer)
-        engine = EndpointEngine(str(tiny_model), settings, options, alone=True)
+        engine = EndpointEngine(str(tiny_model), settings, options)
         made = [(request.id, vars(generation)) for request, generation in with_a_kill(engine, requests, restart)]
         long = Request("long", 0, prompts[0] * 30, 1)
         ((_, refused),) = engine.generate([long])

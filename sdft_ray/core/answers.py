@@ -267,38 +267,41 @@ def _value(match: re.Match[str]) -> Fraction | str | None:
         match.string, match.end()
     ):
         return None
-    if match["whole"] is None:
+    whole, raised_to, below, *signs = match.group("whole", "power", "below", "sign", "sign2")
+    if whole is None:
         return _date_or_time(match)
-    if len(match[0]) > _MOST_DIGITS or re.search(r"[eE][-+]?\d{4}", match["whole"]):
+    if len(match[0]) > _MOST_DIGITS or re.search(r"[eE][-+]?\d{4}", whole):
         return None
-    number, power = Fraction(match["whole"]), int(match["power"] or 1)
+    number, power = Fraction(whole), int(raised_to or 1)
     size = max(number.numerator.bit_length(), number.denominator.bit_length())
     if size * abs(power) > 3 * _MOST_DIGITS or (power < 0 and not number):
         return None
     number **= power
-    if match["below"] and (below := Fraction(match["below"])):
-        number /= below
-    return -number if match["sign"] or match["sign2"] else number
+    if below and (divisor := Fraction(below)):
+        number /= divisor
+    return -number if any(signs) else number
 
 
 def _date_or_time(match: re.Match[str]) -> str:
     """Return a date as YYYY-MM-DD, a time of day with 24 hours, anything else (a ratio, a version) as it is written."""
-    if match["hour"]:
-        hour = match["hour"].lstrip("0") or "0"
-        if match["half"] and len(hour) < 3:
-            hour = str(int(hour) % 12 + 12 * (match["half"] in "pP"))
-        return f"{hour}:{match['minutes']}"
+    hour, minutes, half = match.group("hour", "minutes", "half")
+    if hour:
+        hour = hour.lstrip("0") or "0"
+        if half and len(hour) < 3:
+            hour = str(int(hour) % 12 + 12 * (half in "pP"))
+        return f"{hour}:{minutes}"
     parts = re.findall(r"\d+", match[0])
-    if match["named"]:
+    named, year_last, mark, chain = match.group("named", "year_last", "mark2", "chain")
+    if named:
         month = re.search(_MONTH, match[0])
         assert month
         year = [part for part in parts if len(part) == 4]
         parts = [*year, str(_MONTHS.index(month[0][:3]) + 1), *(part for part in parts if len(part) < 4)]
-    elif match["year_last"]:
+    elif year_last:
         first, second, last = parts
         # 3/4/2031 is the 4th of March, as in the US, 3.4.2031 the 3rd of April, as in Europe.
-        parts = [last, second, first] if match["mark2"] == "." or int(first) > 12 else [last, first, second]
-    return match["chain"] or "-".join(part.zfill(2) for part in parts)
+        parts = [last, second, first] if mark == "." or int(first) > 12 else [last, first, second]
+    return chain or "-".join(part.zfill(2) for part in parts)
 
 
 # --- choices -----------------------------------------------------------------------------------------------------

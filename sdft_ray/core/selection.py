@@ -189,11 +189,12 @@ def strip_thoughts(text: str) -> str | None:
         return final and next(part for part in final.groups() if part is not None).strip()
     responses, start, inside = [""], 0, False
     for tag in _THOUGHT_TAG.finditer(text):
-        if tag["open"]:
+        opens, unspaced, line = tag.groups()
+        if opens:
             if not inside:
                 responses.append(text[start : tag.start()])
             inside = True
-        elif inside or tag["unspaced"] is not None or tag["line"]:
+        elif inside or unspaced is not None or line:
             if not inside:  # a template opened the thoughts itself
                 responses.clear()
             start, inside = tag.end(), False

@@ -178,7 +178,7 @@ def _read_corpus(tokenizer: Any, settings: CorpusSettings, rows: Rows | None) ->
     else:
         assert settings.path, "a corpus is rows or a file of texts"
         plain = read_calibration(Path(settings.path), settings.field, count)
-        texts = [Text(tokenizer(text)["input_ids"]) for text in plain]
+        texts = [Text(tokenizer(text).input_ids) for text in plain]
     texts = [text for text in texts if len(text.ids) > 1]  # nothing predicts the only token of a text
     if not texts:
         what = f"{settings.path or settings.name} has no text of two tokens"

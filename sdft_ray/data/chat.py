@@ -298,7 +298,7 @@ def _shorten(text: str) -> str:
 
 def _tokenise(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Return the token ids of texts that a template wrote."""
-    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False).input_ids
     for i, text in enumerate(texts):
         if _SPELLED in text:
             ids[i] = _tokenise_apart(tokenizer, text)
@@ -365,7 +365,7 @@ def _hide_inside(tokenizer: Any, value: Any) -> Any:
 @functools.lru_cache
 def _beginning(tokenizer: Any) -> list[int]:
     """Return the tokens that the tokenizer puts before a plain text: BOS, or none."""
-    ids, bare = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    ids, bare = (tokenizer("a", add_special_tokens=special).input_ids for special in (True, False))
     return ids[: ids.index(bare[0])]
 
 

@@ -6,10 +6,8 @@ In: recipe and compute file. Out: nothing, or a UserError for a mistake that wou
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from sdft_ray.core.surgery import require_blocks, require_supported
 from sdft_ray.data import readers
@@ -19,7 +17,7 @@ from sdft_ray.models.sizes import sizes_of
 from sdft_ray.preflight import limits
 from sdft_ray.preflight.cuts import depth_of
 from sdft_ray.progress import log
-from sdft_ray.spec.compute import Compute
+from sdft_ray.spec.compute import Compute, EngineOptions
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.sources import GymRows, HubModel, LocalModel, RowSource, ServedModel
 from sdft_ray.spec.sources import in_use as sources_in_use
@@ -135,7 +133,7 @@ def _teacher_facts(recipe: Recipe, base: directory.ModelFacts | None) -> directo
             return sources.describe_model(source, "distill.teacher.path", teaches=True)
 
 
-def _require_generates(facts: directory.ModelFacts, section: str, gpus: float, engine: Mapping[str, Any]) -> None:
+def _require_generates(facts: directory.ModelFacts, section: str, gpus: float, engine: EngineOptions) -> None:
     """Raise UserError for a model that vLLM's CPU build does not read, or of which it generates other text
     (docs/architectures.md), or which cannot be spread as the section of the compute file says."""
     if facts.architecture in _OTHER_TEXT and not gpus:
@@ -145,12 +143,12 @@ def _require_generates(facts: directory.ModelFacts, section: str, gpus: float, e
         what = f"vLLM reads {facts.architecture} with torchvision, which is not installed"
         do = "Do: pip install torchvision --index-url https://download.pytorch.org/whl/cpu"
         raise UserError(problem(section, what, do))
-    if facts.heads and facts.heads % (each := engine["tensor_parallel_size"]):
+    if facts.heads and facts.heads % (each := engine.tensor_parallel_size):
         what = f"{each} does not divide the {facts.heads} attention heads of the model"
         do = f"Give one of {', '.join(str(n) for n in range(1, facts.heads + 1) if facts.heads % n == 0)}"
         key = "tensor_parallel_size" if section == "distill" else "gpus"
         raise UserError(problem(f"compute.{section}.{key}", what, do))
-    if facts.blocks and facts.blocks % (groups := engine.get("pipeline_parallel_size", 1)):
+    if facts.blocks and facts.blocks % (groups := engine.pipeline_parallel_size):
         _report_uneven(facts.blocks, groups)
 
 

@@ -17,10 +17,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from sdft_ray import pipeline
-from sdft_ray.cluster import count_places, ray_cluster
+from sdft_ray.cluster import RayNode, count_places, live_nodes, ray_cluster
 from sdft_ray.data import readers
 from sdft_ray.data.readers import HubContent
 from sdft_ray.errors import StageFailed, UserError, problem
@@ -156,10 +156,8 @@ def compile_locks(folder: Path) -> list[Path]:
     return sorted({*folder.glob("*/lock"), *folder.glob("*/*/lock")})
 
 
-def check_capacity(
-    nodes: Sequence[Mapping[str, float]], needs: Mapping[str, tuple[int, int, float]]
-) -> Iterator[Finding]:
-    """Yield, for each section of the compute file, whether nodes with these resources can hold its stages."""
+def check_capacity(nodes: Sequence[RayNode], needs: Mapping[str, tuple[int, int, float]]) -> Iterator[Finding]:
+    """Yield, for each section of the compute file, whether nodes can hold its stages."""
     for section, (bundles, cpus, gpus) in needs.items():
         wants = f"{bundles} x ({cpus} CPUs, {gpus:g} GPUs)"
         if (fit := count_places(nodes, cpus, gpus)) >= bundles:
@@ -175,13 +173,11 @@ def check_capacity(
 def _cluster(
     needs: Mapping[str, tuple[int, int, float]], compute: Compute, place: str, fields: Mapping[str, str]
 ) -> Iterator[Finding]:
-    import ray
-
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+    nodes = live_nodes()
     yield Finding("ray", compute.ray.address, "ok", f"answers with {len(nodes)} node{'s' * (len(nodes) > 1)}")
-    sizes = [node["Resources"] for node in nodes]
+    sizes = [*nodes]
     if coming := compute.ray.largest_node:  # how many of them an autoscaler brings is not known
-        sizes += [{"CPU": coming.cpus, "GPU": coming.gpus}] * max(count for count, *_ in needs.values())
+        sizes += [RayNode(coming.cpus, coming.gpus)] * max(count for count, *_ in needs.values())
     yield from check_capacity(sizes, needs)
 
     with contextlib.ExitStack() as stack:
@@ -195,9 +191,7 @@ def _cluster(
         yield from _nodes(nodes, place, mark, fields)
 
 
-def _nodes(
-    nodes: Sequence[Mapping[str, Any]], place: str, mark: str | None, fields: Mapping[str, str]
-) -> Iterator[Finding]:
+def _nodes(nodes: Sequence[RayNode], place: str, mark: str | None, fields: Mapping[str, str]) -> Iterator[Finding]:
     """Yield what a task on each node finds there; mark: what is held below the root meanwhile."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -205,25 +199,24 @@ def _nodes(
     look = ray.remote(num_cpus=0, max_retries=0)(_look)
     pending = {}
     for node in nodes:
-        on_node = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        computes = fields if node["Resources"].get("CPU") else {}  # nothing runs on a head without CPUs
+        on_node = NodeAffinitySchedulingStrategy(node.id, soft=False)
+        computes = fields if node.cpus else {}  # nothing runs on a head without CPUs
         task = look.options(scheduling_strategy=on_node).remote(place, needed(), mark, computes)
         pending[task] = node
     for task, node in pending.items():
-        host, address = node["NodeManagerHostname"], node["NodeManagerAddress"]
         try:
             findings, mode, python = ray.get(task, timeout=_NODE_SECONDS)
         except ray.exceptions.GetTimeoutError:
-            yield Finding("node", host, "fail", f"gives no answer in {_NODE_SECONDS} s", "See its Ray logs.")
+            yield Finding("node", node.host, "fail", f"gives no answer in {_NODE_SECONDS} s", "See its Ray logs.")
             continue
         except ray.exceptions.RayError as error:  # among others where sdft_ray is not installed there
             do = "Install the same version of sdft-ray there."
-            yield Finding("node", host, "fail", f"cannot run sdft_ray ({_line(error, -1)})", do)
+            yield Finding("node", node.host, "fail", f"cannot run sdft_ray ({_line(error, -1)})", do)
             continue
-        yield _authenticated(host, address, mode)
+        yield _authenticated(node.host, node.address, mode)
         if python != platform.python_version():
             what = f"Python {python}, and {platform.python_version()} here"
-            yield Finding("versions", host, "fail", what, "Give every node the same Python.")
+            yield Finding("versions", node.host, "fail", what, "Give every node the same Python.")
         yield from findings
 
 

@@ -54,11 +54,13 @@ def require_numbers(recipe: Recipe, context: int | None) -> None:
         what = f"{distill.samples} is the same text {distill.samples} times at distill.temperature: 0"
         wrong.append(problem("distill.samples", what, "Set distill.samples to 1"))
     read = recipe.prune.calibration if recipe.prune.reads_texts else ()
-    lengths = {"prune.calibration.max_tokens": max(corpus.max_tokens for corpus in read)} if read else {}
-    lengths["train.max_tokens"] = recipe.train.max_tokens
-    if recipe.evaluate.retention:
-        lengths["evaluate.retention.max_tokens"] = recipe.evaluate.retention.max_tokens
-    lengths |= {f"{name}.max_new_tokens": new + 1 for name, new in _new_tokens(recipe).items()}  # behind a prompt
+    retention = recipe.evaluate.retention
+    lengths = {
+        **({"prune.calibration.max_tokens": max(corpus.max_tokens for corpus in read)} if read else {}),
+        "train.max_tokens": recipe.train.max_tokens,
+        **({"evaluate.retention.max_tokens": retention.max_tokens} if retention else {}),
+        **{f"{name}.max_new_tokens": new + 1 for name, new in _new_tokens(recipe).items()},  # behind a prompt
+    }
     for key, length in lengths.items():
         if context is not None and length > context:
             got, most = (length - 1, context - 1) if "new" in key else (length, context)
@@ -71,10 +73,12 @@ def require_numbers(recipe: Recipe, context: int | None) -> None:
 def _new_tokens(recipe: Recipe) -> dict[str, int]:
     """Return how many tokens the base generates behind a prompt, by section of the recipe."""
     rewrites = recipe.arms.need_rewrites and not recipe.distill.teacher
-    new = {"distill": recipe.distill.max_new_tokens} if rewrites else {}
-    if HELD_OUT in recipe.evaluate.tasks or recipe.evaluate.retention:
-        new["evaluate"] = recipe.evaluate.max_new_tokens
-    return new | ({"draft": recipe.draft.max_new_tokens} if recipe.draft else {})
+    evaluated = HELD_OUT in recipe.evaluate.tasks or recipe.evaluate.retention
+    return {
+        **({"distill": recipe.distill.max_new_tokens} if rewrites else {}),
+        **({"evaluate": recipe.evaluate.max_new_tokens} if evaluated else {}),
+        **({"draft": recipe.draft.max_new_tokens} if recipe.draft else {}),
+    }
 
 
 def read_file(source: FileRows, most: int = RECORDS) -> Read:
@@ -167,12 +171,13 @@ def _mix(each: Sequence[_Known], shares: Sequence[int] | None, count: int | None
         name: [[row._replace(origin=i) for row in one.splits[name]] for i, one in enumerate(each)] for name in SPLITS
     }
     counts = [one.most for one in each]
+    to_train = rows["train"]
     if shares is None or math.isinf(min(counts)):
-        counts = [len(some) for some in rows["train"]]
-    waiting = [iter(some) for some in rows["train"]]
+        counts = [len(some) for some in to_train]
+    waiting = [iter(some) for some in to_train]
     places = itertools.islice(interleave(counts, shares or [int(some) for some in counts]), count)
     known = (row for source in places if (row := next(waiting[source], None)))
-    train = list(itertools.islice(known, sum(map(len, rows["train"]))))  # behind the last known row are only places
+    train = list(itertools.islice(known, sum(map(len, to_train))))  # behind the last known row are only places
     return {name: list(itertools.chain(*rows[name])) for name in SPLITS} | {"train": train}
 
 

@@ -16,7 +16,8 @@ from sdft_ray.core.recovery import recovery
 from sdft_ray.core.surgery import name_blocks
 from sdft_ray.publish.origin import Origin, Scored
 from sdft_ray.report.lines import interval, percent
-from sdft_ray.stages import merge, patch, whole
+from sdft_ray.stages import merge, model, patch, whole
+from sdft_ray.store.manifest import Lineage
 
 _LICENCE = re.compile(r"licen[cs]e|copying", re.IGNORECASE)
 _KINDS = {
@@ -72,8 +73,7 @@ def _base_repo(origin: Origin) -> str | None:
 
 def _base_name(origin: Origin) -> str:
     """Return what the base is called where it is on no hub."""
-    name = origin.base.summary["from"] if origin.base else "a model of its maker's own"
-    return str(name)
+    return model.Summary.model_validate(origin.base.summary).source if origin.base else "a model of its maker's own"
 
 
 def _front(origin: Origin, name: str, base: str | None, licence: str | None, dataset: str | None) -> str:
@@ -152,12 +152,12 @@ def _recipe(origin: Origin) -> dict[str, Any]:
     """Return the settings of every stage that the model depends on, the base's last."""
     stages: dict[str, Any] = {}
 
-    def collect(lineage: dict[str, Any]) -> None:
-        key, count = lineage["stage"], 2
-        while key in stages and stages[key] != lineage["settings"]:
-            key, count = f"{lineage['stage']} {count}", count + 1
-        stages[key] = lineage["settings"]
-        for inner in lineage["inputs"].values():
+    def collect(lineage: Lineage) -> None:
+        key, count = lineage.stage, 2
+        while key in stages and stages[key] != lineage.settings:
+            key, count = f"{lineage.stage} {count}", count + 1
+        stages[key] = lineage.settings
+        for inner in lineage.inputs.values():
             collect(inner)
 
     collect(origin.model.lineage)

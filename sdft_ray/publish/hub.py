@@ -93,17 +93,18 @@ def gather(targets: Sequence[str], name: str, base: str | None, storage: Storage
             what = f"is a {kind}, and so is {found[kind][1].id}; one name holds one of each"
             raise UserError(problem(target, what, "Push it under another name"))
         found[kind] = directory, manifest
-    forms = _require_forms(beside, found["model"][1].id if "model" in found else None)
+    dataset, model = found.get("dataset"), found.get("model")
+    forms = _require_forms(beside, model[1].id if model else None)
     publications = []
-    if "dataset" in found:
-        directory, manifest = found["dataset"]
+    if dataset:
+        directory, manifest = dataset
         publications.append(
             Publication("dataset", manifest, _files(directory, manifest, (directory / CARD).read_bytes()))
         )
-    if "model" in found:
-        directory, manifest = found["model"]
+    if model:
+        directory, manifest = model
         names = [*(file.path for file in manifest.files), *forms]
-        card = write_card(find_origin(manifest, storage), name, base, names, name if "dataset" in found else None)
+        card = write_card(find_origin(manifest, storage), name, base, names, name if dataset else None)
         files = _files(directory, manifest, card.encode()) | forms
         publications.append(Publication("model", manifest, files))
     return publications
@@ -113,7 +114,7 @@ def _require_forms(exports: Mapping[str, tuple[Path, Manifest]], model: str | No
     """Return the GGUF files of exports of a model; raises UserError for others."""
     forms: dict[str, Path | bytes] = {}
     for target, (directory, manifest) in exports.items():
-        of, files = manifest.identity.inputs["model"], [file.path for file in manifest.files if ".gguf" in file.path]
+        of, files = manifest.identity.model, [file.path for file in manifest.files if ".gguf" in file.path]
         if of != model:
             raise UserError(problem(target, f"was made of {of}, which is not pushed with it", f"Give {of}, too"))
         if not files:

@@ -79,22 +79,16 @@ def find_origin(model: Manifest, storage: Storage) -> Origin:
     """Return where a model comes from; raises UserError where the root lacks what it was made from."""
     ancestors = [model, *_ancestors(model, storage)]
     oldest = ancestors[-1]
-    base = oldest.id if oldest.stage == "model" else _parent(oldest)
+    base = oldest.id if oldest.stage == "model" else oldest.identity.model
     scored = ancestors[1].id if model.stage == "whole" else model.id  # on text it is the model inside
     scores, mean = _scores(scored, base, storage)
     return Origin(tuple(ancestors), tuple(_sources(ancestors, storage)), scores, mean)
 
 
-def _parent(manifest: Manifest) -> str:
-    """Return the id of the model that a model was made from; of several that were merged, the first."""
-    inputs = manifest.identity.inputs
-    return inputs.get("model") or inputs["model_0"]
-
-
 def _ancestors(manifest: Manifest, storage: Storage) -> Iterator[Manifest]:
     while manifest.stage != "model":
         try:
-            manifest = _manifest(_parent(manifest), storage)
+            manifest = _manifest(manifest.identity.model, storage)
         except UserError:
             if manifest.stage == "cut":  # of a directory of the user's own, which has no manifest
                 return
@@ -139,9 +133,9 @@ def _source(rows: Manifest) -> Source:
 
 def _scores(model: str, base: str, storage: Storage) -> tuple[tuple[Scored, ...], Difference | None]:
     """Return the scores of a model by task, and its mean difference to the base."""
-    evaluations = [each for each in storage.manifests("evaluate") if each.identity.inputs["model"] in (model, base)]
-    of_base = {_way(each): each for each in evaluations if each.identity.inputs["model"] == base}
-    mine = {_way(each): each for each in evaluations if each.identity.inputs["model"] == model}
+    evaluations = [each for each in storage.manifests("evaluate") if each.identity.model in (model, base)]
+    of_base = {_way(each): each for each in evaluations if each.identity.model == base}
+    mine = {_way(each): each for each in evaluations if each.identity.model == model}
     shared = [way for way in mine if way in of_base]
     pairs = {way: (_values(mine[way], storage), _values(of_base[way], storage)) for way in shared}
     differences: dict[str, Difference] = {}

@@ -151,7 +151,7 @@ def describe_generated(recipe: Recipe, chain: Chain, storage: Storage) -> dict[s
     """Return how each model answers held-out rows; nothing where those are no task."""
     if HELD_OUT not in recipe.evaluate.tasks:
         return {}
-    rows = read_held_out([storage.files(stage, f"{HELD_OUT}.parquet") for stage in chain.data[""].read])
+    rows = read_held_out([storage.files(stage, f"{HELD_OUT}.parquet") for stage in chain.own.read])
     by_id = {row.id: row for row in rows}
     filters = [(source.filters or recipe.distill.filters).model_dump() for source in recipe.sources]
     items = {name: storage.files(chain.evaluations[name, HELD_OUT], ITEMS) for name in chain.models}
@@ -244,9 +244,8 @@ def _describe_sources(chain: Chain, models: Sequence[ModelEntry], storage: Stora
         more: dict[str, Any] = {"rewrites": rewrites[i]} if rewrites else {}
         more |= {"nll": likelihoods[i]} if likelihoods else {}
         key = f"exact_match {chain.names[i]}"
-        more["exact_match"] = {
-            name: score.other_metrics[key] for name, score in held_out.items() if key in score.other_metrics
-        }
+        matches = {name: score.other_metrics[key] for name, score in held_out.items() if key in score.other_metrics}
+        more |= {"exact_match": matches}
         for field, by_arm in (("loss", losses), ("validation_loss", validated)):
             more[field] = {name: by_source[i] for name, by_source in by_arm.items() if i in by_source}
         entries.append(SourceEntry(mixed=mixed, **more))
@@ -257,10 +256,11 @@ def describe_trial_sources(
     trained: Stage[Any], evaluations: Evaluations, storage: Storage
 ) -> dict[str, dict[str, SourceResult]]:
     """Return what came of each source of a trial's rows, as the field of its result; none where there is one only."""
-    mixed, summary = trained.inputs["rows"].settings, Trained.of(trained, storage)
+    mixed, summary = trained.rows.settings, Trained.of(trained, storage)
     if not isinstance(mixed, mix.Settings):
         return {}
-    rewrites = Selection.of(trained.inputs["distilled"], storage).by_source if "distilled" in trained.inputs else ()
+    distilled = trained.inputs.get("distilled")
+    rewrites = Selection.of(distilled, storage).by_source if distilled else ()
     matches = evaluate.Summary.of(evaluations[HELD_OUT], storage).other_metrics if HELD_OUT in evaluations else {}
     sources = {
         name: SourceResult(

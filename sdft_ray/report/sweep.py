@@ -196,13 +196,13 @@ def _describe_trial(
     trial: Trial, sweep: str, untuned: _Untuned, tried: Mapping[str, Sequence[Draft]], storage: Storage
 ) -> TrialEntry:
     """Return where a trial lies in the sweep, how far it is and, where it is done, what came of it."""
-    pruned, recipe = trial.train.inputs["model"], trial.cell.recipe
+    pruned, recipe = trial.train.model, trial.cell.recipe
     stopped, reason = notes.read_stopped(storage, sweep, trial.train), notes.read_failure(storage, trial.train)
     done = is_done(trial, storage)
     return TrialEntry(
         arm=trial.arm,
         blocks=untuned.depth_of(pruned.id, storage),
-        rows=recipe.train.rows or count_rows(trial.train.inputs["rows"], storage).train,
+        rows=recipe.train.rows or count_rows(trial.train.rows, storage).train,
         values={path: value for path, value in trial.values.items() if path not in (DEPTH, SIZE)},
         id=trial.train.id,
         directory=storage.where(trial.train),

@@ -12,18 +12,18 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
 
 from sdft_ray.errors import UserError, problem
 from sdft_ray.spec.loading import load_section
 from sdft_ray.spec.section import Section, require_distinct, require_path
-from sdft_ray.spec.wording import validate
 
 Auto = Literal["auto"]
 Count = Annotated[int, Field(gt=0)]
 TrackerName = Literal["wandb", "mlflow", "trackio"]
+S = TypeVar("S", "Score", "Distill", "Train", "Evaluate")
 
 
 class Node(Section):
@@ -112,6 +112,13 @@ class Pool(Section):
         return self
 
 
+class EngineOptions(Engine):
+    """What an actor starts its engine with."""
+
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+
+
 OneNumberOrPool = Annotated[
     Pool,
     BeforeValidator(lambda n: {"min": n, "max": n} if type(n) is int else n, json_schema_input_type=Count | Pool),
@@ -167,14 +174,13 @@ class Distill(Section):
             raise ValueError(f"{what} is more than the {self.gpus:g} gpus of an actor. Raise gpus to {needed}")
         return self
 
-    def engine_options(self) -> dict[str, Any]:
-        """Return the options of the engine, by vLLM's names except for `kv_cache_gib`."""
-        return self.engine.model_dump() | {name: getattr(self, name) for name in _SIZES}
+    def engine_options(self) -> EngineOptions:
+        """Return the options of an actor's engine."""
+        return EngineOptions(**dict(self.engine), **{name: getattr(self, name) for name in _SIZES})
 
-    def endpoint_options(self) -> dict[str, Any]:
+    def endpoint_options(self) -> Endpoint:
         """Return how one actor asks an endpoint."""
-        options = self.endpoint.model_dump()
-        return options | {"requests": max(1, self.endpoint.requests // self.actors.max)}
+        return self.endpoint.model_copy(update={"requests": max(1, self.endpoint.requests // self.actors.max)})
 
 
 def _path_or_content(value: str | dict[str, JsonValue]) -> str | dict[str, JsonValue]:
@@ -241,9 +247,9 @@ class Evaluate(Section):
     engine: Engine = Engine()
     """Of an actor with vLLM."""
 
-    def engine_options(self) -> dict[str, Any]:
-        """Return the options of an actor's engine, by vLLM's names except for `kv_cache_gib`."""
-        return self.engine.model_dump() | {"tensor_parallel_size": max(1, int(self.gpus))}
+    def engine_options(self) -> EngineOptions:
+        """Return the options of an actor's engine."""
+        return EngineOptions(**dict(self.engine), tensor_parallel_size=max(1, int(self.gpus)))
 
 
 class Needs(NamedTuple):
@@ -313,23 +319,22 @@ def load_compute(path: Path | Mapping[str, Any] | None = None) -> Compute:
     Raises UserError where a local cluster could never hold a stage: nobody profits from a silent wait.
     """
     compute = Compute() if path is None else load_section(Compute, path)
-    available = cores()
-    data = compute.model_dump(mode="json")
-    counts = {"score": "actors", "distill": "actors", "train": "workers", "evaluate": None}
-    for name, count in counts.items():
-        if data[name]["cpus"] == "auto":
-            wanted = data[name][count] if count else 1
-            sharing = wanted["max"] if isinstance(wanted, dict) else wanted
-            data[name]["cpus"] = max(1, available // sharing)
-    if isinstance(given := data["train"]["deepspeed"], str):  # workers on other nodes do not have the file
-        data["train"]["deepspeed"] = _read_deepspeed(given)
-    compute = validate(Compute, data)
+    train, available = compute.train, cores()
+    if isinstance(train.deepspeed, str):  # workers on other nodes do not have the file
+        train = train.model_copy(update={"deepspeed": _read_deepspeed(train.deepspeed)})
+    sections = {
+        "score": _settle(compute.score, compute.score.actors, available),
+        "distill": _settle(compute.distill, compute.distill.actors.max, available),
+        "train": _settle(train, train.workers.max, available),
+        "evaluate": _settle(compute.evaluate, 1, available),
+    }
+    compute = compute.model_copy(update=sections)
     if compute.ray.address == "local":
         short = [
             problem(
                 f"compute.{name}",
                 f"{bundles} x {cpus} CPUs = {bundles * cpus} is more than the {available} cores of this machine",
-                f"Lower compute.{name}.{counts[name] if bundles > 1 else 'cpus'}",
+                f"Lower compute.{name}.{'cpus' if bundles == 1 else 'workers' if name == 'train' else 'actors'}",
             )
             for name, (bundles, cpus, _) in compute.needs().items()
             if bundles * cpus > available
@@ -337,6 +342,11 @@ def load_compute(path: Path | Mapping[str, Any] | None = None) -> Compute:
         if short:
             raise UserError(*short)
     return compute
+
+
+def _settle(section: S, processes: int, available: int) -> S:
+    """Return a section whose `cpus` is a number: where it is auto, processes share those that are available."""
+    return section.model_copy(update={"cpus": max(1, available // processes)}) if section.cpus == "auto" else section
 
 
 def _read_deepspeed(path: str) -> dict[str, JsonValue]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 import typing
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -22,49 +23,63 @@ def validate(kind: type[S], data: Mapping[str, Any]) -> S:
         # Strict JSON mode: "8" is not a number and true is not 1, yet lists may become tuples.
         return kind.model_validate_json(json.dumps(data, default=str))
     except ValidationError as error:
-        raise UserError(*_describe_all(kind, data, error.errors(include_url=False))) from None
+        mistakes = [_Mistake(**details) for details in error.errors(include_url=False)]
+        raise UserError(*_describe_all(kind, data, mistakes)) from None
 
 
-def _describe_all(kind: type[BaseModel], data: Mapping[str, Any], items: Sequence[Any]) -> Iterator[str]:
+class _Mistake(NamedTuple):
+    """One of pydantic's errors, by its own names."""
+
+    type: str
+    loc: tuple[int | str, ...]
+    msg: str
+    input: Any
+    ctx: Mapping[str, Any] = MappingProxyType({})
+
+    @property
+    def expected(self) -> str:
+        return self.msg.removeprefix("Input should be ")
+
+
+def _describe_all(kind: type[BaseModel], data: Mapping[str, Any], mistakes: Iterable[_Mistake]) -> Iterator[str]:
     """Yield one line a wrong field; pydantic's errors for each type that a field may have become one line."""
-    alternatives: dict[tuple[Any, ...], list[Any]] = {}
-    for item in items:
-        *parents, last = item["loc"] or ("",)
+    alternatives: dict[tuple[Any, ...], list[_Mistake]] = {}
+    for mistake in mistakes:
+        *parents, last = mistake.loc or ("",)
         # Where a field may be of several types, the location ends with the name of the type that was tried.
-        tried = isinstance(last, str) and item["type"] not in ("extra_forbidden", "missing", "value_error")
+        tried = isinstance(last, str) and mistake.type not in ("extra_forbidden", "missing", "value_error")
         if tried and parents and last not in _keys_at(kind, parents):
-            alternatives.setdefault(tuple(parents), []).append(item)
+            alternatives.setdefault(tuple(parents), []).append(mistake)
         else:
-            yield _describe(kind, data, item)
+            yield _describe(kind, data, mistake)
     for location, tries in alternatives.items():
-        expected = " or ".join(dict.fromkeys(item["msg"].removeprefix("Input should be ") for item in tries))
-        yield _describe(kind, data, {**tries[0], "loc": location, "type": "union", "msg": expected})
+        expected = " or ".join(dict.fromkeys(each.expected for each in tries))
+        yield _describe(kind, data, tries[0]._replace(loc=location, type="union", msg=expected))
 
 
-def _describe(kind: type[BaseModel], data: Mapping[str, Any], item: Any) -> str:
+def _describe(kind: type[BaseModel], data: Mapping[str, Any], mistake: _Mistake) -> str:
     """Return one pydantic error as `where: what (got; expected). Do this.`"""
-    path, _ = _walk(kind, item["loc"], data)
+    path, _ = _walk(kind, mistake.loc, data)
     where = ".".join(path) or "recipe"
-    match item["type"]:
+    match mistake.type:
         case "extra_forbidden" if path[-1].isdecimal():
             return problem(where, f"{path[-1]} is a place in a list, and this is none", f"Leave out {path[-1]}")
         case "extra_forbidden":
-            return problem(where, "unknown key", nearest(path[-1], _keys_at(kind, item["loc"][:-1])))
+            return problem(where, "unknown key", nearest(path[-1], _keys_at(kind, mistake.loc[:-1])))
         case "missing":
             return problem(where, "is missing", "Add it")
         case "value_error":
-            message = str(item["ctx"]["error"])
+            message = str(mistake.ctx["error"])
             inner, colon, rest = message.partition(": ")
             if colon and re.fullmatch(r"[a-z_.]+", inner):  # a check of a whole section names the field
                 where, message = ".".join([*path, inner]), rest
             what, _, do = message.partition(". ")
             return problem(where, what, do or "Change this value")
         case "which_source":
-            return problem(where, item["msg"], "Give exactly one of them")
+            return problem(where, mistake.msg, "Give exactly one of them")
         case _:
-            got = json.dumps(item["input"])
-            expected = item["msg"].removeprefix("Input should be ")
-            return problem(where, f"got {got}; expected {expected}", "Change this value")
+            got = json.dumps(mistake.input)
+            return problem(where, f"got {got}; expected {mistake.expected}", "Change this value")
 
 
 def _walk(

@@ -92,7 +92,7 @@ def name_cut(settings: Settings | Named) -> str:
 
 def build(work: Work[Settings | Named]) -> Summary:
     """Write the pruned model and its card."""
-    base, place = work.stage.inputs["model"], work.input("model")
+    base, place = work.stage.model, work.input("model")
     reasons = _choose(work)
     parameters = remove_blocks(place, work.directory, reasons.removed)
     blocks = blocks_in(work.directory)

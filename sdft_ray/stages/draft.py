@@ -13,7 +13,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from sdft_ray.results import (
     Race,
     read_held_out,
 )
-from sdft_ray.spec.compute import Needs
+from sdft_ray.spec.compute import EngineOptions, Needs
 from sdft_ray.spec.recipe import Draft
 from sdft_ray.stages import Work
 from sdft_ray.store.files import write_atomically
@@ -107,7 +107,7 @@ def measure(
     draft: Callable[[], Path],
     prompts: Sequence[Given],
     settings: Settings,
-    options: Mapping[str, Any],
+    options: EngineOptions,
 ) -> Summary:
     """Return acceptance and speeds of a draft; runs in a Ray worker of its own."""
     base, small = target(), draft()
@@ -116,13 +116,13 @@ def measure(
     _require_context(base, length, settings.max_new_tokens)
     fair = {
         # Two engines are alive at a time. A prompt that one of them has read before would be no fair race.
-        "gpu_memory_utilization": options["gpu_memory_utilization"] / 2,
-        "kv_cache_gib": options["kv_cache_gib"] / 2,
+        "gpu_memory_utilization": options.gpu_memory_utilization / 2,
+        "kv_cache_gib": options.kv_cache_gib / 2,
         "enable_prefix_caching": False,
         "max_num_seqs": settings.at_once,
         "max_model_len": length,
     }
-    arguments = engine_arguments(str(base), settings.dtype, {**options, **fair}, alone=True)
+    arguments = engine_arguments(str(base), settings.dtype, options.model_copy(update=fair), alone=True)
     from vllm import LLM, SamplingParams  # after what it reads of the environment is set
 
     mend_sampling()
@@ -132,10 +132,11 @@ def measure(
 
     sampling = {"temperature": settings.temperature, "top_p": settings.top_p}
     until = {"max_tokens": settings.max_new_tokens, "stop_token_ids": [end]}
-    ways = {"greedy": SamplingParams(temperature=0, **until), "sampled": SamplingParams(**sampling, **until)}
+    greedy = SamplingParams(temperature=0, **until)
+    ways = {"greedy": greedy, "sampled": SamplingParams(**sampling, **until)}
     groups = [ids[i : i + settings.at_once] for i in range(0, len(ids), settings.at_once)]
     alone, other = start(), start(model=str(small))
-    race, _ = _take_turns(alone, other, groups, ways["greedy"])
+    race, _ = _take_turns(alone, other, groups, greedy)
     _end(other)
     cost = 1 / race.speedup
     measured: dict[str, list[Measured]] = {way: [] for way in ways}

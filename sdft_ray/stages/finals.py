@@ -118,5 +118,5 @@ def describe(summary: Summary) -> str:
 
 def _made(trained: Stage[Any]) -> list[Stage[Any]]:
     """Return the training of a finalist, the model that it began with, and at last the cut."""
-    start = trained.inputs["model"]
-    return [trained, start, start.inputs["pruned"]] if "pruned" in start.inputs else [trained, start]
+    start = trained.model
+    return [*filter(None, (trained, start, start.inputs.get("pruned")))]

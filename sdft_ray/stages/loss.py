@@ -243,7 +243,7 @@ def _take(losses: Sequence[Tensor], free: Sequence[int], names: Sequence[str]) -
 @contextmanager
 def _kept_steps(work: Work[GreedySettings]) -> Iterator[Path]:
     """Hold the directory of the losses of steps, whose id has everything of the stage's but the number of blocks."""
-    identity, slug = work.stage.identity, work.stage.inputs["model"].slug
+    identity, slug = work.stage.identity, work.stage.model.slug
     settings = {name: value for name, value in identity["settings"].items() if name not in ("blocks", "target")}
     key = short_id({**identity, "settings": settings})
     with work.storage.lock(f"ledger-{key}"):

@@ -106,7 +106,7 @@ def make_probes(
     probes = _respond(directory, settings, tokenizer, asked, batch_size, device) if asked else []
     probes += _references(tokenizer, encoded)
     if settings.texts:
-        ids = [tokenizer(text)["input_ids"][: settings.texts.max_tokens] for text in texts]
+        ids = [tokenizer(text).input_ids[: settings.texts.max_tokens] for text in texts]
         probes += [Probe("text", str(i), each, 1) for i, each in enumerate(ids, settings.texts.skip)]
     return [probe for probe in probes if probe.first < len(probe.ids)]
 

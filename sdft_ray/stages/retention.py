@@ -83,9 +83,9 @@ def build(work: Work[Settings]) -> Summary:
     """Write retention.jsonl."""
     import ray
 
-    plan, inputs = work.compute.evaluate, work.stage.inputs
+    plan = work.compute.evaluate
     probes = read_lines((work.input("probes") / PROBES).read_text(encoding="utf-8"), Probe)
-    model = work.handle("model") if inputs["model"].id != inputs["base"].id else None
+    model = work.handle("model") if work.stage.model.id != work.stage.inputs["base"].id else None
     measured, seconds = work.result(
         ray.remote(measure)
         .options(num_cpus=plan.cpus, num_gpus=plan.gpus, name=work.stage.slug, scheduling_strategy="DEFAULT")

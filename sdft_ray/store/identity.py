@@ -54,6 +54,16 @@ class Stage(Generic[S]):
         return list(itertools.takewhile(lambda key: key in self.inputs, keys))
 
     @property
+    def model(self) -> Stage[Any]:
+        """The model that it works on."""
+        return self.inputs["model"]
+
+    @property
+    def rows(self) -> Stage[Any]:
+        """The rows that it reads: those of one source, or a mixture."""
+        return self.inputs["rows"]
+
+    @property
     def lineage(self) -> dict[str, Any]:
         """The identity with each input's own lineage in place of its id, to explain drift."""
         return {**self.identity, "inputs": {name: stage.lineage for name, stage in sorted(self.inputs.items())}}

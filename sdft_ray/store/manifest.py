@@ -64,6 +64,20 @@ class Identity(Record):
     inputs: dict[str, str] = Field(default_factory=dict)
     """The ids of inputs."""
 
+    @property
+    def model(self) -> str:
+        """The id of the model that it was made from; of several that were merged, the first."""
+        return self.inputs.get("model") or self.inputs["model_0"]
+
+
+class Lineage(Record):
+    """An identity with the lineage of each input in place of its id."""
+
+    stage: str = ""
+    version: int = 0
+    settings: dict[str, Any] = Field(default_factory=dict)
+    inputs: dict[str, Lineage] = Field(default_factory=dict)
+
 
 class Manifest(Record):
     """What an artifact is, what came of it, and its files."""
@@ -73,8 +87,7 @@ class Manifest(Record):
     id: str
     slug: str = ""
     identity: Identity = Identity()
-    lineage: dict[str, Any] = Field(default_factory=dict)
-    """The identity with the lineage of each input in place of its id."""
+    lineage: Lineage = Lineage()
     summary: dict[str, Any]
     """What the stage says of its result: stages have the type."""
     files: tuple[File, ...]
@@ -106,7 +119,7 @@ def write_manifest(
         id=stage.id,
         slug=stage.slug,
         identity=Identity(**stage.identity),
-        lineage=stage.lineage,
+        lineage=Lineage(**stage.lineage),
         summary=dict(summary),
         files=list_files(directory),
         provenance=provenance().model_copy(update={"command": tuple(command), "wall_seconds": round(wall_seconds, 2)}),

@@ -43,7 +43,7 @@ def render(recipe: Path, compute: Path | None, root: str, until: str | None, ima
         what = f"{path} is a path of this machine, and a manifest carries no files"
         raise UserError(problem(str(recipe), what, "Put it where every node sees it and give that path"))
     pod, replicas = worker_pods(validate(Compute, data))
-    data["ray"] = {**data["ray"], "largest_node": pod.model_dump(mode="json")}
+    data["ray"] |= {"largest_node": pod.model_dump(mode="json")}
     command = ["sdft", "run", "/etc/sdft/recipe.yaml", "--compute", "/etc/sdft/compute.yaml", "--root", root]
     return _template().render(
         name=job_name(recipe.stem),

@@ -66,9 +66,9 @@ class Trial:
     @property
     def compares_with(self) -> tuple[Any, ...]:
         """The key of trials whose validation losses compare: the pruned model, the validation rows, arm and size."""
-        inputs = self.train.inputs
-        read = inputs["rows"].inputs.values() or [inputs["rows"]]  # weights of a mixture move no validation row
-        return inputs["model"].id, *(rows.id for rows in read), self.arm, self.train.settings.train.rows
+        rows = self.train.rows
+        read = rows.inputs.values() or [rows]  # weights of a mixture move no validation row
+        return self.train.model.id, *(each.id for each in read), self.arm, self.train.settings.train.rows
 
     @property
     def name(self) -> str:

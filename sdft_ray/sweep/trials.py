@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdft_ray import environment, pipeline
-from sdft_ray.cluster import count_places, ray_cluster, require_capacity, resources_of_nodes
+from sdft_ray.cluster import count_places, live_nodes, ray_cluster, require_capacity
 from sdft_ray.engine import EngineFactory, start_engine
 from sdft_ray.errors import StageFailed, UserError
 from sdft_ray.preflight import precision, teachers
@@ -140,7 +140,7 @@ def _try_drafts(drafts: Sequence[Stage], plan: Plan, compute: Compute, storage: 
 def trials_at_once(compute: Compute) -> int:
     """Return how many trials the nodes that are there hold side by side: by their training, which needs most."""
     workers, cpus, gpus = compute.bundles(train.NEEDS)
-    return max(1, count_places(resources_of_nodes(), cpus, gpus) // workers)
+    return max(1, count_places(live_nodes(), cpus, gpus) // workers)
 
 
 def _run_trial(

@@ -143,11 +143,11 @@ def compare_with_vllm(directory: Path) -> Agreement:
 def _continue_in_vllm(directory: str, prompts: Sequence[list[int]]) -> list[list[int]]:
     """Return NEW_TOKENS greedy tokens for each prompt."""
     from sdft_ray.engine import VllmEngine
-    from sdft_ray.spec.compute import Engine
+    from sdft_ray.spec.compute import EngineOptions
     from sdft_ray.spec.recipe import Distill
 
     longest = max(map(len, prompts)) + NEW_TOKENS
-    options = Engine(max_model_len=longest + 1, kv_cache_gib=0.5).model_dump() | {"tensor_parallel_size": 1}
+    options = EngineOptions(max_model_len=longest + 1, kv_cache_gib=0.5)
     engine = VllmEngine(directory, Distill(dtype="float32"), options, alone=False).engine
     from vllm import SamplingParams  # after the engine has set the variables that vLLM reads on import
     from vllm.sampling_params import RequestOutputKind

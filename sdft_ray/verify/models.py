@@ -77,7 +77,7 @@ def _one_model(directory: Path, base: Path | None, storage: Storage) -> Model:
     if stage not in ("cut", "patch"):
         return Model(name, directory, no_base=f"the weights of a `{stage}` artifact are its own")
     if base is None:
-        base_id = manifest.identity.inputs["model"]
+        base_id = manifest.identity.model
         try:
             base = storage.find(base_id)
         except UserError:  # a base that is a directory of the user's own

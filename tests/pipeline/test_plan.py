@@ -360,7 +360,7 @@ def test_every_shipped_config_loads_and_plans(tmp_path):
         plan = pipeline.chain(load_recipe(path)).in_order
         chain = ("model", "rows", "score", "loss", "cut", "distill", "train")
         assert tuple(dict.fromkeys(stage.name for stage in plan if stage.name in chain)) == chain
-        assert {line["status"] for line in pipeline.describe(plan, Storage(str(tmp_path)))} <= {"missing", "done"}
+        assert {line.status for line in pipeline.describe(plan, Storage(str(tmp_path)))} <= {"missing", "done"}
         assert not list(tmp_path.iterdir()), "planning writes nothing under the root"
 
 
@@ -430,7 +430,7 @@ def test_a_stage_of_its_own_file_and_an_entry_is_built_into_an_artifact(recipe, 
     assert [file.path for file in manifest.files] == ["longest.json"]
     assert len(json.loads((storage.place(added) / "longest.json").read_text())) == 2
     assert pipeline.build([chain.rows, added], compute, storage).reused == (chain.rows, added)
-    assert [line["status"] for line in pipeline.describe([chain.rows, added], storage)] == ["done", "done"]
+    assert [line.status for line in pipeline.describe([chain.rows, added], storage)] == ["done", "done"]
     assert precision.half_fields([added], compute) == {}
     terminal.show_artifact(storage.place(added), manifest)
     assert f"longest {added.id}" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from sdft_ray.preflight import savings
 from sdft_ray.report.lines import draft_line
 from sdft_ray.report.table import draft_rows
 from sdft_ray.results import Differing
-from sdft_ray.spec.compute import load_compute
+from sdft_ray.spec.compute import EngineOptions, load_compute
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.wording import validate
 from sdft_ray.stages import draft
@@ -109,7 +109,7 @@ def test_draft_tells_acceptance_and_speeds_and_leaves_greedy_text_as_it_was(
 def test_a_model_that_drafts_for_itself_is_always_accepted(ray_cluster, tiny_model, dtype):
     import ray
 
-    options = load_compute().distill.engine.model_dump() | {"tensor_parallel_size": 1}
+    options = EngineOptions()
     measure = ray.remote(max_calls=1)(draft.measure)
     settings = SETTINGS.model_copy(update={"dtype": dtype, "tokens": (2,), "at_once": 2})
     found = ray.get(measure.remote(lambda: tiny_model, lambda: tiny_model, PROMPTS, settings, options))
@@ -151,7 +151,7 @@ def test_an_answer_longer_than_the_context_is_refused_before_an_engine_starts(ti
     with pytest.raises(
         UserError, match=r"draft\.max_new_tokens: .* and the model's context is \d+\. Lower it by \d+\."
     ):
-        draft.measure(lambda: tiny_model, lambda: tiny_model, PROMPTS, settings, {})
+        draft.measure(lambda: tiny_model, lambda: tiny_model, PROMPTS, settings, EngineOptions())
 
 
 def test_every_arm_and_the_pruned_model_are_tried_unless_named(recipe):

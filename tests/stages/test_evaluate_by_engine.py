@@ -15,7 +15,7 @@ from sdft_ray.data.chat import render_prompt
 from sdft_ray.errors import UserError
 from sdft_ray.models.generation import generate_greedily, plain_generation
 from sdft_ray.results import ITEMS, Item, read_items
-from sdft_ray.spec.compute import Compute, Engine, load_compute
+from sdft_ray.spec.compute import Compute, EngineOptions, load_compute
 from sdft_ray.spec.wording import validate
 from sdft_ray.stages import evaluate
 from sdft_ray.stages.evaluate import harness, presets
@@ -92,7 +92,7 @@ def found(ray_cluster, tiny_model, asked) -> dict:
     def measure(model: str, asked: dict) -> dict:
         from sdft_ray.stages.evaluate.by_engine import load_engine
 
-        options = Engine(**ENGINE).model_dump() | {"tensor_parallel_size": 1}
+        options = EngineOptions(**ENGINE)
         loaded = load_engine(model, "float32", 4, "cpu", options)
         lm = loaded.lm
         found = {"tasks": [samples_of(harness.ask_harness(lm, task)) for task in asked["tasks"]]}

@@ -37,7 +37,7 @@ from sdft_ray.stages.distill.dataset import Figures, count_reasons, write_datase
 from sdft_ray.stages.distill.dealing import Dealt, RowId, deal
 from sdft_ray.stages.distill.draws import Settings, Source, instruction_templates
 from sdft_ray.stages.distill.requests import Requests, write_requests
-from sdft_ray.stages.distill.rewriter import COUNTS, Note, Rewriter
+from sdft_ray.stages.distill.rewriter import Counts, Note, Rewriter
 from sdft_ray.stages.distill.spread import Folder, Range, ranges_of
 from sdft_ray.stages.distill.teaching import require_able, teacher_files, teacher_handle, teacher_name
 from sdft_ray.store import ledger as ledgers
@@ -92,9 +92,13 @@ class Summary(stages.Summary):
     """Where there are several."""
 
     @property
+    def failed(self) -> int:
+        """Rows that failed in the engine."""
+        return self.reasons["error"]
+
+    @property
     def failed_fraction(self) -> float:
-        """Share of rows that failed in the engine."""
-        return self.reasons["error"] / self.rows
+        return self.failed / self.rows
 
 
 def stage(
@@ -153,7 +157,7 @@ def require_gates(stage: Stage[Settings], summary: Summary) -> None:
     """Raise StageFailed where more rows failed in the engine than the recipe allows."""
     failed, allowed = summary.failed_fraction, stage.settings.max_failed_fraction
     if failed > allowed:
-        what = f"{summary.reasons['error']} of {summary.rows} rows failed in the engine"
+        what = f"{summary.failed} of {summary.rows} rows failed in the engine"
         what += f", mostly with: {summary.usual_error} (got {failed:.2%}; expected at most {allowed:.2%})"
         raise StageFailed(problem("distill.max_failed_fraction", what, "Raise it; what was generated is kept"))
 
@@ -165,7 +169,7 @@ def _make_dataset(work: Work[Settings]) -> Summary:
     with contextlib.ExitStack() as locks:
         for identity in sorted(ids.values()):  # recipes that ask for other rows share them
             locks.enter_context(work.storage.lock(f"ledger-{identity}"))
-        slug = slugify(teacher_name(work.stage) or work.stage.inputs["model"].slug)
+        slug = slugify(teacher_name(work.stage) or work.stage.model.slug)
         ledgers_of = {template: work.storage.ledger(f"{slug}-{identity}") for template, identity in ids.items()}
         for old in work.resumable.iterdir():
             work.storage.drop(old)
@@ -209,11 +213,11 @@ def _folder(work: Work[Settings], name: str) -> Folder:
 
 def _summarise(figures: Figures, stage: Stage[Settings], ledgers: Sequence[str]) -> Summary:
     reasons, sources, teacher = count_reasons(figures), stage.settings.sources or (), teacher_name(stage)
-    rows = sum(reasons.values())
+    rows, kept = sum(reasons.values()), reasons["kept"]
     return Summary(
         rows=rows,
-        kept=reasons["kept"],
-        acceptance=reasons["kept"] / rows,
+        kept=kept,
+        acceptance=kept / rows,
         reasons=reasons,
         usual_error=figures.errors.most_common(1)[0][0] if figures.errors else None,
         generations=figures.generations,
@@ -310,7 +314,7 @@ def _generate(work: Work[Settings], requests: Requests, ledger: Path) -> None:
     tally = _Tally(work)
     try:
         for piece in dataset.iter_batches(batch_size=None):
-            tally.add({name: column.tolist()[0] for name, column in piece.items()})
+            tally.add(**{name: column.tolist()[0] for name, column in piece.items()})
     except ray.exceptions.RayActorError as error:
         work.storage.bring(ledger, ".trying-*")
         kept = f"What was generated is kept in {work.storage.describe(ledger)}"
@@ -323,14 +327,14 @@ class _Tally:
     def __init__(self, work: Work) -> None:
         self.progress, self.done_before = work.progress, work.progress.done
         self.begun = time.monotonic()
-        self.batches: dict[int, dict[str, Any]] = {}
+        self.batches: dict[int, Counts] = {}
         self.heard: dict[str, float] = {}
 
-    def add(self, piece: dict[str, Any]) -> None:
-        """Take in how far a batch is."""
+    def add(self, start: int, actor: str, **counts: int) -> None:
+        """Take in how far the batch is that begins at a row."""
         now = time.monotonic()
-        self.batches[piece["start"]], self.heard[piece["actor"]] = piece, now
-        done, kept, *tokens = (sum(batch[name] for batch in self.batches.values()) for name in COUNTS)
+        self.batches[start], self.heard[actor] = Counts(**counts), now
+        done, kept, *tokens = map(sum, zip(*self.batches.values(), strict=True))
         into, out = (count / (now - self.begun) for count in tokens)
         actors = sum(now - heard < 60 for heard in self.heard.values())
         self.progress.update(

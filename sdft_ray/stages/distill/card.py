@@ -63,7 +63,7 @@ def write(
     """Write README.md; counts: the rows for each reason."""
     from huggingface_hub import DatasetCardData
 
-    mixed, teacher = stage.inputs["rows"], teacher_name(stage)
+    mixed, teacher = stage.rows, teacher_name(stage)
     each = [describe_source(read.settings.source, read.slug) for read in mixed.inputs.values() or [mixed]]
     name, licences = " and ".join(name for name, _ in each), list(dict.fromkeys(licence for _, licence in each))
     licence = ", ".join(licences)
@@ -81,7 +81,7 @@ def write(
     rewrite, method = "model's own rewrite of the reference", "after *Self-Data Distillation* (arXiv 2410.09982)"
     if teacher:
         rewrite = f"rewrite of the reference by {teacher}"
-        method = f"for {stage.inputs['model'].slug}, which did not write the rewrites: this is no self-distillation"
+        method = f"for {stage.model.slug}, which did not write the rewrites: this is no self-distillation"
     seeds = "; each sample of a row has its own seed" if stage.settings.seeds == "row" else ""
     if looked_up := stage.settings.lookup:
         seeds += f"; {looked_up.tokens} tokens at a time were proposed from the text before them, and judged"
@@ -89,7 +89,7 @@ def write(
 {front.to_yaml()}
 ---
 
-# {stage.slug}, rewritten by {teacher or stage.inputs["model"].slug}
+# {stage.slug}, rewritten by {teacher or stage.model.slug}
 
 {rows} rows of {name} (licence of the source: {licence}). Where `source` is `distilled`, the response is the
 {rewrite}, checked; else it is the reference, verbatim, and `reason` says why. No row was

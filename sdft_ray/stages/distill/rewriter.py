@@ -17,11 +17,12 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sdft_ray.core.selection import Generation
 from sdft_ray.engine import EngineFactory, Request
 from sdft_ray.errors import StageFailed, UserError
+from sdft_ray.spec.compute import Endpoint, EngineOptions
 from sdft_ray.stages.distill.draws import Settings, best_lines, keeps, next_draw, rules_of, sampling_seed
 from sdft_ray.stages.distill.instructions import prompts_of
 from sdft_ray.stages.distill.requests import Asked, Requests
@@ -31,7 +32,6 @@ from sdft_ray.store.identity import Stage
 from sdft_ray.store.record import Record
 from sdft_ray.store.storage import Storage
 
-COUNTS = ("done", "kept", "prompt_tokens", "tokens")
 _REPORT_SECONDS = 1.0  # between two reports of an actor to the driver
 _NARROWING = 16  # rows that more than one engine died on are tried in groups this many times smaller, down to one
 
@@ -48,6 +48,17 @@ class Note(Record):
     """What the engine said, if it did."""
 
 
+class Counts(NamedTuple):
+    """How far a batch is."""
+
+    done: int
+    """Rows that need no engine any more."""
+    kept: int
+    """Those of them that keep a rewrite."""
+    prompt_tokens: int
+    tokens: int
+
+
 class Rewriter:
     """An actor with an engine; turns a batch of requests into ledger pieces."""
 
@@ -57,7 +68,7 @@ class Rewriter:
         model: Callable[[], Path],
         storage: Storage,
         stage: Stage[Settings],
-        options: Mapping[str, Any],
+        options: EngineOptions | Endpoint,
         alone: bool,
         requests: Requests,
         ledger: str,
@@ -82,13 +93,13 @@ class Rewriter:
         some = _Batch(self.requests.read(start, stop), self.settings)
         try:
             for counts in self._work_through(some):
-                told = {"start": start, "actor": self.actor, **counts}
+                told = {"start": start, "actor": self.actor, **counts._asdict()}
                 yield {name: np.array([value]) for name, value in told.items()}
         except (UserError, StageFailed):  # an endpoint that cannot be used: what it gave before is kept
             self._store(some)
             raise
 
-    def _work_through(self, batch: _Batch) -> Iterator[dict[str, int]]:
+    def _work_through(self, batch: _Batch) -> Iterator[Counts]:
         """Draw what each row needs, in rounds: the same sample again, or one more, where the last draw failed."""
         self.storage.bring(self.ledger, f"*-{batch.name}-*")
         pieces = list(ledgers.read_batch(self.ledger, batch.name))
@@ -118,7 +129,7 @@ class Rewriter:
         self._merge(batch)
         yield counts
 
-    def _store(self, batch: _Batch) -> dict[str, int]:
+    def _store(self, batch: _Batch) -> Counts:
         """Make durable what the engine has finished, and return how far the batch is."""
         if batch.piece:
             self.storage.publish(ledgers.write_piece(self.ledger, batch.name, batch.piece))
@@ -216,10 +227,9 @@ class _Batch:
         self._settled[row_id] = keeps(asked.row, best_lines(lines, samples), rules)
         return None
 
-    def counts(self) -> dict[str, int]:
-        """Return how many rows need no engine any more, how many keep a rewrite, and tokens in and out."""
-        values = (len(self._settled), sum(self._settled.values()), self._tokens_in, self._tokens_out)
-        return dict(zip(COUNTS, values, strict=True))
+    def counts(self) -> Counts:
+        """Return how far the batch is."""
+        return Counts(len(self._settled), sum(self._settled.values()), self._tokens_in, self._tokens_out)
 
 
 def _read_deaths(ledger: Path, batch: str) -> tuple[Counter[str], set[str]]:

@@ -26,12 +26,13 @@ def teacher_name(stage: Stage[Settings]) -> str | None:
     """Return what people call the model that rewrites; None where it is the base."""
     if isinstance(served := stage.settings.teacher, ServedModel):
         return served.model
-    return stage.inputs["teacher"].slug if "teacher" in stage.inputs else None
+    teacher = stage.inputs.get("teacher")
+    return teacher.slug if teacher else None
 
 
 def teacher_files(stage: Stage[Settings]) -> Stage[Any]:
     """Return the stage with the tokenizer that prompts are written by, and the weights where they are here."""
-    return stage.inputs.get("teacher", stage.inputs["model"])
+    return stage.inputs.get("teacher", stage.model)
 
 
 def teacher_handle(work: Work[Settings]) -> Callable[[], Path]:
@@ -44,10 +45,10 @@ def teacher_handle(work: Work[Settings]) -> Callable[[], Path]:
 
 def require_able(work: Work[Settings]) -> None:
     """Raise UserError where rewrites could not be asked for or trained on: before the first is generated."""
-    tokenizer = _require_writes(work, work.stage.inputs["model"])
-    if "teacher" in work.stage.inputs:
+    tokenizer = _require_writes(work, work.stage.model)
+    if teacher := work.stage.inputs.get("teacher"):
         try:
-            tokenizer = _require_writes(work, work.stage.inputs["teacher"])
+            tokenizer = _require_writes(work, teacher)
         except UserError as error:
             raise UserError(*map(_of_teacher, error.problems)) from None
     if isinstance(served := work.settings.teacher, ServedModel):

@@ -23,7 +23,7 @@ from sdft_ray.cluster import on_this_node, use_assigned_cores
 from sdft_ray.core.rows import Row
 from sdft_ray.data.benchmarks import offline_task_file
 from sdft_ray.results import HELD_OUT, ITEMS, SCORE, Item, Score, read_held_out
-from sdft_ray.spec.compute import Needs
+from sdft_ray.spec.compute import EngineOptions, Needs
 from sdft_ray.spec.recipe import Evaluate
 from sdft_ray.spec.sources import RowSource
 from sdft_ray.stages import Work
@@ -84,7 +84,7 @@ def build(work: Work[Settings]) -> Summary:
     """Write score.json and items.jsonl."""
     import ray
 
-    plan, settings, model = work.compute.evaluate, work.settings, work.stage.inputs["model"]
+    plan, settings, model = work.compute.evaluate, work.settings, work.stage.model
     held_out = read_held_out(work.inputs("rows")) if settings.task == HELD_OUT else []
     device = "cuda" if plan.gpus else "cpu"
     # Of a sweep, too: else the trial's own place, which has no CPU.
@@ -140,9 +140,7 @@ def _shared(key: tuple[str, ...], start: Callable[[], Any]) -> Iterator[Any]:
                 ray.kill(actor)
 
 
-def _load(
-    model: Callable[[], Path], dtype: str, batch_size: int, device: str, options: Mapping[str, Any] | None
-) -> Loaded:
+def _load(model: Callable[[], Path], dtype: str, batch_size: int, device: str, options: EngineOptions | None) -> Loaded:
     """Return the model in a directory, in vLLM with these options or without any in transformers; runs in a worker."""
     from sdft_ray.progress import quiet_transformers
 

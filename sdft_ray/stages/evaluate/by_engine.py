@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -27,6 +27,7 @@ from sdft_ray.engine import engine_arguments
 from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.models.exporting import load_causal
 from sdft_ray.models.generation import Written, read_written
+from sdft_ray.spec.compute import EngineOptions
 from sdft_ray.stages.evaluate.harness import Loaded
 from sdft_ray.stages.evaluate.likelihoods import score_requests
 
@@ -35,8 +36,8 @@ _LAST_TOKENS = 128  # that vLLM looks up behind one prompt
 _ALL_AT_ONCE = 2**31  # the engine batches by itself
 
 
-def load_engine(model: str, dtype: str, batch_size: int, device: str, options: Mapping[str, Any]) -> Loaded:
-    """Return a model in vLLM; options: of the engine, as `engine_arguments` takes them."""
+def load_engine(model: str, dtype: str, batch_size: int, device: str, options: EngineOptions) -> Loaded:
+    """Return a model in vLLM."""
     lm = EngineLM(model, dtype, batch_size, device, options)
     return Loaded(lm, lm.tokenizer, lm.answer, lm.score)
 
@@ -54,7 +55,7 @@ class OutlineLM(HFLM):
 class EngineLM(OutlineLM):
     """The harness's model over vLLM."""
 
-    def __init__(self, model: str, dtype: str, batch_size: int, device: str, options: Mapping[str, Any]) -> None:
+    def __init__(self, model: str, dtype: str, batch_size: int, device: str, options: EngineOptions) -> None:
         super().__init__(model)
         self.dtype, self.options = dtype, options
         self.rows_at_once, self.in_engine = batch_size, device != "cpu"

@@ -76,18 +76,18 @@ def ask_harness(lm: Any, settings: TaskSettings) -> dict[str, Any]:
 def run_task(lm: Any, settings: TaskSettings) -> tuple[Score, list[Item]]:
     """Return the score and the items of a task."""
     output = ask_harness(lm, settings)
-    results = output["results"][settings.task]
-    samples_of_all = [sample for samples in output["samples"].values() for sample in samples]
+    results, by_task = output["results"][settings.task], output["samples"]
+    samples_of_all = [sample for samples in by_task.values() for sample in samples]
     metric = settings.metric
     if metric is None:
         better = output["higher_is_better"].get(settings.task, {})
         metric = choose_metric(settings.task, results, better, samples_of_all)
     name = metric.partition(",")[0]
     samples = [sample for sample in samples_of_all if _of_filter(sample, metric)]
-    sizes = [output["n-samples"][task] for task in output["samples"]]
+    sizes = [output["n-samples"][task] for task in by_task]
     items = [
         Item(id=sample["doc_hash"], task=task, value=float(sample[name]))
-        for task, group in output["samples"].items()
+        for task, group in by_task.items()
         for sample in group
         if _of_filter(sample, metric) and name in sample
     ]
@@ -120,8 +120,8 @@ def choose_metric(
 
 def _chance(sample: Mapping[str, Any]) -> float:
     """Return what guessing scores on an item: by its number of choices, 0 where the answer is generated."""
-    if "mc2_targets" in sample["doc"]:  # TruthfulQA scores the probability of all true choices together
-        labels = sample["doc"]["mc2_targets"]["labels"]
+    if targets := sample["doc"].get("mc2_targets"):  # TruthfulQA scores the probability of all true choices together
+        labels = targets["labels"]
         return sum(labels) / len(labels)
     choices = len(sample["arguments"])
     return 1 / choices if choices > 1 else 0.0

@@ -227,10 +227,8 @@ def _read_with_ray(reader: passes.Reader) -> Iterator[passes.Counts]:
         max_task_retries=_MAX_FAILURES,
     )
     dataset.context.execution_options.preserve_order = True  # the first mistake is that of the first part
-    for batch in dataset.iter_batches(batch_size=None):
-        for i, mistake in enumerate(batch["mistake"]):
-            numbers = {name: int(batch[name][i]) for name in passes.Counts._fields[:-1]}
-            yield passes.Counts(**numbers, mistake=str(mistake))
+    for counts in dataset.iter_rows():
+        yield passes.Counts(**counts)
 
 
 def write_splits(directory: Path, splits: Mapping[str, Sequence[Row]]) -> None:

@@ -71,18 +71,17 @@ class Reader:
 
     def read(self, number: int) -> Counts:
         """Write the runs of a part: the same ones however often."""
-        counts, run = dict.fromkeys(Counts._fields[:-1], 0), _Run(self.folder, number)
-        mistake = ""
+        became, run = Counter[str](), _Run(self.folder, number)
+        read, size, mistake = 0, 0, ""
         try:
-            for row in read_part(self.parts[number], self.source):
-                counts["read"] += 1
-                counts[self._put(row, counts["read"], run)] += 1
+            for read, row in enumerate(read_part(self.parts[number], self.source), 1):
+                became[self._put(row, read, run)] += 1
                 if run.size >= self.size:
-                    counts["size"] += run.write()
+                    size += run.write()
         except UserError as error:
             mistake = str(error)
-        counts["size"] += run.write()
-        return Counts(**counts, mistake=mistake)
+        size += run.write()
+        return Counts(**became, read=read, size=size, mistake=mistake)
 
     def _put(self, row: Row, number: int, run: _Run) -> str:
         """Put a row into a run, if it is to be kept; return what it counts as."""

@@ -24,15 +24,20 @@ if TYPE_CHECKING:
 FOLDER = "encoded"
 Array = np.ndarray[Any, Any]
 _ID = np.dtype("<i4")
-_INDEX = np.dtype(
-    [
-        ("number", "<i8"),  # of the row among all that were read, also those that were left out
-        ("stop", "<i8"),  # where its ids end
-        ("trained_from", "<i4"),
-        ("whole", "<i4"),  # its tokens before it was cut
-        ("origin", "<i4"),
-    ]
-)
+_INDEX = np.dtype([("number", "<i8"), ("stop", "<i8"), ("trained_from", "<i4"), ("whole", "<i4"), ("origin", "<i4")])
+
+
+class _Indexed(NamedTuple):
+    """What the index has of a row."""
+
+    number: int
+    """Among all rows that were read, also those that were left out."""
+    stop: int
+    """Where its ids end."""
+    trained_from: int
+    whole: int
+    """Its tokens before it was cut."""
+    origin: int
 
 
 class EncodedRow(NamedTuple):
@@ -57,7 +62,7 @@ def write_shard(folder: Path, name: str, shard: int, rows: Iterable[EncodedRow])
         for row, number, origin, whole in rows:
             file.write(np.array(row.ids, _ID).tobytes())
             stop += len(row.ids)
-            index.append((number, stop, row.trained_from, whole, origin))
+            index.append(_Indexed(number, stop, row.trained_from, whole, origin))
         file.seek(0)
         _write_header(file, stop)
     with appearing(index_file) as file:
@@ -92,8 +97,8 @@ class EncodedRows(Sequence[TrainingRow]):
             return [self[j] for j in range(*i.indices(len(self)))]
         shard, place = self._find(i)
         index, ids = self._indices[shard], self._ids_of(shard)
-        start = index["stop"][place - 1] if place else 0
-        row = TrainingRow(ids[start : index["stop"][place]].tolist(), int(index["trained_from"][place]))
+        found, start = _read(index, place), _read(index, place - 1).stop if place else 0
+        row = TrainingRow(ids[start : found.stop].tolist(), found.trained_from)
         _give_back(ids)
         if self._targets is None:
             return row
@@ -104,12 +109,12 @@ class EncodedRows(Sequence[TrainingRow]):
     def number_of(self, i: int) -> int:
         """Return the number of a row among all that were read."""
         shard, place = self._find(i)
-        return int(self._indices[shard]["number"][place])
+        return _read(self._indices[shard], place).number
 
     def source_of(self, i: int) -> int:
         """Return which of the recipe's sources a row is of."""
         shard, place = self._find(i)
-        return int(self._indices[shard]["origin"][place])
+        return _read(self._indices[shard], place).origin
 
     def sources(self) -> set[int]:
         """Return the sources that rows are of."""
@@ -149,6 +154,10 @@ class EncodedRows(Sequence[TrainingRow]):
             file = self._files[shard]
             self._ids[shard] = np.load(file.with_name(file.name.replace(".index.", ".ids.")), mmap_mode="r")
         return self._ids[shard]
+
+
+def _read(index: Array, place: int) -> _Indexed:
+    return _Indexed(*index[place].item())
 
 
 def _give_back(ids: Array) -> None:

@@ -107,7 +107,7 @@ def plan_parts(sizes: dict[str, int], shard_rows: int) -> list[Part]:
 def _encode_part(job: Job, part: Part) -> Tally:
     """Encode a part in a task, on whatever node."""
     environment.go_offline()  # the tokenizer is in a local directory
-    model = bring_tokenizer(job.storage, job.stage.inputs["model"])
+    model = bring_tokenizer(job.storage, job.stage.model)
     directory = job.storage.files(job.stage.inputs[part.key], f"{job.split}.parquet")
     return job.encode(_load_tokenizer(model), directory, part)
 

@@ -83,7 +83,7 @@ class Job:
         encoded = self.storage.resumable(self.stage) / FOLDER
         self.storage.bring(encoded, f"{shard}.*")
         settings = self.stage.settings
-        teacher = _load_teacher(self.storage.handle(self.stage.inputs["model"])(), settings.train.dtype, self.device)
+        teacher = _load_teacher(self.storage.handle(self.stage.model)(), settings.train.dtype, self.device)
         rows, vocabulary = EncodedRows(encoded, shard), teacher.model.config.vocab_size
         found = _find(teacher, rows, settings.soft)
         shape = rows.trained_tokens, settings.soft.likeliest or 0
