@@ -41,7 +41,7 @@ from benchmarks.generate import make_recipe, read_gsm8k
 from benchmarks.report import print_figures
 from benchmarks.scale import rows_stage
 from sdft_ray import pipeline
-from sdft_ray.core.rows import Given, Row, write_conversation
+from sdft_ray.core.rows import Given, Message, Row, write_conversation
 from sdft_ray.core.selection import Generation
 from sdft_ray.engine import Request, VllmEngine
 from sdft_ray.spec.compute import Endpoint, EngineOptions, load_compute
@@ -268,7 +268,7 @@ def write_rows(engine: str, rows: int, root: Path) -> None:
         prompt, reference = f"What is {i} + {i}?", f"It is {2 * i}."
         history = [("system", "You add."), ("user", "1 + 1?"), ("assistant", "It is 2."), ("user", prompt)]
         said = history if i % 3 == 0 else history[-1:]
-        talk = write_conversation(Given([{"role": role, "content": content} for role, content in said]))
+        talk = write_conversation(Given([Message(role, content) for role, content in said]))
         row = Row(prompt, reference, conversation=talk)
         train.append(row._replace(id=row.content_id))
     write_splits(directory, {"held_out": [], "validation": [], "train": train})

@@ -62,7 +62,7 @@ def refused(path, records, **options):
 
 
 def messages(row):
-    return [(message["role"], message["content"]) for message in row.exchange.given.messages]
+    return [(message.role, message.content) for message in row.exchange.given.messages]
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_read_conversation_calls_become_objects_and_targets(tmp_path):
     records = [{"messages": CALLING, "tools": [ADD["function"]]}]
     call, response = read(tmp_path / "rows.jsonl", records, fields=fields, turns="each")
     assert (call.reference, call.exchange.calls) == ("", [CALL])
-    assert response.exchange.given.messages[1]["tool_calls"] == [CALL]
+    assert response.exchange.given.messages[1].tool_calls == [CALL]
     assert response.exchange.given.tools == call.exchange.given.tools == [ADD]
     assert not call.is_blank and not response.exchange.calls
 
@@ -319,9 +319,9 @@ def test_read_conversation_takes_calls_and_roles_as_openai_had_them(tmp_path, co
         TURNS[-1],
     ]
     (row,) = read(tmp_path / "rows.jsonl", [{"messages": turns}])
-    assert [message["role"] for message in row.exchange.given.messages] == ["system", "user", "assistant", "tool"]
-    assert row.exchange.given.messages[2]["tool_calls"][0]["function"]["arguments"] == {"city": "Rome"}
-    assert row.exchange.given.messages[2]["content"] == (content or "")
+    assert [message.role for message in row.exchange.given.messages] == ["system", "user", "assistant", "tool"]
+    assert row.exchange.given.messages[2].tool_calls[0]["function"]["arguments"] == {"city": "Rome"}
+    assert row.exchange.given.messages[2].content == (content or "")
 
 
 @pytest.mark.parametrize(

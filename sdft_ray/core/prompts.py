@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from sdft_ray.core.rows import Given, Row
+from sdft_ray.core.rows import Given, Message, Row
 
 # Part of the ledger's identity, beside the template's text: bump when rendering changes.
 RENDERING_VERSION = 2
@@ -48,6 +48,6 @@ def ask_for_rewrite(row: Row, template: str) -> Given:
     """Return what the unpruned model is given to rewrite a row's reference: its true history, with the instruction in
     place of what the user asks last; after a tool's result, behind it."""
     given = row.exchange.given
-    message = {"role": "user", "content": rewrite_instruction(row.prompt, row.reference, template)}
-    history = given.messages if given.messages[-1]["role"] != "user" else given.messages[:-1]
+    message = Message("user", rewrite_instruction(row.prompt, row.reference, template))
+    history = given.messages if given.messages[-1].role != "user" else given.messages[:-1]
     return Given([*history, message], given.tools)

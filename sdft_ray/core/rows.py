@@ -8,10 +8,23 @@ import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-Message = dict[str, Any]
-"""A turn as chat templates read it: role, content, and where it has them tool_calls, name and tool_call_id."""
 PLAIN = '{"plain":true}'
 """The conversation of a plain text, which answers nothing."""
+
+
+class Message(NamedTuple):
+    """A turn, by the names that chat templates read; None is what it does not have."""
+
+    role: str
+    content: str
+    tool_calls: list[dict[str, Any]] | None = None
+    name: str | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as templates take it."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
 
 
 class Given(NamedTuple):
@@ -40,9 +53,9 @@ class Exchange(NamedTuple):
     def given(self) -> Given:
         """What comes before the response."""
         if self.conversation is None:
-            return Given([{"role": "user", "content": self.prompt}])
+            return Given([Message("user", self.prompt)])
         parts = json.loads(self.conversation)
-        return Given(parts.get("messages", []), parts.get("tools"))
+        return Given([Message(**plain) for plain in parts.get("messages", [])], parts.get("tools"))
 
     @property
     def calls(self) -> list[dict[str, Any]]:
@@ -53,10 +66,9 @@ class Exchange(NamedTuple):
 
 def write_conversation(given: Given, calls: list[dict[str, Any]] | None = None) -> str | None:
     """Return JSON of what leads to a response, and of what it calls; None where a prompt says it all."""
-    first = given.messages[0] if given.messages else {}
-    if not (given.tools or calls) and given.messages in ([], [{"role": "user", "content": first.get("content")}]):
+    if not (given.tools or calls) and given.messages in ([], [Message("user", m.content) for m in given.messages[:1]]):
         return None
-    parts = {"messages": given.messages, "tools": given.tools, "calls": calls}
+    parts = {"messages": [message.plain() for message in given.messages], "tools": given.tools, "calls": calls}
     return json.dumps(
         {name: value for name, value in parts.items() if value},
         ensure_ascii=False,  # and in their order, which templates write them in

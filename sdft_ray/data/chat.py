@@ -112,7 +112,7 @@ def require_writable(tokenizer: Any, rows: Iterable[Exchange]) -> None:
 
 def _form(row: Exchange) -> tuple[Any, ...]:
     """Return the form of a conversation: its roles, and where it calls functions."""
-    turns = tuple((message["role"], "tool_calls" in message) for message in row.given.messages)
+    turns = tuple((message.role, message.tool_calls is not None) for message in row.given.messages)
     return turns, row.given.tools is None, bool(row.calls)
 
 
@@ -171,7 +171,7 @@ def _render(
     tokenizer: Any, given: Given, target: Message | None = None, template_options: Mapping[str, Any] = _NO_THINKING
 ) -> str:
     """Return a conversation and its last turn as the template writes them; without that turn, the generation prompt."""
-    messages = given.messages if target is None else [*given.messages, target]
+    messages = [message.plain() for message in (*given.messages, *([target] if target else []))]
     # Some templates print today's date, and the same recipe would be another one tomorrow; other templates ignore it.
     options = {"date_string": _DATE, "strftime_now": lambda _format: _DATE, **template_options}
     text: str = tokenizer.apply_chat_template(
@@ -213,15 +213,11 @@ def _read_end(tokenizer: Any, _template: str) -> tuple[str, int]:
 
 def _render_probe(tokenizer: Any, response: str | None) -> str:
     try:
-        return _render(tokenizer, _PROBE.given, None if response is None else _as_turn(response))
+        return _render(tokenizer, _PROBE.given, None if response is None else Message("assistant", response))
     except Exception as error:  # a template can raise anything
         line = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
         what = f"its chat template cannot write a conversation of a user and an assistant ({line})"
         raise UserError(problem("model", what, "Correct its chat template")) from error
-
-
-def _as_turn(response: str, calls: Sequence[Mapping[str, Any]] = ()) -> Message:
-    return {"role": "assistant", "content": response} | ({"tool_calls": list(calls)} if calls else {})
 
 
 def _write_exchange(tokenizer: Any, turn: _Turn, row: Exchange) -> tuple[str, str]:
@@ -231,7 +227,8 @@ def _write_exchange(tokenizer: Any, turn: _Turn, row: Exchange) -> tuple[str, st
     given, response = _hide_all(tokenizer, row.given), _hide_spelled(tokenizer, row.response)
     calls = _hide_inside(tokenizer, row.calls)
     try:
-        before, whole = _render(tokenizer, given), _render(tokenizer, given, _as_turn(response, calls))
+        target = Message("assistant", response, calls or None)
+        before, whole = _render(tokenizer, given), _render(tokenizer, given, target)
     except Exception as error:  # a template can raise anything
         what = f"its chat template cannot write {_describe(row)} ({first_line(error)})"
         raise UserError(problem("model", what, "Remove such rows")) from error
@@ -256,12 +253,12 @@ def _unwritten(before: str, written: str, given: Given, calls: Sequence[Mapping[
     """Return what a template leaves out, in words; nothing where it writes all but earlier responses, which may lose
     their thoughts. It may write results of tools as JSON."""
     for message in given.messages:
-        content = message["content"].strip()
-        if message["role"] == "assistant" or content in before:
+        content = message.content.strip()
+        if message.role == "assistant" or content in before:
             continue
         if not any(json.dumps(content, ensure_ascii=only)[1:-1] in before for only in (False, True)):
-            return f"the message of the {message['role']}"
-    earlier = [call for message in given.messages for call in message.get("tool_calls", ())]
+            return f"the message of the {message.role}"
+    earlier = [call for message in given.messages for call in message.tool_calls or ()]
     for kind, functions, text in (
         ("the tool", given.tools or (), before),
         ("the call of", earlier, before),
@@ -285,7 +282,7 @@ def _end_turn(tokenizer: Any, turn: _Turn, written: str) -> str:
 def _describe(row: Exchange) -> str:
     if row.conversation is None:
         return f"the prompt {_shorten(row.prompt)}"
-    asked = [message["content"] for message in row.given.messages if message["role"] == "user"]
+    asked = [message.content for message in row.given.messages if message.role == "user"]
     return f"the conversation at {_shorten(asked[-1] if asked else '')}"
 
 
@@ -346,7 +343,8 @@ def _hide_spelled(tokenizer: Any, text: str) -> str:
 
 
 def _hide_all(tokenizer: Any, given: Given) -> Given:
-    return Given(*_hide_inside(tokenizer, list(given)))
+    messages = [Message(*_hide_inside(tokenizer, [*message])) for message in given.messages]
+    return Given(messages, _hide_inside(tokenizer, given.tools))
 
 
 def _hide_inside(tokenizer: Any, value: Any) -> Any:
@@ -390,11 +388,13 @@ def _blind_tokenizer(tokenizer: Any, tokens: tuple[str, ...]) -> Any:
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state |= {"post_processor": None, "truncation": None, "padding": None}
     for added in state["added_tokens"]:
-        added["content"] = written.get(added["content"], added["content"])
+        text = added["content"]
+        added["content"] = written.get(text, text)
     model = state["model"]
-    if model.get("unk_token") in written:
-        model["unk_token"] = written[model["unk_token"]]
-    pairs = model["vocab"].items() if isinstance(model["vocab"], dict) else model["vocab"]
+    vocab, unknown = model["vocab"], model.get("unk_token")
+    pairs = vocab.items() if isinstance(vocab, dict) else vocab
     renamed = [(written.get(piece, piece), value) for piece, value in pairs]
-    model["vocab"] = dict(renamed) if isinstance(model["vocab"], dict) else renamed
+    model["vocab"] = dict(renamed) if isinstance(vocab, dict) else renamed
+    if unknown in written:
+        model["unk_token"] = written[unknown]
     return Tokenizer.from_str(json.dumps(state))

@@ -56,9 +56,9 @@ def read_conversation(
     """
     messages = [_read_message(turn, form, f"{where}, turn {i}") for i, turn in enumerate(_as_list(turns, where), 1)]
     if system and system.strip():
-        messages.insert(0, {"role": "system", "content": system})
+        messages.insert(0, Message("system", system))
     described = _read_tools(tools, where)
-    ends = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    ends = [i for i, message in enumerate(messages) if message.role == "assistant"]
     if not ends or ends[-1] != len(messages) - 1:
         ends.append(len(messages))
     for end in ends if which == "each" else ends[-1:]:
@@ -67,21 +67,21 @@ def read_conversation(
 
 
 def _row(given: Given, response: Sequence[Message], answer: str | None, where: str) -> Row:
-    asked = [message for message in given.messages if message["role"] == "user"]
-    prompt = str(asked[-1]["content"]) if asked else ""
-    target: Message = {"content": ""}
+    asked = [message for message in given.messages if message.role == "user"]
+    prompt = asked[-1].content if asked else ""
+    target = Message("assistant", "")
     if asked and response and not any(map(_says_nothing, given.messages)):
         target = response[0]
     try:
-        conversation = write_conversation(given, target.get("tool_calls"))
+        conversation = write_conversation(given, target.tool_calls)
     except TypeError as error:  # a date or a decimal in a column of a table
         what = f"holds a value in a call or a tool that JSON has no form for ({error})"
         raise UserError(problem(where, what, "Write it as text")) from None
-    return Row(prompt, str(target["content"]), answer, conversation=conversation)
+    return Row(prompt, target.content, answer, conversation=conversation)
 
 
 def _says_nothing(message: Message) -> bool:
-    return not (message["content"].strip() or message.get("tool_calls") or message["role"] == "tool")
+    return not (message.content.strip() or message.tool_calls or message.role == "tool")
 
 
 def _as_list(value: Any, where: str, name: str = "messages") -> list[Any]:
@@ -106,18 +106,13 @@ def _read_message(turn: Any, form: Format, where: str) -> Message:
     given, content = turn[role_key], turn.get(content_key)
     role = _ROLES[form].get(given) if isinstance(given, str) else None
     if role == "function_call":
-        return {
-            "role": "assistant",
-            "content": "",
-            "tool_calls": [_read_call(call, where) for call in _calls(content) or [None]],
-        }
+        return Message("assistant", "", [_read_call(call, where) for call in _calls(content) or [None]])
     if role is None:
         raise UserError(problem(where, f"has the unknown role {given}", nearest(str(given), _ROLES[form])))
     calls = turn.get("tool_calls") or _calls(turn.get("function_call"))
-    message: Message = {"role": role, "content": _read_content(content, bool(calls), where)}
-    if calls:
-        message["tool_calls"] = [_read_call(call, where) for call in _as_list(calls, where, "tool_calls")]
-    return message | {key: turn[key] for key in _KEPT if turn.get(key) is not None}
+    content = _read_content(content, bool(calls), where)
+    made = [_read_call(call, where) for call in _as_list(calls, where, "tool_calls")] if calls else None
+    return Message(role, content, made, **{key: turn.get(key) for key in _KEPT})
 
 
 def _read_content(content: Any, may_lack: bool, where: str) -> str:
@@ -148,17 +143,18 @@ def _calls(content: Any) -> list[Any]:
 def _read_call(call: Any, where: str) -> dict[str, Any]:
     """Return a call with its arguments as an object, as chat templates write them."""
     function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+    if not isinstance(function, dict) or not isinstance(name := function.get("name"), str):
         raise UserError(problem(where, "calls a function without a name", "Fix this row"))
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments or "{}")
         except (ValueError, RecursionError):
-            what = f"calls {function['name']} with arguments that are no JSON"
+            what = f"calls {name} with arguments that are no JSON"
             raise UserError(problem(where, what, "Fix this row")) from None
-    read = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-    return read | ({"id": call["id"]} if call.get("id") else {})
+    number = call.get("id")
+    read = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return read | ({"id": number} if number else {})
 
 
 def _read_tools(tools: Any, where: str) -> list[dict[str, Any]] | None:

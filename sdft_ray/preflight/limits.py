@@ -252,7 +252,7 @@ def _lengths(
     if "distill" in new:
         templates = [rewriting_template(each.answer, each.template or recipe.distill.template) for each in sources]
         given = [ask_for_rewrite(row, templates[row.origin]) for row in train if not reason_not_to_rewrite(row)]
-        prompts = ["\n".join(message["content"] for message in each.messages) for each in given]
+        prompts = ["\n".join(message.content for message in each.messages) for each in given]
         allowed, of = recipe.distill.max_failed_fraction, "the model's context"
         if (own := compute.distill.engine.max_model_len) and own < context:
             context, of = own, "compute.distill.engine.max_model_len"

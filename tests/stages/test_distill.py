@@ -17,7 +17,7 @@ from tiny import make_tiny_model, rows_settings
 from transformers import AutoTokenizer
 
 from sdft_ray import pipeline
-from sdft_ray.core.rows import PLAIN, Given, Row, write_conversation
+from sdft_ray.core.rows import PLAIN, Given, Message, Row, write_conversation
 from sdft_ray.core.selection import Generation
 from sdft_ray.engine import EngineFactory, VllmEngine
 from sdft_ray.errors import StageFailed, UserError
@@ -139,12 +139,12 @@ def test_distill_refuses_a_template_without_a_training_sequence_before_it_genera
 
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
-HISTORY = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hi."}]
+HISTORY = [Message("user", "Hello?"), Message("assistant", "Hi.")]
 
 
 def talk(prompt: str, reference: str, calls: list | None = None) -> Row:
     """Return a row of three turns."""
-    given = Given([*HISTORY, {"role": "user", "content": prompt}])
+    given = Given([*HISTORY, Message("user", prompt)])
     return Row(prompt, reference, conversation=write_conversation(given, calls))
 
 

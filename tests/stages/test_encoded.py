@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from sdft_ray import pipeline
 from sdft_ray.cluster import below_ray
-from sdft_ray.core.rows import Exchange, Given, Row, TrainingRow, write_conversation
+from sdft_ray.core.rows import Exchange, Given, Message, Row, TrainingRow, write_conversation
 from sdft_ray.data.chat import encode_rows
 from sdft_ray.errors import UserError
 from sdft_ray.progress import Progress
@@ -144,7 +144,7 @@ def test_read_range_is_that_slice_whatever_the_row_groups(tmp_path):
 
 
 REFUSING = "{%- if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif -%}"
-SYSTEM = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "3?"}]
+SYSTEM = [Message("system", "Be brief."), Message("user", "3?")]
 
 
 @pytest.fixture(scope="module")

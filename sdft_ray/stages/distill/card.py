@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdft_ray.core.rows import Exchange
+from sdft_ray.core.rows import Exchange, Message
 from sdft_ray.data.readers import GymContent, HubContent, RowsContent
 from sdft_ray.results import DistilledRow
 from sdft_ray.spec.sources import ServedModel
@@ -52,9 +52,7 @@ def table(rows: Sequence[DistilledRow]) -> Any:
 
 def _messages(row: DistilledRow) -> list[dict[str, str]]:
     history = Exchange(row.prompt, row.response, row.conversation).given.messages
-    return [{"role": turn["role"], "content": turn["content"]} for turn in history] + [
-        {"role": "assistant", "content": row.response}
-    ]
+    return [{"role": turn.role, "content": turn.content} for turn in (*history, Message("assistant", row.response))]
 
 
 def write(
