@@ -47,7 +47,7 @@ from sdft_ray.engine import Request, VllmEngine
 from sdft_ray.spec.compute import Endpoint, EngineOptions, load_compute
 from sdft_ray.spec.recipe import Distill
 from sdft_ray.stages import distill
-from sdft_ray.stages.rows import write_splits
+from sdft_ray.stages.rows import Splits, write_splits
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 
@@ -271,7 +271,7 @@ def write_rows(engine: str, rows: int, root: Path) -> None:
         talk = write_conversation(Given([Message(role, content) for role, content in said]))
         row = Row(prompt, reference, conversation=talk)
         train.append(row._replace(id=row.content_id))
-    write_splits(directory, {"held_out": [], "validation": [], "train": train})
+    write_splits(directory, Splits([], [], train))
 
 
 def fake_stages(root: Path) -> tuple[Stage[Any], Stage[Any], Stage[Any]]:

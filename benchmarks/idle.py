@@ -101,7 +101,7 @@ def write_rows(directory: Path | None, count: int, seed: int) -> None:
         words = " ".join(["so"] * max(2, round(draw.lognormvariate(math.log(60), 0.8))))
         row = Row(f"Row {i}?", f"{words}, it is.")
         made.append(row._replace(id=row.content_id))
-    rows.write_splits(directory, {"held_out": [], "validation": [], "train": made})
+    rows.write_splits(directory, rows.Splits([], [], made))
 
 
 def idle_shares(logs: Sequence[Path]) -> dict[str, float]:

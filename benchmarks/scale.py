@@ -123,7 +123,7 @@ def write_rows(count: int, root: str) -> None:
     directory = rows_stage(count, Path(root)).location
     assert directory
     directory.mkdir()
-    rows.write_splits(directory, {"held_out": [], "validation": [], "train": []})
+    rows.write_splits(directory, rows.Splits([], [], []))
     schema = pq.read_schema(directory / "train.parquet")
     with pq.ParquetWriter(directory / "train.parquet", schema) as file:
         for start in range(0, count, 4096):

@@ -59,9 +59,8 @@ def measure_losses(
 
     texts = [[(text.ids, text.content_from) for text in corpus.loss_texts] for corpus in corpora]
     streamed = is_streamed(model.place, model.dtype, compute)
-    arguments = {"model": model.handle, "dtype": model.dtype, "streamed": streamed}
-    tried = {"candidates": [(), *candidates], "gone": gone}
-    measured = measure(LossMeter, texts, compute.score, progress, **tried, **arguments)
+    arguments = {"model": model.handle, "dtype": model.dtype, "candidates": [(), *candidates], "gone": gone}
+    measured = measure(LossMeter, texts, compute.score, progress, streamed, **arguments)
     losses = [torch.from_numpy(np.stack(corpus["loss"])).double() for corpus in measured]
     if not all(torch.isfinite(each).all() for each in losses):
         raise UserError(problem("model", "gives a loss of NaN on the loss texts", "Try prune.dtype: float32"))

@@ -46,6 +46,7 @@ def measure(
     corpora: Sequence[Texts],
     section: Score,
     progress: Progress,
+    streamed: bool,
     **arguments: Any,
 ) -> list[dict[str, list[Any]]]:
     """Return the results for the (ids, first) of each text: by corpus, then by name, in its order.
@@ -56,10 +57,10 @@ def measure(
     order = sorted(range(len(texts)), key=lambda i: -len(texts[i][0]))
     batches = [order[i : i + section.batch_size] for i in range(0, len(order), section.batch_size)]
     given = [[texts[i] for i in batch] for batch in batches]
-    arguments |= {"device": "cuda" if section.gpus else "cpu"}
+    arguments |= {"device": "cuda" if section.gpus else "cpu", "streamed": streamed}
     progress.begin(len(texts))
     progress.enter("loading the model")
-    run = _measure_at_once if arguments["streamed"] else _measure_one_by_one
+    run = _measure_at_once if streamed else _measure_one_by_one
     results: dict[int, dict[str, Any]] = {}
     for number, found in run(meter, given, section, progress, arguments):
         results |= {

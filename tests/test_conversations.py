@@ -213,8 +213,8 @@ def test_rows_with_one_history_are_one_row(tmp_path):
     (row,) = read(tmp_path / "rows.jsonl", [{"messages": TURNS}])
     rows = [row, row._replace(reference="Eight."), *(Row(f"{i}?", "a") for i in range(4))]
     splits, left_out = rows_stage.split_rows(rows, "none", 0, 0, 0)
-    assert left_out.duplicate_prompts == 1 and len(splits["train"]) == 5
-    ids = {row.id for row in splits["train"]}
+    assert left_out.duplicate_prompts == 1 and len(splits.train) == 5
+    ids = {row.id for row in splits.train}
     assert row.content_id in ids and len(ids) == 5
 
 

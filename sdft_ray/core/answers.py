@@ -186,7 +186,7 @@ _DIGIT = re.compile("[\\d\u00bc-\u00be\u2150-\u215e]")
 _SENTENCE_END = re.compile(rf"(?<=[a-z\d)%][.!?])\s+(?=[A-Z])(?!{_MONTH})|\n")
 _ANNOUNCED = re.compile(
     r"(?i:\b(?:answer|antwort|réponse|respuesta|resposta|risposta|ответ)|答案|答え|정답)"
-    r"(?:\s(?:is|ist|est|es|é|è)\b|是|は|은|[*_]*\s?[:\uff1a])(?P<sentence>(?:[^.\n!\u3002]|\.(?=\d))+)"
+    r"(?:\s(?:is|ist|est|es|é|è)\b|是|は|은|[*_]*\s?[:\uff1a])((?:[^.\n!\u3002]|\.(?=\d))+)"
 )
 
 
@@ -206,8 +206,8 @@ def final_number(text: str) -> Fraction | str | None:
     part = _DATE_ELSEWHERE.sub(_iso_date, part)
     if marked:
         return _read_marked(part)
-    for announced in reversed(list(_ANNOUNCED.finditer(part))):
-        if numbers := _find_numbers(announced["sentence"]):
+    for sentence in reversed(_ANNOUNCED.findall(part)):
+        if numbers := _find_numbers(sentence):
             if len(numbers) > 1:
                 break
             return _value(numbers[0])

@@ -22,8 +22,18 @@ from sdft_ray.errors import UserError, problem
 from sdft_ray.store.files import cache_directory, inside, write_atomically
 from sdft_ray.store.locks import file_lock
 from sdft_ray.store.objects import SCHEMES, read_address
+from sdft_ray.store.record import Record
 
-_KNOWN = "copies.json"  # beside the copies: for each file what the store said of it
+_KNOWN = "copies.json"  # beside the copies
+
+
+class _Known(Record):
+    """What is known of copies."""
+
+    start: str
+    """The address of what they lie below."""
+    files: dict[str, str]
+    """For each what the store said of it."""
 
 
 def is_address(text: str) -> bool:
@@ -57,8 +67,7 @@ def name_addresses(line: str) -> str:
     """Return a message with addresses in place of their copies, whose paths mean nothing to people."""
 
     def address(match: re.Match[str]) -> str:
-        known = json.loads((_root() / match[1] / _KNOWN).read_text())
-        return f"{known['start']}{match[2]}"
+        return f"{_Known.from_file(_root() / match[1] / _KNOWN).start}{match[2]}"
 
     return re.sub(rf"{re.escape(str(_root()))}/([0-9a-f]{{16}})/[^/\s:]+([^\s:]*)", address, line)
 
@@ -108,7 +117,7 @@ def _list(filesystem: Any, path: str) -> dict[str, Any]:
 def _refresh(filesystem: Any, files: dict[str, Any], start: str, folder: Path, address: str) -> None:
     """Make the copies of files below a directory equal to what the store has."""
     notes = folder.parent / _KNOWN
-    known = json.loads(notes.read_text())["files"] if notes.is_file() else {}
+    known = _Known.from_file(notes).files if notes.is_file() else {}
     shown = address.partition("://")[0] + "://" + start if not start.startswith("http") else start
     stamps = {name.removeprefix(f"{start}/"): _stamp(filesystem, name, info) for name, info in files.items()}
     for name, stamp in stamps.items():
@@ -122,7 +131,7 @@ def _refresh(filesystem: Any, files: dict[str, Any], start: str, folder: Path, a
     for copy in folder.rglob("*"):
         if copy.is_file() and copy.relative_to(folder).as_posix() not in stamps:
             copy.unlink()
-    write_atomically(notes, json.dumps({"start": shown, "files": stamps}))
+    write_atomically(notes, json.dumps(_Known(start=shown, files=stamps).plain()))
 
 
 def _stamp(filesystem: Any, name: str, info: dict[str, Any]) -> str:

@@ -68,7 +68,7 @@ def check(recipe: Recipe, compute: Compute, read: limits.FileReader = limits.rea
             limits.read_sources(in_use, recipe.prune.finalists.rows, read, key, "prune.finalists.rows")
         splits = limits.read_sources(given, recipe.train.rows, read, key)
         if given is not recipe.rows:  # no task reads others' held-out rows
-            splits["held_out"] = []
+            splits = splits._replace(held_out=[])
         limits.require_forms(recipe.model, splits)
         if context is not None:
             limits.require_lengths(recipe, compute, in_use, splits, context, count)

@@ -24,13 +24,12 @@ from sdft_ray.data import calibration, readers
 from sdft_ray.data.chat import require_trainable, require_writable
 from sdft_ray.errors import Problem, UserError, problem
 from sdft_ray.models import sources
-from sdft_ray.results import HELD_OUT, SPLITS
+from sdft_ray.results import HELD_OUT
 from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.sources import FileRows, HubModel, ModelSource, RowSource
-from sdft_ray.stages.rows import cut_rows, order_rows, split_rows
+from sdft_ray.stages.rows import Splits, cut_rows, order_rows, split_rows
 
-Splits = dict[str, list[Row]]
 RECORDS = 20_000  # of a file that are read before anything is built: a second
 Counter = Callable[[str], int]
 """Returns the number of tokens of a text."""
@@ -108,12 +107,9 @@ class _Known(NamedTuple):
 
 def read_splits(source: RowSource, read: FileReader = read_file) -> _Known:
     """Return the splits of a source; raises UserError where rows are too few for them."""
-    splits, is_all = Read({name: [] for name in SPLITS}, False)
-    if isinstance(source, FileRows):
-        splits, is_all = read(source.alone)
-        splits = dict(splits)
+    splits, is_all = read(source.alone) if isinstance(source, FileRows) else Read(Splits([], [], []), False)
     first_train = source.held_out + source.validation
-    most = len(splits["train"]) if is_all else (source.limit or math.inf) - first_train
+    most = len(splits.train) if is_all else (source.limit or math.inf) - first_train
     if most <= 0:
         what = f"{source.limit} leaves none to train on after {source.held_out} held-out and {source.validation}"
         raise UserError(problem("rows.limit", f"{what} validation rows", "Raise rows.limit"))
@@ -167,18 +163,16 @@ def _with_key(line: str, where: str) -> str:
 
 def _mix(each: Sequence[_Known], shares: Sequence[int] | None, count: int | None) -> Splits:
     """Return the rows of several sources, those to train on in their order as far as they are known."""
-    rows = {
-        name: [[row._replace(origin=i) for row in one.splits[name]] for i, one in enumerate(each)] for name in SPLITS
-    }
-    counts = [one.most for one in each]
-    to_train = rows["train"]
+    mixed = [Splits(*([row._replace(origin=i) for row in rows] for rows in one.splits)) for i, one in enumerate(each)]
+    counts, to_train = [one.most for one in each], [splits.train for splits in mixed]
     if shares is None or math.isinf(min(counts)):
         counts = [len(some) for some in to_train]
     waiting = [iter(some) for some in to_train]
     places = itertools.islice(interleave(counts, shares or [int(some) for some in counts]), count)
     known = (row for source in places if (row := next(waiting[source], None)))
     train = list(itertools.islice(known, sum(map(len, to_train))))  # behind the last known row are only places
-    return {name: list(itertools.chain(*rows[name])) for name in SPLITS} | {"train": train}
+    held_out, validation, _ = (list(itertools.chain(*rows)) for rows in zip(*mixed, strict=True))
+    return Splits(held_out, validation, train)
 
 
 def require_texts(recipe: Recipe, count: Counter, read: FileReader = read_file) -> None:
@@ -232,7 +226,7 @@ class _Length(NamedTuple):
 def _lengths(
     recipe: Recipe, compute: Compute, sources: Sequence[RowSource], splits: Splits, context: int
 ) -> Iterator[_Length]:
-    new, held_out, train = _new_tokens(recipe), splits[HELD_OUT], splits["train"][: recipe.train.rows]
+    new, held_out, train = _new_tokens(recipe), splits.held_out, splits.train[: recipe.train.rows]
 
     def leaves(key: str, most: int, extra: int = 0, of: str = "the model's context") -> tuple[int, str, str]:
         left = most - new[key] - extra
@@ -270,7 +264,7 @@ def _prompts(rows: Sequence[Row]) -> list[str]:
 
 def require_forms(source: ModelSource, splits: Splits) -> None:
     """Raise UserError for conversations that the chat template of a local model cannot write."""
-    exchanges = [row.exchange for rows in splits.values() for row in rows if row.conversation is not None]
+    exchanges = [row.exchange for rows in splits for row in rows if row.conversation is not None]
     if exchanges and not isinstance(source, HubModel):
         require_writable(_load_tokenizer(sources.model_path(source)), exchanges)
 

@@ -158,7 +158,7 @@ def _describe_rows(rows: str, fields: Mapping[str, str], facts: _Model) -> dict[
     raw = read_rows(source)
     more, raw = len(raw) > _MOST_ROWS, raw[:_MOST_ROWS]
     answer, note = guess_checker(raw)
-    usable = split_rows(raw, "none" if answer == "math" else answer, 0, 0, 0)[0]["train"]
+    usable = split_rows(raw, "none" if answer == "math" else answer, 0, 0, 0)[0].train
     held_out = 0 if answer == "none" else min(100, len(usable) // 10)
     return {
         "read": len(raw),

@@ -45,6 +45,7 @@ from sdft_ray.report.sweep_entries import (
 from sdft_ray.results import DISTANCES, Distances, Drafted
 from sdft_ray.spec.training import ARMS
 from sdft_ray.stages import cut, distill, patch, retention, speed
+from sdft_ray.stages.draft import candidate
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 from sdft_ray.sweep import goal, notes
@@ -298,7 +299,7 @@ def _read_drafts(plan: Plan, storage: Storage) -> tuple[dict[str, list[Draft]], 
     tried: dict[str, list[Draft]] = {}
     untried = []
     for stage in plan.drafts:
-        model = stage.inputs["draft"]
+        model = candidate(stage)
         if storage.status(stage) == "done":
             tried.setdefault(model.id, []).append(Draft.of(stage, storage))
         elif storage.status(model) == "done":

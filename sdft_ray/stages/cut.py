@@ -243,9 +243,10 @@ def require_same_tensors(
 
 def _require_per_block_lists(directory: Path) -> None:
     config = read_json(directory / "config.json")
+    blocks = count_blocks(config)
     for key in PER_BLOCK:
-        if config.get(key) is not None and len(config[key]) != config["num_hidden_layers"]:
-            what = f"{key} has {len(config[key])} entries for {config['num_hidden_layers']} blocks"
+        if config.get(key) is not None and len(config[key]) != blocks:
+            what = f"{key} has {len(config[key])} entries for {blocks} blocks"
             raise RuntimeError(f"{directory}/config.json: {what}")
 
 

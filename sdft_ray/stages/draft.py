@@ -73,6 +73,11 @@ def stage(wanted: Draft, name: str, pruned: Stage, base: Stage, draft: Stage, ro
     return Stage("draft", f"{pruned.slug}-{name}", VERSION, settings, inputs)
 
 
+def candidate(stage: Stage[Any]) -> Stage[Any]:
+    """Return the model that a stage tries."""
+    return stage.inputs["draft"]
+
+
 def build(work: Work[Settings]) -> Summary:
     """Write draft.json and speculative_config.json."""
     import ray

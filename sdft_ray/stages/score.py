@@ -14,7 +14,7 @@ import os
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdft_ray import stages
 from sdft_ray.core.choice import Choice, JointChoice
@@ -71,12 +71,13 @@ def build(work: Work[Settings]) -> Summary:
     corpora = read_texts(work.input("model"), wanted, work.numbered_inputs("rows", len(wanted)))
     texts = [[(t.ids, first[c.positions](t)) for t in c.measured] for c in corpora]
     streamed = is_streamed(work.input("model"), work.settings.dtype, work.compute)
-    model = {"model": work.handle("model"), "dtype": work.settings.dtype, "streamed": streamed}
-    by_corpus = measure(Scorer, texts, work.compute.score, work.progress, **model)
-    for blame in (blame for corpus in by_corpus for blame in corpus["blame"] if blame):
+    model = {"model": work.handle("model"), "dtype": work.settings.dtype}
+    found = measure(Scorer, texts, work.compute.score, work.progress, streamed, **model)
+    by_corpus = [_Measured(**each) for each in found]
+    for blame in (blame for corpus in by_corpus for blame in corpus.blame if blame):
         raise UserError(problem("model", blame, "Fix the weights; if they are whole, try prune.dtype: float32"))
-    distances = [torch.from_numpy(np.stack(corpus["distances"])).float() for corpus in by_corpus]  # (B, L+1, L+1) each
-    influences = [torch.from_numpy(np.stack(corpus["influences"])).float() for corpus in by_corpus]  # (B, L) each
+    distances = [torch.from_numpy(np.stack(corpus.distances)).float() for corpus in by_corpus]  # (B, L+1, L+1) each
+    influences = [torch.from_numpy(np.stack(corpus.influences)).float() for corpus in by_corpus]  # (B, L) each
     kept = {f"distances.{i}": each for i, each in enumerate(distances)}
     save_file(kept | {f"influences.{i}": each for i, each in enumerate(influences)}, work.directory / TEXTS)
     measured = [
@@ -123,6 +124,14 @@ def _join(choices: dict[str, dict[int, Choice]], corpora: Sequence[Corpus]) -> d
     }
 
 
+class _Measured(NamedTuple):
+    """What comes of the texts of a corpus or a batch, one each: see `Scorer`."""
+
+    distances: Sequence[Any]
+    influences: Sequence[Any]
+    blame: list[str]
+
+
 class Scorer:
     """Measures texts with the base model without its head."""
 
@@ -136,7 +145,7 @@ class Scorer:
         to blame where they are NaN."""
         measured = yield from pass_by(self.walk, batches, on_disk if self.streamed else None)
         yield [
-            {"distances": distances.numpy(), "influences": influences.numpy(), "blame": [*map(self._blame, influences)]}
+            _Measured(distances.numpy(), influences.numpy(), [*map(self._blame, influences)])._asdict()
             for distances, influences in measured
         ]
 

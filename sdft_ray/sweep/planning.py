@@ -26,7 +26,7 @@ from sdft_ray.spec.recipe import Distill, Recipe
 from sdft_ray.spec.sources import FileRows
 from sdft_ray.spec.sweep import Asha, Goal, Sweep
 from sdft_ray.spec.training import Arms, Train
-from sdft_ray.stages import cut, distill, evaluate, retention, train
+from sdft_ray.stages import cut, distill, draft, evaluate, retention, train
 from sdft_ray.store.identity import Stage, short_id
 from sdft_ray.store.storage import Storage
 
@@ -317,7 +317,7 @@ def stages_of(plan: Plan) -> tuple[Stage, ...]:
 
 def name_draft(stage: Stage, plan: Plan) -> str:
     """Return the name of the model that a stage tries as a draft, for a line of progress."""
-    model = stage.inputs["draft"]
+    model = draft.candidate(stage)
     names = {trial.train.id: trial.name for trial in plan.trials}
     return f"draft {names[model.id] if model.id in names else 'pruned, ' + cut.name_cut(model.settings)}"
 

@@ -40,7 +40,7 @@ def run(plan: Plan, compute: Compute, storage: Storage, engine: EngineFactory = 
     check(plan, compute)
     with storage.lock(plan.name):
         trials = open_trials(plan, storage)
-        drafts = [d for d in plan.drafts if notes.read_stopped(storage, plan.name, d.inputs["draft"]) is None]
+        drafts = [d for d in plan.drafts if notes.read_stopped(storage, plan.name, draft.candidate(d)) is None]
         wanted = [*plan.shared, *(stage for trial in trials for stage in trial.stages), *drafts]
         todo, _ = pipeline.survey(wanted, storage)
         _, there = pipeline.survey(stages_of(plan), storage)
@@ -127,7 +127,7 @@ def _try_drafts(drafts: Sequence[Stage], plan: Plan, compute: Compute, storage: 
     """Measure drafts one after another; one whose model is not there is left out, with a line."""
     for stage in drafts:
         notes.forget_failure(storage, stage)
-        if storage.status(stage.inputs["draft"]) != "done":
+        if storage.status(draft.candidate(stage)) != "done":
             log(f"{name_draft(stage, plan)}: left out, there is no such model")
             continue
         try:

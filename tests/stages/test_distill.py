@@ -105,7 +105,7 @@ def make_work(
 ) -> Work:
     """Return the distill stage's work on `count` training rows, its inputs being there already; `slug` is what people
     call model and rows; `raw` rows instead of sums are all training rows."""
-    splits = {"held_out": [], "validation": [], "train": [row._replace(id=row.content_id) for row in raw or ()]}
+    splits = rows.Splits([], [], [row._replace(id=row.content_id) for row in raw or ()])
     sums = [Row(f"What is {i} + {i}?", f"It is {2 * i}.\n#### {2 * i}") for i in range(max(40, count + 4))]
     if raw is None:
         splits, _ = rows.split_rows(sums, "number", 0, 2, 2)

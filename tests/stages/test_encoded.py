@@ -50,7 +50,7 @@ def make_work(root: Path | str, model: Path, inputs: list[list[Row]] = INPUTS, *
     stages = {"model": Stage("cut", "tiny", 1, {}, location=model)}
     for i, raw in enumerate(inputs):
         stage = stages[numbered("rows", i)] = Stage("rows", f"sums{i}", 1, {"i": i})
-        rows.write_splits(storage.scratch(stage), {"train": raw, "validation": raw[-2:], "held_out": []})
+        rows.write_splits(storage.scratch(stage), rows.Splits([], raw[-2:], raw))
         storage.commit(stage, {}, 0.0)
     usual = {"max_tokens": 70, "max_too_long_fraction": 1.0, "global_batch_size": 8, "validate_every_steps": 1}
     chosen = train.Settings(arm="sft", train=validate(Train, usual | settings))

@@ -31,12 +31,12 @@ def split(raw, held_out=3, validation=2, seed=0, checker="number"):
 
 
 def in_order(splits) -> list[str]:
-    return [row.prompt for name in SPLITS for row in splits[name]]
+    return [row.prompt for rows in splits for row in rows]
 
 
 def test_split_rows_gives_each_row_to_one_split():
     splits, counts = split(raw_rows(20))
-    assert {name: len(splits[name]) for name in SPLITS} == {"held_out": 3, "validation": 2, "train": 15}
+    assert [len(rows) for rows in splits] == [3, 2, 15]
     assert sorted(in_order(splits)) == sorted(row.prompt for row in raw_rows(20))
     assert counts == LeftOut(blank=0, duplicate_prompts=0, without_answer=0)
 
@@ -44,7 +44,7 @@ def test_split_rows_gives_each_row_to_one_split():
 def test_split_rows_reads_the_answer_and_keeps_the_reference():
     raw = [*raw_rows(6), Row("with a column", "a long story", "1,234.5")]
     splits, _ = split(raw)
-    rows = {row.prompt: row for name in SPLITS for row in splits[name]}
+    rows = {row.prompt: row for rows in splits for row in rows}
     assert (rows["3 + 3?"].reference, rows["3 + 3?"].answer) == ("So 6.", "6")
     assert rows["with a column"].answer == "2469/2"
 
@@ -54,7 +54,7 @@ def test_split_rows_with_one_prompt_twice_keeps_the_first_and_counts_the_other()
     splits, counts = split(raw)
     assert counts.duplicate_prompts == 2
     assert sorted(in_order(splits)) == sorted(row.prompt for row in raw_rows(10))
-    assert "So 7." not in [row.reference for name in SPLITS for row in splits[name]]
+    assert "So 7." not in [row.reference for rows in splits for row in rows]
 
 
 def test_split_rows_without_a_checkable_answer_leaves_the_row_out_and_counts_it():
@@ -67,7 +67,7 @@ def test_split_rows_without_a_checkable_answer_leaves_the_row_out_and_counts_it(
 def test_split_rows_of_choices_reads_the_letter():
     raw = [Row(f"{i}?", "They need light, so (B).") for i in range(9)]
     splits, _ = split([*raw, Row("why?", "because", "c")], checker="choice")
-    assert {row.prompt: row.answer for name in SPLITS for row in splits[name]} == {
+    assert {row.prompt: row.answer for rows in splits for row in rows} == {
         **{f"{i}?": "B" for i in range(9)},
         "why?": "C",
     }
@@ -78,7 +78,7 @@ def test_split_rows_of_open_ended_rows_keeps_all_with_no_answer():
     splits, counts = split(raw, checker="none")
     assert counts.without_answer == 0
     assert len(in_order(splits)) == 11
-    assert {row.answer for name in SPLITS for row in splits[name]} == {None}
+    assert {row.answer for rows in splits for row in rows} == {None}
 
 
 def test_split_rows_does_not_depend_on_the_order_of_the_source():
@@ -107,10 +107,10 @@ def test_split_rows_order_moves_with_the_seed_and_is_not_the_source_order():
 
 
 def test_split_rows_ids_stand_for_prompt_and_reference():
-    ids = {row.prompt: row.id for name in SPLITS for row in split(raw_rows(20))[0][name]}
+    ids = {row.prompt: row.id for rows in split(raw_rows(20))[0] for row in rows}
     assert len(set(ids.values())) == 20
     changed = [row._replace(reference="Now 0." if row.prompt == "4 + 4?" else row.reference) for row in raw_rows(20)]
-    moved = {row.prompt: row.id for name in SPLITS for row in split(changed)[0][name]}
+    moved = {row.prompt: row.id for rows in split(changed)[0] for row in rows}
     assert {prompt for prompt in ids if ids[prompt] != moved[prompt]} == {"4 + 4?"}
 
 
@@ -158,8 +158,8 @@ def test_split_rows_counts_what_decontamination_left_out_among_the_reasons():
 def test_write_splits_reads_back_as_it_was_also_where_a_split_is_empty(tmp_path):
     splits, _ = split(raw_rows(12), validation=0, checker="none")
     write_splits(tmp_path, splits)
-    assert {name: read_split(tmp_path, name, Row) for name in SPLITS} == splits
-    assert splits["validation"] == []
+    assert tuple(read_split(tmp_path, name, Row) for name in SPLITS) == splits
+    assert splits.validation == []
 
 
 def make_recipe(tmp_path, tiny_model, source: dict) -> Recipe:

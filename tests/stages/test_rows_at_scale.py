@@ -24,7 +24,7 @@ from sdft_ray.spec.compute import load_compute
 from sdft_ray.spec.sources import FileRows, RowSource
 from sdft_ray.spec.wording import validate
 from sdft_ray.stages import Work, rows
-from sdft_ray.stages.rows import Sizes, split_rows
+from sdft_ray.stages.rows import Sizes, Splits, split_rows
 from sdft_ray.store.storage import Storage
 
 TINY = Sizes(part=200, run=700, range=1000)  # a few rows each
@@ -40,16 +40,16 @@ def work_on(source: RowSource, root: Path) -> Work[rows.Settings]:
     return Work(rows.stage(source, "offline"), Storage(str(root)), load_compute(), Progress("rows"))
 
 
-def build(source: RowSource, root: Path, sizes: Sizes = TINY) -> tuple[rows.Summary, dict[str, list[Row]], list[dict]]:
+def build(source: RowSource, root: Path, sizes: Sizes = TINY) -> tuple[rows.Summary, Splits, list[dict]]:
     """Return what the stage makes: its summary, its splits, and what was decontaminated."""
     work = work_on(source, root)
     summary = rows.build(work, sizes)
     assert not [*work.resumable.iterdir()], "runs are left"
     listed = pq.read_table(work.directory / "decontaminated.parquet").to_pylist()
-    return summary, {name: read_split(work.directory, name, Row) for name in SPLITS}, listed
+    return summary, Splits(*(read_split(work.directory, name, Row) for name in SPLITS)), listed
 
 
-def plainly(source: RowSource) -> tuple[rows.Summary, dict[str, list[Row]], list[dict]]:
+def plainly(source: RowSource) -> tuple[rows.Summary, Splits, list[dict]]:
     """Return the same, computed in memory."""
     raw = readers.read_rows(source)
     texts = {task: benchmarks.read_task_texts(task, None) for task in source.decontaminate}
@@ -60,7 +60,7 @@ def plainly(source: RowSource) -> tuple[rows.Summary, dict[str, list[Row]], list
     splits, left_out = split_rows(clean, source.answer, source.seed, source.held_out, source.validation, lost)
     by_task = Counter(overlap.task for overlap in overlaps)
     summary = rows.Summary(
-        rows=rows.Counts(**{name: len(splits[name]) for name in SPLITS}),
+        rows=rows.Counts(**{name: len(some) for name, some in splits._asdict().items()}),
         read=len(raw),
         **left_out._asdict(),
         decontaminated=lost,

@@ -14,7 +14,7 @@ import hashlib
 import operator
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -30,7 +30,7 @@ from sdft_ray.data.files import name_of
 from sdft_ray.data.parts import find_parts, raise_mistake
 from sdft_ray.data.readers import RowsContent, rows_content
 from sdft_ray.errors import UserError, problem
-from sdft_ray.results import SPLITS, Counts
+from sdft_ray.results import Counts
 from sdft_ray.spec.compute import cores
 from sdft_ray.spec.section import Section
 from sdft_ray.spec.sources import FileRows, GymRows, HubRows, RowSource
@@ -231,12 +231,20 @@ def _read_with_ray(reader: passes.Reader) -> Iterator[passes.Counts]:
         yield passes.Counts(**counts)
 
 
-def write_splits(directory: Path, splits: Mapping[str, Sequence[Row]]) -> None:
+class Splits(NamedTuple):
+    """Rows by what they are for."""
+
+    held_out: list[Row]
+    validation: list[Row]
+    train: list[Row]
+
+
+def write_splits(directory: Path, splits: Splits) -> None:
     """Write one Parquet file a split, of rows in memory."""
     from sdft_ray.stages.rows import passes
 
-    counts = {name: len(splits[name]) for name in SPLITS}
-    passes.write_splits(directory, [passes.to_batch(splits[name]) for name in SPLITS], counts)
+    counts = {name: len(rows) for name, rows in splits._asdict().items()}
+    passes.write_splits(directory, map(passes.to_batch, splits), counts)
 
 
 # --- the same in memory ---------------------------------------------------------------------------------------
@@ -252,7 +260,7 @@ class LeftOut(NamedTuple):
 
 def split_rows(
     raw: Sequence[Row], checker: str, seed: int, held_out: int, validation: int, decontaminated: int = 0
-) -> tuple[dict[str, list[Row]], LeftOut]:
+) -> tuple[Splits, LeftOut]:
     """Return the rows of each split, with id and final answer, and how many rows were left out and why.
 
     A row before: Row("2 + 2?", "4"). After: the same with `id` (a content hash) and answer "4". Left out: rows with a
@@ -287,11 +295,10 @@ def order_rows(raw: Sequence[Row], checker: str, seed: int) -> tuple[list[Row], 
     return rows, LeftOut(blank, duplicates, unanswered)
 
 
-def cut_rows(rows: Sequence[Row], held_out: int, validation: int) -> dict[str, list[Row]]:
+def cut_rows(rows: Sequence[Row], held_out: int, validation: int) -> Splits:
     """Return ordered rows by their split: the first ones, the next ones, and the others."""
     first_train = held_out + validation
-    pieces = (rows[:held_out], rows[held_out:first_train], rows[first_train:])
-    return dict(zip(SPLITS, map(list, pieces), strict=True))
+    return Splits(*map(list, (rows[:held_out], rows[held_out:first_train], rows[first_train:])))
 
 
 def _require_enough(usable: int, split: Split, left_out: LeftOut, decontaminated: int) -> None:
