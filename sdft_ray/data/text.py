@@ -50,6 +50,6 @@ def parse_json(text: str, path: Path) -> Any:
         raise UserError(problem(str(path), f"cannot be read ({first_line(error)})", "Fix this file")) from None
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its kind where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+def first_line(error: object) -> str:
+    """Return the first line of an error's message without its end, or its kind where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")

@@ -22,7 +22,7 @@ from sdft_ray.preflight.cuts import depth_of
 from sdft_ray.preflight.shapes import shape_of, shape_of_directory
 from sdft_ray.spec import compute as compute_spec
 from sdft_ray.spec import training
-from sdft_ray.spec.compute import Compute, cores
+from sdft_ray.spec.compute import Compute, cores, settled
 from sdft_ray.spec.recipe import Prune, Recipe
 from sdft_ray.spec.sources import HubModel, LocalModel, ServedModel
 from sdft_ray.stages import mix, retention, train
@@ -262,8 +262,7 @@ def _at_once(compute: Compute, stages: int) -> int:
     section = compute.evaluate
     if compute.ray.address != "local" or section.gpus:
         return 1
-    assert section.cpus != "auto", "load_compute settles auto"
-    return max(1, min(cores() // section.cpus, stages))
+    return max(1, min(cores() // settled(section.cpus), stages))
 
 
 def _evaluate(recipe: Recipe, compute: Compute, shape: memory.Shape | None, models: int) -> Cost:

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Literal
 
 from sdft_ray import pipeline
-from sdft_ray.cluster import RayNode, count_places, live_nodes, ray_cluster
+from sdft_ray.cluster import RayNode, count_places, last_line, live_nodes, ray_cluster
 from sdft_ray.data import readers
 from sdft_ray.data.readers import HubContent
+from sdft_ray.data.text import first_line
 from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.models import sources
 from sdft_ray.preflight import precision
@@ -211,7 +212,7 @@ def _nodes(nodes: Sequence[RayNode], place: str, mark: str | None, fields: Mappi
             continue
         except ray.exceptions.RayError as error:  # among others where sdft_ray is not installed there
             do = "Install the same version of sdft-ray there."
-            yield Finding("node", node.host, "fail", f"cannot run sdft_ray ({_line(error, -1)})", do)
+            yield Finding("node", node.host, "fail", f"cannot run sdft_ray ({last_line(error)})", do)
             continue
         yield _authenticated(node.host, node.address, mode)
         if python != platform.python_version():
@@ -334,7 +335,7 @@ def _template(recipe: Recipe) -> Iterator[Finding]:
     except UserError as error:
         yield Finding("tokenizer", path.name, "fail", error.args[0].what, error.args[0].do)
     except Exception as error:  # noqa: BLE001 - tokenizers and templates can fail in any way
-        what, do = f"cannot write a conversation ({_line(error)})", "Correct its tokenizer files or chat template."
+        what, do = f"cannot write a conversation ({first_line(error)})", "Correct its tokenizer files or chat template."
         yield Finding("tokenizer", path.name, "fail", what, do)
     else:
         yield Finding("tokenizer", path.name, "ok", f"the chat template makes {tokens} tokens of a short conversation")
@@ -371,7 +372,3 @@ def _is_done(stage: Stage, place: Storage) -> bool:
         return place.status(stage) == "done"
     except (UserError, OSError):  # the root is out of reach (it has its own line) or damaged
         return False
-
-
-def _line(error: Exception, number: int = 0) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[number][:160].rstrip(".")

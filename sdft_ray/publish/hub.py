@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from sdft_ray.data.readers import read_json, read_refusal
+from sdft_ray.data.text import first_line
 from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.progress import Progress
 from sdft_ray.publish.card import STAGES, write_card
@@ -67,7 +68,7 @@ def require_name(name: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise UserError(problem("--to", f"{name} cannot be a name ({_line(error)})", "Give OWNER/NAME")) from None
+        raise UserError(problem("--to", f"{name} cannot be a name ({first_line(error)})", "Give OWNER/NAME")) from None
     if "/" not in name:
         raise UserError(problem("--to", f"{name} has no owner", f"Give OWNER/{name}"))
 
@@ -211,16 +212,12 @@ def _explain(error: Exception, name: str, so_far: str) -> UserError | StageFaile
         case None if isinstance(cause, errors.OfflineModeIsEnabled):
             return UserError(problem(name, *read_refusal(cause)))
         case None if isinstance(cause, ValueError):
-            what = f"the hub does not take the card ({_line(cause)})"
+            what = f"the hub does not take the card ({first_line(cause)})"
             return StageFailed(problem(name, what, "See it with --dry-run"))
         case None:
             where = f" in {match[1]}" if (match := re.match("Error while uploading '(.+)' to", str(error))) else ""
-            what = f"the connection to the hub broke{where} ({_line(cause)}); {so_far}"
+            what = f"the connection to the hub broke{where} ({first_line(cause)}); {so_far}"
             return StageFailed(problem(name, what, "Run the same command again: whole files are not uploaded twice"))
         case _:
-            what = f"the hub answers {status} ({_line(cause)}); {so_far}"
+            what = f"the hub answers {status} ({first_line(cause)}); {so_far}"
             return StageFailed(problem(name, what, "Run the same command again later"))
-
-
-def _line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200].rstrip(".")

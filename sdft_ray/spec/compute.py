@@ -276,10 +276,10 @@ class Compute(Section):
     def needs(self) -> dict[str, tuple[int, int, float]]:
         """Return how many bundles of how many CPUs and GPUs the stages of each section hold at once, at least."""
         return {
-            "score": (self.score.actors, _settled(self.score.cpus), self.score.gpus),
-            "distill": (self.distill.actors.min, _settled(self.distill.cpus), self.distill.gpus),
-            "train": (self.train.workers.min, _settled(self.train.cpus), self.train.gpus),
-            "evaluate": (1, _settled(self.evaluate.cpus), self.evaluate.gpus),
+            "score": (self.score.actors, settled(self.score.cpus), self.score.gpus),
+            "distill": (self.distill.actors.min, settled(self.distill.cpus), self.distill.gpus),
+            "train": (self.train.workers.min, settled(self.train.cpus), self.train.gpus),
+            "evaluate": (1, settled(self.evaluate.cpus), self.evaluate.gpus),
         }
 
     def room(self, processes: int, gpus: float) -> float | None:
@@ -360,6 +360,7 @@ def _read_deepspeed(path: str) -> dict[str, JsonValue]:
     return given
 
 
-def _settled(cpus: int | Auto) -> int:
-    assert cpus != "auto", "load_compute settles auto before anything asks"
+def settled(cpus: int | Auto) -> int:
+    """Return a number of CPUs that `load_compute` has settled."""
+    assert cpus != "auto"
     return cpus

@@ -25,6 +25,7 @@ from sdft_ray import environment
 from sdft_ray.cluster import TOKEN
 from sdft_ray.data.copies import is_address
 from sdft_ray.data.files import matching_files, split_glob
+from sdft_ray.data.text import first_line
 from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.progress import log
 from sdft_ray.spec.compute import Compute
@@ -178,7 +179,7 @@ def submit(address: str, archive: Path, command: str, name: str) -> tuple[Any, s
     try:
         return client, client.submit_job(entrypoint=command, runtime_env=place, metadata={"recipe": name})
     except RuntimeError as error:
-        raise UserError(problem(address, f"refuses the job ({_first_line(error)})", "Fix this")) from None
+        raise UserError(problem(address, f"refuses the job ({first_line(error)})", "Fix this")) from None
 
 
 def connect(address: str) -> Any:
@@ -201,7 +202,7 @@ def connect(address: str) -> Any:
         raise UserError(problem(address, what, f"Set {TOKEN}")) from None
     except (ConnectionError, RuntimeError, requests.RequestException) as error:
         do = "Check --address"
-        raise UserError(problem(address, f"no Ray dashboard answers ({_first_line(error)})", do)) from None
+        raise UserError(problem(address, f"no Ray dashboard answers ({first_line(error)})", do)) from None
 
 
 def follow(client: Any, job: str, address: str) -> int:
@@ -221,16 +222,12 @@ def follow(client: Any, job: str, address: str) -> int:
         log(f"The job goes on. Follow it: {logs}; stop it: ray job stop --address {address} {job}")
         raise
     except (OSError, RuntimeError, aiohttp.ClientError) as error:
-        lost = f"submit: the connection to {address} is lost ({_first_line(error)})"
+        lost = f"submit: the connection to {address} is lost ({first_line(error)})"
         raise StageFailed(f"{lost}. Follow the job: {logs}.") from None
     if info.driver_exit_code is None:
         if info.status == "SUCCEEDED":
             return 0
         raise StageFailed(
-            f"submit: job {job} {info.status.lower()}: {_first_line(info.message)}. Submit again to go on."
+            f"submit: job {job} {info.status.lower()}: {first_line(info.message)}. Submit again to go on."
         )
     return info.driver_exit_code if info.driver_exit_code >= 0 else 128 - info.driver_exit_code
-
-
-def _first_line(error: object) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200].rstrip(".")

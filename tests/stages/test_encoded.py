@@ -24,7 +24,7 @@ from sdft_ray.stages import Work, rows, train
 from sdft_ray.stages.nll import summed_loss
 from sdft_ray.stages.train.encoded import EncodedRow, EncodedRows, write_shard
 from sdft_ray.stages.train.prepare import Job, encode_split, find_ids, plan_parts
-from sdft_ray.stages.train.rows import Reference, add
+from sdft_ray.stages.train.rows import add
 from sdft_ray.store.identity import Stage, numbered
 from sdft_ray.store.storage import Storage
 
@@ -73,7 +73,7 @@ def encode_by_hand(raw: list[Row], limit: int, fate: str) -> list[tuple[int, Tra
 @pytest.mark.parametrize("fate", FATES)
 def test_encoded_rows_of_several_shards_and_inputs_are_the_rows_encoded_directly(tiny_model, tmp_path, fate):
     work = make_work(tmp_path, tiny_model, too_long=fate)
-    job = Job(work.storage, work.stage, work.settings.train, "train", Reference)
+    job = Job(work.storage, work.stage, work.settings.train, "train", Row)
     raw = [row for own in INPUTS for row in own]
     expected = encode_by_hand(raw, 70, fate)
     parts = plan_parts({numbered("rows", i): len(own) for i, own in enumerate(INPUTS)}, 5)
@@ -139,7 +139,7 @@ def test_read_range_is_that_slice_whatever_the_row_groups(tmp_path):
     assert count_rows(tmp_path, "train") == 10
     for start in range(11):
         for stop in range(start, 11):
-            found = [row.id for batch in read_range(tmp_path, "train", start, stop, Reference) for row in batch]
+            found = [row.id for batch in read_range(tmp_path, "train", start, stop, Row) for row in batch]
             assert found == [str(i) for i in range(start, stop)]
 
 

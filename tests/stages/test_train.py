@@ -35,7 +35,7 @@ from sdft_ray.stages.train.adapters import count_parameters, load_model, name_ad
 from sdft_ray.stages.train.encoded import EncodedRows
 from sdft_ray.stages.train.fitting import require_fitting
 from sdft_ray.stages.train.history import learning_rate
-from sdft_ray.stages.train.rows import Counts, Reference, Rewrite, encode, marked_example, require_some
+from sdft_ray.stages.train.rows import Counts, Rewrite, encode, marked_example, require_some
 from sdft_ray.stages.train.zero import deepspeed_config
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
@@ -488,7 +488,7 @@ def test_train_gate_is_compared_with_the_counts_of_a_finished_artifact_as_before
     train.require_gates(looser.stage, counts)
 
 
-LONG = [Reference("a", "1?", "1"), Rewrite("b", "2?", "2" * 99)]
+LONG = [Row("1?", "1", id="a"), Rewrite("b", "2?", "2" * 99)]
 
 
 def test_encode_leaves_long_rows_out_or_truncates_them():

@@ -29,7 +29,7 @@ from sdft_ray.core.selection import REASONS
 from sdft_ray.core.shares import shares
 from sdft_ray.errors import StageFailed, problem
 from sdft_ray.results import count_training_rows, training_batches
-from sdft_ray.spec.compute import Needs
+from sdft_ray.spec.compute import Needs, settled
 from sdft_ray.spec.recipe import Distill
 from sdft_ray.spec.sources import RowSource, ServedModel
 from sdft_ray.stages import Work
@@ -277,7 +277,6 @@ def _generate(work: Work[Settings], requests: Requests, ledger: Path) -> None:
 
     plan, pool = work.compute.distill, work.compute.distill.actors
     served = isinstance(work.settings.teacher, ServedModel)
-    assert plan.cpus != "auto", "load_compute settles auto"
     batches = [*shares(requests.missing, pool.max, plan.batch_rows)]
     # The number of restarts has no parameter of its own yet (docs/footguns.md).
     warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", RayDeprecationWarning)
@@ -303,7 +302,7 @@ def _generate(work: Work[Settings], requests: Requests, ledger: Path) -> None:
             # A second batch would wait for its actor while others are idle. But a pool grows only where one waits.
             max_tasks_in_flight_per_actor=1 if pool.min == pool.max else 2,
         ),
-        num_cpus=plan.cpus,
+        num_cpus=settled(plan.cpus),
         num_gpus=None if served else plan.gpus or None,
         # Ray Data's own default is to try for ever.
         max_restarts=plan.max_failures,

@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 
 from sdft_ray import environment
 from sdft_ray.cluster import in_tasks
+from sdft_ray.core.rows import Row
 from sdft_ray.results import count_rows, count_training_rows, read_range, read_row
 from sdft_ray.spec import training
 from sdft_ray.stages import Work, bring_tokenizer
 from sdft_ray.stages.train.encoded import FOLDER, EncodedRows, write_shard
-from sdft_ray.stages.train.rows import Reference, Rewrite, Tally, add, count, encode
+from sdft_ray.stages.train.rows import Rewrite, Tally, add, count, encode
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 
@@ -47,7 +48,7 @@ class Job:
     stage: Stage[Any]
     settings: training.Train
     split: str
-    kind: type[Reference | Rewrite]
+    kind: type[Row | Rewrite]
 
     def encode(self, tokenizer: Any, directory: Path, part: Part) -> Tally:
         """Encode a part of the rows in an input's directory, and write and publish its shard."""
@@ -65,7 +66,7 @@ def encode_split(work: Work[Any], tokenizer: Any, split: str, shard_rows: int = 
     Raises UserError for a row that the chat template cannot write.
     """
     settings = work.settings.train
-    job = Job(work.storage, work.stage, settings, split, Rewrite if _kind(work, split) == "distilled" else Reference)
+    job = Job(work.storage, work.stage, settings, split, Rewrite if _kind(work, split) == "distilled" else Row)
     sizes = _count_inputs(work, split)
     total, done = sum(sizes.values()), Tally(rows=0, rows_too_long=0, rows_left_out=0)
     work.progress.enter(f"encoding {total} rows")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from pydantic import Field
 
-from sdft_ray.core.rows import Exchange, TrainingRow
+from sdft_ray.core.rows import Exchange, Row, TrainingRow
 from sdft_ray.data.chat import encode_rows
 from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
@@ -45,21 +45,6 @@ class Tally(Counts):
     """The first ones, by their number among all rows that were read."""
 
 
-class Reference(NamedTuple):
-    """A row that is trained on with its reference."""
-
-    id: str
-    prompt: str
-    reference: str
-    conversation: str | None = None
-    origin: int = 0
-
-    @property
-    def exchange(self) -> Exchange:
-        """What is given, and what is trained on."""
-        return Exchange(self.prompt, self.reference, self.conversation)
-
-
 class Rewrite(NamedTuple):
     """A row that is trained on with the response that was selected."""
 
@@ -76,7 +61,7 @@ class Rewrite(NamedTuple):
 
 
 def encode(
-    tokenizer: Any, raw: Iterable[Reference | Rewrite], settings: training.Train, first: int = 0
+    tokenizer: Any, raw: Iterable[Row | Rewrite], settings: training.Train, first: int = 0
 ) -> Iterator[EncodedRow]:
     """Yield rows as token ids, without those that are too long; `first` is the number of the first one that is read.
 

@@ -19,7 +19,7 @@ from sdft_ray.core.rows import TrainingRow
 from sdft_ray.data.chat import require_trainable
 from sdft_ray.errors import UserError, problem
 from sdft_ray.spec import training
-from sdft_ray.spec.compute import Needs
+from sdft_ray.spec.compute import Needs, settled
 from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
 from sdft_ray.stages.train.encoded import FOLDER, EncodedRows
@@ -102,14 +102,15 @@ def build(work: Work[Settings]) -> Summary:
     work.storage.drop(work.resumable / FOLDER)
     tally = encode_split(work, tokenizer, NAME)
     plan = work.compute.score
-    assert plan.cpus != "auto", "load_compute settles auto"
     job = Job(work.storage, work.stage, "cuda" if plan.gpus else "cpu")
     work.storage.bring(job.folder, "*.npy")
     shards = [file.name.removesuffix(".index.npy") for file in sorted((work.resumable / FOLDER).glob("*.index.npy"))]
     todo = [shard for shard in shards if not (job.folder / f"{shard}.log_probs.npy").is_file()]
     work.progress.begin(len(shards), len(shards) - len(todo))
     work.progress.enter(f"the base reads {tally.tokens} tokens")
-    for done, _ in enumerate(in_tasks(job.find, todo, cpus=plan.cpus, gpus=plan.gpus), len(shards) - len(todo) + 1):
+    for done, _ in enumerate(
+        in_tasks(job.find, todo, cpus=settled(plan.cpus), gpus=plan.gpus), len(shards) - len(todo) + 1
+    ):
         work.progress.update(done)
     work.storage.bring(job.folder, "*.npy")
     covered = 0.0
