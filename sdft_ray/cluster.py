@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from sdft_ray import environment
 from sdft_ray.errors import StageFailed, UserError, problem
-from sdft_ray.progress import Progress, log
+from sdft_ray.progress import Progress, log, quiet_transformers
 from sdft_ray.spec.compute import Compute, Needs, cores
 
 A = TypeVar("A")
@@ -39,7 +39,10 @@ def ray_cluster(compute: Compute) -> Iterator[None]:
     import ray
     import ray.data
     import ray.train
+    from ray.util.annotations import RayDeprecationWarning
 
+    # Numbers of tries and restarts have no parameter of their own yet (docs/footguns.md).
+    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", RayDeprecationWarning)
     if ray.is_initialized():
         yield
         return
@@ -199,14 +202,16 @@ def fit_together(nodes: Iterable[RayNode], *needs: tuple[int, int, float]) -> bo
     return True
 
 
-def use_assigned_cores() -> None:
-    """Let torch use the cores that Ray gave to this task or actor: its process may have served one with more before.
+def begin_work() -> None:
+    """Make transformers quiet in this task or actor, and let torch use the cores that Ray gave it: its process may have
+    served one with more before.
 
     Three busy threads on two cores cost more than the third: each layer waits for the slowest.
     """
     import ray
     import torch
 
+    quiet_transformers()
     if ray.is_initialized() and (context := ray.get_runtime_context()).worker.mode == ray.WORKER_MODE:
         torch.set_num_threads(max(1, int(context.get_assigned_resources().get("CPU", 1))))
 
@@ -250,13 +255,11 @@ def in_tasks(
     A task whose process dies is tried again, so often; an error of the function itself ends the work.
     """
     import ray.data
-    from ray.util.annotations import RayDeprecationWarning
 
     def work(row: dict[str, Any]) -> dict[str, bytes]:
         return {"made": pickle.dumps(function(pickle.loads(row["item"])))}
 
-    # The number of tries has no parameter of its own yet (docs/footguns.md); Ray Data's own default is for ever.
-    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", RayDeprecationWarning)
+    # Ray Data's own default is to try for ever.
     asked = [{"item": pickle.dumps(item)} for item in items]
     takes: dict[str, Any] = {"num_cpus": cpus, **({"num_gpus": gpus} if gpus else {})}
     dataset = ray.data.from_items(asked, override_num_blocks=len(asked)).map(work, **takes, max_retries=tries)

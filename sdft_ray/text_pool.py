@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdft_ray.cluster import use_assigned_cores
+from sdft_ray.cluster import begin_work
 from sdft_ray.core.rows import Row
 from sdft_ray.data.calibration import Corpus, CorpusSettings, read_corpora
 from sdft_ray.models.sizes import sizes_of_directory
@@ -101,7 +101,7 @@ class _Actor:
     """Holds what measures, with a model that is whole."""
 
     def __init__(self, meter: Meter, **arguments: Any) -> None:
-        use_assigned_cores()
+        begin_work()
         self.measure = meter(**arguments)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -140,5 +140,5 @@ def stream(function: Callable[..., Iterator[Any]], shares: Sequence[tuple[Any, .
 
 
 def _with_own_cores(function: Callable[..., Iterator[Any]], *arguments: Any) -> Iterator[Any]:
-    use_assigned_cores()
+    begin_work()
     yield from function(*arguments)

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import glob
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -19,7 +18,7 @@ from typing import Any
 
 from sdft_ray.data.text import first_line
 from sdft_ray.errors import UserError, problem
-from sdft_ray.store.files import cache_directory, inside, write_atomically
+from sdft_ray.store.files import cache_directory, inside
 from sdft_ray.store.locks import file_lock
 from sdft_ray.store.objects import SCHEMES, read_address
 from sdft_ray.store.record import Record
@@ -131,7 +130,7 @@ def _refresh(filesystem: Any, files: dict[str, Any], start: str, folder: Path, a
     for copy in folder.rglob("*"):
         if copy.is_file() and copy.relative_to(folder).as_posix() not in stamps:
             copy.unlink()
-    write_atomically(notes, json.dumps(_Known(start=shown, files=stamps).plain()))
+    _Known(start=shown, files=stamps).to_file(notes)
 
 
 def _stamp(filesystem: Any, name: str, info: dict[str, Any]) -> str:

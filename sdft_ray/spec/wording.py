@@ -23,8 +23,8 @@ def validate(kind: type[S], data: Mapping[str, Any]) -> S:
         # Strict JSON mode: "8" is not a number and true is not 1, yet lists may become tuples.
         return kind.model_validate_json(json.dumps(data, default=str))
     except ValidationError as error:
-        mistakes = [_Mistake(**details) for details in error.errors(include_url=False)]
-        raise UserError(*_describe_all(kind, data, mistakes)) from None
+        errors: list[Any] = error.errors(include_url=False)
+        raise UserError(*_describe_all(kind, data, [_Mistake(**each) for each in errors])) from None
 
 
 class _Mistake(NamedTuple):

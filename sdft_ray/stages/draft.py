@@ -96,7 +96,7 @@ def build(work: Work[Settings]) -> Summary:
     best = summary.greedy.best
     base, draft = (work.storage.where(work.stage.inputs[name]) for name in ("model", "draft"))
     config = {"method": METHOD, "model": draft, "num_speculative_tokens": best.tokens}
-    write_atomically(work.directory / DRAFT, json.dumps(summary.plain(), indent=1) + "\n")
+    summary.to_file(work.directory / DRAFT, indent=1)
     write_atomically(work.directory / SPECULATIVE_CONFIG, json.dumps(config, indent=1) + "\n")
     gained = f"{best.speedup:.2f} times the base's tokens/s with {best.tokens} drafted"
     serve = f"vllm serve {base} --speculative-config '{json.dumps(config)}'"

@@ -7,7 +7,6 @@ finalist is the artifact that its own recipe would make.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +20,6 @@ from sdft_ray.results import CANDIDATES, Cut
 from sdft_ray.spec.compute import Needs
 from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
-from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage, numbered
 from sdft_ray.store.record import Record
 
@@ -105,7 +103,7 @@ def build(work: Work[Settings]) -> Summary:
         rows=made[0][0].settings.train.rows,
         seconds=round(sum(work.storage.manifest(each).provenance.wall_seconds for each in built.values()), 1),
     )
-    write_atomically(work.directory / CANDIDATES, json.dumps(summary.plain()))
+    summary.to_file(work.directory / CANDIDATES)
     log(f"finals: {describe(summary)}")
     return summary
 

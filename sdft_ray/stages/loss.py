@@ -141,7 +141,7 @@ def stage(
 def build(work: Work[Any]) -> Summary | GreedySummary:
     """Write losses.json."""
     summary = _remove_one_by_one(work) if isinstance(work.settings, GreedySettings) else _try_spans(work)
-    write_atomically(work.directory / CANDIDATES, json.dumps(summary.plain()))
+    summary.to_file(work.directory / CANDIDATES)
     return summary
 
 

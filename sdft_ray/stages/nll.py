@@ -11,13 +11,12 @@ from __future__ import annotations
 import hashlib
 import heapq
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from sdft_ray import stages
-from sdft_ray.cluster import use_assigned_cores
+from sdft_ray.cluster import begin_work
 from sdft_ray.core.rows import Exchange, TrainingRow
 from sdft_ray.data.chat import encode_rows
 from sdft_ray.results import NLL, Likelihood, read_row, training_batches
@@ -25,7 +24,6 @@ from sdft_ray.spec.compute import Needs
 from sdft_ray.spec.recipe import Distill
 from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
-from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.record import Record
 
@@ -90,7 +88,7 @@ def build(work: Work[Settings]) -> Summary:
         for i, name in enumerate(work.settings.sources)
     )
     summary = Summary(**_likelihoods(portions, rows), **({"by_source": by_source} if by_source else {}))
-    write_atomically(work.directory / NLL, json.dumps(summary.plain(), indent=1) + "\n")
+    summary.to_file(work.directory / NLL, indent=1)
     return summary
 
 
@@ -181,7 +179,7 @@ def measure(
 
     directory = model()
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    use_assigned_cores()
+    begin_work()
     loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).to(device).eval()
     for name, column in COLUMNS.items():
         for origin in sorted({row.origin for row in rows}):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sdft_ray import stages
-from sdft_ray.cluster import use_assigned_cores
+from sdft_ray.cluster import begin_work
 from sdft_ray.core.retention import KINDS, Probe, write_lines
 from sdft_ray.core.rows import Row, TrainingRow
 from sdft_ray.data.calibration import FurtherTexts, read_further
@@ -95,10 +95,7 @@ def make_probes(
     """Return the probes, and the seconds that they took; runs in a Ray worker."""
     from transformers import AutoTokenizer
 
-    from sdft_ray.progress import quiet_transformers
-
-    quiet_transformers()
-    use_assigned_cores()
+    begin_work()
     directory = model()
     tokenizer = AutoTokenizer.from_pretrained(directory)
     encoded = dict(zip(rows, encode_rows(tokenizer, [row.exchange for row in rows]), strict=True))

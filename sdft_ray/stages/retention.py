@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sdft_ray import stages
-from sdft_ray.cluster import use_assigned_cores
+from sdft_ray.cluster import begin_work
 from sdft_ray.core.recovery import Estimate, ratio
 from sdft_ray.core.retention import Measured, Nearness, Probe, compare, read_lines, write_lines
 from sdft_ray.core.surgery import decoder_of
@@ -129,11 +129,7 @@ def measure(
 ) -> list[Measured]:
     """Return what is measured on each probe, and the seconds that it took; runs in a Ray worker. A model of None is
     the base itself."""
-
-    from sdft_ray.progress import quiet_transformers
-
-    quiet_transformers()
-    use_assigned_cores()
+    begin_work()
 
     def load(directory: Callable[[], Path]) -> Any:
         return load_causal(directory(), dtype).to(device).eval()

@@ -8,7 +8,6 @@ taken as they pass by: transformers' own `hidden_states` end behind the final no
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import tempfile
@@ -24,7 +23,6 @@ from sdft_ray.results import DISTANCES, TEXTS, Corpus, Distances, MeasuredCorpus
 from sdft_ray.spec.compute import Needs
 from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
-from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage
 from sdft_ray.text_pool import Texts, is_streamed, measure, read_texts
 
@@ -95,7 +93,7 @@ def build(work: Work[Settings]) -> Summary:
     ]
     blocks, choices = influences[0].shape[1], _join(_choices(distances, influences), measured)
     everything = Distances(blocks=blocks, corpora=tuple(measured), choices=choices)
-    write_atomically(work.directory / DISTANCES, json.dumps(everything.plain()))
+    everything.to_file(work.directory / DISTANCES)
     return Summary(blocks=blocks, corpora=tuple(measured), choices=choices)
 
 

@@ -7,7 +7,6 @@ the machine does slows both.
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -15,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from sdft_ray import stages
-from sdft_ray.cluster import use_assigned_cores
+from sdft_ray.cluster import begin_work
 from sdft_ray.results import SPEED, Pace
 from sdft_ray.spec.compute import Needs
 from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
-from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage
 
 VERSION, NEEDS, UNIT = 2, Needs("evaluate", alone=True), "parts"
@@ -57,7 +55,7 @@ def build(work: Work[Settings]) -> Summary:
         .options(num_cpus=plan.cpus, num_gpus=plan.gpus, name="speed")
         .remote(work.handle("model"), work.handle("pruned"), work.settings, "cuda" if plan.gpus else "cpu")
     )
-    write_atomically(work.directory / SPEED, json.dumps(summary.plain(), indent=1) + "\n")
+    summary.to_file(work.directory / SPEED, indent=1)
     return summary
 
 
@@ -66,10 +64,7 @@ def measure(base: Callable[[], Path], pruned: Callable[[], Path], settings: Sett
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    from sdft_ray.progress import quiet_transformers
-
-    quiet_transformers()
-    use_assigned_cores()
+    begin_work()
     models = [
         AutoModelForCausalLM.from_pretrained(model(), dtype=getattr(torch, settings.dtype)).to(device).eval()
         for model in (base, pruned)

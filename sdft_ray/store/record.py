@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, JsonValue, SerializerFunctionWrapHandler, model_serializer
+
+from sdft_ray.store.files import write_atomically
 
 
 class Record(BaseModel):
@@ -16,6 +19,10 @@ class Record(BaseModel):
     def plain(self) -> dict[str, JsonValue]:
         """Return it as JSON has it: what it was made with, and no defaults."""
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+    def to_file(self, path: Path, indent: int | None = None) -> None:
+        """Write it as a JSON file, which appears whole."""
+        write_atomically(path, json.dumps(self.plain(), indent=indent) + ("\n" if indent else ""))
 
     @classmethod
     def from_file(cls, path: Path) -> Self:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-import json
 import shutil
 import socket
 import uuid
@@ -82,7 +81,7 @@ class ObjectStore:
             # An artifact that was deleted and built again is another one.
             if read_manifest(place) != manifest:
                 shutil.rmtree(place, ignore_errors=True)
-                write_atomically(make_directory(place) / MANIFEST, json.dumps(manifest.plain()))
+                manifest.to_file(make_directory(place) / MANIFEST)
             matching = [file for file in manifest.files if fnmatch.fnmatch(file.path, pattern)]
             _for_each(functools.partial(self._bring_proven, key), matching)
         return place

@@ -15,10 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import time
 import uuid
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +39,6 @@ from sdft_ray.stages.distill.rewriter import Counts, Note, Rewriter
 from sdft_ray.stages.distill.spread import Folder, Range, ranges_of
 from sdft_ray.stages.distill.teaching import require_able, teacher_files, teacher_handle, teacher_name
 from sdft_ray.store import ledger as ledgers
-from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage, short_id, slugify
 from sdft_ray.store.record import Record
 from sdft_ray.store.storage import Storage
@@ -148,7 +145,7 @@ def build(work: Work[Settings]) -> Summary:
     finished.unlink(missing_ok=True)
     summary = _make_dataset(work)
     if summary.failed_fraction > work.settings.max_failed_fraction:
-        write_atomically(finished, json.dumps(summary.plain()))
+        summary.to_file(finished)
     require_gates(work.stage, summary)
     return summary
 
@@ -273,13 +270,10 @@ def ledger_id(stage: Stage[Settings], template: str) -> str:
 
 def _generate(work: Work[Settings], requests: Requests, ledger: Path) -> None:
     import ray
-    from ray.util.annotations import RayDeprecationWarning
 
     plan, pool = work.compute.distill, work.compute.distill.actors
     served = isinstance(work.settings.teacher, ServedModel)
     batches = [*shares(requests.missing, pool.max, plan.batch_rows)]
-    # The number of restarts has no parameter of its own yet (docs/footguns.md).
-    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", RayDeprecationWarning)
     dataset = ray.data.from_items(
         [{"start": some.start, "stop": some.stop} for some in batches], override_num_blocks=len(batches)
     ).map_batches(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import os
 import time
 import traceback
@@ -27,7 +26,6 @@ from sdft_ray.stages.distill.draws import Settings, best_lines, keeps, next_draw
 from sdft_ray.stages.distill.instructions import prompts_of
 from sdft_ray.stages.distill.requests import Asked, Requests
 from sdft_ray.store import ledger as ledgers
-from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.record import Record
 from sdft_ray.store.storage import Storage
@@ -164,7 +162,7 @@ class Rewriter:
         ids = [request.id for request in group]
         places = tuple(batch.rows[row_id].position for row_id in ids)
         content = Note(batch=batch.name, ids=tuple(ids), positions=places, error="")
-        write_atomically(note, json.dumps(content.plain()))
+        content.to_file(note)
         self.storage.publish(note)
         try:
             yield from self.engine.generate(group)
@@ -173,7 +171,7 @@ class Rewriter:
             raise
         except Exception as error:  # noqa: BLE001 - whatever a broken engine raises
             failed = content.model_copy(update={"error": f"{type(error).__name__}: {error}"})
-            write_atomically(note, json.dumps(failed.plain()))
+            failed.to_file(note)
             self.storage.publish(note)
             traceback.print_exc()
             os._exit(1)

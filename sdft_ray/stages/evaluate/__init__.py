@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from sdft_ray import environment, stages
-from sdft_ray.cluster import on_this_node, use_assigned_cores
+from sdft_ray.cluster import begin_work, on_this_node
 from sdft_ray.core.rows import Row
 from sdft_ray.data.benchmarks import offline_task_file
 from sdft_ray.results import HELD_OUT, ITEMS, SCORE, Item, Score, read_held_out
@@ -101,7 +101,7 @@ def build(work: Work[Settings]) -> Summary:
         task = ray.remote(evaluate).options(name=f"evaluate {settings.task}", **takes)
         summary, items = work.result(task.remote(load, settings, held_out))
     write_atomically(work.directory / ITEMS, "".join(json.dumps(item.plain()) + "\n" for item in items))
-    write_atomically(work.directory / SCORE, json.dumps(summary.plain(), indent=1) + "\n")
+    summary.to_file(work.directory / SCORE, indent=1)
     return cast(Summary, summary)
 
 
@@ -142,10 +142,7 @@ def _shared(key: tuple[str, ...], start: Callable[[], Any]) -> Iterator[Any]:
 
 def _load(model: Callable[[], Path], dtype: str, batch_size: int, device: str, options: EngineOptions | None) -> Loaded:
     """Return the model in a directory, in vLLM with these options or without any in transformers; runs in a worker."""
-    from sdft_ray.progress import quiet_transformers
-
-    quiet_transformers()
-    use_assigned_cores()
+    begin_work()
     if options is None:
         return load_model(str(model()), dtype, batch_size, device)
     from sdft_ray.stages.evaluate.by_engine import load_engine

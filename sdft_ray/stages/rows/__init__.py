@@ -13,7 +13,6 @@ import contextlib
 import hashlib
 import operator
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -207,13 +206,11 @@ def _read_with_ray(reader: passes.Reader) -> Iterator[passes.Counts]:
     Ray's: on the node of the driver there may be none, or others' actors may hold them for hours.
     """
     import ray
-    from ray.util.annotations import RayDeprecationWarning
 
     from sdft_ray.stages.rows import passes
 
     # Workers run in other directories.
     parts = [tuple(piece._replace(path=piece.path.absolute()) for piece in part) for part in reader.parts]
-    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", RayDeprecationWarning)
     dataset = ray.data.from_items(
         [{"part": number} for number in range(len(parts))], override_num_blocks=len(parts)
     ).map_batches(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 import tempfile
 import time
@@ -32,7 +31,6 @@ from sdft_ray.stages.train.state import PROGRESS, Checkpoint
 from sdft_ray.stages.train.step import compute_logits, measure_losses, take_step
 from sdft_ray.stages.train.teacher import Softener, Teacher
 from sdft_ray.stages.train.zero import load_trainable, start_engine
-from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.record import Record
 from sdft_ray.store.storage import Storage
@@ -194,7 +192,7 @@ class Training:
             if self.rank == 0:
                 stage, history = self.assignment.stage.id, tuple(self.history)
                 checkpoint = Checkpoint(stage=stage, workers=self.workers, history=history)
-                write_atomically(Path(state) / PROGRESS, json.dumps(checkpoint.plain()))
+                checkpoint.to_file(Path(state) / PROGRESS)
                 self.storage.publish(*(self.log.files() if self.log else ()))
             ray.train.report({"step": step + 1}, checkpoint=ray.train.Checkpoint.from_directory(state))
 
@@ -243,7 +241,7 @@ class Training:
 
     def _write(self, outcome: Outcome) -> None:
         if self.rank == 0:
-            write_atomically(self.folder / RESULT, json.dumps(outcome.plain()))
+            outcome.to_file(self.folder / RESULT)
             self.storage.publish(self.folder / RESULT)
 
 
