@@ -17,17 +17,19 @@ import random
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from pydantic import Field, JsonValue, ValidationError
 
 from sdft_ray.errors import StageFailed, UserError, nearest, problem
 from sdft_ray.spec.sources import KEY_VARIABLE, ServedModel
+from sdft_ray.spec.wording import mistakes
 from sdft_ray.store.record import Record
 
 if TYPE_CHECKING:
     import httpx2
 
+R = TypeVar("R", bound=Record)
 TRIES = 5  # of a request at a server that is up: then it is the request that cannot be served
 _STREAK = 16  # requests that were given up without one that was served in between: then it is the server
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds between two tries
@@ -257,14 +259,14 @@ class Client:
         return f"distill.teacher.{field}"
 
 
-def _read(kind: type[Any], answer: httpx2.Response) -> Any:
+def _read(kind: type[R], answer: httpx2.Response) -> R:
     """Return an answer as what it should be; raises _Again where it is something else."""
     try:
         return kind.model_validate_json(answer.content)
     except ValidationError as error:
-        wrong = error.errors()[0]
-        place = ".".join(map(str, wrong["loc"]))
-        what = f"without what it should hold ({place}: {wrong['msg']})" if place else "that is no JSON"
+        wrong, *_ = mistakes(error)
+        place = ".".join(map(str, wrong.loc))
+        what = f"without what it should hold ({place}: {wrong.msg})" if place else "that is no JSON"
         if "html" in answer.headers.get("content-type", ""):
             what = "in HTML, not JSON"
         raise _Again(f"answers with something {what}") from None

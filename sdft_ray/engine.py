@@ -73,15 +73,12 @@ class VllmEngine:
 
     def __init__(self, model: str, settings: Distill, options: EngineOptions, alone: bool) -> None:
         arguments = engine_arguments(model, settings.dtype, options, alone)
-        if settings.seeds == "engine":
-            arguments["seed"] = settings.seed
+        seeded = {"seed": settings.seed} if settings.seeds == "engine" else {}
+        drafting = {}
         if looked_up := settings.lookup:
-            arguments["speculative_config"] = {
-                "method": "ngram",
-                "num_speculative_tokens": looked_up.tokens,
-                "prompt_lookup_min": looked_up.min,
-                "prompt_lookup_max": looked_up.max,
-            }
+            sizes = {"prompt_lookup_min": looked_up.min, "prompt_lookup_max": looked_up.max}
+            tokens = {"num_speculative_tokens": looked_up.tokens}
+            drafting = {"speculative_config": {"method": "ngram", **tokens, **sizes}}
             mend_sampling()
         from transformers import AutoConfig, AutoTokenizer
         from vllm import EngineArgs
@@ -89,7 +86,7 @@ class VllmEngine:
 
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.ends = response_ends(self.tokenizer, AutoConfig.from_pretrained(model).eos_token_id)
-        self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments, disable_log_stats=True))
+        self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments, **seeded, **drafting, disable_log_stats=True))
         self.settings = settings
 
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Generation]]:
@@ -174,9 +171,8 @@ class EndpointEngine:
             "temperature": self.settings.temperature,
             "top_p": self.settings.top_p,
             "max_tokens": self.settings.max_new_tokens,
+            **({} if request.sampling_seed is None else {"seed": request.sampling_seed}),
         }
-        if request.sampling_seed is not None:
-            body["seed"] = request.sampling_seed
         if self.served.api == "vllm":
             # A server's own defaults are those of the model's generation_config.json, which moves no number here.
             body |= {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, "ignore_eos": True}

@@ -198,11 +198,9 @@ def chain(recipe: Recipe) -> Chain:
     own = read_sources(recipe.sources, recipe)
     made = cutting(recipe, base, own.rows)
     data = training_data(recipe, base, own)
-    models: dict[str, Stage[Any]] = {"base": base, "pruned": made.pruned}
-    start: Stage[Any] = made.pruned
-    if made.patched:
-        models["patched"] = start = made.patched
-    models |= tuned_models(recipe, base, start, data)
+    patched = {"patched": made.patched} if made.patched else {}
+    models: dict[str, Stage[Any]] = {"base": base, "pruned": made.pruned, **patched}
+    models |= tuned_models(recipe, base, made.patched or made.pruned, data)
     drafts = draft_stages(recipe, models, own)  # of no exported ones
     models |= export_stages(recipe, models)
     return Chain(

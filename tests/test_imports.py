@@ -1,6 +1,7 @@
 """Imports point one way, and the command starts without anything heavy."""
 
 import ast
+import functools
 import graphlib
 import re
 import subprocess
@@ -31,10 +32,16 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for path in PACKAGE.rglob("*.py")}
 
 
+@functools.cache
+def nodes(path: Path) -> list[ast.AST]:
+    """Return every node of a file's syntax."""
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
 def imported(path: Path) -> set[str]:
     """Return every module that a file imports, at the top or inside functions; ours without the package's name."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -69,6 +76,22 @@ def test_stages_import_no_other_stage():
 def test_imports_make_no_circle():
     imports = {module: imported(path) & MODULES.keys() - {module} for module, path in MODULES.items()}
     assert list(graphlib.TopologicalSorter(imports).static_order())
+
+
+def is_key(node: ast.AST) -> bool:
+    """Return whether a dictionary, or what is like one, is taken apart by a string there."""
+    if not (isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant)):
+        return False
+    return isinstance(node.slice.value, str) and ast.unparse(node.value) != "Literal"
+
+
+def test_code_is_short_and_typed_as_the_design_has_it():
+    every = [node for path in MODULES.values() for node in nodes(path)]
+    functions = [node for node in every if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    lengths = sorted(node.end_lineno - node.lineno + 1 for node in functions)
+    assert max(len(path.read_text().splitlines()) for path in MODULES.values()) <= 400
+    assert lengths[-1] <= 60 and lengths[len(lengths) * 9 // 10] <= 26
+    assert sum(map(is_key, every)) <= 100, "what comes from elsewhere is read once, into a type"
 
 
 def test_core_is_pure():

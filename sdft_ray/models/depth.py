@@ -7,7 +7,7 @@ its ids: how many blocks it means shows when the base is there.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from pydantic import Field
 
@@ -43,9 +43,9 @@ class Depth(Section):
         return f"{self.target.parameters / 1e6:g}"
 
 
-def depth_settings(prune: Prune) -> dict[str, Any]:
-    """Return the fields of `Depth` of a recipe that names no blocks."""
-    return {"depth": prune.blocks, "target": prune.target, "protect": prune.protect}
+def depth_settings(prune: Prune) -> Depth:
+    """Return the depth of a recipe that names no blocks."""
+    return Depth(depth=prune.blocks, target=prune.target, protect=prune.protect)
 
 
 def settle_depth(settings: Depth, way: Way, base: Path) -> int:

@@ -17,7 +17,7 @@ from sdft_ray import pipeline
 from sdft_ray.stages import distill
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.record import Record
-from sdft_ray.store.storage import Storage
+from sdft_ray.store.storage import STATES, Storage
 from sdft_ray.sweep.planning import Plan, stages_of
 
 
@@ -71,9 +71,7 @@ def measure(plan: Plan, storage: Storage) -> Savings:
                     stage=name,
                     alone=len(theirs),
                     sweep=len(mine),
-                    done=states["done"],
-                    partial=states["partial"],
-                    missing=states["missing"],
+                    **{state: states[state] for state in STATES},
                     seconds_sweep=sum(seconds[stage.id] for stage in mine) if known else None,
                     seconds_alone=sum(_seconds_alone(stage, mine, seconds) for stage in theirs) if known else None,
                 )

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pydantic import AliasChoices, Field
+
 from sdft_ray.core.surgery import block_of
 from sdft_ray.data.readers import read_json
 from sdft_ray.models import sources
@@ -14,8 +16,8 @@ from sdft_ray.models.parts import text_config
 from sdft_ray.models.sizes import Shapes, sizes_of_shapes, tensor_shapes
 from sdft_ray.preflight import memory
 from sdft_ray.spec.sources import HubModel, ModelSource
+from sdft_ray.store.record import Record
 
-_FEED_FORWARD = ("intermediate_size", "ffn_dim", "block_ff_dim")  # of opt, of lfm2's published files
 # llama.cpp's names of the layers that may get an adapter.
 _GGUF = {
     "attn_q": "q_proj",
@@ -29,6 +31,30 @@ _GGUF = {
 _GATE_OR_UP = ("gate_proj", "up_proj", "w1", "w3")
 
 
+class _Config(Record):
+    """What a shape needs of config.json."""
+
+    hidden_size: int
+    vocab_size: int
+    num_attention_heads: int
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    num_experts_per_tok: int | None = None
+    moe_intermediate_size: int | None = None
+    intermediate_size: int | None = Field(
+        None,
+        validation_alias=AliasChoices("intermediate_size", "ffn_dim", "block_ff_dim"),  # of opt, of published lfm2
+    )
+
+    @property
+    def feed_forward(self) -> int:
+        """Of all experts that a token goes through."""
+        experts = self.num_experts_per_tok
+        inner = (experts and self.moe_intermediate_size) or self.intermediate_size
+        assert inner, "a block has a feed-forward part"
+        return inner * (experts or 1)
+
+
 def shape_of(source: ModelSource) -> memory.Shape | None:
     """Return a model's shape; None for a hub model, which has no file here."""
     if isinstance(source, HubModel):
@@ -39,17 +65,14 @@ def shape_of(source: ModelSource) -> memory.Shape | None:
 
 def shape_of_directory(directory: Path, part: str | None = None) -> memory.Shape:
     """Return the shape of a Hugging Face model directory, or of a part of it."""
-    config = text_config(directory) if part else read_json(directory / "config.json")
-    heads = config["num_attention_heads"]
-    head = config.get("head_dim") or config["hidden_size"] // heads
-    experts = config.get("num_experts_per_tok")
-    inner = config.get("moe_intermediate_size") if experts else None
+    config = _Config.model_validate(text_config(directory) if part else read_json(directory / "config.json"))
+    head = config.head_dim or config.hidden_size // config.num_attention_heads
     return _shape(
         tensor_shapes(directory, part),
-        width=config["hidden_size"],
-        kv_width=(config.get("num_key_value_heads") or heads) * head,
-        feed_forward=(inner or next(config[key] for key in _FEED_FORWARD if key in config)) * (experts or 1),
-        vocabulary=config["vocab_size"],
+        width=config.hidden_size,
+        kv_width=(config.num_key_value_heads or config.num_attention_heads) * head,
+        feed_forward=config.feed_forward,
+        vocabulary=config.vocab_size,
     )
 
 

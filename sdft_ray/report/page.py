@@ -106,13 +106,14 @@ def _draw_recovery(report: SweepReport) -> dict[str, str]:
     known = [group for group in report.groups if group.recovery is not None]
     if not known or any(model.quality.recovery is None for model in report.models):
         return {}
-    figures = {"Recovery by depth": plots.recovery_lines(report, "blocks", "rows", "blocks removed")}
-    if len({group.rows for group in known}) > 1:
-        figures["Recovery by data"] = plots.recovery_lines(report, "rows", "blocks", "training rows")
-    figures["What size costs"] = plots.pareto_front(report, "parameters")
-    if all(model.speed for model in report.pruned):
-        figures["What speed costs"] = plots.pareto_front(report, "decode")
-    return figures
+    by_data = len({group.rows for group in known}) > 1
+    timed = all(model.speed for model in report.pruned)
+    return {
+        "Recovery by depth": plots.recovery_lines(report, "blocks", "rows", "blocks removed"),
+        **({"Recovery by data": plots.recovery_lines(report, "rows", "blocks", "training rows")} if by_data else {}),
+        "What size costs": plots.pareto_front(report, "parameters"),
+        **({"What speed costs": plots.pareto_front(report, "decode")} if timed else {}),
+    }
 
 
 def _draw_drafts(report: SweepReport) -> dict[str, str]:

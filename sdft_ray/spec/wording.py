@@ -23,11 +23,10 @@ def validate(kind: type[S], data: Mapping[str, Any]) -> S:
         # Strict JSON mode: "8" is not a number and true is not 1, yet lists may become tuples.
         return kind.model_validate_json(json.dumps(data, default=str))
     except ValidationError as error:
-        errors: list[Any] = error.errors(include_url=False)
-        raise UserError(*_describe_all(kind, data, [_Mistake(**each) for each in errors])) from None
+        raise UserError(*_describe_all(kind, data, mistakes(error))) from None
 
 
-class _Mistake(NamedTuple):
+class Mistake(NamedTuple):
     """One of pydantic's errors, by its own names."""
 
     type: str
@@ -41,10 +40,16 @@ class _Mistake(NamedTuple):
         return self.msg.removeprefix("Input should be ")
 
 
-def _describe_all(kind: type[BaseModel], data: Mapping[str, Any], mistakes: Iterable[_Mistake]) -> Iterator[str]:
+def mistakes(error: ValidationError) -> list[Mistake]:
+    """Return what pydantic finds wrong."""
+    errors: list[Any] = error.errors(include_url=False)
+    return [Mistake(**each) for each in errors]
+
+
+def _describe_all(kind: type[BaseModel], data: Mapping[str, Any], found: Iterable[Mistake]) -> Iterator[str]:
     """Yield one line a wrong field; pydantic's errors for each type that a field may have become one line."""
-    alternatives: dict[tuple[Any, ...], list[_Mistake]] = {}
-    for mistake in mistakes:
+    alternatives: dict[tuple[Any, ...], list[Mistake]] = {}
+    for mistake in found:
         *parents, last = mistake.loc or ("",)
         # Where a field may be of several types, the location ends with the name of the type that was tried.
         tried = isinstance(last, str) and mistake.type not in ("extra_forbidden", "missing", "value_error")
@@ -57,7 +62,7 @@ def _describe_all(kind: type[BaseModel], data: Mapping[str, Any], mistakes: Iter
         yield _describe(kind, data, tries[0]._replace(loc=location, type="union", msg=expected))
 
 
-def _describe(kind: type[BaseModel], data: Mapping[str, Any], mistake: _Mistake) -> str:
+def _describe(kind: type[BaseModel], data: Mapping[str, Any], mistake: Mistake) -> str:
     """Return one pydantic error as `where: what (got; expected). Do this.`"""
     path, _ = _walk(kind, mistake.loc, data)
     where = ".".join(path) or "recipe"

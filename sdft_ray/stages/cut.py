@@ -80,7 +80,7 @@ def stage(prune: Prune, base: Stage, score: Stage | None, loss: Stage | None, ra
     if prune.remove:
         slug = f"{base.slug}-{len(prune.remove)}"
         return Stage("cut", slug, VERSION, Named(remove=prune.remove), {"model": base})
-    settings = Settings(metric=prune.metric, contiguous=prune.contiguous, rank=rank, **depth_settings(prune))
+    settings = Settings(metric=prune.metric, contiguous=prune.contiguous, rank=rank, **dict(depth_settings(prune)))
     inputs = {name: stage for name, stage in (("model", base), ("score", score), ("loss", loss)) if stage}
     return Stage("cut", settings.slug(base.slug), VERSION, settings, inputs)
 
@@ -101,9 +101,8 @@ def build(work: Work[Settings | Named]) -> Summary:
     repo, inputs = getattr(base.settings, "repo", None), work.stage.inputs
     measured = inputs.get("score") or inputs.get("loss")
     recipe = work.settings.hashed() | (measured.settings.hashed() if measured else {})
-    chosen = _explain(reasons)
-    if measured:
-        chosen["calibration"] = ", ".join(corpus.name for corpus in measured.settings.calibration)
+    corpora = ", ".join(corpus.name for corpus in measured.settings.calibration) if measured else ""
+    chosen = _explain(reasons) | ({"calibration": corpora} if corpora else {})
     whole = blocks + len(summary.removed)
     card = model_card(repo or base.slug, whole, summary.removed, parameters, chosen, recipe, repo)
     write_atomically(work.directory / "README.md", card)

@@ -129,7 +129,7 @@ def stage(
     corpus_rows: Mapping[str, Stage],
 ) -> LossStage:
     """Return the stage; corpus_rows: the rows of corpora that are rows, by `rows_N` for the corpus N."""
-    common = {"dtype": prune.dtype, "calibration": corpora, **depth_settings(prune)}
+    common = {"dtype": prune.dtype, "calibration": corpora, **dict(depth_settings(prune))}
     if score is None:
         greedy = GreedySettings(**common)
         return Stage("loss", greedy.slug(base.slug), VERSION, greedy, {"model": base, **corpus_rows})
@@ -243,11 +243,10 @@ def _take(losses: Sequence[Tensor], free: Sequence[int], names: Sequence[str]) -
 @contextmanager
 def _kept_steps(work: Work[GreedySettings]) -> Iterator[Path]:
     """Hold the directory of the losses of steps, whose id has everything of the stage's but the number of blocks."""
-    identity, slug = work.stage.identity, work.stage.model.slug
-    settings = {name: value for name, value in identity["settings"].items() if name not in ("blocks", "target")}
-    key = short_id({**identity, "settings": settings})
+    settings = {name: value for name, value in work.settings.hashed().items() if name not in ("blocks", "target")}
+    key = short_id({**work.stage.identity, "settings": settings})
     with work.storage.lock(f"ledger-{key}"):
-        folder = work.storage.ledger(f"{slug}-steps-{key}")
+        folder = work.storage.ledger(f"{work.stage.model.slug}-steps-{key}")
         work.storage.bring(folder)
         yield folder
 

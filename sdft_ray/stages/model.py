@@ -171,9 +171,9 @@ def build(work: Work[Settings]) -> Summary:
 def _take_text(whole: Path, directory: Path, source: str) -> Summary:
     """Write the text decoder of a model."""
     config = text_config(whole)
-    require_supported(config["model_type"], "model")
+    require_supported(architecture := config["model_type"], "model")
     parameters = write_text_part(whole, directory, config)
-    return Summary(source=source, architecture=config["model_type"], blocks=count_blocks(config), parameters=parameters)
+    return Summary(source=source, architecture=architecture, blocks=count_blocks(config), parameters=parameters)
 
 
 def _require_all_taken(gguf: Path, model: PreTrainedModel) -> None:

@@ -110,7 +110,8 @@ def summarise(measured: Sequence[Measured], **more: Any) -> Summary:
                 agreement=ratio([each.agreed for each in those], tokens),
             )
     if references := [each for each in measured if each.kind == "reference"]:
-        figures["bits_per_byte"] = ratio([each.bits for each in references], [each.bytes for each in references])
+        bits = ratio([each.bits for each in references], [each.bytes for each in references])
+        return Summary(**figures, bits_per_byte=bits)
     return Summary(**figures)
 
 

@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from filelock import FileLock, Timeout
 
@@ -36,6 +36,7 @@ from sdft_ray.store.objects import Objects, is_store
 from sdft_ray.store.remote import ObjectStore
 
 Status = Literal["done", "partial", "missing"]
+STATES: tuple[Status, ...] = get_args(Status)
 
 
 class Storage:

@@ -51,9 +51,8 @@ def pack(recipe: Path, compute: Path | None, root: str, until: str | None, archi
     if is_sweep(recipe):
         if until:
             raise UserError(problem("--until", "is for recipes", "Leave out --until"))
-        sweep, data = load_section(Sweep, recipe), read_yaml(recipe)
-        inner = [recipe.parent / path for path in sweep.recipe]
-        data["recipe"] = [f"recipes/{i}/{path.name}" for i, path in enumerate(inner)]
+        inner = [recipe.parent / path for path in load_section(Sweep, recipe).recipe]
+        data = read_yaml(recipe) | {"recipe": [f"recipes/{i}/{path.name}" for i, path in enumerate(inner)]}
     else:
         load_recipe(recipe)
         data, inner = read_yaml(recipe), []

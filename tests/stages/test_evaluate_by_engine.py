@@ -39,10 +39,10 @@ def settings_of(task: str, limit: int, engine: str = "vllm") -> evaluate.TaskSet
 TASKS = {"arc_easy": 12, "gsm8k_cot": 4}
 
 
-def samples_of(output: dict) -> list[tuple]:
+def samples_of(output: harness.Reported) -> list[tuple]:
     """Return of each item and filter what the model said and what that is worth."""
     keys = ("doc_id", "filter", "resps", "filtered_resps", "acc", "exact_match")
-    return [tuple(sample.get(key) for key in keys) for samples in output["samples"].values() for sample in samples]
+    return [tuple(sample.get(key) for key in keys) for samples in output.samples.values() for sample in samples]
 
 
 def asking(kind: str, *arguments: tuple) -> list:

@@ -46,7 +46,7 @@ def table(rows: Sequence[DistilledRow]) -> Any:
     import pyarrow as pa
 
     columns = dict(zip(DistilledRow._fields, zip(*rows, strict=True), strict=True))
-    columns["messages"] = tuple(map(_messages, rows))
+    columns |= {"messages": tuple(map(_messages, rows))}
     return pa.table([pa.array(columns[field.name], field.type) for field in schema()], schema())
 
 

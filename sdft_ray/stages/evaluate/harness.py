@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import Field
+
 from sdft_ray.data.benchmarks import read_documents
 from sdft_ray.errors import UserError, problem
 from sdft_ray.models.exporting import load_exported
@@ -20,6 +22,7 @@ from sdft_ray.stages.evaluate.likelihoods import score_requests
 from sdft_ray.stages.evaluate.presets import FOLDERS, task_manager
 from sdft_ray.stages.evaluate.scores import make_score
 from sdft_ray.stages.evaluate.settings import TaskSettings
+from sdft_ray.store.record import Record
 
 
 class Loaded(NamedTuple):
@@ -34,7 +37,22 @@ class Loaded(NamedTuple):
     """Returns (log-likelihood, is greedy) of each (context, continuation), both token ids."""
 
 
-def ask_harness(lm: Any, settings: TaskSettings) -> dict[str, Any]:
+class _Size(Record):
+    effective: int
+    original: int
+
+
+class Reported(Record):
+    """What the harness reports of a task, or of each task of a group."""
+
+    results: dict[str, dict[str, Any]]
+    """By task or group, and by metric."""
+    samples: dict[str, list[dict[str, Any]]]
+    higher_is_better: dict[str, dict[str, bool | None]]
+    sizes: dict[str, _Size] = Field(alias="n-samples")
+
+
+def ask_harness(lm: Any, settings: TaskSettings) -> Reported:
     """Return what the harness reports of a task, with all samples.
 
     By the steps of `lm_eval.simple_evaluate`, but for its description of this machine: that asks pip, compilers and
@@ -60,7 +78,7 @@ def ask_harness(lm: Any, settings: TaskSettings) -> dict[str, Any]:
             if part.get_config("num_fewshot") != 0:  # a task that is defined without examples stays so
                 part.set_config(key="num_fewshot", value=settings.shots)
             part.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-        output: dict[str, Any] = lm_eval.evaluate(
+        output = lm_eval.evaluate(
             lm,
             loaded,
             limit=settings.limit,
@@ -70,24 +88,23 @@ def ask_harness(lm: Any, settings: TaskSettings) -> dict[str, Any]:
             bootstrap_iters=0,
             verbosity="ERROR",
         )
-    return output
+    return Reported.model_validate(output)
 
 
 def run_task(lm: Any, settings: TaskSettings) -> tuple[Score, list[Item]]:
     """Return the score and the items of a task."""
     output = ask_harness(lm, settings)
-    results, by_task = output["results"][settings.task], output["samples"]
-    samples_of_all = [sample for samples in by_task.values() for sample in samples]
+    results = output.results[settings.task]
+    samples_of_all = [sample for samples in output.samples.values() for sample in samples]
     metric = settings.metric
     if metric is None:
-        better = output["higher_is_better"].get(settings.task, {})
+        better = output.higher_is_better.get(settings.task, {})
         metric = choose_metric(settings.task, results, better, samples_of_all)
     name = metric.partition(",")[0]
     samples = [sample for sample in samples_of_all if _of_filter(sample, metric)]
-    sizes = [output["n-samples"][task] for task in by_task]
     items = [
         Item(id=sample["doc_hash"], task=task, value=float(sample[name]))
-        for task, group in by_task.items()
+        for task, group in output.samples.items()
         for sample in group
         if _of_filter(sample, metric) and name in sample
     ]
@@ -97,7 +114,7 @@ def run_task(lm: Any, settings: TaskSettings) -> tuple[Score, list[Item]]:
         name,
         [item.value for item in items],
         chance=sum(map(_chance, samples)) / len(samples),
-        limited=any(size["effective"] < size["original"] for size in sizes),
+        limited=any(output.sizes[task].effective < output.sizes[task].original for task in output.samples),
         value=float(results[metric]),
         other_metrics=others,
     )

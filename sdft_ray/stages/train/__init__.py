@@ -128,12 +128,10 @@ def stage(
     """Return the stage that trains in an arm, on one or several data together; with soft targets, those of the base."""
     kinds = ("rows", "distilled") if training.is_on_rewrites(arm) else ("rows",)
     inputs = {numbered(kind, i): own[kind] for i, own in enumerate(data) for kind in kinds}
-    if soft and base:
-        inputs["teacher"] = base
-        if soft.likeliest:
-            inputs["targets"] = targets.stage(settings, soft, base, data)
+    taught = {"teacher": base} if soft and base else {}
+    stored = {"targets": targets.stage(settings, soft, base, data)} if soft and base and soft.likeliest else {}
     own = Settings(arm=arm, train=settings, soft=soft)
-    return Stage("train", f"{pruned.slug}-{arm}", VERSION, own, {"model": pruned, **inputs})
+    return Stage("train", f"{pruned.slug}-{arm}", VERSION, own, {"model": pruned, **inputs, **taught, **stored})
 
 
 def build(work: Work[Settings]) -> Summary:

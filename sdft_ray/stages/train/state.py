@@ -10,10 +10,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdft_ray.results import Step
 from sdft_ray.store.record import Record
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PROGRESS = "progress.json"
@@ -31,7 +34,7 @@ class Checkpoint(Record):
     """The steps that it has behind it."""
 
 
-def trainable(engine: Any) -> list[tuple[str, Any]]:
+def trainable(engine: Any) -> list[tuple[str, Tensor]]:
     """Return the names that the model itself gives to what is trained, and the parameters, in one order everywhere."""
     return [
         (name.removeprefix("model."), parameter)
@@ -40,7 +43,7 @@ def trainable(engine: Any) -> list[tuple[str, Any]]:
     ]
 
 
-def share_of_weights(engine: Any, logits: Any) -> dict[str, Any]:
+def share_of_weights(engine: Any, logits: Tensor) -> dict[str, Tensor]:
     """Return this worker's share of the trained weights in float32, each tensor whole; all workers must call it.
 
     On rank 0 with the logits that they give, which prove the model that is written from them.
@@ -48,7 +51,7 @@ def share_of_weights(engine: Any, logits: Any) -> dict[str, Any]:
     return dict(_share(engine, None)) | ({LOGITS: logits} if engine.global_rank == 0 else {})
 
 
-def save_state(engine: Any, folder: Path, best: Mapping[str, Any]) -> None:
+def save_state(engine: Any, folder: Path, best: Mapping[str, Tensor]) -> None:
     """Write this worker's share of weights and moments, and of the best weights so far; all workers must call it."""
     from safetensors.torch import save_file
 
@@ -59,7 +62,7 @@ def save_state(engine: Any, folder: Path, best: Mapping[str, Any]) -> None:
     save_file(tensors, folder / f"state-{engine.global_rank:05d}.safetensors")
 
 
-def load_state(engine: Any, folder: Path, steps: int) -> dict[str, Any]:
+def load_state(engine: Any, folder: Path, steps: int) -> dict[str, Tensor]:
     """Put the state after some steps into an engine, and return this worker's share of the best weights so far."""
     from safetensors import safe_open
 
@@ -123,7 +126,7 @@ def _is_mine(engine: Any, number: int) -> bool:
     return bool(number % engine.world_size == engine.global_rank)
 
 
-def _share(engine: Any, moment: str | None) -> Iterator[tuple[str, Any]]:
+def _share(engine: Any, moment: str | None) -> Iterator[tuple[str, Tensor]]:
     """Yield the parameters that this worker keeps; one at a time is whole on every worker, then dropped."""
     for number, (name, parameter) in enumerate(trainable(engine)):
         value = _whole(engine, parameter, moment)

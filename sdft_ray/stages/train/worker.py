@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,6 +34,9 @@ from sdft_ray.stages.train.zero import load_trainable, start_engine
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.record import Record
 from sdft_ray.store.storage import Storage
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 RESULT = "result.json"
 
@@ -163,10 +166,10 @@ class Training:
     def validate(self) -> None:
         """Measure the loss of the validation rows, and keep the weights where they are to be kept as the best."""
         losses = measure_losses(self.engine, self.validation, self._passes(self.validation))
-        found: dict[str, Any] = {"validation_loss": losses.mean}
+        by_source = {}
         if self.is_mixed:
-            found["validation_loss_by_source"] = losses.by_source(self.validation.column("origin"))
-        self.history[-1] = self.history[-1].model_copy(update=found)
+            by_source = {"validation_loss_by_source": losses.by_source(self.validation.column("origin"))}
+        self.history[-1] = self.history[-1].model_copy(update={"validation_loss": losses.mean, **by_source})
         if self.settings.keep == "best" and best_step(self.history) == len(self.history):
             self.best = self._weights()
 
@@ -234,7 +237,7 @@ class Training:
         micro_batch = self.plan.micro_batch if self.engine.module.packs else 1
         return assign_passes([len(row.ids) for row in rows], self.workers, micro_batch, most)[self.rank]
 
-    def _weights(self) -> dict[str, Any]:
+    def _weights(self) -> dict[str, Tensor]:
         from sdft_ray.stages.train.state import share_of_weights
 
         return share_of_weights(self.engine, compute_logits(self.engine, proof_rows(self.rows)))
@@ -258,7 +261,7 @@ def _set_up_deepspeed(plan: compute.Train) -> None:
 # --- what outlives a worker -----------------------------------------------------------------------------------
 
 
-def _resume(engine: Any, folder: Path, rank: int, bring: Callable[[str], None]) -> tuple[list[Step], dict[str, Any]]:
+def _resume(engine: Any, folder: Path, rank: int, bring: Callable[[str], None]) -> tuple[list[Step], dict[str, Tensor]]:
     """Load the newest whole checkpoint, if there is one; return the steps behind it and the best weights so far.
 
     Not `ray.train.get_checkpoint`: Ray's controller hears of a checkpoint about a second after it is on disk, and does
@@ -277,7 +280,7 @@ def _resume(engine: Any, folder: Path, rank: int, bring: Callable[[str], None]) 
     return history, load_state(engine, folder / newest[0], len(history))
 
 
-def _save_tuned(share: Mapping[str, Any], folder: Path, rank: int) -> Path:
+def _save_tuned(share: Mapping[str, Tensor], folder: Path, rank: int) -> Path:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
