@@ -109,10 +109,9 @@ def summarise(measured: Sequence[Measured], **more: Any) -> Summary:
                 kl=ratio([each.kl for each in those], tokens),
                 agreement=ratio([each.agreed for each in those], tokens),
             )
-    if references := [each for each in measured if each.kind == "reference"]:
-        bits = ratio([each.bits for each in references], [each.bytes for each in references])
-        return Summary(**figures, bits_per_byte=bits)
-    return Summary(**figures)
+    references = [each for each in measured if each.kind == "reference"]
+    bits, size = [each.bits for each in references], [each.bytes for each in references]
+    return Summary(**figures, **({"bits_per_byte": ratio(bits, size)} if references else {}))
 
 
 def subtract(first: Sequence[Measured], second: Sequence[Measured]) -> list[Measured]:
