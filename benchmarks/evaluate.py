@@ -109,7 +109,7 @@ def measure(way: str, model: str, options: argparse.Namespace) -> dict[str, Any]
         wanted = validate(Evaluate, {"tasks": [task], "dtype": options.dtype, "limit": limit})
         settings = evaluate.stage(wanted, task, "base", Stage("model", "base", 1, {}), [], {}).settings
         assert isinstance(settings, evaluate.TaskSettings)
-        for samples in harness.ask_harness(lm, settings)["samples"].values():
+        for samples in harness.ask_harness(lm, settings).samples.values():
             said += [sample["resps"] if task in GENERATE else sample["acc"] for sample in samples]
     ended = time.perf_counter()
     return {"seconds": round(ended - ready, 2), "start_seconds": round(ready - begun, 2), "said": said}
