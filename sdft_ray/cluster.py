@@ -133,16 +133,16 @@ def live_nodes() -> list[RayNode]:
     """Return each node that is alive."""
     import ray
 
+    alive = [(node, node["Resources"]) for node in ray.nodes() if node["Alive"]]
     return [
         RayNode(
-            node["Resources"].get("CPU", 0),
-            node["Resources"].get("GPU", 0),
+            has.get("CPU", 0),
+            has.get("GPU", 0),
             node["NodeID"],
             node["NodeManagerHostname"],
             node["NodeManagerAddress"],
         )
-        for node in ray.nodes()
-        if node["Alive"]
+        for node, has in alive
     ]
 
 

@@ -182,7 +182,7 @@ class Chain:
         """Every stage once, in the order in which they are built."""
         # Generation before training: an early failure costs less.
         generated = [stage for data in self.data.values() for stage in data.in_order]
-        targets = [stage.inputs["targets"] for stage in self.trained.values() if "targets" in stage.inputs]
+        targets = filter(None, (stage.inputs.get("targets") for stage in self.trained.values()))
         stages = [self.base, *self.own.read, self.rows, *self.cutting.in_order, *generated]
         stages += [*targets, *self.models.values()]
         stages += [each for put in self.wholes.values() for each in (*put.inputs.values(), put)]

@@ -147,7 +147,7 @@ class Sweep(Section):
         if len(self.axes) > 1 or len(self.recipe) > 1:
             raise ValueError("goal: is of one recipe and one set of axes. Remove the others")
         (axes,) = self.axes
-        depths = axes["prune.blocks"].values if "prune.blocks" in axes else None
+        depths = axis.values if (axis := axes.get("prune.blocks")) else None
         if depths is None or len(depths) < 2:
             raise ValueError("goal: has no depths to choose from. List two or more in axes.prune.blocks")
         if others := [path for path in axes if path != "prune.blocks" and not path.endswith(".seed")]:

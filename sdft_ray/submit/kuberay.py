@@ -108,5 +108,5 @@ def worker_pods(compute: Compute) -> tuple[Node, int]:
 def _template() -> Any:
     where = jinja2.PackageLoader("sdft_ray.submit", ".")
     rules = jinja2.Environment(loader=where, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    rules.filters["quoted"] = lambda text: yaml.safe_dump(text, default_style='"', width=10_000).strip()
+    rules.filters.update(quoted=lambda text: yaml.safe_dump(text, default_style='"', width=10_000).strip())
     return rules.get_template("rayjob.yaml.jinja")
