@@ -48,11 +48,8 @@ def _merged(
         else:
             models[name] = model.stage(LocalModel(path=other.path), f"merge.others.{name}.path")
     parents = {settings.arm: first, **models}
-    if settings.together:
-        models["together"] = train_in(settings.arm, [own.inputs for own in data.values()])
-    for name, method in settings.methods.items():
-        models[name] = merge.stage(method, start, parents)
-    return models
+    together = {"together": train_in(settings.arm, [own.inputs for own in data.values()])} if settings.together else {}
+    return models | together | {name: merge.stage(how, start, parents) for name, how in settings.methods.items()}
 
 
 def whole_models(recipe: Recipe, models: Mapping[str, Stage[Any]]) -> dict[str, Stage[whole.Settings]]:
