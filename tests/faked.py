@@ -2,9 +2,7 @@
 
 import contextlib
 import json
-import os
 import subprocess
-import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from command import Command
 
 SCRIPT = textwrap.dedent(
     """
@@ -66,27 +65,21 @@ def count_asked(folder: Path) -> int:
     return len((folder / "asked.txt").read_text().splitlines())
 
 
-def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen:
+def start(folder: Path, *arguments: str, **environment: str) -> Command:
     """Return `sdft ARGUMENTS --compute compute.yaml` at work in the folder."""
-    return subprocess.Popen(
-        [sys.executable, "script.py", *arguments, "--compute", "compute.yaml"],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(Path.cwd()), **environment},
-    )
+    environment["PYTHONPATH"] = str(Path.cwd())
+    return Command(*arguments, "--compute", "compute.yaml", cwd=folder, script=folder / "script.py", **environment)
 
 
-def wait_for(process: subprocess.Popen, there: Callable[[], Any]) -> None:
+def wait_for(process: Command, there: Callable[[], Any]) -> None:
     """Return once something is there, which must be while the process lives."""
     while not there():
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(0.2)
-            raise AssertionError(f"it ended before: {process.stderr.read()}")
+            raise AssertionError(f"it ended before: {process.communicate()[1]}")
 
 
-def kill(process: subprocess.Popen) -> None:
+def kill(process: Command) -> None:
     process.kill()
     process.communicate()
 
@@ -99,7 +92,7 @@ def fill_disk(folder: Path) -> Path:
     return folder / "fill"
 
 
-def finish(process: subprocess.Popen) -> str:
+def finish(process: Command) -> str:
     """Return what a process that succeeds has told people."""
     _, errors = process.communicate()
     assert process.returncode == 0, errors

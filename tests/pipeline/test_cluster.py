@@ -7,7 +7,6 @@ import contextlib
 import json
 import re
 import socket
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from command import Command
 from events import read_events
 from faked import count_asked, finish, kill, make_folder, outcome, require_same, start, wait_for
 
@@ -63,7 +63,7 @@ def folder(tiny_model, tmp_path):
     )
 
 
-def run(folder: Path, address: str, *more: str) -> subprocess.Popen:
+def run(folder: Path, address: str, *more: str) -> Command:
     """Return the command at work on a cluster."""
     compute = {
         "ray": {"address": address, "largest_node": {"cpus": 1}},
@@ -75,7 +75,7 @@ def run(folder: Path, address: str, *more: str) -> subprocess.Popen:
     return start(folder, "run", "recipe.yaml", *more)
 
 
-def kill_node(cluster, process: subprocess.Popen, at_work: str) -> float:
+def kill_node(cluster, process: Command, at_work: str) -> float:
     """Kill a node as soon as one has a process of this name at work, bring another one, and return when it died."""
     found = []
 

@@ -3,12 +3,11 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from command import sdft
+from command import Command, sdft
 from served import NAME, completion, failure, fake_server
 from tiny import make_tiny_model
 
@@ -256,8 +255,9 @@ sys.exit(cli.main(sys.argv[1:]))
 
 def run(folder: Path, monkeypatch) -> subprocess.CompletedProcess:
     monkeypatch.setenv("PYTHONPATH", str(Path.cwd()))
-    command = [sys.executable, "-c", SCRIPT, "run", "recipe.yaml", "--until", "distill", "--compute", "compute.yaml"]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False)
+    (folder / "script.py").write_text(SCRIPT)
+    words = ("run", "recipe.yaml", "--until", "distill", "--compute", "compute.yaml")
+    return Command(*words, cwd=folder, script=folder / "script.py").end()
 
 
 def test_endpoint_in_a_chain_is_resumed_after_it_refused_and_is_named_and_its_key_is_nowhere(

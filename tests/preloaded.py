@@ -1,0 +1,13 @@
+"""What most commands import; the processes of `command` are forked from one that has imported this."""
+
+# ruff: noqa: E402, F401
+from sdft_ray import environment
+
+environment.for_command()
+environment.for_ray()  # Ray reads its variables when it is imported
+
+import ray.data
+import ray.train
+import transformers.models.auto.modeling_auto
+
+import sdft_ray.pipeline
