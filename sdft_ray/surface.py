@@ -17,6 +17,8 @@ from sdft_ray import environment
 if TYPE_CHECKING:
     import pandas
 
+    from sdft_ray.spec.recipe import Recipe
+
 Source = str | os.PathLike[str] | Mapping[str, Any]
 
 
@@ -92,7 +94,7 @@ def report(
     return frame.of_recipe(collect.collect(_load(source, overrides), _name(source), storage))
 
 
-def _load(recipe: Source, overrides: Mapping[str, Any] | None) -> Any:
+def _load(recipe: Source, overrides: Mapping[str, Any] | None) -> Recipe:
     from sdft_ray.spec.loading import load_recipe
 
     return load_recipe(_given(recipe), [f"{key}={json.dumps(value)}" for key, value in (overrides or {}).items()])

@@ -242,6 +242,11 @@ def ratio(value: float, low: float, high: float) -> str:
     return f"{value:.2f} ({low:.2f} to {high:.2f})"
 
 
+def millions(parameters: int) -> str:
+    """Return a number of parameters in millions."""
+    return f"{parameters / 1e6:.1f}M"
+
+
 def number(value: float | None) -> str:
     """Return a number with one decimal."""
     return "-" if value is None else f"{value:.1f}"

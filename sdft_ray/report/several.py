@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from sdft_ray.report.entries import Report
-from sdft_ray.report.lines import caption, name_chosen, number, percent, sweep_caption
+from sdft_ray.report.lines import caption, millions, name_chosen, number, percent, sweep_caption
 from sdft_ray.report.sweep_entries import Group, SweepReport
 
 Reports = Mapping[str, Report | SweepReport]
@@ -84,5 +84,5 @@ def _group_scores(report: SweepReport, group: Group) -> dict[str, str]:
 def _summed(
     mean: float, recovery: float | None, over_chance: float | None, parameters: int, spread: str = ""
 ) -> dict[str, str]:
-    cells = (number(100 * mean), number(recovery) + spread, number(over_chance), f"{parameters / 1e6:.1f}M")
+    cells = (number(100 * mean), number(recovery) + spread, number(over_chance), millions(parameters))
     return dict(zip(SUMMED, cells, strict=True))

@@ -22,6 +22,7 @@ from sdft_ray.report.lines import (
     caption,
     figure_of,
     interval,
+    millions,
     name_chosen,
     number,
     percent,
@@ -54,7 +55,7 @@ def recovery_table(report: Report) -> Table:
             number(100 * quality.mean),
             number(quality.recovery),
             number(quality.recovery_over_chance),
-            f"{_millions(cost.parameters)}{saved(cost.parameters, base.parameters)}",
+            f"{millions(cost.parameters)}{saved(cost.parameters, base.parameters)}",
             f"{cost.flops_per_token / 1e6:.0f}M{saved(cost.flops_per_token, base.flops_per_token)}",
         )
     return table
@@ -115,10 +116,6 @@ def titled(title: str, below: str | None = None) -> Table:
     return Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", caption=below, caption_justify="left")
 
 
-def _millions(parameters: int) -> str:
-    return f"{parameters / 1e6:.1f}M"
-
-
 # --- a sweep --------------------------------------------------------------------------------------------------
 
 
@@ -132,7 +129,7 @@ def sweep_table(report: SweepReport) -> Table:
     for model in report.models:
         quality = model.quality
         figures = (100 * quality.mean, quality.recovery, quality.recovery_over_chance)
-        cells = (*map(number, figures), "", _millions(model.cost.parameters))
+        cells = (*map(number, figures), "", millions(model.cost.parameters))
         own = {name: each.value for name, each in model.retention.figures.items()} if model.retention else {}
         table.add_row(str(model.blocks), "", model.model, "", *cells, *(three(own.get(name)) for name in kept))
     for group in report.groups:
@@ -145,7 +142,7 @@ def sweep_table(report: SweepReport) -> Table:
             number(group.recovery) + (f" ±{group.recovery_sd:.1f}" if group.recovery_sd is not None else ""),
             number(group.recovery_over_chance),
             three(group.validation_loss),
-            _millions(group.parameters),
+            millions(group.parameters),
             *(three(group.retention.get(name)) for name in kept),
         )
     return table
