@@ -333,8 +333,7 @@ def _require_weights(directory: Path, config: Mapping[str, Any], teaches: bool) 
         if twice := [name for name in tensors if places[name][0] != path]:
             what = f"holds {twice[0]}, and so does {places[twice[0]][0].name}"
             raise UserError(problem(str(path), what, "Copy or download the model again, into an empty directory"))
-    if config.get("quantization_config") and not teaches:
-        settings = config["quantization_config"]
+    if (settings := config.get("quantization_config")) and not teaches:
         method = settings.get("quant_method", "somehow") if isinstance(settings, dict) else settings
         do = "Give the model as it was before, in bfloat16"
         raise UserError(problem(str(directory / "config.json"), f"its weights are quantised ({method})", do))

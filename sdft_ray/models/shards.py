@@ -43,6 +43,20 @@ class StoredTensor:
         return self.stop - self.start
 
 
+class _Entry(NamedTuple):
+    """What a header says of a tensor."""
+
+    dtype: str
+    shape: Sequence[int]
+    data_offsets: tuple[int, int]
+    """Of its first byte, and behind its last, from the end of the header."""
+
+    def placed(self, begin: int) -> StoredTensor:
+        """Return the tensor in a file whose tensors begin at a byte."""
+        start, stop = self.data_offsets
+        return StoredTensor(self.dtype, tuple(self.shape), begin + start, begin + stop)
+
+
 def read_header(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a safetensors file, in the order of their bytes; raises UserError on a damaged one.
 
@@ -55,14 +69,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         if begin > size:
             raise _damaged(path, f"its header ends at byte {begin}, the file at {size}")
         try:
-            entries = json.loads(file.read(length))
-            tensors = {
-                name: StoredTensor(
-                    entry["dtype"], tuple(entry["shape"]), *(begin + offset for offset in entry["data_offsets"])
-                )
-                for name, entry in entries.items()
-                if name != "__metadata__"
-            }
+            entries = json.loads(file.read(length)).items()
+            tensors = {name: _Entry(**entry).placed(begin) for name, entry in entries if name != "__metadata__"}
         except (ValueError, KeyError, TypeError, AttributeError):
             raise _damaged(path, "its header is no list of tensors") from None
     tensors = dict(sorted(tensors.items(), key=lambda item: item[1].start))
