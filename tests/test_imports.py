@@ -130,13 +130,15 @@ def test_help_lists_the_commands():
         assert re.search(rf"^    {command}\s", done.stdout, re.MULTILINE)
 
 
-def test_transformers_is_imported_without_scikit_learn_which_works_all_the_same():
+def test_transformers_is_imported_without_scikit_learn_and_scipy_which_work_all_the_same():
     script = """
     import sys, sdft_ray
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
     from transformers.generation import candidate_generator
+    from transformers.loss import loss_for_object_detection
     assert not {"sklearn", "scipy", "pandas"} & {*sys.modules}
     assert candidate_generator.is_sklearn_available()
     assert candidate_generator.roc_curve([0, 1], [0.2, 0.7])[1].tolist() == [0, 1, 1]
+    assert loss_for_object_detection.linear_sum_assignment([[1, 0], [0, 1]])[1].tolist() == [1, 0]
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True)

@@ -1,8 +1,8 @@
 """Stage `merge`: one model from several that were tuned from the same pruned model.
 
 In: plain model directories. Out: a plain directory in the layout of the first, with tensors merged in float32, and in
-the manifest how similar the tensors were. Adapters are merged into their models already. A tensor is read while the one
-before it is merged and written, so the memory is that of the two largest, whatever the model's size.
+the manifest how similar the tensors were. Adapters are merged into their models already. A tensor is compared while the
+one before it is merged and written, each in pieces that fit a processor's cache: memory does not grow with the model.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -113,10 +113,9 @@ def merge_models(
 
     Raises UserError that names what differs where they are not of one origin.
     """
-    import numpy
     import torch
 
-    from sdft_ray.core.merging import combine
+    from sdft_ray.core.merging import combine, compare, mean, slerp
 
     require_same_kind(parents)
     first = next(iter(parents.values()))
@@ -125,24 +124,23 @@ def merge_models(
     facts: dict[str, Similarity] = {}
     begin(len(places[0]))
 
-    largest = max(tensor.bytes for _, tensor in places[0].values())
-    rooms = itertools.cycle([[numpy.empty(largest, numpy.uint8) for _ in places] for _ in range(2)])
-
-    def compare(name: str) -> tuple[list[torch.Tensor], Blend]:
-        tensors = [_read_tensor(*place[name], room) for place, room in zip(places, next(rooms), strict=True)]
-        return tensors, _blend(name, tensors, settings)
+    def blend(name: str) -> Blend:
+        similarity = compare(_pieces([place[name] for place in places]))
+        if isinstance(settings, SlerpSettings):
+            return slerp(similarity, _t_of(name, settings.t))
+        return mean(similarity, settings.weights or [1.0] * len(places))
 
     def merged(names: Iterable[str]) -> Iterator[Any]:
         for name in names:
-            tensors, (shares, facts[name]) = next(compared)
+            shares, facts[name] = next(blends)
             _require_same_origin(name, places[0][name][1], facts[name], list(parents))
-            for piece in combine(tensors, shares):
-                yield piece.view(torch.uint8).numpy()
+            for piece in _pieces([place[name] for place in places[: len(shares)]]):
+                yield combine(piece, shares).view(torch.uint8).numpy()
             update(len(facts))
 
-    # The pool reads and compares a tensor while the one before it is combined and written.
-    with _one_torch_thread(), ThreadPoolExecutor(1) as pool:
-        compared = _one_ahead(pool, compare, [name for tensors in held.values() for name in tensors])
+    # The pool compares a tensor while the one before it is combined and written. torch counts threads by thread.
+    with _one_torch_thread(), ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        blends = _one_ahead(pool, blend, [name for tensors in held.values() for name in tensors])
         for shard, tensors in held.items():
             path = directory / shard.name
             remember_hash(path, write_tensors(path, list(tensors.items()), merged(tensors)))
@@ -170,15 +168,6 @@ def _one_ahead(pool: Executor, function: Callable[[A], B], items: Iterable[A]) -
         yield made.result()
 
 
-def _blend(name: str, tensors: Sequence[torch.Tensor], settings: Settings) -> Blend:
-    """Return how the tensors of a name become one."""
-    from sdft_ray.core.merging import mean, slerp
-
-    if isinstance(settings, SlerpSettings):
-        return slerp(tensors[0], tensors[1], _t_of(name, settings.t))
-    return mean(tensors, settings.weights or [1.0] * len(tensors))
-
-
 def _t_of(name: str, t: float | Sequence[float]) -> float:
     """Return how far along the arc a tensor is merged."""
     if not isinstance(t, Sequence):
@@ -187,15 +176,26 @@ def _t_of(name: str, t: float | Sequence[float]) -> float:
     return t[(0 if name in EMBEDDINGS else -1) if block is None else block]
 
 
-def _read_tensor(path: Path, tensor: StoredTensor, room: Any) -> torch.Tensor:
-    """Return a stored tensor (N) that lies in a buffer, uint8: new memory for each would cost more than reading it, and
-    a memory map would stay in memory with all that was read of it."""
+def _pieces(places: Sequence[tuple[Path, StoredTensor]]) -> Iterator[list[torch.Tensor]]:
+    """Yield one piece (N) after the other of tensors of one kind, of each tensor its own.
+
+    All lie in the same memory: new memory would cost more than reading, and a map would keep all that was read.
+    """
     import torch
 
-    with path.open("rb") as file:
-        file.seek(tensor.start)
-        file.readinto(room[: tensor.bytes])
-    return torch.from_numpy(room[: tensor.bytes]).view(getattr(torch, DTYPES[tensor.dtype]))
+    from sdft_ray.core.merging import PIECE
+
+    rooms = [torch.empty(PIECE, dtype=getattr(torch, DTYPES[tensor.dtype])) for _, tensor in places]
+    with ExitStack() as stack:
+        files = [stack.enter_context(path.open("rb")) for path, _ in places]
+        for file, (_, tensor) in zip(files, places, strict=True):
+            file.seek(tensor.start)
+        elements = places[0][1].elements
+        for start in range(0, max(1, elements), PIECE):  # of an empty tensor one, too
+            piece = [room[: elements - start] for room in rooms]
+            for file, each in zip(files, piece, strict=True):
+                file.readinto(each.view(torch.uint8).numpy())
+            yield piece
 
 
 @contextmanager
