@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,17 @@ class Packed:
     likeliest: Likeliest | None = None
     """(K, k) the teacher's likeliest tokens there, where rows have them."""
 
+    def logits(self, model: Any) -> torch.Tensor:
+        """Return a model's logits (K, V) at the positions of `keep`: the vocabulary is a small model's widest layer."""
+        device = next(model.parameters()).device
+        logits: torch.Tensor = model(
+            input_ids=self.input_ids.to(device),
+            position_ids=self.position_ids.to(device),
+            logits_to_keep=self.keep.to(device),
+            use_cache=False,
+        ).logits[0]
+        return logits
+
 
 def pack_rows(rows: Sequence[TrainingRow]) -> Packed:
     """Return rows as one sequence.
@@ -58,6 +69,18 @@ def pack_rows(rows: Sequence[TrainingRow]) -> Packed:
     given = [row.likeliest for row in rows if isinstance(row, SoftRow)]
     likeliest = Likeliest.join(given) if given else None
     return Packed(input_ids, torch.tensor([positions]), starts, kept, input_ids[0, kept + 1], likeliest)
+
+
+def in_passes(rows: Iterable[TrainingRow], most: int) -> Iterator[list[TrainingRow]]:
+    """Yield rows in their order, as many at a time as `most` tokens hold, or one that is longer."""
+    some: list[TrainingRow] = []
+    for row in rows:
+        if some and sum(len(each.ids) for each in some) + len(row.ids) > most:
+            yield some
+            some = []
+        some.append(row)
+    if some:
+        yield some
 
 
 @dataclasses.dataclass(frozen=True)

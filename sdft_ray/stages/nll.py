@@ -177,6 +177,8 @@ def measure(
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from sdft_ray.core.packing import in_passes
+
     directory = model()
     tokenizer = AutoTokenizer.from_pretrained(directory)
     begin_work()
@@ -184,7 +186,7 @@ def measure(
     for name, column in COLUMNS.items():
         for origin in sorted({row.origin for row in rows}):
             mine = [row.exchange(column) for row in rows if row.origin == origin]
-            for some in _portions(list(encode_rows(tokenizer, mine))):
+            for some in in_passes(encode_rows(tokenizer, mine), _FORWARD_TOKENS):
                 tokens = sum(len(row.ids) - row.trained_from for row in some)
                 yield name, Portion(len(some), tokens, summed_loss(loaded, some), origin)
 
@@ -200,22 +202,5 @@ def summed_loss(model: Any, rows: Sequence[TrainingRow]) -> float:
         return sum(summed_loss(model, [row]) for row in rows)
     packed = pack_rows(rows)
     with torch.inference_mode():
-        logits = model(
-            input_ids=packed.input_ids.to(model.device),
-            position_ids=packed.position_ids.to(model.device),
-            logits_to_keep=packed.keep.to(model.device),
-            use_cache=False,
-        ).logits  # (1, K, V)
-        targets = packed.targets.to(model.device)
-        return float(torch.nn.functional.cross_entropy(logits[0].float(), targets, reduction="sum"))
-
-
-def _portions(rows: Sequence[TrainingRow]) -> Iterator[list[TrainingRow]]:
-    portion: list[TrainingRow] = []
-    for row in rows:
-        if portion and sum(len(each.ids) for each in [*portion, row]) > _FORWARD_TOKENS:
-            yield portion
-            portion = []
-        portion.append(row)
-    if portion:
-        yield portion
+        logits = packed.logits(model).float()  # (K, V)
+        return float(torch.nn.functional.cross_entropy(logits, packed.targets.to(logits.device), reduction="sum"))

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from sdft_ray.core.packing import Schedule, assign_passes, pack_rows
+from sdft_ray.core.packing import Schedule, assign_passes, in_passes, pack_rows
 from sdft_ray.core.rows import TrainingRow
 
 
@@ -71,3 +71,11 @@ def test_assign_passes_gives_workers_equal_shares():
     lengths = [100, 1, 90, 2, 80, 3, 70, 4]
     loads = [sum(lengths[i] for rows in passes for i in rows) for passes in assign_passes(lengths, 2, 8, 10_000)]
     assert max(loads) - min(loads) < 30
+
+
+@pytest.mark.parametrize(
+    ("most", "expected"), [(0, [[3], [4], [9], [1]]), (8, [[3, 4], [9], [1]]), (99, [[3, 4, 9, 1]])]
+)
+def test_rows_in_passes_keep_their_order_and_fill_them(most, expected):
+    rows = [TrainingRow([0] * length, 1) for length in (3, 4, 9, 1)]
+    assert [[len(row.ids) for row in some] for some in in_passes(rows, most)] == expected

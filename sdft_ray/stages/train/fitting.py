@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sdft_ray.errors import UserError, problem
 from sdft_ray.spec import compute, training
-
-if TYPE_CHECKING:
-    pass
-
 
 # What a recipe or the compute file decides, by its name in DeepSpeed's JSON.
 _DECIDED = {

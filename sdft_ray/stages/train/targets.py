@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 from sdft_ray import stages
 from sdft_ray.cluster import in_tasks
-from sdft_ray.core.rows import TrainingRow
 from sdft_ray.data.chat import require_trainable
 from sdft_ray.errors import UserError, problem
 from sdft_ray.spec import training
@@ -131,7 +130,7 @@ def _load_teacher(base: Path, dtype: str, device: str) -> Teacher:
 
 
 def _find(teacher: Teacher, rows: EncodedRows, soft: training.Soft) -> Iterator[Likeliest]:
-    from sdft_ray.core.packing import pack_rows
+    from sdft_ray.core.packing import in_passes, pack_rows
     from sdft_ray.core.rowwise import may_share_a_sequence
     from sdft_ray.core.soft_targets import Likeliest, find_likeliest
 
@@ -139,21 +138,8 @@ def _find(teacher: Teacher, rows: EncodedRows, soft: training.Soft) -> Iterator[
     if k > vocabulary:
         what = f"{k} is more than the {vocabulary} tokens of the model's vocabulary"
         raise UserError(problem("arms.logits.likeliest", what, f"Lower it to {vocabulary} or less"))
-    for passed in _passes(rows, may_share_a_sequence(teacher.model.config)):
+    # A model that carries a state on reads one row at a time.
+    passes = in_passes(rows, _PASS_TOKENS if may_share_a_sequence(teacher.model.config) else 0)
+    for passed in passes:
         found = find_likeliest(teacher.logits(pack_rows(passed)), k, soft.temperature)
         yield Likeliest(found.ids.cpu(), found.log_probs.cpu())
-
-
-def _passes(rows: EncodedRows, packs: bool) -> Iterator[list[TrainingRow]]:
-    """Yield rows in their order, as many at a time as a pass holds; of a model that carries a state on, one."""
-    if not packs:
-        yield from ([row] for row in rows)
-        return
-    passed: list[TrainingRow] = []
-    for row in rows:
-        if passed and sum(len(each.ids) for each in passed) + len(row.ids) > _PASS_TOKENS:
-            yield passed
-            passed = []
-        passed.append(row)
-    if passed:
-        yield passed

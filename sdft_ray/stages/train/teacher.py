@@ -15,6 +15,8 @@ from sdft_ray.core.surgery import rename_tensor
 from sdft_ray.spec.training import Soft
 
 if TYPE_CHECKING:
+    import torch
+
     from sdft_ray.core.packing import Packed
 
 
@@ -31,19 +33,13 @@ class Teacher:
         self.model = model.to(device).requires_grad_(False).eval()
         self._rows = keep_within_rows(self.model)
 
-    def logits(self, packed: Packed) -> Any:
+    def logits(self, packed: Packed) -> torch.Tensor:
         """Return the logits (K, V) at the trained positions of packed rows."""
         import torch
 
         self._rows.starts = packed.starts
-        device = self.model.device
         with torch.no_grad():  # not inference mode: what it makes may not stand beside what has a gradient
-            return self.model(
-                input_ids=packed.input_ids.to(device),
-                position_ids=packed.position_ids.to(device),
-                logits_to_keep=packed.keep.to(device),
-                use_cache=False,
-            ).logits[0]
+            return packed.logits(self.model)
 
     def share(self, student: Any, removed: Sequence[int]) -> int:
         """Read the student's frozen weights where they are the same; return how many parameters stay its own.

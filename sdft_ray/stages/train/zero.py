@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdft_ray.spec import compute, training
 from sdft_ray.stages.train.adapters import load_model
 from sdft_ray.stages.train.sharded import is_sharded, load_share
+
+if TYPE_CHECKING:
+    from sdft_ray.core.packing import Packed
 
 
 def load_trainable(base: str, settings: training.Train, plan: compute.Train, given: dict[str, Any]) -> Any:
@@ -46,21 +49,10 @@ def with_loss(model: Any, settings: training.Train, gradient_checkpointing: bool
             self.soften: Callable[[Any, Any], Any] | None = None
             self.packs = may_share_a_sequence(model.config)
 
-        def forward(self, packed: Any, keys: Sequence[str], as_logits: bool = False) -> Any:
+        def forward(self, packed: Packed, keys: Sequence[str], as_logits: bool = False) -> Any:
             assert self.packs or len(keys) == 1, "a model that carries a state on gets one row a sequence"
             rows.starts, rows.keys = packed.starts, keys
-            device = next(self.model.parameters()).device
-            # Only the K trained positions go through the head: the vocabulary is the widest layer of a small model.
-            logits = (
-                self.model(
-                    input_ids=packed.input_ids.to(device),
-                    position_ids=packed.position_ids.to(device),
-                    logits_to_keep=packed.keep.to(device),
-                    use_cache=False,
-                )
-                .logits[0]
-                .float()
-            )  # (K V)
+            logits = packed.logits(self.model).float()  # (K V)
             if as_logits:
                 return logits
             if self.soften is not None and self.training:  # validation losses compare, whatever the arm
