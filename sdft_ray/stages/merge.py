@@ -194,7 +194,7 @@ def _pieces(places: Sequence[tuple[Path, StoredTensor]]) -> Iterator[list[torch.
         for start in range(0, max(1, elements), PIECE):  # of an empty tensor one, too
             piece = [room[: elements - start] for room in rooms]
             for file, each in zip(files, piece, strict=True):
-                file.readinto(each.view(torch.uint8).numpy())
+                file.readinto(each.view(torch.uint8).numpy().data)
             yield piece
 
 
