@@ -24,6 +24,7 @@ class Way:
     """Commit of the task's dataset on the hub; without one the harness takes the newest."""
 
 
+_GSM8K = "e53f048856ff4f594e959d75785d2c2d37b678ee"
 # OpenLLM Leaderboard v1: shots and metrics of its published set-up. truthfulqa_mc2 alone: the bare tag also generates.
 OPENLLM_V1 = {
     "arc_challenge": Way("acc_norm,none", 25, "210d026faf9955653af8916fad021475a3f00453"),
@@ -31,13 +32,13 @@ OPENLLM_V1 = {
     "truthfulqa_mc2": Way("acc,none", 0, "741b8276f2d1982aa3d5b832d3ee81ed3b896490"),
     "mmlu": Way("acc,none", 5, "c30699e8356da336a370243923dbaf21066bb9fe"),
     "winogrande": Way("acc,none", 5, "01e74176c63542e6b0bcb004dcdea22d94fb67b5"),
-    "gsm8k": Way("exact_match,strict-match", 5, "e53f048856ff4f594e959d75785d2c2d37b678ee"),
+    "gsm8k": Way("exact_match,strict-match", 5, _GSM8K),
 }
 
 
 # Answers that are written: these break first after pruning. Shots and metrics are those that the tasks' makers report.
 GENERATIVE = {
-    "gsm8k_cot": Way("exact_match,flexible-extract", 8, OPENLLM_V1["gsm8k"].revision),
+    "gsm8k_cot": Way("exact_match,flexible-extract", 8, _GSM8K),
     "ifeval": Way("prompt_level_strict_acc,none", 0, "966cd89545d6b6acfd7638bc708b98261ca58e84"),
     "mmlu_pro": Way("exact_match,custom-extract", 5, "b189ec765aa7ed75c8acfea42df31fdae71f97be"),
 }
