@@ -20,7 +20,7 @@ from sdft_ray.data.text import first_line
 from sdft_ray.errors import UserError, problem
 from sdft_ray.store.files import cache_directory, inside
 from sdft_ray.store.locks import file_lock
-from sdft_ray.store.objects import SCHEMES, read_address
+from sdft_ray.store.objects import SCHEMES, is_file, read_address
 from sdft_ray.store.record import Record
 
 _KNOWN = "copies.json"  # beside the copies
@@ -50,7 +50,7 @@ def local_path(address: str, where: str) -> str:
         filesystem, path = _open(address, where)
         start, pattern = _split(path)
         found = filesystem.glob(path, detail=True) if pattern else _list(filesystem, path)
-        files = {name: info for name, info in found.items() if info["type"] == "file"}
+        files = {name: info for name, info in found.items() if is_file(info)}
         if not files:
             what = f"{address} {'matches no file' if pattern else 'does not exist, or is empty'}"
             raise UserError(problem(where, what, "Check the address"))
@@ -107,7 +107,7 @@ def _list(filesystem: Any, path: str) -> dict[str, Any]:
         info = filesystem.info(path)
     except FileNotFoundError:
         return {}
-    if info["type"] == "file":
+    if is_file(info):
         return {path: info}
     found: dict[str, Any] = filesystem.find(path, detail=True)
     return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -62,6 +62,11 @@ def is_store(root: str) -> bool:
     if root.rstrip("/") != (right := f"{scheme}://{path}"):
         raise UserError(problem("--root", f"{root} is neither a directory nor a URI", f"Write {right}"))
     return True
+
+
+def is_file(info: Mapping[str, Any]) -> bool:
+    """Return whether what fsspec says of a name is of a file."""
+    return bool(info["type"] == "file")
 
 
 class Objects:
@@ -134,7 +139,7 @@ class Objects:
         with self._explain_errors(folder, "listed"):
             entries = self.filesystem.find(self.path(folder), detail=True)
         begin = len(self._path) + 1
-        return {name[begin:]: entry["size"] for name, entry in entries.items() if entry["type"] == "file"}
+        return {name[begin:]: entry["size"] for name, entry in entries.items() if is_file(entry)}
 
     def delete(self, keys: Iterable[str]) -> None:
         """Delete objects; missing ones are no error."""
