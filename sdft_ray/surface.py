@@ -85,11 +85,12 @@ def report(
     environment.for_command()
     from sdft_ray.report import collect, frame
     from sdft_ray.report import sweep as of_sweep
+    from sdft_ray.spec.loading import is_sweep
     from sdft_ray.store.storage import Storage
     from sdft_ray.sweep import planning
 
     given, storage = _given(source), Storage(str(root))
-    if planning.is_sweep(given):
+    if is_sweep(given):
         return frame.of_sweep(of_sweep.collect(planning.load_sweep(given), _name(source), storage))
     return frame.of_recipe(collect.collect(_load(source, overrides), _name(source), storage))
 
