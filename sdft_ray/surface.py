@@ -98,7 +98,8 @@ def report(
 def _load(recipe: Source, overrides: Mapping[str, Any] | None) -> Recipe:
     from sdft_ray.spec.loading import load_recipe
 
-    return load_recipe(_given(recipe), [f"{key}={json.dumps(value)}" for key, value in (overrides or {}).items()])
+    settings = [f"{key}={json.dumps(value, default=str)}" for key, value in (overrides or {}).items()]
+    return load_recipe(_given(recipe), settings)
 
 
 def _given(source: Any) -> Any:

@@ -110,7 +110,7 @@ class Goal(Section):
     def _is_one(self) -> Self:
         if sum(each is not None for each in (self.recovery, self.parameters, self.tokens_per_second)) != 1:
             raise ValueError("names none or several. Give one of recovery, parameters, tokens_per_second")
-        if self.recovery is not None and self.recovery <= 1:
+        if self.recovery is not None and 0.5 <= self.recovery <= 1:  # a fraction, as people write one
             raise ValueError(f"recovery: {self.recovery:g} is in percent. Write {100 * self.recovery:g}")
         return self
 
