@@ -9,7 +9,7 @@ import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 from pydantic import BaseModel
@@ -35,8 +35,6 @@ _WORDS = (
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's words, no silently repeated keys, no number or text that JSON cannot hold, and no aliases: a few of
     them can stand for more than a machine holds, or for themselves."""
-
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -72,6 +70,7 @@ class _Dumper(yaml.SafeDumper):
     """Quotes what `_Loader`, too, would read as something else than text."""
 
 
+_Loader.yaml_implicit_resolvers = {}
 for _kind, _word, _first in _WORDS:
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_word.pattern})$"), _first)
