@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sdft_ray.cli import main
 from sdft_ray.errors import UserError
-from sdft_ray.sweep.planning import is_sweep
+from sdft_ray.spec.loading import is_sweep
 
 
 def command(recipe: Path) -> str:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sdft_ray import commands, environment, inspection
 from sdft_ray.errors import StageFailed, UserError, nearest, problem
@@ -28,7 +29,9 @@ Action = Callable[[argparse.Namespace], int | None]
 def main(arguments: Sequence[str] | None = None, engine: EngineFactory | None = None) -> int:
     """Run one command and return the exit code of the process; `engine` replaces vLLM's."""
     environment.for_command()
-    options = _parser().parse_args(arguments)
+    options, unknown = _parser().parse_known_args(arguments)
+    if unknown:
+        options.parsers[options.name].refuse(unknown)
     options.engine = engine
     code = 130
 
@@ -56,7 +59,7 @@ def main(arguments: Sequence[str] | None = None, engine: EngineFactory | None = 
         return 1
     except OSError as error:  # a disk that is full or not there, a file where a directory should be
         where = error.filename or "the disk"
-        print(problem(str(where), str(error.strerror), "Fix this; finished work is kept"), file=sys.stderr)
+        print(problem(str(where), error.strerror or str(error), "Fix this; finished work is kept"), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("Stopped. Finished work is kept; the same command goes on from there.", file=sys.stderr)
@@ -64,11 +67,23 @@ def main(arguments: Sequence[str] | None = None, engine: EngineFactory | None = 
 
 
 class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        """Print a usage mistake as one line, with the nearest command."""
-        wrong = message.partition("invalid choice: '")[2].partition("'")[0]
-        do = nearest(wrong, _COMMANDS) if wrong and "COMMAND" in message else f"See {self.prog} --help"
-        print(problem(self.prog, message.partition(" (choose")[0], do), file=sys.stderr)
+    def error(self, message: str) -> NoReturn:
+        """Print a usage mistake as one line, with the nearest command or word."""
+        what, _, choices = message.partition(" (choose from ")
+        wrong = what.partition("invalid choice: '")[2].removesuffix("'")
+        self._end(what, nearest(wrong, re.findall("'(.*?)'", choices)) if choices else f"See {self.prog} --help")
+
+    def refuse(self, unknown: Sequence[str]) -> NoReturn:
+        """Print arguments that no option takes as one line, with the nearest option."""
+        option = unknown[0].partition("=")[0]
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        do = nearest(option, known) if option.startswith("-") else f"See {self.prog} --help"
+        if option in known:  # it stood before the command
+            do = f"Write {self.prog} {option}"
+        self._end(f"unknown argument {' '.join(unknown)}", do)
+
+    def _end(self, what: str, do: str) -> NoReturn:
+        print(problem(self.prog, what, do), file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -76,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="sdft", description="Prune an LLM in depth and win its quality back by self-data distillation."
     )
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    subparsers = parser.add_subparsers(dest="name", required=True, metavar="COMMAND", parser_class=_Parser)
 
     def add(name: str, action: Action, help_text: str, artifacts: bool = True) -> argparse.ArgumentParser:
         command: argparse.ArgumentParser = subparsers.add_parser(name, help=help_text, description=help_text)
@@ -115,11 +130,12 @@ def _add_builders(add: Callable[..., argparse.ArgumentParser]) -> None:
     add_file(sweep, "SWEEP", "a sweep file, see configs/sweeps")
     submit = add("submit", commands.submit, "run a recipe or a sweep as a Ray job, follow it, and end as it ends")
     add_file(submit, "RECIPE", "a recipe or sweep file")
-    submit.add_argument("--address", metavar="A", help="the cluster's dashboard, e.g. http://127.0.0.1:8265")
     submit.add_argument("--until", metavar="STAGE", help="stop after this stage")
     submit.add_argument("--no-wait", action="store_true", help="print the job's id and leave it alone")
-    submit.add_argument("--print-manifest", action="store_true", help="submit nothing; print a RayJob for KubeRay")
-    submit.add_argument("--print-slurm", action="store_true", help="submit nothing; print a job script for sbatch")
+    how = submit.add_mutually_exclusive_group()
+    how.add_argument("--address", metavar="A", help="the cluster's dashboard, e.g. http://127.0.0.1:8265")
+    how.add_argument("--print-manifest", action="store_true", help="submit nothing; print a RayJob for KubeRay")
+    how.add_argument("--print-slurm", action="store_true", help="submit nothing; print a job script for sbatch")
     submit.add_argument("--image", metavar="I", default="sdft-ray:0.1.0", help="its image (default: %(default)s)")
     report = add("report", commands.report, "show what recipes came to and sweeps have so far; several: side by side")
     add_recipe(report, nargs="+")
@@ -178,12 +194,6 @@ def _add_writers(add: Callable[..., argparse.ArgumentParser]) -> None:
     schema.add_argument("kind", nargs="?", default="recipe", choices=("recipe", "compute", "sweep"))
     completion = add("completion", commands.completion, "print the completion of this command for a shell", False)
     completion.add_argument("shell", choices=("bash", "zsh", "fish"))
-
-
-_COMMANDS = (
-    *("check", "run", "sweep", "submit", "report", "verify", "doctor", "show", "diff"),
-    *("push", "export", "init", "explain", "schema", "completion"),
-)
 
 
 if __name__ == "__main__":

@@ -15,20 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from sdft_ray.errors import StageFailed, UserError, problem
+from sdft_ray.progress import WIDE, log, open_console
 
 
 def check(options: argparse.Namespace) -> None:
     """Validate a recipe or a sweep, and show the status of its stages."""
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from sdft_ray import pipeline
     from sdft_ray.preflight import cuts, precision, teachers
     from sdft_ray.preflight.checks import check
     from sdft_ray.preflight.costs import estimate_stages
-    from sdft_ray.sweep import planning
+    from sdft_ray.spec.loading import is_sweep
 
-    if planning.is_sweep(options.recipe):
+    if is_sweep(options.recipe):
         _check_sweep(options)
         return
     recipe, compute, storage = _load(options)
@@ -49,31 +50,30 @@ def check(options: argparse.Namespace) -> None:
         table.add_column(column, overflow="fold")
     for stage, status, directory in lines:
         colour = {"done": "green", "partial": "yellow", "missing": ""}[status]
-        table.add_row(stage, f"[{colour}]{status}[/]" if colour else status, directory)
-    Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200).print(table)
+        table.add_row(stage, Text(status, colour), directory)
+    open_console(WIDE).print(table)
     if costs:
         _show_costs(costs)
 
 
 def _show_costs(costs: Sequence[Any], title: str = "Estimate") -> None:
-    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, pad_edge=False, title=f"{title}, memory at the peak of each process", title_justify="left")
     for column in ("stage", "work", "processes", "GB each", "fits", "of which, in GB"):
         table.add_column(column, overflow="fold")
     for cost in costs:
-        fits = {None: "-", True: "yes", False: "[red]no[/]"}[cost.fits]
+        fits = {None: Text("-"), True: Text("yes"), False: Text("no", "red")}[cost.fits]
         gb = "-" if cost.gb is None else f"{cost.gb:.2f}"
         table.add_row(cost.stage, cost.work, str(cost.processes), gb, fits, cost.parts)
-    Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200).print(table)
+    open_console(WIDE).print(table)
 
 
 def run(options: argparse.Namespace) -> None:
     """Build the missing artifacts of a recipe, then report."""
     from sdft_ray import pipeline
     from sdft_ray.engine import start_engine
-    from sdft_ray.progress import log
     from sdft_ray.report import track
 
     recipe, compute, storage = _load(options)
@@ -89,13 +89,13 @@ def run(options: argparse.Namespace) -> None:
 
 def report(options: argparse.Namespace) -> None:
     """Show the results of a recipe or a sweep, or of several side by side."""
-    from sdft_ray.sweep import planning
+    from sdft_ray.spec.loading import is_sweep
 
     files, options.recipe = options.recipe, options.recipe[0]
     if len(files) > 1:
         _show_several(options, files)
         return
-    if planning.is_sweep(options.recipe):
+    if is_sweep(options.recipe):
         plan, _, storage = _load_sweep(options)
         _show_sweep(options, plan, storage)
         return
@@ -108,7 +108,6 @@ def report(options: argparse.Namespace) -> None:
 def sweep(options: argparse.Namespace) -> None:
     """Build the missing artifacts of a sweep, then report."""
     from sdft_ray.engine import start_engine
-    from sdft_ray.progress import log
     from sdft_ray.report import track
     from sdft_ray.sweep import goal, planning
 
@@ -134,9 +133,11 @@ def submit(options: argparse.Namespace) -> int:
     """Run a recipe or a sweep as a Ray job."""
     import tempfile
 
-    from sdft_ray.progress import log
+    from sdft_ray import pipeline
     from sdft_ray.submit import job, kuberay, slurm
 
+    if options.until is not None:
+        pipeline.require_stage(options.until)
     if options.print_manifest:
         print(kuberay.render(options.recipe, options.compute, options.root, options.until, options.image), end="")
         return 0
@@ -168,25 +169,24 @@ def _show_report(options: argparse.Namespace, recipe: Any, storage: Any) -> Any:
 
 
 def _print_report(options: argparse.Namespace, report: Any, show: Callable[[Any, Any], None]) -> None:
-    from rich.console import Console
-
     if options.json:
         print(json.dumps(report.plain(), indent=1))
     else:
-        show(report, Console(width=None if sys.stdout.isatty() else 160))
+        show(report, open_console(160))
 
 
 def _write_page(file: Path, page: str) -> None:
-    from sdft_ray.progress import log
 
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(page, encoding="utf-8")
+    _write_text(file, page)
     log(f"Report: {file}")
 
 
-def _check_sweep(options: argparse.Namespace) -> None:
-    from rich.console import Console
+def _write_text(file: Path, text: str) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(text, encoding="utf-8")
 
+
+def _check_sweep(options: argparse.Namespace) -> None:
     from sdft_ray import pipeline
     from sdft_ray.preflight import cuts, precision, savings, teachers
     from sdft_ray.preflight.costs import estimate_sweep
@@ -205,19 +205,18 @@ def _check_sweep(options: argparse.Namespace) -> None:
     print(*cuts.describe(cell.recipe for cell in plan.cells), sep="\n")
     if plan.goal:
         print(goal.describe_search(plan))
-    savings.show(saved, Console(soft_wrap=True, width=None if sys.stdout.isatty() else 200))
+    savings.show(saved, open_console(WIDE))
     if costs:
         _show_costs(costs, "Estimate, the most of any recipe")
 
 
 def _show_sweep(options: argparse.Namespace, plan: Any, storage: Any) -> Any:
-    from sdft_ray.progress import log
     from sdft_ray.report import page, sweep, table, terminal
 
     report = sweep.collect(plan, str(options.recipe), storage)
     _print_report(options, report, terminal.show_sweep)
     if options.csv:
-        options.csv.write_text(table.as_csv(report), encoding="utf-8")
+        _write_text(options.csv, table.as_csv(report))
         log(f"Table: {options.csv}")
     if options.html:
         _write_page(options.html, page.render_sweep(report, options.html.parent))
@@ -225,13 +224,10 @@ def _show_sweep(options: argparse.Namespace, plan: Any, storage: Any) -> Any:
 
 
 def _show_several(options: argparse.Namespace, files: Sequence[Path]) -> None:
-    from rich.console import Console
-
-    from sdft_ray.progress import log
     from sdft_ray.report import collect, frame, page, table
     from sdft_ray.report import sweep as of_sweep
+    from sdft_ray.spec.loading import is_sweep
     from sdft_ray.store.identity import distinct
-    from sdft_ray.sweep.planning import is_sweep
 
     if options.set:
         raise UserError(problem("--set", "is for one recipe", "Copy the recipe and change the copy"))
@@ -244,9 +240,9 @@ def _show_several(options: argparse.Namespace, files: Sequence[Path]) -> None:
     if options.json:
         print(json.dumps({name: each.plain() for name, each in reports.items()}, indent=1))
     else:
-        Console(width=None if sys.stdout.isatty() else 160).print(table.several_table(reports))
+        open_console(160).print(table.several_table(reports))
     if options.csv:
-        frame.of_several(reports).to_csv(options.csv, index=False)
+        _write_text(options.csv, frame.of_several(reports).to_csv(index=False))
         log(f"Table: {options.csv}")
     if options.html:
         _write_page(options.html, page.render_several(reports))
@@ -254,34 +250,38 @@ def _show_several(options: argparse.Namespace, files: Sequence[Path]) -> None:
 
 def _load_sweep(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     from sdft_ray.spec.compute import load_compute
+    from sdft_ray.spec.loading import is_sweep
     from sdft_ray.store.storage import Storage
-    from sdft_ray.sweep.planning import is_sweep, load_sweep
+    from sdft_ray.sweep.planning import load_sweep
 
     if not is_sweep(options.recipe):
         do = f"Do: sdft run {options.recipe}"
         raise UserError(problem(str(options.recipe), "is a recipe, not a sweep", do))
     if getattr(options, "set", None):
         raise UserError(problem("--set", "is for recipes", f"Change {options.recipe}"))
-    _require_directory("--html", getattr(options, "html", None), options.root)
-    _require_directory("--csv", getattr(options, "csv", None), options.root)
+    _require_places(options)
     return load_sweep(options.recipe), load_compute(options.compute), Storage(options.root)
 
 
-def _require_directory(option: str, file: Path | None, root: str) -> None:
-    if file and not file.absolute().parent.is_dir() and file.parent != Path(root):
-        raise UserError(problem(option, f"{file.parent} is no directory", f"Make {file.parent}"))
+def _require_places(options: argparse.Namespace) -> None:
+    """Raise UserError for a page or a table that could not be written when all else is done."""
+    for name in ("html", "csv"):
+        file: Path | None = getattr(options, name, None)
+        if file and file.is_dir():
+            raise UserError(problem(f"--{name}", f"{file} is a directory", "Give the name of a file"))
+        if file and not file.absolute().parent.is_dir() and file.parent != Path(options.root):
+            raise UserError(problem(f"--{name}", f"{file.parent} is no directory", f"Make {file.parent}"))
 
 
 def _load(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     from sdft_ray.spec.compute import load_compute
-    from sdft_ray.spec.loading import load_recipe
+    from sdft_ray.spec.loading import is_sweep, load_recipe
     from sdft_ray.store.storage import Storage
-    from sdft_ray.sweep.planning import is_sweep
 
     if is_sweep(options.recipe):
         do = f"Do: sdft sweep {options.recipe}"
         raise UserError(problem(str(options.recipe), "is a sweep, not a recipe", do))
-    _require_directory("--html", getattr(options, "html", None), options.root)
+    _require_places(options)
     return load_recipe(options.recipe, options.set), load_compute(options.compute), Storage(options.root)
 
 
@@ -310,7 +310,6 @@ def completion(options: argparse.Namespace) -> None:
 def init(options: argparse.Namespace) -> None:
     """Write a starter recipe."""
     from sdft_ray.preflight import starter
-    from sdft_ray.progress import log
 
     columns = starter.Columns(options.prompt, options.response, options.context, options.answer)
     log(starter.write(options.model, options.rows, options.out, columns))

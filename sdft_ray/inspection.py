@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from sdft_ray.errors import StageFailed, UserError, problem
+from sdft_ray.progress import Progress, open_console
 
 
 def verify(options: argparse.Namespace) -> None:
     """Verify models."""
-    from sdft_ray.progress import Progress
     from sdft_ray.store.storage import Storage
     from sdft_ray.verify import checks, models
 
@@ -42,12 +42,10 @@ def verify(options: argparse.Namespace) -> None:
 
 def doctor(options: argparse.Namespace) -> int:
     """Look for obstacles to running a recipe."""
-    from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     from sdft_ray.preflight import doctor
-    from sdft_ray.progress import Progress
     from sdft_ray.spec.compute import load_compute
     from sdft_ray.spec.loading import load_recipe
 
@@ -65,9 +63,9 @@ def doctor(options: argparse.Namespace) -> int:
     table.add_column("found", overflow="fold", ratio=1)
     for finding in findings:
         colour = {"ok": "green", "warn": "yellow", "fail": "red"}[finding.status]
-        text = escape(finding.what) + (f". [bold]{escape(finding.do)}[/]" if finding.do else "")
-        table.add_row(f"[{colour}]{finding.status}[/]", finding.check, escape(finding.where), text)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+        text = Text.assemble(finding.what, *([". ", (finding.do, "bold")] if finding.do else []))
+        table.add_row(Text(finding.status, colour), finding.check, finding.where, text)
+    open_console(160).print(table)
     return int(failed)
 
 
@@ -80,6 +78,9 @@ def show(options: argparse.Namespace) -> None:
     directory = Storage(options.root).find(options.artifact, "*.json")
     manifest = read_manifest(directory)
     assert manifest, "an artifact is found by its manifest"
+    if options.plot and (manifest.stage != "score" or options.plot.suffix not in (".svg", ".png")):
+        what = f"cannot draw {manifest.stage} as {options.plot.suffix or 'a file without suffix'}"
+        raise UserError(problem("--plot", what, "Give a score artifact and a name in .svg or .png"))
     if options.json:
         print(json.dumps(manifest.plain(), indent=1))
     else:
@@ -88,15 +89,11 @@ def show(options: argparse.Namespace) -> None:
         from sdft_ray.report import plots
         from sdft_ray.results import DISTANCES, Distances
 
-        if manifest.stage != "score" or options.plot.suffix not in (".svg", ".png"):
-            what = f"cannot draw {manifest.stage} as {options.plot.suffix or 'a file without suffix'}"
-            raise UserError(problem("--plot", what, "Give a score artifact and a name in .svg or .png"))
         plots.save(plots.distance_maps(Distances.from_file(directory / DISTANCES)), options.plot)
 
 
 def diff(options: argparse.Namespace) -> None:
     """Show which values differ."""
-    from rich.console import Console
     from rich.table import Table
 
     from sdft_ray.spec.loading import leaves
@@ -112,7 +109,7 @@ def diff(options: argparse.Namespace) -> None:
     table = Table("value", options.a, options.b, box=None, pad_edge=False)
     for key in differing:
         table.add_row(key, str(first.get(key, "-")), str(second.get(key, "-")))
-    Console().print(table)
+    open_console(160).print(table)
 
 
 _ABSENT = object()

@@ -235,7 +235,7 @@ def run(
     """Build every stage of a recipe that is not there yet, up to and including the stages named `until`."""
     check(recipe, compute)
     stages: Sequence[Stage[Any]] = chain(recipe).in_order
-    if until:
+    if until is not None:
         stages = _up_to(stages, until)
     todo, _ = survey(stages, storage)
     precision.report_slow(todo, compute)
@@ -243,11 +243,16 @@ def run(
     return build(stages, compute, storage, engine=engine)
 
 
+def require_stage(until: str) -> None:
+    """Raise UserError for a name that is that of no stage."""
+    if until not in MODULES:
+        raise UserError(problem("--until", f"{until or 'an empty name'} is no stage", nearest(until, MODULES)))
+
+
 def _up_to(stages: Sequence[Stage[Any]], until: str) -> Sequence[Stage[Any]]:
     """Return stages up to and including those of a kind; raises UserError where there are none."""
     names = [stage.name for stage in stages]
-    if until not in MODULES:
-        raise UserError(problem("--until", f"{until} is no stage", nearest(until, MODULES)))
+    require_stage(until)
     if until not in names:
         do = f"Give one of {', '.join(dict.fromkeys(names))}"
         raise UserError(problem("--until", f"this recipe has no stage {until}", do))

@@ -11,8 +11,13 @@ import sys
 import threading
 import time
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+WIDE = 200
+"""The width of what is cut nowhere: paths are to be copied."""
 QUIET_SECONDS = 15.0  # the longest without a line where nobody watches live: often enough to trust, never a flood
 _LIVE_SECONDS = 0.5
 
@@ -24,6 +29,15 @@ def log(text: str) -> None:
     global _last_line
     print(f"\r\x1b[K{text}" if sys.stderr.isatty() else text, file=sys.stderr, flush=True)
     _last_line = time.monotonic()
+
+
+def open_console(width: int) -> Console:
+    """Return the place of results: as wide as the terminal, elsewhere so many characters. Brackets and colons in a path
+    or a text are no markup."""
+    from rich.console import Console
+
+    on_terminal = sys.stdout.isatty()
+    return Console(width=None if on_terminal else width, soft_wrap=width == WIDE, markup=False, emoji=False)
 
 
 class Progress:

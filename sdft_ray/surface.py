@@ -85,11 +85,12 @@ def report(
     environment.for_command()
     from sdft_ray.report import collect, frame
     from sdft_ray.report import sweep as of_sweep
+    from sdft_ray.spec.loading import is_sweep
     from sdft_ray.store.storage import Storage
     from sdft_ray.sweep import planning
 
     given, storage = _given(source), Storage(str(root))
-    if planning.is_sweep(given):
+    if is_sweep(given):
         return frame.of_sweep(of_sweep.collect(planning.load_sweep(given), _name(source), storage))
     return frame.of_recipe(collect.collect(_load(source, overrides), _name(source), storage))
 
@@ -97,7 +98,8 @@ def report(
 def _load(recipe: Source, overrides: Mapping[str, Any] | None) -> Recipe:
     from sdft_ray.spec.loading import load_recipe
 
-    return load_recipe(_given(recipe), [f"{key}={json.dumps(value)}" for key, value in (overrides or {}).items()])
+    settings = [f"{key}={json.dumps(value, default=str)}" for key, value in (overrides or {}).items()]
+    return load_recipe(_given(recipe), settings)
 
 
 def _given(source: Any) -> Any:

@@ -137,28 +137,39 @@ def test_load_compute_for_a_running_cluster_is_not_bound_by_this_machine(load):
 @pytest.mark.parametrize(
     ("data", "line"),
     [
-        ({"train": {"wrokers": 2}}, "train.wrokers: unknown key. Did you mean workers?"),
+        ({"train": {"wrokers": 2}}, "compute.train.wrokers: unknown key. Did you mean workers?"),
         (
             {"train": {"zero_stage": 4}},
-            "train.zero_stage: got 4; expected 0, 1, 2 or 3. Change this value.",
+            "compute.train.zero_stage: got 4; expected 0, 1, 2 or 3. Change this value.",
         ),
-        ({"distill": {"engine": {"blok_size": 1}}}, "distill.engine.blok_size: unknown key. Did you mean block_size?"),
-        ({"distill": {"engine": {"quantization": "fp8"}}}, "distill.engine.quantization: unknown key."),
-        ({"distill": {"actors": {"min": 3, "max": 2}}}, "distill.actors: min 3 is more than max 2. Lower min."),
-        ({"distill": {"actors": {"max": 2, "mni": 1}}}, "distill.actors.mni: unknown key. Did you mean min?"),
+        (
+            {"distill": {"engine": {"blok_size": 1}}},
+            "compute.distill.engine.blok_size: unknown key. Did you mean block_size?",
+        ),
+        ({"distill": {"engine": {"quantization": "fp8"}}}, "compute.distill.engine.quantization: unknown key."),
+        ({"distill": {"actors": {"min": 3, "max": 2}}}, "compute.distill.actors: min 3 is more than max 2. Lower min."),
+        ({"distill": {"actors": {"max": 2, "mni": 1}}}, "compute.distill.actors.mni: unknown key. Did you mean min?"),
         (
             {"distill": {"tensor_parallel_size": 2, "gpus": 1}},
-            "distill: tensor_parallel_size 2 is more than the 1 gpus of an actor. Raise gpus to 2.",
+            "compute.distill: tensor_parallel_size 2 is more than the 1 gpus of an actor. Raise gpus to 2.",
         ),
         (
             {"distill": {"tensor_parallel_size": 4, "pipeline_parallel_size": 2, "gpus": 4}},
-            "distill: tensor_parallel_size 4 x pipeline_parallel_size 2 is more than the 4 gpus of an actor. Raise",
+            "compute.distill: tensor_parallel_size 4 x pipeline_parallel_size 2 is more than the 4 gpus of an",
         ),
         (
             {"train": {"deepspeed": "gs://bucket/zero.json"}},
-            "train.deepspeed: gs://bucket/zero.json is an address, and a path is needed. Give the path of a copy",
+            "compute.train.deepspeed: gs://bucket/zero.json is an address, and a path is needed. Give the path",
         ),
-        ({"score": {"actors": 0}}, "score.actors: got 0; expected greater than 0. Change this value."),
+        ({"score": {"actors": 0}}, "compute.score.actors: got 0; expected greater than 0. Change this value."),
+        ({"train": {"workers": True}}, "compute.train.workers: true is no number of processes. Give 1 or more, or min"),
+        (
+            {"train": {"workers": 0}},
+            "compute.train.workers: 0 is no number of processes. Give 1 or more, or min and max",
+        ),
+        ({"ray": {"largest_node": {}}}, "compute.ray.largest_node.cpus: is missing. Add it."),
+        ({"ray": {"address": ""}}, 'compute.ray.address: got ""; expected text. Change this value.'),
+        ({"track": "mlflow"}, 'compute.track: got "mlflow"; expected a list. Change this value.'),
     ],
 )
 def test_load_compute_with_a_mistake_is_one_clear_line(load, data, line):
@@ -199,4 +210,4 @@ def test_load_compute_with_impossible_cpus_is_one_clear_line(load, cpus):
     with pytest.raises(UserError) as error:
         load(2, {"train": {"cpus": cpus}})
     assert len(error.value.problems) == 1
-    assert error.value.problems[0].startswith("train.cpus: ")
+    assert error.value.problems[0].startswith("compute.train.cpus: ")

@@ -126,7 +126,7 @@ def test_spec_alone_loads_nothing_heavy():
 
 def test_help_lists_the_commands():
     done = subprocess.run([sys.executable, "-m", "sdft_ray.cli", "--help"], capture_output=True, text=True, check=True)
-    for command in cli._COMMANDS:
+    for command in cli._parser().get_default("parsers"):
         assert re.search(rf"^    {command}\s", done.stdout, re.MULTILINE)
 
 

@@ -8,7 +8,7 @@ import yaml
 
 from sdft_ray.errors import UserError
 from sdft_ray.models.depth import require_depth
-from sdft_ray.spec.loading import load_recipe
+from sdft_ray.spec.loading import dump_yaml, load_recipe, read_yaml
 from sdft_ray.spec.recipe import Protect, Recipe
 
 GOOD = {
@@ -55,6 +55,23 @@ def load_text(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> Recip
             {"prune": {"blocks": 2, "calibration": []}},
             "prune.calibration: names no corpus. Give at least one.",
         ),
+        ({"model": {"path": ""}}, 'model.path: got ""; expected text. Change this value.'),
+        ({"evaluate": {"tasks": [""]}}, 'evaluate.tasks.0: got ""; expected text. Change this value.'),
+        ({"draft": {"tokens": [33]}}, "draft.tokens.0: got 33; expected less than or equal to 32. Change this value."),
+        ({"train": {"seed": -1}}, "train.seed: got -1; expected greater than or equal to 0. Change this value."),
+        ({"train": {"seed": 2**32}}, f"train.seed: got {2**32}; expected less than {2**32}. Change this value."),
+        (
+            {"train": {"lora": {"targets": []}}},
+            "train.lora.targets: got []; expected 'all-linear' or at least 1 item. Change this value.",
+        ),
+        (
+            {"merge": {"others": {"x": {"path": "p"}}, "slerp": {"t": [0.5, 2]}}},
+            "merge.slerp.t.1: got 2; expected less than or equal to 1. Change this value.",
+        ),
+        (
+            {"rows": {"path": "f.jsonl", "fields": {"prompt": "q", "response": "q"}}},
+            "rows.fields.response: q is the column of the prompt, too. Give another column.",
+        ),
         (
             {"prune": {"blocks": 2, "calibration": {"text": "boolq", "rows": "own"}}},
             "prune.calibration: gives both text and rows. Keep one.",
@@ -88,14 +105,14 @@ def load_text(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> Recip
             "train.lora.zzz: unknown key. Known: alpha, dropout, rank, targets.",
         ),
         ({"arms": {"sft": {"lrr": 1}}}, "arms.sft.lrr: unknown key. Did you mean lr?"),
-        ({"train": {"epochs": "3"}}, 'train.epochs: got "3"; expected a valid integer. Change this value.'),
-        ({"train": {"epochs": 1.5}}, "train.epochs: got 1.5; expected a valid integer. Change this value."),
-        ({"train": {"epochs": True}}, "train.epochs: got true; expected a valid integer. Change this value."),
+        ({"train": {"epochs": "3"}}, 'train.epochs: got "3"; expected a whole number. Change this value.'),
+        ({"train": {"epochs": 1.5}}, "train.epochs: got 1.5; expected a whole number. Change this value."),
+        ({"train": {"epochs": True}}, "train.epochs: got true; expected a whole number. Change this value."),
         ({"train": {"epochs": 0}}, "train.epochs: got 0; expected greater than 0. Change this value."),
-        ({"train": None}, "train: got null; expected an object. Change this value."),
+        ({"train": None}, "train: got null; expected a section with keys. Change this value."),
         ({"distill": {"top_p": 2}}, "distill.top_p: got 2; expected less than or equal to 1. Change this value."),
         ({"train": {"method": "lroa"}}, "train.method: got \"lroa\"; expected 'lora' or 'full'. Change this value."),
-        ({"model": {"path": 3}}, "model.path: got 3; expected a valid string. Change this value."),
+        ({"model": {"path": 3}}, "model.path: got 3; expected text. Change this value."),
         (
             {"model": {"path": "s3:/bucket/model"}},
             "model.path: s3:/bucket/model is an address, and a path is needed. Give the path of a copy.",
@@ -249,7 +266,7 @@ def test_recipe_with_several_mistakes_reports_all_at_once(tmp_path):
         "model.revision: 'main' moves. Pin a commit: git ls-remote https://huggingface.co/REPO.",
         "prune: is missing. Add it.",
         "rows.fields.respons: unknown key. Did you mean response?",
-        'train.epochs: got "3"; expected a valid integer. Change this value.',
+        'train.epochs: got "3"; expected a whole number. Change this value.',
         "train.lora.rnk: unknown key. Did you mean rank?",
     ]
 
@@ -296,11 +313,44 @@ def test_recipe_file_that_cannot_be_read_is_one_clear_line(tmp_path):
 
 @pytest.mark.parametrize(
     ("written", "number"),
-    [("1e-4", 1e-4), ("2E-4", 2e-4), ("1.0e-4", 1e-4), ("5e+0", 5.0), ("+.5e-1", 0.05), ("0.1", 0.1), ("1", 1.0)],
+    [
+        *[("1e-4", 1e-4), ("2E-4", 2e-4), ("1.0e-4", 1e-4), ("5e+0", 5.0), ("+.5e-1", 0.05), ("0.1", 0.1), ("1", 1.0)],
+        *[("010", 10.0), ("0o10", 8.0), ("0x10", 16.0), ("5.", 5.0), ("+.5", 0.5)],
+    ],
 )
 def test_recipe_number_is_read_however_it_is_written(tmp_path, written, number):
     lr = load_text(tmp_path, yaml.safe_dump(GOOD) + f"train: {{lr: {written}}}\n").train.lr
     assert (lr, type(lr)) == (number, float)
+
+
+@pytest.mark.parametrize("written", ["yes", "no", "on", "off", "y", "=", "<<", "1:30", "1_000", "2024-01-02", "0b11"])
+def test_recipe_word_that_yaml_1_1_reads_as_something_else_is_text(tmp_path, written):
+    text = yaml.safe_dump({**GOOD, "rows": {**HUB_ROWS, "subset": "SUBSET"}}).replace("SUBSET", written)
+    recipe = load_text(tmp_path, text)
+    assert recipe.rows[0].subset == written
+    with pytest.raises(UserError, match=r"^train\.epochs: got "):
+        load_text(tmp_path, f"{text}train: {{epochs: {written}}}\n")
+    assert load_text(tmp_path, dump_yaml(read_yaml(tmp_path / "recipe.yaml") | {"train": {}})) == recipe
+
+
+@pytest.mark.parametrize("written", ["1e-4", "0o10", "+.5", "yes", "null", "0x1F", ".inf", "a: b", "#", "é", ""])
+def test_dumped_text_is_read_as_the_same_text(tmp_path, written):
+    (tmp_path / "data.yaml").write_text(dump_yaml({"text": written}), encoding="utf-8")
+    assert read_yaml(tmp_path / "data.yaml") == {"text": written}
+
+
+@pytest.mark.parametrize("written", ["9223372036854775808", '"\\ud800"'])
+def test_recipe_value_that_json_cannot_hold_names_the_line(tmp_path, written):
+    with pytest.raises(UserError) as error:
+        load_text(tmp_path, yaml.safe_dump(GOOD) + f"train:\n  lr: 1\n  seed: {written}\n")
+    line = yaml.safe_dump(GOOD).count("\n") + 3
+    assert str(error.value).startswith(f"{tmp_path / 'recipe.yaml'}:{line}: not valid YAML (")
+
+
+def test_sweep_given_as_a_recipe_is_one_clear_line(tmp_path):
+    with pytest.raises(UserError) as error:
+        load_text(tmp_path, "recipe: x.yaml\naxes: {train.lr: [1]}\n")
+    assert str(error.value) == f"{tmp_path / 'recipe.yaml'}: is a sweep, not a recipe. Give a recipe."
 
 
 @pytest.mark.parametrize("written", [".nan", ".inf", "-.inf"])
@@ -332,11 +382,15 @@ def test_set_overrides_are_typed_and_the_last_one_wins(tmp_path):
     [
         ("train.lrr=3", "train.lrr: unknown key. Did you mean lr?"),
         ("trian.lr=3", "trian: unknown key. Did you mean train?"),
-        ("train.lr=abc", 'train.lr: got "abc"; expected a valid number. Change this value.'),
-        ("train.epochs='3'", 'train.epochs: got "3"; expected a valid integer. Change this value.'),
+        ("train.lr=abc", 'train.lr: got "abc"; expected a number. Change this value.'),
+        ("train.epochs='3'", 'train.epochs: got "3"; expected a whole number. Change this value.'),
         ("rows.0.weight=2", "rows.0: 0 is a place in a list, and this is none. Leave out 0."),
         ("train.lr", "--set train.lr: is not KEY=VALUE. Write for example --set train.lr=2e-4."),
         ("=3", "--set =3: is not KEY=VALUE. Write for example --set train.lr=2e-4."),
+        ("train..lr=3", "--set train..lr=3: is not KEY=VALUE. Write for example --set train.lr=2e-4."),
+        (".train=3", "--set .train=3: is not KEY=VALUE. Write for example --set train.lr=2e-4."),
+        ("train.lr.=3", "--set train.lr.=3: is not KEY=VALUE. Write for example --set train.lr=2e-4."),
+        ("0=3", "0: unknown key. Known: arms, distill, draft, evaluate, export, merge, model, prune, rows, train."),
         ("model.path.x=3", "--set model.path.x: path has no keys below it. Check the dotted path."),
     ],
 )
@@ -413,3 +467,10 @@ def test_overrides_reach_into_a_list_of_sources(tmp_path):
         with pytest.raises(UserError) as error:
             load(tmp_path, {"rows": [{**SUMS}, {**SUMS}]}, [override])
         assert str(error.value) == f"--set {override.partition('=')[0]}: {says}"
+
+
+def test_set_override_that_a_later_one_undoes_is_refused(tmp_path):
+    with pytest.raises(UserError) as error:
+        load(tmp_path, overrides=("train.lr=1", "train={epochs: 2}"))
+    assert str(error.value) == "--set train.lr: a later --set train undoes it. Give --set train first."
+    assert load(tmp_path, overrides=("train={epochs: 2}", " train.lr =1")).train.lr == 1

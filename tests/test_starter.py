@@ -131,6 +131,11 @@ def test_init_quotes_whatever_a_column_is_called(init, tmp_path, name, capsys):
         ),
         ({"x": "1?", "y": "1"}, ("--prompt", "zz"), "--prompt: rows.jsonl has no zz. Known: x, y."),
         (
+            {"x": "1?", "y": "1"},
+            ("--context", "x", "--response", "x"),
+            "--response: x is the column of the context, too. Give another column.",
+        ),
+        (
             {"q": "1?", "a": "1"},
             ("--out", "none/recipe.yaml"),
             "--out: none is no directory. Make none.",
@@ -150,7 +155,7 @@ def test_init_that_cannot_know_is_one_line_with_the_option_to_give(init, tmp_pat
     ("rows", "model", "line"),
     [
         ("none.jsonl", None, "--rows: none.jsonl does not exist."),
-        ("rows.jsonl", "./nowhere", "model.path: nowhere does not exist. Give a model directory or a .gguf file."),
+        ("rows.jsonl", "./nowhere", "--model: nowhere does not exist. Give a model directory or a .gguf file."),
         ("empty.jsonl", None, "--rows: empty.jsonl has no rows."),
     ],
 )

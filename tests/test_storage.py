@@ -198,6 +198,21 @@ def test_find_takes_an_id_the_start_of_one_or_a_path(storage):
         assert storage.find(name) == place
 
 
+def test_find_takes_what_other_commands_print_of_an_artifact(storage):
+    place = build(storage)
+    for name in (STAGE.id.upper(), place.name, f"score/{place.name}/"):
+        assert storage.find(name) == place
+
+
+@pytest.mark.parametrize("root", ["file", "file/below", "loop", "a\0b", "~nobody-of-this-name/x", "x" * 300])
+def test_root_that_can_be_no_directory_is_one_clear_line(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    line = complaint(Storage, root)
+    assert line.startswith("--root: ") and line.endswith(" Give a directory.") and "\n" not in line
+
+
 def test_find_of_nothing_is_one_clear_line(storage):
     build(storage)
     for name in ("0" * 12, STAGE.id[:3], "score"):

@@ -22,6 +22,10 @@ moves no id. A **sweep** names fields of recipes and the values that they take. 
 `sdft explain train.lr` prints one of these fields, `sdft schema recipe` the JSON Schema for an editor. A key is a
 dotted path: `--set train.lr=2e-4` sets `lr` in the section `train` of a recipe. Fields of a compute file are written
 with `compute.` in front here and in messages, and without it in the file. `NAME` stands for a name that you choose.
+Of several `--set` for one key the last one counts.
+
+Files and the values of `--set` are YAML 1.2, without aliases and tags of your own: a switch is `true` or `false`, and
+`yes`, `on`, `1_000` and `1:30` are texts.
 
 This page is written by `python tools/reference.py` from the docstrings in `sdft_ray/spec`. Change it there.
 """

@@ -19,6 +19,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
+from sdft_ray import imports
 from sdft_ray.core.rows import PLAIN, Row
 from sdft_ray.data.conversations import find_conversations, read_conversation
 from sdft_ray.data.files import find_files, hash_content
@@ -178,6 +179,7 @@ def _gym_rows(source: GymRows) -> Iterator[Row]:
     with warnings.catch_warnings():
         # Python compiles a module where it is imported for the first time, and one of its dependencies is careless.
         warnings.simplefilter("ignore", SyntaxWarning)
+        imports.postpone("cellpylib")  # with matplotlib, half of the time
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
 

@@ -76,6 +76,8 @@ def write(model: str, rows: str, out: Path, columns: Columns) -> str:
         raise UserError(problem(str(out), "exists already", "Give another --out"))
     if not out.absolute().parent.is_dir():
         raise UserError(problem("--out", f"{out.parent} is no directory", f"Make {out.parent}"))
+    if not model:
+        raise UserError(problem("--model", "is empty", "Give a model directory, a .gguf file or a hub name"))
     fields, known = choose_columns(rows, columns)
     facts = _describe(model)
     values = _describe_rows(rows, fields, facts) | _describe_depth(facts)
@@ -117,6 +119,10 @@ def choose_columns(rows: str, columns: Columns) -> tuple[dict[str, str], list[st
     if wrong := {key: name for key, name in given.items() if name not in known}:
         do = {key: nearest(name, known) for key, name in wrong.items()}
         raise UserError(*(problem(f"--{key}", f"{path} has no {name}", do[key]) for key, name in wrong.items()))
+    for other in ("prompt", "context"):
+        if other in given and given[other] == given.get("response"):
+            what = f"{given[other]} is the column of the {other}, too"
+            raise UserError(problem("--response", what, "Give another column"))
     chosen: dict[str, str] = {}
     for key, names in _GUESSES.items():
         taken = {*chosen.values(), *given.values()}
@@ -224,7 +230,7 @@ def _power_of_two(number: int) -> int:
 def _describe(model: str) -> _Model:
     """Return the known facts of a model: from the headers of a path, or from the hub if it answers."""
     if Path(model).expanduser().exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
-        facts = describe_model(LocalModel(path=model))
+        facts = describe_model(LocalModel(path=model), "--model")
         assert facts is not None, "a path has headers"
         return _Model(model, blocks=facts.blocks, context=facts.context)
     return _look_up(model)

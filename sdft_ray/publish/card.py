@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import jinja2
-import yaml
 
 from sdft_ray.core.recovery import recovery
 from sdft_ray.core.surgery import name_blocks
 from sdft_ray.publish.origin import Origin, Scored
 from sdft_ray.report.lines import interval, percent
+from sdft_ray.spec.loading import dump_yaml
 from sdft_ray.stages import merge, model, patch, whole
 from sdft_ray.store.manifest import Lineage
 
@@ -62,7 +62,7 @@ def write_card(origin: Origin, name: str, base: str | None, files: Sequence[str]
         mean=interval(origin.mean_difference) if origin.mean_difference else None,
         ggufs=[file for file in files if file.endswith(".gguf")],
         adapter=any(file.startswith("adapter/") for file in files),
-        recipe=yaml.safe_dump(_recipe(origin), sort_keys=False, allow_unicode=True),
+        recipe=dump_yaml(_recipe(origin)),
         version=origin.model.provenance.packages.get("sdft-ray", ""),
     )
 

@@ -81,6 +81,7 @@ def distance_maps(measured: Distances, removed: Sequence[Sequence[int]] = ()) ->
 
 def save(figure: Any, path: Path) -> None:
     """Write a figure on white, as .svg or .png."""
+    _take_texts_as_written(figure)
     figure.savefig(path, facecolor="white", dpi=150)
 
 
@@ -269,6 +270,14 @@ def _figure(width: float, height: float, rows: int = 1) -> tuple[Any, Any]:
     return figure, all_axes
 
 
+def _take_texts_as_written(figure: Any) -> None:
+    """Let no name of a file or a recipe be a formula: one with two dollar signs ended the page."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+
+
 def as_svg(figure: Any) -> str:
     """Return a figure as SVG text in the page's text colour."""
     import matplotlib
@@ -276,6 +285,7 @@ def as_svg(figure: Any) -> str:
     for axes in figure.axes:  # the colour bar brings axes of its own
         axes.tick_params(colors=_INK, which="both")
         axes.yaxis.label.set_color(_INK)
+    _take_texts_as_written(figure)
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sdft_ray"}):
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))

@@ -5,12 +5,12 @@ In: a report, or an artifact's directory and manifest. Out: lines on a console.
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from sdft_ray.progress import open_console
 from sdft_ray.report import lines, sources, table
 from sdft_ray.report.entries import Draft, Greedy, Losses, Report
 from sdft_ray.report.sweep_entries import SweepReport
@@ -90,7 +90,7 @@ _NOT_AS_LINES = {
 
 def show_artifact(directory: Path, manifest: Manifest) -> None:
     """Print an artifact: what it is, what came of it, what it was made from, and its files."""
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = open_console(160)
     provenance, identity = manifest.provenance, manifest.identity
     hidden = _NOT_AS_LINES.get(manifest.stage, ())
     facts = Table(box=None, show_header=False, pad_edge=False)

@@ -119,10 +119,15 @@ class EngineOptions(Engine):
     pipeline_parallel_size: int = 1
 
 
-OneNumberOrPool = Annotated[
-    Pool,
-    BeforeValidator(lambda n: {"min": n, "max": n} if type(n) is int else n, json_schema_input_type=Count | Pool),
-]
+def _as_pool(given: Any) -> Any:
+    if isinstance(given, Mapping | Pool):
+        return given
+    if type(given) is int and given > 0:
+        return {"min": given, "max": given}
+    raise ValueError(f"{json.dumps(given)} is no number of processes. Give 1 or more, or min and max")
+
+
+OneNumberOrPool = Annotated[Pool, BeforeValidator(_as_pool, json_schema_input_type=Count | Pool)]
 
 
 class Endpoint(Section):
@@ -264,6 +269,7 @@ class Needs(NamedTuple):
 class Compute(Section):
     """One complete compute file."""
 
+    prefix = ("compute",)
     ray: RayCluster = RayCluster()
     score: Score = Score()
     distill: Distill = Distill()
@@ -354,7 +360,7 @@ def _read_deepspeed(path: str) -> dict[str, JsonValue]:
     try:
         given = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(problem(where, f"is no JSON file that can be read ({error})", "Mend it")) from None
+        raise UserError(problem(where, f"is no JSON file that can be read ({error})", "Give another file")) from None
     if not isinstance(given, dict):
         raise UserError(problem(where, "is not a JSON object", "See configs/deepspeed for one"))
     return given

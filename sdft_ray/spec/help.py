@@ -59,7 +59,7 @@ def _is_at(wanted: Sequence[str], name: str) -> bool:
 
 def _suggest(wanted: Sequence[str]) -> str:
     """Return the advice for an unknown key: the nearest of all paths, or of the keys of the section that it names."""
-    key, named = ".".join(wanted), [entry for entry in _all() if entry.path]
+    key, named = ".".join(wanted).lower(), [entry for entry in _all() if entry.path]
     paths = {name: entry.path for entry in named for name in sorted(_names(entry))}
     ends = sorted((name for name in paths if name.endswith(f".{key}")), key=lambda name: name.count("."))
     if close := ends or difflib.get_close_matches(key, paths, 1, 0.75):

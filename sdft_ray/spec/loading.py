@@ -18,10 +18,23 @@ from sdft_ray.errors import UserError, problem
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.wording import S, validate
 
+# YAML 1.2's words that are no texts, as editors have them: of YAML 1.1, which PyYAML reads, `010` is 8, `1:30` is 90,
+# `1e-4` is a text, and a column called `on` or `no` is true or false.
+_WORDS = (
+    ("null", re.compile(r"~|null|Null|NULL|"), ["~", "n", "N", ""]),
+    ("bool", re.compile(r"true|True|TRUE|false|False|FALSE"), list("tTfF")),
+    ("int", re.compile(r"[-+]?\d+|0o[0-7]+|0x[\da-fA-F]+"), list("-+0123456789")),
+    (
+        "float",
+        re.compile(r"[-+]?(\.\d+|\d+(\.\d*)?)([eE][-+]?\d+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),
+        list("-+.0123456789"),
+    ),
+)
+
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's idea of a number (`1e-4` is one), no silently repeated keys, and no aliases: a few of them can stand
-    for more than a machine holds, or for themselves."""
+    """YAML 1.2's words, no silently repeated keys, no number or text that JSON cannot hold, and no aliases: a few of
+    them can stand for more than a machine holds, or for themselves."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -39,10 +52,30 @@ class _Loader(yaml.SafeLoader):
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        text = str(self.construct_scalar(node))
+        number = int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+        if number.bit_length() > 63:
+            raise yaml.constructor.ConstructorError(None, None, "a number is too large", node.start_mark)
+        return number
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+    def construct_yaml_str(self, node: yaml.ScalarNode) -> str:
+        text = str(self.construct_scalar(node))
+        if re.search("[\ud800-\udfff]", text):
+            raise yaml.constructor.ConstructorError(None, None, "a text holds half a character", node.start_mark)
+        return text
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader`, too, would read as something else than text."""
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _kind, _word, _first in _WORDS:
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_word.pattern})$"), _first)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_yaml_str)
 
 
 def load_recipe(path: Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
@@ -50,15 +83,26 @@ def load_recipe(path: Path | Mapping[str, Any], overrides: Sequence[str] = ()) -
 
     Raises UserError with all problems of the file at once.
     """
+    if isinstance(path, Path) and is_sweep(path):
+        raise UserError(problem(str(path), "is a sweep, not a recipe", "Give a recipe"))
     return load_section(Recipe, path, overrides)
+
+
+def is_sweep(path: Path | Mapping[str, Any]) -> bool:
+    """Return whether a file, or such content, is a sweep and not a recipe: it has axes, or names a recipe."""
+    data = read_yaml(path) if isinstance(path, Path) else path
+    return "axes" in data or isinstance(data.get("recipe"), str | list)
 
 
 def load_section(kind: type[S], path: Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> S:
     """Return the YAML file at `path`, or such content, as a `kind`; relative paths in it are left as they are (to the
     caller's cwd)."""
     data = read_yaml(path) if isinstance(path, Path) else copy.deepcopy(dict(path))
+    keys: list[str] = []
     for override in overrides:
-        _apply(override, data)
+        keys.append(key := _apply(override, data))
+        if undone := [each for each in keys if each.startswith(f"{key}.")]:
+            raise UserError(problem(f"--set {undone[0]}", f"a later --set {key} undoes it", f"Give --set {key} first"))
     return validate(kind, data)
 
 
@@ -74,6 +118,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise UserError(problem(str(path), "is not a mapping of keys to values", "See configs/ for examples"))
     return data
+
+
+def dump_yaml(data: Any) -> str:
+    """Return plain data as YAML text that `read_yaml` reads as the same."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -105,12 +154,13 @@ def _parse_yaml(text: str, where: str) -> Any:
         raise UserError(problem(where, f"not valid YAML ({error})", "Fix this file")) from None
 
 
-def _apply(override: str, data: dict[str, Any]) -> None:
-    """Set one `dotted.key=value` in plain data; the value is YAML, and a number in the key a place in a list."""
+def _apply(override: str, data: dict[str, Any]) -> str:
+    """Set one `dotted.key=value` in plain data, and return the key; the value is YAML, and a number in the key a place
+    in a list."""
     key, equals, text = override.partition("=")
-    if not equals or not key:
+    *parents, last = (key := key.strip()).split(".")
+    if not equals or not all([*parents, last]):
         raise UserError(problem(f"--set {override}", "is not KEY=VALUE", "Write for example --set train.lr=2e-4"))
-    *parents, last = key.split(".")
     at: Any = data
     for parent in parents:
         place = _place(at, parent, key)
@@ -120,6 +170,7 @@ def _apply(override: str, data: dict[str, Any]) -> None:
         if not isinstance(at, dict | list):
             raise UserError(problem(f"--set {key}", f"{parent} has no keys below it", "Check the dotted path"))
     at[_place(at, last, key)] = _parse_yaml(text, f"--set {key}")
+    return key
 
 
 def _place(at: dict[str, Any] | list[Any], part: str, key: str) -> Any:

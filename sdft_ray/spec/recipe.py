@@ -17,7 +17,7 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 from sdft_ray.spec.export import Export
 from sdft_ray.spec.lookup import Lookup
 from sdft_ray.spec.retention import Retention
-from sdft_ray.spec.section import LocalPath, Section, require_distinct
+from sdft_ray.spec.section import LocalPath, Section, Seed, require_distinct
 from sdft_ray.spec.sources import (
     Calibration,
     Filters,
@@ -145,7 +145,7 @@ class Distill(Section):
     """Tokens of one rewrite; a longer one counts as truncated and its reference is kept."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Precision of the teacher."""
-    seed: int = 0
+    seed: Seed = 0
     """Moves the sampling seed of every row (a row's seed is derived from this and its id)."""
     seeds: Literal["row", "engine"] = "row"
     """What text is drawn by: `row`, a generator for each row, so that a row's text does not depend on which others the
@@ -210,10 +210,13 @@ class Parent(Section):
         return self
 
 
+_Share = Annotated[float, Field(ge=0, le=1)]
+
+
 class Slerp(Section):
     """Merge two models along the arc between their weights."""
 
-    t: float | tuple[float, ...] = 0.5
+    t: _Share | Annotated[tuple[_Share, ...], Field(min_length=1)] = 0.5
     """How far from the first (0) to the second (1); or one number for each block of the pruned model. Tensors before
     the blocks then take the first number, tensors behind them the last."""
 

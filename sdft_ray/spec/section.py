@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 
 from sdft_ray.store.objects import read_address
 
@@ -14,8 +14,10 @@ class Section(BaseModel):
     """A frozen part of a recipe or compute file; it refuses unknown keys, and a field's docstring is its help."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, strict=True, allow_inf_nan=False
+        frozen=True, extra="forbid", use_attribute_docstrings=True, strict=True, allow_inf_nan=False, str_min_length=1
     )
+    prefix: ClassVar[tuple[str, ...]] = ()
+    """Of dotted paths in messages."""
     unhashed: ClassVar[tuple[str, ...]] = ()
     """Fields that move no number, such as paths and gates: they are not part of an id."""
     optional: ClassVar[tuple[str, ...]] = ()
@@ -75,6 +77,9 @@ def _require_commit(revision: str) -> str:
     if not re.fullmatch(r"[0-9a-f]{40}", revision):
         raise ValueError(f"'{revision}' moves. Pin a commit: git ls-remote https://huggingface.co/REPO")
     return revision
+
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every library takes
 
 
 Commit = Annotated[

@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from sdft_ray.spec.section import Commit, DataPath, LocalPath, Section, require_distinct
+from sdft_ray.spec.section import Commit, DataPath, LocalPath, Section, Seed, require_distinct
 
 # --- model and rows: where they come from -----------------------------------------------------------------------
 
@@ -123,6 +123,9 @@ class Fields(Section):
                 raise ValueError(f"{wrong} is of a conversation, and no column holds one. Name it in messages")
             if self.response is None:
                 raise ValueError("names no response. Set response, or messages for conversations")
+            if self.response in (self.prompt, self.context):
+                wrong = "prompt" if self.response == self.prompt else "context"
+                raise ValueError(f"response: {self.response} is the column of the {wrong}, too. Give another column")
         elif wrong := next((name for name in ("prompt", "response") if getattr(self, name) is not None), None):
             raise ValueError(f"messages holds the {wrong}. Remove {wrong}")
         return self
@@ -176,7 +179,7 @@ class Rows(Section):
     """Rows that are kept for the evaluation task `held_out` and for drafts."""
     validation: int = Field(16, ge=0)
     """Rows whose loss is measured during training; they are not trained on."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the one order that rows are put in before they are split."""
     answer: Literal["number", "math", "choice", "none"] = "number"
     """How a response is checked: its final number, mathematical expression or letter against the reference's, or not

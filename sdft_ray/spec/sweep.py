@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, JsonValue, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
 
-from sdft_ray.spec.section import Section
+from sdft_ray.spec.section import Section, require_distinct
 from sdft_ray.spec.training import Arm
 
 
@@ -27,6 +29,8 @@ class Axis(Section):
 
     @model_validator(mode="after")
     def _is_one_kind(self) -> Self:
+        if self.values is not None and len(self.model_fields_set) > 1:
+            raise ValueError("gives values and a range. Keep one of them")
         if self.values is None:
             if self.from_ is None or self.to is None:
                 raise ValueError("gives no values. List them")
@@ -36,7 +40,7 @@ class Axis(Section):
                 raise ValueError(f"from {self.from_} has no logarithm. Set scale: linear")
         elif not self.values:
             raise ValueError("has no values. Give at least one")
-        elif len({json.dumps(value) for value in self.values}) < len(self.values):
+        elif any(_are_equal(*pair) for pair in itertools.combinations(self.values, 2)):
             raise ValueError("names a value twice. Remove one")
         return self
 
@@ -51,13 +55,23 @@ class Axis(Section):
         return tuple(round(number) for number in numbers) if whole else tuple(numbers)
 
 
+def _are_equal(first: JsonValue, second: JsonValue) -> bool:
+    """Return whether two values are one to a recipe, as 1 and 1.0 are; true is no number."""
+    return first == second and isinstance(first, bool) == isinstance(second, bool)
+
+
+def _as_axis(given: Any) -> Any:
+    if isinstance(given, list):
+        return {"values": tuple(given)}
+    if isinstance(given, Mapping | Axis):
+        return given
+    raise ValueError(f"{json.dumps(given)} is neither a list of values nor a range. Write [{json.dumps(given)}]")
+
+
 _Values = Annotated[tuple[JsonValue, ...], Field(min_length=1)]
 OneAxis = Annotated[
     Axis,
-    BeforeValidator(
-        lambda given: {"values": tuple(given)} if isinstance(given, list) else given,
-        json_schema_input_type=_Values | Axis,
-    ),
+    BeforeValidator(_as_axis, json_schema_input_type=_Values | Axis),
 ]
 Axes = dict[str, OneAxis]
 _NotEmpty = Annotated[Axes, Field(min_length=1)]
@@ -96,6 +110,8 @@ class Goal(Section):
     def _is_one(self) -> Self:
         if sum(each is not None for each in (self.recovery, self.parameters, self.tokens_per_second)) != 1:
             raise ValueError("names none or several. Give one of recovery, parameters, tokens_per_second")
+        if self.recovery is not None and 0.5 <= self.recovery <= 1:  # a fraction, as people write one
+            raise ValueError(f"recovery: {self.recovery:g} is in percent. Write {100 * self.recovery:g}")
         return self
 
     @property
@@ -111,7 +127,12 @@ class Goal(Section):
 class Sweep(Section):
     """One complete sweep file."""
 
-    recipe: Annotated[tuple[str, ...], BeforeValidator(_several, json_schema_input_type=str | tuple[str, ...])]
+    recipe: Annotated[
+        tuple[str, ...],
+        Field(min_length=1),
+        AfterValidator(require_distinct),
+        BeforeValidator(_several, json_schema_input_type=str | Annotated[tuple[str, ...], Field(min_length=1)]),
+    ]
     """A recipe file, relative to this one; or several, whose results stand side by side."""
     axes: Annotated[
         tuple[Axes, ...], BeforeValidator(_several, json_schema_input_type=_NotEmpty | tuple[_NotEmpty, ...])
@@ -129,7 +150,7 @@ class Sweep(Section):
 
     @model_validator(mode="after")
     def _draws_where_there_is_a_range(self) -> Self:
-        if not all(self.axes):
+        if not (self.axes and all(self.axes)):
             raise ValueError("axes: names no field. Give at least one")
         ranges = [path for axes in self.axes for path, axis in axes.items() if axis.values is None]
         if ranges and self.samples is None:

@@ -15,6 +15,17 @@ from sdft_ray.errors import UserError, nearest, problem
 from sdft_ray.spec.section import Section
 
 S = TypeVar("S", bound=Section)
+_PLAIN = {
+    "a valid integer, got a number with a fractional part": "a whole number",
+    "a valid integer": "a whole number",
+    "a valid number": "a number",
+    "a valid string": "text",
+    "a valid boolean": "true or false",
+    "a valid array": "a list",
+    "an object": "a section with keys",
+    "at least 1 character": "text",
+}
+"""Words of pydantic and JSON, and those of people who write YAML."""
 
 
 def validate(kind: type[S], data: Mapping[str, Any]) -> S:
@@ -37,7 +48,11 @@ class Mistake(NamedTuple):
 
     @property
     def expected(self) -> str:
-        return self.msg.removeprefix("Input should be ")
+        """In the words of `sdft explain`."""
+        expected = re.sub(r"^Input should be |^\w+ should have | after validation, not \d+$", "", self.msg)
+        for words, plain in _PLAIN.items():
+            expected = expected.replace(words, plain)
+        return expected
 
 
 def mistakes(error: ValidationError) -> list[Mistake]:
@@ -46,28 +61,42 @@ def mistakes(error: ValidationError) -> list[Mistake]:
     return [Mistake(**each) for each in errors]
 
 
-def _describe_all(kind: type[BaseModel], data: Mapping[str, Any], found: Iterable[Mistake]) -> Iterator[str]:
-    """Yield one line a wrong field; pydantic's errors for each type that a field may have become one line."""
+def _describe_all(kind: type[Section], data: Mapping[str, Any], found: Iterable[Mistake]) -> Iterator[str]:
+    """Yield one line a wrong field; pydantic's errors for each type that a field may have become one line.
+
+    Of a list with a wrong item pydantic also says that it is too short, and that it is nothing else that the field may
+    be; and the item's location has the name of the list's type.
+    """
+    plain: list[Mistake] = []
     alternatives: dict[tuple[Any, ...], list[Mistake]] = {}
-    for mistake in found:
+    for mistake in (each._replace(loc=_without_types(each.loc)) for each in found):
         *parents, last = mistake.loc or ("",)
         # Where a field may be of several types, the location ends with the name of the type that was tried.
         tried = isinstance(last, str) and mistake.type not in ("extra_forbidden", "missing", "value_error")
         if tried and parents and last not in _keys_at(kind, parents):
             alternatives.setdefault(tuple(parents), []).append(mistake)
         else:
+            plain.append(mistake)
+    above = {mistake.loc[:length] for mistake in plain for length in range(len(mistake.loc))}
+    for mistake in plain:
+        if not (mistake.type == "too_short" and mistake.loc in above):
             yield _describe(kind, data, mistake)
     for location, tries in alternatives.items():
-        expected = " or ".join(dict.fromkeys(each.expected for each in tries))
-        yield _describe(kind, data, tries[0]._replace(loc=location, type="union", msg=expected))
+        if location not in above:
+            expected = " or ".join(dict.fromkeys(each.expected for each in tries))
+            yield _describe(kind, data, tries[0]._replace(loc=location, type="union", msg=expected))
 
 
-def _describe(kind: type[BaseModel], data: Mapping[str, Any], mistake: Mistake) -> str:
+def _without_types(location: Sequence[str | int]) -> tuple[str | int, ...]:
+    return (*(part for part in location[:-1] if not str(part).startswith("tuple[")), *location[-1:])
+
+
+def _describe(kind: type[Section], data: Mapping[str, Any], mistake: Mistake) -> str:
     """Return one pydantic error as `where: what (got; expected). Do this.`"""
     path, _ = _walk(kind, mistake.loc, data)
-    where = ".".join(path) or "recipe"
+    where = ".".join([*kind.prefix, *path]) or kind.__name__.lower()
     match mistake.type:
-        case "extra_forbidden" if path[-1].isdecimal():
+        case "extra_forbidden" if len(path) > 1 and path[-1].isdecimal():
             return problem(where, f"{path[-1]} is a place in a list, and this is none", f"Leave out {path[-1]}")
         case "extra_forbidden":
             return problem(where, "unknown key", nearest(path[-1], _keys_at(kind, mistake.loc[:-1])))
@@ -77,9 +106,11 @@ def _describe(kind: type[BaseModel], data: Mapping[str, Any], mistake: Mistake) 
             message = str(mistake.ctx["error"])
             inner, colon, rest = message.partition(": ")
             if colon and re.fullmatch(r"[a-z_.]+", inner):  # a check of a whole section names the field
-                where, message = ".".join([*path, inner]), rest
+                where, message = ".".join([*kind.prefix, *path, inner]), rest
             what, _, do = message.partition(". ")
             return problem(where, what, do or "Change this value")
+        case "json_invalid":  # of content that is given in Python: half a character
+            return problem(where, f"cannot be written as JSON ({mistake.ctx['error']})", "Write texts whole")
         case "which_source":
             return problem(where, mistake.msg, "Give exactly one of them")
         case _:

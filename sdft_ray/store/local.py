@@ -7,8 +7,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from sdft_ray.errors import UserError, problem
 from sdft_ray.store.backend import Listing, by_id
 from sdft_ray.store.manifest import MANIFEST, Manifest, check_files, read_manifest
+
+
+def _resolve(root: str) -> Path:
+    """Return a root as an absolute path; raises UserError where no directory can be."""
+    try:
+        path = Path(root).expanduser().resolve()
+        existing = next(place for place in (path, *path.parents) if place.exists())
+    except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, a circle of links, a zero byte
+        raise UserError(problem("--root", f"{root!r} is no path ({error})", "Give a directory")) from None
+    if not existing.is_dir():
+        raise UserError(problem("--root", f"{existing} is a file", "Give a directory"))
+    return path
 
 
 class Directory:
@@ -17,7 +30,7 @@ class Directory:
     shared = True
 
     def __init__(self, root: str) -> None:
-        self.root = Path(root).expanduser().resolve()
+        self.root = _resolve(root)
         self.uri = str(self.root)
 
     def list(self, folder: str) -> Listing:

@@ -14,7 +14,7 @@ from sdft_ray.store.files import write_atomically
 class Record(BaseModel):
     """A frozen piece of an artifact or a report; what another version of it holds beside is not read."""
 
-    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True, ser_json_inf_nan="constants")
+    model_config = ConfigDict(frozen=True, defer_build=True, ser_json_inf_nan="constants")
 
     def plain(self) -> dict[str, JsonValue]:
         """Return it as JSON has it: what it was made with, and no defaults."""

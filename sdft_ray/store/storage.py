@@ -13,6 +13,7 @@ Pieces that outlive a stage's scratch (ledger, training checkpoints) have direct
 from __future__ import annotations
 
 import functools
+import re
 import shutil
 import socket
 import threading
@@ -239,16 +240,19 @@ class Storage:
         return None if data is None else data.decode()
 
     def find(self, name: str, pattern: str = "*") -> Path:
-        """Return the directory on this node of the artifact of a path, an id or the start of an id, with its files that
-        match a pattern.
+        """Return the directory on this node of the artifact of a path, an id, the start of an id or the name of an
+        artifact's directory, with its files that match a pattern.
 
         Raises UserError where nothing or more than one artifact fits.
         """
         if (Path(name) / MANIFEST).is_file():
             return Path(name)
+        wanted = name.rstrip("/")[-12:] if re.search(r"-[0-9a-f]{12}/?$", name) else name.lower()
         keys = [path.rpartition("/")[0] for path in sorted(self._backend.manifests(), reverse=True)]
         keys_by_id = {  # two directories of one id count as one
-            id_in(key): key for key in keys if key.count("/") == 1 and len(name) >= 4 and id_in(key).startswith(name)
+            id_in(key): key
+            for key in keys
+            if key.count("/") == 1 and len(wanted) >= 4 and id_in(key).startswith(wanted)
         }
         if len(keys_by_id) == 1:
             return self._fetch(next(iter(keys_by_id.values())), pattern)

@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZipFile, ZipInfo
 
-import yaml
-
 from sdft_ray import environment
 from sdft_ray.cluster import TOKEN
 from sdft_ray.data.copies import is_address
@@ -29,11 +27,10 @@ from sdft_ray.data.text import first_line
 from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.progress import log
 from sdft_ray.spec.compute import Compute
-from sdft_ray.spec.loading import load_recipe, load_section, read_yaml
+from sdft_ray.spec.loading import dump_yaml, is_sweep, load_recipe, load_section, read_yaml
 from sdft_ray.spec.sweep import Sweep
 from sdft_ray.store.files import source_files
 from sdft_ray.store.objects import is_store
-from sdft_ray.sweep.planning import is_sweep
 
 MAX_MB = 90  # Ray's dashboard takes uploads of up to 100 MiB
 _PATHS = ("path", "text", "tokenizer", "deepspeed")  # keys of recipes and compute files whose values are local paths
@@ -61,17 +58,13 @@ def pack(recipe: Path, compute: Path | None, root: str, until: str | None, archi
         load_recipe(path)
         files[place] = read_yaml(path)
     shipped: dict[Path, str] = {}
-    texts = {place: _as_text(with_shipped(values, "", root, shipped)) for place, values in files.items()}
+    texts = {place: dump_yaml(with_shipped(values, "", root, shipped)) for place, values in files.items()}
     _require_small(shipped, root)
     _write(archive, texts, {**_package(), **shipped})
     stop = ["--until", until] if until else []
     return shlex.join(
         ["python", "-m", "sdft_ray.cli", *command, "--compute", "compute/compute.yaml", "--root", root, *stop]
     )
-
-
-def _as_text(values: Any) -> str:
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def _package() -> dict[Path, str]:
@@ -191,6 +184,9 @@ def connect(address: str) -> Any:
 
     for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    if "@" in address:  # it is not repeated: it holds a secret
+        what = "the address holds credentials, which would end up in logs"
+        raise UserError(problem("--address", what, f"Leave them out and set {TOKEN}"))
     if not address.startswith(("http://", "https://")):
         what = f"{address} is not the address of a dashboard"
         raise UserError(problem("--address", what, "Give for example http://127.0.0.1:8265"))

@@ -20,11 +20,10 @@ import yaml
 
 from sdft_ray.errors import UserError, problem
 from sdft_ray.spec.compute import Compute, Node
-from sdft_ray.spec.loading import load_recipe, read_yaml
+from sdft_ray.spec.loading import dump_yaml, is_sweep, load_recipe, read_yaml
 from sdft_ray.spec.wording import validate
 from sdft_ray.store.objects import is_store
 from sdft_ray.submit.job import on_cluster, require_shared, with_shipped
-from sdft_ray.sweep.planning import is_sweep
 
 _NAME_CHARACTERS = 47  # of a RayJob: KubeRay makes those of its cluster and services from it
 _GB_A_CPU = 8  # memory request by CPUs: an 8B model in bfloat16 is 16 GB, and a GPU has four CPUs or more
@@ -47,8 +46,8 @@ def render(recipe: Path, compute: Path | None, root: str, until: str | None, ima
     command = ["sdft", "run", "/etc/sdft/recipe.yaml", "--compute", "/etc/sdft/compute.yaml", "--root", root]
     return _template().render(
         name=job_name(recipe.stem),
-        recipe=recipe.read_text(encoding="utf-8"),
-        compute=yaml.safe_dump(data, sort_keys=False),
+        recipe=recipe.read_text(encoding="utf-8-sig").rstrip(),
+        compute=dump_yaml(data),
         root=root,
         is_path=not is_store(root),
         entrypoint=shlex.join([*command, *(["--until", until] if until else [])]),

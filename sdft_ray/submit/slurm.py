@@ -12,15 +12,14 @@ import shlex
 from pathlib import Path
 
 import jinja2
-import yaml
 
 from sdft_ray.errors import UserError, problem
 from sdft_ray.spec.compute import Compute
-from sdft_ray.spec.loading import load_recipe
+from sdft_ray.spec.loading import dump_yaml, is_sweep, load_recipe
 from sdft_ray.spec.wording import validate
 from sdft_ray.submit.job import on_cluster, require_shared
 from sdft_ray.submit.kuberay import job_name, worker_pods
-from sdft_ray.sweep.planning import is_sweep, load_sweep
+from sdft_ray.sweep.planning import load_sweep
 
 
 def render(recipe: Path, compute: Path | None, root: str, until: str | None) -> str:
@@ -46,6 +45,6 @@ def render(recipe: Path, compute: Path | None, root: str, until: str | None) -> 
         nodes=nodes,
         cpus=node.cpus,
         gpus=math.ceil(node.gpus),
-        compute=yaml.safe_dump(data, sort_keys=False),
+        compute=dump_yaml(data),
         command=shlex.join([*command, *(["--until", until] if until else [])]),
     )

@@ -21,15 +21,16 @@ from sdft_ray.errors import UserError, problem
 from sdft_ray.preflight import limits
 from sdft_ray.preflight.checks import check as check_recipe
 from sdft_ray.spec.compute import Compute
-from sdft_ray.spec.loading import load_recipe, load_section, read_yaml
+from sdft_ray.spec.loading import load_recipe, load_section
 from sdft_ray.spec.recipe import Distill, Recipe
 from sdft_ray.spec.sources import FileRows
-from sdft_ray.spec.sweep import Asha, Goal, Sweep
+from sdft_ray.spec.sweep import Asha, Axes, Goal, Sweep
 from sdft_ray.spec.training import Arms, Train
 from sdft_ray.stages import cut, distill, draft, evaluate, retention, train
 from sdft_ray.store.identity import Stage, short_id
 from sdft_ray.store.storage import Storage
 
+_NOT_OF_TRIALS = ("merge", "export")
 DEPTH, TARGET, SIZE, RECIPE = "prune.blocks", "prune.target.parameters", "train.rows", "recipe"
 
 
@@ -100,11 +101,6 @@ class Plan:
 # --- from file to plan ----------------------------------------------------------------------------------------
 
 
-def is_sweep(path: Path | Mapping[str, Any]) -> bool:
-    """Return whether a file, or such content, is a sweep and not a recipe: it has axes."""
-    return "axes" in (read_yaml(path) if isinstance(path, Path) else path)
-
-
 def load_sweep(path: Path | Mapping[str, Any]) -> Plan:
     """Return the plan of the sweep in `path`, or of such content; raises UserError with every problem of it at once.
 
@@ -127,24 +123,24 @@ def expand(sweep: Sweep, folder: Path) -> tuple[Cell, ...]:
     """Return one cell for each combination of values and recipe, in the order of the file."""
     cells: list[Cell] = []
     problems: dict[str, None] = {}
+    first = load_recipe(folder / sweep.recipe[0])
     for file in sweep.recipe:
         whole = load_recipe(folder / file)  # raises for the recipe's own mistakes
-        for key, what in (("merge", "merges"), ("export", "exports")):
+        for key in _NOT_OF_TRIALS:
             if getattr(whole, key):
-                fault = f"{file} {what} models, and trials do not {key}"
-                raise UserError(problem("recipe", fault, f"Remove {key} from {file}"))
+                raise UserError(problem("recipe", f"{file} has {key}, and trials do not", f"Remove {key} from {file}"))
         if getattr(whole.model, "part", None) == "all":
             fault = f"{file} puts its models back into the whole one, and trials do not"
             raise UserError(problem("recipe", fault, f"Set model.part: text in {file}"))
-        first = load_recipe(folder / sweep.recipe[0])
         if whole.evaluate != first.evaluate:
             what = f"{file} has other evaluations than {sweep.recipe[0]}, so their means do not compare"
             raise UserError(problem("recipe", what, "Give both the same evaluate"))
         if whole.draft != first.draft:
             what = f"{file} tries drafts differently from {sweep.recipe[0]}, so their figures do not compare"
             raise UserError(problem("recipe", what, "Give both the same draft"))
-    for values in _combinations(sweep):
-        for file in sweep.recipe:
+    for axes in sweep.axes:
+        crossed: list[Cell] = []
+        for values, file in itertools.product(_combinations(sweep, axes), sweep.recipe):
             name = {RECIPE: Path(file).stem} if len(sweep.recipe) > 1 else {}
             overrides = [f"{path}={json.dumps(value)}" for path, value in values.items()]
             try:
@@ -153,7 +149,9 @@ def expand(sweep: Sweep, folder: Path) -> tuple[Cell, ...]:
                 problems |= dict.fromkeys(_of_axis(line.removeprefix("--set "), values) for line in error.problems)
                 continue
             problems |= dict.fromkeys(_mistakes(cell))
-            cells.append(cell)
+            crossed.append(cell)
+        problems |= dict.fromkeys(_repeated(crossed, axes))
+        cells += crossed
     if problems:
         raise UserError(*problems)
     return tuple(cells)
@@ -168,30 +166,43 @@ def _of_arm(cells: Sequence[Cell], arm: str) -> tuple[Cell, ...]:
     return tuple(Cell(cell.values, cell.recipe.model_copy(update={"arms": arms})) for cell in cells)
 
 
-def _combinations(sweep: Sweep) -> Iterator[dict[str, Any]]:
-    for axes in sweep.axes:
-        listed = {path: axis.values for path, axis in axes.items() if axis.values is not None}
-        # A seed for each axis: one more of them moves no other's values.
-        drawn = {
-            path: axis.draw(sweep.samples or 0, f"{sweep.seed}:{path}")
-            for path, axis in axes.items()
-            if axis.values is None
-        }
-        draws = [dict(zip(drawn, values, strict=True)) for values in zip(*drawn.values(), strict=True)] or [{}]
-        for values in itertools.product(*listed.values()):
-            for draw in draws:
-                yield {**dict(zip(listed, values, strict=True)), **draw}
+def _combinations(sweep: Sweep, axes: Axes) -> Iterator[dict[str, Any]]:
+    listed = {path: axis.values for path, axis in axes.items() if axis.values is not None}
+    # A seed for each axis: one more of them moves no other's values.
+    drawn = {
+        path: axis.draw(sweep.samples or 0, f"{sweep.seed}:{path}")
+        for path, axis in axes.items()
+        if axis.values is None
+    }
+    draws = [dict(zip(drawn, values, strict=True)) for values in zip(*drawn.values(), strict=True)] or [{}]
+    for values in itertools.product(*listed.values()):
+        for draw in draws:
+            yield {**dict(zip(listed, values, strict=True)), **draw}
+
+
+def _repeated(cells: Sequence[Cell], axes: Axes) -> Iterator[str]:
+    """Yield a problem for each listed value of an axis that makes the same recipe as another one."""
+    first: dict[str, Cell] = {}
+    for cell in cells:
+        other = first.setdefault(cell.recipe.model_dump_json(), cell)
+        for path in axes:
+            if axes[path].values is not None and (value := cell.values[path]) != (same := other.values[path]):
+                yield problem(f"axes.{path}", f"{same} and {value} make the same recipe", "Remove one")
 
 
 def _of_axis(line: str, values: Mapping[str, Any]) -> str:
     """Return a problem of a recipe as one of the axis that made it."""
-    return f"axes.{line}" if any(line.startswith(path) for path in values) else line
+    where = line.partition(": ")[0]
+    is_one = any(line.startswith(path) or path.startswith(f"{where}.") for path in values)
+    return f"axes.{line}" if is_one else line
 
 
 def _mistakes(cell: Cell) -> Iterator[str]:
     """Yield a problem for each axis whose values no trial could compare."""
     for path in cell.values:
         section, _, field = path.partition(".")
+        if section in _NOT_OF_TRIALS:
+            yield problem(f"axes.{path}", f"trials have no {section}", f"Remove axes.{path}")
         if section == "evaluate":
             yield problem(f"axes.{path}", "every trial has the same evaluations", "Set it in the recipe")
         if field.rpartition(".")[2] in (*Distill.unhashed, *Train.unhashed):
@@ -232,9 +243,25 @@ def is_seed(path: str) -> bool:
     return path.endswith(".seed")
 
 
+def _require_one_yardstick(chains: Sequence[tuple[Cell, pipeline.Chain]]) -> None:
+    """Raise UserError where one base would be evaluated on different rows: scores of trials would not compare."""
+    first: dict[str, tuple[Cell, list[str]]] = {}
+    for cell, chain in chains:
+        kept = chain.retention.get("base")
+        ids = [stage.id for stage in (*chain.tasks_of("base").values(), *([kept] if kept else []))]
+        other, expected = first.setdefault(chain.base.id, (cell, ids))
+        if ids != expected:
+            what = "gives trials other held-out rows, so their scores do not compare"
+            paths = (path for path, value in cell.values.items() if other.values.get(path) != value)
+            if (path := next(paths, RECIPE)) != RECIPE:
+                raise UserError(problem(f"axes.{path}", what, "Set it in the recipe"))
+            raise UserError(problem(RECIPE, what, "Set rows.held_out: 0 in each recipe"))
+
+
 def make_plan(cells: Sequence[Cell]) -> Plan:
     """Return the plan of cells, with each stage once."""
     chains = [(cell, pipeline.chain(cell.recipe)) for cell in cells]
+    _require_one_yardstick(chains)
     trained: dict[str, tuple[pipeline.Chain, str]] = {}
     needed_by: dict[str, list[Cell]] = {}
     for cell, chain in chains:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -28,7 +27,7 @@ from sdft_ray.core.surgery import (
 from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
 from sdft_ray.models.directory import WEIGHTS_INDEX, weight_files
-from sdft_ray.progress import quiet_transformers
+from sdft_ray.progress import open_console, quiet_transformers
 from sdft_ray.store.manifest import check_files, read_manifest
 from sdft_ray.verify.agreement import (
     NEAR_TIE,
@@ -379,11 +378,10 @@ def describe(model: Model, checks: Sequence[Check]) -> dict[str, Any]:
 
 def show(model: Model, checks: Sequence[Check]) -> None:
     """Print a model and one line for each check."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = open_console(160)
     console.print(Text(f"{model.name}: {model.directory}" + (f"\nagainst {model.base}" if model.base else "")))
     table = Table("check", "result", "finding", box=None, pad_edge=False)
     colours = {"ok": "green", "FAILED": "bold red", "skipped": "yellow"}

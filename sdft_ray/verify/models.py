@@ -102,8 +102,8 @@ def _require_compatible(base: Mapping[str, Any], config: Mapping[str, Any], mode
     """Raise UserError for a base from which the model cannot have been cut."""
     do = f"Give the model that {model.directory} was cut from"
     for key in ("model_type", "hidden_size"):
-        if base[key] != config[key]:
-            raise UserError(problem(str(model.base), f"has {key} {base[key]}, expected {config[key]}", do))
+        if base.get(key) != config.get(key):
+            raise UserError(problem(str(model.base), f"has {key} {base.get(key)}, expected {config.get(key)}", do))
     if (most := count_blocks(base)) < (least := count_blocks(config)):
         what = f"has {most} blocks, expected {least} or more"
         raise UserError(problem(str(model.base), what, do))

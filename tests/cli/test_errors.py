@@ -95,7 +95,7 @@ def test_check_says_which_blocks_go_or_how_they_are_chosen(folder, tiny_model, p
     ("settings", "line"),
     [
         (["distill.tempreature=1.0"], "distill.tempreature: unknown key. Did you mean temperature?"),
-        (["train.lr=fast"], 'train.lr: got "fast"; expected a valid number. Change this value.'),
+        (["train.lr=fast"], 'train.lr: got "fast"; expected a number. Change this value.'),
         (["prune.blocks=6"], "prune.blocks: 6 removes every block of a 6-block model. Give 1 to 5."),
         (["prune={remove: [1, 6]}"], "prune.remove: 6 is no block of a 6-block model. Give blocks from 0 to 5."),
         (

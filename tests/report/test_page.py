@@ -23,6 +23,11 @@ def test_ladder_has_every_step_in_order_and_the_base_as_a_line():
     assert "base 60.0" in svg and "currentColor" in svg
 
 
+def test_name_with_dollar_signs_and_tags_is_drawn_as_it_is():
+    svg = plots.ladder([entry("base", [0.5]), entry("$<b>_{^$", [0.4])])
+    assert ">$&lt;b&gt;_{^$</text>" in svg
+
+
 def test_mean_error_is_the_spread_of_means_over_tasks():
     random = np.random.default_rng(0)
     draws = np.stack([random.normal(0, error, 40_000) for error in (0.03, 0.01, 0.05)])
