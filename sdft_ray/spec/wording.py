@@ -28,7 +28,10 @@ def validate(kind: type[S], data: Mapping[str, Any]) -> S:
 def _describe_all(kind: type[BaseModel], data: Mapping[str, Any], items: Sequence[Any]) -> Iterator[str]:
     """Yield one line a wrong field; pydantic's errors for each type that a field may have become one line."""
     alternatives: dict[tuple[Any, ...], list[Any]] = {}
+    parents_of_wrong = {item["loc"][:end] for item in items for end in range(len(item["loc"]))}
     for item in items:
+        if item["type"] == "too_short" and item["loc"] in parents_of_wrong:
+            continue  # only what is wrong in it was not counted
         *parents, last = item["loc"] or ("",)
         # Where a field may be of several types, the location ends with the name of the type that was tried.
         tried = isinstance(last, str) and item["type"] not in ("extra_forbidden", "missing", "value_error")
