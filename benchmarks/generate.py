@@ -33,11 +33,12 @@ from sdft_ray.core.rows import Row
 from sdft_ray.core.selection import Generation
 from sdft_ray.data.chat import render_prompt
 from sdft_ray.engine import Request, VllmEngine, engine_arguments
+from sdft_ray.models.generation import sampling_seed
 from sdft_ray.results import read_split
 from sdft_ray.spec.compute import Compute, load_compute
 from sdft_ray.spec.recipe import Distill, Recipe
 from sdft_ray.spec.wording import validate
-from sdft_ray.stages.distill.draws import Settings, sampling_seed
+from sdft_ray.stages.distill.draws import Settings
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 

@@ -92,6 +92,7 @@ class VllmEngine:
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Generation]]:
         """Yield each request with its generation as it finishes; the engine batches continuously."""
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
         from vllm.sampling_params import RequestOutputKind
 
         opened = opened_thought(self.tokenizer, self.settings.template_options)
@@ -108,7 +109,7 @@ class VllmEngine:
             )
             try:
                 self.engine.add_request(request.id, {"prompt_token_ids": request.prompt_ids}, params)
-            except ValueError as error:  # this row cannot be served, for example longer than the context
+            except (ValueError, VLLMClientError) as error:  # of this row alone, such as one longer than the context
                 yield request, Generation(str(error), "error")
                 continue
             waiting[request.id] = request

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from sdft_ray.core.rows import Row
-from sdft_ray.generated import HeldOutItem, describe
+from sdft_ray.generated import HeldOutItem, describe, describe_sampled
 from sdft_ray.results import read_items
 
 NO_FILTERS = [{"refusal_phrases": ()}]
@@ -59,3 +59,18 @@ def test_describe_of_what_an_older_version_stored_does_not_know_what_ended(tmp_p
     assert [item.ended for item in items] == [None, True]
     found = describe(items, rows(a="4", b="4"), NO_FILTERS)
     assert found.ended is None and found.characters == 1
+
+
+def test_describe_sampled_is_the_mean_over_rows_and_its_paired_difference_to_the_base():
+    def sampled(*right: int) -> list[HeldOutItem]:
+        return [answer(str(i), "4").model_copy(update={"right": count}) for i, count in enumerate(right)]
+
+    base, model = sampled(4, 2, 0, 1), sampled(4, 1, 0, 0)
+    assert describe_sampled(base, None, 1, 4).share.value == pytest.approx((1 + 2 / 4 + 0 + 1 / 4) / 4)
+    found = describe_sampled(model, base, 2, 4)
+    # Of the six pairs of four samples none is wrong altogether in 6, 3, 0 and 0; of the base in 6, 5, 0 and 3.
+    assert found.share.value == pytest.approx((6 + 3) / 6 / 4)
+    assert found.over_base.value == pytest.approx(-(2 + 3) / 6 / 4)
+    assert found.share.low < found.share.value < found.share.high and found.over_base.high <= 0
+    same = describe_sampled(base, base, 4, 4).over_base
+    assert (same.value, same.low, same.high) == (0, 0, 0)

@@ -156,6 +156,28 @@ def test_check_of_long_rows_counts_them_and_shows_one(problems):
     )
 
 
+@pytest.mark.parametrize(
+    ("prompts", "settings", "line"),
+    [
+        ([1850] * 9, {"arms": {"distilled": {}}}, "Lower distill.max_new_tokens."),
+        # No number of new tokens makes room for these.
+        ([2100] * 9, {"arms": {"distilled": {}}}, "Remove these rows."),
+        # One such row may fail.
+        (
+            [2100, *[1850] * 33],
+            {"arms": {"distilled": {}}, "distill": {"max_new_tokens": 100, "max_failed_fraction": 0.1}},
+            "Lower distill.max_new_tokens.",
+        ),
+        ([1960] * 9, {"arms": {"sft": {}}, "train": {"max_tokens": 1024}}, "Raise train.max_tokens."),
+        ([2100] * 9, {"arms": {"sft": {}}, "train": {"max_tokens": 1024}}, "Remove these rows."),
+    ],
+)
+def test_check_of_long_rows_names_a_remedy_that_helps(problems, prompts, settings, line):
+    rows = [row(i, prompt=prompt) for i, prompt in enumerate(prompts)]
+    (found,) = problems(rows, **{**SHORT, "evaluate": {"tasks": ["sciq"]}, **settings})
+    assert found.endswith(f"…. {line}")
+
+
 @pytest.mark.parametrize(("allowed", "keys"), [(0.1, ["distill.max_new_tokens"]), (0.3, [])])
 def test_check_of_rewrites_allows_the_share_that_may_fail(problems, allowed, keys):
     long = [row(i, prompt=2100) for i in range(6)]

@@ -211,6 +211,27 @@ def load_text(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> Recip
             "evaluate.tasks: held_out needs checkable rows, but rows.answer is none. Remove held_out.",
         ),
         (
+            {"evaluate": {"tasks": ["held_out"], "pass_at": {"k": [1, 20]}}},
+            "evaluate.pass_at.k: 20 is more than the 10 samples. Raise evaluate.pass_at.samples.",
+        ),
+        (
+            {"evaluate": {"tasks": ["held_out"], "pass_at": {"k": [0]}}},
+            "evaluate.pass_at.k.0: got 0; expected greater than 0. Change this value.",
+        ),
+        ({"draft": {"tokens": [0]}}, "draft.tokens.0: got 0; expected greater than 0. Change this value."),
+        (
+            {"evaluate": {"tasks": ["held_out"], "pass_at": {"temperature": 0.0}}},
+            "evaluate.pass_at.temperature: got 0.0; expected greater than 0. Change this value.",
+        ),
+        (
+            {"evaluate": {"tasks": ["piqa"], "pass_at": {}}, "rows": {**SUMS, "answer": "none"}},
+            "evaluate.pass_at: needs held-out rows with checkable answers. Remove evaluate.pass_at.",
+        ),
+        (
+            {"evaluate": {"tasks": ["piqa"], "pass_at": {}}},
+            "evaluate.pass_at: belongs to held_out, which is no task. Add held_out to evaluate.tasks.",
+        ),
+        (
             {"distill": {"template": "Say {prompt}"}},
             "distill.template: lacks {prompt} or {reference}. Write both.",
         ),

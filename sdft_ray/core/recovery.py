@@ -49,6 +49,15 @@ def recovery_over_chance(scores: Sequence[Score], base: Sequence[Score]) -> floa
     return 100 * (mean_score(scores) - chance) / below if below > 0 else None
 
 
+def pass_at(k: int, samples: int, right: int) -> float:
+    """Return the chance that one of k answers is right, without bias, where `right` of n samples are.
+
+    1 - C(n - c, k) / C(n, k), the share of k of the samples with a right one among them (Chen et al. 2021,
+    arXiv 2107.03374).
+    """
+    return 1 - math.comb(samples - right, k) / math.comb(samples, k)
+
+
 @dataclasses.dataclass(frozen=True)
 class Estimate:
     """A figure with its 95 % interval."""

@@ -1,14 +1,26 @@
-"""Greedy answers of a loaded model, up to where a response ends.
+"""Answers of a loaded model, up to where a response ends: greedy, or drawn by a seed of their own.
 
 In: prompts as token ids. Out: tokens and texts. Nothing of a model's own generation settings moves them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+import hashlib
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from sdft_ray.data.chat import opened_thought, read_generated, response_ends
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Draw(NamedTuple):
+    """How the tokens of one answer are drawn."""
+
+    temperature: float
+    top_p: float
+    seed: int
 
 
 class Written(NamedTuple):
@@ -22,11 +34,34 @@ class Written(NamedTuple):
     """Whether it ended by itself, and not at the limit."""
 
 
-def generate_greedily(
-    model: Any, tokenizer: Any, prompts: Sequence[list[int]], max_new_tokens: int, batch_size: int
+class Answer(Protocol):
+    """What answers prompts."""
+
+    def __call__(
+        self, prompts: Sequence[list[int]], max_new_tokens: int, draws: Sequence[Draw] | None = None
+    ) -> list[Written]:
+        """Return the continuation of each prompt (token ids) up to where a response ends, drawn as its own of `draws`
+        says, else greedy."""
+        ...
+
+
+def sampling_seed(row_id: str, seed: int, sample: int = 0) -> int:
+    """Return the seed of one sample of a row: it depends on nothing but these and the recipe's seed."""
+    name = f"{seed}:{row_id}" + (f":{sample}" if sample else "")
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    draws: Sequence[Draw] | None = None,
+    *,
+    batch_size: int,
 ) -> list[Written]:
-    """Return the greedy continuation of each prompt (token ids) up to its end of turn; longest prompts first, padded
-    left.
+    """Return the continuation of each prompt (token ids) up to its end of turn, greedy or as its draw says; longest
+    prompts first, padded left.
 
     The model's own settings of generation, such as a penalty on repetition, are replaced for good.
     """
@@ -46,11 +81,34 @@ def generate_greedily(
         mask = torch.tensor(
             [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch], device=model.device
         )
+        drawn = {"logits_processor": [_drawing([draws[i] for i in batch])]} if draws else {}
         with torch.inference_mode():
-            made = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens)
+            made = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=max_new_tokens, **drawn)
         for i, tokens in zip(batch, made[:, width:].tolist(), strict=True):
             written[i] = read_written(tokenizer, tokens, ends, opened)
     return [written[i] for i in range(len(prompts))]
+
+
+def _drawing(draws: Sequence[Draw]) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+    """Return what makes the drawn token of each row the likeliest one, in logits (B, V).
+
+    The largest of log p + Gumbel noise is a draw from p. transformers draws all rows by one generator, so that a row's
+    text would hang on the others of its batch.
+    """
+    import torch
+    from transformers import TopPLogitsWarper
+
+    generators = [torch.Generator().manual_seed(draw.seed) for draw in draws]
+
+    def draw_tokens(_ids: Any, logits: torch.Tensor) -> torch.Tensor:
+        noisy = []
+        for row, draw, generator in zip(logits.float().split(1), draws, generators, strict=True):
+            kept = TopPLogitsWarper(draw.top_p)(None, row / draw.temperature)  # (1, V)
+            waits = torch.empty(kept.shape).exponential_(generator=generator)
+            noisy.append(kept - waits.clamp_min(torch.finfo(waits.dtype).tiny).log().to(kept.device))
+        return torch.cat(noisy)
+
+    return draw_tokens
 
 
 def read_written(tokenizer: Any, tokens: list[int], ends: Collection[int], opened: str) -> Written:

@@ -204,10 +204,14 @@ def require_lengths(
     """Raise UserError for rows that are too long for a stage that reads them; sources: those in use."""
     wrong = []
     for length in _lengths(recipe, compute, sources, splits, context):
-        long = [text for text in length.texts if len(text.encode()) > length.most and count(text) > length.most]
-        if len(long) > length.allowed * len(length.texts):
-            what = f"{length.what}: {len(long)} of {len(length.texts)} are longer, such as {long[0][:40]!r}…"
-            wrong.append(problem(length.key, what, length.do))
+        counts = ((text, count(text)) for text in length.texts if len(text.encode()) > length.most)
+        long = {text: tokens for text, tokens in counts if tokens > length.most}
+        allowed = length.allowed * len(length.texts)
+        if len(long) > allowed:
+            lost = [text for text, tokens in long.items() if tokens > length.reach]
+            do, shown = ("Remove these rows", lost[0]) if len(lost) > allowed else (length.do, next(iter(long)))
+            what = f"{length.what}: {len(long)} of {len(length.texts)} are longer, such as {shown[:40]!r}…"
+            wrong.append(problem(length.key, what, do))
     if wrong:
         raise UserError(*wrong)
 
@@ -218,6 +222,8 @@ class _Length(NamedTuple):
     key: str
     texts: list[str]
     most: int
+    reach: int
+    """The most for which another value of the key could make room."""
     what: str
     do: str
     allowed: float = 0.0
@@ -228,17 +234,17 @@ def _lengths(
 ) -> Iterator[_Length]:
     new, held_out, train = _new_tokens(recipe), splits.held_out, splits.train[: recipe.train.rows]
 
-    def leaves(key: str, most: int, extra: int = 0, of: str = "the model's context") -> tuple[int, str, str]:
+    def leaves(key: str, most: int, extra: int = 0, of: str = "the model's context") -> tuple[int, int, str, str]:
         left = most - new[key] - extra
         what = f"{new[key]} tokens of {of}, which is {most}, leave {left} to a prompt"
-        return left, what, f"Lower {key}.max_new_tokens"
+        return left, most - extra - 1, what, f"Lower {key}.max_new_tokens"
 
     if "evaluate" in new:
         asked = [row for row in held_out if sources[row.origin].answer != "none" or recipe.evaluate.retention]
         yield _Length("evaluate.max_new_tokens", _prompts(asked), *leaves("evaluate", context))
         room = context - (recipe.evaluate.engine == "vllm")  # vLLM always makes a token behind what it reads
         what = f"held-out references must fit {room} tokens of the model's context"
-        yield _Length("rows", [row.reference for row in held_out], room, what, "Remove these rows")
+        yield _Length("rows", [row.reference for row in held_out], room, room, what, "Remove these rows")
     if recipe.draft:
         some = [row for row in held_out if not row.exchange.is_plain]
         asked = some[: recipe.draft.prompts] if len(sources) == 1 else some  # of several they are evenly mixed
@@ -255,7 +261,7 @@ def _lengths(
         texts = ["\n".join(row.texts) for row in train]
         what = f"{recipe.train.max_tokens} is too few for more rows than train.max_too_long_fraction allows"
         do, allowed = "Raise train.max_tokens", recipe.train.max_too_long_fraction
-        yield _Length("train.max_tokens", texts, recipe.train.max_tokens, what, do, allowed)
+        yield _Length("train.max_tokens", texts, recipe.train.max_tokens, context, what, do, allowed)
 
 
 def _prompts(rows: Sequence[Row]) -> list[str]:

@@ -16,7 +16,7 @@ from sdft_ray.core.recovery import mean_score, paired_differences, recovery, rec
 from sdft_ray.core.retention import Measured, read_lines
 from sdft_ray.core.selection import REASONS
 from sdft_ray.errors import UserError, problem
-from sdft_ray.generated import Habits, HeldOutItem, describe
+from sdft_ray.generated import Habits, HeldOutItem, Sampled, describe, describe_sampled
 from sdft_ray.pipeline import Chain
 from sdft_ray.report.entries import (
     Artifact,
@@ -78,6 +78,7 @@ def collect(recipe: Recipe, name: str, storage: Storage) -> Report:
         raise UserError(problem(name, f"is not finished (missing: {names})", f"Do: sdft run {name}"))
     base = chain.tasks_of("base")
     generated = describe_generated(recipe, chain, storage)
+    sampled = _describe_sampled(recipe, chain, storage)
     models = tuple(
         ModelEntry(
             model=name,
@@ -86,6 +87,7 @@ def collect(recipe: Recipe, name: str, storage: Storage) -> Report:
             cost=count_cost(storage.files(stage, "config.json")),
             **describe_retention(chain.retention.get(name), storage),
             **({"generated": generated[name]} if generated else {}),
+            **({"pass_at": sampled[name]} if sampled else {}),
         )
         for name, stage in chain.models.items()
     )
@@ -154,8 +156,26 @@ def describe_generated(recipe: Recipe, chain: Chain, storage: Storage) -> dict[s
     rows = read_held_out([storage.files(stage, f"{HELD_OUT}.parquet") for stage in chain.own.read])
     by_id = {row.id: row for row in rows}
     filters = [(source.filters or recipe.distill.filters).model_dump() for source in recipe.sources]
-    items = {name: storage.files(chain.evaluations[name, HELD_OUT], ITEMS) for name in chain.models}
-    return {name: describe(read_items(place, HeldOutItem), by_id, filters) for name, place in items.items()}
+    return {name: describe(items, by_id, filters) for name, items in _read_answers(chain, storage).items()}
+
+
+def _describe_sampled(recipe: Recipe, chain: Chain, storage: Storage) -> dict[str, dict[int, Sampled]]:
+    """Return pass@k of each model, by k; nothing where no answers are sampled."""
+    if not (wanted := recipe.evaluate.pass_at):
+        return {}
+    answers = _read_answers(chain, storage)
+    return {
+        name: {
+            k: describe_sampled(items, None if name == "base" else answers["base"], k, wanted.samples) for k in wanted.k
+        }
+        for name, items in answers.items()
+    }
+
+
+def _read_answers(chain: Chain, storage: Storage) -> dict[str, list[HeldOutItem]]:
+    """Return what each model answered to the held-out rows."""
+    places = {name: storage.files(chain.evaluations[name, HELD_OUT], ITEMS) for name in chain.models}
+    return {name: read_items(place, HeldOutItem) for name, place in places.items()}
 
 
 def compare_arms(evaluations: Mapping[str, Sequence[Evaluations]], storage: Storage) -> list[Comparison]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from pydantic import Field
 
 from sdft_ray.core.recovery import Difference, Estimate
-from sdft_ray.generated import Habits
+from sdft_ray.generated import Habits, Sampled
 from sdft_ray.results import Distances, Score, Step
 from sdft_ray.stages.cut import Summary as Pruned
 from sdft_ray.stages.distill import SourceSummary as Rewrites
@@ -77,6 +77,8 @@ class ModelEntry(Flat):
     """Where the recipe asks for it."""
     generated: Habits | None = None
     """How it answers held-out rows, where those are a task."""
+    pass_at: dict[int, Sampled] | None = None
+    """By the number of answers, where the recipe asks for it."""
 
 
 class RetentionComparison(Record):

@@ -144,12 +144,12 @@ def retention_line(compared: RetentionComparison) -> str:
 
 
 def figure_of(name: str, figure: Estimate, sign: str = "") -> str:
-    """Return a figure of retention with its interval where it has one; agreement in %.
+    """Return a figure with its interval where it has one; agreement and pass@k in %.
 
     >>> figure_of("kl_texts", Estimate(0.5, 0.25, 0.75, 9)), figure_of("agreement_texts", Estimate(1.0, 1.0, 1.0, 9))
     ('0.500 [0.250, 0.750]', '100.0')
     """
-    scale, places = (100, 1) if name.startswith("agreement") else (1, 3)
+    scale, places = (100, 1) if name.startswith(("agreement", "pass@")) else (1, 3)
     value, low, high = (f"{scale * each:{sign}.{places}f}" for each in (figure.value, figure.low, figure.high))
     return value if figure.low == figure.high else f"{value} [{low}, {high}]"
 

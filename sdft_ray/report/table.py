@@ -102,6 +102,35 @@ def generated_table(report: Report) -> Table:
     return filled(titled("Answers to held-out rows", GENERATED_NOTE), GENERATED_COLUMNS, generated_rows(report))
 
 
+PASS_AT_NOTE = (
+    "pass@k: the chance, in %, that one of k sampled answers is right (Chen et al. 2021); beside it less the base's on "
+    "the same rows. Brackets: 95 % intervals (bootstrap over rows)."
+)
+
+
+def pass_at_columns(report: Report) -> list[str]:
+    """Return the columns of the table of sampled answers."""
+    figures = (name for k in report.base.pass_at or () for name in (f"pass@{k}", "less the base's"))
+    return ["model", *figures]
+
+
+def pass_at_rows(report: Report) -> list[list[str]]:
+    """Return how likely one of k sampled answers of each model is right; no rows where none were sampled."""
+    rows = []
+    for model in report.models:
+        cells = []
+        for k, own in (model.pass_at or {}).items():
+            gain = figure_of(f"pass@{k}", own.over_base, "+") if own.over_base else ""
+            cells += [figure_of(f"pass@{k}", own.share), gain]
+        rows += [[model.model, *cells]] if cells else []
+    return rows
+
+
+def pass_at_table(report: Report) -> Table:
+    """Return how likely one of k sampled answers of each model is right."""
+    return filled(titled("Sampled answers", PASS_AT_NOTE), pass_at_columns(report), pass_at_rows(report))
+
+
 def filled(table: Table, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """Return a table with columns of names on the left and of figures on the right."""
     for column in columns:

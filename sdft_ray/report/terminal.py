@@ -27,6 +27,8 @@ def show(report: Report, console: Console) -> None:
         console.print(table.retention_table(report))
     if report.base.generated:
         console.print(table.generated_table(report))
+    if report.base.pass_at:
+        console.print(table.pass_at_table(report))
     console.print(lines.cut_line(details.cut, details.losses or details.greedy))
     if details.greedy:
         console.print(lines.greedy_line(details.greedy))

@@ -16,6 +16,7 @@ from pydantic import Field, JsonValue, field_validator, model_validator
 
 from sdft_ray.spec.export import Export
 from sdft_ray.spec.lookup import Lookup
+from sdft_ray.spec.pass_at import PassAt
 from sdft_ray.spec.retention import Retention
 from sdft_ray.spec.section import LocalPath, Section, Seed, require_distinct
 from sdft_ray.spec.sources import (
@@ -322,6 +323,8 @@ class Evaluate(Section):
     """Whether tokens per second of the pruned model are measured against the base's; scores do not change."""
     retention: Retention | None = None
     """Whether, and on what, every model is compared with the base token by token; scores do not change."""
+    pass_at: PassAt | None = None
+    """Whether, and how, held-out rows are also answered with sampling, for pass@k; scores do not change."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Precision of every evaluated model."""
     engine: Literal["transformers", "vllm"] = "transformers"
@@ -351,21 +354,24 @@ class Recipe(Section):
         held_out, validation = (
             sum(getattr(source, name) for source in self.sources) for name in ("held_out", "validation")
         )
+        checkable = any(source.held_out and source.answer != "none" for source in self.sources)
+        if self.evaluate.pass_at and not checkable:
+            raise ValueError("evaluate.pass_at: needs held-out rows with checkable answers. Remove evaluate.pass_at")
         if "held_out" in self.evaluate.tasks:
             if held_out == 0:
                 raise ValueError("evaluate.tasks: names held_out, but rows.held_out is 0. Raise rows.held_out")
-            if not any(source.held_out and source.answer != "none" for source in self.sources):
-                raise ValueError(
-                    "evaluate.tasks: held_out needs checkable rows, but rows.answer is none. Remove held_out"
-                )
+            if not checkable:
+                what = "held_out needs checkable rows, but rows.answer is none"
+                raise ValueError(f"evaluate.tasks: {what}. Remove held_out")
+        elif self.evaluate.pass_at:
+            raise ValueError("evaluate.pass_at: belongs to held_out, which is no task. Add held_out to evaluate.tasks")
         if (kept := self.evaluate.retention) and not (kept.texts or min(kept.rows, held_out)):
             what = "has neither held-out rows nor texts to measure on"
             raise ValueError(f"evaluate.retention: {what}. Raise rows.held_out or evaluate.retention.texts")
         for name, wanted in (("patience", self.train.patience), ("keep", self.train.keep == "best")):
             if wanted and validation == 0:
-                raise ValueError(
-                    f"train.{name}: needs validation rows, but rows.validation is 0. Raise rows.validation"
-                )
+                what = "needs validation rows, but rows.validation is 0"
+                raise ValueError(f"train.{name}: {what}. Raise rows.validation")
         if self.merge and self.merge.arm not in self.arms.names:
             raise ValueError(f"merge.arm: {self.merge.arm} is not among the arms. Add arms.{self.merge.arm}")
         if self.draft and self.draft.prompts > held_out:

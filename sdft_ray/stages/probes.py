@@ -18,7 +18,7 @@ from sdft_ray.core.rows import Row, TrainingRow
 from sdft_ray.data.calibration import FurtherTexts, read_further
 from sdft_ray.data.chat import encode_rows, opening_ids
 from sdft_ray.errors import UserError, problem
-from sdft_ray.models.generation import generate_greedily
+from sdft_ray.models.generation import generate
 from sdft_ray.results import PROBES, read_held_out
 from sdft_ray.spec.compute import Needs
 from sdft_ray.spec.recipe import Evaluate
@@ -122,7 +122,7 @@ def _respond(
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, settings.dtype)).to(device).eval()
     prompts = [each.ids[: each.trained_from] for each in asked.values()]
-    written = generate_greedily(model, tokenizer, prompts, settings.max_new_tokens, batch_size)
+    written = generate(model, tokenizer, prompts, settings.max_new_tokens, batch_size=batch_size)
     return [
         Probe("response", row.id, prompt + answer.ids, len(prompt))
         for row, prompt, answer in zip(asked, prompts, written, strict=True)

@@ -1,3 +1,4 @@
+import itertools
 import math
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ from sdft_ray.core.recovery import (
     Estimate,
     mean_score,
     paired_differences,
+    pass_at,
     ratio,
     recovery,
     recovery_interval,
@@ -122,3 +124,19 @@ def test_ratio_of_differences_is_narrower_than_that_of_either():
     alone, paired = ratio(first, [30] * 100), ratio(first - second, [30] * 100)
     assert 0 < paired.low < paired.value < paired.high
     assert paired.high - paired.low < 0.2 * (alone.high - alone.low)
+
+
+@pytest.mark.parametrize(("samples", "k"), [(1, 1), (5, 1), (5, 3), (6, 6), (7, 4)])
+def test_pass_at_is_the_share_of_all_choices_of_k_samples_with_a_right_one(samples, k):
+    for right in range(samples + 1):
+        is_right = [i < right for i in range(samples)]
+        choices = [any(chosen) for chosen in itertools.combinations(is_right, k)]
+        assert pass_at(k, samples, right) == pytest.approx(sum(choices) / len(choices), abs=1e-12)
+
+
+def test_pass_at_is_without_bias():
+    # Each answer is right with chance p, so one of k is with 1 - (1 - p)^k, whatever number is sampled.
+    p, k, samples = 0.3, 3, 8
+    weights = [math.comb(samples, c) * p**c * (1 - p) ** (samples - c) for c in range(samples + 1)]
+    mean = sum(weight * pass_at(k, samples, right) for right, weight in enumerate(weights))
+    assert mean == pytest.approx(1 - (1 - p) ** k, abs=1e-12)

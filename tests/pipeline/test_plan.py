@@ -99,6 +99,7 @@ FIXED = {
     "prune.calibration.0.rows",
     "evaluate.speed",  # measures beside the evaluations
     "evaluate.retention",  # measures beside the evaluations; what its own leaves move is tested with it
+    "evaluate.pass_at",  # samples beside the evaluations; what its own leaves move is tested with it
     "draft",  # measures beside the evaluations
     "export",  # makes further models
     "merge",  # makes further models; what its own leaves move is tested with it
@@ -478,6 +479,17 @@ def test_retention_moves_no_other_id_and_is_moved_by_each_of_its_leaves(recipe, 
     known, moved = all_ids(with_it), tmp_path / "moved.jsonl"
     (tmp_path / "plain.jsonl").rename(moved)
     assert all_ids(with_leaf(with_it, "evaluate.retention.text", str(moved))) == known
+
+
+def test_pass_at_moves_the_held_out_evaluations_alone_and_is_moved_by_each_of_its_leaves_but_k(recipe):
+    wanted = {"k": [1, 2], "samples": 4, "temperature": 0.5, "top_p": 0.5, "seed": 1}
+    with_it = with_leaf(recipe, "evaluate.pass_at", wanted)
+    chains = [pipeline.chain(validate(Recipe, data)) for data in (recipe, with_it)]
+    moved = {key for key, stage in chains[0].evaluations.items() if stage.id != chains[1].evaluations[key].id}
+    assert moved == {(model, "held_out") for model in chains[0].models}
+    for leaf, value in {"samples": 5, "temperature": 0.6, "top_p": 0.6, "seed": 2}.items():
+        assert all_ids(with_leaf(with_it, f"evaluate.pass_at.{leaf}", value)) != all_ids(with_it), leaf
+    assert all_ids(with_leaf(with_it, "evaluate.pass_at.k", [3])) == all_ids(with_it)
 
 
 def test_retention_passes_over_what_calibration_reads(recipe):

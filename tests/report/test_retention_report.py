@@ -1,4 +1,4 @@
-"""Retention and generated answers in the report of a recipe: tables, sentences, JSON, page."""
+"""Retention, generated and sampled answers in the report of a recipe: tables, sentences, JSON, page."""
 
 import io
 
@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from sdft_ray.core.recovery import Estimate
-from sdft_ray.generated import Habits
+from sdft_ray.generated import Habits, Sampled
 from sdft_ray.report import lines, page, table
 from sdft_ray.report.entries import Cost, ModelEntry, Quality, Report, Retention, RetentionComparison
 from sdft_ray.stages.retention import Kept
@@ -26,6 +26,7 @@ def entry(name: str, kl: float, ended: float | None) -> ModelEntry:
         cost=Cost(parameters=1, flops_per_token=2.0),
         retention=Retention(texts=kept, bits_per_byte=Estimate(1.25, 1.0, 1.5, 7)),
         generated=Habits(answers=40, ended=ended, repeated=0.25, empty=0.0, refused=0.05, characters=100 * (1 + kl)),
+        pass_at={2: Sampled(share=Estimate(0.5, 0.25, 0.75, 9), over_base=Estimate(-kl, -kl, 0.0, 9) if kl else None)},
     )
 
 
@@ -48,8 +49,13 @@ def test_tables_show_figures_with_intervals_and_what_is_not_known_as_a_dash(repo
         ["base", "100.0", "25.0", "0.0", "5.0", "100", "100%"],
         ["sft", "-", "25.0", "0.0", "5.0", "150", "150%"],
     ]
+    assert table.pass_at_columns(report) == ["model", "pass@2", "less the base's"]
+    assert table.pass_at_rows(report) == [
+        ["base", "50.0 [25.0, 75.0]", ""],
+        ["sft", "50.0 [25.0, 75.0]", "-50.0 [-50.0, +0.0]"],
+    ]
     console = Console(width=160, record=True, file=io.StringIO())
-    console.print(table.retention_table(report), table.generated_table(report))
+    console.print(table.retention_table(report), table.generated_table(report), table.pass_at_table(report))
     text = console.export_text()
     assert "9 plain texts (1234 tokens)" in text and "responses of the base" not in text
 
@@ -60,15 +66,17 @@ def test_line_names_the_difference_of_the_arms(report):
     )
 
 
-def test_json_of_an_entry_has_both(report):
+def test_json_of_an_entry_has_all(report):
     plain = report.models[1].plain()
     assert plain["retention"]["texts"]["kl"] == {"value": 0.5, "low": 0.49, "high": 0.51, "n": 9}
     assert plain["generated"]["repeated"] == 0.25
+    assert plain["pass_at"]["2"]["share"]["low"] == 0.25
 
 
-def test_a_report_without_either_shows_neither(report):
-    bare = [model.model_copy(update={"retention": None, "generated": None}) for model in report.models]
+def test_a_report_without_any_shows_none(report):
+    bare = [model.model_copy(update={"retention": None, "generated": None, "pass_at": None}) for model in report.models]
     without = report.model_copy(update={"models": tuple(bare)})
     assert not table.retention_columns(without) and not table.retention_rows(without)
-    assert not table.generated_rows(without) and lines.retention_caption(without)
+    assert not table.generated_rows(without) and not table.pass_at_rows(without)
+    assert lines.retention_caption(without)
     assert page._template("page.html.jinja")

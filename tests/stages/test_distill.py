@@ -21,13 +21,14 @@ from sdft_ray.core.rows import PLAIN, Given, Message, Row, write_conversation
 from sdft_ray.core.selection import Generation
 from sdft_ray.engine import EngineFactory, VllmEngine
 from sdft_ray.errors import StageFailed, UserError
+from sdft_ray.models.generation import sampling_seed
 from sdft_ray.progress import Progress
 from sdft_ray.results import read_split, training_batches
 from sdft_ray.spec import compute
 from sdft_ray.spec.wording import validate
 from sdft_ray.stages import Work, distill, rows
 from sdft_ray.stages.distill import spread
-from sdft_ray.stages.distill.draws import instruction_template, sampling_seed
+from sdft_ray.stages.distill.draws import instruction_template
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 

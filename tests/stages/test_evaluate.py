@@ -14,8 +14,11 @@ from sdft_ray.data.benchmarks import offline_task_file
 from sdft_ray.data.chat import encode_row, render_prompt
 from sdft_ray.errors import UserError
 from sdft_ray.models import generation
+from sdft_ray.models.generation import Draw, Written
+from sdft_ray.spec.pass_at import PassAt
 from sdft_ray.stages import evaluate
 from sdft_ray.stages.evaluate import harness, held_out, presets
+from sdft_ray.stages.evaluate.harness import Loaded
 from sdft_ray.stages.evaluate.settings import Source
 
 torch.set_num_threads(1)
@@ -119,7 +122,7 @@ def test_evaluate_in_float32_scores_exactly_what_plain_lm_eval_does(task, metric
     assert [item.value for item in items] == [sample[metric] for sample in plain["samples"][task]]
 
 
-def test_generate_greedily_takes_the_likeliest_token_whatever_the_model_says_of_generation(tiny_model):
+def test_generate_takes_the_likeliest_token_whatever_the_model_says_of_generation(tiny_model):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
@@ -138,29 +141,55 @@ def test_generate_greedily_takes_the_likeliest_token_whatever_the_model_says_of_
         do_sample=True, temperature=2.0, num_beams=3, repetition_penalty=5.0, no_repeat_ngram_size=1, max_length=3,
         min_new_tokens=12, forced_eos_token_id=7, suppress_tokens=list(range(9, 99)), renormalize_logits=True,
     )  # fmt: skip
-    written = generation.generate_greedily(model, tokenizer, prompts, 12, 2)
+    written = generation.generate(model, tokenizer, prompts, 12, batch_size=2)
     assert [each.text for each in written] == expected
     for each in written:
         assert each.ended == (each.ids[-1] == 2) and (each.ended or len(each.ids) == 12)
 
 
-def test_generate_greedily_stops_at_the_templates_end_of_turn_and_at_the_ends_that_the_config_names(tiny_model):
+def test_generate_stops_at_the_templates_end_of_turn_and_at_the_ends_that_the_config_names(tiny_model):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
     prompts = [render_prompt(tokenizer, "2 + 2?")]
-    ((ids, text, ended),) = generation.generate_greedily(model, tokenizer, prompts, 12, 2)
+    ((ids, text, ended),) = generation.generate(model, tokenizer, prompts, 12, batch_size=2)
     assert tokenizer.decode(ids) == text and not ended
     third = next(i for i, token in enumerate(ids) if i >= 3 and token not in ids[:i])
     model.config.eos_token_id = [tokenizer.eos_token_id, ids[third]]
-    (ended,) = generation.generate_greedily(model, tokenizer, prompts, 12, 2)
+    (ended,) = generation.generate(model, tokenizer, prompts, 12, batch_size=2)
     assert ended == (ids[: third + 1], tokenizer.decode(ids[:third]), True)
     model.config.eos_token_id = None
     mark = tokenizer.convert_ids_to_tokens(ids[third])
     tokenizer.add_tokens([mark])  # as one that is not called special
     tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>\n", f"{mark}\n")
-    (ended,) = generation.generate_greedily(model, tokenizer, prompts, 12, 2)
+    (ended,) = generation.generate(model, tokenizer, prompts, 12, batch_size=2)
     assert ended == (ids[: third + 1], tokenizer.decode(ids[:third]), True)
+
+
+def test_generate_draws_each_answer_by_its_own_seed_whatever_stands_beside_it(tiny_model):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model), AutoTokenizer.from_pretrained(tiny_model)
+    prompts = [render_prompt(tokenizer, prompt) for prompt in ("2 + 2?", "2 + 2?", "What is the capital of France?")]
+    draws = [Draw(1.0, 0.9, seed) for seed in (1, 2, 1)]
+    together = generation.generate(model, tokenizer, prompts, 12, draws, batch_size=2)
+    alone = [
+        generation.generate(model, tokenizer, [prompt], 12, [draw], batch_size=1)[0]
+        for prompt, draw in zip(prompts, draws, strict=True)
+    ]
+    greedy = generation.generate(model, tokenizer, prompts, 12, batch_size=2)
+    assert together == alone and together[0] != together[1] != greedy[0]
+    cold = generation.generate(model, tokenizer, prompts, 12, [Draw(1e-6, 1.0, 3)] * 3, batch_size=2)
+    assert cold == greedy
+
+
+def test_drawn_tokens_have_the_chances_of_their_nucleus():
+    # At temperature 0.5 chances are squared: 16, 9, 4 and 1 of 30. A nucleus of 0.9 needs the first three.
+    logits, count = torch.tensor([0.4, 0.3, 0.2, 0.1]).log(), 6000
+    drawn = generation._drawing([Draw(0.5, 0.9, seed) for seed in range(count)])(None, logits.expand(count, -1))
+    shares = [float((drawn.argmax(-1) == token).sum()) / count for token in range(4)]
+    assert shares == pytest.approx([16 / 29, 9 / 29, 4 / 29, 0], abs=0.025)  # four standard errors
+    assert shares[3] == 0
 
 
 OPENS_THOUGHTS = (
@@ -231,6 +260,34 @@ def test_held_out_rows_of_several_sources_are_checked_as_each_says(tiny_model):
             bits -= float(lm.model(ids).logits[0].log_softmax(-1)[range(ids.shape[1] - 1), ids[0, 1:]].sum())
     size = sum(len(row.reference) for row in texts)
     assert score.other_metrics["bits_per_byte texts"] == pytest.approx(bits / math.log(2) / size, rel=1e-4)
+
+
+def test_held_out_sampled_answers_are_counted_by_row_and_move_no_score(tiny_model):
+    from transformers import AutoTokenizer
+
+    asked = []
+
+    def answer(prompts, most, draws=None):
+        asked.append(draws)
+        return [Written([1], str(i % 3), True) for i, _ in enumerate(prompts)]
+
+    def scored(requests):
+        return [(-1.0, True)] * len(requests)
+
+    loaded = Loaded(None, AutoTokenizer.from_pretrained(tiny_model), answer, scored)
+    rows = [Row(f"{i}?", "1", "1", id=f"row{i}") for i in range(3)]
+    rows.insert(1, Row("Say it.", "I say it.", id="chat", origin=1))
+    sources = [Source(name="sums", answer="number"), Source(name="chats", answer="none")]
+    wanted = PassAt(k=(1,), samples=4, temperature=0.5, top_p=0.75, seed=7)
+    score, items = held_out.evaluate_held_out(loaded, rows, sources, 4, wanted)
+    # The answers are 0, 1, 2, 0, then 1, 2, 0, 1, then 2, 0, 1, 2.
+    assert [item.right for item in items] == [1, 2, 1]
+    assert {(draw.temperature, draw.top_p) for draw in asked[1]} == {(0.5, 0.75)}
+    assert len({draw.seed for draw in asked[1]}) == 12
+    held_out.evaluate_held_out(loaded, rows[2:], sources, 4, wanted)
+    assert asked[3] == asked[1][4:], "a row's seeds depend on other rows"
+    plain, without = held_out.evaluate_held_out(loaded, rows, sources, 4)
+    assert plain == score and all("right" not in item.plain() for item in without)
 
 
 def test_held_out_without_a_row_that_is_checked_is_one_clear_line(tiny_model):

@@ -13,7 +13,7 @@ from sdft_ray.cluster import in_thread
 from sdft_ray.data.benchmarks import offline_task_file
 from sdft_ray.data.chat import render_prompt
 from sdft_ray.errors import UserError
-from sdft_ray.models.generation import generate_greedily, plain_generation
+from sdft_ray.models.generation import Draw, generate, plain_generation
 from sdft_ray.results import ITEMS, Item, read_items
 from sdft_ray.spec.compute import Compute, EngineOptions, load_compute
 from sdft_ray.spec.wording import validate
@@ -97,6 +97,9 @@ def found(ray_cluster, tiny_model, asked) -> dict:
         lm = loaded.lm
         found = {"tasks": [samples_of(harness.ask_harness(lm, task)) for task in asked["tasks"]]}
         found["packed"], found["answers"] = loaded.score(asked["pairs"]), loaded.answer(asked["prompts"], 24)
+        draws = [Draw(1.0, 0.9, seed) for seed, _ in enumerate(asked["prompts"])]
+        found["drawn"] = loaded.answer(asked["prompts"], 24, draws)
+        found["drawn_backwards"] = loaded.answer(asked["prompts"][::-1], 24, draws[::-1])[::-1]
         found["until"] = lm.generate_until(asking("generate_until", *asked["until"]))
         sampled = {"until": [], "do_sample": True, "temperature": 1.0, "top_k": 3, "max_gen_toks": 8}
         found["sampled"] = [lm.generate_until(asking("generate_until", *6 * [("Q", sampled)])) for _ in range(2)]
@@ -149,7 +152,11 @@ def test_tasks_have_the_answers_and_scores_of_plain_lm_eval_under_every_filter(f
 
 
 def test_held_out_answers_are_those_of_transformers(found, asked, plain):
-    assert found["answers"] == generate_greedily(plain.model, plain.tokenizer, asked["prompts"], 24, 4)
+    assert found["answers"] == generate(plain.model, plain.tokenizer, asked["prompts"], 24, batch_size=4)
+
+
+def test_drawn_held_out_answers_are_drawn_by_their_own_seeds(found):
+    assert found["drawn"] == found["drawn_backwards"] != found["answers"]
 
 
 def test_stop_strings_cut_as_in_plain_lm_eval(found, asked, plain):

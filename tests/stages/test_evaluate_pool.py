@@ -19,6 +19,7 @@ from sdft_ray.core.rows import Row
 from sdft_ray.data.benchmarks import offline_task_file
 from sdft_ray.errors import StageFailed
 from sdft_ray.models.generation import Written
+from sdft_ray.spec.pass_at import PassAt
 from sdft_ray.stages import evaluate
 from sdft_ray.stages.evaluate import presets
 from sdft_ray.stages.evaluate.harness import Loaded
@@ -52,8 +53,9 @@ class Fake:
     def generate_until(self, requests) -> list:
         return [f"The answer is {self._number(*each.args) % 100}." for each in requests]
 
-    def answer(self, prompts, most) -> list:
-        return [Written([1, 2], str(self._number(ids, most) % 40), True) for ids in prompts]
+    def answer(self, prompts, most, draws=None) -> list:
+        each = zip(prompts, draws or [None] * len(prompts), strict=True)
+        return [Written([1, 2], str(self._number(ids, most, draw) % 40), True) for ids, draw in each]
 
     def score(self, requests) -> list:
         return [(-float(self._number("score", *each) % 1000), True) for each in requests]
@@ -70,7 +72,11 @@ def stages(tiny_model) -> dict[str, Stage]:
         way, file = presets.OFFLINE[task], str(offline_task_file(task))
         asked = {"metric": way.metric, "shots": way.shots, "limit": limit, "chat_template": False, "file": file}
         settings.append(evaluate.TaskSettings(task=task, dtype="float32", engine="vllm", **asked))
-    settings.append(evaluate.HeldOutSettings(dtype="float32", engine="vllm", max_new_tokens=8, answer="number"))
+    settings.append(
+        evaluate.HeldOutSettings(
+            dtype="float32", engine="vllm", max_new_tokens=8, answer="number", pass_at=PassAt(samples=5)
+        )
+    )
     return {each.task: Stage("evaluate", each.task, 1, each, {"model": base}) for each in settings}
 
 

@@ -6,7 +6,6 @@ again and generate nothing.
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -67,12 +66,6 @@ def instruction_template(settings: Settings, origin: int = 0) -> str:
 def instruction_templates(settings: Settings) -> list[str]:
     """Return the rewriting instructions of all sources, each once."""
     return list(dict.fromkeys(instruction_template(settings, i) for i, _ in enumerate(settings.sources or [None])))
-
-
-def sampling_seed(row_id: str, seed: int, sample: int = 0) -> int:
-    """Return the seed of one sample of a row: it depends on nothing but these and the recipe's seed."""
-    name = f"{seed}:{row_id}" + (f":{sample}" if sample else "")
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
 
 
 def rules_of(settings: Settings, rows: Iterable[Row]) -> dict[int, Rules]:

@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 from sdft_ray.core.selection import Generation
 from sdft_ray.engine import EngineFactory, Request
 from sdft_ray.errors import StageFailed, UserError
+from sdft_ray.models.generation import sampling_seed
 from sdft_ray.spec.compute import Endpoint, EngineOptions
-from sdft_ray.stages.distill.draws import Settings, best_lines, keeps, next_draw, rules_of, sampling_seed
+from sdft_ray.stages.distill.draws import Settings, best_lines, keeps, next_draw, rules_of
 from sdft_ray.stages.distill.instructions import prompts_of
 from sdft_ray.stages.distill.requests import Asked, Requests
 from sdft_ray.store import ledger as ledgers

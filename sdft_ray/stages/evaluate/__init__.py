@@ -59,6 +59,7 @@ def stage(
             max_new_tokens=wanted.max_new_tokens,
             answer=each[0].answer if len(each) == 1 else None,
             sources=each if len(each) > 1 else None,
+            pass_at=wanted.pass_at,
             offline=wanted.preset == "offline",
         )
         inputs = {numbered("rows", i): stage for i, stage in enumerate(rows)}
@@ -160,7 +161,7 @@ def evaluate(load: Callable[[], Loaded], settings: Settings, held_out: list[Row]
     items: Sequence[Item]
     if isinstance(settings, HeldOutSettings):
         sources = settings.sources or [Source(name="", answer=str(settings.answer))]
-        score, items = evaluate_held_out(model, held_out, sources, settings.max_new_tokens)
+        score, items = evaluate_held_out(model, held_out, sources, settings.max_new_tokens, settings.pass_at)
     else:
         score, items = run_task(model.lm, settings)
     return Summary(**score.model_dump(exclude_unset=True), seconds=round(time.monotonic() - begun, 2)), items

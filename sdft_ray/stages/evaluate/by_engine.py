@@ -26,7 +26,7 @@ from sdft_ray.data.chat import opened_thought, response_ends
 from sdft_ray.engine import engine_arguments
 from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.models.exporting import load_causal
-from sdft_ray.models.generation import Written, read_written
+from sdft_ray.models.generation import Draw, Written, read_written
 from sdft_ray.spec.compute import EngineOptions
 from sdft_ray.stages.evaluate.harness import Loaded
 from sdft_ray.stages.evaluate.likelihoods import score_requests
@@ -89,15 +89,18 @@ class EngineLM(OutlineLM):
         asked = [{"prompt_token_ids": ids} for ids in prompts]
         return list(self.engine.generate(asked, list(params), use_tqdm=False))
 
-    def answer(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[Written]:
-        """Return the greedy continuations of prompts (token ids) up to where a response ends."""
+    def answer(
+        self, prompts: Sequence[list[int]], max_new_tokens: int, draws: Sequence[Draw] | None = None
+    ) -> list[Written]:
+        """Return the continuations of prompts (token ids) up to where a response ends, greedy or as their draws say."""
         from vllm import SamplingParams
 
         opened = opened_thought(self.tokenizer)
-        params = SamplingParams(
-            temperature=0, max_tokens=max_new_tokens, ignore_eos=True, stop_token_ids=self.ends, detokenize=False
+        common = {"max_tokens": max_new_tokens, "ignore_eos": True, "stop_token_ids": self.ends, "detokenize": False}
+        ways: list[dict[str, Any]] = (
+            [each._asdict() for each in draws] if draws else [{"temperature": 0}] * len(prompts)
         )
-        made = self._complete(prompts, [params] * len(prompts))
+        made = self._complete(prompts, [SamplingParams(**common, **way) for way in ways])
         return [read_written(self.tokenizer, list(each.outputs[0].token_ids), self.ends, opened) for each in made]
 
     def _model_generate(

@@ -16,7 +16,7 @@ from pydantic import Field
 from sdft_ray.data.benchmarks import read_documents
 from sdft_ray.errors import UserError, problem
 from sdft_ray.models.exporting import load_exported
-from sdft_ray.models.generation import Written, generate_greedily, plain_generation
+from sdft_ray.models.generation import Answer, generate, plain_generation
 from sdft_ray.results import Item, Score
 from sdft_ray.stages.evaluate.likelihoods import score_requests
 from sdft_ray.stages.evaluate.presets import FOLDERS, task_manager
@@ -31,8 +31,8 @@ class Loaded(NamedTuple):
     lm: Any
     """As the harness asks it."""
     tokenizer: Any
-    answer: Callable[[Sequence[list[int]], int], list[Written]]
-    """Returns the greedy continuations of prompts (token ids), of so many tokens at most."""
+    answer: Answer
+    """Returns the continuations of prompts, each up to where a response ends."""
     score: Callable[[Sequence[tuple[list[int], list[int]]]], list[tuple[float, bool]]]
     """Returns (log-likelihood, is greedy) of each (context, continuation), both token ids."""
 
@@ -200,6 +200,6 @@ def in_transformers(lm: Any, batch_size: int) -> Loaded:
     return Loaded(
         lm,
         lm.tokenizer,
-        functools.partial(generate_greedily, lm.model, lm.tokenizer, batch_size=batch_size),
+        functools.partial(generate, lm.model, lm.tokenizer, batch_size=batch_size),
         functools.partial(score_requests, lm.model, max_length=lm.max_length, batch_size=batch_size),
     )

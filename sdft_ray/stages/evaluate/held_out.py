@@ -1,4 +1,5 @@
-"""The recipe's own held-out rows: answers that are generated greedily, and the likelihood of the references."""
+"""The recipe's own held-out rows: answers that are generated greedily and, where asked for, sampled; and the
+likelihood of the references."""
 
 from __future__ import annotations
 
@@ -12,7 +13,9 @@ from sdft_ray.data.chat import encode_rows, opening_ids
 from sdft_ray.data.checkers import is_correct
 from sdft_ray.errors import UserError, problem
 from sdft_ray.generated import HeldOutItem
+from sdft_ray.models.generation import Draw, Written, sampling_seed
 from sdft_ray.results import Score
+from sdft_ray.spec.pass_at import PassAt
 from sdft_ray.stages.evaluate.harness import Loaded
 from sdft_ray.stages.evaluate.scores import make_score
 from sdft_ray.stages.evaluate.settings import Source
@@ -26,13 +29,14 @@ class _Bits(NamedTuple):
 
 
 def evaluate_held_out(
-    model: Loaded, rows: list[Row], sources: Sequence[Source], max_new_tokens: int
+    model: Loaded, rows: list[Row], sources: Sequence[Source], max_new_tokens: int, pass_at: PassAt | None = None
 ) -> tuple[Score, list[HeldOutItem]]:
     """Return exact match of greedily generated answers, and bits per byte of the references, on the held-out rows.
 
     What is generated begins where the loss of training begins, and its thoughts are no part of the answer. Bits per
     byte separate models where exact match is on the floor: they need no answer to be right. Rows of sources whose
     answers are not checked count for them alone. Of several sources each has both figures among the other metrics.
+    Sampled answers move no score: how many of them are right is kept with each item.
     """
     encoded = list(encode_rows(model.tokenizer, [row.exchange for row in rows]))
     checked = [i for i, row in enumerate(rows) if sources[row.origin].answer != "none"]
@@ -41,20 +45,19 @@ def evaluate_held_out(
         raise UserError(problem("evaluate.tasks", "held_out has no row with an answer that is checked", do))
     prompts = [encoded[i].ids[: encoded[i].trained_from] for i in checked]
     answers = model.answer(prompts, max_new_tokens)
+    right = _count_right(model, [rows[i] for i in checked], prompts, sources, max_new_tokens, pass_at)
     references = _measure(model, rows, encoded)
-    items = []
-    for i, written in zip(checked, answers, strict=True):
-        row, answer = rows[i], strip_thoughts(written.text)
-        checker = sources[row.origin].answer
-        items.append(
-            HeldOutItem(
-                id=row.id,
-                value=float(None not in (answer, row.answer) and is_correct(checker, str(row.answer), str(answer))),
-                generated=written.text,
-                ended=written.ended,
-                **references[i]._asdict(),
-            )
+    items = [
+        HeldOutItem(
+            id=rows[i].id,
+            value=float(_is_right(rows[i], written, sources)),
+            generated=written.text,
+            ended=written.ended,
+            **references[i]._asdict(),
+            **more,
         )
+        for i, written, more in zip(checked, answers, right, strict=True)
+    ]
     values = [item.value for item in items]
     chances = _chances(rows, sources)
     by_source = _by_source(rows, sources, {i: item.value for i, item in zip(checked, items, strict=True)}, references)
@@ -66,6 +69,32 @@ def evaluate_held_out(
         bits_per_byte=_per_byte(references),
         **({"other_metrics": by_source} if len(sources) > 1 else {}),
     ), items
+
+
+def _is_right(row: Row, written: Written, sources: Sequence[Source]) -> bool:
+    answer = strip_thoughts(written.text)
+    return None not in (answer, row.answer) and is_correct(sources[row.origin].answer, str(row.answer), str(answer))
+
+
+def _count_right(
+    model: Loaded,
+    rows: Sequence[Row],
+    prompts: Sequence[list[int]],
+    sources: Sequence[Source],
+    max_new_tokens: int,
+    wanted: PassAt | None,
+) -> list[dict[str, int]]:
+    """Return how many sampled answers to each row are right, as the field of its item; none where none are wanted."""
+    if not wanted:
+        return [{} for _ in rows]
+    samples = range(wanted.samples)
+    draws = [
+        Draw(wanted.temperature, wanted.top_p, sampling_seed(row.id, wanted.seed, sample))
+        for row in rows
+        for sample in samples
+    ]
+    written = iter(model.answer([prompt for prompt in prompts for _ in samples], max_new_tokens, draws))
+    return [{"right": sum(_is_right(row, next(written), sources) for _ in samples)} for row in rows]
 
 
 def _measure(model: Loaded, rows: Sequence[Row], encoded: Sequence[TrainingRow]) -> list[_Bits]:

@@ -141,8 +141,9 @@ class Answerer:
         kind, requests = asked
         match kind:
             case "answer":
-                (most,) = {most for _, most in requests}
-                return self._loaded.answer([ids for ids, _ in requests], most)
+                prompts, mosts, draws = zip(*requests, strict=True)
+                (most,) = {*mosts}
+                return self._loaded.answer(prompts, most, None if None in draws else draws)
             case "score":
                 return self._loaded.score(requests)
         return list(getattr(self._loaded.lm, kind)([_Request(arguments) for arguments in requests]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from sdft_ray.spec.pass_at import PassAt
 from sdft_ray.spec.section import Section
 
 
@@ -19,7 +20,7 @@ class Source(Section):
 class HeldOutSettings(Section):
     """The recipe's own held-out rows, answered greedily."""
 
-    unhashed, optional = ("offline",), ("sources", "engine")
+    unhashed, optional = ("offline",), ("sources", "engine", "pass_at")
     task: Literal["held_out"] = "held_out"
     dtype: str
     engine: str = "transformers"
@@ -28,6 +29,8 @@ class HeldOutSettings(Section):
     """How they are checked; None where each source has its own way."""
     sources: tuple[Source, ...] | None = None
     """Where there are several."""
+    pass_at: PassAt | None = None
+    """How they are answered with sampling, too, where they are."""
     offline: bool = True
     """Whether no other task of the recipe needs a hub: a worker that is offline once stays so."""
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from sdft_ray.core.rows import Row
 from sdft_ray.core.shares import shares
-from sdft_ray.models.generation import Written
+from sdft_ray.models.generation import Draw, Written
 from sdft_ray.results import Item, Score
 from sdft_ray.stages.evaluate.harness import Loaded
 from sdft_ray.stages.evaluate.pool import Answerer, Asked, Pool
@@ -87,8 +87,9 @@ def load_sharded(model: str, ask: Ask) -> Loaded:
         items = [(each.task_name, each.doc_id) for each in requests]
         return ask(Asked(kind, [each.args for each in requests]), items)
 
-    def answer(prompts: Sequence[list[int]], max_new_tokens: int) -> list[Written]:
-        asked = Asked("answer", [(ids, max_new_tokens) for ids in prompts])
+    def answer(prompts: Sequence[list[int]], max_new_tokens: int, draws: Sequence[Draw] | None = None) -> list[Written]:
+        ways: Sequence[Draw | None] = draws or [None] * len(prompts)
+        asked = Asked("answer", [(ids, max_new_tokens, way) for ids, way in zip(prompts, ways, strict=True)])
         return [Written(*each) for each in ask(asked, range(len(prompts)))]
 
     def score(requests: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
