@@ -8,7 +8,7 @@ import pytest
 from tiny import make_tiny_model
 
 from sdft_ray.core.rows import TrainingRow
-from sdft_ray.models.directory import spell_tokenizer_for_older, write_companions
+from sdft_ray.models.companions import spell_tokenizer_for_older, write_companions
 from sdft_ray.stages.train.tuned import require_same_logits
 
 END = 2  # <|im_end|> of the tiny tokenizer

@@ -98,15 +98,39 @@ def test_file_holds_the_template_the_special_tokens_and_every_token(tmp_path):
     assert written["qwen2.block_count"] == 6 and written["general.file_type"] == library.LlamaFileType.MOSTLY_F16
 
 
-def test_weights_beyond_float16_are_refused_and_bfloat16_holds_them(tmp_path):
+@pytest.mark.parametrize(
+    ("form", "weight", "kind"),
+    [("f16", 1e5, "F16"), ("q8_0", 9e6, "Q8_0"), ("q4_k_m", 2e6, "Q5_0"), ("f16", float("nan"), "F16")],
+)
+def test_weights_beyond_a_form_are_refused_and_bfloat16_holds_them(form, weight, kind, tmp_path):
     model = make_model(tmp_path, "llama")
     large = load(model)
-    large.model.layers[0].mlp.up_proj.weight.data[0, 0] = 1e5
+    large.model.layers[0].mlp.up_proj.weight.data[0, 0] = weight
     large.save_pretrained(model)
-    with pytest.raises(UserError, match=r"up_proj\.weight: holds weights up to 1e\+05, .* Give --format bf16"):
-        write(model)
+    what = rf"up_proj\.weight: holds weights up to {re.escape(f'{weight:.3g}')}, and {kind} ends at .*Write it as bf16"
+    with pytest.raises(UserError, match=what):
+        write(model, form)
     assert not [*tmp_path.glob("*.gguf*"), *tmp_path.glob(".*")]
-    assert write(model, "bf16").largest_error == 0
+    if np.isfinite(weight):
+        assert write(model, "bf16").largest_error == 0
+
+
+@pytest.mark.parametrize("kind", quants.LARGEST, ids=lambda kind: kind.name)
+def test_largest_weight_of_a_kind_is_held_within_what_is_stated(kind):
+    if kind in quants._LIBGGUF:
+        pytest.importorskip("libgguf", reason="needs libgguf: pip install 'sdft-ray[q4]'")
+    weights = np.zeros((1, 256), np.float32)
+    weights[0, 0] = -quants.LARGEST[kind]
+    assert quants.error_of(weights, quants.encode(weights, kind), kind) is not None
+
+
+def test_tokens_behind_the_last_row_of_embeddings_are_left_out(tmp_path):
+    model = make_model(tmp_path, "llama")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<a>", "<b>", "<image>"]})
+    tokenizer.save_pretrained(model)
+    tokens = fields(write(model).file)["tokenizer.ggml.tokens"]
+    assert tokens[-2:] == ["<a>", "<b>"] and len(tokens) == len(tokenizer) - 1
 
 
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}

@@ -110,6 +110,17 @@ def test_card_of_a_cut_says_that_it_is_not_restored_and_was_not_evaluated(root):
     assert "adapter" not in text and "Trained on" not in text
 
 
+@pytest.mark.parametrize(
+    ("metric", "line"),
+    [("tail", "the last ones"), ("remove", "named by the recipe"), ("loss", "by loss")],
+)
+def test_card_of_a_cut_whose_choice_was_not_sampled_says_what_chose(root, metric, line):
+    (cut,) = root.storage.manifests("cut")
+    summary = {key: value for key, value in cut.summary.items() if key not in ("cost", "agreement")}
+    origin = find_origin(cut.model_copy(update={"summary": summary | {"metric": metric}}), root.storage)
+    assert f"| choice of blocks | {line} |" in write_card(origin, NAME, None, [], None)
+
+
 def test_card_of_a_whole_model_has_the_scores_of_its_decoder_and_how_the_whole_is_loaded(root):
     (trained,) = root.storage.manifests("train")
     identity = trained.identity.model_copy(update={"inputs": {"model": root.trained, "whole": "0" * 12}})

@@ -5,6 +5,7 @@ import json
 import shutil
 
 import pytest
+from tiny import make_tiny_model
 from tiny_gguf import make_tiny_gguf
 
 from sdft_ray import pipeline
@@ -60,6 +61,33 @@ def problems(tiny_model, tmp_path):
         return []
 
     return find
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (
+            {"train": {"lora": {"targets": ["q_prj"]}}},
+            "train.lora.targets: the model has no linear layer q_prj. Did",
+        ),
+        ({"train": {"lora": {"targets": ["lm_head"]}}}, "train.lora.targets: lm_head has the weights of "),
+        (
+            {"arms": {"sft": {"lora": {"targets": ["up_prj"]}}}, "train": {"scope": "beside_cut"}},
+            "train.lora.targets: the model has no linear layer up_prj. Did you mean up_proj?",
+        ),
+        ({"prune": {"blocks": None, "remove": [0, 1], "patch": "linear"}}, "prune.patch: the cut begins at block 0"),
+    ],
+)
+def test_check_finds_adapters_and_patches_that_do_not_fit_the_model(problems, settings, line):
+    (found,) = problems(**settings)
+    assert found.startswith(line)
+
+
+def test_check_finds_named_blocks_that_a_hybrid_cannot_be_without(problems, tmp_path):
+    base = make_tiny_model(tmp_path / "hybrid", "qwen3_5_text")
+    prune = {"blocks": None, "remove": [1, 3, 5]}
+    (found,) = problems(model={"path": str(base)}, prune=prune)
+    assert found.startswith("prune.blocks: the cut leaves no block of attention")
 
 
 def test_check_of_what_fits_finds_nothing(problems):

@@ -130,6 +130,11 @@ ENTRY = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
         (header({"x": ENTRY}) + b"12345", "its header describes "),
         (header({"x": ENTRY, "y": {**ENTRY, "data_offsets": [6, 10]}}) + bytes(10), "y begins at byte "),
         (header({"x": {**ENTRY, "data_offsets": [4, 0]}}) + bytes(4), "x begins at byte "),
+        (header({"x": {**ENTRY, "data_offsets": [0.0, 4.0]}}) + bytes(4), "deserializing header: "),
+        (header({"x": {**ENTRY, "shape": [2]}}) + bytes(4), "invalid shape, data type, or offset"),
+        (header({"x": {**ENTRY, "shape": [-1]}}) + bytes(4), "deserializing header: "),
+        (header({"x": {**ENTRY, "dtype": "Q4"}}) + bytes(4), "deserializing header: "),
+        (header({"x": ENTRY, "__metadata__": [1]}) + bytes(4), "deserializing header: "),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "its header ends at byte "),
     ],
 )

@@ -16,8 +16,7 @@ from tiny_gguf import BLOCK, make_tiny_gguf
 from sdft_ray.core.rows import Row
 from sdft_ray.data import benchmarks, calibration, readers
 from sdft_ray.errors import UserError
-from sdft_ray.models import directory, sources
-from sdft_ray.preflight import limits
+from sdft_ray.models import directory, sources, tokens
 from sdft_ray.spec.sources import FileRows, GymRows, LocalModel, PackagedModel
 from sdft_ray.stages.model import stage as model_stage
 
@@ -356,6 +355,65 @@ def test_describe_directory_that_lacks_a_part_names_it(model, lost, line):
     assert complaint(directory.describe_directory, model) == line.format(path=model)
 
 
+FILES = ("config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json", "chat_template.jinja")
+
+
+@pytest.mark.parametrize("name", [*FILES, "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize("kind", ["directory", "link"])
+def test_describe_directory_of_what_only_has_the_name_of_a_file_says_what_it_is(model, name, kind):
+    (model / name).unlink(missing_ok=True)
+    if kind == "directory":
+        (model / name).mkdir()
+    else:
+        (model / name).symlink_to("blobs/1f3a")
+    what = "a directory, not a file" if kind == "directory" else "a link to blobs/1f3a, which is not there"
+    assert complaint(directory.describe_directory, model) == f"{model / name}: is {what}. Copy or download it again."
+
+
+@pytest.mark.parametrize(
+    ("fields", "line"),
+    [
+        ({"num_hidden_layers": "6"}, 'num_hidden_layers is "6", not a whole number above 0. Copy'),
+        ({"num_hidden_layers": -1}, "num_hidden_layers is -1, not a whole number above 0. Copy"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings is 0, not a whole number above 0. Copy"),
+        ({"model_type": "unheard", "tie_word_embeddings": None}, "is refused by transformers (The checkpoint you are"),
+    ],
+)
+def test_describe_directory_of_a_config_with_a_wrong_value_names_it(model, fields, line):
+    tensors = load_file(model / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, model / "model.safetensors")
+    config = json.loads((model / "config.json").read_text()) | fields
+    (model / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    assert complaint(directory.describe_directory, model).startswith(f"{model / 'config.json'}: {line}")
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"eos_token_id": "2"}, '(eos_token_id is "2")'),
+        ({"eos_token_id": [[2]]}, "(eos_token_id is [[2]])"),
+        ({"eos_token_id": True}, "(eos_token_id is true)"),
+        ({"cache_implementation": "odd"}, "(Invalid `cache_implementation` (odd)."),
+    ],
+)
+def test_require_sound_of_a_generation_config_that_stops_no_model_says_why(model, settings, line):
+    (model / "generation_config.json").write_text(json.dumps(settings))
+    said = complaint(directory.require_sound, model)
+    assert said.startswith(f"{model / 'generation_config.json'}: is refused by transformers {line}")
+
+
+def test_require_sound_takes_weights_of_64_bits(model):
+    tensors = load_file(model / "model.safetensors")
+    save_file({name: tensor.double() for name, tensor in tensors.items()}, model / "model.safetensors")
+    directory.require_sound(model)
+
+
+def test_require_sound_of_a_config_that_transformers_explains_in_two_lines_has_both(model):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_attention_heads": 3}))
+    assert "validate_architecture': ValueError: The hidden size (64)" in complaint(directory.require_sound, model)
+
+
 def reshaped(tensors):
     tensors["model.layers.3.mlp.down_proj.weight"] = torch.zeros(3, 5)
 
@@ -369,7 +427,7 @@ def reshaped(tensors):
         (lambda tensors: tensors.update({"other.weight": torch.zeros(2)}), "other.weight is not in the model)"),
         (
             lambda tensors: tensors.update({k: v.to(torch.float8_e4m3fn) for k, v in tensors.items()}),
-            "is of F8_E4M3, and only float16, bfloat16 and float32 can be pruned. Give the model",
+            "is of F8_E4M3 (expected one of float32, bfloat16, float16, float64). Give the model before it was",
         ),
     ],
     ids=["norm", "of a block", "shape", "more", "fp8"],
@@ -395,7 +453,44 @@ def test_require_sound_of_weights_that_are_not_those_of_the_config_names_one(mod
 )
 def test_require_template_that_writes_no_conversation_is_one_line(model, template, line):
     (model / "chat_template.jinja").write_text(template)
-    assert line in complaint(limits.require_template, model)
+    assert line in complaint(tokens.require_fitting, model, 259)
+
+
+@pytest.mark.parametrize(
+    ("token", "settings", "line"),
+    [
+        ({"special": True}, {}, None),  # as Gemma 3's text models have one for images
+        ({"special": False}, {}, "its tokenizer has the token '<x>' with id 259, and the model 259 embeddings. Remove"),
+        ({"special": True}, {"pad_token": "<x>"}, "the token '<x>' with id 259"),
+        ({"special": True}, {"eos_token": "<x>"}, "the token '<x>' with id 259"),
+        ({"special": True}, {"chat_template": True}, "the token '<x>' with id 259"),
+        (None, {"eos_token": "<never>"}, "the token '<never>' with id 259"),
+        (None, {"tokenizer_class": 3}, "its tokenizer cannot be loaded ("),
+    ],
+    ids=["control", "text", "pad", "eos", "template", "eos of no vocabulary", "class"],
+)
+def test_require_fitting_of_a_token_that_has_no_embedding_names_it(model, token, settings, line):
+    if token:
+        tokenizer = json.loads((model / "tokenizer.json").read_text())
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        tokenizer["added_tokens"].append({"id": 259, "content": "<x>"} | flags | token)
+        (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    if settings.pop("chat_template", None):
+        template = (model / "chat_template.jinja").read_text()
+        (model / "chat_template.jinja").write_text(template.replace("<|im_start|>", "<x>"))
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(config | settings))
+    if line is None:
+        tokens.require_fitting(model, 259)
+    else:
+        assert line in complaint(tokens.require_fitting, model, 259)
+
+
+def test_require_fitting_of_a_tokenizer_without_a_vocabulary_says_so(model):
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] = {}
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "its tokenizer does not give QUESTION back" in complaint(tokens.require_fitting, model, 259)
 
 
 def test_describe_directory_with_pickled_weights_gives_a_command_that_converts_them(model):
@@ -697,6 +792,8 @@ def test_describe_model_of_a_gguf_file_reads_architecture_blocks_and_context(tmp
             {"without": ["token_embd.weight", "output_norm.weight"]},
             "lacks token_embd.weight and 1 more tensors",
         ),
+        ("m.gguf", {"also": ["blk.3.attn_norm.weight"]}, "holds blk.3.attn_norm.weight, and its header has 3 blocks."),
+        ("m.gguf", {"also": ["rope_freqs.weight"]}, "stretches its positions as Llama 3.1 does (rope_freqs.weight)"),
         (
             "m-00001-of-00003.gguf",
             {},
@@ -714,7 +811,7 @@ def test_describe_model_of_a_gguf_file_reads_architecture_blocks_and_context(tmp
             "scales its positions (llama.rope.scaling.type is yarn)",
         ),
     ],
-    ids=["tensor", "block", "both-ends", "part-by-name", "part-by-field", "adapter", "scaled"],
+    ids=["tensor", "block", "both-ends", "more", "stretched", "part-by-name", "part-by-field", "adapter", "scaled"],
 )
 def test_describe_model_of_a_gguf_file_that_would_load_as_another_model_says_why(tmp_path, name, options, line):
     path = make_tiny_gguf(tmp_path / name, **options)

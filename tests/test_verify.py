@@ -161,6 +161,18 @@ def enlarge_the_tokenizer(directory):
     tokenizer.save_pretrained(directory)
 
 
+def add_a_control_token_that_is_never_written(directory):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    tokenizer.save_pretrained(directory)
+
+
+def drop_the_tokenizer(directory):
+    (directory / "tokenizer.json").unlink()
+
+
 def drop_the_template(directory):
     (directory / "chat_template.jinja").unlink()
 
@@ -187,6 +199,8 @@ def cut_a_file_short(directory):
         (put_a_nan, "finite", f"{UP} has 1 values that are NaN or infinite"),
         (enlarge_the_tokenizer, "tokenizer", "token '<new>' has id 259, model.embed_tokens.weight has 259 rows"),
         (drop_the_template, "tokenizer", "there is no chat template"),
+        (drop_the_tokenizer, "tokenizer", "the tokenizer does not give 'What is the capital of France?' back"),
+        (in_json("generation_config.json", eos_token_id="2"), "tokenizer", 'by transformers (eos_token_id is "2")'),
         (in_json("generation_config.json", eos_token_id=[2, 999]), "tokenizer", "eos_token_id 999 is outside"),
         (cut_a_file_short, "tensors", "SafetensorError: "),
     ],
@@ -196,6 +210,11 @@ def test_verify_of_a_spoiled_model_names_what_is_wrong(spoil, check, says, cut, 
     assert failures(cut, base) == {}
     spoil(cut)
     assert says in failures(cut, base)[check]
+
+
+def test_verify_takes_a_control_token_behind_the_embeddings_that_no_template_writes(cut, base):
+    add_a_control_token_that_is_never_written(cut)
+    assert failures(cut, base) == {}
 
 
 def test_verify_of_an_index_that_lies_names_the_tensor(base, tmp_path):

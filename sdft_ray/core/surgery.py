@@ -85,7 +85,9 @@ def require_supported(architecture: str, where: str) -> None:
 
 def count_blocks(config: Mapping[str, Any]) -> int:
     """Return the number of blocks of a config.json; 0 where it names none. nemotron_h has only their kinds."""
-    return int(config.get("num_hidden_layers") or len(next((config[key] for key in PER_BLOCK if config.get(key)), ())))
+    if isinstance(named := config.get("num_hidden_layers"), int) and named:
+        return named
+    return len(next((value for key in PER_BLOCK if isinstance(value := config.get(key), list | str)), ()))
 
 
 def further_blocks(config: Mapping[str, Any]) -> range:
@@ -97,8 +99,9 @@ def further_blocks(config: Mapping[str, Any]) -> range:
 def require_blocks(model: Path, names: Iterable[str], config: Mapping[str, Any]) -> None:
     """Raise UserError where tensors have other blocks than the config: the choice of blocks would be a guess."""
     blocks = count_blocks(config)
-    numbers = {block_of(name) for name in names} - {None, *further_blocks(config)}
-    if numbers != set(range(blocks)):
+    further = further_blocks(config)
+    numbers = {block for name in names if (block := block_of(name)) is not None and block not in further}
+    if len(numbers) != blocks or max(numbers, default=-1) != blocks - 1:
         what = f"its weights have {len(numbers)} blocks named model.layers.N, its config.json has {blocks}"
         raise UserError(problem(str(model), what, "Give a model whose weights and config.json agree"))
     _require_own_parts(str(model), config)
@@ -211,10 +214,12 @@ def _place_experts(config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, 
         first, last, step = (config[f"moe_layer_{key}"] for key in ("start_index", "end_index", "interval"))
         mixed = [i for i, block in enumerate(kept) if first <= block <= last and not (block + 1) % step]
         mixed = mixed or [len(kept)]  # none has experts
-        if mixed != list(range(mixed[0], mixed[-1] + 1)):
+        between = range(mixed[0], mixed[-1] + 1)
+        steps = [step for step in range(1, len(kept) + 2) if mixed == [i for i in between if not (i + 1) % step]]
+        if not steps:
             what = f"blocks with experts would be {mixed}, and moe_layer_interval has no word for that"
             raise UserError(problem("config.json", what, "Remove a contiguous span, or other blocks"))
-        return {"moe_layer_start_index": mixed[0], "moe_layer_end_index": mixed[-1], "moe_layer_interval": 1}
+        return {"moe_layer_start_index": mixed[0], "moe_layer_end_index": mixed[-1], "moe_layer_interval": steps[0]}
     return {}
 
 

@@ -16,9 +16,12 @@ _LFS_POINTER = b"version https://git-lfs"
 
 
 def first_bytes(path: Path) -> bytes:
-    """Return the start of a file; raises UserError for a pointer to another one."""
-    with path.open("rb") as file:
-        start = file.read(len(_LFS_POINTER))
+    """Return the start of a file; raises UserError for a directory, and for a pointer to another file."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(_LFS_POINTER))
+    except IsADirectoryError:
+        raise UserError(problem(str(path), "is a directory, not a file", "Put the file in its place")) from None
     if start == _LFS_POINTER:
         what = "is a Git LFS pointer, not the file itself"
         raise UserError(problem(str(path), what, "Do: git lfs pull"))
@@ -51,5 +54,9 @@ def parse_json(text: str, path: Path) -> Any:
 
 
 def first_line(error: object) -> str:
-    """Return the first line of an error's message without its end, or its kind where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+    """Return the first line of an error's message without its end, with the next one where that is what it announces;
+    its kind where it has no words."""
+    first, *more = str(error).strip().splitlines() or [type(error).__name__]
+    if isinstance(error, KeyError):  # its message is the key
+        first = f"{type(error).__name__}: {first}"
+    return (f"{first} {more[0].strip()}" if first.endswith(":") and more else first)[:200].rstrip(".")

@@ -23,12 +23,12 @@ from safetensors import safe_open
 from sdft_ray.core.surgery import block_of
 from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
+from sdft_ray.models.companions import write_companions
 from sdft_ray.models.directory import (
     WEIGHTS_INDEX,
     describe_directory,
     require_dtype,
     stored_tensors,
-    write_companions,
 )
 from sdft_ray.models.shards import StoredTensor, read_header, write_tensors
 from sdft_ray.progress import Progress

@@ -1,117 +1,45 @@
-"""Complete and check a Hugging Face model directory.
+"""Check a Hugging Face model directory.
 
-In: a directory with weights and config.json, and the base that its model came from. Out: the base's tokenizer, chat
-template, generation config and licence beside them; or an error that names the fault. `cut`, `train` and `merge` all
-write through this module, because a directory that any tool loads needs more than its weights.
+In: a directory with weights and config.json. Out: its facts and the places of its tensors, or an error that names the
+fault. What transformers and vLLM would pass over in silence, or each read in its own way, is refused here.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdft_ray.core.surgery import EMBEDDINGS, count_blocks, further_blocks, rename_tensor
-from sdft_ray.data.chat import end_of_turn
 from sdft_ray.data.readers import read_json, read_object, read_text, require_whole
 from sdft_ray.data.text import first_line
 from sdft_ray.errors import UserError, problem
 from sdft_ray.models.shards import StoredTensor, read_header, same_bytes
-from sdft_ray.store.files import inside, write_atomically
+from sdft_ray.store.files import inside
 
 if TYPE_CHECKING:
-    pass
+    from transformers import PreTrainedConfig
 
-LICENCES = ("*licen[cs]e*", "*notice*", "copying*", "*use_policy*")
-"""Names, in lower case, of the files with the terms of a model."""
-# Files to copy from a base to a model made of it, in any case. A list, because a user's directory holds anything:
-# weights in other formats, logs, the files of a training. Not the model card: it describes the base.
-COMPANIONS = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
-    *("*.model", "*.tiktoken", "tekken.json"),  # vocabularies of SentencePiece, tiktoken and Mistral
-    *("chat_template*", "additional_chat_templates/*", "generation_config.json"),
-    *LICENCES,
-)
-_MOST_BYTES = 1 << 27  # the largest tokenizer.json of a well-known model has 34 MB; larger files hold weights
+_WEIGHTS = "model.safetensors"
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+"""PyTorch's names of the kinds of weights, by those in safetensors files."""
+WEIGHTS_INDEX = f"{_WEIGHTS}.index.json"
 
 
-def require_dtype(model: Path, name: str, tensor: StoredTensor) -> None:
-    """Raise UserError for a tensor of a model that PyTorch does not compute with."""
-    if tensor.dtype not in DTYPES:
-        do = f"Give it in {', '.join(DTYPES.values())}"
-        raise UserError(problem(str(model), f"{name} is stored as {tensor.dtype}", do))
+def load_config(directory: Path) -> PreTrainedConfig:
+    """Return a model's config as transformers reads it, which runs no code of the model's own; raises UserError for one
+    that transformers refuses."""
+    from transformers import AutoConfig
 
-
-# --- companions -----------------------------------------------------------------------------------------------
-
-
-def write_companions(base: Path, directory: Path) -> None:
-    """Copy the companions of a model's weights and config, byte for byte with two exceptions.
-
-    The tokenizer's settings are spelled so that transformers 4 also reads them, and the generation config stops at the
-    end of an assistant's turn.
-    """
-    for path in _companions(base):
-        copy = directory / path.relative_to(base)
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, copy)  # not its mode: a hub's cache is read-only
-    spell_tokenizer_for_older(directory)
-    _add_end_of_turn(base, directory)
-
-
-def copy_all_but_weights(model: Path, directory: Path) -> None:
-    """Copy what describes a model whose tensors keep their names and shapes: config, index, companions."""
-    for name in ("config.json", WEIGHTS_INDEX):
-        if (model / name).is_file():
-            shutil.copy2(model / name, directory / name)
-    write_companions(model, directory)
-
-
-def _companions(base: Path) -> list[Path]:
-    files = (path for path in (*base.iterdir(), *base.glob("additional_chat_templates/*")) if path.is_file())
-    return [
-        path
-        for path in files
-        if any(fnmatch.fnmatch(path.relative_to(base).as_posix().lower(), pattern) for pattern in COMPANIONS)
-        and path.stat().st_size <= _MOST_BYTES
-    ]
-
-
-def spell_tokenizer_for_older(directory: Path) -> None:
-    """Rewrite tokenizer_config.json where only transformers 5 could read it; 5 also reads the older spelling."""
-    path = directory / "tokenizer_config.json"
-    settings = dict(read_json(path)) if path.is_file() else {}
-    older = dict(settings)
-    if settings.get("tokenizer_class") == "TokenizersBackend":
-        older["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(settings.get("extra_special_tokens"), list):  # 4 expects a mapping under this name
-        older["additional_special_tokens"] = older.pop("extra_special_tokens")
-    if older != settings:
-        write_atomically(path, json.dumps(older, indent=2, ensure_ascii=False) + "\n")
-
-
-def _add_end_of_turn(base: Path, directory: Path) -> None:
-    """Make engines stop at the token that ends an assistant's turn, beside their present stops.
-
-    Not by `GenerationConfig.save_pretrained`, which refuses settings of many models (a temperature without do_sample).
-    """
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-
-    end, path = end_of_turn(AutoTokenizer.from_pretrained(directory)), directory / "generation_config.json"
-    config = AutoConfig.from_pretrained(base).to_dict() | read_json(base / "config.json")
-    exists = path.is_file()  # else transformers derives it from the config alone
-    settings = dict(read_json(path)) if exists else GenerationConfig.from_model_config(config).to_diff_dict()
-    named = settings.get("eos_token_id", config.get("eos_token_id"))
-    stops = named if isinstance(named, list) else [] if named is None else [named]
-    if end not in stops or not exists or "eos_token_id" not in settings:
-        settings["eos_token_id"] = stops if end in stops else [*stops, end]
-        settings.pop("_from_model_config", None)  # with it, transformers 4 would take the config's again
-        write_atomically(path, json.dumps(settings, indent=2) + "\n")
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001 - a config can be wrong in any way
+        what = f"is refused by transformers ({first_line(error)})"
+        raise UserError(problem(str(directory / "config.json"), what, "Copy or download it again")) from None
+    return config
 
 
 # --- proofs ---------------------------------------------------------------------------------------------------
@@ -122,10 +50,17 @@ def tensor_places(directory: Path) -> dict[str, tuple[Path, StoredTensor]]:
     return {name: (path, tensor) for path, file in stored_tensors(directory).items() for name, tensor in file.items()}
 
 
+def require_dtype(model: Path, name: str, tensor: StoredTensor) -> None:
+    """Raise UserError for a tensor of a model that PyTorch does not compute with."""
+    if tensor.dtype not in DTYPES:
+        do = f"Give it in {', '.join(DTYPES.values())}"
+        raise UserError(problem(str(model), f"{name} is stored as {tensor.dtype}", do))
+
+
 def require_loadable(directory: Path) -> int:
     """Return the parameter count after proving that the files hold exactly the tensors of the config."""
     import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     from sdft_ray.progress import quiet_transformers
 
@@ -136,7 +71,7 @@ def require_loadable(directory: Path) -> int:
         for name, (_, tensor) in tensor_places(directory).items()
         if rename_tensor(name, further)
     }
-    config = AutoConfig.from_pretrained(directory)
+    config = load_config(directory)
     kinds = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING if hasattr(config, "text_config") else MODEL_FOR_CAUSAL_LM_MAPPING
     # The loader also knows names of tensors that only files have (each expert by itself).
     model, info = kinds[type(config)].from_pretrained(
@@ -159,20 +94,19 @@ def require_loadable(directory: Path) -> int:
 def require_sound(directory: Path) -> None:
     """Raise UserError for a model whose files are not those of its config, or hold no plain numbers."""
     for name, (path, tensor) in tensor_places(directory).items():
-        if name.endswith(".weight") and tensor.dtype not in (*DTYPES, "F64"):
-            what = f"{name} is of {tensor.dtype}, and only float16, bfloat16 and float32 can be pruned"
+        if name.endswith(".weight") and tensor.dtype not in DTYPES:
+            what = f"{name} is of {tensor.dtype} (expected one of {', '.join(DTYPES.values())})"
             raise UserError(problem(str(path), what, "Give the model before it was quantised"))
+    require_generation(directory / "generation_config.json")
     try:
         require_loadable(directory)
+    except UserError:
+        raise
     except Exception as error:  # noqa: BLE001 - a config can be wrong in any way
         what = f"cannot be loaded ({first_line(error).removeprefix(f'{directory}: ')})"
         raise UserError(problem(str(directory), what, "Copy or download it again")) from None
 
 
-_WEIGHTS = "model.safetensors"
-DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-"""PyTorch's names of the kinds of weights, by those in safetensors files."""
-WEIGHTS_INDEX = f"{_WEIGHTS}.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 # Files that transformers reads beside weights and config; it ignores a damaged generation_config.json silently.
 _COMPANIONS = (
@@ -181,6 +115,23 @@ _COMPANIONS = (
     *("merges.txt", "chat_template.jinja"),
 )
 _COUNTS = ("num_hidden_layers", "max_position_embeddings", "num_attention_heads")
+
+
+def require_generation(path: Path) -> None:
+    """Raise UserError for a generation config with which transformers would not load the model, or not know its end."""
+    from transformers import GenerationConfig
+
+    if not path.is_file():
+        return
+    named = read_object(path).get("eos_token_id")
+    ends = named if isinstance(named, list) else [named]
+    try:
+        GenerationConfig.from_pretrained(path.parent)
+        wrong = "" if all(end is None or type(end) is int for end in ends) else f"eos_token_id is {json.dumps(named)}"
+    except Exception as error:  # noqa: BLE001 - any value of it can be wrong
+        wrong = first_line(error)
+    if wrong:
+        raise UserError(problem(str(path), f"is refused by transformers ({wrong})", "Correct it, or remove the file"))
 
 
 # --- models ---------------------------------------------------------------------------------------------------
@@ -205,6 +156,7 @@ def describe_directory(directory: Path, teaches: bool = False) -> ModelFacts:
     teaches: it only generates, and its weights may be quantised.
     """
     _require_own_weights(directory)
+    _require_files(directory)
     config = read_object(directory / "config.json", missing="is no Hugging Face model directory")
     _require_weights(directory, config, teaches)
     if not any((directory / name).is_file() for name in _TOKENIZER_FILES):
@@ -228,8 +180,9 @@ def describe_directory(directory: Path, teaches: bool = False) -> ModelFacts:
 
 def _count(path: Path, config: Mapping[str, Any], name: str) -> int | None:
     value = config.get(name)
-    if value is not None and type(value) is not int:
-        raise UserError(problem(str(path), f"{name} is {json.dumps(value)}, not a number", "Copy or download it again"))
+    if value is not None and (type(value) is not int or value < 1):
+        what = f"{name} is {json.dumps(value)}, not a whole number above 0"
+        raise UserError(problem(str(path), what, "Copy or download it again"))
     return value
 
 
@@ -241,6 +194,16 @@ def _require_own_weights(directory: Path) -> None:
         raise UserError(problem(str(directory), what, "Merge it into its base with peft's merge_and_unload"))
     if not (directory / "config.json").is_file() and (files := sorted(directory.glob("*.gguf"))):
         raise UserError(problem(str(directory), "is a folder of GGUF files", f"Give one of them: {files[0]}"))
+
+
+def _require_files(directory: Path) -> None:
+    """Raise UserError where a file that is read is a directory, or a link that leads nowhere: it would pass for one
+    that is not there."""
+    names = ("config.json", WEIGHTS_INDEX, *_COMPANIONS)
+    for path in sorted(path for path in directory.iterdir() if path.name in names or path.suffix == ".safetensors"):
+        if not path.is_file():
+            kind = "a directory, not a file" if path.is_dir() else f"a link to {path.readlink()}, which is not there"
+            raise UserError(problem(str(path), f"is {kind}", "Copy or download it again"))
 
 
 def _require_tokenizer(path: Path) -> None:
@@ -383,7 +346,4 @@ def is_tied(directory: Path, config: Mapping[str, Any]) -> bool:
     """Return whether a model's head has the weights of its embeddings."""
     if "tie_word_embeddings" in config:
         return bool(config["tie_word_embeddings"])
-    from transformers import AutoConfig
-
-    # Each architecture has its own default.
-    return bool(AutoConfig.from_pretrained(directory, trust_remote_code=False).tie_word_embeddings)
+    return bool(load_config(directory).tie_word_embeddings)  # each architecture has its own default

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from sdft_ray.data.readers import read_json
-from sdft_ray.models.directory import write_companions
+from sdft_ray.models.companions import write_companions
 from sdft_ray.progress import Progress
 
 if TYPE_CHECKING:

@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
 from safetensors import safe_open
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from sdft_ray.errors import UserError, nearest, problem
 from sdft_ray.models import quants
-from sdft_ray.models.directory import describe_directory, require_dtype, tensor_places
+from sdft_ray.models.directory import describe_directory, load_config, require_dtype, tensor_places
 from sdft_ray.models.sources import read_gguf
 from sdft_ray.models.vocabulary import add_vocabulary, name_pre_tokenizer
 from sdft_ray.progress import Progress
@@ -82,7 +82,7 @@ def write_gguf(model: Path, file: Path, form: str, title: str, progress: Progres
     Raises UserError for a model that GGUF cannot say, and StageFailed where the disk is too small.
     """
     describe_directory(model)
-    config = AutoConfig.from_pretrained(model)
+    config = load_config(model)
     family = _require_family(model, config)
     writer = gguf.GGUFWriter(None, family.name)
     writer.add_name(title)
@@ -105,7 +105,7 @@ def write_gguf(model: Path, file: Path, form: str, title: str, progress: Progres
 def load_gguf(file: Path, dtype: str) -> PreTrainedModel:
     """Return the model of a file that was written here, with the config beside it: what llama.cpp computes with, in
     another precision."""
-    config = AutoConfig.from_pretrained(file.parent)
+    config = load_config(file.parent)
     family = _require_family(file.parent, config)
     names, heads = _tensor_names(family, config), _reordered(family, config)
     stored = {tensor.name: tensor for tensor in read_gguf(file).tensors}
@@ -130,7 +130,7 @@ def load_gguf(file: Path, dtype: str) -> PreTrainedModel:
 
 def require_sayable(model: Path) -> None:
     """Raise UserError for a model or a tokenizer that GGUF cannot say."""
-    _require_family(model, AutoConfig.from_pretrained(model))
+    _require_family(model, load_config(model))
     name_pre_tokenizer(model / "tokenizer.json")
 
 
@@ -276,14 +276,12 @@ def _write(writer: gguf.GGUFWriter, plan: Sequence[_Tensor], file: Path, progres
 
 
 def _quantised(tensor: _Tensor) -> np.ndarray:
-    """Return a tensor as it is stored; raises UserError for weights that float16 cannot hold."""
-    weights = tensor.weights()
-    with np.errstate(over="ignore"):
-        stored = quants.encode(weights, tensor.kind)
-    if tensor.kind == Kind.F16 and not np.isfinite(stored).all():
-        what = f"holds weights up to {np.abs(weights).max():.3g}, and float16 ends at 65504"
-        raise UserError(problem(tensor.source_name, what, "Give --format bf16"))
-    return stored
+    """Return a tensor as it is stored; raises UserError for weights that its kind cannot hold."""
+    weights, most = tensor.weights(), quants.LARGEST.get(tensor.kind, float("inf"))
+    if not (largest := np.abs(weights).max(initial=0)) <= most:
+        what = f"holds weights up to {largest:.3g}, and {tensor.kind.name} ends at {most:.3g}"
+        raise UserError(problem(tensor.source_name, what, "Write it as bf16"))
+    return quants.encode(weights, tensor.kind)
 
 
 # --- the proof ------------------------------------------------------------------------------------------------

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from sdft_ray.data.readers import read_object
 from sdft_ray.errors import UserError, problem
-from sdft_ray.models.directory import WEIGHTS_INDEX, require_loadable, stored_tensors, write_companions
-from sdft_ray.models.shards import Copied, StoredTensor, copy_tensors
+from sdft_ray.models.companions import write_companions
+from sdft_ray.models.directory import WEIGHTS_INDEX, load_config, require_loadable, stored_tensors
+from sdft_ray.models.shards import DISK_THREADS, Copied, StoredTensor, copy_tensors
 from sdft_ray.store.files import remember_hash, write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-_THREADS = 4  # more do not make a disk faster
 # What names of tensors of the text decoder begin with, and what they begin with in a text model.
 _PREFIXES = {
     "model.language_model.": "model.",
@@ -60,7 +60,7 @@ def copy_part(base: Path, directory: Path, rename: Callable[[str], str | None]) 
 
 def _copy(directory: Path, files: Files) -> Sequence[Copied]:
     """Write files."""
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(DISK_THREADS) as pool:
         copies = list(pool.map(lambda name: copy_tensors(files[name][0], directory / name, files[name][1]), files))
     for name, copy in zip(files, copies, strict=True):
         remember_hash(directory / name, copy.sha256)
@@ -86,13 +86,13 @@ def text_name(name: str) -> str | None:
 
 def text_config(directory: Path) -> dict[str, Any]:
     """Return config.json of the text model inside a model, in full; raises UserError where there is none."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     path = directory / "config.json"
     if not isinstance(read_object(path).get("text_config"), Mapping):
         do = "Remove model.part, or give a model whose config.json has a text_config"
         raise UserError(problem(str(path), "has no text_config, which model.part: text takes", do))
-    whole = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    whole = load_config(directory)
     text: PreTrainedConfig = whole.get_text_config(decoder=True)
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         what = f"its text_config is that of {text.model_type}, which is no text model of its own"

@@ -24,6 +24,14 @@ FORMS = {"f16": Kind.F16, "bf16": Kind.BF16, "q8_0": Kind.Q8_0, "q4_k_m": Kind.Q
 _SIMPLER = {Kind.Q4_K: Kind.Q5_0, Kind.Q6_K: Kind.Q8_0, Kind.Q5_0: Kind.F16, Kind.Q8_0: Kind.F16}
 """For rows that are no multiple of a kind's block."""
 _TORCH = {Kind.F32: torch.float32, Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
+LARGEST = {
+    Kind.F16: 65504.0,
+    Kind.Q4_K: 63 * 65504.0,
+    Kind.Q5_0: 16 * 65504.0,
+    Kind.Q6_K: 32 * 127 * 65504.0,
+    Kind.Q8_0: 127 * 65504.0,
+}
+"""The largest weight that a kind holds: scales are float16, times the largest code and the largest scale of a group."""
 _LIBGGUF = (Kind.Q4_K, Kind.Q6_K)
 _AT_ONCE = 2**22  # weights that are compared
 

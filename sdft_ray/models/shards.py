@@ -17,11 +17,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
+from safetensors import SafetensorError, safe_open
+
+from sdft_ray.data.text import first_line
 from sdft_ray.errors import UserError, problem
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
+DISK_THREADS = 4  # more do not make a disk faster
 BUFFER_BYTES = 1 << 18  # fits the cache of a core; larger ones measure slower
 
 
@@ -81,7 +85,11 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         end = tensor.stop
     if end != size:
         raise _damaged(path, f"its header describes {end} bytes, it has {size}")
-    return tensors
+    try:
+        with safe_open(path, framework="numpy"):  # everything else that the readers of these files ask of a header
+            return tensors
+    except SafetensorError as error:
+        raise _damaged(path, first_line(error)) from None
 
 
 class Copied(NamedTuple):

@@ -21,7 +21,8 @@ from sdft_ray.data.readers import (
     require_whole,
 )
 from sdft_ray.errors import UserError, problem
-from sdft_ray.models.directory import LICENCES, ModelFacts, describe_directory
+from sdft_ray.models.companions import LICENCES
+from sdft_ray.models.directory import ModelFacts, describe_directory
 from sdft_ray.models.parts import text_config
 from sdft_ray.spec.sources import HubModel, LocalModel, ModelSource, PackagedModel
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 # Files of a model directory that move no number: a correction of one keeps all results.
 NO_NUMBERS = ("generation_config.json", "*.md", *LICENCES)
+
+_STRETCHED = "rope_freqs.weight"
 
 
 def describe_model(source: ModelSource, where: str = "model.path", teaches: bool = False) -> ModelFacts | None:
@@ -80,8 +83,15 @@ def describe_gguf(path: Path) -> ModelFacts:
 def _require_gguf_tensors(path: Path, blocks: int) -> None:
     """Raise UserError unless each block has the tensors that others have: transformers makes up missing ones."""
     names = {tensor.name for tensor in read_gguf(path).tensors}
-    parts = {match[1] for name in names if (match := re.match(r"blk\.\d+\.(.+)", name))} or {"attn_norm.weight"}
+    matches = [match for name in names if (match := re.match(r"blk\.(\d+)\.(.+)", name))]
+    parts = {match[2] for match in matches} or {"attn_norm.weight"}
     expected = [f"blk.{i}.{part}" for i in range(min(blocks, len(names) + 1)) for part in sorted(parts)]
+    if further := sorted(match[0] for match in matches if int(match[1]) >= blocks):
+        what = f"holds {further[0]}, and its header has {blocks} blocks"
+        raise UserError(problem(str(path), what, "Download it again, whole"))
+    if _STRETCHED in names:
+        what = f"stretches its positions as Llama 3.1 does ({_STRETCHED}), which transformers does not read"
+        raise UserError(problem(str(path), what, "Give the model as a directory with safetensors"))
     missing = [name for name in ("token_embd.weight", *expected, "output_norm.weight") if name not in names]
     if missing:
         more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
@@ -146,7 +156,7 @@ def model_path(source: PackagedModel | LocalModel, where: str = "model.path") ->
     path = Path(source.path).expanduser()
     if not path.exists():
         raise UserError(problem(where, f"{path} does not exist", "Give a model directory or a .gguf file"))
-    if path.is_file() and path.suffix != ".gguf":
+    if path.is_file() and path.suffix.lower() != ".gguf":
         raise UserError(problem(where, f"{path} is not a .gguf file", "Give the directory it lies in"))
     if path.is_file() and source.part:
         raise UserError(problem("model.part", f"{path} is a .gguf file, of one part", "Remove model.part"))

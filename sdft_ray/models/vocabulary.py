@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sdft_ray.data.chat import end_of_turn
 from sdft_ray.data.readers import read_object
 from sdft_ray.errors import UserError, problem
+from sdft_ray.models.tokens import load_tokenizer
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -38,15 +39,15 @@ def add_vocabulary(writer: GGUFWriter, model: Path, size: int) -> None:
     Raises UserError for a tokenizer that llama.cpp would read in another way.
     """
     from gguf import SpecialVocab, TokenType
-    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(name_pre_tokenizer(model / "tokenizer.json"))
     tokens, kinds = [f"[PAD{i}]" for i in range(size)], [TokenType.UNUSED] * size
     for token, i in tokenizer.get_vocab().items():
-        tokens[i], kinds[i] = token, TokenType.NORMAL
-    for i, added in tokenizer.added_tokens_decoder.items():
+        if i < size:  # those behind the last row are never written (tokens.py)
+            tokens[i], kinds[i] = token, TokenType.NORMAL
+    for i, added in ((i, added) for i, added in tokenizer.added_tokens_decoder.items() if i < size):
         kinds[i] = TokenType.CONTROL if added.special else TokenType.USER_DEFINED
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)

@@ -9,10 +9,12 @@ import functools
 from importlib.util import find_spec
 from pathlib import Path
 
-from sdft_ray.core.surgery import require_blocks, require_supported
+from sdft_ray.core.patch import require_foldable
+from sdft_ray.core.surgery import prune_config, require_blocks, require_supported
 from sdft_ray.data import readers
+from sdft_ray.data.chat import end_of_turn
 from sdft_ray.errors import UserError, problem
-from sdft_ray.models import directory, exporting, parts, sources
+from sdft_ray.models import directory, exporting, parts, sources, tokens
 from sdft_ray.models.sizes import sizes_of
 from sdft_ray.preflight import limits
 from sdft_ray.preflight.cuts import depth_of
@@ -21,7 +23,7 @@ from sdft_ray.spec.compute import Compute, EngineOptions
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.sources import GymRows, HubModel, LocalModel, RowSource, ServedModel
 from sdft_ray.spec.sources import in_use as sources_in_use
-from sdft_ray.stages import merge, train
+from sdft_ray.stages import cut, merge, train
 from sdft_ray.stages.evaluate.presets import require_usable
 from sdft_ray.store.files import stamp
 from sdft_ray.trackers import libraries
@@ -101,16 +103,32 @@ def _require_prunable(recipe: Recipe, facts: directory.ModelFacts) -> int | None
         else:
             config = readers.read_json(path / "config.json")
         require_blocks(path, names, config)
-        if not getattr(recipe.model, "part", None):
-            _require_sound(path, tuple(stamp(file) for file in sorted(path.rglob("*")) if file.is_file()))
-    return depth_of(recipe.prune, sizes_of(recipe.model))
+        stamps = tuple(stamp(file) for file in sorted(path.rglob("*")) if file.is_file())
+        _require_sound(path, getattr(recipe.model, "part", None), config["vocab_size"], stamps)
+    depth = depth_of(recipe.prune, sizes_of(recipe.model))
+    if path.is_dir() and not getattr(recipe.model, "part", None):
+        _require_cut_and_targets(recipe, path)
+    if recipe.prune.patch == "linear":
+        require_foldable(facts.architecture, min(recipe.prune.remove or (1,)) - 1)
+    return depth
+
+
+def _require_cut_and_targets(recipe: Recipe, base: Path) -> None:
+    """Raise UserError for blocks by name that the model at `base` cannot be without, and for adapters that do not fit
+    it."""
+    if recipe.prune.remove:
+        prune_config(cut.explicit_config(base), recipe.prune.remove)
+    for settings in map(recipe.train_settings, recipe.arms.names):
+        if settings.method == "lora" and settings.lora.targets != "all-linear":
+            train.outline_model(base, settings.model_copy(update={"scope": "all"}))
 
 
 @functools.lru_cache
-def _require_sound(path: Path, _stamps: tuple[tuple[str, int, int], ...]) -> None:
+def _require_sound(path: Path, part: str | None, rows: int, _stamps: tuple[tuple[str, int, int], ...]) -> None:
     """Raise UserError for a model that cannot be loaded or trained; once for all recipes of a sweep."""
-    directory.require_sound(path)
-    limits.require_template(path)
+    if not part:
+        directory.require_sound(path)
+    tokens.require_fitting(path, rows)
 
 
 def _require_exportable(recipe: Recipe) -> None:
@@ -130,7 +148,10 @@ def _teacher_facts(recipe: Recipe, base: directory.ModelFacts | None) -> directo
         case ServedModel():
             return None
         case source:
-            return sources.describe_model(source, "distill.teacher.path", teaches=True)
+            facts = sources.describe_model(source, "distill.teacher.path", teaches=True)
+            if isinstance(source, LocalModel):
+                end_of_turn(tokens.load_tokenizer(sources.model_path(source)))
+            return facts
 
 
 def _require_generates(facts: directory.ModelFacts, section: str, gpus: float, engine: EngineOptions) -> None:

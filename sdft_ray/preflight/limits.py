@@ -13,7 +13,6 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from sdft_ray.core.mixture import interleave, mixture_size, whole_shares
@@ -21,9 +20,10 @@ from sdft_ray.core.prompts import ask_for_rewrite, rewriting_template
 from sdft_ray.core.rows import Row
 from sdft_ray.core.selection import reason_not_to_rewrite
 from sdft_ray.data import calibration, readers
-from sdft_ray.data.chat import require_trainable, require_writable
+from sdft_ray.data.chat import require_writable
 from sdft_ray.errors import Problem, UserError, problem
 from sdft_ray.models import sources
+from sdft_ray.models.tokens import load_tokenizer
 from sdft_ray.results import HELD_OUT
 from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.recipe import Recipe
@@ -272,12 +272,7 @@ def require_forms(source: ModelSource, splits: Splits) -> None:
     """Raise UserError for conversations that the chat template of a local model cannot write."""
     exchanges = [row.exchange for rows in splits for row in rows if row.conversation is not None]
     if exchanges and not isinstance(source, HubModel):
-        require_writable(_load_tokenizer(sources.model_path(source)), exchanges)
-
-
-def require_template(directory: Path) -> None:
-    """Raise UserError where the chat template of a model gives no training sequence."""
-    require_trainable(_load_tokenizer(directory))
+        require_writable(load_tokenizer(sources.model_path(source)), exchanges)
 
 
 def token_counter(source: ModelSource) -> Counter:
@@ -292,13 +287,6 @@ def token_counter(source: ModelSource) -> Counter:
             from tokenizers import Tokenizer
 
             return Tokenizer.from_file(str(file))
-        return _load_tokenizer(path)
+        return load_tokenizer(path)
 
     return lambda text: len(tokenizer().encode(text, add_special_tokens=False))
-
-
-def _load_tokenizer(path: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    folder, gguf = (path, None) if path.is_dir() else (path.parent, path.name)
-    return AutoTokenizer.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False)

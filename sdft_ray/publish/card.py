@@ -116,10 +116,13 @@ def _results(scores: Sequence[Scored]) -> list[Any]:
 def _facts(origin: Origin) -> list[tuple[str, str]]:
     """Return what is known of a model, by what it is called."""
     removed, trained = origin.cut, origin.trained
+    chosen = {"remove": "named by the recipe", "tail": "the last ones"}.get(removed.metric, f"by {removed.metric}")
+    if removed.agreement is not None:
+        chosen += f"; {removed.agreement:.0%} of bootstrap samples choose the same"
     facts = [
         ("blocks", f"{removed.blocks}"),
         ("parameters", f"{removed.parameters:,}"),
-        ("choice of blocks", f"by {removed.metric}; {removed.agreement:.0%} of bootstrap samples choose the same"),
+        ("choice of blocks", chosen),
     ]
     for manifest in origin.ancestors:
         if manifest.stage == "whole":

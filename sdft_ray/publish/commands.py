@@ -61,6 +61,8 @@ def export(options: argparse.Namespace) -> None:
     from sdft_ray.store.storage import Storage
 
     gguf.require_format(options.format)
+    if options.out and options.out.is_dir():
+        raise UserError(problem("--out", f"{options.out} is a directory", "Give the name of a file in it"))
     quiet_transformers()
     storage = Storage(options.root)
     model = Path(options.model) if Path(options.model).is_dir() else storage.find(options.model)

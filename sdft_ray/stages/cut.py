@@ -31,10 +31,11 @@ from sdft_ray.core.surgery import (
 )
 from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
+from sdft_ray.models.companions import write_companions
 from sdft_ray.models.depth import Depth, blocks_in, depth_settings, settle_depth
-from sdft_ray.models.directory import require_loadable, stored_tensors, tensor_places, write_companions
+from sdft_ray.models.directory import load_config, require_loadable, stored_tensors, tensor_places
 from sdft_ray.models.parts import copy_part
-from sdft_ray.models.shards import same_bytes
+from sdft_ray.models.shards import DISK_THREADS, same_bytes
 from sdft_ray.progress import log
 from sdft_ray.results import Cut, read_candidates, read_choice, read_measured
 from sdft_ray.spec.recipe import Prune
@@ -44,7 +45,6 @@ from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage
 
 VERSION, NEEDS, UNIT = 3, None, "parts"
-_THREADS = 4  # more do not make a disk faster
 
 
 class Settings(Depth):
@@ -234,7 +234,7 @@ def require_same_tensors(
     if differing := sorted(written.keys() ^ kept.keys()):
         raise RuntimeError(f"{directory}: {differing[0]} is {'missing' if differing[0] in kept else 'surplus'}")
     unread = [name for name, place in kept.items() if (*place, *written[name]) not in same]
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(DISK_THREADS) as pool:
         equal = pool.map(lambda name: same_bytes(*kept[name], *written[name]), unread)
         if differing := [name for name, is_equal in zip(unread, equal, strict=True) if not is_equal]:
             raise RuntimeError(f"{directory}: {differing[0]} differs from the base's")
@@ -300,15 +300,13 @@ other weight is the base's, bit by bit.
 
 def explicit_config(base: Path) -> dict[str, Any]:
     """Return a model's config.json with what depends on a block's number and is left to its config class to compute."""
-    from transformers import AutoConfig
-
     config: dict[str, Any] = read_json(base / "config.json")
-    computed = AutoConfig.from_pretrained(base).to_dict()
+    computed = load_config(base).to_dict()
     blocks = count_blocks(config)
     return config | {
         key: value
         for key, value in computed.items()
-        if config.get(key) is None
+        if config.get(key) in (None, [])  # Llama 4's no_rope_layers is empty where its class computes it
         and value is not None
         and (key in BY_POSITION or (isinstance(value, list) and len(value) == blocks))
     }

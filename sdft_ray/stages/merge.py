@@ -18,15 +18,16 @@ from sdft_ray import stages
 from sdft_ray.core.surgery import EMBEDDINGS, block_of
 from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
+from sdft_ray.models.companions import copy_all_but_weights
 from sdft_ray.models.directory import (
     DTYPES,
-    copy_all_but_weights,
     require_dtype,
     require_loadable,
     stored_tensors,
     tensor_places,
 )
 from sdft_ray.models.shards import StoredTensor, write_tensors
+from sdft_ray.models.tokens import load_tokenizer
 from sdft_ray.spec.recipe import Linear, Slerp
 from sdft_ray.stages import Work
 from sdft_ray.store.files import remember_hash
@@ -237,10 +238,8 @@ def require_same_kind(models: Mapping[str, Path]) -> None:
 
 def _facts(model: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Return the fields of a model's config, its tokenizer's tokens and chat template, and the kinds of its tensors."""
-    from transformers import AutoTokenizer
-
     config = {key: value for key, value in read_json(model / "config.json").items() if key not in _NO_MATTER}
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = load_tokenizer(model)
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])  # it comes in another order each time
     tokens = {f"the id of {token!r}": number for token, number in vocabulary}
     tensors = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, (_, tensor) in tensor_places(model).items()}

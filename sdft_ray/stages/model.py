@@ -15,10 +15,13 @@ from pydantic import ConfigDict, Field
 
 from sdft_ray import stages
 from sdft_ray.core.surgery import count_blocks, require_supported
+from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
-from sdft_ray.models.directory import describe_directory, spell_tokenizer_for_older
+from sdft_ray.models.companions import spell_tokenizer_for_older
+from sdft_ray.models.directory import describe_directory, require_sound
 from sdft_ray.models.parts import text_config, write_text_part
 from sdft_ray.models.sources import NO_NUMBERS, download_model, gguf_field, model_path, read_gguf
+from sdft_ray.models.tokens import require_fitting
 from sdft_ray.spec.section import Section
 from sdft_ray.spec.sources import HubModel, LocalModel, ModelSource
 from sdft_ray.stages import Work
@@ -121,6 +124,13 @@ def _name_part(name: str, part: Text | None) -> str:
 
 def build(work: Work[Settings]) -> Summary:
     """Download the model, or write the dequantised one."""
+    summary = _write(work)
+    if not getattr(work.settings, "teaches", False):
+        require_fitting(work.directory, read_json(work.directory / "config.json")["vocab_size"])
+    return summary
+
+
+def _write(work: Work[Settings]) -> Summary:
     settings = work.settings
     if isinstance(settings, HubSettings):
         whole = work.directory / "whole" if settings.part else work.directory
@@ -132,6 +142,7 @@ def build(work: Work[Settings]) -> Summary:
             return summary
         if not settings.teaches:
             require_supported(facts.architecture, "model")
+            require_sound(work.directory)
         return Summary(source=settings.repo, architecture=facts.architecture, blocks=facts.blocks)
     if settings.directory:
         return _take_text(Path(settings.directory), work.directory, Path(settings.directory).name)

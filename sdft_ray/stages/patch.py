@@ -18,7 +18,8 @@ from sdft_ray import stages
 from sdft_ray.data.calibration import Corpus, CorpusSettings, Text
 from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
-from sdft_ray.models.directory import DTYPES, copy_all_but_weights, require_dtype, require_loadable, stored_tensors
+from sdft_ray.models.companions import copy_all_but_weights
+from sdft_ray.models.directory import DTYPES, require_dtype, require_loadable, stored_tensors
 from sdft_ray.models.shards import StoredTensor, write_tensors
 from sdft_ray.progress import log
 from sdft_ray.results import Cut

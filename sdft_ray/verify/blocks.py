@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from sdft_ray.core.surgery import BLOCK, PER_BLOCK, further_blocks, rename_tensor
 from sdft_ray.data.readers import read_json
-from sdft_ray.models.directory import weight_files
+from sdft_ray.models.directory import load_config, weight_files
 from sdft_ray.verify.models import Model
 
 if TYPE_CHECKING:
@@ -39,9 +39,8 @@ def tensors(directory: Path, only: Sequence[str] = ()) -> Iterator[tuple[str, to
 def fingerprints(directory: Path) -> Blocks:
     """Return the hashes of all tensors of a model."""
     import torch
-    from transformers import AutoConfig
 
-    tied = AutoConfig.from_pretrained(directory, trust_remote_code=False).tie_word_embeddings
+    tied = load_config(directory).tie_word_embeddings
     further = further_blocks(read_json(directory / "config.json"))
     blocks: Blocks = {None: {}}
     for name, tensor in tensors(directory):
@@ -106,9 +105,7 @@ def _explain_mismatch(base: Sequence[Block], blocks: Sequence[Block], kept: Sequ
 
 def _add_kinds(blocks: Blocks, directory: Path) -> Blocks:
     """Return the blocks, each with its entries of the config's per-block lists."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=False).to_dict()
+    config = load_config(directory).to_dict()
     lists = {key: config[key] for key in PER_BLOCK if isinstance(config.get(key), list)}
     return {
         number: hashes if number is None else hashes | {key: str(kinds[number]) for key, kinds in lists.items()}

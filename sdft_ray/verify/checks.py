@@ -24,13 +24,16 @@ from sdft_ray.core.surgery import (
     name_blocks,
     older_rope,
 )
+from sdft_ray.data.chat import render_prompt
 from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
-from sdft_ray.models.directory import WEIGHTS_INDEX, weight_files
+from sdft_ray.models.directory import WEIGHTS_INDEX, load_config, require_generation, require_loadable, weight_files
+from sdft_ray.models.tokens import find_outside, load_tokenizer
 from sdft_ray.progress import open_console, quiet_transformers
 from sdft_ray.store.manifest import check_files, read_manifest
 from sdft_ray.verify.agreement import (
     NEAR_TIE,
+    PROMPTS,
     compare_tokens,
     compare_with_vllm,
     compute_logits,
@@ -95,7 +98,7 @@ def _examine(name: str, examine: Callable[[Model], Finding], model: Model) -> Ch
         return Check(name, "ok", says, figures)
     except _Skipped as reason:
         return Check(name, "skipped", str(reason))
-    except Failed as wrong:
+    except (Failed, UserError) as wrong:
         return Check(name, "FAILED", str(wrong))
     except Exception as error:  # noqa: BLE001 - whatever a library says of files that it cannot read is the finding
         lines = str(error).strip().splitlines() or ["no reason given"]
@@ -104,13 +107,10 @@ def _examine(name: str, examine: Callable[[Model], Finding], model: Model) -> Ch
 
 def _check_hashes(model: Model) -> Finding:
     """The files are those of the manifest."""
-    try:
-        manifest = read_manifest(model.directory)
-        if manifest is None:
-            raise _Skipped("there is no manifest.json")
-        check_files(model.directory, manifest, hashes=True)
-    except UserError as error:
-        raise Failed(str(error)) from None
+    manifest = read_manifest(model.directory)
+    if manifest is None:
+        raise _Skipped("there is no manifest.json")
+    check_files(model.directory, manifest, hashes=True)
     says = f"{len(manifest.files)} files, {manifest.bytes / 1e6:.1f} MB, as in the manifest"
     return says, {"bytes": manifest.bytes}
 
@@ -118,8 +118,6 @@ def _check_hashes(model: Model) -> Finding:
 def _check_tensors(model: Model) -> Finding:
     """The files hold exactly the tensors that the config asks for, each once and in the file that the index names."""
     from safetensors import safe_open
-
-    from sdft_ray.models.directory import require_loadable
 
     file_of: dict[str, str] = {}
     for shard in weight_files(model.directory):
@@ -145,8 +143,6 @@ def _check_tensors(model: Model) -> Finding:
 
 def _check_config(model: Model) -> Finding:
     """Every per-block list has an entry a block; the RoPE base stands where transformers 4 and 5 look for it."""
-    from transformers import AutoConfig
-
     config = read_json(model.directory / "config.json")
     blocks = count_blocks(config)
     lists = [key for key in PER_BLOCK if isinstance(config.get(key), list)]
@@ -159,7 +155,7 @@ def _check_config(model: Model) -> Finding:
         if config.get(key) != value:
             state = f"is {config[key]}" if key in config else "is missing"
             raise Failed(f"{key} {state}, rope_parameters has {value}: transformers 4 reads only the first")
-    AutoConfig.from_pretrained(model.directory, trust_remote_code=False)
+    load_config(model.directory)
     says = [f"{blocks} blocks", *(f"{key} has {blocks} entries" for key in lists)]
     says += [f"{key} {value} in both spellings" for key, value in older.items()]
     return "; ".join(says), {"blocks": blocks, "per_block": lists, "rope": older}
@@ -168,9 +164,8 @@ def _check_config(model: Model) -> Finding:
 def _check_ties(model: Model) -> Finding:
     """`tie_word_embeddings` agrees with the files."""
     import torch
-    from transformers import AutoConfig
 
-    tied = bool(AutoConfig.from_pretrained(model.directory, trust_remote_code=False).tie_word_embeddings)
+    tied = bool(load_config(model.directory).tie_word_embeddings)
     ends = dict(tensors(model.directory, (*EMBEDDINGS, "lm_head.weight")))
     head = ends.pop("lm_head.weight", None)
     if head is None and not tied:
@@ -196,16 +191,15 @@ def _check_finite(model: Model) -> Finding:
 
 def _check_tokenizer(model: Model) -> Finding:
     """The tokenizer loads, has a chat template, and every id that it or the generation config names is embedded."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model.directory, trust_remote_code=False)
+    tokenizer = load_tokenizer(model.directory)
     if not tokenizer.chat_template:
         raise Failed("there is no chat template")
-    rows = read_json(model.directory / "config.json")["vocab_size"]
-    token, highest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if highest >= rows:
-        raise Failed(f"token {token!r} has id {highest}, model.embed_tokens.weight has {rows} rows")
-    path = model.directory / "generation_config.json"
+    rows, question = load_config(model.directory).vocab_size, render_prompt(tokenizer, PROMPTS[0])
+    if PROMPTS[0] not in tokenizer.decode(question):
+        raise Failed(f"the tokenizer does not give {PROMPTS[0]!r} back from its tokens")
+    if outside := find_outside(tokenizer, rows, question):
+        raise Failed(f"token {outside[0]!r} has id {outside[1]}, model.embed_tokens.weight has {rows} rows")
+    require_generation(path := model.directory / "generation_config.json")
     generation = read_json(path) if path.is_file() else read_json(model.directory / "config.json")
     ids = {}
     for key in ("eos_token_id", "pad_token_id"):
@@ -213,6 +207,7 @@ def _check_tokenizer(model: Model) -> Finding:
         for number in ids[key] if isinstance(ids[key], list) else [ids[key]]:
             if number is not None and not 0 <= number < rows:
                 raise Failed(f"{key} {number} is outside the vocabulary of {rows}")
+    highest = max(tokenizer.get_vocab().values())
     says = f"ids up to {highest} of {rows}; eos {ids['eos_token_id']}, pad {ids['pad_token_id']}"
     return says, {"highest_id": highest, "vocabulary": rows, **ids}
 
@@ -282,12 +277,8 @@ def _take_back(changed: Sequence[str], removed: Sequence[int], whole: Blocks, cu
 
 def _check_base_config(model: Model) -> Finding:
     """Every per-block list is the base's at the kept blocks, every other field the base's: short prompts test few."""
-    from transformers import AutoConfig
-
     assert model.base
-    whole, cut = (
-        AutoConfig.from_pretrained(path, trust_remote_code=False).to_dict() for path in (model.base, model.directory)
-    )
+    whole, cut = (load_config(path).to_dict() for path in (model.base, model.directory))
     compared = [
         key for key in whole if key not in _OWN_FIELDS and not key.startswith("_") and not key.endswith("token_id")
     ]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdft_ray import pipeline
 from sdft_ray.core.surgery import count_blocks, require_supported
-from sdft_ray.data.readers import read_json
+from sdft_ray.data.readers import read_object
 from sdft_ray.errors import UserError, problem
 from sdft_ray.models.directory import weight_files
 from sdft_ray.progress import log
@@ -91,7 +91,7 @@ def _directory(name: str, storage: Storage) -> Path:
 
 def _require_model(directory: Path) -> dict[str, Any]:
     """Return config.json of a model directory whose layout is known; raises UserError for other directories."""
-    config: dict[str, Any] = read_json(directory / "config.json", missing="is no Hugging Face model directory")
+    config = read_object(directory / "config.json", missing="is no Hugging Face model directory")
     require_supported(str(config.get("model_type")), str(directory))
     if not weight_files(directory):
         raise UserError(problem(str(directory), "has no weights (expected *.safetensors)", "Check the path"))

@@ -73,6 +73,15 @@ def test_prune_config_keeps_the_range_of_blocks_with_experts(removed, range_):
     assert (pruned["moe_layer_start_index"], pruned["moe_layer_end_index"]) == range_
 
 
+@pytest.mark.parametrize(
+    ("removed", "range_"), [([0, 1], (1, 3, 2)), ([2, 3, 4, 5], (1, 1, 1)), ([0, 2, 4], (0, 2, 1))]
+)
+def test_prune_config_keeps_experts_in_every_second_block(removed, range_):
+    experts = {"moe_layer_start_index": 0, "moe_layer_end_index": 5, "moe_layer_interval": 2}
+    pruned = prune_config({"num_hidden_layers": 6} | experts, removed)
+    assert tuple(pruned[f"moe_layer_{key}"] for key in ("start_index", "end_index", "interval")) == range_
+
+
 def test_prune_config_refuses_experts_in_blocks_that_are_no_range():
     experts = {"moe_layer_start_index": 0, "moe_layer_end_index": 3, "moe_layer_interval": 2}
     with pytest.raises(UserError, match=r"blocks with experts would be \[0, 2\]"):

@@ -141,6 +141,7 @@ def test_remove_blocks_of_a_config_without_per_block_lists_writes_them_out(archi
         ("nemotron_h", {}, "layers_block_type", {"hybrid_override_pattern": "M*-E*M", "num_hidden_layers": 6}),
         ("olmo_hybrid", {"layer_types": None}, "layer_types", {}),
         ("glm4_moe", {"first_k_dense_replace": 1}, "first_k_dense_replace", {}),
+        ("llama4_text", {}, "no_rope_layers", {"no_rope_layers": []}),
     ],
 )
 def test_remove_blocks_writes_out_what_published_configs_leave_to_their_class(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sdft_ray.core.rows import TrainingRow
 from sdft_ray.core.surgery import older_rope
 from sdft_ray.data.readers import read_json
-from sdft_ray.models.directory import write_companions
+from sdft_ray.models.companions import write_companions
 from sdft_ray.spec import training
 from sdft_ray.stages.train.adapters import load_model
 from sdft_ray.stages.train.state import LOGITS
