@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol, get_args
 
 from sdft_ray.core.rows import Row
-from sdft_ray.core.words import runs, split_unspaced
+from sdft_ray.core.words import INVISIBLE, runs, split_unspaced
 
 Reason = Literal[
     "kept",
@@ -116,7 +116,8 @@ def reason_not_to_rewrite(row: Row) -> Reason | None:
     return "plain" if row.exchange.is_plain else "tool_call" if row.exchange.calls else None
 
 
-_ANNOUNCEMENT = re.compile(r".*:")
+_MARKS = r"[\s*_`#~>]*"
+_ANNOUNCEMENT = re.compile(rf".*[:\uff1a]{_MARKS}")
 
 
 def _judge(row: Row, text: str | None, finish_reason: str, rules: Rules) -> Reason:
@@ -140,22 +141,30 @@ def _judge(row: Row, text: str | None, finish_reason: str, rules: Rules) -> Reas
 
 
 def is_empty(text: str, row: Row) -> bool:
-    """Return whether a text is none, or only announces an answer in one line that ends in a colon ("The answer is:")
-    where the reference does not end so."""
-    return not text or bool(_ANNOUNCEMENT.fullmatch(text) and not row.reference.rstrip().endswith(":"))
+    """Return whether a text holds nothing but marks of Markdown, or only announces an answer in one line that ends in
+    a colon ("The answer is:") where the reference does not end so."""
+    if re.fullmatch(_MARKS, text.translate(INVISIBLE)):
+        return True
+    return bool(_ANNOUNCEMENT.fullmatch(text) and not row.reference.rstrip().endswith((":", "\uff1a")))
 
 
 # --- thoughts of a rewrite beside its response --------------------------------------------------------------------
 
-_THOUGHT = r"(?:[a-z]+[:_])?(?:think|thinking|thoughts?|reasoning|reflection|scratchpad)"
+_NAME = (
+    r"(?:think|thinking|thoughts?|reason|reasoning|reflection|scratchpad|analysis|rationale|deliberation|monologue|cot"
+    r"|chain_of_thought)(?:_(?:process|more))?"
+)
+_THOUGHT = rf"(?:[a-z]+[:_])?{_NAME}\s*"
 # A tag opens thoughts where it begins a line or follows a sentence, not in the middle of one that mentions it. An end
-# without a beginning (a template may hold that) is not set off by a space, or has an empty line behind it.
+# without a beginning (a template may hold that) is not set off by a space, or ends a sentence and its line, or has an
+# empty line behind it.
 _THOUGHT_TAG = re.compile(
     rf"(?=[<\[\u25c1])(?:"
     rf"(?P<open>(?<![^\s.!?>\]\u3002\uff01\uff1f][ \t])(?<![`'\"(\u201c\u2018])(?:[<\u25c1]{_THOUGHT}[>\u25b7]"
-    rf"|(?-i:\[THINK\])|<\|(?:begin_of_|start_){_THOUGHT}\|>|<\|channel>{_THOUGHT}\b))"
-    rf"|(?P<unspaced>(?<![ \t`'\"(\u201c\u2018]))?(?:[<\u25c1]/{_THOUGHT}[>\u25b7]"
-    rf"|(?-i:\[/THINK\])|<\|end_(?:of_)?{_THOUGHT}\|>|<channel\|>)(?P<line>\s*\n\s*\n)?)",
+    rf"|(?-i:\[THINK\])|<\|(?:(?:begin|start)_(?:of_)?)?{_NAME}(?:_start)?\|>|<(?:\|channel|unused94)>thought))"
+    r"|(?P<unspaced>(?<![ \t`'\"(\u201c\u2018])|(?<=[.!?] )(?=\S+\s*\n))?"
+    rf"(?:[<\u25c1]/{_THOUGHT}[>\u25b7]|(?-i:\[/THINK\])"
+    rf"|<\|(?:(?:end_(?:of_)?|/){_NAME}|{_NAME}_end)\|>|<channel\|>|<unused95>)(?P<line>\s*\n\s*\n)?)",
     re.IGNORECASE,
 )
 # What such models write around the response itself.
@@ -166,8 +175,8 @@ _RESPONSE_TAG = re.compile(
 _CHANNEL = r"<\|channel\|>\s*"
 _CHANNELS = re.compile(
     rf"(?:<\|start\|>assistant\s*)?{_CHANNEL}(?:analysis|commentary|final)\b"
-    r"|(?:assistant)?analysis(?![\s.,:;!?'\u2019)-]|[a-z]*\b)|analysis(?=.*assistantfinal)"
-    r"|final(?=[^\sa-z.,:;!?'\u2019)-])|(?i:here(?:'s| is) my thought process:)",
+    r"|(?:assistant)?analysis(?![\s.,:;!?'\u2019)-]|[a-z]*\b)|(?:assistant)?analysis(?=.*assistantfinal)"
+    r"|(?:assistant)?final(?=[^\sa-z.,:;!?'\u2019)-])|(?i:here(?:'s| is) my thought process:)",
     re.DOTALL,
 )
 _FINAL = re.compile(
@@ -206,17 +215,40 @@ def strip_thoughts(text: str) -> str | None:
 
 # Phrases by which a rewrite mentions the task of rewriting instead of answering (after arXiv 2402.13669).
 _LEAKS = re.compile(
-    r"\b(?:reference|provided|given|your|above) (?:answer|response|solution)\b|\bin (?:my|your) own words\b|\brewrit",
+    r"\b(?:reference|provided|given|your|above|original|sample|example) (?:answer|response|solution)\b"
+    r"|\b(?:answer|response|solution) (?:(?:that )?(?:is|was) )?(?:provided|given)\b"
+    r"|\bthe reference (?:says|states|gives)\b"
+    r"|\b(?:(?:according to|based on) the|as (?:mentioned |stated )?(?:in )?the) reference\b"
+    r"|\bin (?:my|your) own words\b|\b(?:my|your) own version\b|\brewrit|\b(?:re|para)phrased\b",
     re.IGNORECASE,
 )
-_SORRY = r"(?:(?:i'm |i am )?(?:very |so |really )?sorry|i apologi[sz]e|unfortunately)\b\W*(?:but )?"
-_CANNOT = r"i (?:cannot|can'?t|can not|won't|will not)"
+_SORRY = (
+    r"(?:(?:i'm |i am )?(?:very |so |really )?(?:sorry|afraid)|i apologi[sz]e|(?:my )?apologies|unfortunately"
+    r"|i regret)\b\W*(?:(?:but|that) )?"
+)
+_CANNOT = r"(?:i|we) (?:cannot|can'?t|can not|won't|will not)"
 _TASK = "help|assist|answer|provide|fulfill?|comply|complete|do (?:that|this)|rewrite|generate|create|discuss|respond"
+_DECLINE = (
+    r"i (?:must|have to) decline|i(?:'m| am) not comfortable|i (?:don't|do not) have (?:access|enough information)"
+)
 _REFUSAL = re.compile(
     # Such words open a refusal; in the middle of a text they may be anybody's.
-    rf"\A\W*(?:(?:{_SORRY})?i(?:'m| am) (?:unable|not able) to|{_SORRY}(?:{_CANNOT}|i don't)|{_CANNOT} (?:{_TASK}))\b"
+    rf"\A\W*(?:(?:{_SORRY})?(?:i(?:'m| am) (?:unable|not able) to|{_DECLINE})|{_SORRY}(?:{_CANNOT}|i don't)"
+    rf"|{_CANNOT} (?:in good conscience|{_TASK}))\b"
     r"|\b(?:as an? ai(?:,| (?:language )?(?:model|assistant))|as an? (?:large )?language model"
     r"|i(?:'m| am) (?:just |only )?an? (?:ai|artificial intelligence|(?:large )?language model)\b)",
+    re.IGNORECASE,
+)
+# The same in other languages: an apology opens the text, and then something cannot be done; or an AI speaks.
+_REFUSAL_ELSEWHERE = re.compile(
+    r"\A\W*(?:很?抱歉|对不起|對不起|申し訳|すみません|죄송|미안|ขออภัย|ขอโทษ|عذر|آسف|क्षमा|माफ़|(?:es )?tut mir leid"
+    r"|leider|(?:je suis )?désolé|lo siento|lamento|desculpe|sinto muito|mi dispiace|извините|к сожалению)[^\n]{0,60}?"
+    r"(?:无法|無法|不能|不便|できません|できかね|出来ません|수 없|ไม่สามารถ|لا (?:أستطيع|يمكن)|नहीं कर"
+    r"|kann [^.\n]{0,30}nicht|ne peux pas|no puedo|não posso|non posso|не могу|не можем)"
+    r"|[作做][为為](?:一[个個名])?(?:AI|人工智[能慧]|(?:大型)?语言模型)(?:(?:语言)?(?:模型|助手))?[,\uff0c]"
+    r"|(?:AI|言語モデル)として[,\u3001]|AI (?:언어 )?모델로서"
+    r"|\b(?:als (?:eine? )?(?:KI(?:-\w+)?|sprachmodell)|en tant qu(?:'|e )(?:ia|modèle de langage)"
+    r"|como (?:una? |um )?(?:ia|modelo de l\w+)|come modello linguistico|как (?:языковая модель|ии)),",
     re.IGNORECASE,
 )
 # Below this a rewrite is never too long: a reference may be one number, and its rewrite shows the way there.
@@ -235,7 +267,8 @@ def refuses(text: str, row: Row, filters: Mapping[str, Any]) -> bool:
     phrases = filters.get("refusal_phrases", ())
 
     def does(each: str) -> bool:
-        return bool(_REFUSAL.search(each.replace("\u2019", "'")) or _find_phrases(phrases, each))
+        each = each.replace("\u2019", "'")
+        return bool(_REFUSAL.search(each) or _REFUSAL_ELSEWHERE.search(each) or _find_phrases(phrases, each))
 
     return does(text) and not does(row.reference)
 
@@ -255,6 +288,9 @@ def is_too_long(text: str, row: Row, filters: Mapping[str, Any]) -> bool:
     return len(text) > max(filters["too_long"] * len(row.reference), _ALWAYS_SHORT_CHARS)
 
 
+_LONGEST_WORD = 50  # in characters
+
+
 def is_repetitive(text: str, words: int = 4, times: int = 5) -> bool:
     """Return whether some run of `words` words occurs at least `times` times and fills over half of the text.
 
@@ -262,6 +298,8 @@ def is_repetitive(text: str, words: int = 4, times: int = 5) -> bool:
     (True, False)
     """
     pieces = split_unspaced(text.split())
+    if len(longest := max(pieces, key=len, default="")) > max(_LONGEST_WORD, len(text) / 2):  # no spaces are set
+        pieces, words = list(longest), _LONGEST_WORD // 4
     # At most one in `times` of the runs that count begins with a word of its own; they must be over half of the text.
     if 2 * len(set(pieces)) >= (1 + 1 / times) * len(pieces):
         return False

@@ -14,8 +14,8 @@ _TWO_A_WORD = (
     r"\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9d\U00020000-\U0003ffff"
 )
 _FOUR_A_WORD = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
-INVISIBLE = dict.fromkeys([*range(0x200B, 0x2010), 0x2060, 0xFEFF])
-"""Characters that no reader sees, for `str.translate`."""
+INVISIBLE = dict.fromkeys([*range(0x200B, 0x2010), *range(0x202A, 0x202F), *range(0x2060, 0x206A), 0x61C, 0xFEFF])
+"""Characters that no reader sees (also those that turn the direction of writing), for `str.translate`."""
 UNSPACED = re.compile(f"[{_TWO_A_WORD}{_FOUR_A_WORD}]")
 _PIECE = re.compile(rf"{UNSPACED.pattern}|[^{UNSPACED.pattern[1:-1]}]+")
 _QUARTER = re.compile(f"[{_FOUR_A_WORD}]")

@@ -7,14 +7,24 @@ from __future__ import annotations
 
 import re
 
-from sdft_ray.core.answers import final_choice, final_number, final_part, has_words, spell_plainly
+from sdft_ray.core.answers import final_number
+from sdft_ray.core.letters import final_choice
 from sdft_ray.core.selection import Checker
+from sdft_ray.core.spelling import final_part, has_words, spell_plainly
 from sdft_ray.core.words import UNSPACED
 from sdft_ray.data.expressions import read_expression, same_expression
 
 # A sum with letters in plain text: math-verify reads the 3 of `2 - 3/e`.
-_TERM = r"(?:\d+(?:\.\d+)?|(?<![^\W\d_])[A-Za-z](?![^\W\d_]))+(?:[*/^]-?\(*(?:\d+|[A-Za-z](?![^\W\d_]))+\)*)*"
-_SUM = re.compile(rf"(?<![\w.\\])[-+]?\(*{_TERM}(?:\)*\s?[-+]\s?\(*{_TERM})+\)*(?![\w\\])")
+_SIGN = r"\\sqrt\{[^{}]*\}|\\(?:pi|infty)\b\s?"
+_TERM = rf"(?:\d+(?:\.\d+)?|{_SIGN}|(?<![^\W\d_])[A-Za-z](?![^\W\d_]))+(?:[*/^]-?\(*(?:\d+|[A-Za-z](?![^\W\d_]))+\)*)*"
+_SUM = re.compile(rf"(?<![\w.\\{{])[-+]?\(*{_TERM}(?:\)*\s?[-+]\s?\(*{_TERM})+\)*(?![\w\\])")
+# And points, sets and intervals, of which it reads the last number.
+_LIST = re.compile(r"(?<![\w.\\])[(\[{]\s*-?[\d./]+(?:\s*,\s*-?[\d./]+)+\s*[)\]}]")
+_SET = re.compile(r"\A\{(.*)\}\Z")
+# Signs that it does not know in plain text: 3\u221a2, 2\u03c0/3.
+_SIGNED = re.compile(rf"(?<![\w.\\])-?\d*\s?(?:{_SIGN})(?:\s?/\s?\d+)?")
+_ROOT = re.compile("\u221a\\s?(?:\\(([^()]*)\\)|(\\w+))|(?<![\\w\\\\])sqrt\\(([^()]*)\\)")
+_SIGNS = str.maketrans({"\u03c0": r"\pi ", "\u221e": r"\infty "})
 _PLAIN_NUMBER = re.compile(r"-?\d+(?:/\d+)?")
 _LATEX_WORD = re.compile(r"\\text\s*\{[^{}]*\}|\\[A-Za-z]+|\b(?:sqrt|pi|ln|log|exp|sin|cos|tan)\b")
 
@@ -23,16 +33,24 @@ def _final_expression(text: str) -> str | None:
     """Return the final expression of a text; a date or time as `number` reads it."""
     if isinstance(whole := final_number(text), str):
         return whole
-    part = spell_plainly(final_part(text)[0])
+    part = _spell_as_latex(final_part(text)[0])
     if _PLAIN_NUMBER.fullmatch(part):
         return part
     boxes = text.count("\\boxed")
     if boxes > 1:  # math-verify takes several that stand together as a set
-        return read_expression(spell_plainly(text))
+        return read_expression(_spell_as_latex(text))
     latex = re.search(r"\$|\\[(\[]", part)
     if boxes or not (latex or has_words(_LATEX_WORD.sub("", part)) or UNSPACED.search(part)):
         return read_expression(part, whole=True)
-    return read_expression(part if latex else _SUM.sub(lambda match: f"${match[0]}$", part))
+    formula = None if latex else next((kind for kind in (_LIST, _SUM, _SIGNED) if kind.search(part)), None)
+    if formula:
+        part = formula.sub(lambda match: "$" + _SET.sub(r"\{\1\}", match[0]) + "$", part)
+    return read_expression(part)
+
+
+def _spell_as_latex(text: str) -> str:
+    text = spell_plainly(text).translate(_SIGNS)
+    return _ROOT.sub(lambda root: rf"\sqrt{{{next(filter(None, root.groups()), '')}}}", text)
 
 
 def _same_expression(answer: str, other: str) -> bool:

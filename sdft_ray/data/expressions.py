@@ -100,12 +100,13 @@ def _correct_units() -> None:
     r"""Make math-verify take away units behind a number only.
 
     Its own patterns reach over braces, take any character for the point of `a .`, and stop at no operator: of
-    `2 - \frac{3}{\text{e}}` and `x + a b` they leave `2 - \frac{3}{` and `x +`, and two such remains may be equal.
+    `2 - \frac{3}{\text{e}}` and `x + a b` they leave `2 - \frac{3}{` and `x +`, and two such remains may be equal. Of
+    `2ab` and `3t` they leave the numbers: units in letters that formulas have count in \text{} only, which it knows.
     """
     from latex2sympy2_extended import math_normalization as its
 
     its.unit_superscript_regex = re.compile(r"(\\(?:text|mbox)\s*\{[^{}]*\})(\^\d|\{\^\d\})?$")
-    units = "|".join(map(re.escape, sorted(its.units, key=len, reverse=True)))
+    units = "|".join(map(re.escape, sorted({*its.units} - {*"cehlost", "ab", "bc", "by"}, key=len, reverse=True)))
     its.units_regex = re.compile(
         rf"^(-?(?:\\[a-zA-Z]+|[^a-zA-Z+-])*(?:[\d}}]|\\pi))\s*(?:(?:{units})(?:s|es)?(?![a-zA-Z])\s*)+$"
     )

@@ -18,8 +18,8 @@ from typing import Any
 import jinja2
 import yaml
 
-from sdft_ray.core.answers import final_part, has_words
 from sdft_ray.core.rows import Row
+from sdft_ray.core.spelling import final_part, has_words
 from sdft_ray.data.checkers import read_answer
 from sdft_ray.data.conversations import find_conversations
 from sdft_ray.data.files import find_files

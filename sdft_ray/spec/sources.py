@@ -147,7 +147,8 @@ _Phrases = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(stri
 
 class Filters(Section):
     """Which rewrites are refused, whatever their answer. Truncated and empty ones always are: they teach the model to
-    stop in the middle, or nothing. English refusals and leaks are known; add phrases of other languages."""
+    stop in the middle, or nothing. Leaks in English are known, and refusals in English and the most common other
+    languages; add phrases of yours."""
 
     leak: bool = True
     """Refuse a rewrite that speaks of the task of rewriting, in words that the row does not use."""

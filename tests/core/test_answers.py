@@ -6,7 +6,9 @@ from fractions import Fraction
 
 import pytest
 
-from sdft_ray.core.answers import final_choice, final_number, final_part
+from sdft_ray.core.answers import final_number
+from sdft_ray.core.letters import final_choice
+from sdft_ray.core.spelling import final_part
 from sdft_ray.data import benchmarks
 from sdft_ray.data.checkers import is_correct, read_answer
 
@@ -257,7 +259,7 @@ def test_final_choice_words_are_no_letters(text):
         ("21‰", "21"),
         ("100 000 000", "100000000"),
         ("A. 12", "12"),
-        ("$1,234.5 million", "2469/2"),
+        ("$1,234.5 million", "1234500000"),
         ("12\u202f345 \u20ac", "12345"),
         ("12\xa0345", "12345"),
         ("12\u2009345", "12345"),
@@ -285,6 +287,59 @@ def test_final_choice_words_are_no_letters(text):
         ("21 h 05", "21:05"),
         ("#### 3 : 4", "3:4"),
         ("30^{\\circ}", "30"),
+        # Which currency it is does not matter, nor what turns the direction of writing.
+        *((text, "-50") for text in ("-₺50", "-₱50", "-USD 50", "-\u206650\u2069", "negative 50", "It is minus 50.")),
+        ("10 minus 3", "3"),
+        ("⑫", "12"),
+        ("3\u22154", "3/4"),
+        ("{3}/{4}", "3/4"),
+        ("\\boxed{1~\\frac12}", "3/2"),
+        ("\\boxed{1\\text{ }\\frac12}", "3/2"),
+        ("\\boxed{\\frac{\\text{3}}{4}}", "3/4"),
+        ("\\boxed{\\text{-}42}", "-42"),
+        ("3 · 10^5", "300000"),
+        ("42 ft.²", "42"),
+        # An equation is read by the side that is a number.
+        ("\\boxed{6 \\times 7 = 42}", "42"),
+        ("\\boxed{42 = x}", "42"),
+        ("\\boxed{f(2) = 42}", "42"),
+        ("\\boxed{a_5 = 9}", "9"),
+        ("#### 42, since 6 times 7", "42"),
+        ("#### <b>42</b>", "42"),
+        # Words for powers of ten.
+        ("5 million people", "5000000"),
+        ("2,5 Millionen", "2500000"),
+        ("1.5 billion", "1500000000"),
+        ("3 lakh", "300000"),
+        ("共3万元", "30000"),
+        ("3万5千人", "35000"),
+        ("1億2000万円", "120000000"),
+        ("1.5万", "15000"),
+        # Another base, dates and times are compared as a whole.
+        ("\\boxed{1010_2}", "1010_2"),
+        ("123_{10}", "123_10"),
+        ("JANUARY 5, 2024", "2024-01-05"),
+        ("05-Jan-2024", "2024-01-05"),
+        ("2024년 1월 5일", "2024-01-05"),
+        ("1月5日", "01-05"),
+        ("5. Januar", "01-05"),
+        ("5 января 2024 года", "2024-01-05"),
+        ("2024-01-05T10:30", "2024-01-05 10:30"),
+        ("January 5, 2024 at 10:30 PM", "2024-01-05 22:30"),
+        ("10 p.m.", "22:00"),
+        ("10 am", "10:00"),
+        ("下午10点30分", "22:30"),
+        ("午前10時", "10:00"),
+        ("22시 30분", "22:30"),
+        # What stands behind the answer is why, or what it is not.
+        ("Answer: 42 (that is 40 + 2)", "42"),
+        ("The answer is 42 since 40 and 2 make that.", "42"),
+        ("The answer is 3 + 4 = 7. The first 2 were free.", "7"),
+        ("There are 42 apples left. (We started with 50.)", "42"),
+        ("The total is 42 dollars (21 + 21).", "42"),
+        ("The answer is three (3).", "3"),
+        ("He has 42 apples, not 50.", "42"),
+        ("He has 42 apples instead of 50.", "42"),
     ],
 )
 def test_final_number_other_spellings(text, answer):
@@ -299,9 +354,20 @@ def test_final_number_other_spellings(text, answer):
             "x^2+1", "3x", "2e", "2 + 3", "[1,5]", "(1,5)", r"\{1,2,3\}",
             "1/2 + 1/3", r"4 \pm 1", r"5.\overline{6}", "1, 2", r"\{1, 2\}", "[1, 2)",
             r"\left(1, 2\right)", "5/x",
+            "n = 42, m = 3", "x = 2, x = 3", r"x=2 \text{ or } x=3", r"2 \text{ and } 3", r"\text{1 to 2}",
+            r"6 \cdot 7", r"6 \times 7", r"3 \div 4", "3÷4", "5!", "2^n", "2^{n+1}", "2^{1/2}", "2^{0.5}", "4^{3/2}",
+            r"\left(\frac{1}{2}\right)^3", r"\frac{x}{3}", r"\frac{3}{x}", r"\frac{3 \cdot 2}{4}", r"\frac{2^3}{4}",
+            r"\frac{3!}{4}", r"3 \over 4", "2i", "2k", "2ab", "3(x+1)", "2(a+b)", "3x+2y=5", "2x = 6", "y = 2x + 3",
+            "x > 2", r"x \geq 2", r"2 \le x \le 3", r"x \neq 2", r"\begin{pmatrix}1\\2\end{pmatrix}",
+            r"\begin{bmatrix}1&2\\3&4\end{bmatrix}", "2 hours 30 minutes", "5 feet 3 inches", "$3 and 50 cents",
+            "5'10\"",
+            "2小时30分钟", "42k",
         )),
         "10^{10^{10}}", "9^9^9^9",
         r"The answer is $10\sqrt{2}$.", "The area is 2π.", "It is 5√2 long", r"So it is 0.\overline{3}",
+        r"So it is $\frac{3 \cdot 2}{4}$.", "The answer is $2x + 3$.", "So f(x) = x^2 + 3.", r"$\sqrt{16 - 4 \cdot 3}$",
+        "The answer is (2, 3).", r"The set is $\{1,2,3\}$.", r"$x \in [2, 5]$", "x ∈ (2, ∞)", "It is 2^n.",
+        "It is log_2(8).",
     ],
 )  # fmt: skip
 def test_final_number_of_a_formula_or_a_list_is_none(text):
@@ -314,6 +380,29 @@ def test_final_number_of_a_formula_or_a_list_is_none(text):
 )
 def test_final_number_beside_a_formula(text, number):
     assert final_number(text) == number
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Die Lösung ist 42. Die ersten 5 waren frei.",
+        "Het antwoord is 42. De eerste 5 waren gratis.",
+        "Odpowiedź: 42. Pierwsze 5 były darmowe.",
+        "Cevap: 42. İlk 5 ücretsizdi.",
+        "Jawaban: 42. 5 pertama gratis.",
+        "Svar: 42. De första 5 var gratis.",
+        "Đáp án là 42. 5 cái đầu miễn phí.",
+        "Απάντηση: 42. Τα 5 ήταν δωρεάν.",
+        "الجواب: 42. أول 5 مجانية.",
+        "الإجابة هي ٤٢. أول ٥ مجانية.",
+        "उत्तर ४२ है। पहले ५ मुफ़्त थे।",
+        "答：42。前5个免费。",
+        "답: 42. 처음 5개는 무료입니다.",
+        "Answer - 42\nThe first 5 were free.",
+    ],
+)
+def test_final_number_that_is_announced_in_other_languages(text):
+    assert final_number(text) == 42
 
 
 @pytest.mark.parametrize(
@@ -338,6 +427,11 @@ def test_final_number_too_large_to_spell_out_is_none(text):
         ("#### 5,00,000", "It is 6,00,000."),
         ("#### 1.234,56", "It is 2.234,56."),
         ("#### 3,5", "It is 2,5."),
+        ("#### 5 million", "It is 5 billion."),
+        ("#### 10 am", "It is at 10 pm."),
+        ("#### 2024-01-05 10:30", "On 2024-01-06 10:30."),
+        ("\\boxed{1010_2}", "\\boxed{1010}"),
+        ("#### 7月9日", "5月9日"),
     ],
 )
 def test_numbers_that_end_alike_are_not_equal(reference, text):
@@ -436,22 +530,127 @@ def test_final_number_of_all_gsm8k_answers_is_what_stands_behind_the_marks():
         ("I'd go with it", None),
         ("The best choice is D", "D"),
         ("The answer is clearly B.", "B"),
-        ("Câu trả lời là C", None),
+        ("Câu trả lời là C", "C"),
         ("Đáp án: C", "C"),
         ("คำตอบคือ C", "C"),
         ("الإجابة هي C", "C"),
         ("उत्तर C है", "C"),
         ("Option A", "A"),
-        ("option b", None),
+        ("option b", "B"),
         ("B und C", None),
         ("Weder A noch B", None),
         ("The answer is I think light.", None),
         ("Final Answer: D", "D"),
-        ("Correct: B", None),
+        ("Correct: B", "B"),
         ("(b)", "B"),
-        ("b) Paris", None),
+        ("b) Paris", "B"),
         ("B: Paris", "B"),
         ("Dés que", None),
+        *(
+            (text, "A")
+            for text in (
+                "正确选项是A",
+                "答案是【A】",
+                "正しいのはAです",
+                "A번이 정답",
+                "option a",
+                "The answer is `A`.",
+                "Letra A",
+                "A is the answer.",
+                "\\boxed{\\text{A. Paris}}",
+                "My choice is A.",
+                "I'll go with A.",
+                "Therefore, A.",
+                "It must be A.",
+                "Select A",
+                "La opción correcta es la A.",
+                "A alternativa correta é A.",
+                "L'opzione corretta è A",
+                "A — Paris",
+                "A, Paris",
+                "Prawidłowa odpowiedź to A.",
+                "Jawaban yang benar adalah A.",
+                "Đáp án đúng là A.",
+                "सही उत्तर A है",
+                "ข้อ A",
+                "คำตอบที่ถูกต้องคือ A",
+                "Svar: A",
+                "Vastaus: A",
+                "Απάντηση: A",
+                "תשובה: A",
+                "الإجابة الصحيحة هي A",
+                "Cevap A'dır.",
+            )
+        ),
+        *(
+            (text, "B")
+            for text in (
+                "B, not A",
+                "B (not A)",
+                "B because A is wrong.",
+                "B, since A and C are wrong",
+                "A is incorrect, it is cold. So B.",
+                "**B**\n\nExplanation: A) is wrong. C) is wrong.",
+                "The answer isn't A, it's B.",
+                "The answer is not A, it is B.",
+                "It is not A, so it must be B.",
+                "答案不是A，是B",
+                "答えはAではなくBです",
+                "정답은 A가 아니라 B입니다.",
+                "选B，不选A。",
+                "Die Antwort ist nicht A, sondern B.",
+                "La réponse n'est pas A mais B.",
+                "La respuesta no es A, sino B.",
+                "(A) no (B) yes (C) no. So (B).",
+                "A: false. B: true. Therefore B is the answer.",
+                "B。因为A错。",
+                "答：B",
+                "应该是B",
+                "我认为是B",
+                "答えは「B」です",
+                "Bです。",
+                "B입니다",
+                "보기 B",
+                "I think it's B",
+                "Ans: B",
+                "Solution: B",
+                "The answer is most likely B.",
+                "The answer to the question is B.",
+                "The correct statement is B.",
+                "(b) paris",
+                "b is correct",
+                "option b is right",
+                "The answer is B. C is wrong.",
+                "which is B",
+            )
+        ),
+        *(
+            (text, None)
+            for text in (
+                "The answer is A, B.",
+                "The answer is A, B, and C.",
+                "Answer: A, B",
+                "答案是A或B",
+                "答案：A、B",
+                "选A、B",
+                "The answer is B,C",
+                "The answer is J. K. Rowling.",
+                "(A) is wrong",
+                "The answer is not (A).",
+                "不选A",
+                "정답은 A가 아닙니다",
+                "答えはAではありません",
+                "Is the answer A?",
+                "A+",
+                "A-",
+                "C++",
+                "C#",
+                "f(A)",
+                "P(A) = 1/2",
+                "a) x b) y",
+                "A.B.C.",
+            )
+        ),
     ],
 )
 def test_final_choice_in_several_languages(text, letter):

@@ -1,4 +1,5 @@
 # ruff: noqa: RUF001 (digits and marks of other scripts are what is tested)
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -112,6 +113,21 @@ def test_is_correct_by_checker(checker, answer, text, correct):
         ("\\boxed{x + a b}", "\\boxed{x + a c}", False),
         ("\\boxed{2 + t}", "\\boxed{2 + h}", False),
         ("\\boxed{5 sq cm}", "5", True),
+        # Units in letters that formulas have, points and sets in plain text, signs of Unicode, another base.
+        ("\\boxed{2ab}", "\\boxed{2ba}", True),
+        ("\\boxed{2ab}", "\\boxed{2}", False),
+        ("\\boxed{3t}", "\\boxed{3}", False),
+        ("Answer: (1, 2)", "$(1,2)$", True),
+        ("Answer: (1, 2)", "Answer: (5, 2)", False),
+        ("The set is {1, 2}.", "$\\{2,1\\}$", True),
+        ("\\boxed{2√3}", "$2\\sqrt{3}$", True),
+        ("So it is 3√2.", "$2\\sqrt{2}$", False),
+        ("So it is 2π.", "$2\\pi$", True),
+        ("So it is 2π.", "2", False),
+        ("x + √2", "y + √2", False),
+        ("It is sqrt(x+1).", "$\\sqrt{x+1}$", True),
+        ("\\boxed{∞}", "$\\infty$", True),
+        ("\\boxed{1010_2}", "\\boxed{1010}", False),
     ],
 )
 def test_is_correct_of_mathematics_in_other_spellings(reference, text, correct):
@@ -157,6 +173,10 @@ def select(row, *generations, **changes):
         ("Four and four make 8.", "length", ROW, "truncated"),
         ("  \n ", "stop", ROW, "empty"),
         ("The answer to this question is:", "stop", ROW, "empty"),
+        ("**The answer is:**", "stop", ROW, "empty"),
+        ("答案是：", "stop", ROW, "empty"),
+        ("\u200b", "stop", ROW, "empty"),
+        ("```\n```", "stop", ROW, "empty"),
         ("These are the steps:\n4 + 4 = 8", "stop", ROW, "kept"),
         ("for i in x:", "stop", OPEN_ROW._replace(reference="for x in y:"), "kept"),
         ("engine broke", "error", ROW, "error"),
@@ -169,6 +189,9 @@ def select(row, *generations, **changes):
         (" ".join(f"{i} apples" for i in range(200)) + " 8", "stop", ROW, "too_long"),
         ("Anything goes here.", "stop", OPEN_ROW, "kept"),
         ("Your response is good.", "stop", OPEN_ROW, "leak"),
+        ("According to the reference, fine.", "stop", OPEN_ROW, "leak"),
+        ("The answer provided is fine.", "stop", OPEN_ROW, "leak"),
+        ("For your reference: fine.", "stop", OPEN_ROW, "kept"),
         ("<think>4, 4, hm</think>\n\nFour and four make 8.", "stop", ROW, "kept"),
         ("<think>It is 8.</think>", "stop", ROW, "empty"),
         ("<think>It is 8.", "stop", ROW, "truncated"),
@@ -259,6 +282,18 @@ COMMENTARY = "<|start|>assistant<|channel|>commentary<|message|>x<|end|>"
             "<|begin_of_thought|>6<|end_of_thought|>\n\n<|begin_of_solution|>\nIt is 12.\n<|end_of_solution|>",
             "It is 12.",
         ),
+        ("<think >6</think >It is 12.", "It is 12."),
+        ("<|think|>6<|/think|>It is 12.", "It is 12."),
+        ("<|thought_start|>6<|thought_end|>It is 12.", "It is 12."),
+        ("<|begin_thought|>6", None),
+        ("<unused94>thought\n6<unused95>It is 12.", "It is 12."),
+        ("<analysis>6</analysis>\nIt is 12.", "It is 12."),
+        ("<inner_monologue>6</inner_monologue>It is 12.", "It is 12."),
+        ("<chain_of_thought>6</chain_of_thought>It is 12.", "It is 12."),
+        ("<thought_process>6</thought_process>It is 12.", "It is 12."),
+        ("hm, 6 and 6. </think>\nIt is 12.", "It is 12."),
+        ("assistantanalysiswe need 12.assistantfinalIt is 12.", "It is 12."),
+        ("assistantfinalIt is 12.", "It is 12."),
         ("<|START_THINKING|>6<|END_THINKING|><|START_RESPONSE|>It is 12.<|END_RESPONSE|>", "It is 12."),
     ],
 )
@@ -322,6 +357,24 @@ def test_select_response_a_phrase_of_the_row_itself_is_no_leak():
         "Well, as a large language model I have none.",
         "I am just an AI, so no.",
         "I apologize, but I will not.",
+        "I'm afraid I can't do that.",
+        "My apologies, but I cannot help.",
+        "I must decline.",
+        "I don't have access to it.",
+        "We cannot help with that.",
+        "抱歉，我无法帮助您。",
+        "作为一个人工智能语言模型，我没有感情。",
+        "申し訳ありませんが、お手伝いできません。",
+        "죄송합니다. 그 질문에는 답변할 수 없습니다.",
+        "ขออภัย ฉันไม่สามารถช่วยได้",
+        "عذرًا، لا أستطيع مساعدتك في ذلك.",
+        "क्षमा करें, मैं यह नहीं कर सकता।",
+        "Es tut mir leid, aber ich kann dabei nicht helfen.",
+        "Je suis désolé, mais je ne peux pas vous aider.",
+        "Lo siento, pero no puedo ayudarte.",
+        "Desculpe, mas não posso ajudar.",
+        "Mi dispiace, ma non posso aiutarti.",
+        "Извините, но я не могу помочь.",
     ],
 )
 def test_select_response_refusal_forms(text):
@@ -338,6 +391,9 @@ def test_select_response_refusal_forms(text):
         "Sorry is the hardest word.",
         "He works as an AI researcher.",
         "Unfortunately, the bridge is closed.",
+        "Leider regnet es heute nicht mehr als gestern.",
+        "作为AI领域的专家，他很忙。",
+        "Es usado en campos como modelo de lenguaje o robot.",
     ],
 )
 def test_select_response_words_that_refuse_nothing(text):
@@ -345,12 +401,12 @@ def test_select_response_words_that_refuse_nothing(text):
 
 
 def test_select_response_takes_phrases_of_other_languages():
-    refusal, leak = ("Lo siento, no puedo ayudarte.", "stop"), ("Die Musterl\u00f6sung sagt 4.", "stop")
-    phrases = {"refusal_phrases": ["NO PUEDO ayudarte"], "leak_phrases": ["Musterl\u00f6sung"]}
+    refusal, leak = ("Przykro mi, nie pomogę.", "stop"), ("Die Musterl\u00f6sung sagt 4.", "stop")
+    phrases = {"refusal_phrases": ["NIE pomogę"], "leak_phrases": ["Musterl\u00f6sung"]}
     assert select(OPEN_ROW, refusal).reason == select(OPEN_ROW, leak).reason == "kept"
     assert select(OPEN_ROW, refusal, **phrases).reason == "refusal"
     assert select(OPEN_ROW, leak, **phrases).reason == "leak"
-    assert select(OPEN_ROW._replace(reference="No puedo ayudarte."), refusal, **phrases).reason == "kept"
+    assert select(OPEN_ROW._replace(reference="Nie pomogę."), refusal, **phrases).reason == "kept"
     assert select(OPEN_ROW._replace(prompt="Wo ist die Musterl\u00f6sung?"), leak, **phrases).reason == "kept"
 
 
@@ -362,10 +418,22 @@ def test_select_response_a_reference_that_repeats_itself_allows_it():
 def test_is_repetitive_lists_and_short_texts_are_not():
     assert not is_repetitive("")
     assert not is_repetitive("yes yes yes")
+    assert not is_repetitive(hashlib.sha512(b"1").hexdigest() + hashlib.sha512(b"2").hexdigest())
     assert not is_repetitive("\n".join(f"{i}. item {i} of the list" for i in range(30)))
 
 
-@pytest.mark.parametrize("loop", ["所以答案是四，", "答えは四です。", "ดังนั้นคำตอบคือสี่", "因此，", "그래서 답은 4이고 "])
+@pytest.mark.parametrize(
+    "loop",
+    [
+        "所以答案是四，",
+        "答えは四です。",
+        "ดังนั้นคำตอบคือสี่",
+        "因此，",
+        "그래서 답은 4이고 ",
+        "그래서답은넷입니다.",
+        "abcabc",
+    ],
+)
 def test_is_repetitive_of_loops_without_spaces(loop):
     assert is_repetitive(loop * 20)
 
