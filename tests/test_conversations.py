@@ -162,7 +162,7 @@ def test_read_conversation_with_a_turn_that_says_nothing_gives_blank_rows(tmp_pa
                     {"role": "assistant", "function_call": {"name": "f", "arguments": "[" * 100000}},
                 ]
             },
-            ", turn 3: calls f with arguments that are no JSON. Fix this row.",
+            ", turn 3: calls f with arguments that are no JSON object. Fix this row.",
         ),
         ({"messages": "q"}, ": messages is text, and no JSON list. Fix this row."),
         ({"messages": None}, ": messages is no list. Fix this row."),
@@ -181,7 +181,7 @@ def test_read_conversation_with_a_turn_that_says_nothing_gives_blank_rows(tmp_pa
                     {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]},
                 ]
             },
-            ", turn 3: calls f with arguments that are no JSON. Fix this row.",
+            ", turn 3: calls f with arguments that are no JSON object. Fix this row.",
         ),
         ({"turns": TURNS}, "rows.fields.messages"),
     ],
@@ -198,6 +198,8 @@ def test_read_conversation_of_another_form_names_row_and_turn(tmp_path, record, 
         ({"fields": {"prompt": "q", "response": "a", "messages": "m"}}, "fields"),
         ({"fields": {"prompt": "q", "response": "a", "tools": "t"}}, "fields"),
         ({"fields": {"prompt": "q"}}, "fields"),
+        ({"fields": {"prompt": "q", "response": "q"}}, "q stands for two fields"),
+        ({"fields": {"prompt": "q", "response": "a"}, "path": " "}, "path: is empty"),
         ({"fields": {"response": "a"}}, "plain: true"),
         ({"fields": {"prompt": "q", "response": "a"}, "turns": "each"}, "turns"),
         ({"fields": {"prompt": "q", "response": "a"}, "plain": True}, "plain"),
@@ -367,3 +369,56 @@ def test_real_conversations_become_one_row_for_each_response_and_are_encoded(too
             f"<call>{json.dumps(call['function'], ensure_ascii=False)}</call>" for call in row.exchange.calls
         )
         assert trained == f"{row.reference}{calls}<|im_end|>"
+
+
+USER, REPLY = {"role": "user", "content": "4 + 4?"}, {"role": "assistant", "content": "8"}
+
+
+def read_turns(tmp_path, turns, which="last", **record):
+    options = {"messages": "turns"} | {key: key for key in record}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"turns": turns, **record}))
+    return readers.read_rows(
+        FileRows.model_validate({"path": str(path), "fields": options, "answer": "none", "turns": which})
+    )
+
+
+@pytest.mark.parametrize("roles", [("User", "Assistant"), ("human", "gpt"), ("user", "model"), ("human", "ai")])
+def test_read_conversation_takes_the_usual_names_of_roles(tmp_path, roles):
+    turns = [turn | {"role": role} for turn, role in zip((USER, REPLY), roles, strict=True)]
+    assert read_turns(tmp_path, turns) == read_turns(tmp_path, [USER, REPLY])
+
+
+@pytest.mark.parametrize("arguments", ["[1]", "5", '"x"', '{"x": 1, "x": 2}', [1]])
+def test_read_conversation_of_arguments_that_are_no_object_is_refused(tmp_path, arguments):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+    with pytest.raises(UserError, match="turn 2: calls f with arguments that are no JSON object"):
+        read_turns(tmp_path, [USER, call])
+
+
+@pytest.mark.parametrize("given", [{"parameters": {"x": 1}}, {"arguments": {"x": 1}}, {"arguments": '{"x": 1}'}])
+def test_read_conversation_arguments_have_several_names(tmp_path, given):
+    [row] = read_turns(tmp_path, [USER, {"role": "assistant", "content": "", "tool_calls": [{"name": "f", **given}]}])
+    assert row.exchange.calls == [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
+
+
+def test_read_conversation_a_turn_of_weight_0_is_given_and_not_trained(tmp_path):
+    first, second = read_turns(tmp_path, [USER, REPLY | {"weight": 0}, USER, REPLY], "each")
+    assert first.is_blank and second.reference == "8" and len(second.exchange.given.messages) == 3
+
+
+def test_read_conversation_two_messages_of_the_system_are_refused(tmp_path):
+    system = {"role": "system", "content": "Be brief."}
+    [row] = read_turns(tmp_path, [system, USER, REPLY], context="Be brief.")
+    assert len(row.exchange.given.messages) == 2
+    with pytest.raises(UserError, match=r"Remove rows\.fields\.context"):
+        read_turns(tmp_path, [system, USER, REPLY], context="Be long.")
+
+
+@pytest.mark.parametrize("key", ["tools", "context"])
+def test_read_conversation_of_a_column_that_is_missing_names_that_column(tmp_path, key):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"turns": [USER, REPLY]}))
+    fields = {"messages": "turns", key: "other"}
+    source = {"path": str(tmp_path / "rows.jsonl"), "fields": fields, "answer": "none"}
+    with pytest.raises(UserError, match=rf"rows\.fields\.{key}: .* has no other"):
+        readers.read_rows(FileRows.model_validate(source))

@@ -211,8 +211,54 @@ def test_a_packed_file_that_is_cut_off_says_so(tmp_path, name, kept):
 @pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.jsonl.zst"])
 def test_a_packed_file_of_other_bytes_says_so(tmp_path, name):
     (tmp_path / name).write_text(json.dumps(GSM[0]))
+    line = f"{tmp_path / name}: is not packed, in spite of its {Path(name).suffix}. Rename it to rows.jsonl."
+    assert complaint(tmp_path / name) == line
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "do"),
+    [
+        (b"\x1f\x8b\x08", "rows.jsonl", "Rename it to rows.jsonl.gz."),
+        (b"\x28\xb5\x2f\xfd", "rows.csv", "Rename it to rows.csv.zst."),
+        (b"PAR1", "rows.jsonl", "Rename it to rows.parquet."),
+        (b"PAR1", "rows.arrow", "Rename it to rows.parquet."),
+        (b"ARROW1", "rows.parquet", "Rename it to rows.arrow."),
+        (b"PK\x03\x04", "rows.json", "Unpack it, or save it in another format."),
+    ],
+)
+def test_a_file_of_another_format_than_its_name_says_which(tmp_path, content, name, do):
+    (tmp_path / name).write_bytes(content)
     line = complaint(tmp_path / name)
-    assert line.startswith(f"{tmp_path / name}: cannot be unpacked (") and line.endswith("Copy or download it again.")
+    assert line.startswith(f"{tmp_path / name}: is ") and line.endswith(do)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+@pytest.mark.parametrize("record", ['{"question": "q", "answer": "a", "answer": "b"}', '{"x": {"k": 1, "k": 2}}'])
+def test_a_key_that_stands_twice_is_refused(tmp_path, name, record):
+    (tmp_path / name).write_text(f"[{record}]" if name == "rows.json" else f"\n{record}\n")
+    assert " twice). Fix this " in complaint(tmp_path / name)
+
+
+def test_columns_without_a_name_may_be_several(tmp_path):
+    (tmp_path / "rows.csv").write_text(",,question,answer\n1,2,q,a\n")
+    assert read(tmp_path / "rows.csv") == [Row("q", "a", None)]
+
+
+def test_a_directory_of_several_splits_is_refused(tmp_path):
+    for name in ("train-0.jsonl", "test-0.jsonl", "training_notes.jsonl"):
+        save(GSM, tmp_path / name)
+    line = f"rows.path: {tmp_path} holds several splits (test, train). Give one of them, such as {tmp_path}/train*."
+    assert complaint(tmp_path) == line
+
+
+@pytest.mark.parametrize("kind", [pa.float32(), pa.float16()])
+def test_an_answer_of_few_bits_is_the_number_that_people_see(tmp_path, kind):
+    table = pa.table(
+        {"question": ["q"], "answer": ["a"], "final": pa.array([0.5 if kind == pa.float16() else 0.1], kind)}
+    )
+    pq.write_table(table, tmp_path / "rows.parquet")
+    [row] = read(tmp_path / "rows.parquet", fields={**FIELDS, "answer": "final"})
+    assert float(row.answer) == (0.5 if kind == pa.float16() else 0.1)
 
 
 @pytest.mark.parametrize(
@@ -258,7 +304,12 @@ def test_a_table_that_is_cut_off_is_one_line(tmp_path, name, kept):
         ),
         ("question,answer,answer\nq,a,b\n", "{path}:1: names the column answer twice. Rename one of them."),
         ("What is 1?,1\nWhat is 2?,2\n", "rows.fields.prompt: the header {path}:1 has no question. Known: 1, What is"),
-        ("question;answer\nq;a\n", "rows.fields.prompt: the header {path}:1 has no question. Did you mean question;an"),
+        ("question;answer\nq;a\n", "{path}:1: has one column, and ; in its name. Save the file with commas"),
+        ("question\tanswer\nq\ta\n", "{path}:1: has one column, and a tab in its name. Save the file with commas"),
+        (
+            " question ,answer\nq,a\n",
+            "rows.fields.prompt: the header {path}:1 has no question. Did you mean ' question '?",
+        ),
         ('question,answer\nq,a\nq,"open\nto the end\n', "{path}:3: is not CSV (unexpected end of data). Fix this line"),
         ('question,answer\nq,"a" b\n', "{path}:2: is not CSV ("),
         (b"question,answer\nq,a\ncaf\xe9,a\n", "{path}:3: is not UTF-8 text. Save the file as UTF-8."),

@@ -9,28 +9,25 @@ one for each. Messages get one form here, that of chat templates, so that nothin
 
 from __future__ import annotations
 
-import json
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from sdft_ray.core.rows import Given, Message, Row, write_conversation
+from sdft_ray.data.text import load_json
 from sdft_ray.errors import UserError, nearest, problem
 from sdft_ray.spec.sources import Format, Turns
 
 _KEYS: dict[Format, tuple[str, str]] = {"messages": ("role", "content"), "sharegpt": ("from", "value")}
-_ROLES: dict[Format, dict[str, str]] = {
-    "messages": {
-        **{role: role for role in ("system", "user", "assistant", "tool")},
-        **{"function": "tool", "developer": "system"},  # names that OpenAI's API has or had for them
-    },
-    "sharegpt": {
-        **dict.fromkeys(("human", "user"), "user"),
-        **dict.fromkeys(("gpt", "assistant", "model", "chatgpt", "bard", "bing"), "assistant"),
-        **dict.fromkeys(("observation", "tool", "function_response"), "tool"),
-        "system": "system",
-        "function_call": "function_call",
-    },
+_ROLES = {
+    "system": "system",
+    "developer": "system",  # OpenAI's API has or had this and the next but one for them
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("tool", "function", "ipython", "observation", "function_response", "tool_response"), "tool"),
+    **dict.fromkeys(("assistant", "gpt", "model", "chatgpt", "bard", "bing", "bot", "ai", "chatbot"), "assistant"),
+    **dict.fromkeys(("function_call", "tool_call"), "function_call"),
 }
+"""The names of roles in data sets, in lower case."""
 _KEPT = ("name", "tool_call_id", "reasoning_content")  # of a message, beside role, content and calls
 
 
@@ -51,11 +48,16 @@ def read_conversation(
     """Yield the rows of a conversation: that of its last turn, or of every turn of the assistant.
 
     A turn that nothing answers gives a row without reference, and so does a response before which no user asks, or a
-    turn says nothing: such rows are left out and counted. answer: the final answer of the last response. Raises
-    UserError for another form.
+    turn says nothing, and one whose `weight` is 0, as OpenAI's files write that it is not trained: such rows are left
+    out and counted. answer: the final answer of the last response. Raises UserError for another form.
     """
-    messages = [_read_message(turn, form, f"{where}, turn {i}") for i, turn in enumerate(_as_list(turns, where), 1)]
-    if system and system.strip():
+    turns = _as_list(turns, where)
+    messages = [_read_message(turn, form, f"{where}, turn {i}") for i, turn in enumerate(turns, 1)]
+    untrained = [message for turn, message in zip(turns, messages, strict=True) if turn.get("weight") == 0]
+    if system and system.strip() and messages[:1] != [Message("system", system)]:
+        if any(message.role == "system" for message in messages):
+            do = "Remove rows.fields.context"
+            raise UserError(problem(where, "has a message of the system, and its column of context another", do))
         messages.insert(0, Message("system", system))
     described = _read_tools(tools, where)
     ends = [i for i, message in enumerate(messages) if message.role == "assistant"]
@@ -63,7 +65,8 @@ def read_conversation(
         ends.append(len(messages))
     for end in ends if which == "each" else ends[-1:]:
         last = end == ends[-1]
-        yield _row(Given(messages[:end], described), messages[end : end + 1], answer if last else None, where)
+        response = [message for message in messages[end : end + 1] if not any(message is other for other in untrained)]
+        yield _row(Given(messages[:end], described), response, answer if last else None, where)
 
 
 def _row(given: Given, response: Sequence[Message], answer: str | None, where: str) -> Row:
@@ -87,7 +90,7 @@ def _says_nothing(message: Message) -> bool:
 def _as_list(value: Any, where: str, name: str = "messages") -> list[Any]:
     if isinstance(value, str):  # a column of JSON
         try:
-            value = json.loads(value)
+            value = load_json(value)
         except (ValueError, RecursionError):
             raise UserError(problem(where, f"{name} is text, and no JSON list", "Fix this row")) from None
     if not isinstance(value, list):
@@ -104,11 +107,11 @@ def _read_message(turn: Any, form: Format, where: str) -> Message:
             do = f"Set rows.fields.format: {'sharegpt' if form == 'messages' else 'messages'}"
         raise UserError(problem(where, what, do))
     given, content = turn[role_key], turn.get(content_key)
-    role = _ROLES[form].get(given) if isinstance(given, str) else None
+    role = _ROLES.get(given.lower()) if isinstance(given, str) else None
     if role == "function_call":
         return Message("assistant", "", [_read_call(call, where) for call in _calls(content) or [None]])
     if role is None:
-        raise UserError(problem(where, f"has the unknown role {given}", nearest(str(given), _ROLES[form])))
+        raise UserError(problem(where, f"has the unknown role {given}", nearest(str(given), _ROLES)))
     calls = turn.get("tool_calls") or _calls(turn.get("function_call"))
     content = _read_content(content, bool(calls), where)
     made = [_read_call(call, where) for call in _as_list(calls, where, "tool_calls")] if calls else None
@@ -134,7 +137,7 @@ def _read_content(content: Any, may_lack: bool, where: str) -> str:
 def _calls(content: Any) -> list[Any]:
     """Return the calls in one value: JSON of one of them, or of a list; none where there is no value."""
     try:
-        value = json.loads(content) if isinstance(content, str) and content else content
+        value = load_json(content) if isinstance(content, str) and content else content
     except (ValueError, RecursionError):
         value = [content]  # which is no call
     return value if isinstance(value, list) else [value] if value else []
@@ -145,13 +148,12 @@ def _read_call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(name := function.get("name"), str):
         raise UserError(problem(where, "calls a function without a name", "Fix this row"))
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except (ValueError, RecursionError):
-            what = f"calls {name} with arguments that are no JSON"
-            raise UserError(problem(where, what, "Fix this row")) from None
+    arguments = function.get("arguments", function.get("parameters")) or {}
+    with contextlib.suppress(ValueError, RecursionError):
+        arguments = load_json(arguments) if isinstance(arguments, str) else arguments
+    if not isinstance(arguments, dict):
+        what = f"calls {name} with arguments that are no JSON object"
+        raise UserError(problem(where, what, "Fix this row"))
     number = call.get("id")
     read = {"type": "function", "function": {"name": name, "arguments": arguments}}
     return read | ({"id": number} if number else {})

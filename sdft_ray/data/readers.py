@@ -236,11 +236,12 @@ def rows_of(read: Record, source: TableRows) -> list[Row]:
 
 def _require_columns(read: Record, columns: Mapping[str, str]) -> None:
     for key, column in columns.items():
-        if column not in read.values or (isinstance(read.values[column], list) and key not in ("messages", "tools")):
-            _refuse_conversation(read)
-        if column not in read.values:
-            what = f"{read.named_in} has no {column}"
-            raise UserError(problem(f"rows.fields.{key}", what, nearest(column, read.names())))
+        is_absent = column not in read.values
+        if key not in ("context", "tools") and (is_absent or isinstance(read.values[column], list)):
+            _refuse_conversation(read, columns.get("messages"))
+        if is_absent:
+            do = nearest(column, read.names()) if read.values else "Fix this row"
+            raise UserError(problem(f"rows.fields.{key}", f"{read.named_in} has no {column}", do))
 
 
 def _read_text(key: str, columns: Mapping[str, str], read: Record) -> str | None:
@@ -255,9 +256,10 @@ def _read_text(key: str, columns: Mapping[str, str], read: Record) -> str | None
     return None if value is None else str(value)
 
 
-def _refuse_conversation(read: Record) -> None:
-    """Raise UserError for a record that holds its texts as the turns of a conversation."""
-    for name, form in find_conversations(read.values).items():
+def _refuse_conversation(read: Record, known: str | None) -> None:
+    """Raise UserError for a record that holds its texts as the turns of a conversation; known: the column of such."""
+    conversations = {} if known in read.values else find_conversations(read.values)
+    for name, form in conversations.items():
         do = f"Set rows.fields to {{messages: {name}{', format: sharegpt' * (form == 'sharegpt')}}}"
         raise UserError(problem(read.where, f"{name} is a conversation", do))
 

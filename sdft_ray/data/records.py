@@ -16,7 +16,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from sdft_ray.data.text import decode, first_bytes, first_line, parse_json, require_text
+from sdft_ray.data.text import (
+    decode,
+    first_bytes,
+    first_line,
+    load_json,
+    parse_json,
+    require_format,
+    require_text,
+)
 from sdft_ray.errors import UserError, problem
 
 KINDS = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
@@ -49,8 +57,10 @@ class Record(NamedTuple):
     values: dict[str, Any]
 
     def names(self) -> list[str]:
-        """Return the names of the columns, each short and on one line: without a header they are texts."""
-        return [" ".join(name.split())[:40] for name in self.values]
+        """Return the names of the columns, each short and on one line (without a header they are texts), in quotes
+        where blanks around them would not be seen."""
+        names = [" ".join(name.split())[:40] for name in self.values]
+        return [repr(name) if name != name.strip() else short for name, short in zip(self.values, names, strict=True)]
 
 
 def kind(path: Path) -> str:
@@ -99,7 +109,7 @@ def can_be_cut(path: Path) -> bool:
 @contextlib.contextmanager
 def open_text(path: Path) -> Iterator[IO[bytes]]:
     """Yield the unpacked bytes of a text file; raises UserError where its packing or its encoding is wrong."""
-    start = first_bytes(path)
+    require_format(start := first_bytes(path), path)
     packing = _PACKINGS.get(path.suffix.lower())
     if packing is None:
         require_text(start, path)
@@ -145,7 +155,7 @@ def _parse_record(line: str, path: Path, number: int) -> dict[str, Any]:
     if number == 1 and line.startswith("["):
         raise UserError(problem(str(path), "is a JSON list, not one object a line", "Rename it to end in .json"))
     try:
-        record = json.loads(line)
+        record = load_json(line)
     except json.JSONDecodeError as error:
         do = "Fix this line: write one {...}"
         raise UserError(problem(where, f"is not JSON ({error.msg} at column {error.colno})", do)) from None
@@ -167,7 +177,7 @@ def _read_list(path: Path) -> Iterator[Record]:
 
 def _parse_list(text: str, path: Path) -> list[Any]:
     try:
-        records = parse_json(text, path) if text.strip() else []
+        records = parse_json(text, path, load_json) if text.strip() else []
     except UserError:
         if _is_object(text.strip().partition("\n")[0]):
             raise UserError(problem(str(path), "holds JSON lines, not a list", "Rename it to end in .jsonl")) from None
@@ -184,7 +194,7 @@ def _parse_list(text: str, path: Path) -> list[Any]:
 
 def _is_object(text: str) -> bool:
     try:
-        return isinstance(json.loads(text), dict)
+        return isinstance(load_json(text), dict)
     except (ValueError, RecursionError):
         return False
 
@@ -200,12 +210,20 @@ def _read_csv(path: Path) -> Iterator[Record]:
         where = f"{path}:{number}"
         if not header:
             header, header_at = cells, f"the header {where}"
-            _require_distinct(header, where)
+            _require_header(header, where)
         elif len(cells) != len(header):
             what = f"has another number of values than the header (got {len(cells)}; expected {len(header)})"
             raise UserError(problem(where, what, "Fix this line"))
         else:
             yield Record(where, header_at, dict(zip(header, cells, strict=True)))
+
+
+def _require_header(names: list[str], where: str) -> None:
+    """Raise UserError for a header that names no columns as it should. Columns without a name are nobody's."""
+    _require_distinct([name for name in names if name], where)
+    if len(names) == 1 and (mark := next((mark for mark in ";\t|" if mark in names[0]), None)):
+        what = f"has one column, and {'a tab' if mark == chr(9) else mark} in its name"
+        raise UserError(problem(where, what, "Save the file with commas between values"))
 
 
 def _require_distinct(names: list[str], where: str) -> None:
@@ -237,7 +255,7 @@ def _read_table(path: Path, span: Span) -> Iterator[Record]:
     """Yield the records of a Parquet or Arrow file, a few of its rows at a time."""
     import pyarrow
 
-    first_bytes(path)
+    require_format(first_bytes(path), path)
     parquet = kind(path) == ".parquet"
     number = span.first - 1
     try:
@@ -245,12 +263,23 @@ def _read_table(path: Path, span: Span) -> Iterator[Record]:
             _require_distinct(batch.schema.names, str(path))
             batch.validate(full=True)  # or values of a damaged file are read from anywhere in memory
             for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
-                for values in batch.slice(start, _ROWS_AT_ONCE).to_pylist():
+                for values in _in_decimals(batch.slice(start, _ROWS_AT_ONCE)).to_pylist():
                     number += 1
                     yield _at(f"{path}:{number}", {name: _own(value) for name, value in values.items()})
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         what = f"cannot be read as {'Parquet' if parquet else 'Arrow'} ({first_line(error)})"
         raise UserError(problem(str(path), what, "Give a valid file")) from None
+
+
+def _in_decimals(batch: Any) -> Any:
+    """Return a batch whose numbers of 32 bits and less are those that people see: 0.1, not 0.10000000149011612."""
+    import pyarrow
+
+    for i, field in enumerate(batch.schema):
+        if field.type in (pyarrow.float32(), pyarrow.float16()):
+            numbers = batch.column(i).cast(pyarrow.float32()).cast(pyarrow.string()).cast(pyarrow.float64())
+            batch = batch.set_column(i, field.name, numbers)
+    return batch
 
 
 def _own(value: Any) -> Any:

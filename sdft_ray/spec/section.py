@@ -47,7 +47,9 @@ def _hashed(value: Any, plain: Any) -> Any:
 
 
 def require_path(value: str) -> str:
-    """Return a local path; raises ValueError for an address."""
+    """Return a local path; raises ValueError for an address, and for nothing."""
+    if not value.strip():
+        raise ValueError("is empty. Give a path")
     if address := read_address(value):
         do = f"Write {address[1]}" if address[0] == "file" else "Give the path of a copy"
         raise ValueError(f"{value} is an address, and a path is needed. {do}")

@@ -128,6 +128,9 @@ class Fields(Section):
                 raise ValueError(f"response: {self.response} is the column of the {wrong}, too. Give another column")
         elif wrong := next((name for name in ("prompt", "response") if getattr(self, name) is not None), None):
             raise ValueError(f"messages holds the {wrong}. Remove {wrong}")
+        columns = [getattr(self, name) for name in ("prompt", "response", "context", "messages", "tools")]
+        if twice := next((name for name in columns if name is not None and columns.count(name) > 1), None):
+            raise ValueError(f"{twice} stands for two fields. Name the column of each")
         return self
 
 
