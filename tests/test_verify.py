@@ -169,8 +169,10 @@ def add_a_control_token_that_is_never_written(directory):
     tokenizer.save_pretrained(directory)
 
 
-def drop_the_tokenizer(directory):
-    (directory / "tokenizer.json").unlink()
+def empty_the_vocabulary(directory):
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"] = {}
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
 def drop_the_template(directory):
@@ -199,7 +201,7 @@ def cut_a_file_short(directory):
         (put_a_nan, "finite", f"{UP} has 1 values that are NaN or infinite"),
         (enlarge_the_tokenizer, "tokenizer", "token '<new>' has id 259, model.embed_tokens.weight has 259 rows"),
         (drop_the_template, "tokenizer", "there is no chat template"),
-        (drop_the_tokenizer, "tokenizer", "the tokenizer does not give 'What is the capital of France?' back"),
+        (empty_the_vocabulary, "tokenizer", "the tokenizer does not give 'What is the capital of France?' back"),
         (in_json("generation_config.json", eos_token_id="2"), "tokenizer", 'by transformers (eos_token_id is "2")'),
         (in_json("generation_config.json", eos_token_id=[2, 999]), "tokenizer", "eos_token_id 999 is outside"),
         (cut_a_file_short, "tensors", "SafetensorError: "),

@@ -43,6 +43,7 @@ B = TypeVar("B")
 VERSION, NEEDS, UNIT = 2, None, "tensors"
 # Weights of models that grew out of one have cosines above 0.9; those of two unlike blocks are near 0.
 _SAME_ORIGIN = 0.5
+_LONGEST = 200  # characters of a value that is shown
 _NO_MATTER = ("dtype", "torch_dtype", "transformers_version", "use_cache", "_name_or_path")
 
 
@@ -231,7 +232,10 @@ def require_same_kind(models: Mapping[str, Path]) -> None:
         ):
             for key in [*mine, *(theirs.keys() - mine.keys())]:
                 if mine.get(key) != theirs.get(key):
-                    fault = f"{what}{key} is {mine.get(key, 'missing')}, in {other_name} {theirs.get(key, 'missing')}"
+                    ours, others = (str(facts.get(key, "missing")) for facts in (mine, theirs))
+                    fault = f"{what}{key} is {ours}, in {other_name} {others}"
+                    if "\n" in fault or len(fault) > _LONGEST:  # a chat template
+                        fault = f"{what}{key} is another one in {other_name}"
                     do = "Merge models that were tuned from the same pruned model"
                     raise UserError(problem(f"merge: {name}", fault, do))
 

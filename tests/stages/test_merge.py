@@ -154,6 +154,11 @@ def test_merge_refuses_models_that_differ_and_names_the_field(tuned, tmp_path):
     path.write_text(path.read_text().replace('"!":', '"swap":').replace('"#":', '"!":').replace('"swap":', '"#":'))
     assert "the tokenizer: the id of '!' is" in refusal(tokens)
 
+    template = changed(sums, tmp_path / "template")
+    path = template / "chat_template.jinja"
+    path.write_text(path.read_text().replace("assistant", "model"))
+    assert "the tokenizer: chat_template is another one in other. Merge" in refusal(template)
+
     shape = changed(sums, tmp_path / "shape", **{name: torch.zeros(90, 64)})
     assert "model.layers.1.mlp.up_proj.weight is F32 [96, 64], in other F32 [90, 64]" in refusal(shape)
 
