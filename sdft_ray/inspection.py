@@ -63,7 +63,9 @@ def doctor(options: argparse.Namespace) -> int:
     table.add_column("found", overflow="fold", ratio=1)
     for finding in findings:
         colour = {"ok": "green", "warn": "yellow", "fail": "red"}[finding.status]
-        text = Text.assemble(finding.what, ". " if finding.do else "", (finding.do, "bold"))
+        text = Text(finding.what)
+        if finding.do:
+            text.append(". ").append(finding.do, "bold")
         table.add_row(Text(finding.status, colour), finding.check, finding.where, text)
     open_console(160).print(table)
     return int(failed)

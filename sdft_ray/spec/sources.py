@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from sdft_ray.spec.section import Commit, DataPath, LocalPath, Section, Seed, require_distinct
+from sdft_ray.spec.section import Commit, DataPath, LocalPath, Name, Section, Seed, require_distinct
 
 # --- model and rows: where they come from -----------------------------------------------------------------------
 
@@ -25,9 +25,9 @@ from sdft_ray.spec.section import Commit, DataPath, LocalPath, Section, Seed, re
 class PackagedModel(Section):
     """A GGUF file that an installed Python package ships; converted to safetensors once."""
 
-    package: str
+    package: Name
     """Import name of the package."""
-    file: str
+    file: Name
     """Name of the .gguf file inside it."""
 
 
@@ -51,7 +51,7 @@ class HubModel(Section):
     """A model of a Hugging Face hub, pinned by commit."""
 
     optional = ("part",)
-    repo: str
+    repo: Name
     """Name of the repository, for example `meta-llama/Llama-3.1-8B-Instruct`."""
     revision: Commit
     """Commit hash, 40 hex digits: a moving name such as `main` is refused."""
@@ -99,19 +99,19 @@ class Fields(Section):
     """Names of the columns of a file or hub dataset: prompt and response, or messages."""
 
     optional = ("messages", "tools", "format")
-    prompt: str | None = None
+    prompt: Name | None = None
     """Column of the instruction or question."""
-    response: str | None = None
+    response: Name | None = None
     """Column of the reference response; of the text where the source is plain."""
-    context: str | None = None
+    context: Name | None = None
     """Column of a text the instruction refers to; put before it where it is not empty. In a conversation it is the
     system's message."""
-    answer: str | None = None
+    answer: Name | None = None
     """Column of the checkable final answer; without it the answer is read from the response."""
-    messages: str | None = None
+    messages: Name | None = None
     """Column of a whole conversation, in place of prompt and response: a list of turns, or its JSON. Thoughts of
     earlier turns (`reasoning_content`) stay as the chat template writes them; those of a response are not trained."""
-    tools: str | None = None
+    tools: Name | None = None
     """Column of the functions that a conversation may call: a list, or its JSON."""
     format: Format | None = None
     """Keys of a turn: `role` and `content` (messages, where absent), or `from` and `value` (sharegpt)."""
@@ -212,7 +212,7 @@ class Rows(Section):
 class GymRows(Rows):
     """Problems that reasoning-gym generates: endless, checkable, no download."""
 
-    gym: str
+    gym: Name
     """Name of the reasoning-gym task."""
     options: dict[str, JsonValue] = Field({})
     """Options of the task, for example {max_terms: 2}."""
@@ -259,13 +259,13 @@ class FileRows(TableRows):
 class HubRows(TableRows):
     """Rows of a hub dataset, pinned by commit."""
 
-    repo: str
+    repo: Name
     """Name of the repository, for example `openai/gsm8k`."""
     revision: Commit
     """Commit hash, 40 hex digits: a moving name such as `main` is refused."""
-    subset: str | None = None
+    subset: Name | None = None
     """Name of the dataset's configuration, for example `main`; needed where the dataset has several."""
-    split: str = "train"
+    split: Name = "train"
     """Split of the dataset to read."""
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
 
-from sdft_ray.spec.section import Section, require_distinct
+from sdft_ray.spec.section import Name, Section, require_distinct
 from sdft_ray.spec.training import Arm
 
 
@@ -128,7 +128,7 @@ class Sweep(Section):
     """One complete sweep file."""
 
     recipe: Annotated[
-        tuple[str, ...],
+        tuple[Name, ...],
         Field(min_length=1),
         AfterValidator(require_distinct),
         BeforeValidator(_several, json_schema_input_type=str | Annotated[tuple[str, ...], Field(min_length=1)]),

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from sdft_ray.spec.section import Section, Seed
+from sdft_ray.spec.section import Name, Section, Seed
 
 
 class Lora(Section):
@@ -19,7 +19,7 @@ class Lora(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     """Probability that an input of an adapter is set to 0. The masks depend on seed, step and row alone, so no
     compute setting and no kill changes them."""
-    targets: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = "all-linear"
+    targets: Literal["all-linear"] | Annotated[tuple[Name, ...], Field(min_length=1)] = "all-linear"
     """`all-linear` (every linear layer but the head) or the names of modules. A line of the log says which got
     an adapter."""
 

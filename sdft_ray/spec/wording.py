@@ -110,7 +110,7 @@ def _describe(kind: type[Section], data: Mapping[str, Any], mistake: Mistake) ->
             what, _, do = message.partition(". ")
             return problem(where, what, do or "Change this value")
         case "json_invalid":  # of content that is given in Python: half a character
-            return problem(where, f"cannot be written as JSON ({mistake.ctx['error']})", "Write texts whole")
+            return problem(where, f"cannot be written as JSON ({mistake.msg})", "Write texts whole")
         case "which_source":
             return problem(where, mistake.msg, "Give exactly one of them")
         case _:

@@ -52,7 +52,7 @@ OTHER = {
     "rows.0.answer": "none",
     "rows.0.decontaminate": ["sciq"],
     "rows.0.fields.prompt": "a",
-    "rows.0.fields.response": "q",
+    "rows.0.fields.response": "r",
     "rows.0.fields.context": "q",
     "rows.0.fields.answer": "a",
     "prune.dtype": "bfloat16",
