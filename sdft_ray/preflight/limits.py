@@ -133,6 +133,9 @@ def read_sources(
         if source.weight != 0:
             with _named(f"{where}.{number}" if len(sources) > 1 else where):
                 each.append(read_splits(source, read))
+    # Which rows of these sources are usable at all only their stages know.
+    if len(each) > 1 and not any(source.answer == "math" or source.decontaminate for source in sources):
+        each = _without_shared(each)
     weights = [source.weight for source in sources if source.weight]
     shares = whole_shares(weights) if weights and len(each) > 1 else None
     most = mixture_size([one.most for one in each], shares)
@@ -143,6 +146,19 @@ def read_sources(
             do += ", or the weight of the source with the fewest rows for its share"
         raise UserError(problem(asks, what, do))
     return each[0].splits if len(each) == 1 else _mix(each, shares, count)
+
+
+def _without_shared(each: Sequence[_Known]) -> list[_Known]:
+    """Return sources without the training rows that the stage `mix` leaves out, as far as rows are known: those that
+    are held out or validated on in any source, and those of an earlier one."""
+    seen = {row.key for one in each for name in (HELD_OUT, "validation") for row in one.splits[name]}
+    kept = []
+    for one in each:
+        train = [row for row in one.splits["train"] if row.key not in seen]
+        seen |= {row.key for row in train}
+        is_all = one.most == len(one.splits["train"])  # else some of these may be held out, and count for nothing
+        kept.append(_Known(one.splits | {"train": train}, len(train) if is_all else one.most))
+    return kept
 
 
 @contextlib.contextmanager

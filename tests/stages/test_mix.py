@@ -219,6 +219,19 @@ def test_check_refuses_more_training_rows_than_the_mixture_has(make_recipe, make
     check(make_recipe(first, second, train={"rows": 40, "max_tokens": 512}), load_compute())
 
 
+@pytest.mark.parametrize("weights", [(None, None), (1, 2)])
+def test_check_counts_rows_that_sources_share_once_as_the_mixture_does(make_recipe, make_source, storage, weights):
+    first, second = (
+        make_source("first", range(14), weight=weights[0]),
+        make_source("second", range(7, 40), weight=weights[1]),
+    )
+    _, mixed = build(make_recipe(first, second), storage)
+    rows = len(rows_of(mixed, storage))
+    check(make_recipe(first, second, train={"rows": rows, "max_tokens": 512}), load_compute())
+    with pytest.raises(UserError, match=rf"^train\.rows: {rows + 1} is more than the {rows} training rows"):
+        check(make_recipe(first, second, train={"rows": rows + 1, "max_tokens": 512}), load_compute())
+
+
 def test_check_names_the_source_that_has_a_mistake(make_recipe, make_source):
     short = make_source("short", range(3))
     with pytest.raises(UserError) as error:
