@@ -18,7 +18,7 @@ from sdft_ray.spec.export import Export
 from sdft_ray.spec.lookup import Lookup
 from sdft_ray.spec.pass_at import PassAt
 from sdft_ray.spec.retention import Retention
-from sdft_ray.spec.section import LocalPath, Name, Section, Seed, require_distinct
+from sdft_ray.spec.section import LocalPath, Name, Section, Seed, Share, require_distinct
 from sdft_ray.spec.sources import (
     Calibration,
     Filters,
@@ -211,13 +211,10 @@ class Parent(Section):
         return self
 
 
-_Share = Annotated[float, Field(ge=0, le=1)]
-
-
 class Slerp(Section):
     """Merge two models along the arc between their weights."""
 
-    t: _Share | Annotated[tuple[_Share, ...], Field(min_length=1)] = 0.5
+    t: Share | Annotated[tuple[Share, ...], Field(min_length=1)] = 0.5
     """How far from the first (0) to the second (1); or one number for each block of the pruned model. Tensors before
     the blocks then take the first number, tensors behind them the last."""
 

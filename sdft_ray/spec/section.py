@@ -82,6 +82,7 @@ def _require_commit(revision: str) -> str:
     return revision
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every library takes
 
 

@@ -51,7 +51,7 @@ OTHER = {
     "model.part": "text",
     "rows.0.answer": "none",
     "rows.0.decontaminate": ["sciq"],
-    "rows.0.fields.prompt": "a",
+    "rows.0.fields.prompt": "p",
     "rows.0.fields.response": "r",
     "rows.0.fields.context": "q",
     "rows.0.fields.answer": "a",
