@@ -145,7 +145,7 @@ _ANNOUNCED = re.compile(
     r"|پاسخ|उत्तर|উত্তর|คำตอบ|答案|答え|解答|正解|정답|\b답|(?m:^)\s*答(?=[:\uff1a]))"
     r"(?i:\s(?:is|ist|lautet|est|es|é|è|to|er|är|on|adalah|là|είναι|היא|هي|هو)\b|(?<=उत्तर)\s(?=[*_]*\d)"
     r"|是|为|為|は|은|คือ|[*_]*\s?[:\uff1a]|\s[-=\u2013\u2014]\s)"
-    r"(?P<sentence>(?:[^.\n!\u3002\u0964\u061f]|\.(?=\d))+)"
+    r"((?:[^.\n!\u3002\u0964\u061f]|\.(?=\d))+)"
 )
 # Behind a number that stands at once behind its announcement: what follows is why.
 _REASON = re.compile(r"[*_$\s]*(?:\(|,?\s(?i:because|since|as)\b)")
@@ -167,8 +167,8 @@ def final_number(text: str) -> Fraction | str | None:
     part = spell_dates(part)
     if marked:
         return _read_marked(part)
-    for announced in reversed(list(_ANNOUNCED.finditer(part))):
-        if numbers := _find_numbers(announced["sentence"].strip()):
+    for sentence in reversed(_ANNOUNCED.findall(part)):
+        if numbers := _find_numbers(sentence.strip()):
             first = numbers[0]
             is_first = not has_words(first.string[: first.start()]) and _REASON.match(first.string, first.end())
             return _last_value(numbers[:1] if is_first else numbers)
@@ -216,7 +216,7 @@ def _last_value(numbers: list[re.Match[str]]) -> Fraction | str | None:
     """Return the value of the last number; of a time behind a date, both."""
     last = numbers[-1]
     value = _value(last)
-    if len(numbers) > 1 and last["hour"] and (numbers[-2]["iso"] or numbers[-2]["named"]):
+    if len(numbers) > 1 and last["hour"] and any(numbers[-2].group("iso", "named")):
         between = last.string[numbers[-2].end() : last.start()]
         if BETWEEN_DATE_AND_TIME.fullmatch(between):
             return f"{_value(numbers[-2])} {value}"
@@ -229,17 +229,18 @@ def _value(match: re.Match[str]) -> Fraction | str | None:
         match.string, match.end()
     ):
         return None
-    if match["whole"] is None:
+    whole, base, raised_to, below, *signs = match.group("whole", "base", "power", "below", "sign", "sign2")
+    if whole is None:
         return date_or_time(match)
-    if match["base"]:
-        return re.sub("[{}]", "", match["whole"])
-    if len(match[0]) > _MOST_DIGITS or re.search(r"[eE][-+]?\d{4}", match["whole"]):
+    if base:
+        return re.sub("[{}]", "", whole)
+    if len(match[0]) > _MOST_DIGITS or re.search(r"[eE][-+]?\d{4}", whole):
         return None
-    number, power = Fraction(match["whole"]), int(match["power"] or 1)
+    number, power = Fraction(whole), int(raised_to or 1)
     size = max(number.numerator.bit_length(), number.denominator.bit_length())
     if size * abs(power) > 3 * _MOST_DIGITS or (power < 0 and not number):
         return None
     number **= power
-    if match["below"] and (below := Fraction(match["below"])):
-        number /= below
-    return -number if match["sign"] or match["sign2"] else number
+    if below and (divisor := Fraction(below)):
+        number /= divisor
+    return -number if any(signs) else number

@@ -51,7 +51,7 @@ def spell_dates(text: str) -> str:
     """Return a text with the dates and times of other languages in one spelling.
 
     >>> spell_dates("am 7. Mai 2024"), spell_dates("7月9日"), spell_dates("下午3点5分")
-    ('am 2024-05-07', 'July 9', '3:05 pm')
+    ('am 2024-05-07', 'Jul 9', '3:05 pm')
     """
     if not text.isascii():
         text = _DATE_EAST.sub(lambda date: _spell(*date.groups()), _HALF_EAST.sub(_spell_half, text))
@@ -78,20 +78,22 @@ def _spell_half(time: re.Match[str]) -> str:
 
 def date_or_time(match: re.Match[str]) -> str:
     """Return a date as YYYY-MM-DD, a time of day with 24 hours, anything else (a ratio, a version) as it is written."""
-    if match["hour"] or match["full_hour"]:
-        hour, half = (match["hour"] or match["full_hour"]).lstrip("0") or "0", match["half"] or match["half2"]
-        if half and len(hour) < 3:
+    hour, full_hour, minutes, *halves = match.group("hour", "full_hour", "minutes", "half", "half2")
+    if hour := hour or full_hour:
+        hour = hour.lstrip("0") or "0"
+        if len(hour) < 3 and (half := next(filter(None, halves), None)):
             hour = str(int(hour) % 12 + 12 * (half in "pP"))
-        return f"{hour}:{match['minutes'] or '00'}"
+        return f"{hour}:{minutes or '00'}"
     parts = re.findall(r"\d+", match[0])
-    if match["named"]:
+    named, year_last, mark, chain = match.group("named", "year_last", "mark2", "chain")
+    if named:
         month = re.search(_MONTH, match[0], re.IGNORECASE)
         assert month
         year = [part for part in parts if len(part) == 4]
         number = _MONTHS.index(month[0][:3].lower()) + 1
         parts = [*year, str(number), *(part for part in parts if len(part) < 4)]
-    elif match["year_last"]:
+    elif year_last:
         first, second, last = parts
         # 3/4/2031 is the 4th of March, as in the US, 3.4.2031 the 3rd of April, as in Europe.
-        parts = [last, second, first] if match["mark2"] == "." or int(first) > 12 else [last, first, second]
-    return match["chain"] or "-".join(part.zfill(2) for part in parts)
+        parts = [last, second, first] if mark == "." or int(first) > 12 else [last, first, second]
+    return chain or "-".join(part.zfill(2) for part in parts)

@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sdft_ray.core.surgery import EMBEDDINGS, count_blocks, further_blocks, rename_tensor
 from sdft_ray.data.readers import read_json, read_object, read_text, require_whole
@@ -57,6 +57,15 @@ def require_dtype(model: Path, name: str, tensor: StoredTensor) -> None:
         raise UserError(problem(str(model), f"{name} is stored as {tensor.dtype}", do))
 
 
+class _Loading(NamedTuple):
+    """What transformers reports of a loaded model, by its own names."""
+
+    missing_keys: Iterable[str]
+    unexpected_keys: Iterable[str]
+    mismatched_keys: Iterable[tuple[str, Sequence[int], Sequence[int]]]
+    error_msgs: Iterable[str]
+
+
 def require_loadable(directory: Path) -> int:
     """Return the parameter count after proving that the files hold exactly the tensors of the config."""
     import torch
@@ -82,10 +91,11 @@ def require_loadable(directory: Path) -> int:
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # the error below names them
     )
-    wrong = [f"{name} is missing" for name in info["missing_keys"]]
-    wrong += [f"{name} is not in the model" for name in info["unexpected_keys"]]
-    wrong += [f"{name} is {tuple(a)} in the files, {tuple(b)} in the model" for name, a, b in info["mismatched_keys"]]
-    wrong += info["error_msgs"]
+    found = _Loading(*(info[name] for name in _Loading._fields))
+    wrong = [f"{name} is missing" for name in found.missing_keys]
+    wrong += [f"{name} is not in the model" for name in found.unexpected_keys]
+    wrong += [f"{name} is {tuple(a)} in the files, {tuple(b)} in the model" for name, a, b in found.mismatched_keys]
+    wrong += found.error_msgs
     if wrong:
         raise RuntimeError(f"{directory}: {min(wrong)}")
     return int(model.num_parameters())

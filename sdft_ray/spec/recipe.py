@@ -7,8 +7,6 @@ The compute file (`compute.py`) says where and how something is computed, and is
 
 from __future__ import annotations
 
-import functools
-import operator
 import re
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -348,9 +346,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _has_what_tasks_need(self) -> Self:
-        held_out, validation = (
-            sum(getattr(source, name) for source in self.sources) for name in ("held_out", "validation")
-        )
+        held_out = sum(source.held_out for source in self.sources)
+        validation = sum(source.validation for source in self.sources)
         checkable = any(source.held_out and source.answer != "none" for source in self.sources)
         if self.evaluate.pass_at and not checkable:
             raise ValueError("evaluate.pass_at: needs held-out rows with checkable answers. Remove evaluate.pass_at")
@@ -393,8 +390,7 @@ class Recipe(Section):
         overrides = [getattr(self.arms, arm)]
         if other and self.merge:
             overrides.append(self.merge.others[other].train)
-        changes = [
-            {name: value for name, value in section if value is not None and name in ArmOverrides.model_fields}
-            for section in overrides
-        ]
-        return Train(**functools.reduce(operator.or_, changes, dict(self.train)))
+        settings = dict(self.train)
+        for own in overrides:
+            settings |= {name: value for name, value in own if value is not None and name in ArmOverrides.model_fields}
+        return Train(**settings)

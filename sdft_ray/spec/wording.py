@@ -47,6 +47,10 @@ class Mistake(NamedTuple):
     ctx: Mapping[str, Any] = MappingProxyType({})
 
     @property
+    def reason(self) -> str:
+        return str(self.ctx["error"])
+
+    @property
     def expected(self) -> str:
         """In the words of `sdft explain`."""
         expected = re.sub(r"^Input should be |^\w+ should have | after validation, not \d+$", "", self.msg)
@@ -103,14 +107,14 @@ def _describe(kind: type[Section], data: Mapping[str, Any], mistake: Mistake) ->
         case "missing":
             return problem(where, "is missing", "Add it")
         case "value_error":
-            message = str(mistake.ctx["error"])
+            message = mistake.reason
             inner, colon, rest = message.partition(": ")
             if colon and re.fullmatch(r"[a-z_.]+", inner):  # a check of a whole section names the field
                 where, message = ".".join([*kind.prefix, *path, inner]), rest
             what, _, do = message.partition(". ")
             return problem(where, what, do or "Change this value")
         case "json_invalid":  # of content that is given in Python: half a character
-            return problem(where, f"cannot be written as JSON ({mistake.msg})", "Write texts whole")
+            return problem(where, f"cannot be written as JSON ({mistake.reason})", "Write texts whole")
         case "which_source":
             return problem(where, mistake.msg, "Give exactly one of them")
         case _:
