@@ -123,14 +123,13 @@ class Fields(Section):
                 raise ValueError(f"{wrong} is of a conversation, and no column holds one. Name it in messages")
             if self.response is None:
                 raise ValueError("names no response. Set response, or messages for conversations")
-            if self.response in (self.prompt, self.context):
-                wrong = "prompt" if self.response == self.prompt else "context"
-                raise ValueError(f"response: {self.response} is the column of the {wrong}, too. Give another column")
         elif wrong := next((name for name in ("prompt", "response") if getattr(self, name) is not None), None):
             raise ValueError(f"messages holds the {wrong}. Remove {wrong}")
-        columns = [getattr(self, name) for name in ("prompt", "response", "context", "messages", "tools")]
-        if twice := next((name for name in columns if name is not None and columns.count(name) > 1), None):
-            raise ValueError(f"{twice} stands for two fields. Name the column of each")
+        fields: dict[str, str] = {}
+        for name in ("prompt", "context", "response", "messages", "tools"):
+            if (column := getattr(self, name)) in fields:
+                raise ValueError(f"{name}: {column} is the column of the {fields[column]}, too. Give another column")
+            fields |= {column: name} if column else {}
         return self
 
 

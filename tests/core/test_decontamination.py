@@ -108,7 +108,7 @@ SIGNS = r"\u0300-\u036f\u0591-\u05bd\u0610-\u061a\u064b-\u065f\u0900-\u0963\u096
 
 
 def plain_words(text: str) -> list[str]:
-    text = re.sub("[\u00ad\u200b-\u200f\u2060\ufeff]", "", text)
+    text = re.sub("[\u00ad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]", "", text)
     return split_unspaced(re.findall(rf"[\w{SIGNS}]+", unicodedata.normalize("NFKC", text).lower()))
 
 

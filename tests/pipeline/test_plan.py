@@ -53,7 +53,7 @@ OTHER = {
     "rows.0.decontaminate": ["sciq"],
     "rows.0.fields.prompt": "p",
     "rows.0.fields.response": "r",
-    "rows.0.fields.context": "q",
+    "rows.0.fields.context": "c",
     "rows.0.fields.answer": "a",
     "prune.dtype": "bfloat16",
     "prune.patch": "linear",
