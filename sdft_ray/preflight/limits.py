@@ -151,13 +151,13 @@ def read_sources(
 def _without_shared(each: Sequence[_Known]) -> list[_Known]:
     """Return sources without the training rows that the stage `mix` leaves out, as far as rows are known: those that
     are held out or validated on in any source, and those of an earlier one."""
-    seen = {row.key for one in each for name in (HELD_OUT, "validation") for row in one.splits[name]}
+    seen = {row.key for one in each for row in (*one.splits.held_out, *one.splits.validation)}
     kept = []
     for one in each:
-        train = [row for row in one.splits["train"] if row.key not in seen]
+        train = [row for row in one.splits.train if row.key not in seen]
         seen |= {row.key for row in train}
-        is_all = one.most == len(one.splits["train"])  # else some of these may be held out, and count for nothing
-        kept.append(_Known(one.splits | {"train": train}, len(train) if is_all else one.most))
+        is_all = one.most == len(one.splits.train)  # else some of these may be held out, and count for nothing
+        kept.append(_Known(one.splits._replace(train=train), len(train) if is_all else one.most))
     return kept
 
 
