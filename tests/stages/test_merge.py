@@ -270,7 +270,7 @@ def test_merge_is_built_from_a_plan_and_kept_as_an_artifact(recipe, tuned, tmp_p
 def test_sweep_of_a_recipe_that_merges_is_refused(recipe, tmp_path):
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     (tmp_path / "sweep.yaml").write_text('{"recipe": "recipe.yaml", "axes": {"prune.blocks": [1, 2]}}')
-    with pytest.raises(UserError, match=r"recipe: recipe\.yaml merges models"):
+    with pytest.raises(UserError, match=r"recipe: recipe\.yaml has merge, and trials do not"):
         load_sweep(tmp_path / "sweep.yaml")
 
 
