@@ -177,11 +177,11 @@ def test_compute_file_with_an_unknown_tracker_is_one_clear_line():
     with pytest.raises(UserError) as error:
         validate(Compute, {"track": ["mlfow"]})
     (line,) = error.value.problems
-    assert line.startswith("track.0: ") and "mlflow" in line
+    assert line.startswith("compute.track.0: ") and "mlflow" in line
 
 
 def test_compute_file_with_a_tracker_twice_is_refused():
-    with pytest.raises(UserError, match=r"^track: has a name twice\. Remove one"):
+    with pytest.raises(UserError, match=r"^compute\.track: has a name twice\. Remove one"):
         validate(Compute, {"track": ["mlflow", "mlflow"]})
 
 
