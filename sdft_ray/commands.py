@@ -12,10 +12,18 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.progress import WIDE, log, open_console
+
+if TYPE_CHECKING:
+    from sdft_ray.report.entries import Report
+    from sdft_ray.report.sweep_entries import SweepReport
+    from sdft_ray.spec.compute import Compute
+    from sdft_ray.spec.recipe import Recipe
+    from sdft_ray.store.storage import Storage
+    from sdft_ray.sweep.planning import Plan
 
 
 def check(options: argparse.Namespace) -> None:
@@ -158,7 +166,7 @@ def submit(options: argparse.Namespace) -> int:
     return job.follow(client, number, options.address)
 
 
-def _show_report(options: argparse.Namespace, recipe: Any, storage: Any) -> Any:
+def _show_report(options: argparse.Namespace, recipe: Recipe, storage: Storage) -> Report:
     from sdft_ray.report import collect, page, terminal
 
     report = collect.collect(recipe, str(options.recipe), storage)
@@ -176,7 +184,6 @@ def _print_report(options: argparse.Namespace, report: Any, show: Callable[[Any,
 
 
 def _write_page(file: Path, page: str) -> None:
-
     _write_text(file, page)
     log(f"Report: {file}")
 
@@ -210,7 +217,7 @@ def _check_sweep(options: argparse.Namespace) -> None:
         _show_costs(costs, "Estimate, the most of any recipe")
 
 
-def _show_sweep(options: argparse.Namespace, plan: Any, storage: Any) -> Any:
+def _show_sweep(options: argparse.Namespace, plan: Plan, storage: Storage) -> SweepReport:
     from sdft_ray.report import page, sweep, table, terminal
 
     report = sweep.collect(plan, str(options.recipe), storage)
@@ -231,12 +238,15 @@ def _show_several(options: argparse.Namespace, files: Sequence[Path]) -> None:
 
     if options.set:
         raise UserError(problem("--set", "is for one recipe", "Copy the recipe and change the copy"))
-    reports = {}
+    reports: dict[str, Report | SweepReport] = {}
     for name, file in zip(distinct([file.stem for file in files]), files, strict=True):
         options.recipe = file
-        load, gather = (_load_sweep, of_sweep.collect) if is_sweep(options.recipe) else (_load, collect.collect)
-        content, _, storage = load(options)
-        reports[name] = gather(content, str(options.recipe), storage)
+        if is_sweep(file):
+            plan, _, storage = _load_sweep(options)
+            reports[name] = of_sweep.collect(plan, str(file), storage)
+        else:
+            recipe, _, storage = _load(options)
+            reports[name] = collect.collect(recipe, str(file), storage)
     if options.json:
         print(json.dumps({name: each.plain() for name, each in reports.items()}, indent=1))
     else:
@@ -248,7 +258,7 @@ def _show_several(options: argparse.Namespace, files: Sequence[Path]) -> None:
         _write_page(options.html, page.render_several(reports))
 
 
-def _load_sweep(options: argparse.Namespace) -> tuple[Any, Any, Any]:
+def _load_sweep(options: argparse.Namespace) -> tuple[Plan, Compute, Storage]:
     from sdft_ray.spec.compute import load_compute
     from sdft_ray.spec.loading import is_sweep
     from sdft_ray.store.storage import Storage
@@ -273,7 +283,7 @@ def _require_places(options: argparse.Namespace) -> None:
             raise UserError(problem(f"--{name}", f"{file.parent} is no directory", f"Make {file.parent}"))
 
 
-def _load(options: argparse.Namespace) -> tuple[Any, Any, Any]:
+def _load(options: argparse.Namespace) -> tuple[Recipe, Compute, Storage]:
     from sdft_ray.spec.compute import load_compute
     from sdft_ray.spec.loading import is_sweep, load_recipe
     from sdft_ray.store.storage import Storage

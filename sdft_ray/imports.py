@@ -2,8 +2,8 @@
 
 transformers imports scikit-learn wherever it is installed (lm-eval brings it) for one function of assisted generation,
 and SciPy for one of object detection: a quarter of the CPU seconds that importing a model's class takes, and Ray starts
-many processes. Here the function is imported when it is called; nothing else changes. A check of the demo is shorter
-by half without what `gguf` imports to convert vocabularies, and reasoning-gym to run a game of life.
+many processes. Here the function is imported when it is called; nothing else changes. A check of the demo takes less
+time without what `gguf` imports to convert vocabularies, and reasoning-gym to run a game of life.
 """
 
 from __future__ import annotations
