@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 _FORKED = multiprocessing.get_context("forkserver")
-_FORKED.set_forkserver_preload(["preloaded"])
+_FORKED.set_forkserver_preload(["tests.preloaded"])  # Python drops the paths of pytest on the way there
 
 
 class Command:
