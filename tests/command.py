@@ -70,6 +70,9 @@ def _run(
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = [str(script or words[0]), *words[1:]]
+    from ray._raylet import Config
+
+    Config.initialize("")  # Ray's core read its variables when it was imported
     if script:
         runpy.run_path(str(script), run_name="__main__")
     from sdft_ray import cli
