@@ -13,6 +13,7 @@ import yaml
 from command import sdft
 
 from sdft_ray.cluster import RayNode
+from sdft_ray.errors import UserError
 from sdft_ray.preflight import doctor
 from sdft_ray.spec.compute import Compute, load_compute
 from sdft_ray.spec.sources import HubModel, HubRows
@@ -103,11 +104,16 @@ def test_every_check_passes_on_this_machine_and_leaves_nothing(ray_cluster, tmp_
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_root_that_cannot_be_written_fails_with_the_node_and_the_remedy(ray_cluster, tmp_path):
-    (tmp_path / "file").touch()
-    found = doctor.examine(None, load_compute(), str(tmp_path / "file"))
+def test_root_that_cannot_be_written_fails_with_the_node_and_the_remedy(ray_cluster):
+    found = doctor.examine(None, load_compute(), "/proc/sdft")
     [written] = [finding for finding in found if finding.check == "storage"]
     assert written.status == "fail" and written.do == "Give a directory that every node may write."
+
+
+def test_root_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--root: .*/file is a file\. Give a directory\."):
+        list(doctor.examine(None, load_compute(), str(tmp_path / "file")))
 
 
 TAKE = """
@@ -217,7 +223,10 @@ def look(tmp_path, monkeypatch):
         (tmp_path / "compute.yaml").write_text(yaml.safe_dump({"ray": {"address": ray}, "score": {"cpus": 1}}))
         for name, value in {"HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_planted", "HF_HUB_OFFLINE": "0"}.items():
             monkeypatch.setenv(name, value)
-        done = sdft("doctor", "recipe.yaml", "--compute", "compute.yaml", "--root", root, "--json", cwd=tmp_path)
+        # Not forked: the hub's client reads its variables when it is imported.
+        words = ["doctor", "recipe.yaml", "--compute", "compute.yaml", "--root", root, "--json"]
+        command = [sys.executable, "-m", "sdft_ray.cli", *words]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
         assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
         assert "planted" not in done.stdout + done.stderr
         found = [finding for finding in json.loads(done.stdout) if finding["check"] in ("hub", "storage")]
