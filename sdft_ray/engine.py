@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic import JsonValue
 
-from sdft_ray import environment
+from sdft_ray import cpu, environment
 from sdft_ray.core.selection import Generation
 from sdft_ray.data.chat import opened_thought, opening_ids, read_generated, response_ends
 from sdft_ray.endpoint import CannotServe, Client, Completion, Stopped
-from sdft_ray.errors import StageFailed, UserError
+from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.spec.compute import Endpoint, EngineOptions
 from sdft_ray.spec.recipe import Distill
 from sdft_ray.spec.sources import ServedModel
@@ -206,11 +206,14 @@ def engine_arguments(model: str, dtype: str, options: EngineOptions, alone: bool
 
     from sdft_ray.core.rowwise import may_share_a_sequence
 
-    is_cpu = current_platform.is_cpu()
+    config, is_cpu = AutoConfig.from_pretrained(model), current_platform.is_cpu()
     other_name = {"kv_cache_gib", "gpu_memory_utilization"} if is_cpu else {"kv_cache_gib"}
     named = options.model_dump(exclude_none=True, exclude=other_name)
     if is_cpu:
-        shares = options.enable_prefix_caching and may_share_a_sequence(AutoConfig.from_pretrained(model))
+        if rounds_activations(getattr(config, "quantization_config", None)) and cpu.overflows_in_int8():
+            what = "is a model in int8, of which vLLM's products overflow on this CPU: it has no VNNI"
+            raise UserError(problem(model, what, "Take a CPU with avx512_vnni or avx_vnni, or a GPU"))
+        shares = options.enable_prefix_caching and may_share_a_sequence(config)
         named |= {
             "kv_cache_memory_bytes": int(options.kv_cache_gib * 2**30),
             # A prompt split over two steps would rewind its seeded generator, which only CUDA's can (docs/footguns.md).
@@ -219,6 +222,19 @@ def engine_arguments(model: str, dtype: str, options: EngineOptions, alone: bool
             "enable_prefix_caching": shares,
         }
     return {"model": model, "dtype": dtype, "generation_config": "vllm", **named}
+
+
+def rounds_activations(quantised: Mapping[str, Any] | None) -> bool:
+    """Return whether a model, by what its config says of its weights, multiplies integers of 8 bits.
+
+    >>> rounds_activations({"config_groups": {"0": {"input_activations": {"num_bits": 8, "type": "int"}}}})
+    True
+    >>> rounds_activations({"quant_method": "gptq", "bits": 4})
+    False
+    """
+    groups = (quantised or {}).get("config_groups", {}).values()
+    rounded = [group.get("input_activations") or {} for group in groups]
+    return any(each.get("num_bits") == 8 and each.get("type") == "int" for each in rounded)
 
 
 def mend_sampling() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sdft_ray import cli, pipeline
+from sdft_ray import cli, cpu, pipeline
 from sdft_ray.preflight import doctor, precision
 from sdft_ray.spec.compute import Compute, load_compute
 from sdft_ray.spec.loading import load_recipe
@@ -106,8 +106,28 @@ def test_dtype_is_doubtful_where_the_cpu_lacks_instructions_or_may_not_use_them(
 )
 def test_flags_are_read_as_each_architecture_writes_them(text, flags, tmp_path):
     (tmp_path / "cpuinfo").write_text(text)
-    assert precision.read_flags(tmp_path / "cpuinfo") == (flags and frozenset(flags.split()))
-    assert precision.read_flags(tmp_path / "nowhere") is None
+    assert cpu.read_flags(tmp_path / "cpuinfo") == (flags and frozenset(flags.split()))
+    assert cpu.read_flags(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "limit", "overflows"),
+    [
+        ("x86_64", {"avx2"}, "", True),
+        ("x86_64", {"avx2", "avx_vnni"}, "", False),
+        ("x86_64", {"avx512f", "avx512_vnni"}, "", False),
+        ("x86_64", {"avx512f", "avx512_vnni"}, "AVX2", True),
+        ("aarch64", {"asimd"}, "", False),
+        ("x86_64", None, "", False),
+    ],
+)
+def test_sums_of_int8_overflow_where_an_x86_cpu_has_no_instruction_for_them(
+    monkeypatch, machine, flags, limit, overflows
+):
+    monkeypatch.setattr(cpu.platform, "machine", lambda: machine)
+    monkeypatch.setattr(cpu, "read_flags", lambda: flags)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert cpu.overflows_in_int8() == overflows
 
 
 def test_check_says_in_one_line_what_the_cpu_emulates_and_how_much_slower_that_was_measured(tiny_model, folder):

@@ -11,9 +11,9 @@ import functools
 import os
 import timeit
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
+from sdft_ray.cpu import is_limited, read_flags
 from sdft_ray.errors import Problem, problem
 from sdft_ray.progress import log
 from sdft_ray.spec.compute import Compute, Needs
@@ -23,8 +23,6 @@ from sdft_ray.store.identity import Stage
 
 # Linux's names of the instructions in /proc/cpuinfo: x86's, then ARM's.
 _FLAGS = {"bfloat16": {"avx512_bf16", "amx_bf16", "bf16"}, "float16": {"avx512_fp16", "amx_fp16", "asimdhp"}}
-# Variables that keep PyTorch and oneDNN from instructions that are there.
-_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 _SLOW = 1.5  # times as long as float32: less is noise on a busy machine, and not worth a line
 
 
@@ -82,20 +80,7 @@ def is_doubtful(dtype: str, flags: frozenset[str] | None, variables: Mapping[str
     >>> is_doubtful("bfloat16", frozenset({"avx2"}), {})
     True
     """
-    return flags is None or not flags & _FLAGS[dtype] or any(variables.get(name) for name in _LIMITS)
-
-
-def read_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str] | None:
-    """Return the flags of the first CPU; None where no line names them, as outside of Linux."""
-    try:
-        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    for line in text.splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            return frozenset(value.split())
-    return None
+    return flags is None or not flags & _FLAGS[dtype] or is_limited(variables)
 
 
 @functools.cache

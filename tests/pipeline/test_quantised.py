@@ -14,6 +14,7 @@ from quantised import FORMS, quantise
 from tiny import make_tiny_model
 from transformers import AutoTokenizer
 
+from sdft_ray import cpu
 from sdft_ray.core.prompts import rewrite_instruction, rewriting_template
 from sdft_ray.data.chat import render_prompt
 from sdft_ray.models import exporting
@@ -36,6 +37,8 @@ def make_teacher(base: Path, folder: Path, form: str) -> tuple[Path, Any]:
 
 @pytest.mark.parametrize("form", ["int8", *(pytest.param(form, marks=pytest.mark.full) for form in FORMS)])
 def test_rewrites_of_a_quantised_teacher_are_those_of_its_weights(form, ray_cluster, tiny_model, tmp_path):
+    if form == "int8" and cpu.overflows_in_int8():
+        pytest.skip("int8 overflows on this CPU, where its models are refused")
     teacher, model = make_teacher(make_tiny_model(tmp_path / "other", hidden_size=128), tmp_path, form)
     sums = [{"q": f"What is {i} + {i}?", "a": f"It is {2 * i}."} for i in range(28)]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
