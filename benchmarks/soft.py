@@ -2,11 +2,11 @@
 
     python -m benchmarks.soft --span 14:19 --span 12:22 [--rows F.jsonl --prompt question --response answer]
 
-One worker, LoRA, float32, the demo's model without the blocks of a span, as `sdft run` trains it. Steps of 16 rows, the
-same ones, in alternation in one process: with the token itself as the target (`distilled`), with the base beside the
-student (`online`), and with the base's 20 likeliest tokens from memory (`offline`). Both processor and wall seconds are
-taken; where other work is on the machine, one thread and processor seconds say more. The last line is JSON: by span the
-ratios to `distilled`, and what the teacher's pass and the loss take of a step of `online`.
+One worker, LoRA, float32, the demo's model without the blocks of a span, as `sdft run` trains it. Steps on the same
+rows, in alternation in one process: with the token itself as the target (`distilled`), with the base beside the student
+(`online`), and with the base's 20 likeliest tokens from memory (`offline`). Both processor and wall seconds are taken;
+where other work is on the machine, one thread and processor seconds say more. The last line is JSON: by span the ratios
+to `distilled`, and processor seconds of the teacher's pass in a step of `online` and of the loss in one of `offline`.
 """
 
 from __future__ import annotations
@@ -42,13 +42,14 @@ def main() -> None:
     parser.add_argument("--response", default="response")
     parser.add_argument("--context", default="context")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=BATCH, help="rows of a step")
     parser.add_argument("--threads", type=int, default=compute.cores())
     options = parser.parse_args()
     _join(options.threads)
     figures: dict[str, Any] = {}
     for span in options.span or ["14:19"]:
         base, pruned, removed = _cut(options, span)
-        rows = read_rows(base, options, BATCH) if options.rows else draw_rows(BATCH)
+        rows = read_rows(base, options, options.batch) if options.rows else draw_rows(options.batch)
         trained = sum(len(row.ids) - row.trained_from for row in rows)
         print(f"[{span}) {len(rows)} rows, {sum(len(row.ids) for row in rows)} tokens, {trained} of them trained")
         ways, parts = _start(base, pruned, removed, rows)
