@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -99,7 +99,11 @@ class Schedule(Sequence[list[int]]):
     def __len__(self) -> int:
         return -(-self.rows * self.epochs // self.global_batch_size)
 
-    def __getitem__(self, step: Any) -> Any:
+    @overload
+    def __getitem__(self, step: int) -> list[int]: ...
+    @overload
+    def __getitem__(self, step: slice) -> list[list[int]]: ...
+    def __getitem__(self, step: int | slice) -> list[int] | list[list[int]]:
         if isinstance(step, slice):
             return [self[i] for i in range(*step.indices(len(self)))]
         if not 0 <= step < len(self):

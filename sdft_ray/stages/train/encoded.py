@@ -12,7 +12,7 @@ import mmap
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol, overload
 
 import numpy as np
 
@@ -92,7 +92,11 @@ class EncodedRows(Sequence[TrainingRow]):
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def __getitem__(self, i: Any) -> Any:
+    @overload
+    def __getitem__(self, i: int) -> TrainingRow: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[TrainingRow]: ...
+    def __getitem__(self, i: int | slice) -> TrainingRow | list[TrainingRow]:
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
         shard, place = self._find(i)
