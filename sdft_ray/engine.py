@@ -206,10 +206,11 @@ def engine_arguments(model: str, dtype: str, options: EngineOptions, alone: bool
 
     from sdft_ray.core.rowwise import may_share_a_sequence
 
-    config, is_cpu = AutoConfig.from_pretrained(model), current_platform.is_cpu()
+    is_cpu = current_platform.is_cpu()
     other_name = {"kv_cache_gib", "gpu_memory_utilization"} if is_cpu else {"kv_cache_gib"}
     named = options.model_dump(exclude_none=True, exclude=other_name)
     if is_cpu:
+        config = AutoConfig.from_pretrained(model)
         if rounds_activations(getattr(config, "quantization_config", None)) and cpu.overflows_in_int8():
             what = "is a model in int8, of which vLLM's products overflow on this CPU: it has no VNNI"
             raise UserError(problem(model, what, "Take a CPU with avx512_vnni or avx_vnni, or a GPU"))

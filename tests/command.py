@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 _FORKED = multiprocessing.get_context("forkserver")
@@ -58,6 +59,14 @@ class Command:
 def sdft(*arguments: object, cwd: Path) -> subprocess.CompletedProcess:
     """Run `sdft` with these arguments in a directory and return what came of it."""
     return Command(*arguments, cwd=cwd).end()
+
+
+def sdft_anew(
+    *arguments: object, cwd: Path | None = None, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess:
+    """Run `sdft` in a process that imports everything itself: libraries read variables when they are imported."""
+    command = [sys.executable, "-m", "sdft_ray.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
 
 
 def _run(

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import yaml
-from command import sdft
+from command import sdft, sdft_anew
 
 from sdft_ray.cluster import RayNode
 from sdft_ray.errors import UserError
@@ -223,10 +223,7 @@ def look(tmp_path, monkeypatch):
         (tmp_path / "compute.yaml").write_text(yaml.safe_dump({"ray": {"address": ray}, "score": {"cpus": 1}}))
         for name, value in {"HF_ENDPOINT": endpoint, "HF_TOKEN": "hf_planted", "HF_HUB_OFFLINE": "0"}.items():
             monkeypatch.setenv(name, value)
-        # Not forked: the hub's client reads its variables when it is imported.
-        words = ["doctor", "recipe.yaml", "--compute", "compute.yaml", "--root", root, "--json"]
-        command = [sys.executable, "-m", "sdft_ray.cli", *words]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+        done = sdft_anew("doctor", "recipe.yaml", "--compute", "compute.yaml", "--root", root, "--json", cwd=tmp_path)
         assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
         assert "planted" not in done.stdout + done.stderr
         found = [finding for finding in json.loads(done.stdout) if finding["check"] in ("hub", "storage")]

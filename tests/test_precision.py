@@ -3,12 +3,11 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from command import sdft_anew
 
 from sdft_ray import cli, cpu, pipeline
 from sdft_ray.preflight import doctor, precision
@@ -132,9 +131,9 @@ def test_sums_of_int8_overflow_where_an_x86_cpu_has_no_instruction_for_them(
 
 def test_check_says_in_one_line_what_the_cpu_emulates_and_how_much_slower_that_was_measured(tiny_model, folder):
     write_recipe(tiny_model, train="bfloat16", evaluate="bfloat16")
-    command = [sys.executable, "-m", "sdft_ray.cli", "check", "recipe.yaml", "--json"]
     without = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
-    done = subprocess.run(command, capture_output=True, text=True, env=without, check=True)
+    done = sdft_anew("check", "recipe.yaml", "--json", environment=without)
+    assert done.returncode == 0, done.stderr
     said = re.fullmatch(LINE.format(r"evaluate\.dtype, train\.dtype", "bfloat16 is", r"(\d+\.\d)"), done.stderr)
     assert said and float(said[1]) >= 1.5
     assert json.loads(done.stdout)

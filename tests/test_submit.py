@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import requests
 import yaml
+from command import sdft_anew
 from ray._private.runtime_env.packaging import unzip_package
 
 from sdft_ray.errors import UserError
@@ -71,8 +72,7 @@ def sdft(*arguments: object, cwd: Path, token: str | None = TOKEN) -> subprocess
     environment["HOME"] = str(cwd)  # where Ray looks for a token by itself
     if token:
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token}
-    command = [sys.executable, "-m", "sdft_ray.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False)
+    return sdft_anew(*arguments, cwd=cwd, environment=environment)
 
 
 def ignore_everything(folder: Path) -> None:

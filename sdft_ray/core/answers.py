@@ -173,7 +173,7 @@ def final_number(text: str) -> Fraction | str | None:
             is_first = not has_words(first.string[: first.start()]) and _REASON.match(first.string, first.end())
             return _last_value(numbers[:1] if is_first else numbers)
     for sentence in reversed(_SENTENCE_END.split(part)):
-        sentence = _REMARK.sub("", sentence) if _DIGIT.search(_REMARK.sub("", sentence)) else sentence
+        sentence = without if _DIGIT.search(without := _REMARK.sub("", sentence)) else sentence
         if _DIGIT.search(sentence) and (numbers := _find_numbers(_cut_to_end(sentence)) or _find_numbers(sentence)):
             return _last_value(numbers)
     return None

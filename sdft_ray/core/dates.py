@@ -9,9 +9,8 @@ from __future__ import annotations
 import re
 
 _MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
-_MONTH = r"(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sept?(?:ember)?"
-_MONTH += r"|Oct(?:ober)?|Nov(?:ember)?|Dec(?:ember)?)\b"
-MONTH = _MONTH
+MONTH = r"(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sept?(?:ember)?"
+MONTH += r"|Oct(?:ober)?|Nov(?:ember)?|Dec(?:ember)?)\b"
 """A pattern of the names of months in English."""
 _DAY = r"(?:0?[1-9]|[12]\d|3[01])(?:st|nd|rd|th)?(?![\d%]|[.,]\d)"
 # French, German, Spanish, Italian, Portuguese and Russian. Without a year `mars` is also a planet.
@@ -37,8 +36,8 @@ _YEAR = r",?[\s-](?:19|20)\d\d(?!\d)"
 DATE_OR_TIME = (
     r"(?P<iso>\d{4}(?P<mark>[-/.])\d\d?(?P=mark)\d\d?(?!\d))"
     r"|(?P<year_last>\d\d?(?P<mark2>[-/.])\d\d?(?P=mark2)(?:\d{4}|\d\d)(?![\d/-]))"
-    rf"|(?P<named>(?i:\b(?:{_MONTH}\.?\s{_DAY}|{_DAY}(?:\.?\s(?:of\s)?|-){_MONTH}\.?|{_MONTH})){_YEAR}"
-    rf"|(?<![iI]n\s)\b(?:{_MONTH}\.?\s{_DAY}|{_DAY}\.?\s(?:of\s)?{_MONTH})(?!\s+[a-z]))"
+    rf"|(?P<named>(?i:\b(?:{MONTH}\.?\s{_DAY}|{_DAY}(?:\.?\s(?:of\s)?|-){MONTH}\.?|{MONTH})){_YEAR}"
+    rf"|(?<![iI]n\s)\b(?:{MONTH}\.?\s{_DAY}|{_DAY}\.?\s(?:of\s)?{MONTH})(?!\s+[a-z]))"
     r"|(?P<hour>\d+)(?::|\s:\s(?=\d)|\s?h\s?(?=\d\d(?!\d))|\s?[时時点點시]\s?)(?P<minutes>\d+(?::\d+)*)"
     r"(?:\s*(?P<half>[aApP])\.?[mM]\b)?"
     r"|(?P<full_hour>1?\d)\s?(?P<half2>[aApP])(?:\.[mM]\.|[mM]\b)"
@@ -87,7 +86,7 @@ def date_or_time(match: re.Match[str]) -> str:
     parts = re.findall(r"\d+", match[0])
     named, year_last, mark, chain = match.group("named", "year_last", "mark2", "chain")
     if named:
-        month = re.search(_MONTH, match[0], re.IGNORECASE)
+        month = re.search(MONTH, match[0], re.IGNORECASE)
         assert month
         year = [part for part in parts if len(part) == 4]
         number = _MONTHS.index(month[0][:3].lower()) + 1

@@ -148,7 +148,7 @@ def _explained(address: str, where: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except Exception as error:  # the library of each store has kinds of errors of its own
         if isinstance(error, OSError) and str(error.filename or "").startswith("/"):  # the local disk
             raise
         do = "Check the address and the credentials that the store's library reads"
