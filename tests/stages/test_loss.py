@@ -156,7 +156,7 @@ def measured(monkeypatch) -> list[int]:
     """Let the stage measure in this process instead of on Ray; returns how many candidates each measurement had."""
     counts: list[int] = []
 
-    def measure(actor, corpora, _section, _progress, **arguments):
+    def measure(actor, corpora, _section, _progress, _streamed, **arguments):
         meter = actor(device="cpu", **arguments)
         counts.append(len(arguments["candidates"]) - 1)
         found = [[*meter([[text] for text in corpus])][-1] for corpus in corpora]
