@@ -156,8 +156,8 @@ def measured(monkeypatch) -> list[int]:
     """Let the stage measure in this process instead of on Ray; returns how many candidates each measurement had."""
     counts: list[int] = []
 
-    def measure(actor, corpora, _section, _progress, _streamed, **arguments):
-        meter = actor(device="cpu", **arguments)
+    def measure(actor, corpora, _section, _progress, streamed, **arguments):
+        meter = actor(device="cpu", streamed=streamed, **arguments)
         counts.append(len(arguments["candidates"]) - 1)
         found = [[*meter([[text] for text in corpus])][-1] for corpus in corpora]
         return [{"loss": [each["loss"][0] for each in losses]} for losses in found]
