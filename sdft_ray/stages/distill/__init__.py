@@ -328,6 +328,9 @@ class _Tally:
         now = time.monotonic()
         self.batches[start], self.heard[actor] = Counts(**counts), now
         done, kept, *tokens = map(sum, zip(*self.batches.values(), strict=True))
+        if not done:
+            self.progress.enter("generating")
+            return
         into, out = (count / (now - self.begun) for count in tokens)
         actors = sum(now - heard < 60 for heard in self.heard.values())
         self.progress.update(

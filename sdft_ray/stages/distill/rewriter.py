@@ -109,6 +109,7 @@ class Rewriter:
             batch.take(request, Generation("the engine died on this row", "error"))
         draws = [(row_id, batch.next_sample(row_id, row_id in poison)) for row_id in batch.rows]
         reported = stored = time.monotonic()
+        yield batch.counts()  # the engine has started
         for _ in pieces:  # Ray drops as many as it had from this batch before its actor died
             yield self._store(batch)
         while requests := self._requests(batch, draws):
