@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,8 @@ def pytest_configure(config) -> None:
 
 
 # Files that take minutes, so that two workers which take a file at a time end together.
-LONGEST = ("test_kill", "test_trials", "test_distill", "test_train", "test_chain", "test_loss", "test_score")
+LONGEST = ("test_kill", "test_submit", "test_trials", "test_train", "test_notebook", "test_chain", "test_distill")
+LONGEST += ("test_finals", "test_evaluate_pool", "test_object_store")
 
 
 def pytest_collection_modifyitems(items) -> None:
@@ -36,6 +38,16 @@ def pytest_collection_modifyitems(items) -> None:
     for item in items:
         if is_heavy(item.path, {item.originalname, *item.fixturenames}):
             item.add_marker("heavy")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop(session):
+    if not any(item.get_closest_marker("heavy") for item in session.items):
+        return (yield)
+    from forked_workers import forked_workers
+
+    with tempfile.TemporaryDirectory() as folder, forked_workers(Path(folder)):
+        return (yield)
 
 
 @pytest.fixture(scope="session")
