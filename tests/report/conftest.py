@@ -19,24 +19,29 @@ ITEMS = 20
 
 @pytest.fixture
 def plan(tiny_model, tmp_path):
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"q": f"{i}?", "a": f"{i}"}) + "\n" for i in range(40)))
-    (tmp_path / "texts.txt").write_text("One text.\n\nAnother text.\n\nA third text.")
+    return write_sweep(tmp_path, tiny_model)
+
+
+def write_sweep(folder: Path, tiny_model: Path) -> planning.Plan:
+    """Write sweep.yaml and what it needs into a folder; return its plan."""
+    (folder / "rows.jsonl").write_text("".join(json.dumps({"q": f"{i}?", "a": f"{i}"}) + "\n" for i in range(40)))
+    (folder / "texts.txt").write_text("One text.\n\nAnother text.\n\nA third text.")
     recipe = {
         "model": {"path": str(tiny_model)},
-        "rows": {"path": str(tmp_path / "rows.jsonl"), "fields": {"prompt": "q", "response": "a"}, "held_out": 1},
-        "prune": {"blocks": 2, "calibration": {"text": str(tmp_path / "texts.txt")}},
+        "rows": {"path": str(folder / "rows.jsonl"), "fields": {"prompt": "q", "response": "a"}, "held_out": 1},
+        "prune": {"blocks": 2, "calibration": {"text": str(folder / "texts.txt")}},
         "train": {"rows": 16},
         "draft": {"tokens": [1, 2], "prompts": 1},
         "evaluate": {"tasks": ["arc_easy", "sciq"], "limit": ITEMS, "retention": {"texts": 0}},
     }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     axes = [
         {"prune.blocks": [2, 3]},
         {"prune.blocks": [2], "train.seed": [0, 1, 2]},
         {"prune.blocks": [2], "arms.sft.lr": [1e-3]},
     ]
-    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"recipe": "recipe.yaml", "axes": axes}))
-    return planning.load_sweep(tmp_path / "sweep.yaml")
+    (folder / "sweep.yaml").write_text(yaml.safe_dump({"recipe": "recipe.yaml", "axes": axes}))
+    return planning.load_sweep(folder / "sweep.yaml")
 
 
 def write(storage: Storage, stage, summary: dict, files: dict[str, str]) -> None:
@@ -157,10 +162,12 @@ def seed_of(trial: planning.Trial) -> int:
     return trial.train.settings.train.seed
 
 
-@pytest.fixture
-def collected(plan, tiny_model, tmp_path):
-    """A sweep of 9 trials: 2 arms at 2 depths, 2 more seeds of each, and another learning rate of sft that is worse."""
-    storage = Storage(str(tmp_path / "artifacts"))
+@pytest.fixture(scope="session")
+def finished(tiny_model, tmp_path_factory):
+    """The folder and the report of a sweep of 9 trials: 2 arms at 2 depths, 2 more seeds of each, and another learning
+    rate of sft that is worse."""
+    folder = tmp_path_factory.mktemp("finished")
+    plan, storage = write_sweep(folder, tiny_model), Storage(str(folder / "artifacts"))
     write_shared(plan, storage, tiny_model)
     for trial in plan.trials:
         if "arms.sft.lr" in trial.values:
@@ -178,4 +185,9 @@ def collected(plan, tiny_model, tmp_path):
             write_draft(storage, stage, 60 + 10 * seed_of(trained[model.id]))
         elif model.settings.arm == "sft" and "arms.sft.lr" in trained[model.id].values:
             notes.keep_failure(storage, stage, "draft: it broke")
-    return sweep.collect(plan, "sweep.yaml", storage)
+    return folder, sweep.collect(plan, "sweep.yaml", storage)
+
+
+@pytest.fixture
+def collected(finished):
+    return finished[1]

@@ -32,8 +32,9 @@ def test_notes_name_what_does_not_compare(collected):
     )
 
 
-def test_report_of_several_prints_writes_and_refuses_what_it_cannot_set(collected, tmp_path, capsys):
-    name, root = str(tmp_path / "sweep.yaml"), ("--root", str(tmp_path / "artifacts"))
+def test_report_of_several_prints_writes_and_refuses_what_it_cannot_set(finished, tmp_path, capsys):
+    folder, collected = finished
+    name, root = str(folder / "sweep.yaml"), ("--root", str(folder / "artifacts"))
     page, lines = tmp_path / "page.html", tmp_path / "lines.csv"
     assert cli.main(["report", name, name, *root, "--html", str(page), "--csv", str(lines)]) == 0
     assert "sweep-2" in capsys.readouterr().out
@@ -44,5 +45,5 @@ def test_report_of_several_prints_writes_and_refuses_what_it_cannot_set(collecte
     assert [*json.loads(capsys.readouterr().out)] == ["sweep", "sweep-2"]
     assert cli.main(["report", name, name, *root, "--set", "train.rows=3"]) == 2
     assert capsys.readouterr().err.startswith("--set: is for one recipe. ")
-    assert cli.main(["report", name, str(tmp_path / "recipe.yaml"), *root]) == 2
+    assert cli.main(["report", name, str(folder / "recipe.yaml"), *root]) == 2
     assert "recipe.yaml: is not finished (missing: " in capsys.readouterr().err

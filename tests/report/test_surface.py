@@ -47,8 +47,9 @@ def test_surface_import_loads_nothing_heavy():
     assert done.stdout.strip() == "[] True"
 
 
-def test_report_of_a_sweep_has_a_line_for_each_trial_by_file_and_by_content(collected, tmp_path, monkeypatch):
-    frame = report(tmp_path / "sweep.yaml", root=tmp_path / "artifacts")
+def test_report_of_a_sweep_has_a_line_for_each_trial_by_file_and_by_content(finished, monkeypatch):
+    folder, collected = finished
+    frame = report(folder / "sweep.yaml", root=folder / "artifacts")
     assert len(frame) == len(collected.trials) == 9
     assert {*frame.status} == {"done", "missing", "failed"}
     done = frame[frame.status == "done"].set_index("id")
@@ -56,14 +57,15 @@ def test_report_of_a_sweep_has_a_line_for_each_trial_by_file_and_by_content(coll
         if trial.result:
             assert done.loc[trial.id, "recovery"] == pytest.approx(trial.result.quality.recovery)
             assert done.loc[trial.id, "arc_easy"] == trial.result.quality.tasks["arc_easy"].value
-    monkeypatch.chdir(tmp_path)
-    content = yaml.safe_load((tmp_path / "sweep.yaml").read_text())
+    monkeypatch.chdir(folder)
+    content = yaml.safe_load((folder / "sweep.yaml").read_text())
     pandas.testing.assert_frame_equal(report(content, root="artifacts"), frame)
 
 
-def test_report_of_a_recipe_that_is_not_finished_says_so(collected, tmp_path):
+def test_report_of_a_recipe_that_is_not_finished_says_so(finished):
+    folder, _ = finished
     with pytest.raises(UserError, match=r"recipe.yaml: is not finished \(missing: "):
-        report(str(tmp_path / "recipe.yaml"), root=tmp_path / "artifacts", overrides={"train.rows": 8})
+        report(str(folder / "recipe.yaml"), root=folder / "artifacts", overrides={"train.rows": 8})
 
 
 def test_run_of_a_wrong_value_is_the_commands_line(tmp_path):
