@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.report import print_figures
 from sdft_ray import pipeline
-from sdft_ray.core.patch import Sums, fit, fold
+from sdft_ray.core.patch import LEAST_ALONE, Sums, fit, fold
 from sdft_ray.core.walking import Batch, Walk, pad
 from sdft_ray.data.calibration import Text, calibration_file, read_calibration
 from sdft_ray.models.streamed import open_walk
@@ -62,7 +62,7 @@ def main() -> None:
         before = _patched(walk, nothing, given, span)
         _print(span, "nothing", "", before)
         for name, fitted in _fits(seen, span):
-            patch, weight, _ = fit(*fitted)
+            patch, weight, _ = fit(*fitted, LEAST_ALONE if name in texts else 0.0)
             after = _patched(walk, patch, given, span)
             _print(span, name, f"{weight:g}", after)
             figures[f"{span[0]}:{span[1]} {name}"] = round(max(after[each] - before[each] for each in before), 4)

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from sdft_ray.core.patch import Sums
     from sdft_ray.core.walking import Walk
 
-VERSION, NEEDS, UNIT = 1, Needs("score", alone=True), "texts"
+VERSION, NEEDS, UNIT = 2, Needs("score", alone=True), "texts"
 
 
 class Settings(Section):
@@ -172,10 +172,10 @@ def _fit(before: int, names: Sequence[str], measured: Sequence[Sums], held_back:
     """Return what is to be known of the patch in a block, and its map (D, D); sums: of each corpus by its name."""
     import torch
 
-    from sdft_ray.core.patch import Sums, fit
+    from sdft_ray.core.patch import LEAST_ALONE, Sums, fit
 
     fitted, chosen_on = (Sums.mean(each) for each in (measured, held_back))
-    found, weight, errors = fit(fitted, chosen_on)
+    found, weight, errors = fit(fitted, chosen_on, LEAST_ALONE if len(names) == 1 else 0.0)
     nothing = torch.eye(len(found), dtype=found.dtype)
     return Patched(
         block=before,

@@ -6,13 +6,13 @@ from architectures import BLOCKS, VARIANTS, blocks_of, load, prune, some_ids
 from tiny import make_tiny_model
 
 from sdft_ray import pipeline
-from sdft_ray.core.patch import require_foldable
+from sdft_ray.core.patch import Sums, require_foldable
 from sdft_ray.data.calibration import Corpus, Text
 from sdft_ray.errors import UserError
 from sdft_ray.spec.compute import load_compute
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.wording import validate
-from sdft_ray.stages.patch import Summary, fit_patches, write_patched
+from sdft_ray.stages.patch import Summary, _fit, fit_patches, write_patched
 from sdft_ray.store.storage import Storage
 from sdft_ray.verify.checks import verify
 from sdft_ray.verify.models import Model
@@ -100,6 +100,16 @@ def test_fit_brings_the_stream_nearer_to_what_was_removed(tmp_path):
     wanted = states_of(base, ids, 3)
     gone, patched = (states_of(tmp_path / name, ids, 1) for name in ("cut", "patched"))
     assert (patched - wanted).square().sum() < (gone - wanted).square().sum()
+
+
+@pytest.mark.parametrize(("names", "weight"), [(("one",), 0.01), (("one", "other"), 1e-6)])
+def test_fit_of_one_corpus_keeps_a_pull_that_other_texts_bear(names, weight):
+    source = torch.Generator().manual_seed(0)
+    made, exact = (torch.randn(*shape, generator=source) for shape in ((64, 8), (8, 8)))
+    sums = Sums.none(8)
+    sums.add(made, made @ exact)  # held-back texts of the same kind want no pull at all
+    patched, _ = _fit(1, names, [sums] * len(names), [sums] * len(names))
+    assert patched.weight == weight
 
 
 def test_fit_of_scattered_blocks_patches_each_gap(tmp_path):
