@@ -59,6 +59,17 @@ def test_docs_named_files_exist(page):
         assert any((folder / name).exists() for folder in (ROOT, ROOT / "sdft_ray")), f"{page.name} names {name}"
 
 
+def test_docs_upgrade_surface_names_what_its_files_reach_into():
+    page = (ROOT / "docs" / "footguns.md").read_text().partition("## Upgrade surface")[2]
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("|")][2:]
+    assert len(rows) > 30
+    for _, reached, files, _ in rows:
+        code = "".join((ROOT / "sdft_ray" / name).read_text() for name in FILE.findall(files))
+        for name in re.findall(r"`([^`]+)`", reached):
+            words = re.findall(r"\w{4,}", name.partition("(")[0])
+            assert not words or words[-1] in code, f"{files}: {name} is not there"
+
+
 def test_readme_recipe_is_one_that_the_schema_accepts():
     (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert validate(Recipe, yaml.safe_load(text)).prune.blocks == 4
