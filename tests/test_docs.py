@@ -9,6 +9,7 @@ import llms
 import pytest
 import yaml
 
+from sdft_ray import pipeline
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.wording import validate
 
@@ -68,6 +69,12 @@ def test_docs_upgrade_surface_names_what_its_files_reach_into():
         for name in re.findall(r"`([^`]+)`", reached):
             words = re.findall(r"\w{4,}", name.partition("(")[0])
             assert not words or words[-1] in code, f"{files}: {name} is not there"
+
+
+def test_design_names_every_stage():
+    table = (ROOT / "docs" / "design.md").read_text().partition("| stage | what it does |")[2].partition("\n\n")[0]
+    named = {name for line in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", line.split(" | ")[0])}
+    assert named == pipeline.MODULES.keys()
 
 
 def test_readme_recipe_is_one_that_the_schema_accepts():
