@@ -79,7 +79,7 @@ class VllmEngine:
             sizes = {"prompt_lookup_min": looked_up.min, "prompt_lookup_max": looked_up.max}
             tokens = {"num_speculative_tokens": looked_up.tokens}
             drafting = {"speculative_config": {"method": "ngram", **tokens, **sizes}}
-            mend_sampling()
+            fix_sampling()
         from transformers import AutoConfig, AutoTokenizer
         from vllm import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
@@ -238,7 +238,7 @@ def rounds_activations(quantised: Mapping[str, Any] | None) -> bool:
     return any(each.get("num_bits") == 8 and each.get("type") == "int" for each in rounded)
 
 
-def mend_sampling() -> None:
+def fix_sampling() -> None:
     """Let a CPU judge drafts at the temperature and top_p that were asked for: vLLM's own way loses both, and takes
     what happens to be in memory (docs/footguns.md)."""
     from vllm.platforms import current_platform

@@ -149,7 +149,7 @@ class Chain:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of their sources, for people."""
+        """The names of the sources of the recipe's own rows, for people."""
         return tuple(self.own.sources)
 
     @property

@@ -107,6 +107,12 @@ def s3(s3_proxy, monkeypatch, tmp_path) -> str:
 
 
 @pytest.fixture
+def own_cache(tmp_path_factory, monkeypatch):
+    """This process remembers hashes and keeps copies in a directory of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
 def small_disk(tmp_path):
     """A file system of 8 MB."""
     folder = tmp_path / "small"

@@ -9,6 +9,7 @@ import llms
 import pytest
 import yaml
 
+from sdft_ray import pipeline
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.wording import validate
 
@@ -57,6 +58,23 @@ def test_docs_links_of_the_site_stay_in_docs():
 def test_docs_named_files_exist(page):
     for name in set(FILE.findall(page.read_text())) - OF_OTHERS:
         assert any((folder / name).exists() for folder in (ROOT, ROOT / "sdft_ray")), f"{page.name} names {name}"
+
+
+def test_docs_upgrade_surface_names_what_its_files_reach_into():
+    page = (ROOT / "docs" / "footguns.md").read_text().partition("## Upgrade surface")[2]
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("|")][2:]
+    assert len(rows) > 30
+    for _, reached, files, _ in rows:
+        code = "".join((ROOT / "sdft_ray" / name).read_text() for name in FILE.findall(files))
+        for name in re.findall(r"`([^`]+)`", reached):
+            words = re.findall(r"\w{4,}", name.partition("(")[0])
+            assert not words or words[-1] in code, f"{files}: {name} is not there"
+
+
+def test_design_names_every_stage():
+    table = (ROOT / "docs" / "design.md").read_text().partition("| stage | what it does |")[2].partition("\n\n")[0]
+    named = {name for line in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", line.split(" | ")[0])}
+    assert named == pipeline.MODULES.keys()
 
 
 def test_readme_recipe_is_one_that_the_schema_accepts():

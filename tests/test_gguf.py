@@ -143,11 +143,7 @@ WINDOWS = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers":
         ("gemma2", {}, r"is a gemma2 model, which is not written as GGUF here \(known: granite, llama"),
         ("qwen2", WINDOWS, "has windows of attention, which the GGUF of a qwen2 model cannot say"),
         ("mistral", {"sliding_window": 4}, "has windows of attention, which the GGUF of a llama model cannot say"),
-        (
-            "llama",
-            {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
-            r"positions \(linear\)",
-        ),
+        ("llama", {"rope_parameters": LINEAR}, r"positions \(linear\)"),
     ],
 )
 def test_model_that_gguf_cannot_say_is_refused_by_name(architecture, overrides, what, tmp_path):

@@ -17,10 +17,7 @@ from sdft_ray.stages.rows import stage
 from sdft_ray.store.files import hash_file
 from sdft_ray.submit import job, kuberay
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 # --- calibration texts ----------------------------------------------------------------------------------------

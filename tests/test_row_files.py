@@ -20,9 +20,7 @@ GSM = [{"question": f'What is "{i}",\nif not {i}?', "answer": f"#### {i}"} for i
 ROWS = [Row(row["question"], row["answer"], None) for row in GSM]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def source(path, **settings) -> FileRows:

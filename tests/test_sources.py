@@ -26,9 +26,7 @@ EXTRA = {"context": "context", "answer": "final"}
 HARD_SUMS = {"min_digits": 5, "max_digits": 5}
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture

@@ -38,16 +38,12 @@ class Overlap:
     """The first shared run, lower case, one space between words."""
 
 
-def ngrams(text: str, n: int) -> Iterator[str]:
-    """Yield every run of n words of a text, in order.
+def split_words(text: str) -> list[str]:
+    """Return the words of a text without case and punctuation, and single characters of scripts without spaces.
 
-    >>> list(ngrams("It's 4, isn't it?", 4))
-    ['it s 4 isn', 's 4 isn t', '4 isn t it']
+    >>> split_words("It's 4, isn't it?")
+    ['it', 's', '4', 'isn', 't', 'it']
     """
-    return map(" ".join, runs(_split(text), n))
-
-
-def _split(text: str) -> list[str]:
     if text.isascii():
         return text.translate(_ASCII).split()
     lower = unicodedata.normalize("NFKC", text.translate(_UNSEEN)).lower()
@@ -74,7 +70,7 @@ class TaskIndex:
         self._short: set[int] = set()
         for number, texts in enumerate(self._tasks.values()):
             for text in texts:
-                self._add(_split(text), 1 << number)
+                self._add(split_words(text), 1 << number)
         self._sizes = sorted(self._owners, reverse=True)
 
     def __reduce__(self) -> tuple[type[TaskIndex], tuple[Mapping[str, Sequence[str]], int]]:
@@ -89,7 +85,7 @@ class TaskIndex:
         """
         shared: dict[int, str] = {}
         for text in texts:
-            words = _split(text)
+            words = split_words(text)
             if not self._short.isdisjoint(_hashes(words, self._length, self._stride)):
                 self._compare(words, shared)
         names = list(self._tasks)

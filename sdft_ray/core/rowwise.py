@@ -68,8 +68,8 @@ def attend_within_rows(
     assert attention_mask is None, "rows carry no padding"
     starts = module.sdft_rows.starts
     assert starts[-1] == query.shape[2], f"{tuple(query.shape)} is not a sequence of rows that end at {starts}"
-    alike = query.shape[-1] == value.shape[-1]  # not so in deepseek_v3
-    if module.sdft_usual == "sdpa" and query.is_cuda and query.dtype != torch.float32 and alike:
+    same_size = query.shape[-1] == value.shape[-1]  # not so in deepseek_v3
+    if module.sdft_usual == "sdpa" and query.is_cuda and query.dtype != torch.float32 and same_size:
         return _attend_at_once(query, key, value, starts, sliding_window, options.get("scaling")), None
     parts = []
     for begin, end in itertools.pairwise(starts):

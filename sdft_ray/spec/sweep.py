@@ -19,7 +19,7 @@ class Axis(Section):
     """The values that one recipe field takes: a list, or a range that values are drawn from."""
 
     values: Annotated[tuple[JsonValue, ...], Field(strict=False)] | None = None
-    """The values, one after another; a plain list stands for them."""
+    """The values, one after another; a plain list in place of this section is the same."""
     from_: int | float | None = Field(None, alias="from")
     """Lower end of a range; with two whole numbers whole numbers are drawn."""
     to: int | float | None = None

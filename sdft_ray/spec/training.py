@@ -98,7 +98,7 @@ class Finalists(Section):
     """The best cuts by the loss, each patched as the recipe says and briefly trained before one is chosen."""
 
     count: int = Field(ge=2)
-    """How many; a plain number stands for it."""
+    """How many cuts; a plain number in place of this section is the same."""
     rows: int = Field(64, gt=0)
     """Training rows of each: the first ones, with their references, once; the same for every size, arm and seed."""
     lr: float = Field(1e-4, gt=0)
@@ -128,7 +128,7 @@ class Soft(Section):
     cross_entropy: float = Field(0.0, ge=0, lt=1)
     """Share of the loss that is the cross-entropy of the rewrite's own tokens."""
     likeliest: int | None = Field(None, gt=0)
-    """Store the base's distribution once, over so many of its likeliest tokens and all others together; where absent
+    """Store the base's distribution once, over this many of its likeliest tokens and all others together; where absent
     the base runs beside the pruned model in every step, over the whole vocabulary."""
 
 

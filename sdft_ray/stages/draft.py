@@ -22,7 +22,7 @@ from sdft_ray.core.rows import Given
 from sdft_ray.core.speculation import worth
 from sdft_ray.data.chat import end_of_turn, render_prompts
 from sdft_ray.data.readers import read_json
-from sdft_ray.engine import NEAR_TIE, engine_arguments, mend_sampling
+from sdft_ray.engine import NEAR_TIE, engine_arguments, fix_sampling
 from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.progress import log
 from sdft_ray.results import (
@@ -130,7 +130,7 @@ def measure(
     arguments = engine_arguments(str(base), settings.dtype, options.model_copy(update=fair), alone=True)
     from vllm import LLM, SamplingParams  # after what it reads of the environment is set
 
-    mend_sampling()
+    fix_sampling()
 
     def start(**more: Any) -> Any:
         return LLM(**{**arguments, **more}, disable_log_stats=False)

@@ -69,7 +69,7 @@ def run_of(stage: Stage[Any], group: str | None = None, **more: str) -> Run:
 
 
 class Tracking:
-    """One run in several trackers; what each was told already, it is not told again."""
+    """One run in several trackers; none gets again what it has."""
 
     def __init__(
         self, names: Sequence[TrackerName], run: Run, storage: Storage, training: str, make: Make = make
@@ -178,7 +178,7 @@ class _Follower:
         return self._tracker
 
     def _begin_anew(self) -> None:
-        """Forget what a tracker that was replaced was told; the first of its runs reports it for all."""
+        """Forget what a tracker that was replaced had; the first of its runs reports it for all."""
         self._kept = Kept()
         if self._name not in _replaced:
             _replaced.add(self._name)

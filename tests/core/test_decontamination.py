@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from row_files import find_overlaps
 
-from sdft_ray.core.decontamination import SHORTEST_WORDS, Overlap, TaskIndex, ngrams
+from sdft_ray.core.decontamination import SHORTEST_WORDS, Overlap, TaskIndex, split_words
 from sdft_ray.core.words import count_words, runs, split_unspaced
 
 QUESTION = "Which gas do green plants take in from the air around them by day, and which by night?"
@@ -19,9 +19,8 @@ def found(row: str, text: str, n: int = 13) -> list[str]:
     return [overlap.ngram for overlap in find_overlaps({"r": [row]}, {"quiz": [text]}, n)]
 
 
-def test_ngrams_are_words_without_case_and_punctuation():
-    assert list(ngrams("Which GAS, (say) do plants?", 4)) == ["which gas say do", "gas say do plants"]
-    assert list(ngrams("too short", 3)) == []
+def test_split_words_leaves_out_case_and_punctuation():
+    assert split_words("Which GAS, (say) do plants?") == ["which", "gas", "say", "do", "plants"]
 
 
 def test_find_overlaps_of_n_shared_words_anywhere():
@@ -93,7 +92,7 @@ def test_find_overlaps_whatever_the_spelling_of_unicode(spelled):
 
 
 def test_find_overlaps_counts_words_of_hindi_with_their_signs():
-    assert list(ngrams("हिंदी में लिखा", 3)) == ["हिंदी में लिखा"]
+    assert split_words("हिंदी में लिखा") == ["हिंदी", "में", "लिखा"]
     assert not found("अरे, क्या आप मुझे बता सकते हैं", "क्या आप मुझे बता सकते हैं")
 
 
@@ -184,7 +183,7 @@ def test_a_run_of_any_size_is_found_at_any_place(size, before):
 def test_words_of_every_character_are_those_of_the_plain_algorithm():
     for start in range(0, 0x30000, 64):
         text = "".join(f"a{chr(code)}B " for code in range(start, start + 64) if not 0xD800 <= code < 0xE000)
-        assert list(ngrams(text, 1)) == plain_ngrams(text, 1)
+        assert [*map(" ".join, runs(split_words(text), 1))] == plain_ngrams(text, 1)
 
 
 def test_index_is_asked_row_by_row_and_works_in_another_process():

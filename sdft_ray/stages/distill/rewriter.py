@@ -92,8 +92,8 @@ class Rewriter:
         some = _Batch(self.requests.read(start, stop), self.settings)
         try:
             for counts in self._work_through(some):
-                told = {"start": start, "actor": self.actor, **counts._asdict()}
-                yield {name: np.array([value]) for name, value in told.items()}
+                report = {"start": start, "actor": self.actor, **counts._asdict()}
+                yield {name: np.array([value]) for name, value in report.items()}
         except (UserError, StageFailed):  # an endpoint that cannot be used: what it gave before is kept
             self._store(some)
             raise

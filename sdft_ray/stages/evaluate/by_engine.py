@@ -31,7 +31,7 @@ from sdft_ray.spec.compute import EngineOptions
 from sdft_ray.stages.evaluate.harness import Loaded
 from sdft_ray.stages.evaluate.likelihoods import score_requests
 
-_SAMPLING = ("top_p", "top_k", "min_p", "repetition_penalty")  # that vLLM and transformers mean alike
+_SAMPLING = ("top_p", "top_k", "min_p", "repetition_penalty")  # with one meaning in vLLM and transformers
 _LAST_TOKENS = 128  # that vLLM looks up behind one prompt
 _ALL_AT_ONCE = 2**31  # the engine batches by itself
 
