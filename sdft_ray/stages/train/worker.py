@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -82,8 +82,8 @@ def train_worker(config: Mapping[str, Assignment]) -> None:
     for step in training.steps_left():
         if not training.take(step):
             return
-        if training.validates_after(step):
-            training.validate()
+        if training.validates_after(step) and not training.validate(step):
+            return
         training.report()
         if training.saves_after(step):
             training.save(step)
@@ -148,8 +148,7 @@ class Training:
         loss = losses.mean
         if not (math.isfinite(loss) and math.isfinite(norm)):  # before a checkpoint could keep what it did
             what, value = ("gradient", norm) if math.isfinite(loss) else ("loss", loss)
-            self._write(Outcome(failed=f"the {what} at step {step + 1} is {value}", rows=tuple(numbers)))
-            return False
+            return self._give_up(step, f"the {what} at step {step + 1} is {value}")
         by_source = {}
         if self.is_mixed:
             sources = np.array([self.rows.source_of(i) for i in numbers])
@@ -163,15 +162,23 @@ class Training:
         due = step + 1 == len(self.steps) or (step + 1) % self.settings.validate_every_steps == 0
         return bool(self.validation) and due
 
-    def validate(self) -> None:
-        """Measure the loss of the validation rows, and keep the weights where they are to be kept as the best."""
+    def validate(self, step: int) -> bool:
+        """Measure the loss of the validation rows, and keep the weights where they are to be kept as the best; return
+        whether the loss is a number, else say so on disk."""
         losses = measure_losses(self.engine, self.validation, self._passes(self.validation))
+        if not math.isfinite(losses.mean):
+            return self._give_up(step, f"the loss of the validation rows after step {step + 1} is {losses.mean}")
         by_source = {}
         if self.is_mixed:
             by_source = {"validation_loss_by_source": losses.by_source(self.validation.column("origin"))}
         self.history[-1] = self.history[-1].model_copy(update={"validation_loss": losses.mean, **by_source})
         if self.settings.keep == "best" and best_step(self.history) == len(self.history):
             self.best = self._weights()
+        return True
+
+    def _give_up(self, step: int, why: str) -> Literal[False]:
+        self._write(Outcome(failed=why, rows=tuple(self.steps[step])))
+        return False
 
     def report(self) -> None:
         """Report the last step."""
