@@ -296,8 +296,14 @@ def test_encode_row_where_the_template_drops_what_is_said_beside_a_call_is_refus
     tool_tokenizer.chat_template = TOOLS.replace("{{ m.content }}", "{{ m.content if not m.tool_calls }}")
     fields = {"messages": "messages", "tools": "tools"}
     (row,) = read(tmp_path / "rows.jsonl", [{"messages": turns, "tools": [ADD]}], fields=fields)
-    with pytest.raises(UserError, match="does not write the message of the assistant of the conversation at"):
-        encode_row(tool_tokenizer, *row.exchange)
+    silent = row.exchange._replace(response="", conversation=row.conversation.replace("Let me add.", ""))
+    require_writable(tool_tokenizer, [silent])
+    for use in (
+        lambda: require_writable(tool_tokenizer, [silent, row.exchange]),
+        lambda: encode_row(tool_tokenizer, *row.exchange),
+    ):
+        with pytest.raises(UserError, match="does not write the message of the assistant of the conversation at"):
+            use()
 
 
 @pytest.mark.parametrize("earlier", ["<think>Hm.</think>Hi.", "Hi.", "<think>Hm."])

@@ -95,20 +95,22 @@ def encode_rows(tokenizer: Any, rows: Iterable[Exchange]) -> Iterator[TrainingRo
 def require_writable(tokenizer: Any, rows: Iterable[Exchange]) -> None:
     """Raise UserError where the chat template cannot write conversations as rows have them.
 
-    One row of each form is tried: a template asks which roles follow each other, and for tools, not what is said.
+    One row of each form is tried: a template asks which roles follow each other, and for tools, and not for words.
     """
     turn, forms = read_turn(tokenizer, str(tokenizer.chat_template)), set()
     for row in rows:
         if row.conversation is None or (form := _form(row)) in forms:
             continue
         forms.add(form)
-        _write_exchange(tokenizer, turn, row._replace(response="" if row.calls else RESPONSE))
+        is_silent = row.calls and not row.response.strip()
+        _write_exchange(tokenizer, turn, row._replace(response="" if is_silent else RESPONSE))
 
 
 def _form(row: Exchange) -> tuple[Any, ...]:
-    """Return the form of a conversation: its roles, and where it calls functions."""
-    turns = tuple((message.role, message.tool_calls is not None) for message in row.given.messages)
-    return turns, row.given.tools is None, bool(row.calls)
+    """Return the form of a conversation: its roles, where it says something, and where it calls functions."""
+    turns = [Message("assistant", row.response, row.calls or None), *row.given.messages]
+    said = tuple((turn.role, bool(turn.content.strip()), turn.tool_calls is not None) for turn in turns)
+    return said, row.given.tools is None
 
 
 def require_trainable(tokenizer: Any) -> None:
