@@ -287,6 +287,43 @@ def test_require_writable_where_the_template_leaves_a_role_out_names_it(tokenize
         require_writable(tokenizer, [row.exchange for row in rows])
 
 
+LOOKING = [CALLING[0], {**CALLING[1], "content": "Let me add."}, *CALLING[2:]]
+
+
+@pytest.mark.parametrize("turns", [LOOKING, LOOKING[:2]], ids=["earlier", "last"])
+def test_encode_row_where_the_template_drops_what_is_said_beside_a_call_is_refused(tool_tokenizer, tmp_path, turns):
+    # As Llama 3.1.
+    tool_tokenizer.chat_template = TOOLS.replace("{{ m.content }}", "{{ m.content if not m.tool_calls }}")
+    fields = {"messages": "messages", "tools": "tools"}
+    (row,) = read(tmp_path / "rows.jsonl", [{"messages": turns, "tools": [ADD]}], fields=fields)
+    silent = row.exchange._replace(response="", conversation=row.conversation.replace("Let me add.", ""))
+    require_writable(tool_tokenizer, [silent])
+    for use in (
+        lambda: require_writable(tool_tokenizer, [silent, row.exchange]),
+        lambda: encode_row(tool_tokenizer, *row.exchange),
+    ):
+        with pytest.raises(UserError, match="does not write the message of the assistant of the conversation at"):
+            use()
+
+
+@pytest.mark.parametrize("earlier", ["<think>Hm.</think>Hi.", "Hi.", "<think>Hm."])
+def test_encode_row_where_the_template_drops_earlier_thoughts_writes_the_rest(tool_tokenizer, tmp_path, earlier):
+    drops = "{{ m.content if loop.last else m.content.split('</think>')[-1].split('<think>')[0] }}"
+    tool_tokenizer.chat_template = TOOLS.replace("{{ m.content }}", drops)
+    (row,) = read(tmp_path / "rows.jsonl", [{"messages": [*TURNS[:2], {**TURNS[2], "content": earlier}, *TURNS[3:]]}])
+    encoded = encode_row(tool_tokenizer, *row.exchange)
+    assert tool_tokenizer.decode(encoded.ids[encoded.trained_from :]) == "8<|im_end|>"
+    assert "Hm" not in tool_tokenizer.decode(encoded.ids)
+
+
+def test_require_writable_of_tools_that_only_a_call_names_is_refused(tool_tokenizer, tmp_path):
+    tool_tokenizer.chat_template = TOOLS.replace("{%- if tools %}", "{%- if false %}")
+    fields = {"messages": "messages", "tools": "tools"}
+    rows = read(tmp_path / "rows.jsonl", [{"messages": CALLING, "tools": [ADD]}], fields=fields)
+    with pytest.raises(UserError, match="does not write the tools of the conversation at"):
+        require_writable(tool_tokenizer, [row.exchange for row in rows])
+
+
 def test_require_writable_takes_results_of_tools_as_json(tokenizer, tmp_path):
     written = "{{ (m.content | tojson) if m.role == 'tool' else m.content }}"
     known = f"{{% for m in messages %}}<|im_start|>{{{{ m.role }}}}\n{written}<|im_end|>\n"
@@ -336,6 +373,12 @@ def test_read_conversation_takes_calls_and_roles_as_openai_had_them(tmp_path, co
         (
             "{%- if messages | length > 3 %}{{ messages | length }}{% endif -%}",
             "otherwise before its response than with it",
+        ),
+        # As Mistral 7B v0.3, which writes what the system says with the last message, if that is the user's.
+        (
+            "{%- if messages[0].role == 'system' %}{{ messages[0].content if messages[-1].role == 'user' }}"
+            "{% set messages = messages[1:] %}{% endif %}",
+            "leaves out the message of the system of the conversation at '4 . 4\\?' once a response is there",
         ),
     ],
 )

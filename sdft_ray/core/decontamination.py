@@ -2,7 +2,8 @@
 
 In: the texts of tasks, once, and those of rows, one row at a time. Out: for each task that shares a run of words with
 a row, that run. Plain words are compared, without case and punctuation (characters, where a script sets no spaces) and
-in one spelling: full-width letters, ligatures and accents apart from their letters are as usual.
+in one spelling: full-width letters, ligatures, digits of other scripts, commas in numbers, entities of HTML and accents
+apart from their letters are as usual, and signs that Arabic and Hebrew mostly leave out do not count.
 Nearly all rows share nothing, so a row is first asked for a few short runs, at a distance that no shared run fits in
 between; only a row that has one of those is compared run by run.
 """
@@ -10,6 +11,7 @@ between; only a row that has one of those is compared run by run.
 from __future__ import annotations
 
 import dataclasses
+import html
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,9 +25,15 @@ SHORTEST_WORDS = 8
 
 # \w lacks the signs that other scripts write on their letters: Hebrew, Arabic, those of India.
 _WORD = re.compile(r"[\w\u0300-\u036f\u0591-\u05bd\u0610-\u061a\u064b-\u065f\u0900-\u0963\u0966-\u0dff]+")
-_UNSEEN = INVISIBLE | {0xAD: None}  # and hyphens that show only where a line breaks
+# It has the underscore, which is a mark: _so_, x_{1} or x_1.
+_UNDERSCORES = dict.fromkeys([0x5F, 0xFE33, 0xFE34, *range(0xFE4D, 0xFE50), 0xFF3F], " ")
+_VOWELS = dict.fromkeys([*range(0x591, 0x5BE), 0x5BF, 0x5C1, 0x5C2, 0x5C7, 0x640, *range(0x64B, 0x653), 0x670])
+_DIGITS = {i: str(unicodedata.decimal(c)) for i in range(0x660, 0xABFA) if (c := chr(i)).isdecimal()}
+_UNSEEN = INVISIBLE | _UNDERSCORES | _VOWELS | _DIGITS | {0xAD: None}  # and hyphens that show only where a line breaks
 # What \w+ finds in lower-case ASCII, as one table: a third of the time.
-_ASCII = str.maketrans({i: c.lower() if (c := chr(i)).isalnum() or c == "_" else " " for i in range(128)})
+_ASCII = str.maketrans({i: c.lower() if (c := chr(i)).isalnum() else " " for i in range(128)})
+# 1,200 or 1200: the comma comes first, as one letter is found fast.
+_THOUSANDS = re.compile(r",(?<=\d,)(?=\d{3}(?!\d))")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +52,12 @@ def split_words(text: str) -> list[str]:
     >>> split_words("It's 4, isn't it?")
     ['it', 's', '4', 'isn', 't', 'it']
     """
+    if "&" in text:
+        text = html.unescape(text)
+    text = _THOUSANDS.sub("", text.replace("{,}", ","))  # as LaTeX has it
     if text.isascii():
         return text.translate(_ASCII).split()
-    lower = unicodedata.normalize("NFKC", text.translate(_UNSEEN)).lower()
+    lower = unicodedata.normalize("NFKC", text.translate(_UNSEEN)).casefold()
     words = _WORD.findall(lower)
     return split_unspaced(words) if UNSPACED.search(lower) else words
 

@@ -8,13 +8,13 @@ to write after the generation prompt carry loss, so that training ends where gen
     ChatML, Llama 3, Gemma, …      …assistant\n                  4<|im_end|>
     opens a thought                …assistant\n<think>\n         \n</think>\n\n4<|im_end|>
     channels                       …<|start|>assistant           <|channel|>final<|message|>4<|return|>
+    writes an empty thought        …<|turn>model\n<|channel>thought\n<channel|>              4<turn|>
 
 A control token that is spelled out in a row is text: only the template ends a turn.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 import json
@@ -25,44 +25,39 @@ from typing import Any
 
 from sdft_ray.core.rows import Exchange, Given, Message, TrainingRow
 from sdft_ray.core.selection import strip_thoughts
+from sdft_ray.data.template import (
+    NO_THINKING,
+    OTHER_RESPONSE,
+    OTHER_TEMPLATE,
+    PROBE,
+    QUESTION,
+    RESPONSE,
+    Turn,
+    added_tokens,
+    any_of,
+    read_end,
+    read_turn,
+    render,
+    unended_thought,
+)
 from sdft_ray.data.text import first_line
 from sdft_ray.errors import UserError, problem
 
-# The default of Llama 3.1's template.
-_DATE = "26 Jul 2024"
-# A template that thinks by default would put its thoughts into the responses.
-_NO_THINKING = {"enable_thinking": False}
-# The conversation that shows what a template writes around a response.
-_QUESTION, _RESPONSE, _OTHER_RESPONSE = "QUESTION", "RESPONSE", "another"
-_PROBE = Exchange(_QUESTION, _RESPONSE)
 _BATCH_ROWS = 1024  # tokenised at once: enough for every core, and little memory
 # No text can hold these, as they are drawn anew in every process; they never reach a token id.
 _SPELLED, _WRITTEN = f"<{uuid.uuid4().hex}:", f"<{uuid.uuid4().hex}:"
-_OTHER_TEMPLATE = "Give the model a chat template that writes whole conversations as its generation prompt begins them"
 
 
-@dataclasses.dataclass(frozen=True)
-class _Turn:
-    """The text that a chat template writes around a response, after its generation prompt."""
-
-    opening: str
-    """The text of the model before the response: a channel, the end of a thought; mostly empty."""
-    closing: str
-    """The text after the response, up to the end-of-turn token; empty where the template writes none."""
-    dropped: str
-    """The text after the end-of-turn token: it belongs to no turn."""
-
-
-def render_prompt(tokenizer: Any, prompt: str, template_options: Mapping[str, Any] = _NO_THINKING) -> list[int]:
+def render_prompt(tokenizer: Any, prompt: str, template_options: Mapping[str, Any] = NO_THINKING) -> list[int]:
     """Return the token ids of a user message up to where the assistant begins to speak."""
     return render_prompts(tokenizer, [Exchange(prompt, "").given], template_options)[0]
 
 
 def render_prompts(
-    tokenizer: Any, given: Iterable[Given], template_options: Mapping[str, Any] = _NO_THINKING
+    tokenizer: Any, given: Iterable[Given], template_options: Mapping[str, Any] = NO_THINKING
 ) -> list[list[int]]:
     """Return the token ids of conversations, each up to where the assistant begins to speak."""
-    texts = [_render(tokenizer, _hide_all(tokenizer, each), template_options=template_options) for each in given]
+    texts = [render(tokenizer, _hide_all(tokenizer, each), template_options=template_options) for each in given]
     return _tokenise(tokenizer, texts)
 
 
@@ -81,7 +76,7 @@ def encode_rows(tokenizer: Any, rows: Iterable[Exchange]) -> Iterator[TrainingRo
 
     Raises UserError where the chat template cannot give a training sequence, or changes a response.
     """
-    turn, end = _read_turn(tokenizer, str(tokenizer.chat_template)), end_of_turn(tokenizer)
+    turn, end = read_turn(tokenizer, str(tokenizer.chat_template)), end_of_turn(tokenizer)
     rows = iter(rows)
     while batch := list(itertools.islice(rows, _BATCH_ROWS)):
         texts = [_write_exchange(tokenizer, turn, row) for row in batch]
@@ -100,30 +95,32 @@ def encode_rows(tokenizer: Any, rows: Iterable[Exchange]) -> Iterator[TrainingRo
 def require_writable(tokenizer: Any, rows: Iterable[Exchange]) -> None:
     """Raise UserError where the chat template cannot write conversations as rows have them.
 
-    One row of each form is tried: a template asks which roles follow each other, and for tools, not what is said.
+    One row of each form is tried: a template asks which roles follow each other, and for tools, and not for words.
     """
-    turn, forms = _read_turn(tokenizer, str(tokenizer.chat_template)), set()
+    turn, forms = read_turn(tokenizer, str(tokenizer.chat_template)), set()
     for row in rows:
         if row.conversation is None or (form := _form(row)) in forms:
             continue
         forms.add(form)
-        _write_exchange(tokenizer, turn, row._replace(response="" if row.calls else _RESPONSE))
+        is_silent = row.calls and not row.response.strip()
+        _write_exchange(tokenizer, turn, row._replace(response="" if is_silent else RESPONSE))
 
 
 def _form(row: Exchange) -> tuple[Any, ...]:
-    """Return the form of a conversation: its roles, and where it calls functions."""
-    turns = tuple((message.role, message.tool_calls is not None) for message in row.given.messages)
-    return turns, row.given.tools is None, bool(row.calls)
+    """Return the form of a conversation: its roles, where it says something, and where it calls functions."""
+    turns = [Message("assistant", row.response, row.calls or None), *row.given.messages]
+    said = tuple((turn.role, bool(turn.content.strip()), turn.tool_calls is not None) for turn in turns)
+    return said, row.given.tools is None
 
 
 def require_trainable(tokenizer: Any) -> None:
     """Raise UserError where the chat template cannot give a training sequence."""
-    encode_row(tokenizer, _QUESTION, _RESPONSE)
+    encode_row(tokenizer, QUESTION, RESPONSE)
 
 
 def end_of_turn(tokenizer: Any) -> int:
     """Return the id of the token with which the chat template closes an assistant turn, else the EOS token."""
-    return _read_end(tokenizer, str(tokenizer.chat_template))[1]
+    return read_end(tokenizer, str(tokenizer.chat_template))[1]
 
 
 def response_ends(tokenizer: Any, named: int | Sequence[int] | None) -> list[int]:
@@ -137,9 +134,9 @@ def response_ends(tokenizer: Any, named: int | Sequence[int] | None) -> list[int
 
 def opening_ids(tokenizer: Any) -> tuple[int, ...]:
     """Return the tokens that the model has to write before every response; mostly none."""
-    if not _read_turn(tokenizer, str(tokenizer.chat_template)).opening:
+    if not read_turn(tokenizer, str(tokenizer.chat_template)).opening:
         return ()
-    first, second = (encode_row(tokenizer, _QUESTION, response) for response in (_RESPONSE, _OTHER_RESPONSE))
+    first, second = (encode_row(tokenizer, QUESTION, response) for response in (RESPONSE, OTHER_RESPONSE))
     pairs = enumerate(zip(first.ids, second.ids, strict=False))
     return tuple(first.ids[first.trained_from : next(i for i, (a, b) in pairs if a != b)])
 
@@ -153,73 +150,16 @@ def read_generated(tokenizer: Any, ids: Sequence[int], text: str, opened: str) -
     return opened + text
 
 
-def opened_thought(tokenizer: Any, template_options: Mapping[str, Any] = _NO_THINKING) -> str:
+def opened_thought(tokenizer: Any, template_options: Mapping[str, Any] = NO_THINKING) -> str:
     """Return the thought that the generation prompt opens and leaves to the model to end; mostly nothing."""
-    written = _render(tokenizer, _PROBE.given, template_options=template_options)
-    return _unended_thought(written.rpartition(_QUESTION)[2])
-
-
-def _unended_thought(text: str) -> str:
-    starts = [text[match.start() :] for match in re.finditer(r"[<\[]", text)]
-    return next((start for start in reversed(starts) if strip_thoughts(start) is None), "")
+    written = render(tokenizer, PROBE.given, template_options=template_options)
+    return unended_thought(written.rpartition(QUESTION)[2])
 
 
 # --- the template -------------------------------------------------------------------------------------------------
 
 
-def _render(
-    tokenizer: Any, given: Given, target: Message | None = None, template_options: Mapping[str, Any] = _NO_THINKING
-) -> str:
-    """Return a conversation and its last turn as the template writes them; without that turn, the generation prompt."""
-    messages = [message.plain() for message in (*given.messages, *([target] if target else []))]
-    # Some templates print today's date, and the same recipe would be another one tomorrow; other templates ignore it.
-    options = {"date_string": _DATE, "strftime_now": lambda _format: _DATE, **template_options}
-    text: str = tokenizer.apply_chat_template(
-        messages, tools=given.tools, tokenize=False, add_generation_prompt=target is None, **options
-    )
-    return text
-
-
-@functools.lru_cache
-def _read_turn(tokenizer: Any, _template: str) -> _Turn:
-    """Return the text that the chat template writes around a response; raises UserError for an unusable template."""
-    given, whole = _render_probe(tokenizer, None), _render_probe(tokenizer, _RESPONSE)
-    opening, inside, after = whole.removeprefix(given).partition(_RESPONSE)
-    if _QUESTION not in given or not inside:
-        raise UserError(problem("model", "its chat template does not write both messages", _OTHER_TEMPLATE))
-    if not whole.startswith(given):
-        ends = given[-40:]
-        what = f"its chat template's generation prompt ends in {ends!r}, but a conversation does not go on from there"
-        raise UserError(problem("model", what, _OTHER_TEMPLATE))
-    if thought := _unended_thought(given.rpartition(_QUESTION)[2] + opening):
-        what = f"its chat template puts a response inside a thought that does not end ({thought!r})"
-        raise UserError(problem("model", what, _OTHER_TEMPLATE))
-    closing = _read_end(tokenizer, _template)[0]
-    return _Turn(opening, closing, after.removeprefix(closing))
-
-
-@functools.lru_cache
-def _read_end(tokenizer: Any, _template: str) -> tuple[str, int]:
-    """Return the text from a response's end to the end-of-turn token, and that token's id."""
-    after = _render_probe(tokenizer, _RESPONSE).rpartition(_RESPONSE)[2]
-    tokens = _added_tokens(tokenizer)
-    if (match := _any_of(tokens).search(after)) is not None:
-        return after[: match.end()], tokens[match[0]]
-    if tokenizer.eos_token_id is None:
-        what = "its chat template ends no turn with a token, and its tokenizer has no EOS token"
-        raise UserError(problem("model", what, "Set eos_token in its tokenizer_config.json"))
-    return "", int(tokenizer.eos_token_id)
-
-
-def _render_probe(tokenizer: Any, response: str | None) -> str:
-    try:
-        return _render(tokenizer, _PROBE.given, None if response is None else Message("assistant", response))
-    except Exception as error:  # a template can raise anything
-        what = f"its chat template cannot write a conversation of a user and an assistant ({first_line(error)})"
-        raise UserError(problem("model", what, "Correct its chat template")) from error
-
-
-def _write_exchange(tokenizer: Any, turn: _Turn, row: Exchange) -> tuple[str, str]:
+def _write_exchange(tokenizer: Any, turn: Turn, row: Exchange) -> tuple[str, str]:
     """Return an exchange as the template writes it: the part given to the model, and the part it has to write."""
     if row.is_plain:
         return "", _hide_spelled(tokenizer, row.response)
@@ -227,19 +167,23 @@ def _write_exchange(tokenizer: Any, turn: _Turn, row: Exchange) -> tuple[str, st
     calls = _hide_inside(tokenizer, row.calls)
     try:
         target = Message("assistant", response, calls or None)
-        before, whole = _render(tokenizer, given), _render(tokenizer, given, target)
+        before, whole = render(tokenizer, given), render(tokenizer, given, target)
+        untold = given.tools and render(tokenizer, given._replace(tools=None)) == before
     except Exception as error:  # a template can raise anything
         what = f"its chat template cannot write {_describe(row)} ({first_line(error)})"
         raise UserError(problem("model", what, "Remove such rows")) from error
-    written = whole[len(before) :]
-    if not whole.startswith(before):
+    shared = before.removesuffix(turn.aside)
+    written = _end_turn(tokenizer, turn, whole[len(shared) :]) if calls else whole[len(shared) :]
+    if not whole.startswith(shared):
         what = f"its chat template writes {_describe(row)} otherwise before its response than with it"
-        raise UserError(problem("model", what, _OTHER_TEMPLATE))
-    if lacks := _unwritten(before, written, given, calls):
+        if lost := _unwritten(whole, whole, given, target):
+            what = f"its chat template leaves out {lost} of {_describe(row)} once a response is there"
+        raise UserError(problem("model", what, OTHER_TEMPLATE))
+    if lacks := _unwritten(before, written, given, target) or (untold and "the tools"):
         do = "Give the model a chat template that writes it, or leave such rows out"
         raise UserError(problem("model", f"its chat template does not write {lacks} of {_describe(row)}", do))
     if calls:
-        return before, _end_turn(tokenizer, turn, written)
+        return before, written
     after = turn.closing + turn.dropped
     inside = written[len(turn.opening) : len(written) - len(after)]
     if written != turn.opening + inside + after or inside.strip() != response.strip():  # many templates strip it
@@ -248,33 +192,30 @@ def _write_exchange(tokenizer: Any, turn: _Turn, row: Exchange) -> tuple[str, st
     return before, turn.opening + inside + turn.closing
 
 
-def _unwritten(before: str, written: str, given: Given, calls: Sequence[Mapping[str, Any]]) -> str:
-    """Return what a template leaves out, in words; nothing where it writes all but earlier responses, which may lose
-    their thoughts. It may write results of tools as JSON."""
-    for message in given.messages:
+def _unwritten(before: str, written: str, given: Given, target: Message) -> str:
+    """Return what a template leaves out, in words; nothing where it writes all but the thoughts of earlier responses.
+    It may write results of tools as JSON."""
+    turns = [(message, before) for message in given.messages] + ([(target, written)] if target.tool_calls else [])
+    for message, text in turns:
         content = message.content.strip()
-        if message.role == "assistant" or content in before:
-            continue
-        if not any(json.dumps(content, ensure_ascii=only)[1:-1] in before for only in (False, True)):
+        others = [json.dumps(content, ensure_ascii=only)[1:-1] for only in (False, True)]
+        if message.role == "assistant" and message is not target:
+            others = [strip_thoughts(content) or ""]
+        if not any(spelled in text for spelled in (content, *others)):
             return f"the message of the {message.role}"
-    earlier = [call for message in given.messages for call in message.tool_calls or ()]
-    for kind, functions, text in (
-        ("the tool", given.tools or (), before),
-        ("the call of", earlier, before),
-        ("the call of", calls, written),
-    ):
-        for function in functions:
-            name = str(function.get("function", function).get("name", ""))
-            if name not in text:
-                return f"{kind} {name}"
+    functions = [("the tool", tool, before) for tool in given.tools or ()]
+    functions += [("the call of", call, text) for message, text in turns for call in message.tool_calls or ()]
+    for kind, function, text in functions:
+        if (name := str(function.get("function", function).get("name", ""))) not in text:
+            return f"{kind} {name}"
     return ""
 
 
-def _end_turn(tokenizer: Any, turn: _Turn, written: str) -> str:
+def _end_turn(tokenizer: Any, turn: Turn, written: str) -> str:
     """Return what the model writes of a turn that calls functions, which may end in a token of its own."""
     if written.endswith(turn.closing + turn.dropped):
         return written.removesuffix(turn.dropped)
-    ends = [match.end() for match in _any_of(_added_tokens(tokenizer)).finditer(written)]
+    ends = [match.end() for match in any_of(added_tokens(tokenizer)).finditer(written)]
     return written[: ends[-1]] if ends else written
 
 
@@ -311,16 +252,6 @@ def _continue(tokenizer: Any, text: str) -> list[int]:
     return _tokenise(tokenizer, [text])[0]
 
 
-def _added_tokens(tokenizer: Any) -> dict[str, int]:
-    """Return the ids of the tokens that are matched in a text before it is tokenised, except runs of blanks."""
-    return {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
-
-
-def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Return a pattern that matches the longest token at a place; without tokens it matches nothing."""
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or r"(?!)")
-
-
 @functools.lru_cache
 def _control_tokens(tokenizer: Any, _template: str) -> tuple[re.Pattern[str], tuple[str, ...]]:
     """Return the tokens that only a template may write, and a pattern that finds them.
@@ -329,10 +260,10 @@ def _control_tokens(tokenizer: Any, _template: str) -> tuple[re.Pattern[str], tu
     mark as special. Marks of thoughts and tools are not among them: a response may hold thoughts.
     """
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    written = _render(tokenizer, _PROBE.given).partition(_QUESTION)
-    around = written[0] + _read_end(tokenizer, _template)[0]
-    tokens = sorted(special | set(_any_of(_added_tokens(tokenizer)).findall(around)))
-    return _any_of(tokens), tuple(tokens)
+    written = render(tokenizer, PROBE.given).partition(QUESTION)
+    around = written[0] + read_end(tokenizer, _template)[0]
+    tokens = sorted(special | set(any_of(added_tokens(tokenizer)).findall(around)))
+    return any_of(tokens), tuple(tokens)
 
 
 def _hide_spelled(tokenizer: Any, text: str) -> str:

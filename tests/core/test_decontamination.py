@@ -1,4 +1,5 @@
 # ruff: noqa: RUF001 (digits and marks of other scripts are what is tested)
+import html
 import pickle
 import re
 import string
@@ -91,6 +92,37 @@ def test_find_overlaps_whatever_the_spelling_of_unicode(spelled):
     assert spelled(item) != item and found(spelled(item), item)
 
 
+@pytest.mark.parametrize(
+    ("row", "item"),
+    [
+        (
+            "Tom said: &quot;Which gas do they take in?&quot; It&#39;s R&amp;D, no more",
+            'Tom said: "Which gas do they take in?" It\'s R&D, no more',
+        ),
+        ("A shop sold 1,200 apples and 12,450 pears in May", "A shop sold 1200 apples and 12450 pears in May"),
+        ("A shop sold $1{,}200$ apples and 3,5 pears in May", "A shop sold 1,200 apples and 3,5 pears in May"),
+        ("Which gas do _green_ plants take in from __the air__?", "Which gas do green plants take in from the air?"),
+        ("Let $x_{1}$ and $x_{2}$ be the roots of the equation", "Let $x_1$ and $x_2$ be the roots of the equation"),
+        (
+            "أَيُّ غازٍ تَمتَصُّهُ النباتات الخضـــراء من الهواء حولها في النهار",
+            "أي غاز تمتصه النباتات الخضراء من الهواء حولها في النهار",
+        ),
+        ("باع متجر ١٢٠ تفاحة و ٣٥ كمثرى في شهر مايو", "باع متجر 120 تفاحة و 35 كمثرى في شهر مايو"),
+        (
+            "WELCHES GAS NEHMEN PFLANZEN AUF DER STRASSE TAGSÜBER AUF",
+            "Welches Gas nehmen Pflanzen auf der Straße tagsüber auf",
+        ),
+    ],
+    ids=["entities", "commas", "latex", "emphasis", "subscripts", "vowels", "digits", "case"],
+)
+def test_find_overlaps_whatever_the_marks_and_signs(row, item):
+    assert found(row, item) and found(item, row)
+
+
+def test_find_overlaps_of_a_name_in_code_counts_its_words():
+    assert list(ngrams("def has_close_elements(numbers)", 5)) == ["def has close elements numbers"]
+
+
 def test_find_overlaps_counts_words_of_hindi_with_their_signs():
     assert split_words("हिंदी में लिखा") == ["हिंदी", "में", "लिखा"]
     assert not found("अरे, क्या आप मुझे बता सकते हैं", "क्या आप मुझे बता सकते हैं")
@@ -107,8 +139,11 @@ SIGNS = r"\u0300-\u036f\u0591-\u05bd\u0610-\u061a\u064b-\u065f\u0900-\u0963\u096
 
 
 def plain_words(text: str) -> list[str]:
+    text = re.sub(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))", "", html.unescape(text))
     text = re.sub("[\u00ad\u061c\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]", "", text)
-    return split_unspaced(re.findall(rf"[\w{SIGNS}]+", unicodedata.normalize("NFKC", text).lower()))
+    text = re.sub("[\u0591-\u05bd\u05bf\u05c1\u05c2\u05c7\u0640\u064b-\u0652\u0670]", "", text)
+    text = re.sub(r"\d", lambda digit: str(int(digit[0])) if digit[0] < "\uabfa" else digit[0], text)
+    return split_unspaced(re.findall(rf"(?:[^\W_]|[{SIGNS}])+", unicodedata.normalize("NFKC", text).casefold()))
 
 
 def plain_ngrams(text: str, n: int) -> list[str]:
@@ -134,7 +169,28 @@ def plain_overlaps(rows: dict, tasks: dict, n: int) -> list[Overlap]:
     return overlaps
 
 
-PIECES = ["a", "B", "the", "The", "gas", "it's", "CO2", "x_y", "été", "ÉTÉ", "İ", "ß", "K", "٣", "녹색", "식물은"]
+PIECES = [
+    "a",
+    "B",
+    "the",
+    "The",
+    "gas",
+    "it's",
+    "CO2",
+    "x_y",
+    "&amp;",
+    "ـ",
+    "أَ",
+    "שָׁ",
+    "été",
+    "ÉTÉ",
+    "İ",
+    "ß",
+    "K",
+    "٣",
+    "녹색",
+    "식물은",
+]
 PIECES += [*"绿色植物のガス", "พืชสี", "น้ำ", "ខ្មែរ", "和氧气 CO2", "a\tb\nc", "\x1f"]
 words = st.lists(st.sampled_from(PIECES), max_size=30)
 marks = st.sampled_from([" ", " ", " ", ", ", " - ", "", "。", "\u00a0", "\n"])

@@ -36,6 +36,20 @@ CHANNELS = (
     "{{ m.content }}{% if m.role == 'assistant' and loop.last %}<|return|>{% else %}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
 )
+# As Gemma 4, which thinks of nothing before it responds where it is asked not to think; conversations do not show it.
+EMPTY_THOUGHT = CHAT_TEMPLATE.replace("assistant\n", "assistant\n<think>\n\n</think>\n\n")
+# As Command R7B: marks around the thought and the response, which are closed one after the other.
+RESPONSES = (
+    "{% for m in messages %}<|START|>{{ m.role }}{% if m.role == 'assistant' %}<|START_RESPONSE|>{{ m.content }}"
+    "<|END_RESPONSE|>{% else %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|START|>assistant<|START_THINKING|><|END_THINKING|>{% endif %}"
+)
+RESPONSE_MARKS = (
+    "<|START|>",
+    *(f"<|{edge}_{part}|>" for edge in ("START", "END") for part in ("THINKING", "RESPONSE")),
+)
+# As GLM-Edge: every conversation ends in the beginning of the next turn.
+ALWAYS_ASKS = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}<|assistant|>"
 # Takes thoughts out of the turns of before, as those of reasoning models do.
 DROPS_THOUGHTS = CHAT_TEMPLATE.replace("message['content']", "message['content'].split('</think>')[-1]")
 
@@ -173,6 +187,30 @@ def test_read_generated_tells_the_response_from_what_a_template_has_before_it(te
     assert read_generated(tokenizer, ids, text, opened_thought(tokenizer)) == expected
 
 
+@pytest.mark.parametrize(
+    ("template", "marks", "given", "trained"),
+    [
+        (EMPTY_THOUGHT, (), "<|im_start|>assistant\n<think>\n\n</think>\n\n", "It is 4.<|im_end|>"),
+        (EMPTY_THOUGHT, ("<think>", "</think>"), "assistant\n<think>\n\n</think>\n\n", "It is 4.<|im_end|>"),
+        (
+            RESPONSES,
+            RESPONSE_MARKS,
+            "<|START|>assistant<|START_THINKING|><|END_THINKING|>",
+            "<|START_RESPONSE|>It is 4.<|END_RESPONSE|><|im_end|>",
+        ),
+        (ALWAYS_ASKS, ("<|user|>", "<|assistant|>"), "<|user|>\n2 + 2?<|assistant|>", "\nIt is 4.<|im_end|>"),
+    ],
+    ids=["empty_thought", "empty_thought_of_tokens", "responses", "always_asks"],
+)
+def test_encode_row_is_given_the_generation_prompt_and_ends_the_turn(template, marks, given, trained):
+    tokenizer = with_template(template, *marks)
+    row = encode_row(tokenizer, "2 + 2?", "It is 4.")
+    assert row.ids[: row.trained_from] == render_prompt(tokenizer, "2 + 2?")
+    assert tokenizer.decode(row.ids[: row.trained_from]).endswith(given)
+    assert tokenizer.decode(row.ids[row.trained_from :]) == trained
+    assert row.ids[-1] == end_of_turn(tokenizer) == tokenizer.eos_token_id
+
+
 def test_encode_row_of_a_template_that_strips_gives_the_stripped_response():
     tokenizer = with_template(CHAT_TEMPLATE.replace("['content']", "['content'] | trim"))
     row = encode_row(tokenizer, " 2 + 2? ", " It is 4.\n")
@@ -193,12 +231,18 @@ def test_encode_row_of_marks_that_the_tokenizer_does_not_call_special_ends_at_th
         # Thoughts are opened for generation only, so that no conversation shows where a response would stand.
         (CHAT_TEMPLATE.replace("assistant\n", "assistant\n<think>\n"), r"generation prompt ends in .*<think>\\n'"),
         (CHAT_TEMPLATE.replace("assistant\n", "assistant: "), "generation prompt ends in .*assistant: '"),
+        (CHAT_TEMPLATE.replace("assistant\n", "assistant\n\n"), "generation prompt ends in .*assistant.n.n'"),
+        # The thought that ends in a conversation begins nowhere.
+        (
+            EMPTY_THOUGHT.replace("message['content']", "message['content'].replace('RESP', '</think>RESP')"),
+            "generation prompt ends in .*</think>",
+        ),
         (OPENS_THOUGHTS.replace("\n</think>\n\n", ""), "inside a thought that does not end"),
         ("{% for m in messages %}{{ m.role }}{% endfor %}", "does not write both messages"),
         ("{{ raise_exception('no roles') }}", "cannot write a conversation of a user and an assistant .no roles."),
         (None, "cannot write a conversation"),
     ],
-    ids=["thoughts", "other_prompt", "unended", "no_content", "raises", "none"],
+    ids=["thoughts", "other_prompt", "blank", "ends_nothing", "unended", "no_content", "raises", "none"],
 )
 def test_require_trainable_refuses_a_template_without_a_training_sequence(template, expected):
     with pytest.raises(UserError, match=f"^model: its chat template.*{expected}"):
