@@ -18,6 +18,7 @@ from sdft_ray.spec.sources import FileRows
 from sdft_ray.spec.wording import validate
 
 CONTEXT = 2048  # of the tiny model, whose tokens are bytes
+GYM = {"gym": "chain_sum", "limit": 30, "held_out": 0, "validation": 2}
 OPEN = {"max_tokens": 2048, "max_too_long_fraction": 1.0}  # training leaves out what is too long
 SHORT = {"distill": {"max_new_tokens": 100}, "evaluate": {"max_new_tokens": 100}, "train": {"max_tokens": 2048}}
 
@@ -77,11 +78,43 @@ def problems(tiny_model, tmp_path):
             "train.lora.targets: the model has no linear layer up_prj. Did you mean up_proj?",
         ),
         ({"prune": {"blocks": None, "remove": [0, 1], "patch": "linear"}}, "prune.patch: the cut begins at block 0"),
+        (
+            {"prune": {"blocks": 5, "protect": {"last": 1}, "metric": "tail", "patch": "linear"}},
+            "prune.patch: the cut begins at block 0",
+        ),
+        (
+            {"prune": {"blocks": 5, "finalists": {"count": 3, "rows": 5}}},
+            "prune.finalists: 3 is more than the number of",
+        ),
+        ({"arms": {"logits": {"likeliest": 260}}}, "arms.logits.likeliest: 260 is more than the 259 tokens of"),
+        (
+            {"merge": {"linear": {}, "others": {"b": {"rows": GYM, "train": {"lora": {"targets": ["q_prj"]}}}}}},
+            "train.lora.targets: the model has no linear layer q_prj",
+        ),
+        ({"merge": {"linear": {}, "others": {"b": {"path": "gone"}}}}, "merge.others.b.path: gone does not exist"),
     ],
 )
 def test_check_finds_adapters_and_patches_that_do_not_fit_the_model(problems, settings, line):
     (found,) = problems(**settings)
     assert found.startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("fields", "tensor"),
+    [
+        ({}, None),
+        ({"hidden_size": 128}, "model.embed_tokens.weight of 259 x 128"),
+        ({"intermediate_size": 64}, "model.layers.N.mlp.down_proj.weight of 64 x 64"),
+        ({"tie_word_embeddings": False}, "lm_head.weight of 259 x 64"),
+    ],
+)
+def test_check_finds_a_model_to_merge_that_is_of_another_base(problems, tmp_path, fields, tensor):
+    other = make_tiny_model(tmp_path / "other", num_hidden_layers=4, **fields)
+    found = problems(merge={"linear": {}, "others": {"b": {"path": str(other)}}})
+    expected = (
+        [f"merge.others.b.path: its tensor {tensor} is none of the model that is pruned here. "] if tensor else []
+    )
+    assert [line.removesuffix(line.do) for line in found] == expected
 
 
 def test_check_finds_named_blocks_that_a_hybrid_cannot_be_without(problems, tmp_path):
