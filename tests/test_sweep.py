@@ -202,6 +202,26 @@ def test_sweep_draws_whole_numbers_between_whole_numbers(folder):
             {},
             "axes.prune: {'remove': [1, 2]} and {'remove': [2, 1]} make the same recipe. Remove one.",
         ),
+        (
+            {"prune.metric": ["tail"], "prune.candidates": [4, 8]},
+            {},
+            "axes.prune.candidates: moves no number of a trial. Remove it.",
+        ),
+        (
+            {"prune.metric": ["tail"], "prune.calibration.limit": [4, 8], "prune.blocks": [1, 2]},
+            {},
+            "axes.prune.calibration.limit: moves no number of a trial. Remove it.",
+        ),
+        (
+            {"train.method": ["full"], "train.lora.rank": [4, 8]},
+            {},
+            "axes.train.lora.rank: no arm is trained with method lora. Set train.method: lora.",
+        ),
+        (
+            {"prune.blocks": [1, 2], "distill.seed": [0, 1]},
+            {"goal": {"recovery": 90, "arm": "sft"}},
+            "axes.distill.seed: moves no number of a trial. Remove it.",
+        ),
         ({"export.formats": [["f16"]]}, {}, "axes.export.formats: trials have no export. Remove axes.export.formats."),
         (
             {"rows.held_out": [1, 2]},

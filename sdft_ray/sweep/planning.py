@@ -215,6 +215,9 @@ def _mistakes(cell: Cell) -> Iterator[str]:
         if field.endswith("weight") and cell.values[path] == 0 and section == "rows":
             what = "0 leaves out its held-out and validation rows, too, so trials do not compare"
             yield problem(f"axes.{path}", what, "Give a small weight, such as 0.01")
+        trained = [cell.recipe.train_settings(arm) for arm in cell.recipe.arms.names]
+        if path.startswith("train.lora.") and all(settings.method == "full" for settings in trained):
+            yield problem(f"axes.{path}", "no arm is trained with method lora", "Set train.method: lora")
         for arm in cell.recipe.arms.names if section == "train" else ():
             own = getattr(cell.recipe.arms, arm).model_dump(exclude_none=True)
             if (name := field.partition(".")[0]) in own:
@@ -258,10 +261,25 @@ def _require_one_yardstick(chains: Sequence[tuple[Cell, pipeline.Chain]]) -> Non
             raise UserError(problem(RECIPE, what, "Set rows.held_out: 0 in each recipe"))
 
 
+def _unmoved(chains: Sequence[tuple[Cell, pipeline.Chain]]) -> Iterator[str]:
+    """Yield a problem for each axis of which no value makes another trial than the others do."""
+    made = [(cell.values, frozenset(stage.id for stage in chain.trained.values())) for cell, chain in chains]
+    for path in dict.fromkeys(path for values, _ in made for path in values if path != RECIPE):
+        by_others: dict[str, list[frozenset[str]]] = {}
+        for values, trained in made:
+            if path in values:
+                others = json.dumps({key: value for key, value in values.items() if key != path})
+                by_others.setdefault(others, []).append(trained)
+        if max(map(len, by_others.values())) > 1 and all(len({*same}) == 1 for same in by_others.values()):
+            yield problem(f"axes.{path}", "moves no number of a trial", "Remove it")
+
+
 def make_plan(cells: Sequence[Cell]) -> Plan:
     """Return the plan of cells, with each stage once."""
     chains = [(cell, pipeline.chain(cell.recipe)) for cell in cells]
     _require_one_yardstick(chains)
+    if problems := list(_unmoved(chains)):
+        raise UserError(*problems)
     trained: dict[str, tuple[pipeline.Chain, str]] = {}
     needed_by: dict[str, list[Cell]] = {}
     for cell, chain in chains:
