@@ -379,6 +379,10 @@ def test_sweep_of_several_recipes_has_the_same_evaluations_for_all(folder):
     ("axes", "said"),
     [
         ({"prune.blocks": [2, 3], "train.rows": [16, 32]}, "asha: no two trials have arm, depth and size in common"),
+        (
+            {"train.lr": [1e-4, 2e-4], "train.rows": [16]},
+            r"asha\.grace_steps: no training has more than 2 steps, so none is stopped\. Lower it below 2\.",
+        ),
         ({"train.lr": [1e-4, 2e-4], "train.seed": [0, 1]}, "axes.train.seed: asha would keep the lucky seeds"),
     ],
 )
