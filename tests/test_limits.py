@@ -298,6 +298,9 @@ def test_check_of_prompts_minds_the_engines_own_limit(problems, section, setting
         ({"max_num_batched_tokens": 2047}, 0, "max_num_batched_tokens: 2047 is less than the 2048 tokens of the long"),
         ({"max_num_batched_tokens": 2047, "max_model_len": 1900}, 0, None),
         ({"max_num_batched_tokens": 2047}, 1, None),
+        ({"cpu_offload_gb": 4}, 0, "cpu_offload_gb: spares a GPU's memory, and compute."),
+        ({"cpu_offload_gb": 4, "kv_offloading_size": 4}, 1, None),
+        ({"kv_offloading_size": 4}, 0, "kv_offloading_size: spares a GPU's memory, and compute."),
         ({"max_num_batched_tokens": 127}, 1, "max_num_batched_tokens: 127 is less than the 128 sequences of max_num_s"),
     ],
 )

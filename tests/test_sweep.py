@@ -215,7 +215,7 @@ def test_sweep_draws_whole_numbers_between_whole_numbers(folder):
         (
             {"train.method": ["full"], "train.lora.rank": [4, 8]},
             {},
-            "axes.train.lora.rank: no arm is trained with method lora. Set train.method: lora.",
+            "axes.train.lora.rank: no arm is trained with method lora. Remove it.",
         ),
         (
             {"prune.blocks": [1, 2], "distill.seed": [0, 1]},

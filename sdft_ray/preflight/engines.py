@@ -41,6 +41,8 @@ def require_fitting(recipe: Recipe, compute: Compute, base: ModelFacts | None, t
         what = "vLLM does not schedule a pass ahead where distill.lookup proposes tokens"
         raise UserError(problem("compute.distill.engine.async_scheduling", what, "Remove it"))
     _require_exact(recipe, compute)
+    _require_gpu("distill", distill.gpus, distill.engine_options())
+    _require_gpu("evaluate", evaluate.gpus, evaluate.engine_options())
 
 
 def _require_exact(recipe: Recipe, compute: Compute) -> None:
@@ -58,6 +60,14 @@ def _require_exact(recipe: Recipe, compute: Compute) -> None:
     if config.is_file() and rounds_activations(read_json(config).get("quantization_config")):
         do = "Give it in another precision"
         raise UserError(problem("distill.teacher.path", f"{teacher.path} is in int8: {what}", do))
+
+
+def _require_gpu(section: str, gpus: float, engine: EngineOptions) -> None:
+    """Raise UserError for an option of GPUs where an actor has none."""
+    for name in ("cpu_offload_gb", "kv_offloading_size"):
+        if getattr(engine, name) and not gpus:
+            what = f"spares a GPU's memory, and compute.{section}.gpus is 0"
+            raise UserError(problem(f"compute.{section}.engine.{name}", what, "Remove it"))
 
 
 def _require_room(facts: ModelFacts, section: str, gpus: float, engine: EngineOptions) -> None:

@@ -217,7 +217,7 @@ def _mistakes(cell: Cell) -> Iterator[str]:
             yield problem(f"axes.{path}", what, "Give a small weight, such as 0.01")
         trained = [cell.recipe.train_settings(arm) for arm in cell.recipe.arms.names]
         if path.startswith("train.lora.") and all(settings.method == "full" for settings in trained):
-            yield problem(f"axes.{path}", "no arm is trained with method lora", "Set train.method: lora")
+            yield problem(f"axes.{path}", "no arm is trained with method lora", "Remove it")
         for arm in cell.recipe.arms.names if section == "train" else ():
             own = getattr(cell.recipe.arms, arm).model_dump(exclude_none=True)
             if (name := field.partition(".")[0]) in own:
