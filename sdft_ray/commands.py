@@ -85,11 +85,18 @@ def run(options: argparse.Namespace) -> None:
     from sdft_ray.report import track
 
     recipe, compute, storage = _load(options)
+    reports = options.until in (None, "evaluate")
+    if options.until is not None:
+        pipeline.require_stage(options.until)
+    for name in ("html", "json"):
+        if getattr(options, name) and not reports:
+            what = f"shows what --until {options.until} leaves out"
+            raise UserError(problem(f"--{name}", what, f"Remove --{name}"))
     with contextlib.redirect_stdout(sys.stderr):  # Ray prints notices of dead workers to stdout, which is for results
         built = pipeline.run(recipe, compute, storage, options.until, options.engine or start_engine)
     if not built.new:
         log(f"Nothing to do: all {len(built.reused)} artifacts are there already under {storage.uri}.")
-    if options.until in (None, "evaluate"):
+    if reports:
         report = _show_report(options, recipe, storage)
         with contextlib.redirect_stdout(sys.stderr):
             track.log_results(report, pipeline.chain(recipe), compute, storage)

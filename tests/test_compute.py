@@ -167,6 +167,16 @@ def test_load_compute_for_a_running_cluster_is_not_bound_by_this_machine(load):
             {"train": {"workers": 0}},
             "compute.train.workers: 0 is no number of processes. Give 1 or more, or min and max",
         ),
+        (
+            {"distill": {"gpus": 1.5}},
+            "compute.distill.gpus: 1.5 GPUs are no whole number, and no part of one. Give 2, or",
+        ),
+        (
+            {"evaluate": {"gpus": 2.5}},
+            "compute.evaluate.gpus: 2.5 GPUs are no whole number, and no part of one. Give 3",
+        ),
+        ({"train": {"gpus": 2}}, "compute.train.gpus: 2 are more than the one that a process computes on. Set gpus: 1"),
+        ({"score": {"gpus": 2}}, "compute.score.gpus: 2 are more than the one that a process computes on. Set gpus: 1"),
         ({"ray": {"largest_node": {}}}, "compute.ray.largest_node.cpus: is missing. Add it."),
         ({"ray": {"address": ""}}, 'compute.ray.address: got ""; expected text. Change this value.'),
         ({"track": "mlflow"}, 'compute.track: got "mlflow"; expected a list. Change this value.'),

@@ -8,7 +8,7 @@ import pytest
 from tiny import make_tiny_model
 from tiny_gguf import make_tiny_gguf
 
-from sdft_ray import pipeline
+from sdft_ray import cpu, pipeline
 from sdft_ray.errors import UserError
 from sdft_ray.preflight import limits
 from sdft_ray.preflight.checks import check
@@ -18,6 +18,8 @@ from sdft_ray.spec.sources import FileRows
 from sdft_ray.spec.wording import validate
 
 CONTEXT = 2048  # of the tiny model, whose tokens are bytes
+GYM = {"gym": "chain_sum", "limit": 30, "held_out": 0, "validation": 2}
+OPEN = {"max_tokens": 2048, "max_too_long_fraction": 1.0}  # training leaves out what is too long
 SHORT = {"distill": {"max_new_tokens": 100}, "evaluate": {"max_new_tokens": 100}, "train": {"max_tokens": 2048}}
 
 
@@ -76,11 +78,43 @@ def problems(tiny_model, tmp_path):
             "train.lora.targets: the model has no linear layer up_prj. Did you mean up_proj?",
         ),
         ({"prune": {"blocks": None, "remove": [0, 1], "patch": "linear"}}, "prune.patch: the cut begins at block 0"),
+        (
+            {"prune": {"blocks": 5, "protect": {"last": 1}, "metric": "tail", "patch": "linear"}},
+            "prune.patch: the cut begins at block 0",
+        ),
+        (
+            {"prune": {"blocks": 5, "finalists": {"count": 3, "rows": 5}}},
+            "prune.finalists: 3 is more than the number of",
+        ),
+        ({"arms": {"logits": {"likeliest": 260}}}, "arms.logits.likeliest: 260 is more than the 259 tokens of"),
+        (
+            {"merge": {"linear": {}, "others": {"b": {"rows": GYM, "train": {"lora": {"targets": ["q_prj"]}}}}}},
+            "train.lora.targets: the model has no linear layer q_prj",
+        ),
+        ({"merge": {"linear": {}, "others": {"b": {"path": "gone"}}}}, "merge.others.b.path: gone does not exist"),
     ],
 )
 def test_check_finds_adapters_and_patches_that_do_not_fit_the_model(problems, settings, line):
     (found,) = problems(**settings)
     assert found.startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("fields", "tensor"),
+    [
+        ({}, None),
+        ({"hidden_size": 128}, "model.embed_tokens.weight of 259 x 128"),
+        ({"intermediate_size": 64}, "model.layers.N.mlp.down_proj.weight of 64 x 64"),
+        ({"tie_word_embeddings": False}, "lm_head.weight of 259 x 64"),
+    ],
+)
+def test_check_finds_a_model_to_merge_that_is_of_another_base(problems, tmp_path, fields, tensor):
+    other = make_tiny_model(tmp_path / "other", num_hidden_layers=4, **fields)
+    found = problems(merge={"linear": {}, "others": {"b": {"path": str(other)}}})
+    expected = (
+        [f"merge.others.b.path: its tensor {tensor} is none of the model that is pruned here. "] if tensor else []
+    )
+    assert [line.removesuffix(line.do) for line in found] == expected
 
 
 def test_check_finds_named_blocks_that_a_hybrid_cannot_be_without(problems, tmp_path):
@@ -152,6 +186,11 @@ def test_check_of_numbers_says_the_context_and_the_most_that_it_holds(problems):
             [],
         ),
         (
+            [row(i, prompt=1100) for i in range(9)],
+            {"train": {"max_tokens": 1024}, "arms": {"distilled": {}}},
+            ["train.max_tokens"],
+        ),
+        (
             [row(i, prompt=1960) for i in range(9)],
             {
                 **SHORT,
@@ -162,7 +201,7 @@ def test_check_of_numbers_says_the_context_and_the_most_that_it_holds(problems):
             ["draft.max_new_tokens"],
         ),
     ],
-    ids=["fits", "held-out", "rewrites", "references", "training", "not-trained-on", "drafts"],
+    ids=["fits", "held-out", "rewrites", "references", "training", "not-trained-on", "prompts", "drafts"],
 )
 def test_check_of_rows_finds_those_that_do_not_fit_the_context(problems, rows, settings, keys):
     assert sorted(line.where for line in problems(rows, **settings)) == keys
@@ -189,11 +228,11 @@ def test_check_of_long_rows_counts_them_and_shows_one(problems):
     [
         ([1850] * 9, {"arms": {"distilled": {}}}, "Lower distill.max_new_tokens."),
         # No number of new tokens makes room for these.
-        ([2100] * 9, {"arms": {"distilled": {}}}, "Remove these rows."),
+        ([2100] * 9, {"arms": {"distilled": {}}, "train": OPEN}, "Remove these rows."),
         # One such row may fail.
         (
             [2100, *[1850] * 33],
-            {"arms": {"distilled": {}}, "distill": {"max_new_tokens": 100, "max_failed_fraction": 0.1}},
+            {"arms": {"distilled": {}}, "train": OPEN, "distill": {"max_new_tokens": 100, "max_failed_fraction": 0.1}},
             "Lower distill.max_new_tokens.",
         ),
         ([1960] * 9, {"arms": {"sft": {}}, "train": {"max_tokens": 1024}}, "Raise train.max_tokens."),
@@ -209,7 +248,7 @@ def test_check_of_long_rows_names_a_remedy_that_helps(problems, prompts, setting
 @pytest.mark.parametrize(("allowed", "keys"), [(0.1, ["distill.max_new_tokens"]), (0.3, [])])
 def test_check_of_rewrites_allows_the_share_that_may_fail(problems, allowed, keys):
     long = [row(i, prompt=2100) for i in range(6)]
-    settings = {**SHORT, "evaluate": {"tasks": ["sciq"]}, "arms": {"distilled": {}}}
+    settings = {**SHORT, "evaluate": {"tasks": ["sciq"]}, "arms": {"distilled": {}}, "train": OPEN}
     settings["distill"] = {"max_new_tokens": 100, "max_failed_fraction": allowed}
     assert [line.where for line in problems([*long, *map(row, range(6, 34))], **settings)] == keys
 
@@ -234,12 +273,87 @@ def test_check_of_retention_reads_its_texts(problems, tmp_path):
     assert problems(evaluate={"retention": {"texts": 0}}) == []
 
 
-def test_check_of_rewrites_minds_the_engines_own_limit(problems):
-    compute = Compute.model_validate({"distill": {"engine": {"max_model_len": 600}}})
-    settings = {**SHORT, "arms": {"distilled": {}}}
-    assert problems([row(i, prompt=480) for i in range(9)], **settings) == []
-    (line,) = problems([row(i, prompt=480) for i in range(9)], compute=compute, **settings)
-    assert line.where == "distill.max_new_tokens" and "compute.distill.engine.max_model_len" in line
+@pytest.mark.parametrize(
+    ("section", "settings"),
+    [
+        ("distill", {"arms": {"distilled": {}}, "evaluate": {"tasks": ["sciq"]}}),
+        ("evaluate", {"arms": {"sft": {}}, "evaluate": {"max_new_tokens": 100, "engine": "vllm"}}),
+    ],
+)
+@pytest.mark.parametrize("most", [600, 80])
+def test_check_of_prompts_minds_the_engines_own_limit(problems, section, settings, most):
+    compute = Compute.model_validate({section: {"engine": {"max_model_len": most}}})
+    rows, wanted = [row(i, prompt=510) for i in range(9)], {**SHORT, **settings}
+    assert problems(rows, **wanted) == []
+    (line,) = problems(rows, compute=compute, **wanted)
+    assert line.where == f"{section}.max_new_tokens"
+    assert line.do == f"Raise compute.{section}.engine.max_model_len."
+
+
+@pytest.mark.parametrize(
+    ("engine", "gpus", "found"),
+    [
+        ({"max_model_len": 2049}, 0, "max_model_len: 2049 is more than the model's context of 2048. Lower it to 2048"),
+        ({"max_model_len": 2048}, 0, None),
+        ({"max_num_batched_tokens": 2047}, 0, "max_num_batched_tokens: 2047 is less than the 2048 tokens of the long"),
+        ({"max_num_batched_tokens": 2047, "max_model_len": 1900}, 0, None),
+        ({"max_num_batched_tokens": 2047}, 1, None),
+        ({"cpu_offload_gb": 4}, 0, "cpu_offload_gb: spares a GPU's memory, and compute."),
+        ({"cpu_offload_gb": 4, "kv_offloading_size": 4}, 1, None),
+        ({"kv_offloading_size": 4}, 0, "kv_offloading_size: spares a GPU's memory, and compute."),
+        ({"max_num_batched_tokens": 127}, 1, "max_num_batched_tokens: 127 is less than the 128 sequences of max_num_s"),
+    ],
+)
+@pytest.mark.parametrize("section", ["distill", "evaluate"])
+def test_check_finds_numbers_of_tokens_that_vllm_refuses(problems, section, engine, gpus, found):
+    compute = Compute.model_validate({section: {"engine": engine, "gpus": gpus}})
+    settings = {"arms": {"sft": {}}} if section == "evaluate" else {}
+    lines = problems(compute=compute, **{**SHORT, **settings, "evaluate": {"max_new_tokens": 100, "engine": "vllm"}})
+    assert [line.startswith(f"compute.{section}.engine.{found}") for line in lines] == ([True] if found else [])
+
+
+def test_check_of_passes_scheduled_ahead_minds_the_lookup(problems):
+    compute = Compute.model_validate({"distill": {"engine": {"async_scheduling": True}}})
+    assert problems(compute=compute, **SHORT) == []
+    (line,) = problems(compute=compute, **{**SHORT, "distill": {"max_new_tokens": 100, "lookup": {}}})
+    assert line.where == "compute.distill.engine.async_scheduling"
+
+
+def test_check_of_rewrites_minds_the_context_of_another_teacher(problems, tmp_path):
+    teacher = {"path": str(make_tiny_model(tmp_path / "short", max_position_embeddings=256))}
+    assert problems(distill={"teacher": teacher, "max_new_tokens": 100}) == []
+    (line,) = problems(distill={"teacher": teacher, "max_new_tokens": 256})
+    assert line.where == "distill.max_new_tokens" and "context of 256" in line
+    (line,) = problems([row(i, prompt=180) for i in range(9)], distill={"teacher": teacher, "max_new_tokens": 100})
+    assert line.where == "distill.max_new_tokens" and "which is 256, leave 156 to a prompt" in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "compute", "key"),
+    [
+        ({"export": {"formats": ["int8"]}, "evaluate": {"engine": "vllm"}}, {}, "export.formats"),
+        ({"export": {"formats": ["int8"]}, "evaluate": {"engine": "vllm"}}, {"evaluate": {"gpus": 1}}, None),
+        ({"export": {"formats": ["int8"]}, "evaluate": {"engine": "vllm"}}, {"ray": {"address": "auto"}}, None),
+        ({"export": {"formats": ["int8"]}}, {}, None),
+        ({"distill": {"teacher": "int8"}}, {}, "distill.teacher.path"),
+        ({"distill": {"teacher": "int8"}, "arms": {"sft": {}}}, {}, None),
+        ({"distill": {"teacher": "int8"}}, {"distill": {"gpus": 1}}, None),
+    ],
+)
+@pytest.mark.parametrize("overflows", [True, False])
+def test_check_finds_models_in_8_bits_whose_sums_overflow_here(
+    problems, tmp_path, monkeypatch, settings, compute, key, overflows
+):
+    monkeypatch.setattr(cpu, "overflows_in_int8", lambda: overflows)
+    if "distill" in settings:
+        teacher = make_tiny_model(tmp_path / "int8")
+        config = json.loads((teacher / "config.json").read_text())
+        rounded = {"input_activations": {"num_bits": 8, "type": "int"}}
+        config["quantization_config"] = {"quant_method": "compressed-tensors", "config_groups": {"0": rounded}}
+        (teacher / "config.json").write_text(json.dumps(config))
+        settings = settings | {"distill": {"teacher": {"path": str(teacher)}}}
+    found = problems(compute=Compute.model_validate(compute), **settings)
+    assert [line.where for line in found] == ([key] if key and overflows else [])
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ GOOD = {
     "evaluate": {"tasks": ["arc_easy"]},
 }
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+PLAIN = {"path": "texts.jsonl", "fields": {"response": "text"}, "plain": True, "answer": "none"}
 SUMS = {"gym": "chain_sum", "limit": 10}
 HUB_ROWS = {"repo": "a/b", "revision": COMMIT, "fields": {"prompt": "q", "response": "a"}}
 
@@ -251,6 +252,27 @@ def load_text(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> Recip
         (
             {"rows": {"gym": "chain_sum", "limit": 10, "decontaminate": ["sciq", "sciq"]}},
             "rows.decontaminate: has a name twice. Remove one.",
+        ),
+        (
+            {"evaluate": {"tasks": ["held_out"], "pass_at": {"k": [5, 5]}}},
+            "evaluate.pass_at.k: has a name twice. Remove one.",
+        ),
+        (
+            {"prune": {"blocks": 1, "calibration": {"rows": "own", "field": "body"}}},
+            "prune.calibration: gives both field and rows. Keep one.",
+        ),
+        (
+            {"rows": PLAIN, "evaluate": {"tasks": ["sciq"]}},
+            "arms.distilled: no row is rewritten, for all are plain. Set arms: {sft: {}}.",
+        ),
+        (
+            {"rows": PLAIN, "evaluate": {"tasks": ["sciq"]}, "arms": {"sft": {}}, "draft": {"prompts": 1}},
+            "draft.prompts: 1 is more than the 0 held-out rows with prompts. Lower draft.prompts.",
+        ),
+        (
+            {"train": {"keep": "best"}, "merge": {"linear": {}, "others": {"b": {"rows": {**SUMS, "validation": 0}}}}},
+            "train.keep: needs validation rows, but merge.others.b.rows.validation is 0. "
+            "Raise merge.others.b.rows.validation.",
         ),
         (
             {"rows": {"gym": "chain_sum", "limit": 10, "answer": "letter"}},

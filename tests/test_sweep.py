@@ -202,6 +202,26 @@ def test_sweep_draws_whole_numbers_between_whole_numbers(folder):
             {},
             "axes.prune: {'remove': [1, 2]} and {'remove': [2, 1]} make the same recipe. Remove one.",
         ),
+        (
+            {"prune.metric": ["tail"], "prune.candidates": [4, 8]},
+            {},
+            "axes.prune.candidates: moves no number of a trial. Remove it.",
+        ),
+        (
+            {"prune.metric": ["tail"], "prune.calibration.limit": [4, 8], "prune.blocks": [1, 2]},
+            {},
+            "axes.prune.calibration.limit: moves no number of a trial. Remove it.",
+        ),
+        (
+            {"train.method": ["full"], "train.lora.rank": [4, 8]},
+            {},
+            "axes.train.lora.rank: no arm is trained with method lora. Remove it.",
+        ),
+        (
+            {"prune.blocks": [1, 2], "distill.seed": [0, 1]},
+            {"goal": {"recovery": 90, "arm": "sft"}},
+            "axes.distill.seed: moves no number of a trial. Remove it.",
+        ),
         ({"export.formats": [["f16"]]}, {}, "axes.export.formats: trials have no export. Remove axes.export.formats."),
         (
             {"rows.held_out": [1, 2]},
@@ -359,6 +379,10 @@ def test_sweep_of_several_recipes_has_the_same_evaluations_for_all(folder):
     ("axes", "said"),
     [
         ({"prune.blocks": [2, 3], "train.rows": [16, 32]}, "asha: no two trials have arm, depth and size in common"),
+        (
+            {"train.lr": [1e-4, 2e-4], "train.rows": [16]},
+            r"asha\.grace_steps: no training has more than 2 steps, so none is stopped\. Lower it below 2\.",
+        ),
         ({"train.lr": [1e-4, 2e-4], "train.seed": [0, 1]}, "axes.train.seed: asha would keep the lucky seeds"),
     ],
 )

@@ -6,7 +6,7 @@ In: recipe and compute file. Out: nothing, or a UserError for a mistake that wou
 from __future__ import annotations
 
 import functools
-from importlib.util import find_spec
+import re
 from pathlib import Path
 
 from sdft_ray.core.patch import require_foldable
@@ -16,22 +16,17 @@ from sdft_ray.data.chat import end_of_turn
 from sdft_ray.errors import UserError, problem
 from sdft_ray.models import directory, exporting, parts, sources, tokens
 from sdft_ray.models.sizes import sizes_of
-from sdft_ray.preflight import limits
+from sdft_ray.preflight import engines, limits
 from sdft_ray.preflight.cuts import depth_of
-from sdft_ray.progress import log
-from sdft_ray.spec.compute import Compute, EngineOptions
+from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.recipe import Recipe
-from sdft_ray.spec.sources import GymRows, HubModel, LocalModel, RowSource, ServedModel
+from sdft_ray.spec.sources import GymRows, HubModel, LocalModel, ModelSource, RowSource, ServedModel
 from sdft_ray.spec.sources import in_use as sources_in_use
+from sdft_ray.spec.training import Train
 from sdft_ray.stages import cut, merge, train
 from sdft_ray.stages.evaluate.presets import require_usable
 from sdft_ray.store.files import stamp
 from sdft_ray.trackers import libraries
-
-# vLLM's code of these also holds that of their eyes; PyPI's torchvision does not work beside a CPU's torch.
-_NEED_TORCHVISION = ("qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text")
-# Without an error (docs/architectures.md).
-_OTHER_TEXT = ("gpt_neox", "gpt_oss", "lfm2")
 
 
 def check(recipe: Recipe, compute: Compute, read: limits.FileReader = limits.read_file) -> None:
@@ -47,20 +42,20 @@ def check(recipe: Recipe, compute: Compute, read: limits.FileReader = limits.rea
         exporting.require_library(form)
     if facts:
         depth = _require_prunable(recipe, facts)
-        if recipe.draft:
-            _require_generates(facts, "distill", compute.distill.gpus, compute.distill.engine_options())
         _require_exportable(recipe)
-        if recipe.evaluate.engine == "vllm":
-            _require_generates(facts, "evaluate", compute.evaluate.gpus, compute.evaluate.engine_options())
-    if recipe.arms.need_rewrites and (teaching := _teacher_facts(recipe, facts)):
-        _require_generates(teaching, "distill", compute.distill.gpus, compute.distill.engine_options())
+    teaching = _teacher_facts(recipe, facts) if recipe.arms.need_rewrites else None
+    engines.require_fitting(recipe, compute, facts, teaching)
     for name, other in others.items():
         if other.path is not None and facts and depth:
-            _require_compatible(f"merge.others.{name}.path", other.path, facts, depth)
+            _require_compatible(f"merge.others.{name}.path", other.path, recipe.model, facts, depth)
     if facts and depth and recipe.merge and recipe.merge.slerp:
         merge.require_one_for_each(recipe.merge.slerp.t, facts.blocks - depth)
-    context, count = facts.context if facts else None, limits.token_counter(recipe.model)
-    limits.require_numbers(recipe, context)
+    base = limits.Reader(facts.context if facts else None, limits.token_counter(recipe.model))
+    rewriting = recipe.distill.teacher if recipe.arms.need_rewrites else None
+    teacher = limits.Reader(teaching.context if teaching else None, base.count)
+    if isinstance(rewriting, LocalModel):
+        teacher = teacher._replace(count=limits.token_counter(rewriting))
+    limits.require_numbers(recipe, base, teacher)
     for key, given in _row_sources(recipe).items():
         in_use = sources_in_use(given)
         for source in in_use:
@@ -72,17 +67,19 @@ def check(recipe: Recipe, compute: Compute, read: limits.FileReader = limits.rea
         if given is not recipe.rows:  # no task reads others' held-out rows
             splits = splits._replace(held_out=[])
         limits.require_forms(recipe.model, splits)
-        if context is not None:
-            limits.require_lengths(recipe, compute, in_use, splits, context, count)
-    limits.require_texts(recipe, count, read)
+        limits.require_lengths(recipe, compute, in_use, splits, base, teacher)
+    limits.require_texts(recipe, base.count, read)
     require_usable(recipe.evaluate.preset, recipe.evaluate.tasks)
     if recipe.prune.finalists:
         train.require_fitting(recipe.train, compute.train)
-    for arm in recipe.arms.names:
-        train.require_fitting(recipe.train_settings(arm), compute.train)
-    for name, other in others.items():
-        if other.rows is not None and recipe.merge:
-            train.require_fitting(recipe.train_settings(recipe.merge.arm, name), compute.train)
+    for settings in _trainings(recipe):
+        train.require_fitting(settings, compute.train)
+
+
+def _trainings(recipe: Recipe) -> list[Train]:
+    """Return the settings of all that are trained: arms, and others that are merged with one."""
+    others = [recipe.train_settings(recipe.merge.arm, name) for name in recipe.others] if recipe.merge else []
+    return [*map(recipe.train_settings, recipe.arms.names), *others]
 
 
 def _row_sources(recipe: Recipe) -> dict[str, tuple[RowSource, ...]]:
@@ -103,14 +100,29 @@ def _require_prunable(recipe: Recipe, facts: directory.ModelFacts) -> int | None
         else:
             config = readers.read_json(path / "config.json")
         require_blocks(path, names, config)
+        vocabulary = config["vocab_size"]
+        if recipe.arms.logits and (likeliest := recipe.arms.logits.likeliest):
+            train.targets.require_known(likeliest, vocabulary)
         stamps = tuple(stamp(file) for file in sorted(path.rglob("*")) if file.is_file())
-        _require_sound(path, getattr(recipe.model, "part", None), config["vocab_size"], stamps)
+        _require_sound(path, getattr(recipe.model, "part", None), vocabulary, stamps)
     depth = depth_of(recipe.prune, sizes_of(recipe.model))
     if path.is_dir() and not getattr(recipe.model, "part", None):
         _require_cut_and_targets(recipe, path)
     if recipe.prune.patch == "linear":
-        require_foldable(facts.architecture, min(recipe.prune.remove or (1,)) - 1)
+        protect = recipe.prune.protect
+        every = range(protect.first, facts.blocks - protect.last)  # removed where no other can be
+        first = min(recipe.prune.remove or (every if depth == len(every) else [1]))
+        require_foldable(facts.architecture, first - 1)
+    if depth and (tried := recipe.prune.finalists):
+        _require_spans(tried.count, facts.blocks - sum(dict(recipe.prune.protect).values()) - depth + 1)
     return depth
+
+
+def _require_spans(finalists: int, spans: int) -> None:
+    """Raise UserError for more finalists than there are spans to remove."""
+    if finalists > spans:
+        what = f"{finalists} is more than the number of spans to choose from, {spans}"
+        raise UserError(problem("prune.finalists", what, "Lower it" if spans > 1 else "Remove it"))
 
 
 def _require_cut_and_targets(recipe: Recipe, base: Path) -> None:
@@ -118,7 +130,7 @@ def _require_cut_and_targets(recipe: Recipe, base: Path) -> None:
     it."""
     if recipe.prune.remove:
         prune_config(cut.explicit_config(base), recipe.prune.remove)
-    for settings in map(recipe.train_settings, recipe.arms.names):
+    for settings in _trainings(recipe):
         if settings.method == "lora" and settings.lora.targets != "all-linear":
             train.outline_model(base, settings.model_copy(update={"scope": "all"}))
 
@@ -154,42 +166,26 @@ def _teacher_facts(recipe: Recipe, base: directory.ModelFacts | None) -> directo
             return facts
 
 
-def _require_generates(facts: directory.ModelFacts, section: str, gpus: float, engine: EngineOptions) -> None:
-    """Raise UserError for a model that vLLM's CPU build does not read, or of which it generates other text
-    (docs/architectures.md), or which cannot be spread as the section of the compute file says."""
-    if facts.architecture in _OTHER_TEXT and not gpus:
-        what = f"vLLM's CPU build generates other text than {facts.architecture}"
-        raise UserError(problem(f"compute.{section}.gpus", what, f"Set compute.{section}.gpus: 1"))
-    if facts.architecture in _NEED_TORCHVISION and not gpus and find_spec("torchvision") is None:
-        what = f"vLLM reads {facts.architecture} with torchvision, which is not installed"
-        do = "Do: pip install torchvision --index-url https://download.pytorch.org/whl/cpu"
-        raise UserError(problem(section, what, do))
-    if facts.heads and facts.heads % (each := engine.tensor_parallel_size):
-        what = f"{each} does not divide the {facts.heads} attention heads of the model"
-        do = f"Give one of {', '.join(str(n) for n in range(1, facts.heads + 1) if facts.heads % n == 0)}"
-        key = "tensor_parallel_size" if section == "distill" else "gpus"
-        raise UserError(problem(f"compute.{section}.{key}", what, do))
-    if facts.blocks and facts.blocks % (groups := engine.pipeline_parallel_size):
-        _report_uneven(facts.blocks, groups)
-
-
-def _report_uneven(blocks: int, groups: int) -> None:
-    """Raise UserError where a group of GPUs would get no block; else report that some get more than others, which only
-    costs speed: 61 blocks could not be spread at all."""
-    where = "compute.distill.pipeline_parallel_size"
-    if groups > blocks:
-        raise UserError(problem(where, f"{groups} is more than the {blocks} blocks of the model", "Lower it"))
-    even = max(n for n in range(1, groups + 1) if blocks % n == 0)
-    what = f"{groups} does not divide the {blocks} blocks of the model, so all wait for groups with one block more"
-    log(problem(where, what, f"{even} would divide them"))
-
-
-def _require_compatible(where: str, path: str, base: directory.ModelFacts, removed: int) -> None:
+def _require_compatible(where: str, given: str, source: ModelSource, base: directory.ModelFacts, removed: int) -> None:
     """Raise UserError for a model that cannot have been tuned from this base without some blocks."""
-    other = sources.describe_model(LocalModel(path=path))
+    other = sources.describe_model(LocalModel(path=given), where)
     assert other, "a local model has facts"
     expected = {"architecture": base.architecture, "blocks": base.blocks - removed}
+    do = "Give a model that was tuned from the same pruned model"
     for field, ours in expected.items():
         if (got := getattr(other, field)) != ours:
-            do = "Give a model that was tuned from the same pruned model"
             raise UserError(problem(where, f"{field} is {got}; the model that is pruned here has {ours}", do))
+    assert not isinstance(source, HubModel), "a hub model has no facts"
+    path, theirs = sources.model_path(source), sources.model_path(LocalModel(path=given))
+    if not (path.is_dir() and theirs.is_dir()) or getattr(source, "part", None):
+        return
+    kinds = _kinds_of_tensors(path)
+    if wrong := next((kind for kind in sorted(_kinds_of_tensors(theirs)) if kind not in kinds), None):
+        what = f"its tensor {wrong[0]} of {' x '.join(map(str, wrong[1]))} is none of the model that is pruned here"
+        raise UserError(problem(where, what, do))
+
+
+def _kinds_of_tensors(model: Path) -> set[tuple[str, tuple[int, ...]]]:
+    """Return the names, without numbers of blocks, and the shapes of a model's tensors."""
+    places = directory.tensor_places(model)
+    return {(re.sub(r"\.\d+\.", ".N.", name), tuple(tensor.shape)) for name, (_, tensor) in places.items()}

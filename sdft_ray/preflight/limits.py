@@ -27,7 +27,7 @@ from sdft_ray.models.tokens import load_tokenizer
 from sdft_ray.results import HELD_OUT
 from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.recipe import Recipe
-from sdft_ray.spec.sources import FileRows, HubModel, ModelSource, RowSource
+from sdft_ray.spec.sources import FileRows, HubModel, ModelSource, RowSource, ServedModel
 from sdft_ray.stages.rows import Splits, cut_rows, order_rows, split_rows
 
 RECORDS = 20_000  # of a file that are read before anything is built: a second
@@ -46,8 +46,16 @@ class Read(NamedTuple):
 FileReader = Callable[[FileRows], Read]
 
 
-def require_numbers(recipe: Recipe, context: int | None) -> None:
-    """Raise UserError for numbers that contradict each other or exceed the model's context."""
+class Reader(NamedTuple):
+    """What a model can read."""
+
+    context: int | None
+    """None where it is not known."""
+    count: Counter
+
+
+def require_numbers(recipe: Recipe, base: Reader, teacher: Reader) -> None:
+    """Raise UserError for numbers that contradict each other or exceed the context of the model that they are of."""
     wrong, distill = [], recipe.distill
     if distill.samples > 1 and distill.temperature == 0:
         what = f"{distill.samples} is the same text {distill.samples} times at distill.temperature: 0"
@@ -61,6 +69,7 @@ def require_numbers(recipe: Recipe, context: int | None) -> None:
         **{f"{name}.max_new_tokens": new + 1 for name, new in _new_tokens(recipe).items()},  # behind a prompt
     }
     for key, length in lengths.items():
+        context = (teacher if key.startswith("distill.") else base).context
         if context is not None and length > context:
             got, most = (length - 1, context - 1) if "new" in key else (length, context)
             what = f"{got} is more than the model's context of {context} holds"
@@ -70,11 +79,10 @@ def require_numbers(recipe: Recipe, context: int | None) -> None:
 
 
 def _new_tokens(recipe: Recipe) -> dict[str, int]:
-    """Return how many tokens the base generates behind a prompt, by section of the recipe."""
-    rewrites = recipe.arms.need_rewrites and not recipe.distill.teacher
+    """Return how many tokens base or teacher generate behind a prompt, by section of the recipe."""
     evaluated = HELD_OUT in recipe.evaluate.tasks or recipe.evaluate.retention
     return {
-        **({"distill": recipe.distill.max_new_tokens} if rewrites else {}),
+        **({"distill": recipe.distill.max_new_tokens} if recipe.arms.need_rewrites else {}),
         **({"evaluate": recipe.evaluate.max_new_tokens} if evaluated else {}),
         **({"draft": recipe.draft.max_new_tokens} if recipe.draft else {}),
     }
@@ -215,11 +223,15 @@ def require_texts(recipe: Recipe, count: Counter, read: FileReader = read_file) 
 
 
 def require_lengths(
-    recipe: Recipe, compute: Compute, sources: Sequence[RowSource], splits: Splits, context: int, count: Counter
+    recipe: Recipe, compute: Compute, sources: Sequence[RowSource], splits: Splits, base: Reader, teacher: Reader
 ) -> None:
     """Raise UserError for rows that are too long for a stage that reads them; sources: those in use."""
     wrong = []
-    for length in _lengths(recipe, compute, sources, splits, context):
+    lengths = [*_lengths(recipe, compute, sources, splits, base.context)] if base.context is not None else []
+    if recipe.arms.need_rewrites and teacher.context is not None:
+        lengths.append(_rewriting_length(recipe, compute, sources, splits.train[: recipe.train.rows], teacher.context))
+    for length in lengths:
+        count = (teacher if length.key.startswith("distill.") else base).count
         counts = ((text, count(text)) for text in length.texts if len(text.encode()) > length.most)
         long = {text: tokens for text, tokens in counts if tokens > length.most}
         allowed = length.allowed * len(length.texts)
@@ -249,35 +261,47 @@ def _lengths(
     recipe: Recipe, compute: Compute, sources: Sequence[RowSource], splits: Splits, context: int
 ) -> Iterator[_Length]:
     new, held_out, train = _new_tokens(recipe), splits.held_out, splits.train[: recipe.train.rows]
-
-    def leaves(key: str, most: int, extra: int = 0, of: str = "the model's context") -> tuple[int, int, str, str]:
-        left = most - new[key] - extra
-        what = f"{new[key]} tokens of {of}, which is {most}, leave {left} to a prompt"
-        return left, most - extra - 1, what, f"Lower {key}.max_new_tokens"
-
     if "evaluate" in new:
         asked = [row for row in held_out if sources[row.origin].answer != "none" or recipe.evaluate.retention]
-        yield _Length("evaluate.max_new_tokens", _prompts(asked), *leaves("evaluate", context))
+        own = compute.evaluate.engine.max_model_len if recipe.evaluate.engine == "vllm" else None
+        yield _Length("evaluate.max_new_tokens", _prompts(asked), *_leaves("evaluate", new["evaluate"], context, own))
         room = context - (recipe.evaluate.engine == "vllm")  # vLLM always makes a token behind what it reads
         what = f"held-out references must fit {room} tokens of the model's context"
         yield _Length("rows", [row.reference for row in held_out], room, room, what, "Remove these rows")
     if recipe.draft:
         some = [row for row in held_out if not row.exchange.is_plain]
         asked = some[: recipe.draft.prompts] if len(sources) == 1 else some  # of several they are evenly mixed
-        yield _Length("draft.max_new_tokens", _prompts(asked), *leaves("draft", context, max(recipe.draft.tokens) + 1))
-    if "distill" in new:
-        templates = [rewriting_template(each.answer, each.template or recipe.distill.template) for each in sources]
-        given = [ask_for_rewrite(row, templates[row.origin]) for row in train if not reason_not_to_rewrite(row)]
-        prompts = ["\n".join(message.content for message in each.messages) for each in given]
-        allowed, of = recipe.distill.max_failed_fraction, "the model's context"
-        if (own := compute.distill.engine.max_model_len) and own < context:
-            context, of = own, "compute.distill.engine.max_model_len"
-        yield _Length("distill.max_new_tokens", prompts, *leaves("distill", context, of=of), allowed)
-    if recipe.arms.sft is not None:
-        texts = ["\n".join(row.texts) for row in train]
-        what = f"{recipe.train.max_tokens} is too few for more rows than train.max_too_long_fraction allows"
-        do, allowed = "Raise train.max_tokens", recipe.train.max_too_long_fraction
-        yield _Length("train.max_tokens", texts, recipe.train.max_tokens, context, what, do, allowed)
+        extra = max(recipe.draft.tokens) + 1
+        yield _Length("draft.max_new_tokens", _prompts(asked), *_leaves("draft", new["draft"], context - extra))
+    # Of an arm on rewrites only the prompts are known yet.
+    texts = ["\n".join(row.texts) for row in train] if recipe.arms.sft is not None else _prompts(train)
+    what = f"{recipe.train.max_tokens} is too few for more rows than train.max_too_long_fraction allows"
+    do, allowed = "Raise train.max_tokens", recipe.train.max_too_long_fraction
+    yield _Length("train.max_tokens", texts, recipe.train.max_tokens, context, what, do, allowed)
+
+
+def _rewriting_length(
+    recipe: Recipe, compute: Compute, sources: Sequence[RowSource], train: Sequence[Row], context: int
+) -> _Length:
+    templates = [rewriting_template(each.answer, each.template or recipe.distill.template) for each in sources]
+    given = [ask_for_rewrite(row, templates[row.origin]) for row in train if not reason_not_to_rewrite(row)]
+    prompts = ["\n".join(message.content for message in each.messages) for each in given]
+    is_here = not isinstance(recipe.distill.teacher, ServedModel)
+    own = compute.distill.engine.max_model_len if is_here else None
+    room = _leaves("distill", recipe.distill.max_new_tokens, context, own)
+    return _Length("distill.max_new_tokens", prompts, *room, recipe.distill.max_failed_fraction)
+
+
+def _leaves(section: str, new: int, context: int, own: int | None = None) -> tuple[int, int, str, str]:
+    """Return the most tokens of a prompt, the most that another value could allow, and what to say and to do; own: the
+    engine's limit of the compute file."""
+    if own and own < context:
+        key = f"compute.{section}.engine.max_model_len"
+        left, do = own - new, f"Raise {key}"
+        what = f"{new} tokens of {key}, which is {own}, leave {max(left, 0)} to a prompt"
+        return left, context - new, what, do
+    what = f"{new} tokens of the model's context, which is {context}, leave {context - new} to a prompt"
+    return context - new, context - 1, what, f"Lower {section}.max_new_tokens"
 
 
 def _prompts(rows: Sequence[Row]) -> list[str]:

@@ -26,6 +26,24 @@ TrackerName = Literal["wandb", "mlflow", "trackio"]
 S = TypeVar("S", "Score", "Distill", "Train", "Evaluate")
 
 
+def _require_shares(gpus: float) -> float:
+    """Return a number of GPUs; raises ValueError for one that Ray gives to no process."""
+    if gpus > 1 and not gpus.is_integer():
+        raise ValueError(f"{gpus:g} GPUs are no whole number, and no part of one. Give {math.ceil(gpus)}, or 1 or less")
+    return gpus
+
+
+def _require_one(gpus: float) -> float:
+    """Return the GPUs of a process that computes on one; raises ValueError for more."""
+    if gpus > 1:
+        raise ValueError(f"{gpus:g} are more than the one that a process computes on. Set gpus: 1, and start more")
+    return gpus
+
+
+Gpus = Annotated[float, Field(ge=0), AfterValidator(_require_shares)]
+OneGpu = Annotated[float, Field(ge=0), AfterValidator(_require_one)]
+
+
 class Node(Section):
     """The resources of one node."""
 
@@ -56,8 +74,8 @@ class Score(Section):
     """Number of actors."""
     cpus: Count | Auto = "auto"
     """CPUs of one actor; `auto` shares this machine's cores among the actors."""
-    gpus: float = Field(0, ge=0)
-    """GPUs of one actor; 0 computes on the CPU."""
+    gpus: OneGpu = 0
+    """GPUs of one actor: 1, or a part of one; 0 computes on the CPU."""
     batch_size: int = Field(8, gt=0)
     """Texts of one forward pass."""
     weights: Literal["resident", "streamed"] | Auto = "auto"
@@ -151,7 +169,7 @@ class Distill(Section):
     """Number of actors; {min: 1, max: 16} grows with the capacity of the cluster and shrinks when rows run out."""
     cpus: Count | Auto = "auto"
     """CPUs of one actor; `auto` shares this machine's cores among the actors."""
-    gpus: float = Field(0, ge=0)
+    gpus: Gpus = 0
     """GPUs of one actor; 0 generates on the CPU."""
     tensor_parallel_size: int = Field(1, gt=0)
     """GPUs that each layer of the model is spread over; it must divide the attention heads."""
@@ -200,8 +218,8 @@ class Train(Section):
     checkpoint with another number when that changes."""
     cpus: Count | Auto = "auto"
     """CPUs of one worker; `auto` shares this machine's cores among the workers."""
-    gpus: float = Field(0, ge=0)
-    """GPUs of one worker; 0 trains on the CPU."""
+    gpus: OneGpu = 0
+    """GPUs of one worker: 1; 0 trains on the CPU."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed spreads over the workers: with 1 the optimizer, with 2 also gradients, with 3 also weights."""
     offload: Literal["none", "optimizer", "all"] = "none"
@@ -241,7 +259,7 @@ class Evaluate(Section):
     with 1 transformers has none, but a Ray task for each (model, task)."""
     cpus: Count | Auto = 1
     """CPUs of one (model, task) or actor; several run at once where the cluster holds them."""
-    gpus: float = Field(0, ge=0)
+    gpus: Gpus = 0
     """GPUs of one (model, task) or actor; 0 evaluates on the CPU. An actor's vLLM spreads each layer over its GPUs:
     their number must divide the attention heads."""
     batch_size: int = Field(16, gt=0)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from sdft_ray.spec.section import Section
+from sdft_ray.spec.section import Section, require_distinct
 
 
 class PassAt(Section):
     """How likely one of k sampled answers to a held-out row is right (pass@k), of rows whose answer is checked."""
 
     unhashed = ("k",)  # what was sampled answers for every k
-    k: tuple[Annotated[int, Field(gt=0)], ...] = Field((1, 5), min_length=1)
+    k: Annotated[tuple[Annotated[int, Field(gt=0)], ...], AfterValidator(require_distinct)] = Field(
+        (1, 5), min_length=1
+    )
     """Numbers of answers that pass@k is reported for; another choice samples nothing again."""
     samples: int = Field(10, gt=0)
     """Answers to each row; more than k make pass@k more precise."""

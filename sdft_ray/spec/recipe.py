@@ -347,7 +347,6 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _has_what_tasks_need(self) -> Self:
         held_out = sum(source.held_out for source in self.sources)
-        validation = sum(source.validation for source in self.sources)
         checkable = any(source.held_out and source.answer != "none" for source in self.sources)
         if self.evaluate.pass_at and not checkable:
             raise ValueError("evaluate.pass_at: needs held-out rows with checkable answers. Remove evaluate.pass_at")
@@ -362,15 +361,20 @@ class Recipe(Section):
         if (kept := self.evaluate.retention) and not (kept.texts or min(kept.rows, held_out)):
             what = "has neither held-out rows nor texts to measure on"
             raise ValueError(f"evaluate.retention: {what}. Raise rows.held_out or evaluate.retention.texts")
+        trained = {"rows": self.sources, **{f"merge.others.{name}.rows": rows for name, rows in self.others.items()}}
+        unmeasured = [key for key, rows in trained.items() if not any(source.validation for source in rows)]
         for name, wanted in (("patience", self.train.patience), ("keep", self.train.keep == "best")):
-            if wanted and validation == 0:
-                what = "needs validation rows, but rows.validation is 0"
-                raise ValueError(f"train.{name}: {what}. Raise rows.validation")
+            if wanted and unmeasured:
+                where = f"{unmeasured[0]}.validation"
+                raise ValueError(f"train.{name}: needs validation rows, but {where} is 0. Raise {where}")
         if self.merge and self.merge.arm not in self.arms.names:
             raise ValueError(f"merge.arm: {self.merge.arm} is not among the arms. Add arms.{self.merge.arm}")
-        if self.draft and self.draft.prompts > held_out:
-            what = f"{self.draft.prompts} is more than rows.held_out {held_out}"
+        to_ask = [source for source in self.sources if not getattr(source, "plain", False)]
+        if self.draft and self.draft.prompts > (asked := sum(source.held_out for source in to_ask)):
+            what = f"{self.draft.prompts} is more than the {asked} held-out rows with prompts"
             raise ValueError(f"draft.prompts: {what}. Lower draft.prompts")
+        if self.arms.distilled and not to_ask:
+            raise ValueError("arms.distilled: no row is rewritten, for all are plain. Set arms: {sft: {}}")
         return self
 
     @property

@@ -326,7 +326,7 @@ RowSources = Annotated[
 
 
 def in_use(sources: Sequence[RowSource]) -> tuple[RowSource, ...]:
-    """Return the sources that rows are taken from: a weight of 0 leaves one out, as if it were not in the list."""
+    """Return the sources that rows are taken from: those of weight 0 are as if they were not in the list."""
     return tuple(source for source in sources if source.weight != 0)
 
 
@@ -372,8 +372,9 @@ class Calibration(Section):
     @classmethod
     def _one_source(cls, value: Any) -> Any:
         if isinstance(value, Mapping):
-            if value.get("text") is not None and value.get("rows") is not None:
-                raise ValueError("gives both text and rows. Keep one")
+            of_texts = [name for name, default in (("text", None), ("field", "text")) if value.get(name) != default]
+            if value.get("rows") is not None and (named := [name for name in of_texts if value.get(name) is not None]):
+                raise ValueError(f"gives both {named[0]} and rows. Keep one")
             if value.get("rows") is None:
                 value = {**value, "text": value.get("text") or "boolq"}
                 if value.get("positions") == "response":

@@ -215,6 +215,9 @@ def _mistakes(cell: Cell) -> Iterator[str]:
         if field.endswith("weight") and cell.values[path] == 0 and section == "rows":
             what = "0 leaves out its held-out and validation rows, too, so trials do not compare"
             yield problem(f"axes.{path}", what, "Give a small weight, such as 0.01")
+        trained = [cell.recipe.train_settings(arm) for arm in cell.recipe.arms.names]
+        if path.startswith("train.lora.") and all(settings.method == "full" for settings in trained):
+            yield problem(f"axes.{path}", "no arm is trained with method lora", "Remove it")
         for arm in cell.recipe.arms.names if section == "train" else ():
             own = getattr(cell.recipe.arms, arm).model_dump(exclude_none=True)
             if (name := field.partition(".")[0]) in own:
@@ -233,9 +236,20 @@ def _mistakes_of_asha(plan: Plan) -> Iterator[str]:
             yield problem(f"axes.{path}", "asha would keep the lucky seeds", "Remove asha")
     if not all(_validates(cell.recipe) for cell in plan.cells):
         yield problem("asha", "there are no validation rows to compare by", "Set rows.validation, for example to 16")
+    if plan.asha and plan.asha.grace_steps >= (
+        longest := max(_count_steps(trial.train.settings) for trial in plan.trials)
+    ):
+        what = f"no training has more than {longest:g} steps, so none is stopped"
+        yield problem("asha.grace_steps", what, f"Lower it below {longest:g}")
     if max(Counter(trial.compares_with for trial in plan.trials).values()) < 2:
         what = "no two trials have arm, depth and size in common, so no losses compare"
         yield problem("asha", what, "Remove asha")
+
+
+def _count_steps(settings: train.Settings) -> float:
+    """Return the steps of a training; infinity where its rows are not counted yet."""
+    own = settings.train
+    return math.ceil(own.rows * own.epochs / own.global_batch_size) if own.rows else math.inf
 
 
 def is_seed(path: str) -> bool:
@@ -258,10 +272,25 @@ def _require_one_yardstick(chains: Sequence[tuple[Cell, pipeline.Chain]]) -> Non
             raise UserError(problem(RECIPE, what, "Set rows.held_out: 0 in each recipe"))
 
 
+def _unmoved(chains: Sequence[tuple[Cell, pipeline.Chain]]) -> Iterator[str]:
+    """Yield a problem for each axis of which no value makes another trial than the others do."""
+    made = [(cell.values, frozenset(stage.id for stage in chain.trained.values())) for cell, chain in chains]
+    for path in dict.fromkeys(path for values, _ in made for path in values if path != RECIPE):
+        by_others: dict[str, list[frozenset[str]]] = {}
+        for values, trained in made:
+            if path in values:
+                others = json.dumps({key: value for key, value in values.items() if key != path})
+                by_others.setdefault(others, []).append(trained)
+        if max(map(len, by_others.values())) > 1 and all(len({*same}) == 1 for same in by_others.values()):
+            yield problem(f"axes.{path}", "moves no number of a trial", "Remove it")
+
+
 def make_plan(cells: Sequence[Cell]) -> Plan:
     """Return the plan of cells, with each stage once."""
     chains = [(cell, pipeline.chain(cell.recipe)) for cell in cells]
     _require_one_yardstick(chains)
+    if problems := list(_unmoved(chains)):
+        raise UserError(*problems)
     trained: dict[str, tuple[pipeline.Chain, str]] = {}
     needed_by: dict[str, list[Cell]] = {}
     for cell, chain in chains:

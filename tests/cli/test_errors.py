@@ -248,16 +248,18 @@ def test_run_with_too_few_cpus_is_an_error_and_never_waits(folder):
 @pytest.mark.parametrize(
     ("stage", "line"),
     [
-        ("ctu", "--until: ctu is no stage. Did you mean cut?"),
+        (["ctu"], "--until: ctu is no stage. Did you mean cut?"),
+        (["cut", "--html", "x.html"], "--html: shows what --until cut leaves out. Remove --html."),
+        (["cut", "--json"], "--json: shows what --until cut leaves out. Remove --json."),
         (
-            "merge",
+            ["merge"],
             "--until: this recipe has no stage merge. "
             "Give one of model, rows, score, loss, cut, distill, train, nll, evaluate.",
         ),
     ],
 )
 def test_run_until_a_stage_that_is_not_there_builds_nothing(folder, stage, line):
-    done = sdft("run", "recipe.yaml", "--until", stage, cwd=folder)
+    done = sdft("run", "recipe.yaml", "--until", *stage, cwd=folder)
     assert (done.returncode, done.stderr.strip()) == (2, line)
     assert not (folder / "artifacts").exists()
 

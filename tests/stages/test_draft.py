@@ -176,7 +176,7 @@ def test_every_setting_of_a_draft_moves_its_id_and_no_evaluation(recipe):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"prompts": 5}, "draft.prompts: 5 is more than rows.held_out 4. Lower draft.prompts"),
+        ({"prompts": 5}, "draft.prompts: 5 is more than the 4 held-out rows with prompts. Lower draft.prompts"),
         (
             {"models": ["distiled"], "prompts": 2},
             "draft.models: this recipe makes no distiled. Did you mean distilled?",

@@ -586,6 +586,9 @@ def test_require_fitting_says_what_does_not_fit(fields, settings, expected):
         ({"bf16": {"enabled": True}}, "bf16.enabled is true, but recipe and compute file say false"),
         ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage is 3, but recipe and compute file say 2"),
         ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "compiled on first use. Use cpu"),
+        ({"zero_optimization": "2"}, 'zero_optimization is "2", not an object. See configs/deepspeed'),
+        ({"zero_optimization": {"offload_param": "cpu"}}, 'offload_param is "cpu", not an object'),
+        ({"bf16": True}, "bf16 is true, not an object"),
     ],
 )
 def test_deepspeed_json_is_refused_by_name_where_it_sets_what_is_decided_elsewhere(given, expected):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from sdft_ray.errors import UserError, problem
@@ -55,7 +56,7 @@ def _own_part(given: dict[str, Any], settings: training.Train, plan: compute.Tra
     """Return the user's part of a DeepSpeed JSON; raise UserError where it sets what recipe or compute file decide,
     unless both agree."""
     where = "compute.train.deepspeed"
-    zero = given.get("zero_optimization", {})
+    zero = _section(given, "zero_optimization")
     must_be = {
         "train_batch_size": (given.pop("train_batch_size", "auto"), settings.global_batch_size),
         "train_micro_batch_size_per_gpu": (given.pop("train_micro_batch_size_per_gpu", "auto"), plan.micro_batch),
@@ -64,7 +65,10 @@ def _own_part(given: dict[str, Any], settings: training.Train, plan: compute.Tra
             "what compute.train makes it",
         ),
         "gradient_clipping": (given.pop("gradient_clipping", "auto"), settings.max_grad_norm),
-        "bf16.enabled": (given.pop("bf16", {}).get("enabled", "auto"), settings.dtype == "bfloat16"),
+        "bf16.enabled": (
+            _section({"bf16": given.pop("bf16", {})}, "bf16").get("enabled", "auto"),
+            settings.dtype == "bfloat16",
+        ),
         "zero_optimization.stage": (zero.get("stage", "auto"), plan.zero_stage),
     }
     problems = [
@@ -78,10 +82,19 @@ def _own_part(given: dict[str, Any], settings: training.Train, plan: compute.Tra
         if name in given
     ]
     for part in ("offload_optimizer", "offload_param"):
-        device = zero.get(part, {}).get("device", "none")
+        device = _section(zero, part).get("device", "none")
         if device == "nvme":
             what = f"zero_optimization.{part}.device nvme needs an operator that is compiled on first use"
             problems.append(problem(where, what, "Use cpu"))
     if problems:
         raise UserError(*problems)
     return given
+
+
+def _section(given: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return an object of a DeepSpeed JSON, an empty one where it is missing; raises UserError for another value."""
+    value = given.get(name) or {}
+    if not isinstance(value, dict):
+        what = f"{name} is {json.dumps(value)}, not an object"
+        raise UserError(problem("compute.train.deepspeed", what, "See configs/deepspeed for one"))
+    return value

@@ -124,6 +124,13 @@ def build(work: Work[Settings]) -> Summary:
     )
 
 
+def require_known(likeliest: int, vocabulary: int) -> None:
+    """Raise UserError for more tokens than a model has."""
+    if likeliest > vocabulary:
+        what = f"{likeliest} is more than the {vocabulary} tokens of the model's vocabulary"
+        raise UserError(problem("arms.logits.likeliest", what, f"Lower it to {vocabulary} or less"))
+
+
 @functools.lru_cache(maxsize=1)  # a process serves many shards
 def _load_teacher(base: Path, dtype: str, device: str) -> Teacher:
     return Teacher(base, dtype, device)
@@ -135,9 +142,7 @@ def _find(teacher: Teacher, rows: EncodedRows, soft: training.Soft) -> Iterator[
     from sdft_ray.core.soft_targets import Likeliest, find_likeliest
 
     vocabulary, k = teacher.model.config.vocab_size, soft.likeliest or 0
-    if k > vocabulary:
-        what = f"{k} is more than the {vocabulary} tokens of the model's vocabulary"
-        raise UserError(problem("arms.logits.likeliest", what, f"Lower it to {vocabulary} or less"))
+    require_known(k, vocabulary)
     # A model that carries a state on reads one row at a time.
     passes = in_passes(rows, _PASS_TOKENS if may_share_a_sequence(teacher.model.config) else 0)
     for passed in passes:
