@@ -454,9 +454,9 @@ def test_train_a_loss_that_is_no_number_stops_with_step_and_rows(ray_cluster, ti
         train.build(make_work(tmp_path, broken, plan()))
 
 
-def test_train_a_validation_loss_that_is_no_number_stops_after_the_last_step_too(ray_cluster, tiny_model, tmp_path):
+def test_train_a_validation_loss_that_is_no_number_stops_after_the_last_step(ray_cluster, tiny_model, tmp_path):
     far = {"lr": 1e30, "warmup_fraction": 0.0, "epochs": 1, "global_batch_size": 32}
-    with pytest.raises(StageFailed, match=r"train: the loss of the validation rows after step 1 is (nan|inf), on rows "):
+    with pytest.raises(StageFailed, match=r"train: the loss of the validation rows after step 1 is (nan|inf), on"):
         train.build(make_work(tmp_path, tiny_model, plan(), **far))
 
 
