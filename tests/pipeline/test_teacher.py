@@ -166,7 +166,7 @@ def test_teacher_may_be_quantised_or_of_an_unknown_architecture_where_a_base_may
     ],
 )
 def test_model_that_vllm_does_not_run_on_a_cpu_is_refused_there(recipe, tmp_path, monkeypatch, architecture, line):
-    monkeypatch.setattr("sdft_ray.preflight.checks.find_spec", lambda name: None)
+    monkeypatch.setattr("sdft_ray.preflight.engines.find_spec", lambda name: None)
     other = validate(Recipe, with_teacher(recipe, {"path": str(make_tiny_model(tmp_path / "other", architecture))}))
     with pytest.raises(UserError, match=line):
         check(other, load_compute())
