@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.report import print_figures
 from sdft_ray import pipeline
-from sdft_ray.core.patch import LEAST_ALONE, Sums, fit, fold
+from sdft_ray.core.patch import Sums, fit, fold
 from sdft_ray.core.walking import Batch, Walk, pad
 from sdft_ray.data.calibration import Text, calibration_file, read_calibration
 from sdft_ray.models.streamed import open_walk
@@ -62,7 +62,7 @@ def main() -> None:
         before = _patched(walk, nothing, given, span)
         _print(span, "nothing", "", before)
         for name, fitted in _fits(seen, span):
-            patch, weight, _ = fit(*fitted, LEAST_ALONE if name in texts else 0.0)
+            patch, weight, _ = fit(*fitted)
             after = _patched(walk, patch, given, span)
             _print(span, name, f"{weight:g}", after)
             figures[f"{span[0]}:{span[1]} {name}"] = round(max(after[each] - before[each] for each in before), 4)
@@ -93,10 +93,12 @@ def _sums(walk: Walk, texts: Sequence[Sequence[int]], spans: Sequence[Span]) -> 
     return own
 
 
-def _fits(seen: Mapping[str, Sequence[Mapping[Span, Sums]]], span: Span) -> Iterator[tuple[str, tuple[Sums, Sums]]]:
+def _fits(
+    seen: Mapping[str, Sequence[Mapping[Span, Sums]]], span: Span
+) -> Iterator[tuple[str, tuple[list[Sums], list[Sums]]]]:
     """Yield what each patch is fitted on and chosen by: each corpus, and all of them."""
     for name, names in {**{name: [name] for name in seen}, "all": [*seen]}.items():
-        fitted, chosen_on = (Sums.mean([seen[each][part][span] for each in names]) for part in range(2))
+        fitted, chosen_on = ([seen[each][part][span] for each in names] for part in range(2))
         yield name, (fitted, chosen_on)
 
 

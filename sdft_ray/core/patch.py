@@ -121,11 +121,13 @@ def solve(sums: Sums, weight: float) -> Tensor:
     return identity + torch.linalg.solve(sums.outer + ridge, sums.cross - sums.outer)
 
 
-def fit(sums: Sums, held_back: Sums, least: float = 0.0) -> tuple[Tensor, float, dict[float, float]]:
-    """Return the map whose weight, `least` or more, has the least error on held-back tokens, that weight, and the error
-    of each."""
-    maps = {weight: solve(sums, weight) for weight in WEIGHTS if weight >= least}
-    errors = {weight: held_back.error(patch) for weight, patch in maps.items()}
+def fit(measured: Sequence[Sums], held_back: Sequence[Sums]) -> tuple[Tensor, float, dict[float, float]]:
+    """Return the map whose weight has the least error on held-back tokens, that weight, and the error of each; sums: of
+    each corpus."""
+    fitted, chosen_on = Sums.mean(measured), Sums.mean(held_back)
+    least = LEAST_ALONE if len(measured) == 1 else 0.0
+    maps = {weight: solve(fitted, weight) for weight in WEIGHTS if weight >= least}
+    errors = {weight: chosen_on.error(patch) for weight, patch in maps.items()}
     best = min(errors, key=lambda weight: errors[weight])
     return maps[best], best, errors
 

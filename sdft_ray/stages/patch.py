@@ -172,18 +172,17 @@ def _fit(before: int, names: Sequence[str], measured: Sequence[Sums], held_back:
     """Return what is to be known of the patch in a block, and its map (D, D); sums: of each corpus by its name."""
     import torch
 
-    from sdft_ray.core.patch import LEAST_ALONE, Sums, fit
+    from sdft_ray.core.patch import fit
 
-    fitted, chosen_on = (Sums.mean(each) for each in (measured, held_back))
-    found, weight, errors = fit(fitted, chosen_on, LEAST_ALONE if len(names) == 1 else 0.0)
+    found, weight, errors = fit(measured, held_back)
     nothing = torch.eye(len(found), dtype=found.dtype)
     return Patched(
         block=before,
         weight=weight,
         error=errors[weight],
         error_without=errors[float("inf")],
-        tokens=fitted.tokens,
-        held_back_tokens=chosen_on.tokens,
+        tokens=sum(each.tokens for each in measured),
+        held_back_tokens=sum(each.tokens for each in held_back),
         corpora={
             name: Errors(patched=each.error(found), without=each.error(nothing))
             for name, each in zip(names, held_back, strict=True)

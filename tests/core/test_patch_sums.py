@@ -41,12 +41,12 @@ def test_error_is_that_of_the_tokens_themselves():
 
 def test_fit_of_few_noisy_tokens_pulls_harder_and_of_none_that_help_patches_nothing():
     held_back = sums_of(*draw(400, seed=1, noise=2.0))
-    _, few, _ = fit(sums_of(*draw(8, noise=2.0)), held_back)
-    patch, many, errors = fit(sums_of(*draw(4000, noise=2.0)), held_back)
+    _, few, _ = fit([sums_of(*draw(8, noise=2.0))], [held_back])
+    patch, many, errors = fit([sums_of(*draw(4000, noise=2.0))], [held_back])
     assert few > many
     assert errors[many] == pytest.approx(held_back.error(patch)) and errors[many] == min(errors.values())
     added, _ = draw(40)
-    nothing, weight, _ = fit(sums_of(added, -added), sums_of(added, added))
+    nothing, weight, _ = fit([sums_of(added, -added)], [sums_of(added, added)])
     assert weight == float("inf") and torch.equal(nothing, torch.eye(WIDTH, dtype=torch.float64))
 
 
