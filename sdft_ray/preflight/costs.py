@@ -186,9 +186,7 @@ def _train(
 ) -> Cost:
     settings, section = stage.settings.train, compute.train
     rows, name = _training_rows(stage, storage), f"train ({model})"
-    steps = (
-        "steps unknown" if rows is None else f"{math.ceil(rows * settings.epochs / settings.global_batch_size)} steps"
-    )
+    steps = "steps unknown" if rows is None else f"{settings.count_steps(rows)} steps"
     most = section.micro_batch * settings.max_tokens
     tokens = min(most, section.pass_tokens or most)
     work = f"{steps} of {settings.global_batch_size} rows, up to {tokens} tokens a pass"

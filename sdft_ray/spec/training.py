@@ -70,6 +70,10 @@ class Train(Section):
     seed: Seed = 0
     """Seed of the order of rows, of fresh adapters, and of dropout."""
 
+    def count_steps(self, rows: int) -> int:
+        """Return the optimizer steps over so many rows, if nothing stops them early; the last one may be short."""
+        return -(-rows * self.epochs // self.global_batch_size)
+
 
 class ArmOverrides(Section):
     """Settings of one arm that replace the common ones: any field of `train` but its rows."""

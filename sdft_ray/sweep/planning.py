@@ -236,9 +236,8 @@ def _mistakes_of_asha(plan: Plan) -> Iterator[str]:
             yield problem(f"axes.{path}", "asha would keep the lucky seeds", "Remove asha")
     if not all(_validates(cell.recipe) for cell in plan.cells):
         yield problem("asha", "there are no validation rows to compare by", "Set rows.validation, for example to 16")
-    if plan.asha and plan.asha.grace_steps >= (
-        longest := max(_count_steps(trial.train.settings) for trial in plan.trials)
-    ):
+    longest = max(_count_steps(trial.train.settings) for trial in plan.trials)
+    if plan.asha and plan.asha.grace_steps >= longest:
         what = f"no training has more than {longest:g} steps, so none is stopped"
         yield problem("asha.grace_steps", what, f"Lower it below {longest:g}")
     if max(Counter(trial.compares_with for trial in plan.trials).values()) < 2:
@@ -249,7 +248,7 @@ def _mistakes_of_asha(plan: Plan) -> Iterator[str]:
 def _count_steps(settings: train.Settings) -> float:
     """Return the steps of a training; infinity where its rows are not counted yet."""
     own = settings.train
-    return math.ceil(own.rows * own.epochs / own.global_batch_size) if own.rows else math.inf
+    return own.count_steps(own.rows) if own.rows else math.inf
 
 
 def is_seed(path: str) -> bool:

@@ -9,7 +9,6 @@ worker is made before one starts. What was written is loaded again: its logits m
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -143,7 +142,7 @@ def build(work: Work[Settings]) -> Summary:
     _require_own_checkpoints(work)
     parts = _look_at(base, settings)
     data = _prepare(work, base)
-    work.progress.begin(math.ceil(data.tally.rows * settings.epochs / settings.global_batch_size))
+    work.progress.begin(settings.count_steps(data.tally.rows))
     work.progress.enter("starting the workers")
     begun = time.monotonic()
     result = fit(work, given)
