@@ -28,21 +28,22 @@ _OTHER_TEXT = ("gpt_neox", "gpt_oss", "lfm2")
 def require_fitting(recipe: Recipe, compute: Compute, base: ModelFacts | None, teacher: ModelFacts | None) -> None:
     """Raise UserError for a model that vLLM does not read with these options; teacher: the model that rewrites, None
     where none does or it is not on this machine."""
-    distill, evaluate = compute.distill, compute.evaluate
+    distill = "distill", compute.distill.gpus, compute.distill.engine_options()
+    evaluate = "evaluate", compute.evaluate.gpus, compute.evaluate.engine_options()
     if recipe.draft and base:
-        _require_generating(base, "distill", distill.gpus, distill.engine_options())
+        _require_generating(base, *distill)
     if recipe.evaluate.engine == "vllm" and base:
-        _require_generating(base, "evaluate", evaluate.gpus, evaluate.engine_options())
-        _require_room(base, "evaluate", evaluate.gpus, evaluate.engine_options())
+        _require_generating(base, *evaluate)
+        _require_room(base, *evaluate)
     if teacher:
-        _require_generating(teacher, "distill", distill.gpus, distill.engine_options())
-        _require_room(teacher, "distill", distill.gpus, distill.engine_options())
-    if recipe.arms.need_rewrites and recipe.distill.lookup and distill.engine.async_scheduling:
+        _require_generating(teacher, *distill)
+        _require_room(teacher, *distill)
+    if recipe.arms.need_rewrites and recipe.distill.lookup and compute.distill.engine.async_scheduling:
         what = "vLLM does not schedule a pass ahead where distill.lookup proposes tokens"
         raise UserError(problem("compute.distill.engine.async_scheduling", what, "Remove it"))
     _require_exact(recipe, compute)
-    _require_gpu("distill", distill.gpus, distill.engine_options())
-    _require_gpu("evaluate", evaluate.gpus, evaluate.engine_options())
+    _require_gpu(*distill)
+    _require_gpu(*evaluate)
 
 
 def _require_exact(recipe: Recipe, compute: Compute) -> None:

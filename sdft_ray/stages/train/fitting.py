@@ -56,7 +56,8 @@ def _own_part(given: dict[str, Any], settings: training.Train, plan: compute.Tra
     """Return the user's part of a DeepSpeed JSON; raise UserError where it sets what recipe or compute file decide,
     unless both agree."""
     where = "compute.train.deepspeed"
-    zero = _section(given, "zero_optimization")
+    zero, bf16 = _section(given, "zero_optimization"), _section(given, "bf16")
+    given.pop("bf16", None)
     must_be = {
         "train_batch_size": (given.pop("train_batch_size", "auto"), settings.global_batch_size),
         "train_micro_batch_size_per_gpu": (given.pop("train_micro_batch_size_per_gpu", "auto"), plan.micro_batch),
@@ -65,10 +66,7 @@ def _own_part(given: dict[str, Any], settings: training.Train, plan: compute.Tra
             "what compute.train makes it",
         ),
         "gradient_clipping": (given.pop("gradient_clipping", "auto"), settings.max_grad_norm),
-        "bf16.enabled": (
-            _section({"bf16": given.pop("bf16", {})}, "bf16").get("enabled", "auto"),
-            settings.dtype == "bfloat16",
-        ),
+        "bf16.enabled": (bf16.get("enabled", "auto"), settings.dtype == "bfloat16"),
         "zero_optimization.stage": (zero.get("stage", "auto"), plan.zero_stage),
     }
     problems = [
