@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
+from sdft_ray.core.losses import PIECE, compare_in_pieces, subtract_one
 from sdft_ray.core.rows import TrainingRow
-
-_PIECE = 128  # tokens at a time: a piece's distributions are small beside the logits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +50,7 @@ class SoftRow(TrainingRow):
 
 def find_likeliest(logits: torch.Tensor, k: int, temperature: float) -> Likeliest:
     """Return the k likeliest tokens of a teacher's logits (K, V)."""
-    pieces = [_at(piece, temperature).topk(k) for piece in logits.split(_PIECE)]
+    pieces = [_at(piece, temperature).topk(k) for piece in logits.split(PIECE)]
     return Likeliest.join([Likeliest(each.indices, each.values) for each in pieces])
 
 
@@ -60,36 +59,17 @@ def soft_loss(
 ) -> torch.Tensor:
     """Return the losses (K) of K tokens, in nats.
 
-    logits: (K, V) float32. teacher: logits (K, V), or likeliest tokens. tokens: (K), what the cross-entropy is of, of
+    logits: (K, V). teacher: logits (K, V), or likeliest tokens. tokens: (K), what the cross-entropy is of, of
     which the loss has a share.
     """
-    losses: torch.Tensor = _SoftLoss.apply(logits, teacher, tokens, temperature, share)
-    return losses
+
+    def compare(piece: torch.Tensor, places: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        return _compare(piece, teacher[places], tokens[places], temperature, share)
+
+    return compare_in_pieces(logits, compare)
 
 
-class _SoftLoss(torch.autograd.Function):
-    """Makes the gradient with the loss, piece by piece: autograd would keep several tensors as large as the logits."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Any, teacher: Any, tokens: Any, temperature: float, share: float) -> torch.Tensor:
-        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
-        losses = torch.empty(len(logits), dtype=torch.float64, device=logits.device)
-        for start in range(0, len(logits), _PIECE):
-            piece = slice(start, start + _PIECE)
-            losses[piece], slope = _piece_loss(logits[piece], teacher[piece], tokens[piece], temperature, share)
-            if gradient is not None:
-                gradient[piece] = slope
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
-        return losses.to(logits.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[Any, ...]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * outer[0][:, None], None, None, None, None
-
-
-def _piece_loss(logits: Any, teacher: Any, tokens: Any, temperature: float, share: float) -> tuple[Any, Any]:
+def _compare(logits: Any, teacher: Any, tokens: Any, temperature: float, share: float) -> tuple[Any, Any]:
     """Return the losses (n) of some tokens, and the gradient (n, V) of their sum."""
     log_q = (logits / temperature).log_softmax(-1)
     log_p = _fill(teacher, log_q) if isinstance(teacher, Likeliest) else _at(teacher, temperature)
@@ -101,9 +81,7 @@ def _piece_loss(logits: Any, teacher: Any, tokens: Any, temperature: float, shar
     if share:
         log_one = log_q if temperature == 1 else logits.log_softmax(-1)
         loss = loss - share * log_one.gather(-1, tokens[:, None])[:, 0].double()
-        one = log_one.exp()
-        one.scatter_add_(-1, tokens[:, None], torch.full_like(one[:, :1], -1.0))
-        slope += share * one
+        slope += share * subtract_one(log_one.exp(), tokens[:, None])
     return loss, slope
 
 

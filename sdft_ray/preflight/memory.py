@@ -121,13 +121,13 @@ def activation_bytes(shape: Shape, tokens: int, loss_tokens: int, half: bool, gr
 
     A block keeps, of each token: two norms' inputs and outputs (4 D) and the input of what follows them (2 D), queries
     and mixed values (2 D), keys and values (2 KV), the residual stream (2 D), and of the feed-forward layer gate, its
-    activation, up and their product (4 F). The head keeps, of each token with loss, logits, their float32 softmax and
-    its gradient (3 V). With checkpointing a block keeps its input, and one block is there whole.
+    activation, up and their product (4 F). The head keeps, of each token with loss, the logits and their gradient (2 V;
+    core/losses.py). With checkpointing a block keeps its input, and one block is there whole.
     """
     number = 2 if half else 4
     block = number * tokens * (10 * shape.width + 2 * shape.kv_width + 4 * shape.feed_forward)
     kept = block * shape.blocks if not gradient_checkpointing else number * tokens * shape.width * shape.blocks + block
-    return kept + 3 * 4 * loss_tokens * shape.vocabulary
+    return kept + 2 * number * loss_tokens * shape.vocabulary
 
 
 def holding_memory(shape: Shape, number: int, tokens: int, streamed: bool = False) -> int:

@@ -195,6 +195,7 @@ def summed_loss(model: Any, rows: Sequence[TrainingRow]) -> float:
     """Return the negative log-likelihood of all trained tokens of some rows, summed."""
     import torch
 
+    from sdft_ray.core.losses import cross_entropy
     from sdft_ray.core.packing import pack_rows
     from sdft_ray.core.rowwise import may_share_a_sequence
 
@@ -202,5 +203,5 @@ def summed_loss(model: Any, rows: Sequence[TrainingRow]) -> float:
         return sum(summed_loss(model, [row]) for row in rows)
     packed = pack_rows(rows)
     with torch.inference_mode():
-        logits = packed.logits(model).float()  # (K, V)
-        return float(torch.nn.functional.cross_entropy(logits, packed.targets.to(logits.device), reduction="sum"))
+        logits = packed.logits(model)  # (K, V)
+        return float(cross_entropy(logits, packed.targets.to(logits.device)).sum(dtype=torch.float64))

@@ -33,6 +33,7 @@ def with_loss(model: Any, settings: training.Train, gradient_checkpointing: bool
     """Return a module from packed rows to the losses (K) of their trained tokens, or to the logits (K, V) of those."""
     import torch
 
+    from sdft_ray.core.losses import cross_entropy
     from sdft_ray.core.rowwise import drop_by_row, keep_within_rows, may_share_a_sequence
 
     rows = keep_within_rows(model.get_base_model() if settings.method == "lora" else model)
@@ -52,12 +53,12 @@ def with_loss(model: Any, settings: training.Train, gradient_checkpointing: bool
         def forward(self, packed: Packed, keys: Sequence[str], as_logits: bool = False) -> Any:
             assert self.packs or len(keys) == 1, "a model that carries a state on gets one row a sequence"
             rows.starts, rows.keys = packed.starts, keys
-            logits = packed.logits(self.model).float()  # (K V)
+            logits = packed.logits(self.model)  # (K V)
             if as_logits:
-                return logits
+                return logits.float()
             if self.soften is not None and self.training:  # validation losses compare, whatever the arm
                 return self.soften(logits, packed)
-            return torch.nn.functional.cross_entropy(logits, packed.targets.to(logits.device), reduction="none")
+            return cross_entropy(logits, packed.targets.to(logits.device))
 
     return ResponseLoss()
 
