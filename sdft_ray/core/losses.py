@@ -59,4 +59,6 @@ class _Pieces(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient.mul_(outer[0][:, None]), None
+        for piece, factor in zip(gradient.split(PIECE), outer[0][:, None].split(PIECE), strict=True):
+            piece.mul_(factor)  # on a CPU by way of float32
+        return gradient, None
