@@ -324,6 +324,26 @@ def test_require_writable_of_tools_that_only_a_call_names_is_refused(tool_tokeni
         require_writable(tool_tokenizer, [row.exchange for row in rows])
 
 
+def test_encode_rows_tries_once_for_each_form_whether_the_template_writes_tools(tool_tokenizer, tmp_path, monkeypatch):
+    calling = [{**CALLING[0], "content": f"{i} + 4?"} for i in range(3)]
+    turns = [[first, *CALLING[1:]] for first in calling] + [[*TURNS[:1], *CALLING]]
+    records, fields = [{"messages": each, "tools": [ADD]} for each in turns], {"messages": "messages", "tools": "tools"}
+    exchanges = [row.exchange for row in read(tmp_path / "rows.jsonl", records, fields=fields)]
+    encode_row(tool_tokenizer, "2 + 2?", "4")  # which reads what the template writes around a response
+    given, write = [], tool_tokenizer.apply_chat_template
+    monkeypatch.setattr(
+        tool_tokenizer,
+        "apply_chat_template",
+        lambda *args, **named: given.append(named["tools"]) or write(*args, **named),
+    )
+    assert len(list(encode_rows(tool_tokenizer, exchanges))) == 4
+    assert given.count(None) == 2 and len(given) == 2 * 4 + 2
+    tool_tokenizer.chat_template = TOOLS.replace("{%- if tools %}", "{%- if tools and messages[0].role != 'system' %}")
+    assert len(list(encode_rows(tool_tokenizer, exchanges[:3]))) == 3
+    with pytest.raises(UserError, match="does not write the tools of the conversation at"):
+        list(encode_rows(tool_tokenizer, exchanges))
+
+
 def test_require_writable_takes_results_of_tools_as_json(tokenizer, tmp_path):
     written = "{{ (m.content | tojson) if m.role == 'tool' else m.content }}"
     known = f"{{% for m in messages %}}<|im_start|>{{{{ m.role }}}}\n{written}<|im_end|>\n"
