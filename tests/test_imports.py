@@ -31,7 +31,7 @@ ORDER = (
     *("endpoint", "engine", "generated", "text_pool", "losses", "trackers", "overlap", "stages"),
     *("preflight.precision", "preflight.teachers", "preflight.limits", "preflight.cuts", "preflight.engines"),
     "preflight.checks",
-    *("training_data", "cutting", "tuning", "measures", "pipeline", "sweep"),
+    *("training_data", "cutting", "tuning", "measures", "building", "pipeline", "sweep"),
     *("preflight.memory", "preflight.shapes", "preflight.costs", "preflight.savings", "preflight.doctor"),
     "preflight.starter",
     *("report", "verify", "submit", "publish", "surface", "completion", "inspection", "commands", "cli"),
