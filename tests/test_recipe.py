@@ -9,7 +9,8 @@ import yaml
 from sdft_ray.errors import UserError
 from sdft_ray.models.depth import require_depth
 from sdft_ray.spec.loading import dump_yaml, load_recipe, read_yaml
-from sdft_ray.spec.recipe import Protect, Recipe
+from sdft_ray.spec.pruning import Protect
+from sdft_ray.spec.recipe import Recipe
 
 GOOD = {
     "model": {"path": "MODEL"},

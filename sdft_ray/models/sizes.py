@@ -28,7 +28,7 @@ def sizes_of(source: ModelSource) -> Sizes | None:
     if isinstance(source, HubModel):
         return None
     path = sources.model_path(source)
-    return sizes_of_directory(path, getattr(source, "part", None)) if path.is_dir() else _sizes_of_gguf(path)
+    return sizes_of_directory(path, source.part) if path.is_dir() else _sizes_of_gguf(path)
 
 
 def sizes_of_directory(directory: Path, part: str | None = None) -> Sizes:

@@ -23,7 +23,8 @@ from sdft_ray.preflight.shapes import shape_of, shape_of_directory
 from sdft_ray.spec import compute as compute_spec
 from sdft_ray.spec import training
 from sdft_ray.spec.compute import Compute, cores, settled
-from sdft_ray.spec.recipe import Prune, Recipe
+from sdft_ray.spec.pruning import Prune
+from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.sources import HubModel, LocalModel, ServedModel
 from sdft_ray.stages import mix, retention, train
 from sdft_ray.stages.train.adapters import LAST_BLOCKS
@@ -194,12 +195,35 @@ def _train(
         return _cost(name, work, section.workers.max, None, "", compute, section.gpus)
     scope = _scope(pruned, settings.scope, recipe.prune)
     trained = memory.trainable_parameters(scope, settings.method, settings.lora.rank, settings.lora.targets)
+    named = _training_bytes(stage.settings, section, shape, pruned, trained, tokens)
+    parts = f"{trained / 1e6:.1f} of {pruned.parameters / 1e6:.1f} M parameters are trained; " + ", ".join(
+        f"{name} {value / 1e9:.2f}" for name, value in named.items()
+    )
+    if section.gpus:
+        parts += _main_memory(settings, section, pruned)
+    bytes_each = sum(named.values()) + memory.PROCESS_BYTES
+    return _cost(name, work, section.workers.max, bytes_each, parts, compute, section.gpus)
+
+
+def _training_bytes(
+    settings: train.Settings,
+    section: compute_spec.Train,
+    shape: memory.Shape,
+    pruned: memory.Shape,
+    trained: int,
+    tokens: int,
+) -> dict[str, int]:
+    """Return the bytes of one worker by purpose, without the process; those of its GPU where it has one.
+
+    shape: of the base. trained: parameters. tokens: of a pass.
+    """
+    number, soft = _bytes(settings.train.dtype), settings.soft
     needs = memory.training_memory(
         pruned,
         trained,
         workers=section.workers.min,
         zero_stage=section.zero_stage,
-        half=settings.dtype == "bfloat16",
+        half=settings.train.dtype == "bfloat16",
         tokens=tokens,
         loss_tokens=tokens // 2,  # not known before the rows are read
         gradient_checkpointing=section.gradient_checkpointing,
@@ -208,20 +232,13 @@ def _train(
     if section.offload != "none" and section.gpus:
         named |= {"optimizer": 0}
     if section.offload == "all" and section.gpus:
-        named |= {"weights": needs.weights - _bytes(settings.dtype) * pruned.parameters // section.workers.min}
+        named |= {"weights": needs.weights - number * pruned.parameters // section.workers.min}
     named |= {"activations": needs.activations}
-    soft = stage.settings.soft
     if soft and not soft.likeliest:  # the base beside it, of which adapters share all but the removed blocks
-        shares = settings.method == "lora" and section.zero_stage < 3
+        shares = settings.train.method == "lora" and section.zero_stage < 3
         own = shape.parameters - pruned.parameters if shares else shape.parameters
-        named |= {"teacher": _bytes(settings.dtype) * own}
-    parts = f"{trained / 1e6:.1f} of {pruned.parameters / 1e6:.1f} M parameters are trained; " + ", ".join(
-        f"{name} {value / 1e9:.2f}" for name, value in named.items()
-    )
-    if section.gpus:
-        parts += _main_memory(settings, section, pruned)
-    bytes_each = sum(named.values()) + memory.PROCESS_BYTES
-    return _cost(name, work, section.workers.max, bytes_each, parts, compute, section.gpus)
+        named |= {"teacher": number * own}
+    return named
 
 
 def _scope(pruned: memory.Shape, scope: str, prune: Prune) -> memory.Shape:

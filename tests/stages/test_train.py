@@ -26,7 +26,7 @@ from sdft_ray.progress import Progress
 from sdft_ray.results import read_history
 from sdft_ray.spec import compute
 from sdft_ray.spec.compute import load_compute
-from sdft_ray.spec.recipe import Prune
+from sdft_ray.spec.pruning import Prune
 from sdft_ray.spec.training import Train
 from sdft_ray.spec.wording import validate
 from sdft_ray.stages import Work, cut, rows, train
