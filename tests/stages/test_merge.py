@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sdft_ray import pipeline
-from sdft_ray.core.recovery import Difference
+from sdft_ray.core.recovery import Estimate
 from sdft_ray.errors import UserError
 from sdft_ray.preflight.checks import check
 from sdft_ray.report.entries import MergeEntry
@@ -275,7 +275,7 @@ def test_sweep_of_a_recipe_that_merges_is_refused(recipe, tmp_path):
 
 
 def test_report_line_of_a_merge_says_what_it_gained_over_each_parent():
-    gained = {"sums": Difference(0.02, 0.005, 0.04, 9), "together": Difference(0.0, -0.01, 0.01, 9)}
+    gained = {"sums": Estimate(0.02, 0.005, 0.04, 9), "together": Estimate(0.0, -0.01, 0.01, 9)}
     merged = Summary(
         parameters=9,
         tensors=3,
