@@ -29,11 +29,6 @@ with Storage(sys.argv[1]).lock("score-1"):
 """
 
 
-@pytest.fixture
-def storage(tmp_path):
-    return Storage(str(tmp_path / "root"))
-
-
 def build(storage: Storage, stage: Stage = STAGE, text: str = "four"):
     (storage.scratch(stage) / "data.txt").write_text(text)
     return storage.commit(stage, {"rows": 1}, 0.1)

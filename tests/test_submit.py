@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,6 +12,7 @@ import pytest
 import requests
 import yaml
 from command import sdft_anew
+from machine import free_port
 from ray._private.runtime_env.packaging import unzip_package
 
 from sdft_ray.errors import UserError
@@ -20,12 +20,6 @@ from sdft_ray.store.files import hash_source
 from sdft_ray.submit import job, kuberay
 
 TOKEN = "0f" * 32
-
-
-def free_port() -> int:
-    with socket.socket() as asked:
-        asked.bind(("127.0.0.1", 0))
-        return asked.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from command import sdft
+from recipes import write_recipe
 
 from sdft_ray import overlap
 from sdft_ray.core import searching
@@ -27,21 +28,8 @@ from sdft_ray.sweep import goal, planning, trials
 @pytest.fixture
 def folder(tiny_model, tmp_path):
     """A directory with a good recipe, whose sweep file a test writes."""
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"q": f"{i}?", "a": f"{i}"}) + "\n" for i in range(40)))
-    (tmp_path / "texts.txt").write_text("One text.\n\nAnother text.\n\nA third text.")
-    recipe = {
-        "model": {"path": str(tiny_model)},
-        "rows": {
-            "path": str(tmp_path / "rows.jsonl"),
-            "fields": {"prompt": "q", "response": "a"},
-            "held_out": 2,
-            "validation": 2,
-        },
-        "prune": {"blocks": 2, "calibration": {"text": str(tmp_path / "texts.txt")}},
-        "arms": {"sft": {}, "distilled": {"epochs": 2}},
-        "evaluate": {"tasks": ["arc_easy", "held_out"], "limit": 3},
-    }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    evaluate = {"tasks": ["arc_easy", "held_out"], "limit": 3}
+    write_recipe(tmp_path, tiny_model, 40, arms={"sft": {}, "distilled": {"epochs": 2}}, evaluate=evaluate)
     return tmp_path
 
 
