@@ -20,9 +20,9 @@ from typing import Any
 
 from sdft_ray.errors import UserError, problem
 from sdft_ray.store import lease
-from sdft_ray.store.backend import Listing, by_id, id_in, make_directory
 from sdft_ray.store.files import cache_directory, hash_file, inside, stamp, write_atomically
 from sdft_ray.store.identity import short_id, slugify
+from sdft_ray.store.listing import Listing, by_id, id_in, make_directory
 from sdft_ray.store.locks import file_lock
 from sdft_ray.store.manifest import (
     ALTERED,
@@ -47,7 +47,8 @@ class ObjectStore:
     def __init__(self, uri: str) -> None:
         self._objects = Objects(uri)
         self.uri = self._objects.uri
-        self.root = _copy_of(self.uri)
+        # Deleting it only costs bringing files again.
+        self.root = cache_directory() / "roots" / f"{slugify(self.uri)}-{short_id(self.uri)}"
 
     def list(self, folder: str) -> Listing:
         """Return the objects below a folder, and the directories in it."""
@@ -68,7 +69,8 @@ class ObjectStore:
         return None if text is None else parse_manifest(f"{self.uri}/{key}", text)
 
     def finished(self, key: str, sizes: Callable[[], Mapping[str, int]]) -> Manifest | None:
-        """Return the manifest of an artifact whose objects are there, with their sizes."""
+        """Return the manifest of an artifact, or None where it is not finished; raises UserError where it lost or
+        shortened a file. sizes: returns the listing of its folder."""
         listed = sizes()
         manifest = self.read_manifest(key) if f"{key}/{MANIFEST}" in listed else None
         if manifest:
@@ -76,7 +78,8 @@ class ObjectStore:
         return manifest
 
     def fetch(self, key: str, manifest: Manifest, pattern: str, prove: bool) -> Path:
-        """Bring those files of an artifact that match and are not on this node yet, each compared with its hash."""
+        """Return the directory on this node with those files of an artifact that match; each is compared with its hash
+        when it is brought, and `prove` asks for no more."""
         place = self.root / key
         with file_lock(self.root, "bring-" + id_in(key)):
             # An artifact that was deleted and built again is another one.
@@ -102,13 +105,10 @@ class ObjectStore:
         _for_each(lambda file: self._objects.put(file, self._name(file)), files)
 
     def bring(self, folder: Path, pattern: str) -> None:
-        """Make this node's copy of a directory of work equal to the store's, for names below it that match.
-
-        Files that only this node has are deleted: a killed run left them, and another node may have done them again.
-        """
+        """Make this node's copy of a directory of work equal to the store's, for names below it that match."""
         name = self._name(folder)
         with self._copies(name) as copies:
-            matching = [key for key in copies.listed if _matches(key, name, pattern)]
+            matching = {key for key in copies.listed if _matches(key, name, pattern)}
             for path in folder.rglob("*"):
                 if path.is_file() and _matches(self._name(path), name, pattern) and self._name(path) not in matching:
                     path.unlink()
@@ -142,14 +142,15 @@ class ObjectStore:
         self._objects.delete([self._name(path), *self._objects.list(self._name(path))])
 
     def for_ray(self, folder: Path) -> dict[str, Any]:
-        """Return the place in the store as Ray takes it."""
+        """Return the arguments by which Ray Train and Tune keep their files in a directory of work."""
         from pyarrow.fs import FSSpecHandler, PyFileSystem
 
         path = self._objects.path(self._name(folder))
         return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(self._objects.filesystem))}
 
     def hold(self, name: str) -> AbstractContextManager[lease.Lease]:
-        """Hold a lease: it dies with its owner a minute later, or at once for another driver on the same node."""
+        """Hold a lease, against other nodes: on this one a file lock already holds the right. It dies with its owner a
+        minute later, or at once for another driver on the same node."""
         return lease.hold(self._objects, name, self._node())
 
     def store(self, key: str, scratch: Path, lease: lease.Lease | None) -> None:
@@ -223,11 +224,6 @@ class _Copies:
         if self._known != self._read:
             make_directory(self._notes.parent)
             write_atomically(self._notes, json.dumps(self._known))
-
-
-def _copy_of(uri: str) -> Path:
-    """Return the directory of this node's copy of an object store; deleting it only costs bringing files again."""
-    return cache_directory() / "roots" / f"{slugify(uri)}-{short_id(uri)}"
 
 
 def _bytes_of(file: Path) -> int | None:
