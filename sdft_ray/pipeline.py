@@ -141,11 +141,6 @@ class Chain:
         return self.data[""]
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The names of the sources of the recipe's own rows, for people."""
-        return tuple(self.own.sources)
-
-    @property
     def distilled(self) -> Stage[distill.Settings] | None:
         """The rewrites of the recipe's own rows."""
         return self.own.distilled
