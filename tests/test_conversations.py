@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from refusals import complaint
 from tiny import make_tokenizer
 
 from sdft_ray.core.rows import Exchange, Row
@@ -56,9 +57,7 @@ def read(path, records, **options):
 
 
 def refused(path, records, **options):
-    with pytest.raises(UserError) as error:
-        read(path, records, **options)
-    return str(error.value)
+    return complaint(read, path, records, **options)
 
 
 def messages(row):

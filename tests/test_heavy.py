@@ -40,6 +40,7 @@ def test_file_whose_tests_are_all_heavy_is_told_from_others(tmp_path):
         (heavy, False),
         (f"pytestmark = pytest.mark.heavy\ndef test_nothing{light}", False),
         (f"pytestmark = pytest.mark.usefixtures('other')\ndef test_nothing{light}", True),
+        (f"OTHERS = pytest.param(1, marks=pytest.mark.heavy)\ndef test_nothing{light}", True),
     )
     for i, (text, expected) in enumerate(texts):
         file = tmp_path / f"test_{i}.py"

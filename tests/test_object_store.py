@@ -12,8 +12,9 @@ import threading
 
 import pytest
 import s3fs
+from refusals import complaint
 
-from sdft_ray.errors import StageFailed, UserError
+from sdft_ray.errors import StageFailed
 from sdft_ray.store import lease
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.manifest import MANIFEST
@@ -49,12 +50,6 @@ def build(storage: Storage, stage: Stage = STAGE) -> None:
 def read(storage: Storage, stage: Stage = STAGE) -> dict[str, str]:
     place = storage.fetch(stage)
     return {name: (place / name).read_text() for name in FILES}
-
-
-def complaint(call, *arguments, kind=UserError) -> str:
-    with pytest.raises(kind) as error:
-        call(*arguments)
-    return str(error.value)
 
 
 def test_artifact_is_whole_for_every_node_and_goes_through_every_status(s3, elsewhere):

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from command import sdft
 from recipes import write_recipe
+from refusals import complaint
 
 from sdft_ray import overlap
 from sdft_ray.core import searching
@@ -260,9 +261,7 @@ def test_sweep_whose_finished_training_is_over_a_stricter_gate_stops_before_it_b
     training = plan.trials[0].train
     storage.scratch(training)
     storage.commit(training, {"rows": 30, "rows_left_out": 6, "rows_too_long": 6}, 0.1)
-    with pytest.raises(UserError) as error:
-        trials.run(plan, load_compute(), storage)
-    assert str(error.value) == (
+    assert complaint(trials.run, plan, load_compute(), storage) == (
         "train.max_tokens: 6 of 36 rows are longer than 1024 tokens (got 16.67%; expected at most 1.00%). "
         "Raise it, or raise train.max_too_long_fraction."
     )
@@ -545,6 +544,4 @@ def test_goal_trains_its_arm_alone_and_one_depth_at_a_time(folder):
     ],
 )
 def test_goal_with_a_mistake_says_where_what_and_how_to_fix_it(folder, axes, more, line):
-    with pytest.raises(UserError) as error:
-        load(folder, axes, **({"goal": {"recovery": 90}} | more))
-    assert str(error.value) == line
+    assert complaint(load, folder, axes, **({"goal": {"recovery": 90}} | more)) == line
