@@ -19,7 +19,7 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -152,7 +152,8 @@ class Storage:
         """
         with ExitStack() as stack:
             stack.enter_context(file_lock(self.root, name))
-            self._leases[name] = stack.enter_context(self._backend.hold(name))
+            held: AbstractContextManager[Lease | None] = self._backend.hold(name)
+            self._leases[name] = stack.enter_context(held)
             stack.callback(self._leases.pop, name)
             yield
 
