@@ -37,7 +37,7 @@ def require_fitting(recipe: Recipe, compute: Compute, base: ModelFacts | None, t
         _require_room(base, *evaluate)
     if teacher:
         _require_generating(teacher, *distill)
-        _require_room(teacher, *distill)
+        _require_room(teacher, *distill, "the teacher" if recipe.distill.teacher else "the model")
     if recipe.arms.need_rewrites and recipe.distill.lookup and compute.distill.engine.async_scheduling:
         what = "vLLM does not schedule a pass ahead where distill.lookup proposes tokens"
         raise UserError(problem("compute.distill.engine.async_scheduling", what, "Remove it"))
@@ -71,11 +71,11 @@ def _require_gpu(section: str, gpus: float, engine: EngineOptions) -> None:
             raise UserError(problem(f"compute.{section}.engine.{name}", what, "Remove it"))
 
 
-def _require_room(facts: ModelFacts, section: str, gpus: float, engine: EngineOptions) -> None:
-    """Raise UserError for numbers of tokens that vLLM refuses together."""
+def _require_room(facts: ModelFacts, section: str, gpus: float, engine: EngineOptions, name: str = "the model") -> None:
+    """Raise UserError for numbers of tokens that vLLM refuses together; name: of the model."""
     where, own, tokens = f"compute.{section}.engine", engine.max_model_len, engine.max_num_batched_tokens
     if own and facts.context and own > facts.context:
-        what = f"{own} is more than the model's context of {facts.context}"
+        what = f"{own} is more than {name}'s context of {facts.context}"
         raise UserError(problem(f"{where}.max_model_len", what, f"Lower it to {facts.context} or less"))
     if tokens is None:
         return

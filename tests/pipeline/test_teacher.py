@@ -12,8 +12,10 @@ from served import NAME, completion, failure, fake_server
 from tiny import make_tiny_model
 
 from sdft_ray import pipeline
+from sdft_ray.endpoint import Client
 from sdft_ray.errors import UserError
 from sdft_ray.preflight.checks import check
+from sdft_ray.preflight.teachers import require_endpoints
 from sdft_ray.report.lines import selection_line
 from sdft_ray.spec.compute import Compute, Distill, Evaluate, load_compute
 from sdft_ray.spec.recipe import Recipe
@@ -177,6 +179,14 @@ def test_teacher_of_the_hub_is_downloaded_though_it_could_not_be_cut(tmp_path):
     stage = model.stage(validate(Recipe, BARE | {"model": HUB}).model, teaches=True)
     assert stage.identity["settings"]["teaches"] is True
     assert "teaches" not in model.stage(validate(Recipe, BARE | {"model": HUB}).model).identity["settings"]
+
+
+def test_check_of_an_endpoint_asks_once_for_the_longest_answers_of_all_recipes(recipe, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Client, "require_model", lambda self, tokens: asked.append(tokens))
+    chains = [chain_of(with_teacher(recipe, SERVED, max_new_tokens=most)) for most in (4, 16, 8)]
+    require_endpoints(stage for chain in chains for stage in chain.in_order)
+    assert asked == [16]
 
 
 HUB = {"repo": "a/b", "revision": "0" * 40}
