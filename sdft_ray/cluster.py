@@ -41,8 +41,8 @@ def ray_cluster(compute: Compute) -> Iterator[None]:
     import ray.train
     from ray.util.annotations import RayDeprecationWarning
 
-    # Numbers of tries and restarts have no parameter of their own yet (docs/footguns.md).
-    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", RayDeprecationWarning)
+    # Numbers of tries and restarts, and groups of actors, have no parameter of their own yet (docs/footguns.md).
+    warnings.filterwarnings("ignore", "`ray_remote_args(_fn)?` is deprecated", RayDeprecationWarning)
     if ray.is_initialized():
         yield
         return

@@ -15,9 +15,9 @@ from sdft_ray.errors import UserError, problem
 from sdft_ray.models import sources
 from sdft_ray.models.directory import ModelFacts
 from sdft_ray.progress import log
-from sdft_ray.spec.compute import Compute, EngineOptions
+from sdft_ray.spec.compute import Compute, Distill, EngineOptions
 from sdft_ray.spec.recipe import Recipe
-from sdft_ray.spec.sources import LocalModel
+from sdft_ray.spec.sources import LocalModel, ServedModel
 
 # vLLM's code of these also holds that of their eyes; PyPI's torchvision does not work beside a CPU's torch.
 _NEED_TORCHVISION = ("qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text")
@@ -44,6 +44,21 @@ def require_fitting(recipe: Recipe, compute: Compute, base: ModelFacts | None, t
     _require_exact(recipe, compute)
     _require_gpu(*distill)
     _require_gpu(*evaluate)
+    if compute.distill.nodes > 1:
+        _require_spreadable(recipe, compute.distill)
+
+
+def _require_spreadable(recipe: Recipe, plan: Distill) -> None:
+    """Raise UserError for a stage whose engines cannot be spread over nodes; report layers that are: that only costs
+    speed."""
+    if recipe.draft:
+        what = f"{plan.nodes} nodes hold one engine, and a draft is measured beside its target"
+        raise UserError(problem("compute.distill.nodes", what, "Remove draft, or set nodes: 1"))
+    gpus, size = int(plan.gpus), plan.tensor_parallel_size
+    if recipe.arms.need_rewrites and not isinstance(recipe.distill.teacher, ServedModel) and gpus % size:
+        what = f"{size} GPUs share each layer and a node has {gpus}, so each layer waits for the network between nodes"
+        do = f"Set it to {gpus}, and pipeline_parallel_size: {plan.nodes}"
+        log(problem("compute.distill.tensor_parallel_size", what, do))
 
 
 def _require_exact(recipe: Recipe, compute: Compute) -> None:

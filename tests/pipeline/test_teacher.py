@@ -1,6 +1,7 @@
 """A teacher that is not the base: what it moves, what it may be, and where it is named."""
 
 import json
+import math
 import shutil
 import subprocess
 from pathlib import Path
@@ -198,8 +199,27 @@ BARE = {
 
 
 def spread(**sizes) -> Compute:
-    compute = load_compute()
-    return compute.model_copy(update={"distill": Distill(cpus=1, gpus=64, **sizes)})
+    compute, nodes = load_compute(), sizes.pop("nodes", 1)
+    gpus = math.prod(sizes.values()) // nodes
+    return compute.model_copy(update={"distill": Distill(cpus=1, gpus=gpus, nodes=nodes, **sizes)})
+
+
+def test_layers_over_nodes_are_reported_blocks_over_nodes_are_not_and_drafts_are_refused(recipe, capsys):
+    taught = validate(Recipe, recipe)  # 2 heads, 6 blocks
+    check(taught, spread(nodes=2, tensor_parallel_size=1, pipeline_parallel_size=2))
+    check(taught, spread(nodes=2, tensor_parallel_size=2, pipeline_parallel_size=2))
+    assert not capsys.readouterr().err
+    across = spread(nodes=2, tensor_parallel_size=2, pipeline_parallel_size=1)
+    check(taught, across)
+    assert capsys.readouterr().err == (
+        "compute.distill.tensor_parallel_size: 2 GPUs share each layer and a node has 1, so each layer waits for the "
+        "network between nodes. Set it to 1, and pipeline_parallel_size: 2.\n"
+    )
+    check(validate(Recipe, with_teacher(recipe, SERVED)), across)
+    assert not capsys.readouterr().err
+    line = r"^compute\.distill\.nodes: 2 nodes hold one engine, and a draft is measured beside .*\. Remove draft, or"
+    with pytest.raises(UserError, match=line):
+        check(validate(Recipe, recipe | {"draft": {"tokens": [1], "prompts": 1}}), across)
 
 
 def test_parallel_sizes_must_divide_the_heads_and_leave_each_group_a_block(recipe, tmp_path, capsys):
