@@ -46,6 +46,9 @@ def require_fitting(recipe: Recipe, compute: Compute, base: ModelFacts | None, t
     _require_gpu(*evaluate)
     if compute.distill.nodes > 1:
         _require_spreadable(recipe, compute.distill)
+    if recipe.evaluate.engine == "transformers" and (gpus := compute.evaluate.gpus) > 1:
+        what = f"transformers computes on one GPU, so {gpus - 1:g} of {gpus:g} are idle"
+        log(problem("compute.evaluate.gpus", what, "Set it to 1, or set evaluate.engine: vllm"))
 
 
 def _require_spreadable(recipe: Recipe, plan: Distill) -> None:

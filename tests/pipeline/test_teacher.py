@@ -231,7 +231,10 @@ def test_parallel_sizes_must_divide_the_heads_and_leave_each_group_a_block(recip
     with pytest.raises(UserError, match=line):
         check(short, spread(tensor_parallel_size=4))
     evaluating = load_compute().model_copy(update={"evaluate": Evaluate(gpus=4)})
+    assert not capsys.readouterr().err
     check(short, evaluating)
+    line = "compute.evaluate.gpus: transformers computes on one GPU, so 3 of 4 are idle. Set it to 1, or set evaluate"
+    assert capsys.readouterr().err.startswith(line)
     by_engine = validate(Recipe, recipe | {"evaluate": recipe["evaluate"] | {"engine": "vllm"}})
     with pytest.raises(UserError, match=r"^compute.evaluate.gpus: 4 does not divide the 2 attention heads"):
         check(by_engine, evaluating)
