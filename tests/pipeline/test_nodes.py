@@ -27,6 +27,7 @@ SCRIPT = textwrap.dedent(
     from sdft_ray.spec.compute import load_compute
     from sdft_ray.cluster import ray_cluster, require_capacity
     from sdft_ray.core.selection import Generation
+    from sdft_ray.engine import VllmEngine
     from sdft_ray.stages import distill
 
     folder = Path(sys.argv[1])
@@ -78,12 +79,13 @@ SCRIPT = textwrap.dedent(
     def until(condition):
         while not condition() and not building.done():
             timeline.append(sum(state != "REMOVED" for state in groups().values()))
+            workers.update(name for name in ray.util.list_named_actors() if name.startswith("vllm_Worker"))
             time.sleep(0.2)
 
     cluster = Cluster(head_node_args={"num_cpus": 1, "include_dashboard": False}, initialize_head=True)
     nodes = [cluster.add_node(num_cpus=1, num_gpus=2) for _ in range(2)]
-    timeline = []
-    work = make_work(folder, Path(sys.argv[2]), ROWS, answer="none", engine=FakeEngine)
+    timeline, workers = [], set()
+    work = make_work(folder, Path(sys.argv[2]), ROWS, answer="none", engine=ENGINE)
     plan = {"cpus": 1, "gpus": 2, "nodes": 2, "tensor_parallel_size": 2, "pipeline_parallel_size": 2, **MORE}
     compute = load_compute({"ray": {"address": cluster.address}, "distill": plan})
     with ray_cluster(compute), ThreadPoolExecutor() as threads:
@@ -100,14 +102,25 @@ SCRIPT = textwrap.dedent(
     cluster.shutdown()
     print(json.dumps({
         "timeline": timeline, "groups": left, "engines": begun(), "summary": summary.plain(),
-        "finished": log.read_text().split(),
+        "finished": log.read_text().split(), "workers": sorted(workers),
     }))
     """
 )
 
 
-def run(model: Path, folder: Path, rows: int, seconds: float, dies_at: int, steps: str, **more: Any) -> dict[str, Any]:
-    """Return what became of `distill` on two nodes of 2 GPUs each, with engines of 4 GPUs each."""
+def run(
+    model: Path,
+    folder: Path,
+    rows: int,
+    seconds: float = 0.05,
+    dies_at: int = -1,
+    steps: str = "",
+    starts: str = "FakeEngine",
+    path: str = "",
+    **more: Any,
+) -> dict[str, Any]:
+    """Return what became of `distill` on two nodes of a CPU and 2 GPUs each, with engines of 4 GPUs each; path: where
+    its processes find more modules."""
     script = SCRIPT.replace("STEPS", textwrap.indent(textwrap.dedent(steps), "    ").strip())
     values = {
         "TESTS": str(Path(__file__).parents[1]),
@@ -116,13 +129,14 @@ def run(model: Path, folder: Path, rows: int, seconds: float, dies_at: int, step
         "DIES_AT": dies_at,
         "MORE": more,
     }
+    script = script.replace("ENGINE", starts)
     for name, value in values.items():
         script = script.replace(name, repr(value))
     done = subprocess.run(
         [sys.executable, "-c", script, str(folder), str(model)],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(Path.cwd())},
+        env={**os.environ, "PYTHONPATH": f"{Path.cwd()}{os.pathsep}{path}"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout.splitlines()[-1])
@@ -133,7 +147,7 @@ BUNDLES = 2 * [{"CPU": 1.0, "GPU": 1.0}, {"GPU": 1.0}]
 
 
 def test_engine_over_two_nodes_that_is_killed_begins_again_in_its_group_and_loses_nothing(tiny_model, tmp_path):
-    result = run(tiny_model, tmp_path, rows=24, seconds=0.05, dies_at=9, steps="", batch_rows=24, piece_rows=4)
+    result = run(tiny_model, tmp_path, rows=24, dies_at=9, batch_rows=24, piece_rows=4)
     first, second = result["engines"]
     assert result["groups"] == {first["group"]: "REMOVED"} and second["group"] == first["group"]
     for engine in (first, second):
@@ -159,7 +173,7 @@ def test_engines_over_nodes_grow_with_the_cluster_outlive_a_node_and_leave_no_gr
     cluster.add_node(num_cpus=1, num_gpus=2)
     """
     more = {"actors": {"min": 1, "max": 2}, "batch_rows": 20, "piece_rows": 4}
-    result = run(tiny_model, tmp_path, rows=240, seconds=0.3, dies_at=-1, steps=steps, **more)
+    result = run(tiny_model, tmp_path, rows=240, seconds=0.3, steps=steps, **more)
     assert result["summary"]["rows"] == result["summary"]["kept"] == 240 == len({*result["finished"]})
     assert {*result["groups"].values()} == {"REMOVED"}
     grown, died = (result["timeline"].index(text) for text in ("two nodes come", "a node dies, and another comes"))
@@ -168,3 +182,25 @@ def test_engines_over_nodes_grow_with_the_cluster_outlive_a_node_and_leave_no_gr
     assert all(len({*engine["nodes"]}) == 2 for engine in result["engines"])
     assert len(result["engines"]) == 3, "the engine that lost a node began again"
     assert len(result["finished"]) - 240 <= 4 + 1, "at most the piece that it had not written yet"
+
+
+@pytest.mark.full
+def test_vllm_itself_works_over_two_nodes_with_processes_on_cpus_that_ray_takes_for_gpus(tiny_model, tmp_path):
+    """Its own executor for Ray, which its CPU platform leaves out: a plugin, as other hardware has one, puts it in."""
+    plugin = tmp_path / "site" / "ray_on_cpu-1.dist-info"
+    plugin.mkdir(parents=True)
+    (plugin / "METADATA").write_text("Metadata-Version: 2.1\nName: ray_on_cpu\nVersion: 1\n")
+    (plugin / "entry_points.txt").write_text("[vllm.platform_plugins]\nray_on_cpu = ray_on_cpu:name\n")
+    (plugin.parent / "ray_on_cpu.py").write_text("def name():\n    return 'ray_on_cpu_platform.RayOnCpu'\n")
+    (plugin.parent / "ray_on_cpu_platform.py").write_text(
+        "from vllm.platforms.cpu import CpuPlatform\n\n\nclass RayOnCpu(CpuPlatform):\n    ray_device_key = 'GPU'\n"
+    )
+    # Blocks over nodes raise there: where it is eager its CPU build leaves out the pass that makes room for states.
+    sizes = {"gpus": 1, "tensor_parallel_size": 2, "pipeline_parallel_size": 1}
+    engine = {"kv_cache_gib": 0.1, "max_model_len": 256, "max_num_seqs": 4}
+    result = run(tiny_model, tmp_path, 8, starts="VllmEngine", path=str(plugin.parent), **sizes | {"engine": engine})
+    assert [name.rpartition("_")[2] for name in result["workers"]] == ["TP0", "TP1"]
+    assert {*result["groups"].values()} == {"REMOVED"}
+    summary = result["summary"]
+    assert (summary["rows"], summary["generations"], summary["reasons"]["error"]) == (8, 8, 0)
+    assert summary["generated_tokens"] > 8
