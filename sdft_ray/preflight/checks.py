@@ -69,8 +69,11 @@ def _require_rows(
     """Raise UserError for rows and calibration texts that are too few, or that base or teacher cannot read."""
     base = limits.Reader(facts.context if facts else None, limits.token_counter(recipe.model))
     teacher = limits.Reader(teaching.context if teaching else None, base.count)
-    if recipe.arms.need_rewrites and isinstance(recipe.distill.teacher, LocalModel):
-        teacher = teacher._replace(count=limits.token_counter(recipe.distill.teacher))
+    rewriting = recipe.distill.teacher if recipe.arms.need_rewrites else None
+    if rewriting:
+        teacher = teacher._replace(name="the teacher")
+    if isinstance(rewriting, LocalModel):
+        teacher = teacher._replace(count=limits.token_counter(rewriting))
     limits.require_numbers(recipe, base, teacher)
     for key, given in _row_sources(recipe).items():
         in_use = sources_in_use(given)
