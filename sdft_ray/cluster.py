@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 from sdft_ray import environment
 from sdft_ray.errors import StageFailed, UserError, problem
@@ -41,8 +41,8 @@ def ray_cluster(compute: Compute) -> Iterator[None]:
     import ray.train
     from ray.util.annotations import RayDeprecationWarning
 
-    # Numbers of tries and restarts have no parameter of their own yet (docs/footguns.md).
-    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", RayDeprecationWarning)
+    # Numbers of tries and restarts, and groups of actors, have no parameter of their own yet (docs/footguns.md).
+    warnings.filterwarnings("ignore", "`ray_remote_args(_fn)?` is deprecated", RayDeprecationWarning)
     if ray.is_initialized():
         yield
         return
@@ -286,6 +286,41 @@ def in_thread(work: Callable[..., None], *arguments: Any) -> Future[None]:
 
     threading.Thread(target=run, daemon=True).start()
     return future
+
+
+class Watch:
+    """Looks at something every so many seconds, in a thread, while a block runs, and once behind a block without error.
+
+    What goes wrong in it must end nothing: its first error is one line, and it goes on.
+    """
+
+    def __init__(self, what: str, seconds: float, look: Callable[[], None]) -> None:
+        self._what, self._seconds, self._look = what, seconds, look
+        self._ended, self._failed = threading.Event(), False
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        if kind is None:  # else Ray itself may be gone
+            self.attempt(self._look)
+
+    def attempt(self, work: Callable[..., None], *arguments: Any) -> None:
+        """Do a part of the work whose error must not end the rest."""
+        try:
+            work(*arguments)
+        except Exception as error:  # noqa: BLE001 - whatever it is, what is watched goes on
+            if not self._failed:
+                log(f"{self._what}: {last_line(error)}; nothing else depends on it, and further errors are not shown")
+            self._failed = True
+
+    def _watch(self) -> None:
+        while not self._ended.wait(self._seconds):
+            self.attempt(self._look)
 
 
 def below_ray(error: BaseException) -> BaseException:

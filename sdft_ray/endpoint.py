@@ -85,6 +85,8 @@ class _Answer(Record):
 
 class _Model(Record):
     id: str
+    max_model_len: int | None = None
+    """Of vLLM's servers: tokens of prompt and answer together, at most."""
 
 
 class _Models(Record):
@@ -147,17 +149,23 @@ class Client:
             return completion
         raise AssertionError("pauses have no end")
 
-    def require_model(self) -> None:
-        """Raise UserError unless the endpoint is there, lets this process in and serves the model."""
+    def require_model(self, new_tokens: int = 0) -> None:
+        """Raise UserError unless the endpoint is there, lets this process in and serves the model, in whose context so
+        many new tokens fit behind a prompt, as far as the server says how long that is."""
         try:
             answer = self._send("GET", "models", timeout=_LOOK_SECONDS)
-            names = [model.id for model in _read(_Models, answer).data]
+            served = {model.id: model.max_model_len for model in _read(_Models, answer).data}
         except _Again as again:
             do = "Start the server, or correct the address"
             raise UserError(problem(self._where("endpoint"), f"{self._served.endpoint} {again}", do)) from None
-        if self._served.model not in names:
+        if self._served.model not in served:
             what = f"{self._served.model} is not served at {self._served.endpoint}"
-            raise UserError(problem(self._where("model"), what, nearest(self._served.model, names)))
+            raise UserError(problem(self._where("model"), what, nearest(self._served.model, served)))
+        context = served[self._served.model]
+        if context is not None and new_tokens >= context:
+            what = f"{new_tokens} is more than the context of {context} holds that {self._served.model} is served with"
+            do = f"Lower distill.max_new_tokens to {context - 1} or less, or raise the server's --max-model-len"
+            raise UserError(problem("distill.max_new_tokens", what, do))
 
     def require_tokenizer(self, tokenizer: Any) -> None:
         """Raise UserError where the server says that its tokenizer is another one: it would read other prompts."""

@@ -11,8 +11,10 @@ import yaml
 from sdft_ray import pipeline
 from sdft_ray.cluster import require_capacity
 from sdft_ray.errors import UserError
-from sdft_ray.spec.compute import Compute, Engine, load_compute
+from sdft_ray.spec.compute import Compute, EngineOptions, load_compute
 from sdft_ray.stages import distill, draft, nll
+from sdft_ray.stages.distill.placement import bundles
+from sdft_ray.submit.kuberay import worker_pods
 
 
 @pytest.fixture
@@ -118,6 +120,21 @@ def test_load_compute_asks_room_for_the_smallest_pool_of_actors(load):
     assert load(2, data).needs()["distill"] == (2, 4, 0)
 
 
+def test_engines_over_nodes_need_a_bundle_on_each_and_vllms_executor_for_ray(load):
+    sizes = {"gpus": 8, "nodes": 2, "tensor_parallel_size": 8, "pipeline_parallel_size": 2}
+    spread = {"ray": {"address": "auto"}, "distill": {"actors": {"min": 2, "max": 4}, "cpus": 4, **sizes}}
+    compute = load(2, spread)
+    assert compute.needs()["distill"] == compute.bundles(distill.NEEDS) == (4, 4, 8)
+    assert compute.bundles(nll.NEEDS) == (1, 4, 8), "a model in transformers stays on one node"
+    assert compute.distill.engine_options().distributed_executor_backend == "ray"
+    assert bundles(compute.distill) == 2 * [{"CPU": 4, "GPU": 1}, *7 * [{"GPU": 1}]]
+    numbers = {name: {"cpus": 4} for name in ("score", "train", "evaluate")}
+    pod, pods = worker_pods(load(2, spread | numbers))
+    assert (pod.cpus, pod.gpus, pods) == (4, 8, 8)
+    spread["distill"] = {"cpus": 4, "gpus": 8, "tensor_parallel_size": 8}
+    assert load(2, spread).distill.engine_options().distributed_executor_backend is None
+
+
 def test_engine_options_are_vllms_own():
     source = Path(str(find_spec("vllm").origin)).parent / "engine" / "arg_utils.py"  # importing it takes 10 s
     (arguments,) = (
@@ -126,7 +143,7 @@ def test_engine_options_are_vllms_own():
         if isinstance(node, ast.ClassDef) and node.name == "EngineArgs"
     )
     known = {node.target.id for node in arguments.body if isinstance(node, ast.AnnAssign)}
-    assert set(Engine.model_fields) - known == {"kv_cache_gib"}
+    assert set(EngineOptions.model_fields) - known == {"kv_cache_gib"}
 
 
 def test_load_compute_for_a_running_cluster_is_not_bound_by_this_machine(load):
@@ -155,7 +172,30 @@ def test_load_compute_for_a_running_cluster_is_not_bound_by_this_machine(load):
         ),
         (
             {"distill": {"tensor_parallel_size": 4, "pipeline_parallel_size": 2, "gpus": 4}},
-            "compute.distill: tensor_parallel_size 4 x pipeline_parallel_size 2 is more than the 4 gpus of an",
+            "compute.distill: tensor_parallel_size 4 x pipeline_parallel_size 2 is more than the 4 gpus of an actor. "
+            "Raise gpus to 8, or nodes to 2.",
+        ),
+        (
+            {"distill": {"tensor_parallel_size": 4, "gpus": 8}},
+            "compute.distill: tensor_parallel_size 4 leaves 4 of the 8 gpus of an actor idle. "
+            "Raise tensor_parallel_size or pipeline_parallel_size, or lower gpus.",
+        ),
+        (
+            {"distill": {"gpus": 2}},
+            "compute.distill: an engine of one GPU leaves 1 of the 2 gpus of an actor idle. Raise tensor_parallel_size",
+        ),
+        (
+            {"distill": {"tensor_parallel_size": 8, "gpus": 8, "nodes": 2}},
+            "compute.distill: tensor_parallel_size 8 leaves 8 of the 16 gpus of an actor idle. "
+            "Raise tensor_parallel_size or pipeline_parallel_size, or lower gpus or nodes.",
+        ),
+        (
+            {"distill": {"pipeline_parallel_size": 2, "nodes": 2}},
+            "compute.distill: nodes 2 with 0 gpus on each hold no engine. Raise gpus.",
+        ),
+        (
+            {"distill": {"pipeline_parallel_size": 2, "nodes": 2, "gpus": 1}},
+            "compute.distill.nodes: 2 are more than this machine, the one node of compute.ray.address: local. Give",
         ),
         (
             {"train": {"deepspeed": "gs://bucket/zero.json"}},

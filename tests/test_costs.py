@@ -310,6 +310,34 @@ def test_estimate_of_a_70b_on_two_nodes_of_8_gpus(data, tmp_path, monkeypatch, z
     assert (cost.processes, cost.fits) == (16, zero_stage == 3)
 
 
+def test_estimate_of_engines_on_gpus_counts_the_weights_of_each(data, tmp_path, monkeypatch):
+    """In bfloat16: 141.1 GB of a 70B, over both sizes, less what stays in main memory."""
+    shape = costs.shape_of_directory(write_headers(tmp_path / "large", "meta-llama/Llama-3.3-70B-Instruct"))
+    monkeypatch.setattr(costs, "shape_of_directory", lambda _: shape)
+    engine = {"engine": "vllm", "dtype": "bfloat16"}
+    given = {"distill": {"dtype": "bfloat16"}, "evaluate": data["evaluate"] | engine, "arms": {"distilled": {}}}
+    recipe = validate(Recipe, data | given)
+
+    def estimate(gpu: float | None, distill: dict) -> dict[str, costs.Cost]:
+        ray = {"address": "auto", "gpu_memory_gb": gpu}
+        compute = validate(Compute, {"ray": ray, "distill": distill, "evaluate": {"gpus": 4}})
+        found = costs.estimate_stages(recipe, compute, pipeline.chain(recipe), Storage("x"))
+        return {cost.stage: cost for cost in found}
+
+    two = {"gpus": 8, "nodes": 2, "tensor_parallel_size": 8, "pipeline_parallel_size": 2}
+    for distill, gpu, weights, fits in (
+        (two, 80, "8.82", True),
+        (two, 9.9, "8.82", True),
+        (two, 9.7, "8.82", False),  # of which vLLM takes nine tenths
+        (two, None, "8.82", None),
+        ({"gpus": 1}, 80, "141.11", False),
+        ({"gpus": 1, "engine": {"cpu_offload_gb": 80}}, 80, "55.21", True),  # GiB
+    ):
+        cost = estimate(gpu, distill)["distill"]
+        assert (cost.gb, cost.parts, cost.fits) == (None, f"vLLM takes 90% of a GPU, weights {weights} of it", fits)
+    assert estimate(80, two)["evaluate"].parts == "vLLM takes 90% of a GPU, weights 35.28 of it"
+
+
 def test_estimate_sweep_takes_the_most_of_any_recipe(data, tmp_path):
     data["train"] |= {"rows": 8}
     (tmp_path / "recipe.yaml").write_text(json.dumps(data))

@@ -1,6 +1,7 @@
 """An endpoint that fails in every way: each is one line or another try, and no row is lost, doubled or swapped."""
 
 import email.utils
+import json
 import threading
 import time
 from collections import Counter
@@ -281,6 +282,21 @@ def test_endpoint_check_names_the_obstacle_in_one_line(server, models, line):
     with pytest.raises(UserError, match=f"^distill.teacher.{line}") as error:
         Client(served).require_model()
     assert len(error.value.problems) == 1 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("context", [9, None])
+def test_endpoint_check_minds_the_context_where_the_server_says_it(server, context):
+    own = {"id": NAME, "max_model_len": context} if context else {"id": NAME}
+    data = [{"id": "another/model", "max_model_len": 1}, own]
+    server.models = lambda: (200, {}, json.dumps({"data": data}))
+    client = Client(ServedModel(endpoint=server.url, model=NAME))
+    client.require_model(8)
+    if context is None:
+        client.require_model(10**6)
+        return
+    line = "9 is more than the context of 9 holds that some/teacher is served with. Lower distill.max_new_tokens to 8 "
+    with pytest.raises(UserError, match=f"^distill.max_new_tokens: {line}"):
+        client.require_model(9)
 
 
 def test_endpoint_check_of_nobody_is_one_line(server):

@@ -323,9 +323,13 @@ def test_check_of_rewrites_minds_the_context_of_another_teacher(problems, tmp_pa
     teacher = {"path": str(make_tiny_model(tmp_path / "short", max_position_embeddings=256))}
     assert problems(distill={"teacher": teacher, "max_new_tokens": 100}) == []
     (line,) = problems(distill={"teacher": teacher, "max_new_tokens": 256})
-    assert line.where == "distill.max_new_tokens" and "context of 256" in line
+    assert line.where == "distill.max_new_tokens" and "256 is more than the teacher's context of 256 holds" in line
     (line,) = problems([row(i, prompt=180) for i in range(9)], distill={"teacher": teacher, "max_new_tokens": 100})
-    assert line.where == "distill.max_new_tokens" and "which is 256, leave 156 to a prompt" in line
+    assert line.where == "distill.max_new_tokens"
+    assert "100 tokens of the teacher's context, which is 256, leave 156 to a prompt" in line
+    compute = Compute.model_validate({"distill": {"engine": {"max_model_len": 257}}})
+    (line,) = problems(compute=compute, distill={"teacher": teacher, "max_new_tokens": 100})
+    assert line.where == "compute.distill.engine.max_model_len" and "257 is more than the teacher's context of" in line
 
 
 @pytest.mark.parametrize(

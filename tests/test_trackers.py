@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import sqlite3
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -168,6 +169,46 @@ def test_watcher_of_a_training_passes_on_each_step_once_also_after_a_worker_bega
     assert [(step, metrics["train/loss"]) for step, metrics in run] == [(n, 1 / n) for n in (1, 2, 3)]
     assert run[1][1]["train/validation_loss"] == 0.5 and run[2][1]["train/tokens_per_second"] == 9.0
     assert (validated, progress.done) == ([(2, 0.5)], 3)
+
+
+def test_watcher_of_a_training_says_once_what_fails_and_goes_on(storage, monkeypatch, capsys):
+    import ray
+
+    from sdft_ray.progress import Progress
+    from sdft_ray.results import Step
+    from sdft_ray.stages.train.fit import _Watcher
+    from sdft_ray.stages.train.log import Stepped
+
+    steps = [Step(step=n, loss=1.0, lr=0.1, grad_norm=1.0, validation_loss=n / 2) for n in (1, 2, 3, 4)]
+    reports = [[Stepped(step, "", {})] for step in steps]
+    answers = iter([*reports[:2], OSError("no answer"), [*reports[2], *reports[3]]])
+    read, validated = threading.Event(), []
+
+    def get(_) -> list:
+        answer = next(answers, [])
+        if not answer:
+            read.set()
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    def pass_on(step: int, loss: float) -> None:
+        if step in (1, 3):
+            raise ValueError(f"nobody wants step {step}")
+        validated.append((step, loss))
+
+    monkeypatch.setattr(ray, "get", get)
+    monkeypatch.setattr(sys.modules[_Watcher.__module__], "_ASK_SECONDS", 0.01)
+    ticker = SimpleNamespace(read=SimpleNamespace(remote=lambda: None))
+    progress = Progress("train", "steps", 4)
+    work = SimpleNamespace(progress=progress, validated=pass_on)
+    with Tracking([], RUN, storage, "0") as tracking, _Watcher(work, ticker, tracking):
+        assert read.wait(30)
+    assert (validated, progress.done) == ([(2, 1.0), (4, 2.0)], 4)
+    assert capsys.readouterr().err == (
+        "train: its progress: ValueError: nobody wants step 1; nothing else depends on it, and further errors are not "
+        "shown\n"
+    )
 
 
 # --- the compute file ----------------------------------------------------------------------------------------

@@ -53,6 +53,8 @@ def check(recipe: Recipe, compute: Compute, read: limits.FileReader = limits.rea
     base = limits.Reader(facts.context if facts else None, limits.token_counter(recipe.model))
     rewriting = recipe.distill.teacher if recipe.arms.need_rewrites else None
     teacher = limits.Reader(teaching.context if teaching else None, base.count)
+    if rewriting:
+        teacher = teacher._replace(name="the teacher")
     if isinstance(rewriting, LocalModel):
         teacher = teacher._replace(count=limits.token_counter(rewriting))
     limits.require_numbers(recipe, base, teacher)

@@ -58,9 +58,13 @@ def estimate_sweep(plan: Plan, compute: Compute, storage: Storage) -> list[Cost]
         for cost in estimate_stages(cell.recipe, compute, pipeline.chain(cell.recipe), storage):
             by_stage.setdefault(cost.stage, []).append(cost)
     return [
-        dataclasses.replace(max(costs, key=lambda cost: cost.gb or 0), work=max(costs, key=_amount).work)
-        for costs in by_stage.values()
+        dataclasses.replace(max(costs, key=_memory), work=max(costs, key=_amount).work) for costs in by_stage.values()
     ]
+
+
+def _memory(cost: Cost) -> tuple[float, bool]:
+    """Return what the costs of a stage are compared by; of engines on GPUs only what does not fit is known."""
+    return cost.gb or 0, cost.fits is False
 
 
 def _amount(cost: Cost) -> float:
@@ -166,10 +170,19 @@ def _drafts(
 
 
 def _engine(stage: str, work: str, processes: int, weights: int | None, compute: Compute, section: _Engines) -> Cost:
-    """Return the cost of processes with vLLM: its part of a GPU; or process, weights and KV cache."""
+    """Return the cost of processes with vLLM: its part of a GPU; or process, weights and KV cache.
+
+    On GPUs it does not fit where the weights of one leave nothing of vLLM's part to the KV cache.
+    """
     if section.gpus:
-        parts = f"vLLM takes {section.engine.gpu_memory_utilization:.0%} of a GPU"
-        return _cost(stage, work, processes, None, parts, compute, section.gpus)
+        options, gpu = section.engine_options(), compute.ray.gpu_memory_gb
+        parts = f"vLLM takes {options.gpu_memory_utilization:.0%} of a GPU"
+        if weights is None:
+            return Cost(stage, work, processes, None, parts)
+        each = weights / options.tensor_parallel_size / options.pipeline_parallel_size
+        each = max(0.0, each - (options.cpu_offload_gb or 0) * 2**30) / 1e9
+        fits = each < options.gpu_memory_utilization * gpu if gpu else None
+        return Cost(stage, work, processes, None, f"{parts}, weights {each:.2f} of it", fits)
     cache = round(section.engine.kv_cache_gib * 2**30)
     bytes_each = weights and weights + memory.ENGINE_BYTES + cache
     return _cost(stage, work, processes, bytes_each, f"of it KV cache {cache / 1e9:.1f}", compute, 0)
@@ -270,9 +283,11 @@ def _evaluate(recipe: Recipe, compute: Compute, shape: memory.Shape | None, mode
     number, bytes_each = _bytes(settings.dtype), None
     if shape is not None:
         bytes_each = memory.holding_memory(shape, number, section.batch_size * 256)
-    if settings.engine == "vllm":  # on a CPU beside the model in transformers
-        both = None if shape is None or bytes_each is None else bytes_each + number * shape.parameters
-        return _engine("evaluate", work, _at_once(compute, models * section.actors), both, compute, section)
+    if settings.engine == "vllm":
+        weights = None if shape is None else number * shape.parameters
+        if weights is not None and bytes_each is not None and not section.gpus:
+            weights += bytes_each  # of the model in transformers, which stays beside it on a CPU
+        return _engine("evaluate", work, _at_once(compute, models * section.actors), weights, compute, section)
     at_once = _at_once(compute, models * (section.actors if section.actors > 1 else len(settings.tasks)))
     return _cost("evaluate", work, at_once, bytes_each, "", compute, section.gpus)
 

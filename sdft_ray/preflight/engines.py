@@ -15,9 +15,9 @@ from sdft_ray.errors import UserError, problem
 from sdft_ray.models import sources
 from sdft_ray.models.directory import ModelFacts
 from sdft_ray.progress import log
-from sdft_ray.spec.compute import Compute, EngineOptions
+from sdft_ray.spec.compute import Compute, Distill, EngineOptions
 from sdft_ray.spec.recipe import Recipe
-from sdft_ray.spec.sources import LocalModel
+from sdft_ray.spec.sources import LocalModel, ServedModel
 
 # vLLM's code of these also holds that of their eyes; PyPI's torchvision does not work beside a CPU's torch.
 _NEED_TORCHVISION = ("qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text")
@@ -37,13 +37,31 @@ def require_fitting(recipe: Recipe, compute: Compute, base: ModelFacts | None, t
         _require_room(base, *evaluate)
     if teacher:
         _require_generating(teacher, *distill)
-        _require_room(teacher, *distill)
+        _require_room(teacher, *distill, "the teacher" if recipe.distill.teacher else "the model")
     if recipe.arms.need_rewrites and recipe.distill.lookup and compute.distill.engine.async_scheduling:
         what = "vLLM does not schedule a pass ahead where distill.lookup proposes tokens"
         raise UserError(problem("compute.distill.engine.async_scheduling", what, "Remove it"))
     _require_exact(recipe, compute)
     _require_gpu(*distill)
     _require_gpu(*evaluate)
+    if compute.distill.nodes > 1:
+        _require_spreadable(recipe, compute.distill)
+    if recipe.evaluate.engine == "transformers" and (gpus := compute.evaluate.gpus) > 1:
+        what = f"transformers computes on one GPU, so {gpus - 1:g} of {gpus:g} are idle"
+        log(problem("compute.evaluate.gpus", what, "Set it to 1, or set evaluate.engine: vllm"))
+
+
+def _require_spreadable(recipe: Recipe, plan: Distill) -> None:
+    """Raise UserError for a stage whose engines cannot be spread over nodes; report layers that are: that only costs
+    speed."""
+    if recipe.draft:
+        what = f"{plan.nodes} nodes hold one engine, and a draft is measured beside its target"
+        raise UserError(problem("compute.distill.nodes", what, "Remove draft, or set nodes: 1"))
+    gpus, size = int(plan.gpus), plan.tensor_parallel_size
+    if recipe.arms.need_rewrites and not isinstance(recipe.distill.teacher, ServedModel) and gpus % size:
+        what = f"{size} GPUs share each layer and a node has {gpus}, so each layer waits for the network between nodes"
+        do = f"Set it to {gpus}, and pipeline_parallel_size: {plan.nodes}"
+        log(problem("compute.distill.tensor_parallel_size", what, do))
 
 
 def _require_exact(recipe: Recipe, compute: Compute) -> None:
@@ -71,11 +89,11 @@ def _require_gpu(section: str, gpus: float, engine: EngineOptions) -> None:
             raise UserError(problem(f"compute.{section}.engine.{name}", what, "Remove it"))
 
 
-def _require_room(facts: ModelFacts, section: str, gpus: float, engine: EngineOptions) -> None:
-    """Raise UserError for numbers of tokens that vLLM refuses together."""
+def _require_room(facts: ModelFacts, section: str, gpus: float, engine: EngineOptions, name: str = "the model") -> None:
+    """Raise UserError for numbers of tokens that vLLM refuses together; name: of the model."""
     where, own, tokens = f"compute.{section}.engine", engine.max_model_len, engine.max_num_batched_tokens
     if own and facts.context and own > facts.context:
-        what = f"{own} is more than the model's context of {facts.context}"
+        what = f"{own} is more than {name}'s context of {facts.context}"
         raise UserError(problem(f"{where}.max_model_len", what, f"Lower it to {facts.context} or less"))
     if tokens is None:
         return

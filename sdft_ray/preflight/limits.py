@@ -52,6 +52,8 @@ class Reader(NamedTuple):
     context: int | None
     """None where it is not known."""
     count: Counter
+    name: str = "the model"
+    """What messages call it."""
 
 
 def require_numbers(recipe: Recipe, base: Reader, teacher: Reader) -> None:
@@ -69,10 +71,10 @@ def require_numbers(recipe: Recipe, base: Reader, teacher: Reader) -> None:
         **{f"{name}.max_new_tokens": new + 1 for name, new in _new_tokens(recipe).items()},  # behind a prompt
     }
     for key, length in lengths.items():
-        context = (teacher if key.startswith("distill.") else base).context
-        if context is not None and length > context:
+        reader = teacher if key.startswith("distill.") else base
+        if (context := reader.context) is not None and length > context:
             got, most = (length - 1, context - 1) if "new" in key else (length, context)
-            what = f"{got} is more than the model's context of {context} holds"
+            what = f"{got} is more than {reader.name}'s context of {context} holds"
             wrong.append(problem(key, what, f"Lower {key} to {most} or less"))
     if wrong:
         raise UserError(*wrong)
@@ -229,7 +231,7 @@ def require_lengths(
     wrong = []
     lengths = [*_lengths(recipe, compute, sources, splits, base.context)] if base.context is not None else []
     if recipe.arms.need_rewrites and teacher.context is not None:
-        lengths.append(_rewriting_length(recipe, compute, sources, splits.train[: recipe.train.rows], teacher.context))
+        lengths.append(_rewriting_length(recipe, compute, sources, splits.train[: recipe.train.rows], teacher))
     for length in lengths:
         count = (teacher if length.key.startswith("distill.") else base).count
         counts = ((text, count(text)) for text in length.texts if len(text.encode()) > length.most)
@@ -281,26 +283,29 @@ def _lengths(
 
 
 def _rewriting_length(
-    recipe: Recipe, compute: Compute, sources: Sequence[RowSource], train: Sequence[Row], context: int
+    recipe: Recipe, compute: Compute, sources: Sequence[RowSource], train: Sequence[Row], teacher: Reader
 ) -> _Length:
+    assert teacher.context is not None
     templates = [rewriting_template(each.answer, each.template or recipe.distill.template) for each in sources]
     given = [ask_for_rewrite(row, templates[row.origin]) for row in train if not reason_not_to_rewrite(row)]
     prompts = ["\n".join(message.content for message in each.messages) for each in given]
     is_here = not isinstance(recipe.distill.teacher, ServedModel)
     own = compute.distill.engine.max_model_len if is_here else None
-    room = _leaves("distill", recipe.distill.max_new_tokens, context, own)
+    room = _leaves("distill", recipe.distill.max_new_tokens, teacher.context, own, teacher.name)
     return _Length("distill.max_new_tokens", prompts, *room, recipe.distill.max_failed_fraction)
 
 
-def _leaves(section: str, new: int, context: int, own: int | None = None) -> tuple[int, int, str, str]:
+def _leaves(
+    section: str, new: int, context: int, own: int | None = None, name: str = "the model"
+) -> tuple[int, int, str, str]:
     """Return the most tokens of a prompt, the most that another value could allow, and what to say and to do; own: the
-    engine's limit of the compute file."""
+    engine's limit of the compute file; name: of the model."""
     if own and own < context:
         key = f"compute.{section}.engine.max_model_len"
         left, do = own - new, f"Raise {key}"
         what = f"{new} tokens of {key}, which is {own}, leave {max(left, 0)} to a prompt"
         return left, context - new, what, do
-    what = f"{new} tokens of the model's context, which is {context}, leave {context - new} to a prompt"
+    what = f"{new} tokens of {name}'s context, which is {context}, leave {context - new} to a prompt"
     return context - new, context - 1, what, f"Lower {section}.max_new_tokens"
 
 

@@ -16,15 +16,19 @@ from sdft_ray.store.storage import Storage
 
 
 def require_endpoints(stages: Iterable[Stage[Any]], storage: Storage | None = None) -> None:
-    """Raise UserError unless each endpoint is there and serves its model.
+    """Raise UserError unless each endpoint is there and serves its model, in whose context the new tokens fit.
 
     storage: where generations lie; an endpoint that has given some is not asked, for it may not be needed any more.
     """
-    served = {
-        teacher.model_dump_json(): teacher
-        for stage in stages
-        if isinstance(stage.settings, distill.Settings) and isinstance(teacher := stage.settings.teacher, ServedModel)
-        if storage is None or not distill.has_generated(stage, storage)
-    }
-    for teacher in served.values():
-        Client(teacher).require_model()
+    served: dict[str, tuple[ServedModel, int]] = {}
+    for stage in stages:
+        if not isinstance(settings := stage.settings, distill.Settings):
+            continue
+        if not isinstance(teacher := settings.teacher, ServedModel):
+            continue
+        if storage is None or not distill.has_generated(stage, storage):
+            key = teacher.model_dump_json()
+            _, others = served.get(key, (teacher, 0))
+            served[key] = teacher, max(others, settings.max_new_tokens)
+    for teacher, new_tokens in served.values():
+        Client(teacher).require_model(new_tokens)

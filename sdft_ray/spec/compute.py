@@ -17,31 +17,13 @@ from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
 
 from sdft_ray.errors import UserError, problem
+from sdft_ray.spec.amounts import Count, Gpus, OneGpu
 from sdft_ray.spec.loading import load_section
 from sdft_ray.spec.section import Name, Section, require_distinct, require_path
 
 Auto = Literal["auto"]
-Count = Annotated[int, Field(gt=0)]
 TrackerName = Literal["wandb", "mlflow", "trackio"]
 S = TypeVar("S", "Score", "Distill", "Train", "Evaluate")
-
-
-def _require_shares(gpus: float) -> float:
-    """Return a number of GPUs; raises ValueError for one that Ray gives to no process."""
-    if gpus > 1 and not gpus.is_integer():
-        raise ValueError(f"{gpus:g} GPUs are no whole number, and no part of one. Give {math.ceil(gpus)}, or 1 or less")
-    return gpus
-
-
-def _require_one(gpus: float) -> float:
-    """Return the GPUs of a process that computes on one; raises ValueError for more."""
-    if gpus > 1:
-        raise ValueError(f"{gpus:g} are more than the one that a process computes on. Set gpus: 1, and start more")
-    return gpus
-
-
-Gpus = Annotated[float, Field(ge=0), AfterValidator(_require_shares)]
-OneGpu = Annotated[float, Field(ge=0), AfterValidator(_require_one)]
 
 
 class Node(Section):
@@ -135,6 +117,8 @@ class EngineOptions(Engine):
 
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
+    distributed_executor_backend: Literal["ray"] | None = None
+    """vLLM decides where absent: one process, or one a GPU of its node."""
 
 
 def _as_pool(given: Any) -> Any:
@@ -168,13 +152,16 @@ class Distill(Section):
     actors: OneNumberOrPool = Pool(max=1)
     """Number of actors; {min: 1, max: 16} grows with the capacity of the cluster and shrinks when rows run out."""
     cpus: Count | Auto = "auto"
-    """CPUs of one actor; `auto` shares this machine's cores among the actors."""
+    """CPUs of one actor on each of its nodes; `auto` shares this machine's cores among the actors."""
     gpus: Gpus = 0
-    """GPUs of one actor; 0 generates on the CPU."""
+    """GPUs of one actor on each of its nodes; 0 generates on the CPU."""
+    nodes: Count = 1
+    """Nodes that the engine of one actor is spread over, for a model that the GPUs of one node are too small for."""
     tensor_parallel_size: int = Field(1, gt=0)
-    """GPUs that each layer of the model is spread over; it must divide the attention heads."""
+    """GPUs that each layer of the model is spread over; it must divide the attention heads. Those of one node are
+    fastest: with more each layer waits for the network."""
     pipeline_parallel_size: int = Field(1, gt=0)
-    """Groups of GPUs that the blocks of the model are spread over. An actor needs gpus for both sizes multiplied."""
+    """Groups of GPUs that the blocks of the model are spread over. Both sizes multiplied are nodes x gpus."""
     batch_rows: int = Field(2048, gt=0)
     """Rows handed to an actor at once, fewer where there are too few for all actors. Its engine schedules them itself
     and runs empty only at their end."""
@@ -190,16 +177,27 @@ class Distill(Section):
     endpoint: Endpoint = Endpoint()
 
     @model_validator(mode="after")
-    def _has_gpus_for_its_engine(self) -> Self:
+    def _uses_its_gpus(self) -> Self:
         sizes = {name: size for name in _SIZES if (size := getattr(self, name)) > 1}
-        if (needed := math.prod(sizes.values())) > max(1, self.gpus):
-            what = " x ".join(f"{name} {size}" for name, size in sizes.items())
-            raise ValueError(f"{what} is more than the {self.gpus:g} gpus of an actor. Raise gpus to {needed}")
+        needed, given = math.prod(sizes.values()), self.nodes * self.gpus
+        what = " x ".join(f"{name} {size}" for name, size in sizes.items()) or "an engine of one GPU"
+        if self.nodes > 1 and self.gpus < 1:
+            raise ValueError(f"nodes {self.nodes} with {self.gpus:g} gpus on each hold no engine. Raise gpus")
+        if needed > max(1, given):
+            fewest = math.ceil(needed / self.nodes)
+            nodes = needed / self.gpus if self.tensor_parallel_size <= self.gpus else math.inf
+            more = f", or nodes to {nodes:g}" if nodes.is_integer() else ""
+            raise ValueError(f"{what} is more than the {given:g} gpus of an actor. Raise gpus to {fewest}{more}")
+        if given > max(1, needed):
+            do = f"Raise tensor_parallel_size or pipeline_parallel_size, or lower gpus{' or nodes' * (self.nodes > 1)}"
+            raise ValueError(f"{what} leaves {given - needed:g} of the {given:g} gpus of an actor idle. {do}")
         return self
 
     def engine_options(self) -> EngineOptions:
         """Return the options of an actor's engine."""
-        return EngineOptions(**dict(self.engine), **{name: getattr(self, name) for name in _SIZES})
+        sizes = {name: getattr(self, name) for name in _SIZES}
+        over_nodes: dict[str, Any] = {"distributed_executor_backend": "ray"} if self.nodes > 1 else {}
+        return EngineOptions(**dict(self.engine), **sizes, **over_nodes)
 
     def endpoint_options(self) -> Endpoint:
         """Return how one actor asks an endpoint."""
@@ -298,10 +296,12 @@ class Compute(Section):
     Each needs its library (`pip install 'sdft-ray[mlflow]'`); keys and addresses come from the environment."""
 
     def needs(self) -> dict[str, tuple[int, int, float]]:
-        """Return how many bundles of how many CPUs and GPUs the stages of each section hold at once, at least."""
+        """Return how many bundles of how many CPUs and GPUs the stages of each section hold at once, at least; a bundle
+        is on one node."""
+        engines = self.distill.actors.min * self.distill.nodes
         return {
             "score": (self.score.actors, settled(self.score.cpus), self.score.gpus),
-            "distill": (self.distill.actors.min, settled(self.distill.cpus), self.distill.gpus),
+            "distill": (engines, settled(self.distill.cpus), self.distill.gpus),
             "train": (self.train.workers.min, settled(self.train.cpus), self.train.gpus),
             "evaluate": (1, settled(self.evaluate.cpus), self.evaluate.gpus),
         }
@@ -354,6 +354,9 @@ def load_compute(path: Path | Mapping[str, Any] | None = None) -> Compute:
     }
     compute = compute.model_copy(update=sections)
     if compute.ray.address == "local":
+        if (nodes := compute.distill.nodes) > 1:
+            what = f"{nodes} are more than this machine, the one node of compute.ray.address: local"
+            raise UserError(problem("compute.distill.nodes", what, "Give compute.ray.address a running cluster"))
         short = [
             problem(
                 f"compute.{name}",

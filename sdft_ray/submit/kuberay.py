@@ -84,7 +84,7 @@ def worker_pods(compute: Compute) -> tuple[Node, int]:
     """
     widest = {
         "score": (compute.score.actors, compute.score.cpus, compute.score.gpus),
-        "distill": (compute.distill.actors.max, compute.distill.cpus, compute.distill.gpus),
+        "distill": (compute.distill.actors.max * compute.distill.nodes, compute.distill.cpus, compute.distill.gpus),
         "train": (compute.train.workers.max, compute.train.cpus, compute.train.gpus),
         "evaluate": (1, compute.evaluate.cpus, compute.evaluate.gpus),
     }

@@ -1,6 +1,7 @@
 """A teacher that is not the base: what it moves, what it may be, and where it is named."""
 
 import json
+import math
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,8 +13,10 @@ from served import NAME, completion, failure, fake_server
 from tiny import make_tiny_model
 
 from sdft_ray import pipeline
+from sdft_ray.endpoint import Client
 from sdft_ray.errors import UserError
 from sdft_ray.preflight.checks import check
+from sdft_ray.preflight.teachers import require_endpoints
 from sdft_ray.report.lines import selection_line
 from sdft_ray.spec.compute import Compute, Distill, Evaluate, load_compute
 from sdft_ray.spec.recipe import Recipe
@@ -179,6 +182,14 @@ def test_teacher_of_the_hub_is_downloaded_though_it_could_not_be_cut(tmp_path):
     assert "teaches" not in model.stage(validate(Recipe, BARE | {"model": HUB}).model).identity["settings"]
 
 
+def test_check_of_an_endpoint_asks_once_for_the_longest_answers_of_all_recipes(recipe, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Client, "require_model", lambda self, tokens: asked.append(tokens))
+    chains = [chain_of(with_teacher(recipe, SERVED, max_new_tokens=most)) for most in (4, 16, 8)]
+    require_endpoints(stage for chain in chains for stage in chain.in_order)
+    assert asked == [16]
+
+
 HUB = {"repo": "a/b", "revision": "0" * 40}
 BARE = {
     "rows": {"gym": "chain_sum", "limit": 99},
@@ -188,8 +199,27 @@ BARE = {
 
 
 def spread(**sizes) -> Compute:
-    compute = load_compute()
-    return compute.model_copy(update={"distill": Distill(cpus=1, gpus=64, **sizes)})
+    compute, nodes = load_compute(), sizes.pop("nodes", 1)
+    gpus = math.prod(sizes.values()) // nodes
+    return compute.model_copy(update={"distill": Distill(cpus=1, gpus=gpus, nodes=nodes, **sizes)})
+
+
+def test_layers_over_nodes_are_reported_blocks_over_nodes_are_not_and_drafts_are_refused(recipe, capsys):
+    taught = validate(Recipe, recipe)  # 2 heads, 6 blocks
+    check(taught, spread(nodes=2, tensor_parallel_size=1, pipeline_parallel_size=2))
+    check(taught, spread(nodes=2, tensor_parallel_size=2, pipeline_parallel_size=2))
+    assert not capsys.readouterr().err
+    across = spread(nodes=2, tensor_parallel_size=2, pipeline_parallel_size=1)
+    check(taught, across)
+    assert capsys.readouterr().err == (
+        "compute.distill.tensor_parallel_size: 2 GPUs share each layer and a node has 1, so each layer waits for the "
+        "network between nodes. Set it to 1, and pipeline_parallel_size: 2.\n"
+    )
+    check(validate(Recipe, with_teacher(recipe, SERVED)), across)
+    assert not capsys.readouterr().err
+    line = r"^compute\.distill\.nodes: 2 nodes hold one engine, and a draft is measured beside .*\. Remove draft, or"
+    with pytest.raises(UserError, match=line):
+        check(validate(Recipe, recipe | {"draft": {"tokens": [1], "prompts": 1}}), across)
 
 
 def test_parallel_sizes_must_divide_the_heads_and_leave_each_group_a_block(recipe, tmp_path, capsys):
@@ -201,7 +231,10 @@ def test_parallel_sizes_must_divide_the_heads_and_leave_each_group_a_block(recip
     with pytest.raises(UserError, match=line):
         check(short, spread(tensor_parallel_size=4))
     evaluating = load_compute().model_copy(update={"evaluate": Evaluate(gpus=4)})
+    assert not capsys.readouterr().err
     check(short, evaluating)
+    line = "compute.evaluate.gpus: transformers computes on one GPU, so 3 of 4 are idle. Set it to 1, or set evaluate"
+    assert capsys.readouterr().err.startswith(line)
     by_engine = validate(Recipe, recipe | {"evaluate": recipe["evaluate"] | {"engine": "vllm"}})
     with pytest.raises(UserError, match=r"^compute.evaluate.gpus: 4 does not divide the 2 attention heads"):
         check(by_engine, evaluating)

@@ -34,6 +34,7 @@ from sdft_ray.stages import Work
 from sdft_ray.stages.distill.dataset import Figures, count_reasons, write_dataset
 from sdft_ray.stages.distill.dealing import Dealt, RowId, deal
 from sdft_ray.stages.distill.draws import Settings, Source, instruction_templates
+from sdft_ray.stages.distill.placement import Groups
 from sdft_ray.stages.distill.requests import Requests, write_requests
 from sdft_ray.stages.distill.rewriter import Counts, Note, Rewriter
 from sdft_ray.stages.distill.spread import Folder, Range, ranges_of
@@ -271,6 +272,26 @@ def ledger_id(stage: Stage[Settings], template: str) -> str:
 def _generate(work: Work[Settings], requests: Requests, ledger: Path) -> None:
     import ray
 
+    plan, served = work.compute.distill, isinstance(work.settings.teacher, ServedModel)
+    with contextlib.ExitStack() as stack:
+        takes: dict[str, Any] = {"num_gpus": None if served else plan.gpus or None}
+        if plan.nodes > 1 and not served:
+            takes = {"ray_remote_args_fn": stack.enter_context(Groups(plan)).begin}
+        dataset = _rewritten(work, requests, ledger, takes)
+        tally = _Tally(work)
+        try:
+            for piece in dataset.iter_batches(batch_size=None):
+                tally.add(**{name: column.tolist()[0] for name, column in piece.items()})
+        except ray.exceptions.RayActorError as error:
+            work.storage.bring(ledger, ".trying-*")
+            kept = f"What was generated is kept in {work.storage.describe(ledger)}"
+            raise StageFailed(f"distill: {_died_on(ledger) or error}. {kept}") from error
+
+
+def _rewritten(work: Work[Settings], requests: Requests, ledger: Path, takes: Mapping[str, Any]) -> Any:
+    """Return the dataset of how far batches are, which actors work through; takes: Ray's options of an actor."""
+    import ray
+
     plan, pool = work.compute.distill, work.compute.distill.actors
     served = isinstance(work.settings.teacher, ServedModel)
     batches = [*shares(requests.missing, pool.max, plan.batch_rows)]
@@ -297,21 +318,15 @@ def _generate(work: Work[Settings], requests: Requests, ledger: Path) -> None:
             max_tasks_in_flight_per_actor=1 if pool.min == pool.max else 2,
         ),
         num_cpus=settled(plan.cpus),
-        num_gpus=None if served else plan.gpus or None,
         # Ray Data's own default is to try for ever.
         max_restarts=plan.max_failures,
         max_task_retries=plan.max_failures,
+        **takes,
     )
     dataset.context.raise_original_map_exception = True  # what an endpoint ends with, in its own words
     dataset.context.target_max_block_size = 1  # else what a batch yields comes to the driver at the batch's end
-    tally = _Tally(work)
-    try:
-        for piece in dataset.iter_batches(batch_size=None):
-            tally.add(**{name: column.tolist()[0] for name, column in piece.items()})
-    except ray.exceptions.RayActorError as error:
-        work.storage.bring(ledger, ".trying-*")
-        kept = f"What was generated is kept in {work.storage.describe(ledger)}"
-        raise StageFailed(f"distill: {_died_on(ledger) or error}. {kept}") from error
+    dataset.context.issue_detectors_config.detectors = []  # one asks for an actor's options, and starts none
+    return dataset
 
 
 class _Tally:

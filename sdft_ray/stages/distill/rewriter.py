@@ -25,6 +25,7 @@ from sdft_ray.models.generation import sampling_seed
 from sdft_ray.spec.compute import Endpoint, EngineOptions
 from sdft_ray.stages.distill.draws import Settings, best_lines, keeps, next_draw, rules_of
 from sdft_ray.stages.distill.instructions import prompts_of
+from sdft_ray.stages.distill.placement import bring_to_nodes
 from sdft_ray.stages.distill.requests import Asked, Requests
 from sdft_ray.store import ledger as ledgers
 from sdft_ray.store.identity import Stage
@@ -76,8 +77,13 @@ class Rewriter:
         import ray
         from transformers import AutoTokenizer
 
-        directory = str(model())
-        self.engine = engine(directory, stage.settings, options, alone)
+        over_nodes = isinstance(options, EngineOptions) and options.distributed_executor_backend
+        directory = str(bring_to_nodes(model) if over_nodes else model())
+        try:
+            self.engine = engine(directory, stage.settings, options, alone)
+        except ray.exceptions.RayActorError:  # of the engine on another node: raised, it would end the stage
+            traceback.print_exc()
+            os._exit(1)
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
         self.settings, self.requests = stage.settings, requests
         self.piece_rows, self.piece_seconds = piece

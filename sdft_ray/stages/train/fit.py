@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from sdft_ray.cluster import Watch, ticker
 from sdft_ray.errors import StageFailed, problem
 from sdft_ray.results import Step, validations
 from sdft_ray.spec import compute
@@ -27,8 +28,6 @@ _ASK_SECONDS = 1.0  # between two looks at how far the workers are
 def fit(work: Work[Any], given: dict[str, Any]) -> Outcome:
     """Run the workers and return what rank 0 wrote down at the end; `given` is the user's DeepSpeed JSON."""
     from ray.train.v2.api.exceptions import TrainingFailedError
-
-    from sdft_ray.cluster import ticker
 
     if (work.resumable / RESULT).is_file():  # killed between the last step and the commit
         return Outcome.from_file(work.resumable / RESULT)
@@ -90,19 +89,15 @@ class _Watcher:
 
     def __init__(self, work: Work[Any], ticker: Any, tracking: Tracking) -> None:
         self._ticker, self._work, self._tracking = ticker, work, tracking
-        self._finished = threading.Event()
         self._reported: set[int] = set()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._watch = Watch(f"{work.progress.stage}: its progress", _ASK_SECONDS, self._read)
 
     def __enter__(self) -> Self:
-        self._thread.start()
+        self._watch.__enter__()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._finished.set()
-        self._thread.join()
-        if kind is None:  # else Ray itself may be gone
-            self._read()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self._watch.__exit__(kind, *error)
 
     def report_validations(self, losses: Iterable[tuple[int, float]]) -> None:
         """Pass on the validation losses that nobody has heard of yet."""
@@ -111,25 +106,24 @@ class _Watcher:
                 self._reported.add(step)
                 self._work.validated(step, loss)
 
-    def _watch(self) -> None:
-        while not self._finished.wait(_ASK_SECONDS):
-            self._read()
-
     def _read(self) -> None:
         """Pass on what the workers reported since the last time."""
         import ray
 
+        for report in ray.get(self._ticker.read.remote()):  # once: an error of one must not lose the others
+            self._watch.attempt(self._take, report)
+
+    def _take(self, report: Begun | Stepped) -> None:
         progress = self._work.progress
-        for report in ray.get(self._ticker.read.remote()):
-            match report:
-                case Begun(history):
-                    if len(history) != progress.done:
-                        progress.begin(progress.total, len(history))
-                    for step in history:  # an earlier command may have ended before it passed them on
-                        self._pass_on(step, step.metrics())
-                case Stepped(step, note, metrics):
-                    self._pass_on(step, metrics)
-                    progress.update(step.step, note)
+        match report:
+            case Begun(history):
+                if len(history) != progress.done:
+                    progress.begin(progress.total, len(history))
+                for step in history:  # an earlier command may have ended before it passed them on
+                    self._pass_on(step, step.metrics())
+            case Stepped(step, note, metrics):
+                progress.update(step.step, note)
+                self._pass_on(step, metrics)
 
     def _pass_on(self, step: Step, metrics: Mapping[str, float]) -> None:
         self.report_validations(validations([step]))
