@@ -37,7 +37,7 @@ def write_card(origin: Origin, name: str, base: str | None, files: Sequence[str]
     name: its name on the hub; base: that of the base, where the manifests do not have it; files: paths of the model's
     files; dataset: the name on the hub of the rewrites that it was trained on, where they are there.
     """
-    base = base or _base_repo(origin)
+    base = base or (origin.base.identity.settings.get("repo") if origin.base else None)
     removed, shared = origin.cut, [scored for scored in origin.scores if scored.base]
     licence = next((file for file in files if _LICENCE.match(file)), None)
     return _template().render(
@@ -65,10 +65,6 @@ def write_card(origin: Origin, name: str, base: str | None, files: Sequence[str]
         recipe=dump_yaml(_recipe(origin)),
         version=origin.model.provenance.packages.get("sdft-ray", ""),
     )
-
-
-def _base_repo(origin: Origin) -> str | None:
-    return origin.base.identity.settings.get("repo") if origin.base else None
 
 
 def _base_name(origin: Origin) -> str:

@@ -196,6 +196,3 @@ class Report(Record):
     @property
     def tasks(self) -> list[str]:
         return list(self.base.quality.tasks)
-
-
-# --- a sweep --------------------------------------------------------------------------------------------------

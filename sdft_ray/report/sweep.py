@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sdft_ray import pipeline
@@ -117,22 +118,21 @@ class _Untuned:
         """The pruned models."""
         return {chain.pruned.id: chain.pruned for chain in self.chains}
 
+    def _models(self) -> Iterator[tuple[str, Stage[Any], pipeline.Chain]]:
+        """Yield the name, the stage and the chain of each base, pruned and patched model."""
+        for chain, name in itertools.product(self.chains, ("base", "pruned", "patched")):
+            if name in chain.models:
+                yield name, chain.models[name], chain
+
     @functools.cached_property
     def evaluations(self) -> dict[str, Evaluations]:
         """For each base, pruned and patched model its evaluations, by task."""
-        names = ("base", "pruned", "patched")
-        return {
-            chain.models[name].id: chain.tasks_of(name)
-            for chain in self.chains
-            for name in names
-            if name in chain.models
-        }
+        return {stage.id: chain.tasks_of(name) for name, stage, chain in self._models()}
 
     @functools.cached_property
     def retentions(self) -> dict[str, Stage[retention.Settings]]:
         """How near each of them stays to the base, where the recipe asks for that."""
-        kept = [(chain, name) for chain in self.chains for name in ("base", "pruned", "patched")]
-        return {chain.models[name].id: chain.retention[name] for chain, name in kept if name in chain.retention}
+        return {stage.id: kept for name, stage, chain in self._models() if (kept := chain.retention.get(name))}
 
     @functools.cached_property
     def bases(self) -> dict[str, Stage[Any]]:

@@ -310,11 +310,8 @@ def _span_table(metric: str, choices: Mapping[int, JointChoice], corpora: Sequen
 def loss_table(losses: Losses) -> Table:
     """Return the candidates by loss, each with its rank by distance and by influence."""
     title = f"loss on the loss texts in nats a token; nothing removed: {losses.base_loss:.3f}"
-    table = Table("removed", "loss", "rank", "distance rank", "influence rank", box=None, pad_edge=False, title=title)
-    table.title_justify = "left"
-    several = several_corpora(losses)
-    for corpus in several:
-        table.add_column(corpus)
+    columns, several = ("removed", "loss", "rank", "distance rank", "influence rank"), several_corpora(losses)
+    table = Table(*columns, *several, box=None, pad_edge=False, title=title, title_justify="left")
     for rank, candidate in enumerate(losses.candidates, 1):
         table.add_row(
             name_blocks(candidate.blocks),
@@ -333,8 +330,8 @@ STEP_COLUMNS = ("removed", "loss", "next best", "its loss", "bootstrap")
 def greedy_table(greedy: Greedy) -> Table:
     """Return the blocks that were removed one after the other, each with the loss that it left."""
     title = f"loss on the loss texts in nats a token; nothing removed: {greedy.base_loss:.3f}"
-    table = Table(*STEP_COLUMNS, *several_corpora(greedy), box=None, pad_edge=False, title=title)
-    table.title_justify = "left"
+    columns = (*STEP_COLUMNS, *several_corpora(greedy))
+    table = Table(*columns, box=None, pad_edge=False, title=title, title_justify="left")
     for row in greedy_rows(greedy):
         table.add_row(*row)
     return table

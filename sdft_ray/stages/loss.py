@@ -3,8 +3,8 @@
 In: the base model, the calibration corpora and, where spans are tried, the distances. Out: losses.json: each span with
 its loss beside its ranks by distance and by influence; or the blocks that go one after the other, each time the one
 without which the loss is least. It costs a forward pass a candidate and so knows the number of blocks, which `score`
-does not. Nothing is copied: all candidates advance together, block by block, and
-those that have lost the same blocks so far share their state.
+does not. Nothing is copied: all candidates advance together, block by block, and those that have lost the same blocks
+so far share their state.
 
 One after the other every block is a candidate at each step. What a step measured is kept in a ledger that knows nothing
 of the number of blocks: another number goes on from there, and so does a run after a kill.
