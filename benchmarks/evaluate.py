@@ -27,8 +27,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from benchmarks.report import median_and_range, print_figures
 from sdft_ray import pipeline
 from sdft_ray.spec.compute import cores, load_compute
+from sdft_ray.spec.evaluation import Evaluate
 from sdft_ray.spec.loading import load_recipe
-from sdft_ray.spec.recipe import Evaluate
 from sdft_ray.spec.wording import validate
 from sdft_ray.stages import evaluate
 from sdft_ray.stages.evaluate import harness

@@ -44,7 +44,7 @@ def check(options: argparse.Namespace) -> None:
     check(recipe, compute)
     chain = pipeline.chain(recipe)
     lines = pipeline.describe(chain.in_order, storage)
-    todo, _ = pipeline.survey(chain.in_order, storage)
+    todo = [stage for stage, line in zip(chain.in_order, lines, strict=True) if line.status != "done"]
     precision.report_slow(todo, compute)
     teachers.require_endpoints(todo)
     costs = estimate_stages(recipe, compute, chain, storage) if options.compute else []
@@ -86,8 +86,7 @@ def run(options: argparse.Namespace) -> None:
 
     recipe, compute, storage = _load(options)
     reports = options.until in (None, "evaluate")
-    if options.until is not None:
-        pipeline.require_stage(options.until)
+    pipeline.require_stage(options.until)
     for name in ("html", "json"):
         if getattr(options, name) and not reports:
             what = f"shows what --until {options.until} leaves out"
@@ -151,8 +150,7 @@ def submit(options: argparse.Namespace) -> int:
     from sdft_ray import pipeline
     from sdft_ray.submit import job, kuberay, slurm
 
-    if options.until is not None:
-        pipeline.require_stage(options.until)
+    pipeline.require_stage(options.until)
     if options.print_manifest:
         print(kuberay.render(options.recipe, options.compute, options.root, options.until, options.image), end="")
         return 0
@@ -179,7 +177,7 @@ def _show_report(options: argparse.Namespace, recipe: Recipe, storage: Storage) 
     report = collect.collect(recipe, str(options.recipe), storage)
     _print_report(options, report, terminal.show)
     if options.html:
-        _write_page(options.html, page.render(report))
+        _write("Report", options.html, page.render(report))
     return report
 
 
@@ -190,14 +188,10 @@ def _print_report(options: argparse.Namespace, report: Any, show: Callable[[Any,
         show(report, open_console(160))
 
 
-def _write_page(file: Path, page: str) -> None:
-    _write_text(file, page)
-    log(f"Report: {file}")
-
-
-def _write_text(file: Path, text: str) -> None:
+def _write(kind: str, file: Path, text: str) -> None:
     file.parent.mkdir(exist_ok=True)
     file.write_text(text, encoding="utf-8")
+    log(f"{kind}: {file}")
 
 
 def _check_sweep(options: argparse.Namespace) -> None:
@@ -230,10 +224,9 @@ def _show_sweep(options: argparse.Namespace, plan: Plan, storage: Storage) -> Sw
     report = sweep.collect(plan, str(options.recipe), storage)
     _print_report(options, report, terminal.show_sweep)
     if options.csv:
-        _write_text(options.csv, table.as_csv(report))
-        log(f"Table: {options.csv}")
+        _write("Table", options.csv, table.as_csv(report))
     if options.html:
-        _write_page(options.html, page.render_sweep(report, options.html.parent))
+        _write("Report", options.html, page.render_sweep(report, options.html.parent))
     return report
 
 
@@ -259,10 +252,9 @@ def _show_several(options: argparse.Namespace, files: Sequence[Path]) -> None:
     else:
         open_console(160).print(table.several_table(reports))
     if options.csv:
-        _write_text(options.csv, frame.of_several(reports).to_csv(index=False))
-        log(f"Table: {options.csv}")
+        _write("Table", options.csv, frame.of_several(reports).to_csv(index=False))
     if options.html:
-        _write_page(options.html, page.render_several(reports))
+        _write("Report", options.html, page.render_several(reports))
 
 
 def _load_sweep(options: argparse.Namespace) -> tuple[Plan, Compute, Storage]:

@@ -71,7 +71,7 @@ def _for_bash(commands: Iterable[_Command]) -> str:
 
 def _for_zsh(commands: Iterable[_Command]) -> str:
     commands = list(commands)
-    names = " ".join(_zsh(one.name, one.help) for one in commands)
+    names = " ".join(shlex.quote(f"{one.name}:{_zsh_text(one.help)}") for one in commands)
     cases = []
     for one in commands:
         specs = [shlex.quote(f"{o.name}[{_zsh_text(o.help)}]{':value:_files' * o.value}") for o in one.options]
@@ -92,10 +92,6 @@ def _for_zsh(commands: Iterable[_Command]) -> str:
             "",
         ]
     )
-
-
-def _zsh(name: str, text: str) -> str:
-    return shlex.quote(f"{name}:{_zsh_text(text)}")
 
 
 def _zsh_text(text: str) -> str:

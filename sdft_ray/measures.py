@@ -11,7 +11,8 @@ from typing import Any
 
 from sdft_ray.data.calibration import CorpusSettings, FurtherTexts, describe_further
 from sdft_ray.errors import UserError, nearest, problem
-from sdft_ray.spec.recipe import Evaluate, Recipe
+from sdft_ray.spec.evaluation import Evaluate
+from sdft_ray.spec.recipe import Recipe
 from sdft_ray.stages import draft, evaluate, export, model, nll, probes, retention, train
 from sdft_ray.store.identity import Stage
 from sdft_ray.training_data import Data

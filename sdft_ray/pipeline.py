@@ -19,31 +19,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import itertools
-import threading
-import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import as_completed
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from sdft_ray import overlap
-from sdft_ray.cluster import below_ray, in_thread, last_line, live_nodes, ray_cluster, require_capacity
+from sdft_ray.building import Builder, require_gates, survey
+from sdft_ray.cluster import live_nodes, ray_cluster
 from sdft_ray.cutting import Cutting, cutting
 from sdft_ray.engine import EngineFactory, start_engine
-from sdft_ray.errors import StageFailed, UserError, nearest, problem
+from sdft_ray.errors import UserError, nearest, problem
 from sdft_ray.measures import draft_stages, evaluation_stages, export_stages, nll_stages, retention_stages
 from sdft_ray.preflight import precision, teachers
 from sdft_ray.preflight.checks import check
-from sdft_ray.progress import Progress, duration, log
 from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.stages import (
     StageModule,
-    Timed,
     Validated,
-    Work,
     cut,
     distill,
     draft,
@@ -148,11 +141,6 @@ class Chain:
         return self.data[""]
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The names of the sources of the recipe's own rows, for people."""
-        return tuple(self.own.sources)
-
-    @property
     def distilled(self) -> Stage[distill.Settings] | None:
         """The rewrites of the recipe's own rows."""
         return self.own.distilled
@@ -243,16 +231,15 @@ def run(
     return build(stages, compute, storage, engine=engine)
 
 
-def require_stage(until: str) -> None:
-    """Raise UserError for a name that is that of no stage."""
-    if until not in MODULES:
+def require_stage(until: str | None) -> None:
+    """Raise UserError for a name that no stage has."""
+    if until is not None and until not in MODULES:
         raise UserError(problem("--until", f"{until or 'an empty name'} is no stage", nearest(until, MODULES)))
 
 
 def _up_to(stages: Sequence[Stage[Any]], until: str) -> Sequence[Stage[Any]]:
     """Return stages up to and including those of a kind; raises UserError where there are none."""
     names = [stage.name for stage in stages]
-    require_stage(until)
     if until not in names:
         do = f"Give one of {', '.join(dict.fromkeys(names))}"
         raise UserError(problem("--until", f"this recipe has no stage {until}", do))
@@ -275,115 +262,20 @@ def build(
     trackers show the trainings in; at_once: the most evaluations at a time, else as many as the cluster holds.
     """
     todo, done = survey(stages, storage)
-    maker = _Maker(storage, compute, validated, engine, sweep, at_once or max(1, len(todo)))
+    builder = Builder(MODULES, storage, compute, validated, engine, sweep, at_once or max(1, len(todo)))
     require_gates(done, storage)
     with contextlib.ExitStack() as stack:
         # As late as can be: mistakes in the rows show before a cluster starts.
         connect = functools.cache(lambda: stack.enter_context(ray_cluster(compute)))
         for pair in overlap.pairs(todo):
-            maker.make(pair.first, connect)
+            builder.build(pair.first, connect)
             connect()
             beside = overlap.limit(pair, compute, live_nodes(), lambda name: MODULES[name].NEEDS)
             if beside.stages:
                 with overlap.building(build, beside, storage, pair.here[0].name):
-                    maker.make(pair.here, connect)
-        maker.make(todo, connect)
+                    builder.build(pair.here, connect)
+        builder.build(todo, connect)
     return Built(tuple(todo), tuple(done))
-
-
-def survey(stages: Iterable[Stage[Any]], storage: Storage) -> tuple[list[Stage[Any]], list[Stage[Any]]]:
-    """Return the stages that are to be built and those that are done, each in their order."""
-    todo_and_done: tuple[list[Stage[Any]], list[Stage[Any]]] = [], []
-    with storage.survey():
-        for stage in stages:
-            todo_and_done[storage.status(stage) == "done"].append(stage)
-    return todo_and_done
-
-
-def require_gates(finished: Iterable[Stage[Any]], storage: Storage) -> None:
-    """Raise where the counts of a finished stage are above the recipe's gates: it was built when they were looser."""
-    for stage in finished:
-        match stage.settings:
-            case distill.Settings():
-                distill.require_gates(stage, distill.Summary.of(stage, storage))
-            case train.Settings():
-                train.require_gates(stage, train.Counts.of(stage, storage))
-
-
-def _together(todo: Sequence[Stage[Any]]) -> Iterator[list[Stage[Any]]]:
-    """Yield the stages that are built at once: all evaluations (each is small), everything else alone."""
-    small = evaluate.Settings | retention.Settings
-    for at_once, group in itertools.groupby(todo, key=lambda stage: isinstance(stage.settings, small)):
-        stages = list(group)
-        yield from [stages] if at_once else ([stage] for stage in stages)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Maker:
-    """Builds stages, each under its lock."""
-
-    storage: Storage
-    compute: Compute
-    validated: Validated
-    engine: EngineFactory
-    sweep: str | None
-    at_once: int
-
-    def make(self, stages: Sequence[Stage[Any]], connect: Callable[[], None]) -> None:
-        """Build those of some stages that are not there yet, in their order."""
-        for group in _together(survey(stages, self.storage)[0]):
-            if needs := MODULES[group[0].name].NEEDS:
-                connect()
-                require_capacity(self.compute, needs, group[0].name)
-            self._make(group)
-
-    def _make(self, group: Sequence[Stage[Any]]) -> None:
-        """Build one stage, or several at once."""
-        if len(group) == 1:
-            with Progress(group[0].name, MODULES[group[0].name].UNIT) as progress:
-                self._build(group[0], progress, threading.Event(), threading.Semaphore())
-            return
-        with Progress(group[0].name, "tasks") as progress:
-            progress.begin(len(group))
-            stopped, place = threading.Event(), threading.Semaphore(self.at_once)
-            waiting = [in_thread(self._build, stage, Progress(stage.name, "parts"), stopped, place) for stage in group]
-            try:
-                for done, future in enumerate(as_completed(waiting), 1):
-                    future.result()
-                    progress.update(done)
-            finally:  # at the first failure the others end: else they would go on beside the next trial
-                stopped.set()
-
-    def _build(
-        self, stage: Stage[Any], progress: Progress, stopped: threading.Event, place: threading.Semaphore
-    ) -> None:
-        """Build one stage under its lock, once there is a place for it, and log its time and directory."""
-        with place, self.storage.lock(f"{stage.name}-{stage.id}"):
-            if self.storage.status(stage) == "done":  # built by another command while this one waited
-                require_gates([stage], self.storage)
-                return
-            if stopped.is_set():  # while this one waited
-                return
-            begun = time.monotonic()
-            more = (self.validated, stopped, self.engine, self.sweep)
-            work = Work(stage, self.storage, self.compute, progress, *more)
-            try:
-                summary = MODULES[stage.name].build(work)
-                # An evaluation reports itself how long it took: this thread also waited for its turn on the cluster.
-                own = summary.seconds if isinstance(summary, Timed) else None
-                seconds = time.monotonic() - begun if own is None else own
-                self.storage.commit(stage, summary.plain(), seconds)
-            except Exception as error:  # the edge: report what is kept and where the trace is
-                raise self._explain(stage, error) from error
-        log(f"{stage.name}: {duration(seconds)}, {self.storage.where(stage)}")
-
-    def _explain(self, stage: Stage[Any], error: Exception) -> BaseException:
-        """Return the error that people see."""
-        if isinstance(cause := below_ray(error), (UserError, StageFailed)):
-            return cause
-        trace = self.storage.keep_trace(stage, "".join(traceback.format_exception(error)))
-        kept = f"Its finished work is kept under {self.storage.uri}; run the same command again to go on"
-        return StageFailed(f"{stage.name}: failed: {last_line(cause)}. {kept}.{trace}")
 
 
 class Listed(NamedTuple):

@@ -43,6 +43,7 @@ def run(
     from sdft_ray.store.storage import Storage
 
     loaded, plan, storage = _load(recipe, overrides), load_compute(_given(compute)), Storage(str(root))
+    pipeline.require_stage(until)
     pipeline.run(loaded, plan, storage, until)
     chain = pipeline.chain(loaded)
     if plan.track and until in (None, "evaluate"):

@@ -30,8 +30,17 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("qwen3", WINDOWED),
     ("llama", {"tie_word_embeddings": False, "rope_theta": 5e5}),
 ]
+# Of different kinds: what the light suite computes with.
+FEW = ("gemma3_text", "gpt_oss", "llama", "mixtral", "nemotron_h", "qwen3_next")
 BLOCKS = 6
 REMOVED = {"start": (0, 1), "middle": (2, 3), "end": (4, 5), "scattered": (0, 2, 5)}
+
+
+def each_architecture(*values: Any) -> list[Any]:
+    """Return every architecture, and further values, as parameters of a test that is heavy but for those of FEW."""
+    import pytest
+
+    return [pytest.param(each, *values, marks=() if each in FEW else pytest.mark.heavy) for each in ARCHITECTURES]
 
 
 def some_ids(rows: int = 2, tokens: int = 24) -> Any:

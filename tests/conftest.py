@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from heavy import is_heavy, refuse_ray
+from heavy import has_light_tests, is_heavy, refuse_ray
 
 pytest.register_assert_rewrite("faked")
 
@@ -33,6 +33,12 @@ LONGEST = ("test_kill", "test_submit", "test_trials", "test_train", "test_notebo
 LONGEST += ("test_finals", "test_evaluate_pool", "test_object_store")
 
 
+def pytest_ignore_collect(collection_path, config) -> bool | None:
+    """Import no file of which no test runs: it takes seconds."""
+    wants_light = "not heavy" in config.option.markexpr and collection_path.match("test_*.py")
+    return True if wants_light and not has_light_tests(collection_path) else None
+
+
 def pytest_collection_modifyitems(items) -> None:
     items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     for item in items:
@@ -56,6 +62,14 @@ def tiny_model(tmp_path_factory) -> Path:
     from tiny import make_tiny_model
 
     return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture
+def storage(tmp_path):
+    """An empty root in a directory."""
+    from sdft_ray.store.storage import Storage
+
+    return Storage(str(tmp_path / "root"))
 
 
 @pytest.fixture(scope="session")

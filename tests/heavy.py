@@ -24,6 +24,15 @@ def is_heavy(file: Path, names: set[str]) -> bool:
     return bool(seen & HEAVY)
 
 
+def has_light_tests(file: Path) -> bool:
+    """Return whether a test of a file is not heavy, by its own text."""
+    body = ast.parse(file.read_text()).body
+    lines = [ast.unparse(node) for node in body if isinstance(node, ast.Assign)]
+    marked = any(line.startswith("pytestmark = ") and "mark.heavy" in line for line in lines)
+    tests = [node.name for node in body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+    return not marked and not all(is_heavy(file, {name}) for name in tests)
+
+
 @functools.cache
 def _read_uses(file: Path) -> dict[str, set[str]]:
     """Return the names that each function and class uses: those of a file and of the helpers that it imports from."""

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from tiny import make_tiny_rows
 
 from sdft_ray.results import DistilledRow
-from sdft_ray.spec.recipe import Distill, Protect
+from sdft_ray.spec.pruning import Protect
+from sdft_ray.spec.recipe import Distill
 from sdft_ray.stages import cut, distill, model
 from sdft_ray.stages.cut import remove_blocks
 from sdft_ray.stages.distill import card

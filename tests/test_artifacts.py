@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 import pytest
+from refusals import complaint
 
-from sdft_ray.errors import UserError
 from sdft_ray.spec.section import Section
 from sdft_ray.store.files import hash_file, hash_source, remember_hash
 from sdft_ray.store.identity import Stage, canonical_json, short_id, slugify
@@ -159,9 +159,7 @@ def test_read_manifest_of_an_unfinished_directory_is_none(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'"text"', b"{}", b'{"id": 1, "files": []}', b"\xff\xfe"])
 def test_read_manifest_that_is_damaged_is_one_clear_line(tmp_path, content):
     (tmp_path / MANIFEST).write_bytes(content)
-    with pytest.raises(UserError) as error:
-        read_manifest(tmp_path)
-    assert str(error.value) == (
+    assert complaint(read_manifest, tmp_path) == (
         f"{tmp_path / MANIFEST}: is damaged: not a manifest. Delete {tmp_path} to build it again."
     )
 
@@ -195,9 +193,7 @@ def test_check_files_sees_an_altered_file_by_its_hash_only(finished):
 
 
 def _complaint(directory: Path, hashes: bool) -> str:
-    with pytest.raises(UserError) as error:
-        check_files(directory, read_manifest(directory), hashes)
-    return str(error.value)
+    return complaint(check_files, directory, read_manifest(directory), hashes)
 
 
 def test_hash_source_of_a_file_is_its_sha256_and_moves_with_its_content(tmp_path):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from refusals import complaint
 from tiny import make_tokenizer
 
 from sdft_ray.core.rows import Exchange, Row
@@ -56,9 +57,7 @@ def read(path, records, **options):
 
 
 def refused(path, records, **options):
-    with pytest.raises(UserError) as error:
-        read(path, records, **options)
-    return str(error.value)
+    return complaint(read, path, records, **options)
 
 
 def messages(row):
@@ -322,6 +321,26 @@ def test_require_writable_of_tools_that_only_a_call_names_is_refused(tool_tokeni
     rows = read(tmp_path / "rows.jsonl", [{"messages": CALLING, "tools": [ADD]}], fields=fields)
     with pytest.raises(UserError, match="does not write the tools of the conversation at"):
         require_writable(tool_tokenizer, [row.exchange for row in rows])
+
+
+def test_encode_rows_tries_once_for_each_form_whether_the_template_writes_tools(tool_tokenizer, tmp_path, monkeypatch):
+    calling = [{**CALLING[0], "content": f"{i} + 4?"} for i in range(3)]
+    turns = [[first, *CALLING[1:]] for first in calling] + [[*TURNS[:1], *CALLING]]
+    records, fields = [{"messages": each, "tools": [ADD]} for each in turns], {"messages": "messages", "tools": "tools"}
+    exchanges = [row.exchange for row in read(tmp_path / "rows.jsonl", records, fields=fields)]
+    encode_row(tool_tokenizer, "2 + 2?", "4")  # which reads what the template writes around a response
+    given, write = [], tool_tokenizer.apply_chat_template
+    monkeypatch.setattr(
+        tool_tokenizer,
+        "apply_chat_template",
+        lambda *args, **named: given.append(named["tools"]) or write(*args, **named),
+    )
+    assert len(list(encode_rows(tool_tokenizer, exchanges))) == 4
+    assert given.count(None) == 2 and len(given) == 2 * 4 + 2
+    tool_tokenizer.chat_template = TOOLS.replace("{%- if tools %}", "{%- if tools and messages[0].role != 'system' %}")
+    assert len(list(encode_rows(tool_tokenizer, exchanges[:3]))) == 3
+    with pytest.raises(UserError, match="does not write the tools of the conversation at"):
+        list(encode_rows(tool_tokenizer, exchanges))
 
 
 def test_require_writable_takes_results_of_tools_as_json(tokenizer, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from recipes import write_recipe
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny_model
 
@@ -80,21 +81,9 @@ def test_shape_of_a_packaged_gguf_is_read_from_its_header():
 
 @pytest.fixture
 def data(tiny_model, tmp_path) -> dict:
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"q": f"{i}?", "a": "1"}) + "\n" for i in range(50)))
-    (tmp_path / "texts.txt").write_text("Some text.\n\nMore text.\n\nA third text.")
-    return {
-        "model": {"path": str(tiny_model)},
-        "rows": {
-            "path": str(tmp_path / "rows.jsonl"),
-            "fields": {"prompt": "q", "response": "a"},
-            "limit": 50,
-            "held_out": 5,
-            "validation": 5,
-        },
-        "prune": {"blocks": 2, "calibration": {"text": str(tmp_path / "texts.txt")}},
-        "train": {"epochs": 2},
-        "evaluate": {"tasks": ["arc_easy"]},
-    }
+    rows = {"limit": 50, "held_out": 5, "validation": 5}
+    sections = {"rows": rows, "train": {"epochs": 2}, "evaluate": {"tasks": ["arc_easy"]}}
+    return write_recipe(tmp_path, tiny_model, 50, **sections)
 
 
 def test_estimate_of_scoring_follows_what_the_compute_file_chooses(data):

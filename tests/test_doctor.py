@@ -141,7 +141,7 @@ def test_what_one_node_holds_another_does_not_get(place, request, tmp_path):
     ("place", "remedy"),
     [
         ("directory", "Give a directory with locks that all nodes see."),
-        ("store", "Give a store with conditional writes."),
+        pytest.param("store", "Give a store with conditional writes.", marks=pytest.mark.heavy),  # starts one
     ],
 )
 def test_root_whose_locks_hold_nothing_fails_with_the_remedy(place, remedy, request, tmp_path, monkeypatch):

@@ -140,7 +140,7 @@ def test_endpoint_that_ends_a_text_as_it_shuts_down_is_asked_again(server, tiny_
 
 @pytest.mark.parametrize("as_date", [False, True])
 def test_endpoint_is_left_alone_for_as_long_as_it_asks(server, tiny_model, as_date):
-    until = int(time.time()) + 3
+    until = int(time.time()) + 2
     wait = email.utils.formatdate(until, usegmt=True) if as_date else "1"
     server.answer = lambda body: failure(429, retry_after=wait) if len(server.asked) == 1 else completion(body)
     requests = make_requests(1)

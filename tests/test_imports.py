@@ -14,24 +14,12 @@ from sdft_ray import cli, pipeline
 PACKAGE = Path(__file__).parents[1] / "sdft_ray"
 # Each imports only what stands before it. A package stands for its modules, among which there is no circle.
 ORDER = (
-    *(
-        "imports",
-        "errors",
-        "environment",
-        "cpu",
-        "progress",
-        "store",
-        "spec",
-        "core",
-        "data",
-        "models",
-        "results",
-        "cluster",
-    ),
+    *("imports", "errors", "environment", "cpu", "progress", "store", "spec", "core", "data", "models", "results"),
+    "cluster",
     *("endpoint", "engine", "generated", "text_pool", "losses", "trackers", "overlap", "stages"),
     *("preflight.precision", "preflight.teachers", "preflight.limits", "preflight.cuts", "preflight.engines"),
     "preflight.checks",
-    *("training_data", "cutting", "tuning", "measures", "pipeline", "sweep"),
+    *("training_data", "cutting", "tuning", "measures", "building", "pipeline", "sweep"),
     *("preflight.memory", "preflight.shapes", "preflight.costs", "preflight.savings", "preflight.doctor"),
     "preflight.starter",
     *("report", "verify", "submit", "publish", "surface", "completion", "inspection", "commands", "cli"),

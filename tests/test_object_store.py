@@ -12,8 +12,9 @@ import threading
 
 import pytest
 import s3fs
+from refusals import complaint
 
-from sdft_ray.errors import StageFailed, UserError
+from sdft_ray.errors import StageFailed
 from sdft_ray.store import lease
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.manifest import MANIFEST
@@ -49,12 +50,6 @@ def build(storage: Storage, stage: Stage = STAGE) -> None:
 def read(storage: Storage, stage: Stage = STAGE) -> dict[str, str]:
     place = storage.fetch(stage)
     return {name: (place / name).read_text() for name in FILES}
-
-
-def complaint(call, *arguments, kind=UserError) -> str:
-    with pytest.raises(kind) as error:
-        call(*arguments)
-    return str(error.value)
 
 
 def test_artifact_is_whole_for_every_node_and_goes_through_every_status(s3, elsewhere):
@@ -276,9 +271,45 @@ def test_pieces_of_work_are_brought_to_another_node_and_gone_ones_go(s3, elsewhe
         path.unlink()
     (ledger / "part-merged").write_text("all")
     here.mirror(ledger)
-    assert Objects(s3).list() == {"ledger/words/part-merged": 3}
+    assert {key: entry.bytes for key, entry in Objects(s3).list().items()} == {"ledger/words/part-merged": 3}
     here.drop(ledger)
     assert Objects(s3).list() == {} and not ledger.exists()
+
+
+def test_piece_that_was_written_again_with_as_many_bytes_replaces_its_copy_on_either_side(s3, s3_proxy, elsewhere):
+    def transfers(call, *arguments) -> list[str]:
+        s3_proxy.requests.clear()
+        call(*arguments)
+        return [method for method, path in s3_proxy.requests if path.partition("?")[0].endswith("words/part")]
+
+    here, there = Storage(s3), elsewhere(s3)
+    piece, copy = here.ledger("words") / "part", there.ledger("words") / "part"
+    for text in ("old", "new"):
+        piece.write_text(text)
+        here.publish(piece)
+        assert transfers(there.bring, copy.parent) == ["GET"] and copy.read_text() == text
+    assert transfers(there.bring, copy.parent) == []
+    assert transfers(here.bring, piece.parent) == [], "what this node put itself is not brought"
+    piece.write_text("own")
+    assert transfers(here.mirror, piece.parent) == ["PUT"] and transfers(here.mirror, piece.parent) == []
+    assert transfers(elsewhere(s3).bring, copy.parent) == ["GET"] and copy.read_text() == "own"
+
+
+def test_piece_that_was_put_in_parts_is_brought_and_put_once(s3, s3_proxy, elsewhere):
+    here, there = Storage(s3), elsewhere(s3)
+    objects, piece = Objects(s3), here.ledger("words") / "part"
+    for letter in (b"a", b"b"):
+        content = letter * (6 << 20)
+        with objects.filesystem.open(objects.path("ledger/words/part"), "wb", block_size=5 << 20) as file:
+            file.write(content)
+        assert objects.list()["ledger/words/part"].md5 == "", "its store gives no hash of it"
+        for node in (here, there):
+            node.bring(node.ledger("words"))
+            assert (node.ledger("words") / "part").read_bytes() == content
+    s3_proxy.requests.clear()
+    here.mirror(piece.parent)
+    there.bring(there.ledger("words"))
+    assert {method for method, path in s3_proxy.requests if path.partition("?")[0].endswith("words/part")} == set()
 
 
 def test_find_and_failures_of_a_store(s3, elsewhere):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from command import sdft_anew
+from recipes import write_recipe
 
 from sdft_ray import cli, cpu, pipeline
 from sdft_ray.preflight import doctor, precision
@@ -26,25 +27,16 @@ LINE = r"{}: {} emulated on this CPU: measured {} times slower than float32\. Se
 def folder(tiny_model, tmp_path, monkeypatch):
     """A directory, this one, with a recipe whose sections are in float32."""
     monkeypatch.chdir(tmp_path)
-    Path("rows.jsonl").write_text("".join(json.dumps({"q": f"{i}?", "a": f"{i}"}) + "\n" for i in range(9)))
-    Path("texts.txt").write_text("\n\n".join(f"Text number {i}." for i in range(6)))
-    write_recipe(tiny_model)
+    write_dtypes(tiny_model)
     return tmp_path
 
 
-def write_recipe(model, **dtypes):
-    recipe = {
-        "model": {"path": str(model)},
-        "rows": {"path": "rows.jsonl", "fields": {"prompt": "q", "response": "a"}, "held_out": 2, "validation": 2},
-        "prune": {"blocks": 2, "calibration": {"text": "texts.txt", "limit": 3}},
-        "distill": {},
-        "train": {},
-        "draft": {"prompts": 2},
-        "evaluate": {"tasks": ["held_out"], "speed": True},
-    }
-    for name in ("prune", "distill", "train", "draft", "evaluate"):
-        recipe[name]["dtype"] = dtypes.get(name, "float32")
-    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+def write_dtypes(model: Path, **dtypes: str) -> None:
+    names = ("prune", "distill", "train", "draft", "evaluate")
+    sections = {name: {"dtype": dtypes.get(name, "float32")} for name in names}
+    sections["draft"] |= {"prompts": 2}
+    sections["evaluate"] |= {"speed": True}
+    write_recipe(Path(), model, **sections)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +53,7 @@ def write_recipe(model, **dtypes):
     ids=str,
 )
 def test_half_fields_are_those_of_stages_that_the_compute_file_gives_no_gpu(dtypes, gpus, fields, tiny_model, folder):
-    write_recipe(tiny_model, **dtypes)
+    write_dtypes(tiny_model, **dtypes)
     compute = load_compute().model_dump(mode="json")
     for name in gpus:
         compute[name]["gpus"] = 1
@@ -132,7 +124,7 @@ def test_sums_of_int8_overflow_where_an_x86_cpu_has_no_instruction_for_them(
 
 
 def test_check_says_in_one_line_what_the_cpu_emulates_and_how_much_slower_that_was_measured(tiny_model, folder):
-    write_recipe(tiny_model, train="bfloat16", evaluate="bfloat16")
+    write_dtypes(tiny_model, train="bfloat16", evaluate="bfloat16")
     without = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
     done = sdft_anew("check", "recipe.yaml", "--json", environment=without)
     assert done.returncode == 0, done.stderr
@@ -161,14 +153,14 @@ def test_check_says_it_once_and_only_where_the_stages_run_here(command, emulated
     Path("compute.yaml").write_text("ray: {address: auto}\n")
     arguments = ["check", f"{command}.yaml", "--json"]
     assert cli.main(arguments) == 0 and capsys.readouterr().err == ""  # all in float32
-    write_recipe(tiny_model, train="bfloat16")
+    write_dtypes(tiny_model, train="bfloat16")
     assert cli.main(arguments) == 0
     assert re.fullmatch(LINE.format(r"train\.dtype", "bfloat16 is", r"\d+\.\d"), capsys.readouterr().err)
     assert cli.main([*arguments, "--compute", "compute.yaml"]) == 0 and capsys.readouterr().err == ""
 
 
 def test_run_says_it_before_anything_is_built_and_only_of_what_will_be(emulated, tiny_model, folder, capsys):
-    write_recipe(tiny_model, distill="bfloat16", evaluate="bfloat16")
+    write_dtypes(tiny_model, distill="bfloat16", evaluate="bfloat16")
     recipe = load_recipe(Path("recipe.yaml"))
     Path("root").mkdir()
     Path("root/locks").touch()  # so that nothing can be built

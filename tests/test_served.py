@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from machine import free_port
 from transformers import AutoTokenizer
 
 from sdft_ray.core.selection import Generation
@@ -42,9 +42,7 @@ print(json.dumps({request.id: vars(generation) for request, generation in made})
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    return free_port()
 
 
 def start(model: Path, port: int, log: Path) -> subprocess.Popen:

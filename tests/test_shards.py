@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
+from refusals import complaint
 from safetensors.torch import load_file, save_file
 
-from sdft_ray.errors import UserError
 from sdft_ray.models import shards
 from sdft_ray.models.shards import copy_tensors, read_header, same_bytes
 from sdft_ray.store.files import hash_file
@@ -28,12 +28,6 @@ def shard(tmp_path):
     path = tmp_path / "model.safetensors"
     save_file(TENSORS, path, metadata={"format": "pt"})
     return path
-
-
-def complaint(path):
-    with pytest.raises(UserError) as caught:
-        read_header(path)
-    return str(caught.value)
 
 
 def test_read_header_tells_shapes_and_sizes(shard):
@@ -141,6 +135,6 @@ ENTRY = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 def test_read_header_of_a_damaged_file_says_what_and_where(tmp_path, content, what):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
-    line = complaint(path)
+    line = complaint(read_header, path)
     assert line.startswith(f"{path}: is damaged: ") and what in line
     assert line.endswith(". Download or copy it again.")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from recipes import write_recipe
 
 from sdft_ray.errors import UserError
 from sdft_ray.submit import slurm
@@ -124,17 +125,9 @@ def test_script_runs_a_recipe_on_a_real_ray_and_takes_it_down(tiny_model, tmp_pa
     node = ["unshare", "--pid", "--fork", "--net", "--mount", "--mount-proc"]
     if subprocess.run([*node, "true"], capture_output=True, check=False).returncode:
         pytest.skip("needs the right to make namespaces")
-    (tmp_path / "texts.txt").write_text("One text.\n\nAnother text.\n\nA third text.")
-    (tmp_path / "rows.jsonl").write_text("".join(f'{{"q": "{i}?", "a": "{i}"}}\n' for i in range(9)))
-    recipe = {
-        "model": {"path": str(tiny_model)},
-        "rows": {"path": "rows.jsonl", "fields": {"prompt": "q", "response": "a"}, "held_out": 2, "validation": 2},
-        "prune": {"blocks": 2, "calibration": {"text": "texts.txt", "limit": 3}},
-        "evaluate": {"tasks": ["held_out"]},
-    }
+    write_recipe(tmp_path, tiny_model, where=Path(), prune={"calibration": {"text": "texts.txt", "limit": 3}})
     compute = {"score": {"cpus": 1}, "distill": {"cpus": 1}, "train": {"cpus": 1, "workers": 1}}
-    for name, content in {"recipe.yaml": recipe, "compute.yaml": compute}.items():
-        (tmp_path / name).write_text(yaml.safe_dump(content))
+    (tmp_path / "compute.yaml").write_text(yaml.safe_dump(compute))
     script = slurm.render(tmp_path / "recipe.yaml", tmp_path / "compute.yaml", str(tmp_path / "root"), "cut")
     Path("/tmp/ray").mkdir(exist_ok=True)
     folder, ray = tmp_path / "bin", Path(sys.executable).parent

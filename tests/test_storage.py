@@ -9,8 +9,8 @@ import subprocess
 import sys
 
 import pytest
+from refusals import complaint
 
-from sdft_ray.errors import UserError
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.manifest import FORMAT, MANIFEST, read_manifest
 from sdft_ray.store.storage import Storage
@@ -29,20 +29,9 @@ with Storage(sys.argv[1]).lock("score-1"):
 """
 
 
-@pytest.fixture
-def storage(tmp_path):
-    return Storage(str(tmp_path / "root"))
-
-
 def build(storage: Storage, stage: Stage = STAGE, text: str = "four"):
     (storage.scratch(stage) / "data.txt").write_text(text)
     return storage.commit(stage, {"rows": 1}, 0.1)
-
-
-def complaint(call, *arguments) -> str:
-    with pytest.raises(UserError) as error:
-        call(*arguments)
-    return str(error.value)
 
 
 def test_status_goes_from_missing_over_partial_to_done(storage):

@@ -1,11 +1,11 @@
 """A model of which one part at a time is in memory, against the one that transformers loads whole."""
 
-import re
 from pathlib import Path
 
 import pytest
 import torch
 from architectures import VARIANTS
+from machine import anonymous_bytes
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny_model
 from walks import measure_losses, measure_states
@@ -62,12 +62,9 @@ def test_losses_of_a_streamed_model_are_those_of_one_that_is_whole(tmp_path, dty
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
 
 
-def anonymous_bytes() -> int:
-    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-
-
 def test_a_streamed_model_holds_one_block_and_states(tmp_path):
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 32, "head_dim": 32}
+    sizes["num_hidden_layers"] = 3
     base = make_tiny_model(tmp_path, **sizes)
     model = load_file(base / "model.safetensors")
     save_file({name: each.bfloat16() for name, each in model.items()}, base / "model.safetensors", {"format": "pt"})

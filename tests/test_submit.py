@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -13,19 +12,15 @@ import pytest
 import requests
 import yaml
 from command import sdft_anew
+from machine import free_port
 from ray._private.runtime_env.packaging import unzip_package
+from recipes import write_recipe
 
 from sdft_ray.errors import UserError
 from sdft_ray.store.files import hash_source
 from sdft_ray.submit import job, kuberay
 
 TOKEN = "0f" * 32
-
-
-def free_port() -> int:
-    with socket.socket() as asked:
-        asked.bind(("127.0.0.1", 0))
-        return asked.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +49,7 @@ def head():
 @pytest.fixture
 def folder(tiny_model, tmp_path):
     """A directory with a recipe whose rows, texts and model are local files."""
-    rows = "".join(json.dumps({"q": f"{i}?", "a": f"{i}"}) + "\n" for i in range(9))
-    (tmp_path / "rows.jsonl").write_text(rows)
-    (tmp_path / "texts.txt").write_text("\n\n".join(f"Text number {i}." for i in range(6)))
-    recipe = {
-        "model": {"path": str(tiny_model)},
-        "rows": {"path": "rows.jsonl", "fields": {"prompt": "q", "response": "a"}, "held_out": 2, "validation": 2},
-        "prune": {"blocks": 2, "calibration": {"text": "texts.txt", "limit": 3}},
-        "evaluate": {"tasks": ["held_out"]},
-    }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    write_recipe(tmp_path, tiny_model, where=Path(), prune={"calibration": {"text": "texts.txt", "limit": 3}})
     return tmp_path
 
 

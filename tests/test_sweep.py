@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 from command import sdft
+from recipes import write_recipe
+from refusals import complaint
 
 from sdft_ray import overlap
 from sdft_ray.core import searching
@@ -27,21 +29,8 @@ from sdft_ray.sweep import goal, planning, trials
 @pytest.fixture
 def folder(tiny_model, tmp_path):
     """A directory with a good recipe, whose sweep file a test writes."""
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"q": f"{i}?", "a": f"{i}"}) + "\n" for i in range(40)))
-    (tmp_path / "texts.txt").write_text("One text.\n\nAnother text.\n\nA third text.")
-    recipe = {
-        "model": {"path": str(tiny_model)},
-        "rows": {
-            "path": str(tmp_path / "rows.jsonl"),
-            "fields": {"prompt": "q", "response": "a"},
-            "held_out": 2,
-            "validation": 2,
-        },
-        "prune": {"blocks": 2, "calibration": {"text": str(tmp_path / "texts.txt")}},
-        "arms": {"sft": {}, "distilled": {"epochs": 2}},
-        "evaluate": {"tasks": ["arc_easy", "held_out"], "limit": 3},
-    }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    evaluate = {"tasks": ["arc_easy", "held_out"], "limit": 3}
+    write_recipe(tmp_path, tiny_model, 40, arms={"sft": {}, "distilled": {"epochs": 2}}, evaluate=evaluate)
     return tmp_path
 
 
@@ -272,9 +261,7 @@ def test_sweep_whose_finished_training_is_over_a_stricter_gate_stops_before_it_b
     training = plan.trials[0].train
     storage.scratch(training)
     storage.commit(training, {"rows": 30, "rows_left_out": 6, "rows_too_long": 6}, 0.1)
-    with pytest.raises(UserError) as error:
-        trials.run(plan, load_compute(), storage)
-    assert str(error.value) == (
+    assert complaint(trials.run, plan, load_compute(), storage) == (
         "train.max_tokens: 6 of 36 rows are longer than 1024 tokens (got 16.67%; expected at most 1.00%). "
         "Raise it, or raise train.max_too_long_fraction."
     )
@@ -557,6 +544,4 @@ def test_goal_trains_its_arm_alone_and_one_depth_at_a_time(folder):
     ],
 )
 def test_goal_with_a_mistake_says_where_what_and_how_to_fix_it(folder, axes, more, line):
-    with pytest.raises(UserError) as error:
-        load(folder, axes, **({"goal": {"recovery": 90}} | more))
-    assert str(error.value) == line
+    assert complaint(load, folder, axes, **({"goal": {"recovery": 90}} | more)) == line

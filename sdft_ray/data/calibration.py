@@ -16,7 +16,7 @@ from sdft_ray.data.readers import read_json, require_characters
 from sdft_ray.data.records import KINDS, describe_kind, kind, open_text, read_records
 from sdft_ray.data.text import decode
 from sdft_ray.errors import UserError, nearest, problem
-from sdft_ray.spec.retention import Retention
+from sdft_ray.spec.evaluation import Retention
 from sdft_ray.spec.section import Section
 from sdft_ray.spec.sources import Calibration
 from sdft_ray.store.identity import distinct
@@ -94,8 +94,6 @@ def _calibration_values(path: Path, field: str, where: str) -> Iterator[tuple[st
         yield record.where, record.values[field]
 
 
-Rows = Sequence[Row]
-
 # --- corpora --------------------------------------------------------------------------------------------------
 
 
@@ -158,7 +156,7 @@ class Corpus:
     """The number of texts longer than max_tokens."""
 
 
-def read_corpora(base: Path, settings: Sequence[CorpusSettings], rows: Mapping[int, Rows]) -> list[Corpus]:
+def read_corpora(base: Path, settings: Sequence[CorpusSettings], rows: Mapping[int, Sequence[Row]]) -> list[Corpus]:
     """Return corpora as token ids of the model in `base`; rows: the rows of corpora of rows, by corpus number."""
     from transformers import AutoTokenizer
 
@@ -171,7 +169,7 @@ def read_corpora(base: Path, settings: Sequence[CorpusSettings], rows: Mapping[i
     return [_read_corpus(tokenizer, corpus, rows.get(i)) for i, corpus in enumerate(settings)]
 
 
-def _read_corpus(tokenizer: Any, settings: CorpusSettings, rows: Rows | None) -> Corpus:
+def _read_corpus(tokenizer: Any, settings: CorpusSettings, rows: Sequence[Row] | None) -> Corpus:
     count = settings.texts
     if rows:
         texts = _read_chat(tokenizer, rows[:count])
@@ -194,7 +192,7 @@ def _read_corpus(tokenizer: Any, settings: CorpusSettings, rows: Rows | None) ->
     )
 
 
-def _read_chat(tokenizer: Any, rows: Rows) -> list[Text]:
+def _read_chat(tokenizer: Any, rows: Sequence[Row]) -> list[Text]:
     encoded = encode_rows(tokenizer, [row.exchange for row in rows])
     opening = len(opening_ids(tokenizer))
     # Without the end of turn: the same token in every row measures hardly anything.

@@ -77,9 +77,9 @@ def encode_rows(tokenizer: Any, rows: Iterable[Exchange]) -> Iterator[TrainingRo
     Raises UserError where the chat template cannot give a training sequence, or changes a response.
     """
     turn, end = read_turn(tokenizer, str(tokenizer.chat_template)), end_of_turn(tokenizer)
-    rows = iter(rows)
+    rows, seen = iter(rows), set[_Form]()
     while batch := list(itertools.islice(rows, _BATCH_ROWS)):
-        texts = [_write_exchange(tokenizer, turn, row) for row in batch]
+        texts = [_write_exchange(tokenizer, turn, row, seen) for row in batch]
         prompts = _tokenise(tokenizer, [given for given, _ in texts])
         wholes = _tokenise(tokenizer, [given + written for given, written in texts])
         for row, (_, written), before, whole in zip(batch, texts, prompts, wholes, strict=True):
@@ -97,20 +97,25 @@ def require_writable(tokenizer: Any, rows: Iterable[Exchange]) -> None:
 
     One row of each form is tried: a template asks which roles follow each other, and for tools, and not for words.
     """
-    turn, forms = read_turn(tokenizer, str(tokenizer.chat_template)), set()
+    turn, forms = read_turn(tokenizer, str(tokenizer.chat_template)), dict[_Form, Exchange]()
     for row in rows:
-        if row.conversation is None or (form := _form(row)) in forms:
-            continue
-        forms.add(form)
+        if row.conversation is not None:
+            forms.setdefault(_form(row), row)
+    for row in forms.values():
         is_silent = row.calls and not row.response.strip()
-        _write_exchange(tokenizer, turn, row._replace(response="" if is_silent else RESPONSE))
+        _write_exchange(tokenizer, turn, row._replace(response="" if is_silent else RESPONSE), set())
 
 
-def _form(row: Exchange) -> tuple[Any, ...]:
-    """Return the form of a conversation: its roles, where it says something, and where it calls functions."""
-    turns = [Message("assistant", row.response, row.calls or None), *row.given.messages]
-    said = tuple((turn.role, bool(turn.content.strip()), turn.tool_calls is not None) for turn in turns)
-    return said, row.given.tools is None
+_Form = tuple[bool, tuple[tuple[str, bool, bool], ...]]
+"""The form of a conversation: whether there are tools; and of the response and of each message before it the role,
+whether it says something, and whether it calls functions."""
+
+
+def _form(row: Exchange) -> _Form:
+    given = row.given
+    turns = [Message("assistant", row.response, row.calls or None), *given.messages]
+    said = ((turn.role, bool(turn.content.strip()), turn.tool_calls is not None) for turn in turns)
+    return bool(given.tools), tuple(said)
 
 
 def require_trainable(tokenizer: Any) -> None:
@@ -159,16 +164,21 @@ def opened_thought(tokenizer: Any, template_options: Mapping[str, Any] = NO_THIN
 # --- the template -------------------------------------------------------------------------------------------------
 
 
-def _write_exchange(tokenizer: Any, turn: Turn, row: Exchange) -> tuple[str, str]:
-    """Return an exchange as the template writes it: the part given to the model, and the part it has to write."""
+def _write_exchange(tokenizer: Any, turn: Turn, row: Exchange, seen: set[_Form]) -> tuple[str, str]:
+    """Return an exchange as the template writes it: the part given to the model, and the part it has to write.
+
+    seen: forms of conversations whose tools the template writes; that of this one is added.
+    """
     if row.is_plain:
         return "", _hide_spelled(tokenizer, row.response)
     given, response = _hide_all(tokenizer, row.given), _hide_spelled(tokenizer, row.response)
-    calls = _hide_inside(tokenizer, row.calls)
+    calls, untold = _hide_inside(tokenizer, row.calls), False
+    target = Message("assistant", response, calls or None)
     try:
-        target = Message("assistant", response, calls or None)
         before, whole = render(tokenizer, given), render(tokenizer, given, target)
-        untold = given.tools and render(tokenizer, given._replace(tools=None)) == before
+        if given.tools and (form := _form(row)) not in seen:
+            seen.add(form)
+            untold = render(tokenizer, given._replace(tools=None)) == before
     except Exception as error:  # a template can raise anything
         what = f"its chat template cannot write {_describe(row)} ({first_line(error)})"
         raise UserError(problem("model", what, "Remove such rows")) from error

@@ -20,7 +20,7 @@ from sdft_ray.data.text import first_line
 from sdft_ray.errors import UserError, problem
 from sdft_ray.store.files import cache_directory, inside
 from sdft_ray.store.locks import file_lock
-from sdft_ray.store.objects import SCHEMES, is_file, read_address
+from sdft_ray.store.objects import SCHEMES, is_file, read_address, version_of
 from sdft_ray.store.record import Record
 
 _KNOWN = "copies.json"  # beside the copies
@@ -118,7 +118,7 @@ def _refresh(filesystem: Any, files: dict[str, Any], start: str, folder: Path, a
     notes = folder.parent / _KNOWN
     known = _Known.from_file(notes).files if notes.is_file() else {}
     shown = address.partition("://")[0] + "://" + start if not start.startswith("http") else start
-    stamps = {name.removeprefix(f"{start}/"): _stamp(filesystem, name, info) for name, info in files.items()}
+    stamps = {name.removeprefix(f"{start}/"): version_of(i) or str(filesystem.ukey(name)) for name, i in files.items()}
     for name, stamp in stamps.items():
         copy = inside(folder, name)
         if known.get(name) == stamp and copy.is_file():
@@ -131,14 +131,6 @@ def _refresh(filesystem: Any, files: dict[str, Any], start: str, folder: Path, a
         if copy.is_file() and copy.relative_to(folder).as_posix() not in stamps:
             copy.unlink()
     _Known(start=shown, files=stamps).to_file(notes)
-
-
-def _stamp(filesystem: Any, name: str, info: dict[str, Any]) -> str:
-    """Return what changes with a file's content, as far as the store says it."""
-    known = [
-        str(info[key]) for key in ("ETag", "etag", "md5Hash", "checksum", "mtime", "LastModified") if info.get(key)
-    ]
-    return " ".join([str(info.get("size")), *known]) if known else str(filesystem.ukey(name))
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from sdft_ray.core.surgery import count_blocks
 from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
 from sdft_ray.models.sizes import sizes_of_directory
-from sdft_ray.spec.recipe import Protect, Prune, Target
+from sdft_ray.spec.pruning import Protect, Prune, Target
 from sdft_ray.spec.section import Section
 
 

@@ -1,6 +1,6 @@
 """A model in the forms that other programs serve: written, read back, and loaded again to be evaluated.
 
-In: a model directory and a form (spec/export.py). Out: a directory with weights in that form beside config, tokenizer
+In: a model directory and a form (`export.formats`). Out: a directory with weights in that form beside config, tokenizer
 and chat template.
 """
 

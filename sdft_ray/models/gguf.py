@@ -293,13 +293,8 @@ def _compare(plan: Sequence[_Tensor], file: Path, progress: Progress) -> float:
     assert written.keys() == {tensor.name for tensor in plan}, f"{file} holds other tensors"
     largest = 0.0
     for done, tensor in enumerate(plan, len(plan) + 1):
-        largest = max(largest, _error_of(tensor, written[tensor.name].data))
+        if (error := quants.error_of(tensor.weights(), written[tensor.name].data, tensor.kind)) is None:
+            raise RuntimeError(f"{tensor.name} in the file is not {tensor.source_name} of the model")
+        largest = max(largest, error)
         progress.update(done, "comparing")
     return largest
-
-
-def _error_of(tensor: _Tensor, data: Any) -> float:
-    """Return how far stored weights are from the model's, beyond the rounding of their type."""
-    if (error := quants.error_of(tensor.weights(), data, tensor.kind)) is None:
-        raise RuntimeError(f"{tensor.name} in the file is not {tensor.source_name} of the model")
-    return error

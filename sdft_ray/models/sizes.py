@@ -28,7 +28,7 @@ def sizes_of(source: ModelSource) -> Sizes | None:
     if isinstance(source, HubModel):
         return None
     path = sources.model_path(source)
-    return sizes_of_directory(path, getattr(source, "part", None)) if path.is_dir() else _sizes_of_gguf(path)
+    return sizes_of_directory(path, source.part) if path.is_dir() else _sizes_of_gguf(path)
 
 
 def sizes_of_directory(directory: Path, part: str | None = None) -> Sizes:
@@ -45,16 +45,13 @@ def tensor_shapes(directory: Path, part: str | None = None) -> Shapes:
     """Return the shapes of the parameters of a model directory, or of a part of it; tied ones once."""
     config = text_config(directory) if part else read_json(directory / "config.json")
     named = {text_name(name) if part else name: tensor.shape for name, (_, tensor) in tensor_places(directory).items()}
-    dropped = further_blocks(config)
-    shapes = {name: shape for name, shape in named.items() if name and _is_counted(name, dropped)}
+    further = further_blocks(config)
+    # Parameters that a cut keeps where it removes no block.
+    kept = {name: shape for name, shape in named.items() if name and rename_tensor(name, further) is not None}
+    shapes = {name: shape for name, shape in kept.items() if not name.endswith(BUFFERS)}
     if is_tied(directory, config):
         shapes.pop(_HEAD, None)  # old checkpoints store the embeddings twice
     return shapes
-
-
-def _is_counted(name: str, dropped: Sequence[int]) -> bool:
-    """Return whether a tensor is a parameter that a cut keeps where it removes no block; dropped: further blocks."""
-    return rename_tensor(name, dropped) is not None and not name.endswith(BUFFERS)
 
 
 def _sizes_of_gguf(path: Path) -> Sizes:

@@ -48,7 +48,7 @@ def describe_model(source: ModelSource, where: str = "model.path", teaches: bool
     if not path.is_dir():
         return describe_gguf(path)
     facts = describe_directory(path, teaches)
-    if getattr(source, "part", None) is None:
+    if source.part is None:
         return facts
     text = text_config(path)
     heads = text.get("num_attention_heads")

@@ -36,23 +36,40 @@ def check(recipe: Recipe, compute: Compute, read: limits.FileReader = limits.rea
     """
     if problems := list(libraries.missing(compute.track)):
         raise UserError(*problems)
-    facts, depth = sources.describe_model(recipe.model), None
-    others = recipe.merge.others if recipe.merge else {}
-    for form in recipe.export.formats if recipe.export else ():
+    facts = sources.describe_model(recipe.model)
+    for form in _formats(recipe):
         exporting.require_library(form)
-    if facts:
-        depth = _require_prunable(recipe, facts)
-        _require_exportable(recipe)
+    depth = _require_prunable(recipe, facts) if facts else None
     teaching = _teacher_facts(recipe, facts) if recipe.arms.need_rewrites else None
     engines.require_fitting(recipe, compute, facts, teaching)
-    for name, other in others.items():
-        if other.path is not None and facts and depth:
+    if facts and depth:
+        _require_mergeable(recipe, facts, depth)
+    _require_rows(recipe, compute, facts, teaching, read)
+    require_usable(recipe.evaluate.preset, recipe.evaluate.tasks)
+    for settings in (*([recipe.train] if recipe.prune.finalists else []), *_trainings(recipe)):
+        train.require_fitting(settings, compute.train)
+
+
+def _require_mergeable(recipe: Recipe, facts: directory.ModelFacts, depth: int) -> None:
+    """Raise UserError for models that cannot be merged with those that are trained here."""
+    for name, other in recipe.merge.others.items() if recipe.merge else ():
+        if other.path is not None:
             _require_compatible(f"merge.others.{name}.path", other.path, recipe.model, facts, depth)
-    if facts and depth and recipe.merge and recipe.merge.slerp:
+    if recipe.merge and recipe.merge.slerp:
         merge.require_one_for_each(recipe.merge.slerp.t, facts.blocks - depth)
+
+
+def _require_rows(
+    recipe: Recipe,
+    compute: Compute,
+    facts: directory.ModelFacts | None,
+    teaching: directory.ModelFacts | None,
+    read: limits.FileReader,
+) -> None:
+    """Raise UserError for rows and calibration texts that are too few, or that base or teacher cannot read."""
     base = limits.Reader(facts.context if facts else None, limits.token_counter(recipe.model))
-    rewriting = recipe.distill.teacher if recipe.arms.need_rewrites else None
     teacher = limits.Reader(teaching.context if teaching else None, base.count)
+    rewriting = recipe.distill.teacher if recipe.arms.need_rewrites else None
     if rewriting:
         teacher = teacher._replace(name="the teacher")
     if isinstance(rewriting, LocalModel):
@@ -71,11 +88,10 @@ def check(recipe: Recipe, compute: Compute, read: limits.FileReader = limits.rea
         limits.require_forms(recipe.model, splits)
         limits.require_lengths(recipe, compute, in_use, splits, base, teacher)
     limits.require_texts(recipe, base.count, read)
-    require_usable(recipe.evaluate.preset, recipe.evaluate.tasks)
-    if recipe.prune.finalists:
-        train.require_fitting(recipe.train, compute.train)
-    for settings in _trainings(recipe):
-        train.require_fitting(settings, compute.train)
+
+
+def _formats(recipe: Recipe) -> tuple[str, ...]:
+    return recipe.export.formats if recipe.export else ()
 
 
 def _trainings(recipe: Recipe) -> list[Train]:
@@ -92,23 +108,15 @@ def _row_sources(recipe: Recipe) -> dict[str, tuple[RowSource, ...]]:
 
 
 def _require_prunable(recipe: Recipe, facts: directory.ModelFacts) -> int | None:
-    """Return how many blocks go; raise UserError for a model here that cannot be pruned as the recipe says."""
+    """Return how many blocks go; raise UserError for a model here that cannot be pruned, or then be exported, as the
+    recipe says."""
     require_supported(facts.architecture, "model")
     assert not isinstance(recipe.model, HubModel), "a hub model has no facts"
-    if (path := sources.model_path(recipe.model)).is_dir():
-        names = [name for tensors in directory.stored_tensors(path).values() for name in tensors]
-        if getattr(recipe.model, "part", None):
-            config, names = parts.text_config(path), [new for name in names if (new := parts.text_name(name))]
-        else:
-            config = readers.read_json(path / "config.json")
-        require_blocks(path, names, config)
-        vocabulary = config["vocab_size"]
-        if recipe.arms.logits and (likeliest := recipe.arms.logits.likeliest):
-            train.targets.require_known(likeliest, vocabulary)
-        stamps = tuple(stamp(file) for file in sorted(path.rglob("*")) if file.is_file())
-        _require_sound(path, getattr(recipe.model, "part", None), vocabulary, stamps)
+    path, part = sources.model_path(recipe.model), recipe.model.part
+    if path.is_dir():
+        _require_agreement(recipe, path, part)
     depth = depth_of(recipe.prune, sizes_of(recipe.model))
-    if path.is_dir() and not getattr(recipe.model, "part", None):
+    if path.is_dir() and not part:
         _require_cut_and_targets(recipe, path)
     if recipe.prune.patch == "linear":
         protect = recipe.prune.protect
@@ -117,7 +125,22 @@ def _require_prunable(recipe: Recipe, facts: directory.ModelFacts) -> int | None
         require_foldable(facts.architecture, first - 1)
     if depth and (tried := recipe.prune.finalists):
         _require_spans(tried.count, facts.blocks - sum(dict(recipe.prune.protect).values()) - depth + 1)
+    if path.is_dir() and not part:
+        for form in _formats(recipe):
+            exporting.require_writable(path, form)
     return depth
+
+
+def _require_agreement(recipe: Recipe, path: Path, part: str | None) -> None:
+    """Raise UserError for a model directory whose tensors, config and tokenizer do not agree."""
+    names = [name for tensors in directory.stored_tensors(path).values() for name in tensors]
+    config = parts.text_config(path) if part else readers.read_json(path / "config.json")
+    require_blocks(path, [new for name in names if (new := parts.text_name(name))] if part else names, config)
+    vocabulary = config["vocab_size"]
+    if recipe.arms.logits and (likeliest := recipe.arms.logits.likeliest):
+        train.targets.require_known(likeliest, vocabulary)
+    stamps = tuple(stamp(file) for file in sorted(path.rglob("*")) if file.is_file())
+    _require_sound(path, part, vocabulary, stamps)
 
 
 def _require_spans(finalists: int, spans: int) -> None:
@@ -145,15 +168,6 @@ def _require_sound(path: Path, part: str | None, rows: int, _stamps: tuple[tuple
     tokens.require_fitting(path, rows)
 
 
-def _require_exportable(recipe: Recipe) -> None:
-    """Raise UserError for a model whose directory is here and which cannot be exported as the recipe says."""
-    assert not isinstance(recipe.model, HubModel), "a hub model has no facts"
-    path = sources.model_path(recipe.model)
-    if path.is_dir() and not getattr(recipe.model, "part", None):
-        for form in recipe.export.formats if recipe.export else ():
-            exporting.require_writable(path, form)
-
-
 def _teacher_facts(recipe: Recipe, base: directory.ModelFacts | None) -> directory.ModelFacts | None:
     """Return the facts of the model that rewrites, where it is on this machine and no endpoint."""
     match recipe.distill.teacher:
@@ -179,7 +193,7 @@ def _require_compatible(where: str, given: str, source: ModelSource, base: direc
             raise UserError(problem(where, f"{field} is {got}; the model that is pruned here has {ours}", do))
     assert not isinstance(source, HubModel), "a hub model has no facts"
     path, theirs = sources.model_path(source), sources.model_path(LocalModel(path=given))
-    if not (path.is_dir() and theirs.is_dir()) or getattr(source, "part", None):
+    if not (path.is_dir() and theirs.is_dir()) or source.part:
         return
     kinds = _kinds_of_tensors(path)
     if wrong := next((kind for kind in sorted(_kinds_of_tensors(theirs)) if kind not in kinds), None):

@@ -23,7 +23,9 @@ from sdft_ray.preflight.shapes import shape_of, shape_of_directory
 from sdft_ray.spec import compute as compute_spec
 from sdft_ray.spec import training
 from sdft_ray.spec.compute import Compute, cores, settled
-from sdft_ray.spec.recipe import Prune, Recipe
+from sdft_ray.spec.evaluation import Retention
+from sdft_ray.spec.pruning import Prune
+from sdft_ray.spec.recipe import Draft, Recipe
 from sdft_ray.spec.sources import HubModel, LocalModel, ServedModel
 from sdft_ray.stages import mix, retention, train
 from sdft_ray.stages.train.adapters import LAST_BLOCKS
@@ -31,8 +33,6 @@ from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 from sdft_ray.sweep.planning import Plan
 from sdft_ray.training_data import MixedStage, count_rows
-
-_Engines = compute_spec.Distill | compute_spec.Evaluate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,72 +79,194 @@ def estimate_stages(recipe: Recipe, compute: Compute, chain: Chain, storage: Sto
     done = base.location or (storage.files(base) if storage.status(base) == "done" else None)
     shape = shape_of_directory(done) if done else shape_of(recipe.model)
     depth = depth_of(recipe.prune, sizes_of_directory(done) if done else sizes_of(recipe.model))
-    pruned = None if shape is None or depth is None else memory.prune(shape, depth)
-    first = next(iter(chain.trained.values()))
+    estimate = _Estimate(recipe, compute, shape, depth)
     trained = {f"finalist {i}": stage for i, stage in enumerate(chain.cutting.trained, 1)} | chain.trained
+    rows = {name: _training_rows(stage, storage) for name, stage in trained.items()}
     return [
-        *([_score(recipe, compute, shape)] if chain.score else []),
-        *([_greedy(recipe, compute, shape, depth)] if recipe.prune.is_greedy else []),
-        _distill(recipe, compute, shape, _training_rows(first, storage)),
-        *(_train(recipe, compute, shape, pruned, name, stage, storage) for name, stage in trained.items()),
-        *_drafts(recipe, compute, shape, pruned, len(chain.drafts)),
-        *_retention(recipe, compute, shape, pruned, len(chain.retention)),
-        _evaluate(recipe, compute, shape, len(chain.models)),
+        *([estimate.score()] if chain.score else []),
+        *([estimate.greedy()] if recipe.prune.is_greedy else []),
+        estimate.distill(rows[next(iter(chain.trained))]),
+        *(estimate.train(name, stage.settings, rows[name]) for name, stage in trained.items()),
+        *([estimate.draft(recipe.draft, len(chain.drafts))] if recipe.draft else []),
+        *([estimate.retention(kept, len(chain.retention))] if (kept := recipe.evaluate.retention) else []),
+        estimate.evaluate(len(chain.models)),
     ]
 
 
-def _score(recipe: Recipe, compute: Compute, shape: memory.Shape | None) -> Cost:
-    corpora = recipe.prune.calibration
-    texts, tries = sum(corpus.limit for corpus in corpora), 1 + 2 * recipe.prune.candidates
-    work = f"{texts} texts of up to {_longest(recipe)} tokens"
-    held_back = sum(corpus.held_back for corpus in corpora) * tries  # whose states the loss keeps
-    return _measuring("score", work, recipe, compute, shape, max(texts, held_back), tries)
+@dataclasses.dataclass(frozen=True)
+class _Estimate:
+    """Estimates the stages of a recipe."""
 
+    recipe: Recipe
+    compute: Compute
+    shape: memory.Shape | None
+    """Of the base; None where it is not on this machine."""
+    depth: int | None
 
-def _greedy(recipe: Recipe, compute: Compute, shape: memory.Shape | None, depth: int | None) -> Cost:
-    """Return the cost of trying every block at every step."""
-    protect, texts = recipe.prune.protect, sum(corpus.held_back for corpus in recipe.prune.calibration)
-    work = f"passes over {texts} texts of up to {_longest(recipe)} tokens"
-    tries = 1 + (shape.blocks - protect.first - protect.last if shape else 0)
-    if shape and depth:
-        counted = count_passes(shape.blocks, depth, protect.first, protect.last)
-        work = f"{counted.passes:.0f} {work}, for {counted.candidates} candidates"
-    return _measuring("loss", work, recipe, compute, shape, texts * tries, tries)
+    @property
+    def pruned(self) -> memory.Shape | None:
+        """The shape of the pruned model."""
+        return None if self.shape is None or self.depth is None else memory.prune(self.shape, self.depth)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest calibration text."""
+        return max(corpus.max_tokens for corpus in self.recipe.prune.calibration)
 
-def _longest(recipe: Recipe) -> int:
-    return max(corpus.max_tokens for corpus in recipe.prune.calibration)
+    def score(self) -> Cost:
+        corpora = self.recipe.prune.calibration
+        texts, tries = sum(corpus.limit for corpus in corpora), 1 + 2 * self.recipe.prune.candidates
+        work = f"{texts} texts of up to {self.longest} tokens"
+        held_back = sum(corpus.held_back for corpus in corpora) * tries  # whose states the loss keeps
+        return self._measuring("score", work, max(texts, held_back), tries)
 
+    def greedy(self) -> Cost:
+        """Return the cost of trying every block at every step."""
+        protect, texts = self.recipe.prune.protect, sum(corpus.held_back for corpus in self.recipe.prune.calibration)
+        work = f"passes over {texts} texts of up to {self.longest} tokens"
+        tries = 1 + (self.shape.blocks - protect.first - protect.last if self.shape else 0)
+        if self.shape and self.depth:
+            counted = count_passes(self.shape.blocks, self.depth, protect.first, protect.last)
+            work = f"{counted.passes:.0f} {work}, for {counted.candidates} candidates"
+        return self._measuring("loss", work, texts * tries, tries)
 
-def _measuring(
-    stage: str, work: str, recipe: Recipe, compute: Compute, shape: memory.Shape | None, states: int, tries: int
-) -> Cost:
-    """Return the cost of processes that measure calibration texts with the base.
+    def _measuring(self, stage: str, work: str, states: int, tries: int) -> Cost:
+        """Return the cost of processes that measure calibration texts with the base.
 
-    states: of texts, that all of them keep together where it is streamed; tries: of one text, kept where it is not.
-    """
-    section, bytes_each, parts = compute.score, None, ""
-    if shape is not None:
-        number, longest = _bytes(recipe.prune.dtype), _longest(recipe)
-        tokens, streamed = section.batch_size * longest, compute.streams(number * shape.parameters)
-        kept = states * longest // section.actors if streamed else tries * tokens
-        kept = memory.state_bytes(shape, number, kept)
-        bytes_each = memory.holding_memory(shape, number, tokens, streamed)
-        bytes_each += 0 if streamed and section.gpus else kept
-        parts = f"one block at a time; states {kept / 1e9:.2f}" if streamed else ""
-        parts += " in main memory" if streamed and section.gpus else ""
-    return _cost(stage, work, section.actors, bytes_each, parts, compute, section.gpus)
+        states: of texts, that all of them keep together where it is streamed; tries: of one text, kept where it is not.
+        """
+        section, bytes_each, parts = self.compute.score, None, ""
+        if shape := self.shape:
+            number = _bytes(self.recipe.prune.dtype)
+            tokens, streamed = section.batch_size * self.longest, self.compute.streams(number * shape.parameters)
+            kept = states * self.longest // section.actors if streamed else tries * tokens
+            kept = memory.state_bytes(shape, number, kept)
+            bytes_each = memory.holding_memory(shape, number, tokens, streamed)
+            bytes_each += 0 if streamed and section.gpus else kept
+            parts = f"one block at a time; states {kept / 1e9:.2f}" if streamed else ""
+            parts += " in main memory" if streamed and section.gpus else ""
+        return self._cost(stage, work, section.actors, bytes_each, parts, section.gpus)
 
+    def distill(self, rows: int | None) -> Cost:
+        settings, actors = self.recipe.distill, self.compute.distill.actors.max
+        work = f"{rows or 'all training'} rows of up to {settings.max_new_tokens} new tokens"
+        if isinstance(teacher := settings.teacher, ServedModel):
+            return self._cost("distill", work, actors, None, f"{teacher.model} generates at its endpoint", 0)
+        weights = _bytes(settings.dtype) * self.shape.parameters if self.shape else None
+        return self._engine("distill", work, actors, _stored_bytes(teacher) if teacher else weights)
 
-def _distill(recipe: Recipe, compute: Compute, shape: memory.Shape | None, rows: int | None) -> Cost:
-    work = f"{rows or 'all training'} rows of up to {recipe.distill.max_new_tokens} new tokens"
-    actors, teacher = compute.distill.actors.max, recipe.distill.teacher
-    if isinstance(teacher, ServedModel):
-        return _cost("distill", work, actors, None, f"{teacher.model} generates at its endpoint", compute, 0)
-    weights = None if shape is None else _bytes(recipe.distill.dtype) * shape.parameters
-    if teacher:
-        weights = _stored_bytes(teacher)
-    return _engine("distill", work, actors, weights, compute, compute.distill)
+    def draft(self, settings: Draft, drafts: int) -> Cost:
+        counts, new = ", ".join(map(str, settings.tokens)), settings.max_new_tokens
+        work = f"{drafts} models, {settings.prompts} prompts of {new} new tokens, {counts} of them drafted"
+        weights = None
+        if self.shape and self.pruned:  # the base alone and the base with its draft take turns
+            weights = _bytes(settings.dtype) * (2 * self.shape.parameters + self.pruned.parameters)
+        return self._engine("draft", work, 1, weights)
+
+    def _engine(self, stage: str, work: str, processes: int, weights: int | None) -> Cost:
+        """Return the cost of processes with vLLM: its part of a GPU; or process, weights and KV cache.
+
+        On GPUs it does not fit where the weights of one leave nothing of vLLM's part to the KV cache.
+        """
+        section = self.compute.evaluate if stage == "evaluate" else self.compute.distill
+        if section.gpus:
+            options, gpu = section.engine_options(), self.compute.ray.gpu_memory_gb
+            parts = f"vLLM takes {options.gpu_memory_utilization:.0%} of a GPU"
+            if weights is None:
+                return Cost(stage, work, processes, None, parts)
+            each = weights / options.tensor_parallel_size / options.pipeline_parallel_size
+            each = max(0.0, each - (options.cpu_offload_gb or 0) * 2**30) / 1e9
+            fits = each < options.gpu_memory_utilization * gpu if gpu else None
+            return Cost(stage, work, processes, None, f"{parts}, weights {each:.2f} of it", fits)
+        cache = round(section.engine.kv_cache_gib * 2**30)
+        bytes_each = weights and weights + memory.ENGINE_BYTES + cache
+        return self._cost(stage, work, processes, bytes_each, f"of it KV cache {cache / 1e9:.1f}", 0)
+
+    def train(self, model: str, settings: train.Settings, rows: int | None) -> Cost:
+        own, section, name = settings.train, self.compute.train, f"train ({model})"
+        steps = "steps unknown" if rows is None else f"{own.count_steps(rows)} steps"
+        most = section.micro_batch * own.max_tokens
+        tokens = min(most, section.pass_tokens or most)
+        work = f"{steps} of {own.global_batch_size} rows, up to {tokens} tokens a pass"
+        if not (pruned := self.pruned):
+            return self._cost(name, work, section.workers.max, None, "", section.gpus)
+        scope = _scope(pruned, own.scope, self.recipe.prune)
+        trained = memory.trainable_parameters(scope, own.method, own.lora.rank, own.lora.targets)
+        bytes_by_purpose = self._training_bytes(settings, pruned, trained, tokens)
+        parts = f"{trained / 1e6:.1f} of {pruned.parameters / 1e6:.1f} M parameters are trained; "
+        parts += ", ".join(f"{purpose} {value / 1e9:.2f}" for purpose, value in bytes_by_purpose.items())
+        if section.gpus:
+            parts += _main_memory(own, section, pruned)
+        bytes_each = sum(bytes_by_purpose.values()) + memory.PROCESS_BYTES
+        return self._cost(name, work, section.workers.max, bytes_each, parts, section.gpus)
+
+    def _training_bytes(
+        self, settings: train.Settings, pruned: memory.Shape, trained: int, tokens: int
+    ) -> dict[str, int]:
+        """Return the bytes of one worker by purpose, without the process; those of its GPU where it has one.
+
+        trained: parameters; tokens: of a pass.
+        """
+        section, number, soft = self.compute.train, _bytes(settings.train.dtype), settings.soft
+        needs = memory.training_memory(
+            pruned,
+            trained,
+            workers=section.workers.min,
+            zero_stage=section.zero_stage,
+            half=settings.train.dtype == "bfloat16",
+            tokens=tokens,
+            loss_tokens=tokens // 2,  # not known before the rows are read
+            gradient_checkpointing=section.gradient_checkpointing,
+        )
+        weights, optimizer = needs.weights, needs.optimizer
+        if section.gpus and section.offload != "none":
+            optimizer = 0
+        if section.gpus and section.offload == "all":
+            weights -= number * pruned.parameters // section.workers.min
+        named = {"weights": weights, "gradients": needs.gradients, "optimizer": optimizer}
+        named |= {"activations": needs.activations}
+        if self.shape and soft and not soft.likeliest:  # the base, of which adapters share all but the removed blocks
+            shared = pruned.parameters if settings.train.method == "lora" and section.zero_stage < 3 else 0
+            named |= {"teacher": number * (self.shape.parameters - shared)}
+        return named
+
+    def retention(self, settings: Retention, models: int) -> Cost:
+        work = f"{models} models x up to {settings.rows} rows and {settings.texts} texts"
+        bytes_each = None
+        if self.shape and self.pruned:  # the base beside a model, and pieces of their logits
+            number = _bytes(self.recipe.evaluate.dtype)
+            bytes_each = memory.holding_memory(self.shape, number, settings.max_tokens)
+            bytes_each += number * self.pruned.parameters
+            bytes_each += 5 * 4 * min(retention.PIECE_LOGITS, settings.max_tokens * self.shape.vocabulary)
+        gpus = self.compute.evaluate.gpus
+        return self._cost("retention", work, self._at_once(models), bytes_each, "", gpus)
+
+    def evaluate(self, models: int) -> Cost:
+        settings, section = self.recipe.evaluate, self.compute.evaluate
+        items = f"{settings.limit} items" if settings.limit else "all items"
+        work = f"{models} models x {len(settings.tasks)} tasks, {items} each"
+        number, bytes_each = _bytes(settings.dtype), None
+        if self.shape:
+            bytes_each = memory.holding_memory(self.shape, number, section.batch_size * 256)
+        if settings.engine == "vllm":
+            weights = number * self.shape.parameters if self.shape else None
+            if weights is not None and bytes_each is not None and not section.gpus:
+                weights += bytes_each  # of the model in transformers, which stays beside it on a CPU
+            return self._engine("evaluate", work, self._at_once(models * section.actors), weights)
+        at_once = self._at_once(models * (section.actors if section.actors > 1 else len(settings.tasks)))
+        return self._cost("evaluate", work, at_once, bytes_each, "", section.gpus)
+
+    def _at_once(self, stages: int) -> int:
+        """Return how many evaluations run side by side on this machine; 1 where that is not known."""
+        section = self.compute.evaluate
+        if self.compute.ray.address != "local" or section.gpus:
+            return 1
+        return max(1, min(cores() // settled(section.cpus), stages))
+
+    def _cost(self, stage: str, work: str, processes: int, bytes_each: int | None, parts: str, gpus: float) -> Cost:
+        room = self.compute.room(processes, gpus)
+        fits = None if bytes_each is None or room is None else bytes_each <= room
+        return Cost(stage, work, processes, bytes_each and round(bytes_each / 1e9, 2), parts, fits)
 
 
 def _stored_bytes(model: LocalModel | HubModel) -> int | None:
@@ -152,89 +274,6 @@ def _stored_bytes(model: LocalModel | HubModel) -> int | None:
     if isinstance(model, HubModel) or not (path := sources.model_path(model, "distill.teacher.path")).is_dir():
         return None
     return sum(file.stat().st_size for file in weight_files(path))
-
-
-def _drafts(
-    recipe: Recipe, compute: Compute, shape: memory.Shape | None, pruned: memory.Shape | None, drafts: int
-) -> list[Cost]:
-    if not (settings := recipe.draft):
-        return []
-    counts = ", ".join(map(str, settings.tokens))
-    work = (
-        f"{drafts} models, {settings.prompts} prompts of {settings.max_new_tokens} new tokens, {counts} of them drafted"
-    )
-    weights = None
-    if shape is not None and pruned is not None:  # the base alone and the base with its draft take turns
-        weights = _bytes(settings.dtype) * (2 * shape.parameters + pruned.parameters)
-    return [_engine("draft", work, 1, weights, compute, compute.distill)]
-
-
-def _engine(stage: str, work: str, processes: int, weights: int | None, compute: Compute, section: _Engines) -> Cost:
-    """Return the cost of processes with vLLM: its part of a GPU; or process, weights and KV cache.
-
-    On GPUs it does not fit where the weights of one leave nothing of vLLM's part to the KV cache.
-    """
-    if section.gpus:
-        options, gpu = section.engine_options(), compute.ray.gpu_memory_gb
-        parts = f"vLLM takes {options.gpu_memory_utilization:.0%} of a GPU"
-        if weights is None:
-            return Cost(stage, work, processes, None, parts)
-        each = weights / options.tensor_parallel_size / options.pipeline_parallel_size
-        each = max(0.0, each - (options.cpu_offload_gb or 0) * 2**30) / 1e9
-        fits = each < options.gpu_memory_utilization * gpu if gpu else None
-        return Cost(stage, work, processes, None, f"{parts}, weights {each:.2f} of it", fits)
-    cache = round(section.engine.kv_cache_gib * 2**30)
-    bytes_each = weights and weights + memory.ENGINE_BYTES + cache
-    return _cost(stage, work, processes, bytes_each, f"of it KV cache {cache / 1e9:.1f}", compute, 0)
-
-
-def _train(
-    recipe: Recipe,
-    compute: Compute,
-    shape: memory.Shape | None,
-    pruned: memory.Shape | None,
-    model: str,
-    stage: Stage[train.Settings],
-    storage: Storage,
-) -> Cost:
-    settings, section = stage.settings.train, compute.train
-    rows, name = _training_rows(stage, storage), f"train ({model})"
-    steps = "steps unknown" if rows is None else f"{settings.count_steps(rows)} steps"
-    most = section.micro_batch * settings.max_tokens
-    tokens = min(most, section.pass_tokens or most)
-    work = f"{steps} of {settings.global_batch_size} rows, up to {tokens} tokens a pass"
-    if shape is None or pruned is None:
-        return _cost(name, work, section.workers.max, None, "", compute, section.gpus)
-    scope = _scope(pruned, settings.scope, recipe.prune)
-    trained = memory.trainable_parameters(scope, settings.method, settings.lora.rank, settings.lora.targets)
-    needs = memory.training_memory(
-        pruned,
-        trained,
-        workers=section.workers.min,
-        zero_stage=section.zero_stage,
-        half=settings.dtype == "bfloat16",
-        tokens=tokens,
-        loss_tokens=tokens // 2,  # not known before the rows are read
-        gradient_checkpointing=section.gradient_checkpointing,
-    )
-    named = {"weights": needs.weights, "gradients": needs.gradients, "optimizer": needs.optimizer}
-    if section.offload != "none" and section.gpus:
-        named |= {"optimizer": 0}
-    if section.offload == "all" and section.gpus:
-        named |= {"weights": needs.weights - _bytes(settings.dtype) * pruned.parameters // section.workers.min}
-    named |= {"activations": needs.activations}
-    soft = stage.settings.soft
-    if soft and not soft.likeliest:  # the base beside it, of which adapters share all but the removed blocks
-        shares = settings.method == "lora" and section.zero_stage < 3
-        own = shape.parameters - pruned.parameters if shares else shape.parameters
-        named |= {"teacher": _bytes(settings.dtype) * own}
-    parts = f"{trained / 1e6:.1f} of {pruned.parameters / 1e6:.1f} M parameters are trained; " + ", ".join(
-        f"{name} {value / 1e9:.2f}" for name, value in named.items()
-    )
-    if section.gpus:
-        parts += _main_memory(settings, section, pruned)
-    bytes_each = sum(named.values()) + memory.PROCESS_BYTES
-    return _cost(name, work, section.workers.max, bytes_each, parts, compute, section.gpus)
 
 
 def _scope(pruned: memory.Shape, scope: str, prune: Prune) -> memory.Shape:
@@ -252,52 +291,6 @@ def _main_memory(settings: training.Train, section: compute_spec.Train, shape: m
     loading = memory.loading_memory(shape, number, shares, on_gpu=section.offload != "all")
     writing = number * shape.parameters + memory.PROCESS_BYTES
     return f"; main memory {loading / 1e9:.2f} to load, {writing / 1e9:.2f} in the process that writes the model"
-
-
-def _retention(
-    recipe: Recipe, compute: Compute, shape: memory.Shape | None, pruned: memory.Shape | None, models: int
-) -> list[Cost]:
-    if not (settings := recipe.evaluate.retention):
-        return []
-    work = f"{models} models x up to {settings.rows} rows and {settings.texts} texts"
-    bytes_each = None
-    if shape is not None and pruned is not None:  # the base beside a model, and pieces of their logits
-        number = _bytes(recipe.evaluate.dtype)
-        bytes_each = memory.holding_memory(shape, number, settings.max_tokens) + number * pruned.parameters
-        bytes_each += 5 * 4 * min(retention.PIECE_LOGITS, settings.max_tokens * shape.vocabulary)
-    return [_cost("retention", work, _at_once(compute, models), bytes_each, "", compute, compute.evaluate.gpus)]
-
-
-def _at_once(compute: Compute, stages: int) -> int:
-    """Return how many evaluations run side by side on this machine; 1 where that is not known."""
-    section = compute.evaluate
-    if compute.ray.address != "local" or section.gpus:
-        return 1
-    return max(1, min(cores() // settled(section.cpus), stages))
-
-
-def _evaluate(recipe: Recipe, compute: Compute, shape: memory.Shape | None, models: int) -> Cost:
-    settings, section = recipe.evaluate, compute.evaluate
-    items = f"{settings.limit} items" if settings.limit else "all items"
-    work = f"{models} models x {len(settings.tasks)} tasks, {items} each"
-    number, bytes_each = _bytes(settings.dtype), None
-    if shape is not None:
-        bytes_each = memory.holding_memory(shape, number, section.batch_size * 256)
-    if settings.engine == "vllm":
-        weights = None if shape is None else number * shape.parameters
-        if weights is not None and bytes_each is not None and not section.gpus:
-            weights += bytes_each  # of the model in transformers, which stays beside it on a CPU
-        return _engine("evaluate", work, _at_once(compute, models * section.actors), weights, compute, section)
-    at_once = _at_once(compute, models * (section.actors if section.actors > 1 else len(settings.tasks)))
-    return _cost("evaluate", work, at_once, bytes_each, "", compute, section.gpus)
-
-
-def _cost(
-    stage: str, work: str, processes: int, bytes_each: int | None, parts: str, compute: Compute, gpus: float
-) -> Cost:
-    room = compute.room(processes, gpus)
-    fits = None if bytes_each is None or room is None else bytes_each <= room
-    return Cost(stage, work, processes, bytes_each and round(bytes_each / 1e9, 2), parts, fits)
 
 
 def _bytes(dtype: str) -> int:

@@ -12,7 +12,8 @@ from sdft_ray.core.depth import Sizes, Way, least_depth, parameters_left
 from sdft_ray.core.surgery import name_blocks, require_removable
 from sdft_ray.models.depth import require_depth
 from sdft_ray.models.sizes import sizes_of
-from sdft_ray.spec.recipe import Prune, Recipe
+from sdft_ray.spec.pruning import Prune
+from sdft_ray.spec.recipe import Recipe
 
 
 def depth_of(prune: Prune, sizes: Sizes | None) -> int | None:

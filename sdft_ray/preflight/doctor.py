@@ -93,13 +93,8 @@ def environment(compute: Compute, variables: Mapping[str, str]) -> Iterator[Find
         yield Finding("environment", "RAY_ADDRESS", "warn", what, "Unset RAY_ADDRESS.")
     if dashboard := variables.get("RAY_API_SERVER_ADDRESS"):
         what = f"is {dashboard}: Ray's job and state commands go there, whatever address they are given"
-        yield Finding(
-            "environment",
-            "RAY_API_SERVER_ADDRESS",
-            "warn",
-            what,
-            "If that is another cluster, unset RAY_API_SERVER_ADDRESS.",
-        )
+        do = "If that is another cluster, unset RAY_API_SERVER_ADDRESS."
+        yield Finding("environment", "RAY_API_SERVER_ADDRESS", "warn", what, do)
 
 
 def token_file(variables: Mapping[str, str]) -> Finding:
@@ -109,9 +104,8 @@ def token_file(variables: Mapping[str, str]) -> Finding:
     path = Path(variables.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if not path.is_file():
         if variables.get("RAY_AUTH_TOKEN_PATH"):
-            return Finding(
-                "token", str(path), "fail", "RAY_AUTH_TOKEN_PATH names no file", "Write the token into that file."
-            )
+            do = "Write the token into that file."
+            return Finding("token", str(path), "fail", "RAY_AUTH_TOKEN_PATH names no file", do)
         return Finding("token", str(path), "ok", "is not there; a local Ray makes one")
     if path.stat().st_mode & 0o077:  # Ray 2.60.0 writes it as the umask has it
         return Finding("token", str(path), "warn", "other users can read it", f"Do: chmod 600 {path}")
@@ -163,12 +157,9 @@ def check_capacity(nodes: Sequence[RayNode], needs: Mapping[str, tuple[int, int,
         wants = f"{bundles} x ({cpus} CPUs, {gpus:g} GPUs)"
         if (fit := count_places(nodes, cpus, gpus)) >= bundles:
             yield Finding("resources", section, "ok", f"{wants} fit")
-        elif fit:
-            do = f"Lower compute.{section}."
-            yield Finding("resources", section, "fail", f"needs {wants}; {fit} fit", do)
         else:
-            do = f"Lower compute.{section}."
-            yield Finding("resources", section, "fail", f"needs {wants}; no node holds one", do)
+            what = f"{fit} fit" if fit else "no node holds one"
+            yield Finding("resources", section, "fail", f"needs {wants}; {what}", f"Lower compute.{section}.")
 
 
 def _cluster(

@@ -62,20 +62,8 @@ def measure(plan: Plan, storage: Storage) -> Savings:
     kinds = []
     for name in pipeline.MODULES:
         mine = [stage for stage in once.values() if stage.name == name]
-        theirs = [stage for stage in alone if stage.name == name]
         if mine:
-            known = all(stage.id in seconds for stage in mine)
-            states = Counter(status[stage.id] for stage in mine)
-            kinds.append(
-                Kind(
-                    stage=name,
-                    alone=len(theirs),
-                    sweep=len(mine),
-                    **{state: states[state] for state in STATES},
-                    seconds_sweep=sum(seconds[stage.id] for stage in mine) if known else None,
-                    seconds_alone=sum(_seconds_alone(stage, mine, seconds) for stage in theirs) if known else None,
-                )
-            )
+            kinds.append(_count(mine, [stage for stage in alone if stage.name == name], status, seconds))
     return Savings(
         recipes=len(plan.cells),
         trials=len(plan.trials),
@@ -86,6 +74,22 @@ def measure(plan: Plan, storage: Storage) -> Savings:
         seconds_of=tuple(kind.stage for kind in kinds if kind.seconds_sweep is not None),
         seconds_sweep=sum(kind.seconds_sweep or 0 for kind in kinds),
         seconds_alone=sum(kind.seconds_alone or 0 for kind in kinds),
+    )
+
+
+def _count(
+    mine: Sequence[Stage[Any]], theirs: Sequence[Stage[Any]], status: Mapping[str, str], seconds: Mapping[str, float]
+) -> Kind:
+    """Return the counts of the stages of one kind; mine: of the sweep, theirs: of its recipes alone."""
+    known = all(stage.id in seconds for stage in mine)
+    states = Counter(status[stage.id] for stage in mine)
+    return Kind(
+        stage=mine[0].name,
+        alone=len(theirs),
+        sweep=len(mine),
+        **{state: states[state] for state in STATES},
+        seconds_sweep=sum(seconds[stage.id] for stage in mine) if known else None,
+        seconds_alone=sum(_seconds_alone(stage, mine, seconds) for stage in theirs) if known else None,
     )
 
 

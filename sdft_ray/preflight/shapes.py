@@ -60,7 +60,7 @@ def shape_of(source: ModelSource) -> memory.Shape | None:
     if isinstance(source, HubModel):
         return None
     path = sources.model_path(source)
-    return shape_of_directory(path, getattr(source, "part", None)) if path.is_dir() else _shape_of_gguf(path)
+    return shape_of_directory(path, source.part) if path.is_dir() else _shape_of_gguf(path)
 
 
 def shape_of_directory(directory: Path, part: str | None = None) -> memory.Shape:

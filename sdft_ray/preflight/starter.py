@@ -116,13 +116,7 @@ def choose_columns(rows: str, columns: Columns) -> tuple[dict[str, str], list[st
         tools = {"tools": "tools"} if "tools" in known else {}
         return {"messages": turns, **tools, **({"format": str(form)} if form != "messages" else {})}, known
     given = {key: name for key, name in dataclasses.asdict(columns).items() if name is not None}
-    if wrong := {key: name for key, name in given.items() if name not in known}:
-        do = {key: nearest(name, known) for key, name in wrong.items()}
-        raise UserError(*(problem(f"--{key}", f"{path} has no {name}", do[key]) for key, name in wrong.items()))
-    for other in ("prompt", "context"):
-        if other in given and given[other] == given.get("response"):
-            what = f"{given[other]} is the column of the {other}, too"
-            raise UserError(problem("--response", what, "Give another column"))
+    _require_columns(given, known, path)
     chosen: dict[str, str] = {}
     for key, names in _GUESSES.items():
         taken = {*chosen.values(), *given.values()}
@@ -133,6 +127,18 @@ def choose_columns(rows: str, columns: Columns) -> tuple[dict[str, str], list[st
         what = f"no column of {path} is known to be the {' or the '.join(missing)} (columns: {', '.join(known)})"
         raise UserError(problem("--rows", what, f"Give {' and '.join(f'--{key} COL' for key in missing)}"))
     return chosen, known
+
+
+def _require_columns(given: Mapping[str, str], known: Sequence[str], path: Path) -> None:
+    """Raise UserError for columns that the rows do not have, and for one that is named for two fields."""
+    wrong = {key: name for key, name in given.items() if name not in known}
+    if wrong:
+        lines = [problem(f"--{key}", f"{path} has no {name}", nearest(name, known)) for key, name in wrong.items()]
+        raise UserError(*lines)
+    for other in ("prompt", "context"):
+        if other in given and given[other] == given.get("response"):
+            what = f"{given[other]} is the column of the {other}, too"
+            raise UserError(problem("--response", what, "Give another column"))
 
 
 def _texts(records: Sequence[Mapping[str, Any]], known: Sequence[str], or_numbers: bool) -> list[str]:

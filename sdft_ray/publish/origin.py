@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter
 
-from sdft_ray.core.recovery import Difference, paired_differences
+from sdft_ray.core.recovery import Estimate, paired_differences
 from sdft_ray.data.readers import RowsContent
 from sdft_ray.errors import UserError
 from sdft_ray.results import ITEMS, Item, read_items
@@ -39,7 +39,7 @@ class Scored(NamedTuple):
     task: str
     score: evaluate.Summary
     base: evaluate.Summary | None = None
-    difference: Difference | None = None
+    difference: Estimate | None = None
     """Of the model over the base."""
 
 
@@ -50,7 +50,7 @@ class Origin(NamedTuple):
     """The model, what it was made from, and so on; the base last, where the root has it."""
     sources: tuple[Source, ...]
     scores: tuple[Scored, ...]
-    mean_difference: Difference | None
+    mean_difference: Estimate | None
     """Of all tasks that the base was evaluated on, too."""
 
     @property
@@ -131,14 +131,14 @@ def _source(rows: Manifest) -> Source:
 # --- scores ---------------------------------------------------------------------------------------------------
 
 
-def _scores(model: str, base: str, storage: Storage) -> tuple[tuple[Scored, ...], Difference | None]:
+def _scores(model: str, base: str, storage: Storage) -> tuple[tuple[Scored, ...], Estimate | None]:
     """Return the scores of a model by task, and its mean difference to the base."""
     evaluations = [each for each in storage.manifests("evaluate") if each.identity.model in (model, base)]
     of_base = {_way(each): each for each in evaluations if each.identity.model == base}
     mine = {_way(each): each for each in evaluations if each.identity.model == model}
     shared = [way for way in mine if way in of_base]
     pairs = {way: (_values(mine[way], storage), _values(of_base[way], storage)) for way in shared}
-    differences: dict[str, Difference] = {}
+    differences: dict[str, Estimate] = {}
     mean = None
     if pairs:
         first, second = ({way: pair[i] for way, pair in pairs.items()} for i in (0, 1))

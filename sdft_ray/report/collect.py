@@ -260,10 +260,10 @@ def _describe_sources(chain: Chain, models: Sequence[ModelEntry], storage: Stora
     validated = {name: arm.validation_loss_by_source for name, arm in arms.items()}
     held_out = {model.model: score for model in models if (score := model.quality.tasks.get(HELD_OUT))}
     entries = []
-    for i, mixed in enumerate(mix.Summary.of(chain.rows, storage).sources):
+    for i, (name, mixed) in enumerate(zip(chain.own.sources, mix.Summary.of(chain.rows, storage).sources, strict=True)):
         more: dict[str, Any] = {"rewrites": rewrites[i]} if rewrites else {}
         more |= {"nll": likelihoods[i]} if likelihoods else {}
-        key = f"exact_match {chain.names[i]}"
+        key = f"exact_match {name}"
         matches = {name: score.other_metrics[key] for name, score in held_out.items() if key in score.other_metrics}
         more |= {"exact_match": matches}
         for field, by_arm in (("loss", losses), ("validation_loss", validated)):

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from pydantic import Field
 
-from sdft_ray.core.recovery import Difference, Estimate
+from sdft_ray.core.recovery import Estimate
 from sdft_ray.generated import Habits, Sampled
 from sdft_ray.results import Distances, Score, Step
 from sdft_ray.stages.cut import Summary as Pruned
@@ -58,8 +58,8 @@ class Comparison(Record):
 
     first: str
     second: str
-    tasks: dict[str, Difference]
-    mean: Difference
+    tasks: dict[str, Estimate]
+    mean: Estimate
 
 
 # --- a recipe -------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ class MergeEntry(Flat):
     flat = ("merged",)
     models: tuple[str, ...]
     """That it was merged from."""
-    against: dict[str, Difference]
+    against: dict[str, Estimate]
     """What it gained over other models, in the mean over tasks."""
     merged: Merged
 

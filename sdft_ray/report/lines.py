@@ -6,7 +6,7 @@ In: records of a report. Out: text; scores in percent, because that is how leade
 from __future__ import annotations
 
 from sdft_ray.core.merging import COLLINEAR
-from sdft_ray.core.recovery import Difference, Estimate
+from sdft_ray.core.recovery import Estimate
 from sdft_ray.core.surgery import name_blocks
 from sdft_ray.report.entries import (
     Comparison,
@@ -228,10 +228,10 @@ def saved(amount: float, of_base: float) -> str:
     return f" (-{100 * (1 - amount / of_base):.1f} %)" if amount < of_base else ""
 
 
-def interval(difference: Difference) -> str:
+def interval(difference: Estimate) -> str:
     """Return a difference with its interval, in points.
 
-    >>> interval(Difference(0.012, -0.01, 0.034, 100))
+    >>> interval(Estimate(0.012, -0.01, 0.034, 100))
     '+1.2 [-1.0, +3.4]'
     """
     return f"{100 * difference.value:+.1f} [{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"

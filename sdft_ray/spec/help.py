@@ -83,8 +83,5 @@ def _lines(entry: Entry) -> Iterator[str]:
         yield from textwrap.wrap(text, _WIDTH, initial_indent="  ", subsequent_indent="  ")
     width = max((len(field.path) for field in entry.fields), default=0)
     for field in entry.fields:
-        yield f"  {field.path:<{width}}  {_first_sentence(field.help)}"
-
-
-def _first_sentence(text: str) -> str:
-    return text.partition(". ")[0].removesuffix(".") + "."
+        first_sentence = field.help.partition(". ")[0].removesuffix(".")
+        yield f"  {field.path:<{width}}  {first_sentence}."

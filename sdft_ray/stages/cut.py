@@ -38,7 +38,7 @@ from sdft_ray.models.parts import copy_part
 from sdft_ray.models.shards import DISK_THREADS, same_bytes
 from sdft_ray.progress import log
 from sdft_ray.results import Cut, read_candidates, read_choice, read_measured
-from sdft_ray.spec.recipe import Prune
+from sdft_ray.spec.pruning import Prune
 from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
 from sdft_ray.store.files import write_atomically

@@ -12,7 +12,7 @@ from typing import Any
 from sdft_ray import stages
 from sdft_ray.models.directory import weight_files
 from sdft_ray.progress import log, quiet_transformers
-from sdft_ray.spec.export import Format
+from sdft_ray.spec.recipe import Format
 from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
 from sdft_ray.store.identity import Stage, slugify

@@ -28,7 +28,7 @@ from sdft_ray.models.depth import Depth, blocks_in, depth_settings, settle_depth
 from sdft_ray.progress import Progress, log
 from sdft_ray.results import CANDIDATES, read_measured
 from sdft_ray.spec.compute import Compute, Needs
-from sdft_ray.spec.recipe import Prune
+from sdft_ray.spec.pruning import Prune
 from sdft_ray.stages import Work
 from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage, short_id

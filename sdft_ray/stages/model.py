@@ -83,7 +83,7 @@ def stage(source: ModelSource, where: str = "model.path", teaches: bool = False)
     teaches: it only rewrites and is never pruned.
     Raises UserError at `where` the recipe names it for one that is not there.
     """
-    part: Text | None = "text" if getattr(source, "part", None) else None
+    part: Text | None = "text" if source.part else None
     if isinstance(source, HubModel):
         settings = HubSettings(repo=source.repo, revision=source.revision, part=part, teaches=teaches)
         return Stage("model", slugify(_name_part(source.repo, part)), VERSION, settings)
@@ -100,7 +100,7 @@ def stage(source: ModelSource, where: str = "model.path", teaches: bool = False)
 def whole_stage(source: ModelSource) -> Stage[Settings] | None:
     """Return the stage that stands for all of a model, of which a part goes through the chain and is to be put back;
     None where none is."""
-    if getattr(source, "part", None) != "all":
+    if source.part != "all":
         return None
     return stage(source.model_copy(update={"part": None}), teaches=True)
 

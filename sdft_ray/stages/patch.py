@@ -24,7 +24,7 @@ from sdft_ray.models.shards import StoredTensor, write_tensors
 from sdft_ray.progress import log
 from sdft_ray.results import Cut
 from sdft_ray.spec.compute import Needs
-from sdft_ray.spec.recipe import Prune
+from sdft_ray.spec.pruning import Prune
 from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
 from sdft_ray.store.files import remember_hash

@@ -21,7 +21,7 @@ from sdft_ray.errors import UserError, problem
 from sdft_ray.models.generation import generate
 from sdft_ray.results import PROBES, read_held_out
 from sdft_ray.spec.compute import Needs
-from sdft_ray.spec.recipe import Evaluate
+from sdft_ray.spec.evaluation import Evaluate
 from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
 from sdft_ray.store.files import write_atomically

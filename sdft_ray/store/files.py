@@ -22,10 +22,10 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdft_ray"
 
 
-def hash_file(path: Path) -> str:
-    """Return the sha256 of a file's bytes."""
+def hash_file(path: Path, kind: str = "sha256") -> str:
+    """Return a hash of a file's bytes, in hex digits."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.new(kind, usedforsecurity=False)).hexdigest()
 
 
 def hash_source(path: Path, without: Sequence[str] = ()) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sdft_ray.errors import UserError, problem
-from sdft_ray.store.backend import Listing, by_id
+from sdft_ray.store.listing import Listing, by_id
 from sdft_ray.store.manifest import MANIFEST, Manifest, check_files, read_manifest
 
 
@@ -25,13 +25,17 @@ def _resolve(root: str) -> Path:
 
 
 class Directory:
-    """Artifacts below a directory: its files are durable and visible to all nodes."""
+    """Artifacts below a directory, whose files are durable and visible to all nodes; its methods are those of
+    `ObjectStore`."""
 
     shared = True
+    """Whether every node sees the same directory."""
 
     def __init__(self, root: str) -> None:
         self.root = _resolve(root)
+        """The directory on this node."""
         self.uri = str(self.root)
+        """The name of the root for people."""
 
     def list(self, folder: str) -> Listing:
         """Return the directories in a folder."""
@@ -52,7 +56,8 @@ class Directory:
         return read_manifest(self.root / key)
 
     def finished(self, key: str, sizes: Callable[[], Mapping[str, int]]) -> Manifest | None:
-        """Return the manifest of an artifact whose files are there, with their sizes."""
+        """Return the manifest of an artifact, or None where it is not finished; raises UserError where it lost or
+        shortened a file. sizes: of no use here."""
         if manifest := read_manifest(self.root / key):
             check_files(self.root / key, manifest, hashes=False)
         return manifest
@@ -64,7 +69,7 @@ class Directory:
         return self.root / key
 
     def publish(self, files: Iterable[Path]) -> None:
-        """Do nothing: other nodes see the same files."""
+        """Do nothing: pieces of work are durable, and other nodes see them."""
 
     def bring(self, folder: Path, pattern: str) -> None:
         """Do nothing: this node has the files."""

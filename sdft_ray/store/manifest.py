@@ -1,12 +1,13 @@
-"""What an artifact is: its identity, its manifest, and the proof that its files are the ones that were written.
+"""The manifest of an artifact: its identity, what came of it, and the proof that its files are those that were written.
 
-In: a stage's name, version, settings and inputs. Out: a 12-digit id that moves exactly when a number could move.
-The payload that was hashed stays in the manifest, so that `sdft diff` can say why two ids differ.
-Nothing here knows where artifacts lie: that is `storage.py`.
+In: a stage, its summary, and the directory of its files. Out: manifest.json, and errors that name a file which is not
+what it says. Nothing here knows where artifacts lie: that is `storage.py`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import platform
@@ -89,7 +90,7 @@ class Manifest(Record):
     identity: Identity = Identity()
     lineage: Lineage = Lineage()
     summary: dict[str, Any]
-    """What the stage says of its result: stages have the type."""
+    """The figures of its result, whose type the stage has."""
     files: tuple[File, ...]
     provenance: Provenance = Provenance()
 
@@ -183,21 +184,26 @@ def check_files(directory: Path, manifest: Manifest, hashes: bool) -> None:
             raise damaged(str(directory), file.path, ALTERED)
 
 
-def provenance() -> Provenance:
-    """Return where and when this is: versions, hardware, time."""
+@functools.cache  # the code and the libraries of a process stay what they were
+def _read_versions() -> tuple[str | None, dict[str, str]]:
+    """Return the commit of this code, and the versions of its libraries that are installed."""
     here = Path(__file__).resolve().parent
     git = subprocess.run(
         ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
     versions = {}
     for package in _PACKAGES:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
+    return git or None, versions
+
+
+def provenance() -> Provenance:
+    """Return where and when this is: versions, hardware, time."""
+    commit, versions = _read_versions()
     return Provenance(
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        git_commit=git or None,
+        git_commit=commit,
         python=platform.python_version(),
         packages=versions,
         machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",

@@ -1,20 +1,21 @@
 """An object store under one URI: put, get, list and delete whole objects, and a put that only one process wins.
 
 In: `s3://bucket/prefix` (or `gs://`, `az://`), keys below it. Out: bytes and files; every failure is an OSError that
-names the object, as for a disk. Everything goes through fsspec: it knows the conditional create that the leases
-(storage.py) need on each of the three stores, which pyarrow's file systems do not. An object is never partial. The
-store's library reads credentials from its usual environment variables, profile or instance.
+names the object, as for a disk. Everything goes through fsspec: it knows the conditional create that leases (lease.py)
+need on each of the three stores, which pyarrow's file systems do not. An object is never partial. The store's library
+reads credentials from its usual environment variables, profile or instance.
 """
 
 from __future__ import annotations
 
+import base64
 import errno
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from sdft_ray.errors import UserError, problem
@@ -67,6 +68,34 @@ def is_store(root: str) -> bool:
 def is_file(info: Mapping[str, Any]) -> bool:
     """Return whether what fsspec says of a name is of a file."""
     return bool(info["type"] == "file")
+
+
+def version_of(info: Mapping[str, Any]) -> str:
+    """Return what changes with a file's content, by what fsspec says of it; empty where its store tells nothing."""
+    keys = ("ETag", "etag", "md5Hash", "checksum", "mtime", "LastModified")
+    known = [str(info[key]) for key in keys if info.get(key)]
+    return " ".join([str(info.get("size")), *known]) if known else ""
+
+
+def _md5_of(info: Mapping[str, Any]) -> str:
+    """Return the MD5 of an object's content, in hex digits; empty where its store does not give it.
+
+    S3's ETag is one of an object that was put at once, and something else of one that was put in parts or encrypted.
+    """
+    if in_base64 := info.get("md5Hash"):  # of Google's store
+        return base64.b64decode(in_base64).hex()
+    tag = str(info.get("ETag") or "").strip('"')
+    return tag if re.fullmatch("[0-9a-f]{32}", tag) else ""
+
+
+class Entry(NamedTuple):
+    """An object, as its store lists it."""
+
+    bytes: int
+    version: str
+    """What changes with its content; empty where the store tells nothing."""
+    md5: str
+    """Of its content, in hex digits; empty where the store does not give it."""
 
 
 class Objects:
@@ -134,12 +163,16 @@ class Objects:
             self.filesystem.get_file(self.path(key), str(temporary))
         temporary.replace(file)
 
-    def list(self, folder: str = "") -> dict[str, int]:
-        """Return key and bytes of every object below a folder."""
+    def list(self, folder: str = "") -> dict[str, Entry]:
+        """Return every object below a folder, by its key."""
         with self._explain_errors(folder, "listed"):
-            entries = self.filesystem.find(self.path(folder), detail=True)
+            found = self.filesystem.find(self.path(folder), detail=True)
         begin = len(self._path) + 1
-        return {name[begin:]: entry["size"] for name, entry in entries.items() if is_file(entry)}
+        return {
+            name[begin:]: Entry(info["size"], version_of(info), _md5_of(info))
+            for name, info in found.items()
+            if is_file(info)
+        }
 
     def delete(self, keys: Iterable[str]) -> None:
         """Delete objects; missing ones are no error."""

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import json
 import shutil
 import socket
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from sdft_ray.errors import UserError, problem
 from sdft_ray.store import lease
-from sdft_ray.store.backend import Listing, by_id, id_in, make_directory
-from sdft_ray.store.files import cache_directory, hash_file, inside, write_atomically
+from sdft_ray.store.files import cache_directory, hash_file, inside, stamp, write_atomically
 from sdft_ray.store.identity import short_id, slugify
+from sdft_ray.store.listing import Listing, by_id, id_in, make_directory
 from sdft_ray.store.locks import file_lock
 from sdft_ray.store.manifest import (
     ALTERED,
@@ -33,7 +34,7 @@ from sdft_ray.store.manifest import (
     parse_manifest,
     read_manifest,
 )
-from sdft_ray.store.objects import Objects
+from sdft_ray.store.objects import Entry, Objects
 
 _AT_ONCE = 8  # objects transferred at a time
 
@@ -46,11 +47,12 @@ class ObjectStore:
     def __init__(self, uri: str) -> None:
         self._objects = Objects(uri)
         self.uri = self._objects.uri
-        self.root = _copy_of(self.uri)
+        # Deleting it only costs bringing files again.
+        self.root = cache_directory() / "roots" / f"{slugify(self.uri)}-{short_id(self.uri)}"
 
     def list(self, folder: str) -> Listing:
         """Return the objects below a folder, and the directories in it."""
-        sizes = self._objects.list(folder)
+        sizes = {key: entry.bytes for key, entry in self._objects.list(folder).items()}
         return Listing(sizes, by_id({key.removeprefix(f"{folder}/").partition("/")[0] for key in sizes}))
 
     def manifests(self) -> Iterable[str]:
@@ -67,7 +69,8 @@ class ObjectStore:
         return None if text is None else parse_manifest(f"{self.uri}/{key}", text)
 
     def finished(self, key: str, sizes: Callable[[], Mapping[str, int]]) -> Manifest | None:
-        """Return the manifest of an artifact whose objects are there, with their sizes."""
+        """Return the manifest of an artifact, or None where it is not finished; raises UserError where it lost or
+        shortened a file. sizes: returns the listing of its folder."""
         listed = sizes()
         manifest = self.read_manifest(key) if f"{key}/{MANIFEST}" in listed else None
         if manifest:
@@ -75,7 +78,8 @@ class ObjectStore:
         return manifest
 
     def fetch(self, key: str, manifest: Manifest, pattern: str, prove: bool) -> Path:
-        """Bring those files of an artifact that match and are not on this node yet, each compared with its hash."""
+        """Return the directory on this node with those files of an artifact that match; each is compared with its hash
+        when it is brought, and `prove` asks for no more."""
         place = self.root / key
         with file_lock(self.root, "bring-" + id_in(key)):
             # An artifact that was deleted and built again is another one.
@@ -101,39 +105,52 @@ class ObjectStore:
         _for_each(lambda file: self._objects.put(file, self._name(file)), files)
 
     def bring(self, folder: Path, pattern: str) -> None:
-        """Make this node's copy of a directory of work equal to the store's, for names below it that match.
-
-        Files that only this node has are deleted: a killed run left them, and another node may have done them again.
-        """
+        """Make this node's copy of a directory of work equal to the store's, for names below it that match."""
         name = self._name(folder)
-        with file_lock(self.root, "bring-" + name.replace("/", "-")):
-            listed = {key: size for key, size in self._objects.list(name).items() if _matches(key, name, pattern)}
+        with self._copies(name) as copies:
+            matching = {key for key in copies.listed if _matches(key, name, pattern)}
             for path in folder.rglob("*"):
-                if path.is_file() and _matches(self._name(path), name, pattern) and self._name(path) not in listed:
+                if path.is_file() and _matches(self._name(path), name, pattern) and self._name(path) not in matching:
                     path.unlink()
-            lacking = [key for key, size in listed.items() if _bytes_of(inside(self.root, key)) != size]
+            lacking = [key for key in matching if not copies.holds(key)]
             _for_each(lambda key: self._objects.get(key, self.root / key), lacking)
+            copies.note(lacking)
 
     def mirror(self, folder: Path) -> None:
         """Make a directory of work in the store equal to this node's: put new files first, then delete missing ones."""
-        listed = self._objects.list(self._name(folder))
-        local = {self._name(path): path for path in folder.rglob("*") if path.is_file()}
-        self.publish(path for name, path in local.items() if listed.get(name) != path.stat().st_size)
-        self._objects.delete(listed.keys() - local.keys())
+        name = self._name(folder)
+        with self._copies(name) as copies:
+            local = {self._name(path): path for path in folder.rglob("*") if path.is_file()}
+            new = [key for key in local if not copies.holds(key)]
+            self.publish(local[key] for key in new)
+            self._objects.delete(copies.listed.keys() - local.keys())
+            if new:
+                copies.listed = self._objects.list(name)
+                copies.note(new)
+
+    @contextmanager
+    def _copies(self, name: str) -> Iterator[_Copies]:
+        """Yield what is known of this node's copy of a directory of work, which no other process changes meanwhile."""
+        key = "bring-" + name.replace("/", "-")
+        with file_lock(self.root, key):
+            copies = _Copies(self.root, self.root / "copies" / f"{key}.json", self._objects.list(name))
+            yield copies
+            copies.write()
 
     def drop(self, path: Path) -> None:
         """Delete an object, or all below a directory."""
         self._objects.delete([self._name(path), *self._objects.list(self._name(path))])
 
     def for_ray(self, folder: Path) -> dict[str, Any]:
-        """Return the place in the store as Ray takes it."""
+        """Return the arguments by which Ray Train and Tune keep their files in a directory of work."""
         from pyarrow.fs import FSSpecHandler, PyFileSystem
 
         path = self._objects.path(self._name(folder))
         return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(self._objects.filesystem))}
 
     def hold(self, name: str) -> AbstractContextManager[lease.Lease]:
-        """Hold a lease: it dies with its owner a minute later, or at once for another driver on the same node."""
+        """Hold a lease, against other nodes: on this one a file lock already holds the right. It dies with its owner a
+        minute later, or at once for another driver on the same node."""
         return lease.hold(self._objects, name, self._node())
 
     def store(self, key: str, scratch: Path, lease: lease.Lease | None) -> None:
@@ -172,9 +189,41 @@ class ObjectStore:
         return path.relative_to(self.root).as_posix()
 
 
-def _copy_of(uri: str) -> Path:
-    """Return the directory of this node's copy of an object store; deleting it only costs bringing files again."""
-    return cache_directory() / "roots" / f"{slugify(uri)}-{short_id(uri)}"
+class _Copies:
+    """The objects of a directory of work, and the files on this node that are copies of them.
+
+    What a file was when it was a copy is kept from one process to the next: by its size alone, one that another node
+    wrote again would stay as it was.
+    """
+
+    def __init__(self, root: Path, notes: Path, listed: Mapping[str, Entry]) -> None:
+        self.listed = listed
+        """The objects, by name."""
+        self._root, self._notes = root, notes
+        self._read = json.loads(notes.read_text()) if notes.is_file() else {}
+        self._known = {key: known for key, known in self._read.items() if key in listed}
+
+    def holds(self, key: str) -> bool:
+        """Return whether the file of an object holds the same: as it was noted, or by the MD5 of both."""
+        entry, path = self.listed.get(key), inside(self._root, key)
+        if entry is None or _bytes_of(path) != entry.bytes:
+            return False
+        if entry.version and self._known.get(key) == [entry.version, *stamp(path)]:
+            return True
+        if not entry.md5 or hash_file(path, "md5") != entry.md5:
+            return False
+        self.note([key])
+        return True
+
+    def note(self, keys: Iterable[str]) -> None:
+        """Remember that files are copies of their objects, as these are listed."""
+        self._known |= {key: [self.listed[key].version, *stamp(self._root / key)] for key in keys}
+
+    def write(self) -> None:
+        """Keep what is known, where it is new."""
+        if self._known != self._read:
+            make_directory(self._notes.parent)
+            write_atomically(self._notes, json.dumps(self._known))
 
 
 def _bytes_of(file: Path) -> int | None:

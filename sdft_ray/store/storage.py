@@ -19,17 +19,17 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from filelock import FileLock, Timeout
 
 from sdft_ray.errors import UserError, problem
-from sdft_ray.store.backend import Backend, Listing, id_in, make_directory
 from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.lease import Lease
+from sdft_ray.store.listing import Listing, id_in, make_directory
 from sdft_ray.store.local import Directory
 from sdft_ray.store.locks import file_lock
 from sdft_ray.store.manifest import MANIFEST, Manifest, command_here, write_manifest
@@ -44,7 +44,7 @@ class Storage:
     """Artifacts under one root: a directory, or an object store."""
 
     def __init__(self, root: str, command: Sequence[str] | None = None) -> None:
-        self._backend: Backend = ObjectStore(root) if is_store(root) else Directory(root)
+        self._backend = _open(root)
         self.root = self._backend.root
         """The directory on this node: the root itself, or a copy of the object store."""
         self.uri = self._backend.uri
@@ -152,7 +152,8 @@ class Storage:
         """
         with ExitStack() as stack:
             stack.enter_context(file_lock(self.root, name))
-            self._leases[name] = stack.enter_context(self._backend.hold(name))
+            held: AbstractContextManager[Lease | None] = self._backend.hold(name)
+            self._leases[name] = stack.enter_context(held)
             stack.callback(self._leases.pop, name)
             yield
 
@@ -307,13 +308,17 @@ class Storage:
         return self.root / folder / self._name_in(folder, stage.directory_name)
 
 
+def _open(root: str) -> Directory | ObjectStore:
+    return ObjectStore(root) if is_store(root) else Directory(root)
+
+
 def probe(root: str) -> None:
     """Write, read and delete a small file under a root, from the node of this process.
 
     Raises UserError where that fails.
     """
     data, where = uuid.uuid4().bytes, f"{root} from {socket.gethostname()}"
-    backend: Backend = ObjectStore(root) if is_store(root) else Directory(root)
+    backend = _open(root)
     try:
         content = backend.probe(f"probes/{uuid.uuid4().hex}", data)
     except OSError as error:

@@ -129,7 +129,7 @@ def expand(sweep: Sweep, folder: Path) -> tuple[Cell, ...]:
         for key in _NOT_OF_TRIALS:
             if getattr(whole, key):
                 raise UserError(problem("recipe", f"{file} has {key}, and trials do not", f"Remove {key} from {file}"))
-        if getattr(whole.model, "part", None) == "all":
+        if whole.model.part == "all":
             fault = f"{file} puts its models back into the whole one, and trials do not"
             raise UserError(problem("recipe", fault, f"Set model.part: text in {file}"))
         if whole.evaluate != first.evaluate:

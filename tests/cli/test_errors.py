@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from command import sdft
+from recipes import write_recipe
 from tiny import make_tiny_model
 
 from sdft_ray.models.sizes import sizes_of
@@ -18,16 +19,8 @@ from sdft_ray.spec.sources import LocalModel
 @pytest.fixture
 def folder(tiny_model, tmp_path):
     """A directory with a good recipe; a test spoils one thing."""
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"q": f"{i}?", "a": f"{i}"}) + "\n" for i in range(9)))
-    (tmp_path / "texts.txt").write_text("One text.\n\nAnother text.\n\nA third text.")
-    recipe = {
-        "model": {"path": str(tiny_model)},
-        "rows": {"path": "rows.jsonl", "fields": {"prompt": "q", "response": "a"}, "held_out": 2, "validation": 2},
-        "prune": {"blocks": 2, "calibration": {"text": "texts.txt"}},
-        "distill": {"dtype": "float32"},  # elsewhere a CPU that emulates bfloat16 has a line of its own
-        "evaluate": {"tasks": ["held_out"], "dtype": "float32"},
-    }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    exact = {"dtype": "float32"}  # elsewhere a CPU that emulates bfloat16 has a line of its own
+    write_recipe(tmp_path, tiny_model, where=Path(), distill=exact, evaluate=exact)
     return tmp_path
 
 

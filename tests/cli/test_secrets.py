@@ -1,9 +1,10 @@
 """A secret of the shell is in nothing that is written or said."""
 
-import json
+from pathlib import Path
 
 import yaml
 from command import sdft
+from recipes import write_recipe
 
 SECRETS = {
     "HF_TOKEN": "hf_PLANTED0hub",
@@ -18,25 +19,10 @@ def test_planted_secrets_are_in_no_file_and_no_output(tiny_model, tmp_path, monk
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    rows = [{"q": f"What is {i} + {i}?", "a": f"{2 * i}"} for i in range(9)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "texts.txt").write_text("One text.\n\nAnother text.\n\nA third text.")
-    (tmp_path / "hub.yaml").write_text(
-        yaml.safe_dump(
-            recipe := {
-                "model": {"repo": "some/model", "revision": "0" * 40},
-                "rows": {
-                    "path": "rows.jsonl",
-                    "fields": {"prompt": "q", "response": "a"},
-                    "held_out": 2,
-                    "validation": 2,
-                },
-                "prune": {"blocks": 2, "calibration": {"text": "texts.txt"}},
-                "evaluate": {"tasks": ["held_out"]},
-            }
-        )
-    )
-    (tmp_path / "here.yaml").write_text(yaml.safe_dump({**recipe, "model": {"path": str(tiny_model)}}))
+    recipe = write_recipe(tmp_path, tiny_model, where=Path())
+    (tmp_path / "here.yaml").write_text(yaml.safe_dump(recipe))
+    hub = {"repo": "some/model", "revision": "0" * 40}
+    (tmp_path / "hub.yaml").write_text(yaml.safe_dump({**recipe, "model": hub}))
     (tmp_path / "nowhere.yaml").write_text(
         "ray: {address: '127.0.0.1:1'}\nscore: {cpus: 1}\ndistill: {cpus: 1}\ntrain: {cpus: 1}"
     )

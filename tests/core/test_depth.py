@@ -4,6 +4,7 @@ import itertools
 import random
 
 import pytest
+from refusals import complaint
 
 from sdft_ray.core.depth import Sizes, least_depth, parameters_left
 from sdft_ray.errors import UserError
@@ -51,9 +52,9 @@ def test_least_depth_is_the_first_that_is_enough_for_every_choice(way, first, la
     ],
 )
 def test_least_depth_of_what_cannot_be_reached_names_the_nearest_that_can(parameters, first, last, line):
-    with pytest.raises(UserError) as error:
-        least_depth(Sizes(90, (10, 10, 10, 10)), parameters, first, last, "span")
-    assert str(error.value) == f"prune.target.{line}"
+    assert (
+        complaint(least_depth, Sizes(90, (10, 10, 10, 10)), parameters, first, last, "span") == f"prune.target.{line}"
+    )
 
 
 def test_least_depth_where_every_block_is_protected_says_so():

@@ -6,7 +6,6 @@ What a death costs is in the junit file of a run (`-o junit_family=xunit1 --juni
 import contextlib
 import json
 import re
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,16 +17,11 @@ import yaml
 from command import Command
 from events import read_events
 from faked import count_asked, finish, kill, make_folder, outcome, require_same, start, wait_for
+from machine import free_port
 
 from sdft_ray.store.manifest import check_files, read_manifest
 
 pytestmark = pytest.mark.full
-
-
-def free_port() -> int:
-    with socket.socket() as asked:
-        asked.bind(("127.0.0.1", 0))
-        return asked.getsockname()[1]
 
 
 @contextlib.contextmanager

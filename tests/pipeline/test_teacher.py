@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 from command import Command, sdft
+from recipes import chain_of
 from served import NAME, completion, failure, fake_server
 from tiny import make_tiny_model
 
-from sdft_ray import pipeline
 from sdft_ray.endpoint import Client
 from sdft_ray.errors import UserError
 from sdft_ray.preflight.checks import check
@@ -56,10 +56,6 @@ def recipe(tiny_model, tmp_path) -> dict:
 
 def with_teacher(recipe: dict, teacher: dict | None, **more) -> dict:
     return {**recipe, "distill": {**recipe["distill"], **({"teacher": teacher} if teacher else {}), **more}}
-
-
-def chain_of(recipe: dict) -> pipeline.Chain:
-    return pipeline.chain(validate(Recipe, recipe))
 
 
 def ids_of(recipe: dict) -> dict[str, str]:

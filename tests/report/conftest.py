@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from recipes import write_recipe
 
 from sdft_ray.core.speculation import worth
 from sdft_ray.report import sweep
@@ -24,17 +25,9 @@ def plan(tiny_model, tmp_path):
 
 def write_sweep(folder: Path, tiny_model: Path) -> planning.Plan:
     """Write sweep.yaml and what it needs into a folder; return its plan."""
-    (folder / "rows.jsonl").write_text("".join(json.dumps({"q": f"{i}?", "a": f"{i}"}) + "\n" for i in range(40)))
-    (folder / "texts.txt").write_text("One text.\n\nAnother text.\n\nA third text.")
-    recipe = {
-        "model": {"path": str(tiny_model)},
-        "rows": {"path": str(folder / "rows.jsonl"), "fields": {"prompt": "q", "response": "a"}, "held_out": 1},
-        "prune": {"blocks": 2, "calibration": {"text": str(folder / "texts.txt")}},
-        "train": {"rows": 16},
-        "draft": {"tokens": [1, 2], "prompts": 1},
-        "evaluate": {"tasks": ["arc_easy", "sciq"], "limit": ITEMS, "retention": {"texts": 0}},
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    evaluate = {"tasks": ["arc_easy", "sciq"], "limit": ITEMS, "retention": {"texts": 0}}
+    sections = {"train": {"rows": 16}, "draft": {"tokens": [1, 2], "prompts": 1}, "evaluate": evaluate}
+    write_recipe(folder, tiny_model, 40, rows={"held_out": 1, "validation": 16}, **sections)
     axes = [
         {"prune.blocks": [2, 3]},
         {"prune.blocks": [2], "train.seed": [0, 1, 2]},

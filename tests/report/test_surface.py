@@ -7,6 +7,7 @@ import sys
 import pandas
 import pytest
 import yaml
+from recipes import write_recipe
 
 import sdft_ray
 from sdft_ray import report, run, sweep
@@ -68,7 +69,9 @@ def test_report_of_a_recipe_that_is_not_finished_says_so(finished):
         report(str(folder / "recipe.yaml"), root=folder / "artifacts", overrides={"train.rows": 8})
 
 
-def test_run_of_a_wrong_value_is_the_commands_line(tmp_path):
+def test_run_of_a_wrong_value_is_the_commands_line(tiny_model, tmp_path):
+    with pytest.raises(UserError, match=r"^--until: ctu is no stage\. Did you mean cut\?"):
+        run(write_recipe(tmp_path, tiny_model), root=tmp_path, until="ctu")
     with pytest.raises(UserError, match=r"train\.lrr: unknown key\. Did you mean lr\?"):
         run({"model": {"path": "m"}, "train": {"lrr": 1}}, root=tmp_path)
     with pytest.raises(UserError, match=r"^axes: "):

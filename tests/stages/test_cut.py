@@ -17,7 +17,7 @@ from sdft_ray.models.sizes import sizes_of_directory
 from sdft_ray.progress import Progress
 from sdft_ray.report.lines import cut_line
 from sdft_ray.spec.compute import Compute
-from sdft_ray.spec.recipe import Protect, Prune, Target
+from sdft_ray.spec.pruning import Protect, Prune, Target
 from sdft_ray.stages import Work
 from sdft_ray.stages.cut import Parameters, build, model_card, remove_blocks, require_same_tensors, stage
 from sdft_ray.store.identity import Stage

@@ -15,7 +15,7 @@ from sdft_ray.data.chat import encode_row, render_prompt
 from sdft_ray.errors import UserError
 from sdft_ray.models import generation
 from sdft_ray.models.generation import Draw, Written
-from sdft_ray.spec.pass_at import PassAt
+from sdft_ray.spec.evaluation import PassAt
 from sdft_ray.stages import evaluate
 from sdft_ray.stages.evaluate import harness, held_out, presets
 from sdft_ray.stages.evaluate.harness import Loaded

@@ -19,7 +19,7 @@ from sdft_ray.core.rows import Row
 from sdft_ray.data.benchmarks import offline_task_file
 from sdft_ray.errors import StageFailed
 from sdft_ray.models.generation import Written
-from sdft_ray.spec.pass_at import PassAt
+from sdft_ray.spec.evaluation import PassAt
 from sdft_ray.stages import evaluate
 from sdft_ray.stages.evaluate import presets
 from sdft_ray.stages.evaluate.harness import Loaded

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from architectures import load
+from recipes import chain_of
 from tiny import make_tiny_model
 
 from sdft_ray import pipeline
@@ -35,10 +36,6 @@ def recipe(tmp_path) -> dict:
         "arms": {"sft": {}},
         "evaluate": {"tasks": ["arc_easy"]},
     }
-
-
-def chain_of(recipe: dict) -> pipeline.Chain:
-    return pipeline.chain(validate(Recipe, recipe))
 
 
 def test_the_chosen_cut_has_the_least_loss_of_those_trained_by_recipes_of_their_own(ray_cluster, recipe, tmp_path):

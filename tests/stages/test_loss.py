@@ -2,20 +2,19 @@
 
 import pytest
 import torch
-from architectures import logits_of
+from architectures import each_architecture, logits_of
 from tiny import make_tiny_model, make_tiny_rows
 from walks import measure_losses, result_of
 
 from sdft_ray.core.passes import count_passes
 from sdft_ray.core.skipping import skipped_losses
-from sdft_ray.core.surgery import ARCHITECTURES
 from sdft_ray.core.walking import Walk
 from sdft_ray.data.calibration import CorpusSettings
 from sdft_ray.errors import UserError
 from sdft_ray.models.streamed import open_walk
 from sdft_ray.progress import Progress
 from sdft_ray.spec import compute
-from sdft_ray.spec.recipe import Protect, Prune
+from sdft_ray.spec.pruning import Protect, Prune
 from sdft_ray.stages import Work, cut, loss, score
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
@@ -33,7 +32,7 @@ def loss_alone(model, ids: list[int], first: int, removed: list[int]) -> torch.T
     return torch.nn.functional.cross_entropy(logits[start - 1 : -1], torch.tensor(ids[start:]))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", each_architecture())
 def test_skipped_losses_equal_those_of_the_base_that_skips_by_hooks(architecture, tmp_path):
     from transformers import AutoModelForCausalLM
 

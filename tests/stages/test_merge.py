@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from refusals import complaint
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sdft_ray import pipeline
-from sdft_ray.core.recovery import Difference
+from sdft_ray.core.recovery import Estimate
 from sdft_ray.errors import UserError
 from sdft_ray.preflight.checks import check
 from sdft_ray.report.entries import MergeEntry
@@ -140,9 +141,7 @@ def test_merge_refuses_models_that_differ_and_names_the_field(tuned, tmp_path):
 
     def refusal(other: Path) -> str:
         (out := tmp_path / f"out{len(list(tmp_path.iterdir()))}").mkdir()
-        with pytest.raises(UserError) as refused:
-            merge_models({"sums": sums, "other": other}, out, HALFWAY)
-        return str(refused.value)
+        return complaint(merge_models, {"sums": sums, "other": other}, out, HALFWAY)
 
     config = changed(sums, tmp_path / "config")
     fields = json.loads((config / "config.json").read_text())
@@ -243,9 +242,7 @@ def test_every_leaf_of_a_merge_moves_the_id_of_a_merged_model(recipe):
     ],
 )
 def test_mistakes_in_a_merge_are_said_in_one_line(recipe, merge, says):
-    with pytest.raises(UserError) as refused:
-        check(validate(Recipe, recipe | {"merge": recipe["merge"] | merge}), load_compute())
-    assert says in str(refused.value)
+    assert says in complaint(check, validate(Recipe, recipe | {"merge": recipe["merge"] | merge}), load_compute())
 
 
 def test_merge_with_a_model_from_elsewhere_asks_for_its_number_of_blocks(recipe, tiny_model):
@@ -275,7 +272,7 @@ def test_sweep_of_a_recipe_that_merges_is_refused(recipe, tmp_path):
 
 
 def test_report_line_of_a_merge_says_what_it_gained_over_each_parent():
-    gained = {"sums": Difference(0.02, 0.005, 0.04, 9), "together": Difference(0.0, -0.01, 0.01, 9)}
+    gained = {"sums": Estimate(0.02, 0.005, 0.04, 9), "together": Estimate(0.0, -0.01, 0.01, 9)}
     merged = Summary(
         parameters=9,
         tensors=3,

@@ -52,11 +52,6 @@ def make_recipe(tiny_model, tmp_path):
     return make
 
 
-@pytest.fixture
-def storage(tmp_path):
-    return Storage(str(tmp_path / "root"))
-
-
 def build(recipe: Recipe, storage: Storage):
     """Build the rows of a recipe; return the stages of its sources and their mixture."""
     data = pipeline.chain(recipe).data[""]

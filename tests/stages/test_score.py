@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import blocks_of
+from architectures import blocks_of, each_architecture
 from safetensors.torch import load_file, save_file
 from tiny import make_tiny_model, make_tiny_rows
 from walks import measure_states, result_of
 
 from sdft_ray.core.rows import Row
-from sdft_ray.core.surgery import ARCHITECTURES
 from sdft_ray.core.walking import Walk
 from sdft_ray.data import calibration
 from sdft_ray.data.calibration import Corpus, CorpusSettings
@@ -90,8 +89,7 @@ def by_definition(states: torch.Tensor, first: int) -> tuple[list[list[float]], 
 
 
 @pytest.mark.parametrize(
-    ("architecture", "positions"),
-    [*((architecture, "last") for architecture in ARCHITECTURES), ("llama", "all"), ("gemma3_text", "second half")],
+    ("architecture", "positions"), [*each_architecture("last"), ("llama", "all"), ("gemma3_text", "second half")]
 )
 def test_pass_by_a_padded_batch_gives_what_the_definitions_give_for_each_text_alone(models, architecture, positions):
     first = {"last": LAST, "all": [0] * 5, "second half": [len(ids) // 2 for ids in TEXTS]}[positions]

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from architectures import each_architecture
 from tiny import make_tiny_model
 
-from sdft_ray.core.surgery import ARCHITECTURES
 from sdft_ray.stages.evaluate.likelihoods import score_requests
 
 torch.set_num_threads(1)
@@ -71,7 +71,7 @@ def assert_same(found, expected):
     assert [is_greedy for _, is_greedy in found] == [x for _, x in expected]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", each_architecture())
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 def test_score_requests_equals_teacher_forcing_one_by_one(models, architecture, batch_size):
     model = models(architecture)

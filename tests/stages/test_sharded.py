@@ -1,7 +1,6 @@
 """Training that spreads a model over workers by ZeRO-3: what each loads, and its state, without Ray."""
 
 import itertools
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from architectures import VARIANTS
+from machine import anonymous_bytes
 from tiny import make_tiny_model
 from workers import run_workers
 
@@ -162,10 +162,6 @@ def added_by_load(base: Path, method: str) -> int:
     added = anonymous_bytes() - before
     assert sum(parameter.ds_numel for parameter in module.parameters() if hasattr(parameter, "ds_id")) > 30e6
     return added
-
-
-def anonymous_bytes() -> int:
-    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 @pytest.mark.parametrize(

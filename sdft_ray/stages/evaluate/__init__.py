@@ -24,7 +24,7 @@ from sdft_ray.core.rows import Row
 from sdft_ray.data.benchmarks import offline_task_file
 from sdft_ray.results import HELD_OUT, ITEMS, SCORE, Item, Score, read_held_out
 from sdft_ray.spec.compute import EngineOptions, Needs
-from sdft_ray.spec.recipe import Evaluate
+from sdft_ray.spec.evaluation import Evaluate
 from sdft_ray.spec.sources import RowSource
 from sdft_ray.stages import Work
 from sdft_ray.stages.evaluate.harness import Loaded, load_model, run_task

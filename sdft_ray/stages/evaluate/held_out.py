@@ -15,7 +15,7 @@ from sdft_ray.errors import UserError, problem
 from sdft_ray.generated import HeldOutItem
 from sdft_ray.models.generation import Draw, Written, sampling_seed
 from sdft_ray.results import Score
-from sdft_ray.spec.pass_at import PassAt
+from sdft_ray.spec.evaluation import PassAt
 from sdft_ray.stages.evaluate.harness import Loaded
 from sdft_ray.stages.evaluate.scores import make_score
 from sdft_ray.stages.evaluate.settings import Source

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from sdft_ray.spec.pass_at import PassAt
+from sdft_ray.spec.evaluation import PassAt
 from sdft_ray.spec.section import Section
 
 
