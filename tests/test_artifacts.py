@@ -161,9 +161,8 @@ def test_read_manifest_that_is_damaged_is_one_clear_line(tmp_path, content):
     (tmp_path / MANIFEST).write_bytes(content)
     with pytest.raises(UserError) as error:
         read_manifest(tmp_path)
-    assert str(error.value) == (
-        f"{tmp_path / MANIFEST}: is damaged: not a manifest. Delete {tmp_path} to build it again."
-    )
+    do = f"If {tmp_path} is an artifact, delete it to build it again."
+    assert str(error.value) == f"{tmp_path / MANIFEST}: is damaged, or not of sdft_ray. {do}"
 
 
 def test_check_files_of_a_whole_artifact_passes(finished):
