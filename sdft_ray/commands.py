@@ -219,12 +219,12 @@ def _check_sweep(options: argparse.Namespace) -> None:
 
 
 def _show_sweep(options: argparse.Namespace, plan: Plan, storage: Storage) -> SweepReport:
-    from sdft_ray.report import page, sweep, table, terminal
+    from sdft_ray.report import frame, page, sweep, terminal
 
     report = sweep.collect(plan, str(options.recipe), storage)
     _print_report(options, report, terminal.show_sweep)
     if options.csv:
-        _write("Table", options.csv, table.as_csv(report))
+        _write("Table", options.csv, frame.as_csv(frame.lines(report)))
     if options.html:
         _write("Report", options.html, page.render_sweep(report, options.html.parent))
     return report
@@ -252,7 +252,7 @@ def _show_several(options: argparse.Namespace, files: Sequence[Path]) -> None:
     else:
         open_console(160).print(table.several_table(reports))
     if options.csv:
-        _write("Table", options.csv, frame.of_several(reports).to_csv(index=False))
+        _write("Table", options.csv, frame.as_csv(frame.of_several(reports)))
     if options.html:
         _write("Report", options.html, page.render_several(reports))
 
@@ -278,6 +278,8 @@ def _require_places(options: argparse.Namespace) -> None:
         file: Path | None = getattr(options, name, None)
         if file and file.is_dir():
             raise UserError(problem(f"--{name}", f"{file} is a directory", "Give the name of a file"))
+        if file and file.suffix in (".yaml", ".yml"):
+            raise UserError(problem(f"--{name}", f"{file} is named as a recipe is", f"Give a name in .{name}"))
         if file and not file.absolute().parent.is_dir() and file.parent != Path(options.root):
             raise UserError(problem(f"--{name}", f"{file.parent} is no directory", f"Make {file.parent}"))
 

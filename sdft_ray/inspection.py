@@ -96,10 +96,13 @@ def show(options: argparse.Namespace) -> None:
 
 def diff(options: argparse.Namespace) -> None:
     """Show which values differ."""
-    from rich.table import Table
+    from sdft_ray.report.table import plain
+    from sdft_ray.spec.loading import leaves, names_recipe
 
-    from sdft_ray.spec.loading import leaves
-
+    recipes = [name for name in (options.a, options.b) if names_recipe(name)]
+    if len(recipes) == 1:
+        what = "is a recipe, and an artifact has none of its values"
+        raise UserError(problem(recipes[0], what, "Give two recipes or two artifacts"))
     first, second = (dict(leaves(_values(name, options.root))) for name in (options.a, options.b))
     differing = [key for key in {**first, **second} if first.get(key, _ABSENT) != second.get(key, _ABSENT)]
     if options.json:
@@ -108,7 +111,7 @@ def diff(options: argparse.Namespace) -> None:
     if not differing:
         print("No value differs.")
         return
-    table = Table("value", options.a, options.b, box=None, pad_edge=False)
+    table = plain("value", options.a, options.b)
     for key in differing:
         table.add_row(key, str(first.get(key, "-")), str(second.get(key, "-")))
     open_console(160).print(table)
@@ -119,11 +122,11 @@ _ABSENT = object()
 
 def _values(name: str, root: str) -> Any:
     """Return the values that identify a recipe file or an artifact."""
-    from sdft_ray.spec.loading import load_recipe
+    from sdft_ray.spec.loading import load_recipe, names_recipe
     from sdft_ray.store.manifest import MANIFEST, read_manifest
     from sdft_ray.store.storage import Storage
 
-    if Path(name).suffix in (".yaml", ".yml"):
+    if names_recipe(name):
         return load_recipe(Path(name))
     manifest = read_manifest(Storage(root).find(name, MANIFEST))
     return manifest and manifest.lineage.plain()

@@ -7,6 +7,7 @@ progress output is switched off: it names operators, people think in rows and st
 
 from __future__ import annotations
 
+import io
 import sys
 import threading
 import time
@@ -33,9 +34,11 @@ def log(text: str) -> None:
 
 def open_console(width: int) -> Console:
     """Return the place of results: as wide as the terminal, elsewhere so many characters. Brackets and colons in a path
-    or a text are no markup."""
+    or a text are no markup; a character that the encoding lacks is a question mark."""
     from rich.console import Console
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     on_terminal = sys.stdout.isatty()
     return Console(width=None if on_terminal else width, soft_wrap=width == WIDE, markup=False, emoji=False)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdft_ray import environment
+from sdft_ray.errors import UserError, problem
 
 if TYPE_CHECKING:
     import pandas
@@ -63,6 +64,7 @@ def sweep(
     from sdft_ray.report import track
     from sdft_ray.report.sweep import collect
     from sdft_ray.spec.compute import load_compute
+    from sdft_ray.store.identity import distinct
     from sdft_ray.store.storage import Storage
     from sdft_ray.sweep import goal, planning
 
@@ -71,7 +73,8 @@ def sweep(
     if machine.track:
         track.log_sweep(collect(plan, _name(sweep), storage), plan, machine, storage)
     done = [trial for trial in plan.trials if planning.is_done(trial, storage)]
-    return {trial.name: storage.where(trial.train) for trial in done}
+    names = distinct([trial.name for trial in done])  # `seed 1` may be one of two axes
+    return {name: storage.where(trial.train) for name, trial in zip(names, done, strict=True)}
 
 
 def report(
@@ -91,21 +94,24 @@ def report(
     from sdft_ray.sweep import planning
 
     given, storage = _given(source), Storage(str(root))
-    if is_sweep(given):
-        return frame.of_sweep(of_sweep.collect(planning.load_sweep(given), _name(source), storage))
-    return frame.of_recipe(collect.collect(_load(source, overrides), _name(source), storage))
+    if not is_sweep(given):
+        return frame.as_frame(frame.lines(collect.collect(_load(source, overrides), _name(source), storage)))
+    if overrides:
+        raise UserError(problem("overrides", "are for recipes", "Change the sweep"))
+    return frame.as_frame(frame.lines(of_sweep.collect(planning.load_sweep(given), _name(source), storage)))
 
 
 def _load(recipe: Source, overrides: Mapping[str, Any] | None) -> Recipe:
     from sdft_ray.spec.loading import load_recipe
+    from sdft_ray.spec.wording import as_plain
 
-    settings = [f"{key}={json.dumps(value, default=str)}" for key, value in (overrides or {}).items()]
+    settings = [f"{key}={json.dumps(value, default=as_plain)}" for key, value in (overrides or {}).items()]
     return load_recipe(_given(recipe), settings)
 
 
 def _given(source: Any) -> Any:
-    """Return a path as one; content and None as they are."""
-    return Path(source) if isinstance(source, str | os.PathLike) else source
+    """Return a path as one, with the home directory for `~`; content and None as they are."""
+    return Path(source).expanduser() if isinstance(source, str | os.PathLike) else source
 
 
 def _name(source: Source) -> str:

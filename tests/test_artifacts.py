@@ -159,9 +159,8 @@ def test_read_manifest_of_an_unfinished_directory_is_none(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'"text"', b"{}", b'{"id": 1, "files": []}', b"\xff\xfe"])
 def test_read_manifest_that_is_damaged_is_one_clear_line(tmp_path, content):
     (tmp_path / MANIFEST).write_bytes(content)
-    assert complaint(read_manifest, tmp_path) == (
-        f"{tmp_path / MANIFEST}: is damaged: not a manifest. Delete {tmp_path} to build it again."
-    )
+    do = f"If {tmp_path} is an artifact, delete it to build it again."
+    assert complaint(read_manifest, tmp_path) == f"{tmp_path / MANIFEST}: is damaged, or not of sdft_ray. {do}"
 
 
 def test_check_files_of_a_whole_artifact_passes(finished):

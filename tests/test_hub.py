@@ -104,6 +104,41 @@ def test_card_of_a_trained_model_has_what_the_manifests_say(root):
     assert "None" not in card.text
 
 
+def test_card_takes_of_several_evaluations_on_a_task_the_largest_that_the_base_has_too(tiny_model, tmp_path):
+    root = make_root(tiny_model, tmp_path)
+    for i, folder in enumerate(sorted((root.storage.root / "evaluate").iterdir())):
+        known = json.loads((folder / "manifest.json").read_text())
+        identity = known["identity"]
+        right, sizes = (10, [10]) if identity["inputs"]["model"] == root.base else (5, [10, 20])
+        for n in sizes:
+            summary = known["summary"] | {"n": n, "value": right / n}
+            other = identity | {"settings": identity["settings"] | {"limit": n}}
+            again = known | {"id": f"{i}{n:011}", "files": [], "summary": summary, "identity": other}
+            place = folder.with_name(f"again-{again['id']}")
+            place.mkdir()
+            (place / "manifest.json").write_text(json.dumps(again))
+            items = (json.dumps({"id": str(item), "value": float(item < right)}) + "\n" for item in range(n))
+            (place / "items.jsonl").write_text("".join(items))
+    text = card_of(root, root.trained).text
+    assert "| arc_easy | 10 | 100.0 ±25.0 | 50.0 ±25.0 | -50.0 [" in text and text.count("| arc_easy |") == 1
+    assert "Recovery: 50.0 % of the base's mean" in text
+
+
+@pytest.mark.parametrize(
+    ("arm", "teacher", "line"),
+    [
+        ("sft", None, "3 steps on 3 rows: reference answers (arm `sft`)"),
+        ("distilled", "large", "3 steps on 3 rows: answers that large rewrote (arm `distilled`)"),
+        ("logits", None, "unpruned model rewrote, and the unpruned model's probabilities of them (arm `logits`)"),
+    ],
+)
+def test_card_of_a_trained_model_says_what_it_was_trained_on(root, arm, teacher, line):
+    (trained,) = root.storage.manifests("train")
+    origin = find_origin(trained.model_copy(update={"summary": trained.summary | {"arm": arm}}), root.storage)
+    assert origin.teacher is None
+    assert line in write_card(origin._replace(teacher=teacher), NAME, None, [], None)
+
+
 def test_card_of_a_cut_says_that_it_is_not_restored_and_was_not_evaluated(root):
     text = card_of(root, root.cut).text
     assert "**Its quality is not restored**" in text and "This model was not evaluated." in text

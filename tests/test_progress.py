@@ -1,6 +1,8 @@
 """No stage is silent: a line comes by itself, whatever the stage does."""
 
+import io
 import pickle
+import sys
 import time
 from collections.abc import Callable
 
@@ -23,6 +25,14 @@ def wait_for(monkeypatch, capsys) -> Callable[[int], list[str]]:
         return lines
 
     return wait
+
+
+def test_results_on_a_terminal_without_a_character_have_a_question_mark(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    progress.open_console(80).print("80.0 ±1.0")
+    sys.stdout.flush()
+    assert raw.getvalue() == b"80.0 ?1.0\n"
 
 
 def test_progress_of_a_stage_that_counts_nothing_is_shown_by_itself(wait_for):

@@ -307,7 +307,7 @@ def test_report_of_a_sweep_that_has_not_begun_says_what_to_do(folder):
     load(folder, {"prune.blocks": [2, 3]})
     done = sdft("report", "sweep.yaml", cwd=folder)
     assert done.returncode == 2
-    what = "has nothing to compare with yet (missing: cut, evaluate, rows, score)"
+    what = f"has nothing to compare with under {folder / 'artifacts'} (missing: cut, evaluate, rows, score)"
     assert done.stderr == f"sweep.yaml: {what}. Do: sdft sweep sweep.yaml.\n"
 
 
@@ -360,6 +360,14 @@ def test_sweep_of_several_recipes_has_the_same_evaluations_for_all(folder):
         UserError, match=r"recipe: other.yaml has other evaluations than recipe.yaml, so their means do not"
     ):
         load(folder, {"prune.blocks": [2]}, recipe=["recipe.yaml", "other.yaml"])
+
+
+def test_sweep_of_two_recipes_of_one_name_tells_them_apart(folder):
+    text = (folder / "recipe.yaml").read_text()
+    (folder / "more").mkdir()
+    (folder / "more" / "recipe.yaml").write_text(text.replace("rows: 16", "rows: 8"))
+    plan = load(folder, {"prune.blocks": [2]}, recipe=["recipe.yaml", "more/recipe.yaml"])
+    assert {cell.values["recipe"] for cell in plan.cells} == {"recipe", "recipe-2"}
 
 
 @pytest.mark.parametrize(

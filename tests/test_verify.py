@@ -18,7 +18,7 @@ from sdft_ray.store.manifest import write_manifest
 from sdft_ray.store.storage import Storage
 from sdft_ray.verify.agreement import NEAR_TIE, compare_tokens, compare_with_vllm
 from sdft_ray.verify.checks import verify
-from sdft_ray.verify.models import Model
+from sdft_ray.verify.models import Model, find_models
 
 pytestmark = pytest.mark.heavy
 
@@ -70,6 +70,12 @@ def test_verify_of_a_right_cut_is_ok_and_finds_out_which_blocks_are_gone(archite
     assert found["base tensors"].figures["removed"] == list(removed)
     assert found["base logits"].figures["max_abs_difference"] <= 1e-4
     assert found["cache"].figures["tokens"] == 8 * 16
+
+
+def test_verify_calls_the_current_directory_by_its_name(base, tmp_path, monkeypatch):
+    monkeypatch.chdir(base)
+    (model,) = find_models(".", None, Storage(str(tmp_path)))
+    assert model.name == "model"
 
 
 def test_verify_of_a_model_that_another_tool_cut_needs_no_metadata_of_ours(base, tmp_path):

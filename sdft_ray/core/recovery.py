@@ -40,16 +40,16 @@ def mean_error(errors: Sequence[float | None]) -> float | None:
 
 
 def recovery(scores: Sequence[Score], base: Sequence[Score]) -> float | None:
-    """Return 100 * mean / mean of the base, or None where the base scores nothing."""
+    """Return 100 * mean / mean of the base, or None where the base scores nothing or less."""
     below = mean_score(base)
-    return 100 * mean_score(scores) / below if below else None
+    return 100 * (mean_score(scores) / below) if below > 0 else None  # the base itself has 100.0 to the last bit
 
 
 def recovery_over_chance(scores: Sequence[Score], base: Sequence[Score]) -> float | None:
     """Return recovery of the scores above chance, or None where the base is not above chance."""
     chance = sum(score.chance for score in base) / len(base)
     below = mean_score(base) - chance
-    return 100 * (mean_score(scores) - chance) / below if below > 0 else None
+    return 100 * ((mean_score(scores) - chance) / below) if below > 0 else None
 
 
 def pass_at(k: int, samples: int, right: int) -> float:
@@ -120,11 +120,11 @@ def recovery_interval(
     pairs = [(np.asarray(model[task], float), np.asarray(values, float)) for task, values in base.items()]
     means = sum(_draw_means(random, draws, *pair) for pair in pairs)
     below = sum(values.mean() for _, values in pairs)
-    if not below:
+    if below <= 0:
         return None
     means = means[:, means[1] > 0]  # few items may be drawn so that the base has none of them right
-    value = 100 * sum(values.mean() for values, _ in pairs) / below
-    return Estimate(float(value), *_interval(100 * means[0] / means[1]), sum(len(values) for values, _ in pairs))
+    value = 100 * (sum(values.mean() for values, _ in pairs) / below)
+    return Estimate(float(value), *_interval(100 * (means[0] / means[1])), sum(len(values) for values, _ in pairs))
 
 
 def _draw_means(random: np.random.Generator, draws: int, *columns: Any) -> Any:

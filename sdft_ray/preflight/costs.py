@@ -27,7 +27,8 @@ from sdft_ray.spec.evaluation import Retention
 from sdft_ray.spec.pruning import Prune
 from sdft_ray.spec.recipe import Draft, Recipe
 from sdft_ray.spec.sources import HubModel, LocalModel, ServedModel
-from sdft_ray.stages import mix, retention, train
+from sdft_ray.stages import mix, retention
+from sdft_ray.stages.train import Settings as TrainSettings
 from sdft_ray.stages.train.adapters import LAST_BLOCKS
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
@@ -182,7 +183,7 @@ class _Estimate:
         bytes_each = weights and weights + memory.ENGINE_BYTES + cache
         return self._cost(stage, work, processes, bytes_each, f"of it KV cache {cache / 1e9:.1f}", 0)
 
-    def train(self, model: str, settings: train.Settings, rows: int | None) -> Cost:
+    def train(self, model: str, settings: TrainSettings, rows: int | None) -> Cost:
         own, section, name = settings.train, self.compute.train, f"train ({model})"
         steps = "steps unknown" if rows is None else f"{own.count_steps(rows)} steps"
         most = section.micro_batch * own.max_tokens
@@ -201,7 +202,7 @@ class _Estimate:
         return self._cost(name, work, section.workers.max, bytes_each, parts, section.gpus)
 
     def _training_bytes(
-        self, settings: train.Settings, pruned: memory.Shape, trained: int, tokens: int
+        self, settings: TrainSettings, pruned: memory.Shape, trained: int, tokens: int
     ) -> dict[str, int]:
         """Return the bytes of one worker by purpose, without the process; those of its GPU where it has one.
 
@@ -297,7 +298,7 @@ def _bytes(dtype: str) -> int:
     return 4 if dtype == "float32" else 2
 
 
-def _training_rows(stage: Stage[train.Settings], storage: Storage) -> int | None:
+def _training_rows(stage: Stage[TrainSettings], storage: Storage) -> int | None:
     """Return the number of training rows, or the most where they are not read yet; None where no limit is known."""
     each = [stage.settings.train.rows or _most_rows(stage.inputs[key], storage) for key in stage.keys("rows")]
     return None if None in each else sum(rows or 0 for rows in each)

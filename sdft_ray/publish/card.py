@@ -130,8 +130,10 @@ def _facts(origin: Origin) -> list[tuple[str, str]]:
             merged = merge.Summary.model_validate(manifest.summary)
             facts.append(("merged", f"{manifest.identity.settings['method']}, {merged.tensors} tensors"))
     if trained:
-        rewrites = "answers that the unpruned model rewrote" if trained.arm == "distilled" else "reference answers"
-        facts.append(("trained", f"{trained.steps} steps on {trained.rows} rows: {rewrites} (arm `{trained.arm}`)"))
+        rewrites = f"answers that {origin.teacher or 'the unpruned model'} rewrote"
+        answers = {"distilled": rewrites, "logits": f"{rewrites}, and the unpruned model's probabilities of them"}
+        read = answers.get(trained.arm, "reference answers")
+        facts.append(("trained", f"{trained.steps} steps on {trained.rows} rows: {read} (arm `{trained.arm}`)"))
         if trained.validation_loss is not None:
             facts.append(("validation loss", f"{trained.validation_loss:.3f} nats a token"))
     return [*facts, ("id", f"`{origin.model.stage} {origin.model.id}`")]

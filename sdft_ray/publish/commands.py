@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sdft_ray import environment
 from sdft_ray.errors import UserError, problem
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from sdft_ray.models.gguf import Written
     from sdft_ray.publish.hub import Publication
 
@@ -65,9 +66,9 @@ def export(options: argparse.Namespace) -> None:
         raise UserError(problem("--out", f"{options.out} is a directory", "Give the name of a file in it"))
     quiet_transformers()
     storage = Storage(options.root)
-    model = Path(options.model) if Path(options.model).is_dir() else storage.find(options.model)
+    model = storage.find_model(options.model)
     manifest = read_manifest(model)
-    name = f"{manifest.slug}-{manifest.id}" if manifest else model.name
+    name = f"{manifest.slug}-{manifest.id}" if manifest else model.resolve().name
     file = options.out or storage.root / "exports" / f"{name}-{options.format}.gguf"
     with Progress("export", "tensors") as progress:
         written = gguf.write_gguf(model, file, options.format, name, progress)

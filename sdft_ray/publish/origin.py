@@ -52,6 +52,8 @@ class Origin(NamedTuple):
     scores: tuple[Scored, ...]
     mean_difference: Estimate | None
     """Of all tasks that the base was evaluated on, too."""
+    teacher: str | None = None
+    """The model that rewrote the rows, where that is not the base."""
 
     @property
     def model(self) -> Manifest:
@@ -82,7 +84,7 @@ def find_origin(model: Manifest, storage: Storage) -> Origin:
     base = oldest.id if oldest.stage == "model" else oldest.identity.model
     scored = ancestors[1].id if model.stage == "whole" else model.id  # on text it is the model inside
     scores, mean = _scores(scored, base, storage)
-    return Origin(tuple(ancestors), tuple(_sources(ancestors, storage)), scores, mean)
+    return Origin(tuple(ancestors), tuple(_sources(ancestors, storage)), scores, mean, _teacher(ancestors, storage))
 
 
 def _ancestors(manifest: Manifest, storage: Storage) -> Iterator[Manifest]:
@@ -117,6 +119,11 @@ def _sources(ancestors: list[Manifest], storage: Storage) -> list[Source]:
     return list(dict.fromkeys(_source(manifest) for manifest in rows))
 
 
+def _teacher(ancestors: list[Manifest], storage: Storage) -> str | None:
+    read = (each.identity.inputs.get("distilled") for each in ancestors if each.stage == "train")
+    return next((_manifest(identity, storage).summary.get("teacher") for identity in read if identity), None)
+
+
 def _numbered_rows(mix: Manifest) -> list[str]:
     inputs = mix.identity.inputs
     return [inputs[numbered("rows", i)] for i in range(len(inputs))]
@@ -132,10 +139,16 @@ def _source(rows: Manifest) -> Source:
 
 
 def _scores(model: str, base: str, storage: Storage) -> tuple[tuple[Scored, ...], Estimate | None]:
-    """Return the scores of a model by task, and its mean difference to the base."""
+    """Return the scores of a model by task, and its mean difference to the base.
+
+    Of several evaluations on a task it is one that the base has, too, and of these the one of most items.
+    """
     evaluations = [each for each in storage.manifests("evaluate") if each.identity.model in (model, base)]
     of_base = {_way(each): each for each in evaluations if each.identity.model == base}
-    mine = {_way(each): each for each in evaluations if each.identity.model == model}
+    found = {_way(each): each for each in evaluations if each.identity.model == model}
+    in_order = sorted(found, key=lambda way: (way in of_base, found[way].summary["n"]))
+    by_task = {found[way].identity.settings["task"]: way for way in in_order}
+    mine = {way: found[way] for way in by_task.values()}
     shared = [way for way in mine if way in of_base]
     pairs = {way: (_values(mine[way], storage), _values(of_base[way], storage)) for way in shared}
     differences: dict[str, Estimate] = {}

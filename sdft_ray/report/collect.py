@@ -75,7 +75,9 @@ def collect(recipe: Recipe, name: str, storage: Storage) -> Report:
     missing, _ = pipeline.survey(chain.in_order, storage)
     if missing:
         names = ", ".join(dict.fromkeys(stage.name for stage in missing))
-        raise UserError(problem(name, f"is not finished (missing: {names})", f"Do: sdft run {name}"))
+        raise UserError(
+            problem(name, f"is not finished under {storage.uri} (missing: {names})", f"Do: sdft run {name}")
+        )
     base = chain.tasks_of("base")
     generated = describe_generated(recipe, chain, storage)
     sampled = _describe_sampled(recipe, chain, storage)

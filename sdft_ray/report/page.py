@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from sdft_ray.core.choice import JointChoice
 from sdft_ray.core.surgery import name_blocks
@@ -16,6 +17,7 @@ from sdft_ray.report import lines, plots, several, sources, table
 from sdft_ray.report.entries import Details, Report
 from sdft_ray.report.sweep_entries import SweepReport
 from sdft_ray.store.manifest import MANIFEST
+from sdft_ray.store.objects import is_store
 
 
 def render(report: Report) -> str:
@@ -76,8 +78,15 @@ def render_sweep(report: SweepReport, folder: Path) -> str:
         draft_note=table.DRAFT_NOTE,
         caption=lines.sweep_caption(report),
         maps=[plots.as_svg(plots.distance_maps(*each)) for each in report.maps],
-        manifests=[os.path.relpath(Path(trial.directory) / MANIFEST, folder.absolute()) for trial in report.trials],
+        manifests=[_link(trial.directory, folder) for trial in report.trials],
     )
+
+
+def _link(directory: str, folder: Path) -> str | None:
+    """Return the address of an artifact's manifest for a page in a folder; None where a browser finds none."""
+    if is_store(directory):
+        return None
+    return quote(os.path.relpath(Path(directory) / MANIFEST, folder.absolute()))
 
 
 def render_several(reports: several.Reports) -> str:

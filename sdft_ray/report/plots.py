@@ -17,7 +17,6 @@ from sdft_ray.core.recovery import mean_error
 from sdft_ray.report.entries import ModelEntry, Training
 from sdft_ray.report.sweep_entries import DraftEntry, Group, SweepModel, SweepReport
 from sdft_ray.results import Distances, validations
-from sdft_ray.sweep.planning import RECIPE
 
 _INK = "#010203"  # stands for the page's text colour until the SVG is written
 _METRIC_MARKS = {"angular": ("o", "#ffffff"), "influence": ("^", "#ff9f1c")}
@@ -162,7 +161,7 @@ def recovery_lines(report: SweepReport, along: str, apart: str, label: str) -> s
 
 
 def _apart(group: Group, name: str) -> tuple[str, int]:
-    return group.values.get(RECIPE, ""), getattr(group, name)
+    return group.of, getattr(group, name)
 
 
 def _draw_recovery(axes: Any, groups: Sequence[Group], along: str, label: str, style: str) -> None:
@@ -203,7 +202,7 @@ def draft_lines(report: SweepReport, figure_of: Literal["acceptance", "speedup"]
     for draft in report.drafts:
         if draft.chosen:
             size = f"{draft.rows} rows" if draft.rows else ""
-            by_name.setdefault((draft.arm, draft.values.get(RECIPE, ""), size), []).append(draft)
+            by_name.setdefault((draft.arm, draft.of, size), []).append(draft)
     arms = [arm for arm, *_ in by_name]
     for (names, drafts), marker in zip(by_name.items(), itertools.cycle("os^D")):
         who = ", ".join(filter(None, names if arms.count(names[0]) > 1 else names[:1]))

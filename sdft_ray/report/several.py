@@ -52,7 +52,7 @@ def _cells(report: Report | SweepReport) -> Iterator[dict[str, str]]:
     for entry in report.models:
         tasks = {task: percent(score) for task, score in entry.quality.tasks.items()}
         summed = (entry.quality.mean, entry.quality.recovery, entry.quality.recovery_over_chance)
-        yield {"model": entry.model, **tasks, **_summed(*summed, entry.cost.parameters), **_place(report, entry)}
+        yield {**tasks, **_summed(*summed, entry.cost.parameters), **_place(report, entry)}
     if isinstance(report, Report):
         return
     for group in report.groups:
@@ -64,13 +64,14 @@ def _cells(report: Report | SweepReport) -> Iterator[dict[str, str]]:
 
 
 def _place(report: Report | SweepReport, entry: Any) -> dict[str, str]:
-    """Return how many blocks a model lacks, and how many rows it was trained on."""
+    """Return the name of a model, how many blocks it lacks, and how many rows it was trained on."""
     if isinstance(report, SweepReport):
-        return {"blocks": str(entry.blocks)}
+        return {"model": report.name_model(entry), "blocks": str(entry.blocks)}
     training = report.details.trainings.get(entry.model)
     is_cut = entry.cost.parameters < report.base.cost.parameters
     blocks = len(report.details.cut.removed) if is_cut else 0
-    return {"blocks": str(blocks), "rows": str(training.summary.rows) if training else ""}
+    rows = str(training.summary.rows) if training else ""
+    return {"model": entry.model, "blocks": str(blocks), "rows": rows}
 
 
 def _group_scores(report: SweepReport, group: Group) -> dict[str, str]:

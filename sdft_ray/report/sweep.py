@@ -50,7 +50,7 @@ from sdft_ray.stages.draft import candidate
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 from sdft_ray.sweep import goal, notes
-from sdft_ray.sweep.planning import DEPTH, RECIPE, SIZE, Plan, Trial, describe_stopped, is_done, is_seed, name_draft
+from sdft_ray.sweep.planning import DEPTH, SIZE, Plan, Trial, describe_stopped, is_done, is_seed, name_draft
 from sdft_ray.training_data import count_rows
 
 
@@ -166,7 +166,7 @@ class _Untuned:
             for stage in (chain.pruned, chain.patched):
                 needed += [stage, *self.evaluations[stage.id].values()] if stage else []
         if missing := {stage.name for stage in pipeline.survey(needed, storage)[0]}:
-            what = f"has nothing to compare with yet (missing: {', '.join(sorted(missing))})"
+            what = f"has nothing to compare with under {storage.uri} (missing: {', '.join(sorted(missing))})"
             raise UserError(problem(name, what, f"Do: sdft sweep {name}"))
 
     def describe(self, storage: Storage) -> tuple[SweepModel, ...]:
@@ -227,8 +227,8 @@ def _describe_trial(
 def _group(entries: Sequence[TrialEntry]) -> tuple[Group, ...]:
     """Return the finished trials, those that differ in seeds alone as one, with the mean and the spread over seeds.
 
-    Chosen among those of one recipe, arm, depth and size is the one of the lowest validation loss, never of the best
-    score.
+    Chosen among those of one recipe and base, arm, depth and size is the one of the lowest validation loss, never of
+    the best score.
     """
     members: dict[str, list[int]] = {}
     for i, entry in enumerate(entries):
@@ -278,7 +278,7 @@ def _loss(group: Group) -> float:
 
 
 def _point(place: Place) -> tuple[Any, ...]:
-    return place.values.get(RECIPE), place.arm, place.blocks, place.rows
+    return place.of, place.arm, place.blocks, place.rows
 
 
 def _compare(groups: Sequence[Group], trials: Sequence[Trial], storage: Storage) -> Iterable[SweepComparison]:
@@ -290,7 +290,7 @@ def _compare(groups: Sequence[Group], trials: Sequence[Trial], storage: Storage)
         evaluations = {arm: [trials[i].evaluations for i in members] for arm, members in both.items()}
         for compared in compare_arms(evaluations, storage):
             seeds = {arm: len(members) for arm, members in both.items() if arm in (compared.first, compared.second)}
-            yield SweepComparison(recipe=recipe, blocks=blocks, rows=size, seeds=seeds, compared=compared)
+            yield SweepComparison(recipe=recipe or None, blocks=blocks, rows=size, seeds=seeds, compared=compared)
 
 
 def _read_drafts(plan: Plan, storage: Storage) -> tuple[dict[str, list[Draft]], list[Untried]]:

@@ -15,6 +15,7 @@ from sdft_ray.results import Cut, Distances, Drafting, Gain
 from sdft_ray.stages.retention import Summary as Retention
 from sdft_ray.stages.speed import Summary as Speed
 from sdft_ray.store.record import Flat, Record
+from sdft_ray.sweep.planning import RECIPE
 
 
 class SweepModel(Flat):
@@ -99,6 +100,12 @@ class Place(Record):
     """Of the other axes."""
 
     @property
+    def of(self) -> str:
+        """The recipe and the base, where a sweep has several: settings are chosen within one of them."""
+        named = (value for path, value in self.values.items() if path.partition(".")[0] in (RECIPE, "model"))
+        return ", ".join(map(str, named))
+
+    @property
     def name(self) -> str:
         """The arm, and what else it was trained with."""
         return ", ".join([self.arm, *(f"{path} {value}" for path, value in self.values.items())])
@@ -136,7 +143,7 @@ class Group(Place):
     pruned: str
     limited: bool
     chosen: bool = False
-    """Whether it has the lowest validation loss among those of one recipe, arm, depth and size."""
+    """Whether it has the lowest validation loss among those of one recipe and base, arm, depth and size."""
 
 
 class SweepComparison(Flat):
@@ -144,6 +151,7 @@ class SweepComparison(Flat):
 
     flat = ("compared",)
     recipe: str | None
+    """And the base, where there are several."""
     blocks: int
     rows: int
     seeds: dict[str, int]
@@ -221,6 +229,14 @@ class SweepReport(Record):
     @property
     def pruned(self) -> list[SweepModel]:
         return [model for model in self.models if model.model == "pruned"]
+
+    @property
+    def has_one_base(self) -> bool:
+        return sum(model.model == "base" for model in self.models) == 1
+
+    def name_model(self, model: SweepModel) -> str:
+        """Return how an untrained model is called: with its own name where there are several bases."""
+        return model.model if self.has_one_base else f"{model.model}, {model.slug}"
 
     @property
     def limited(self) -> bool:

@@ -1,22 +1,19 @@
 """The tables of reports: of a recipe, of a sweep, and of single artifacts; here alone they are built.
 
-In: records of a report, or an artifact's summary. Out: tables for the terminal, rows for the pages, and lines of CSV.
+In: records of a report, or an artifact's summary. Out: tables for the terminal, and rows for the pages.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 from rich import box
-from rich.table import Table
+from rich.table import Column, Table
 
 from sdft_ray.core.choice import JointChoice
 from sdft_ray.core.surgery import name_blocks
 from sdft_ray.report import several
-from sdft_ray.report.entries import Cost, Draft, Greedy, Losses, Report
+from sdft_ray.report.entries import Draft, Greedy, Losses, Report
 from sdft_ray.report.lines import (
     FIGURES,
     caption,
@@ -33,32 +30,29 @@ from sdft_ray.report.lines import (
 )
 from sdft_ray.report.sweep_entries import SweepReport
 from sdft_ray.results import Corpus, Measured
-from sdft_ray.spec.loading import leaves
 from sdft_ray.stages import score
-from sdft_ray.sweep.planning import DEPTH, SIZE
 
 # --- a recipe -------------------------------------------------------------------------------------------------
 
 
 def recovery_table(report: Report) -> Table:
     """Return models down, tasks across, then mean, recovery, parameters and FLOPs."""
-    table = titled(f"{report.recipe}: quality kept, in %", caption(report))
-    table.add_column("model")
-    for column in (*report.tasks, "mean", "recovery", "over chance", "parameters", "FLOPs/token"):
-        table.add_column(column, justify="right")
-    base = report.base.cost
+    columns = ["model", *report.tasks, "mean", "recovery", "over chance", "parameters", "FLOPs/token"]
+    base, rows = report.base.cost, list[list[str]]()
     for model in report.models:
         quality, cost = model.quality, model.cost
-        table.add_row(
-            model.model,
-            *(percent(quality.tasks[task]) for task in report.tasks),
-            number(100 * quality.mean),
-            number(quality.recovery),
-            number(quality.recovery_over_chance),
-            f"{millions(cost.parameters)}{saved(cost.parameters, base.parameters)}",
-            f"{cost.flops_per_token / 1e6:.0f}M{saved(cost.flops_per_token, base.flops_per_token)}",
+        rows.append(
+            [
+                model.model,
+                *(percent(quality.tasks[task]) for task in report.tasks),
+                number(100 * quality.mean),
+                number(quality.recovery),
+                number(quality.recovery_over_chance),
+                f"{millions(cost.parameters)}{saved(cost.parameters, base.parameters)}",
+                f"{cost.flops_per_token / 1e6:.0f}M{saved(cost.flops_per_token, base.flops_per_token)}",
+            ]
         )
-    return table
+    return filled(titled(f"{report.recipe}: quality kept, in %", caption(report)), columns, rows)
 
 
 def retention_columns(report: Report) -> list[str]:
@@ -131,13 +125,20 @@ def pass_at_table(report: Report) -> Table:
     return filled(titled("Sampled answers", PASS_AT_NOTE), pass_at_columns(report), pass_at_rows(report))
 
 
-def filled(table: Table, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """Return a table with columns of names on the left and of figures on the right."""
+def filled(table: Table, columns: Sequence[str], rows: Iterable[Sequence[str]] = ()) -> Table:
+    """Return a table with columns of names on the left and of figures on the right; a narrow terminal folds them, and
+    cuts no digit off."""
     for column in columns:
-        table.add_column(column, justify="left" if column in _NAMES else "right")
+        table.add_column(column, justify="left" if column in _NAMES else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def plain(*columns: str, title: str | None = None) -> Table:
+    """Return an empty table without lines."""
+    folded = (Column(column, overflow="fold") for column in columns)
+    return Table(*folded, box=None, pad_edge=False, title=title, title_justify="left")
 
 
 def titled(title: str, below: str | None = None) -> Table:
@@ -150,17 +151,18 @@ def titled(title: str, below: str | None = None) -> Table:
 
 def sweep_table(report: SweepReport) -> Table:
     """Return the base, the pruned models and the trained ones, those that differ in seeds alone as one line."""
-    table = titled(f"{report.sweep}: quality kept, in %", sweep_caption(report))
     columns = ["blocks", "rows", "model", "seeds", "mean", "recovery", "over chance", "validation loss", "parameters"]
     kept = sweep_retention(report)
-    for column in (*columns, *map(FIGURES.__getitem__, kept)):
-        table.add_column(column, justify="left" if column == "model" else "right")
+    table = titled(f"{report.sweep}: quality kept, in %", sweep_caption(report))
+    filled(table, [*columns, *map(FIGURES.__getitem__, kept)])
     for model in report.models:
         quality = model.quality
         figures = (100 * quality.mean, quality.recovery, quality.recovery_over_chance)
         cells = (*map(number, figures), "", millions(model.cost.parameters))
         own = {name: each.value for name, each in model.retention.figures.items()} if model.retention else {}
-        table.add_row(str(model.blocks), "", model.model, "", *cells, *(three(own.get(name)) for name in kept))
+        table.add_row(
+            str(model.blocks), "", report.name_model(model), "", *cells, *(three(own.get(name)) for name in kept)
+        )
     for group in report.groups:
         table.add_row(
             str(group.blocks),
@@ -192,9 +194,7 @@ def comparison_table(report: SweepReport) -> Table:
     """Return how much better each arm does than the one before it on the same items, with 95 % intervals."""
     pairs = {f"{entry.compared.first} - {entry.compared.second}": None for entry in report.comparisons}
     title = f"{', '.join(pairs)} on the same items, in points, with 95 % intervals (paired bootstrap)"
-    table = Table("blocks", "rows", box=box.SIMPLE_HEAD, title=title, title_justify="left")
-    for column in (*report.tasks, "mean"):
-        table.add_column(column, justify="right")
+    table = filled(titled(title), ["blocks", "rows", *report.tasks, "mean"])
     for entry in report.comparisons:
         differences = [*(entry.compared.tasks[task] for task in report.tasks), entry.compared.mean]
         rows = f"{entry.rows} {entry.recipe}" if entry.recipe else str(entry.rows)
@@ -238,33 +238,6 @@ def sweep_draft_rows(report: SweepReport) -> Iterator[list[str]]:
             ]
 
 
-def as_csv(report: SweepReport) -> str:
-    """Return one line a trial."""
-    values = [path for path in report.axes if path not in (DEPTH, SIZE)]
-    inner = ("draft", "retention", "sources")
-    more = [
-        dict(leaves({name: each[name] for name in inner if each.get(name)}))
-        for each in (trial.plain() for trial in report.trials)
-    ]
-    further = list(dict.fromkeys(name for each in more for name in each))
-    results = ("mean", "recovery", "recovery_over_chance", "validation_loss", *Cost.model_fields, "seconds")
-    columns = [column for task in report.tasks for column in (task, f"{task}_stderr")]
-    file = io.StringIO()
-    lines = csv.writer(file, lineterminator="\n")
-    lines.writerow(
-        ["arm", "blocks", "rows", *values, "status", "id", *results, "limited", *columns, *further, "reason"]
-    )
-    for trial, own in zip(report.trials, more, strict=True):
-        scores = trial.result.quality.tasks if trial.result else {}
-        plain = trial.plain()
-        cells: list[Any] = [trial.arm, trial.blocks, trial.rows, *map(trial.values.get, values), trial.status, trial.id]
-        cells += map(plain.get, (*results, "limited"))
-        for task in report.tasks:
-            cells += (scores[task].value, scores[task].stderr) if task in scores else (None, None)
-        lines.writerow([*cells, *map(own.get, further), trial.reason])
-    return file.getvalue()
-
-
 def several_table(reports: several.Reports) -> Table:
     """Return the models of several reports."""
     table = titled("Side by side, in %", "\n".join(several.notes(reports)))
@@ -276,7 +249,7 @@ def several_table(reports: several.Reports) -> Table:
 
 def score_tables(summary: score.Summary) -> list[Table]:
     """Return what the corpora are, and for each metric the span it would remove of every size and how sure that is."""
-    corpora = Table("corpus", "positions", "texts", "tokens", "cut to max_tokens", box=None, pad_edge=False)
+    corpora = plain("corpus", "positions", "texts", "tokens", "cut to max_tokens")
     for corpus in summary.corpora:
         corpora.add_row(corpus.name, corpus.positions, str(corpus.texts), str(corpus.tokens), str(corpus.shortened))
     spans = (_span_table(metric, choices, summary.corpora) for metric, choices in summary.choices.items())
@@ -288,10 +261,10 @@ def _span_table(metric: str, choices: Mapping[int, JointChoice], corpora: Sequen
 
     Where there are several corpora: what each would choose alone, and the share of blocks that all of them choose.
     """
-    table = Table("blocks", metric, "cost", "runner-up", "bootstrap", box=None, pad_edge=False)
+    table = plain("blocks", metric, "cost", "runner-up", "bootstrap")
     several = corpora if len(corpora) > 1 else []
     for corpus in several:
-        table.add_column(f"{corpus.name} alone")
+        table.add_column(f"{corpus.name} alone", overflow="fold")
     if several:
         table.add_column("in common")
     for size, choice in choices.items():
@@ -310,8 +283,10 @@ def _span_table(metric: str, choices: Mapping[int, JointChoice], corpora: Sequen
 def loss_table(losses: Losses) -> Table:
     """Return the candidates by loss, each with its rank by distance and by influence."""
     title = f"loss on the loss texts in nats a token; nothing removed: {losses.base_loss:.3f}"
-    columns, several = ("removed", "loss", "rank", "distance rank", "influence rank"), several_corpora(losses)
-    table = Table(*columns, *several, box=None, pad_edge=False, title=title, title_justify="left")
+    table = plain("removed", "loss", "rank", "distance rank", "influence rank", title=title)
+    several = several_corpora(losses)
+    for corpus in several:
+        table.add_column(corpus, overflow="fold")
     for rank, candidate in enumerate(losses.candidates, 1):
         table.add_row(
             name_blocks(candidate.blocks),
@@ -330,8 +305,7 @@ STEP_COLUMNS = ("removed", "loss", "next best", "its loss", "bootstrap")
 def greedy_table(greedy: Greedy) -> Table:
     """Return the blocks that were removed one after the other, each with the loss that it left."""
     title = f"loss on the loss texts in nats a token; nothing removed: {greedy.base_loss:.3f}"
-    columns = (*STEP_COLUMNS, *several_corpora(greedy))
-    table = Table(*columns, box=None, pad_edge=False, title=title, title_justify="left")
+    table = plain(*STEP_COLUMNS, *several_corpora(greedy), title=title)
     for row in greedy_rows(greedy):
         table.add_row(*row)
     return table
@@ -358,7 +332,7 @@ DRAFT_COLUMNS = (
 
 def draft_table(draft: Draft) -> Table:
     """Return what each number of drafted tokens brings."""
-    table = Table(*DRAFT_COLUMNS, box=None, pad_edge=False)
+    table = plain(*DRAFT_COLUMNS)
     for row in draft_rows(draft):
         table.add_row(*row)
     return table

@@ -5,8 +5,10 @@ In: a report, or an artifact's directory and manifest. Out: lines on a console.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
@@ -95,7 +97,8 @@ def show_artifact(directory: Path, manifest: Manifest) -> None:
     console = open_console(160)
     provenance, identity = manifest.provenance, manifest.identity
     hidden = _NOT_AS_LINES.get(manifest.stage, ())
-    facts = Table(box=None, show_header=False, pad_edge=False)
+    facts = table.plain("", "")
+    facts.show_header = False
     facts.add_row("artifact", f"{manifest.stage} {manifest.id}")
     facts.add_row("directory", str(directory))
     facts.add_row("made", f"{provenance.created} in {provenance.wall_seconds:.1f} s on {provenance.machine}")
@@ -107,9 +110,10 @@ def show_artifact(directory: Path, manifest: Manifest) -> None:
         facts.add_row(f"input: {name}", inner)
     facts.add_row("files", f"{len(manifest.files)}, {manifest.bytes / 1e6:.1f} MB")
     console.print(facts)
-    for more in _tables(manifest):
-        console.print()
-        console.print(more)
+    with contextlib.suppress(ValidationError):  # of another version, whose summary holds something else
+        for more in _tables(manifest):
+            console.print()
+            console.print(more)
 
 
 def _tables(manifest: Manifest) -> list[Table]:

@@ -88,6 +88,12 @@ def load_recipe(path: Path | Mapping[str, Any], overrides: Sequence[str] = ()) -
     return load_section(Recipe, path, overrides)
 
 
+def names_recipe(name: str) -> bool:
+    """Return whether a name is that of a recipe file, and not of an artifact."""
+    path = Path(name)
+    return path.suffix.lower() in (".yaml", ".yml") or (not path.suffix and path.is_file())
+
+
 def is_sweep(path: Path | Mapping[str, Any]) -> bool:
     """Return whether a file, or such content, is a sweep and not a recipe: it has axes, or names a recipe."""
     data = read_yaml(path) if isinstance(path, Path) else path
@@ -135,7 +141,7 @@ def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         value = value.model_dump(mode="json")
     if isinstance(value, list | tuple) and value and all(isinstance(inner, Mapping) for inner in value):
         value = {str(i): inner for i, inner in enumerate(value)}
-    if isinstance(value, Mapping) and value:
+    if isinstance(value, Mapping) and (value or not prefix):
         for key, inner in value.items():
             yield from leaves(inner, f"{prefix}.{key}" if prefix else str(key))
     else:

@@ -32,9 +32,14 @@ def validate(kind: type[S], data: Mapping[str, Any]) -> S:
     """Return plain data as a `kind`, or raise UserError naming each wrong field by its dotted path."""
     try:
         # Strict JSON mode: "8" is not a number and true is not 1, yet lists may become tuples.
-        return kind.model_validate_json(json.dumps(data, default=str))
+        return kind.model_validate_json(json.dumps(data, default=as_plain))
     except ValidationError as error:
         raise UserError(*_describe_all(kind, data, mistakes(error))) from None
+
+
+def as_plain(value: Any) -> Any:
+    """Return what JSON does not have as what it has: a number of NumPy as a number, a path or a date as text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 class Mistake(NamedTuple):

@@ -149,8 +149,8 @@ def parse_manifest(directory: str, text: bytes) -> Manifest:
             inside(Path(directory), file.path)
         return manifest
     except (ValueError, TypeError, AttributeError, RecursionError):
-        what = "is damaged: not a manifest"
-        raise UserError(problem(f"{directory}/{MANIFEST}", what, f"Delete {directory} to build it again")) from None
+        what, do = "is damaged, or not of sdft_ray", f"If {directory} is an artifact, delete it to build it again"
+        raise UserError(problem(f"{directory}/{MANIFEST}", what, do)) from None
 
 
 ALTERED = "is altered (its sha256 is not the manifest's)"

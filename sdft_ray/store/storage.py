@@ -260,7 +260,13 @@ class Storage:
         if keys_by_id:
             names = ", ".join(key.rpartition("/")[2] for key in sorted(keys_by_id.values()))
             raise UserError(problem(name, f"means {len(keys_by_id)} artifacts", f"Give more digits: {names}"))
-        raise UserError(problem(name, f"is no artifact under {self.uri}", "Run `sdft check RECIPE` to list them"))
+        raise UserError(
+            problem(name or "an empty name", f"is no artifact under {self.uri}", "Run `sdft check RECIPE` to list them")
+        )
+
+    def find_model(self, name: str) -> Path:
+        """Return the directory of a model: one of the user's own, or an artifact's as `find` does."""
+        return Path(name) if name and Path(name).is_dir() else self.find(name)
 
     def manifests(self, name: str) -> Iterator[Manifest]:
         """Yield the manifest of every finished artifact of a kind of stage."""

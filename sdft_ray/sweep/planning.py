@@ -27,7 +27,7 @@ from sdft_ray.spec.sources import FileRows
 from sdft_ray.spec.sweep import Asha, Axes, Goal, Sweep
 from sdft_ray.spec.training import Arms, Train
 from sdft_ray.stages import cut, distill, draft, evaluate, retention, train
-from sdft_ray.store.identity import Stage, short_id
+from sdft_ray.store.identity import Stage, distinct, short_id
 from sdft_ray.store.storage import Storage
 
 _NOT_OF_TRIALS = ("merge", "export")
@@ -123,6 +123,7 @@ def expand(sweep: Sweep, folder: Path) -> tuple[Cell, ...]:
     """Return one cell for each combination of values and recipe, in the order of the file."""
     cells: list[Cell] = []
     problems: dict[str, None] = {}
+    names = dict(zip(sweep.recipe, distinct([Path(file).stem for file in sweep.recipe]), strict=True))
     first = load_recipe(folder / sweep.recipe[0])
     for file in sweep.recipe:
         whole = load_recipe(folder / file)  # raises for the recipe's own mistakes
@@ -140,8 +141,8 @@ def expand(sweep: Sweep, folder: Path) -> tuple[Cell, ...]:
             raise UserError(problem("recipe", what, "Give both the same draft"))
     for axes in sweep.axes:
         crossed: list[Cell] = []
-        for values, file in itertools.product(_combinations(sweep, axes), sweep.recipe):
-            name = {RECIPE: Path(file).stem} if len(sweep.recipe) > 1 else {}
+        for values, (file, stem) in itertools.product(_combinations(sweep, axes), names.items()):
+            name = {RECIPE: stem} if len(names) > 1 else {}
             overrides = [f"{path}={json.dumps(value)}" for path, value in values.items()]
             try:
                 cell = Cell({**name, **values}, load_recipe(folder / file, overrides))

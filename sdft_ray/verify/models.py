@@ -13,7 +13,7 @@ from sdft_ray.data.readers import read_object
 from sdft_ray.errors import UserError, problem
 from sdft_ray.models.directory import weight_files
 from sdft_ray.progress import log
-from sdft_ray.spec.loading import load_recipe
+from sdft_ray.spec.loading import load_recipe, names_recipe
 from sdft_ray.store.manifest import read_manifest
 from sdft_ray.store.storage import Storage
 
@@ -41,13 +41,13 @@ class Model:
 
 def find_models(target: str, against: str | None, storage: Storage) -> list[Model]:
     """Return the models of a directory, an artifact's id or a recipe file, each with its base."""
-    if Path(target).suffix in (".yaml", ".yml"):
+    if names_recipe(target):
         if against:
             raise UserError(problem("--against", "a recipe names its base itself", "Leave --against out"))
         models = _recipe_models(Path(target), storage)
     else:
-        base = _directory(against, storage) if against else None
-        models = [_one_model(_directory(target, storage), base, storage)]
+        base = None if against is None else storage.find_model(against)
+        models = [_one_model(storage.find_model(target), base, storage)]
     for model in models:
         config = _require_model(model.directory)
         if model.base:
@@ -72,7 +72,7 @@ def _one_model(directory: Path, base: Path | None, storage: Storage) -> Model:
     """Return a model with the given base, or the base that its manifest names and the root holds."""
     manifest = read_manifest(directory)
     if manifest is None:
-        return Model(directory.name, directory, base)
+        return Model(directory.resolve().name, directory, base)
     stage, name = manifest.stage, f"{manifest.stage} {manifest.id}"
     if stage not in ("cut", "patch"):
         return Model(name, directory, no_base=f"the weights of a `{stage}` artifact are its own")
@@ -83,10 +83,6 @@ def _one_model(directory: Path, base: Path | None, storage: Storage) -> Model:
         except UserError:  # a base that is a directory of the user's own
             return Model(name, directory, no_base=f"its base {base_id} is not under {storage.uri}: --against BASE")
     return Model(name, directory, base)
-
-
-def _directory(name: str, storage: Storage) -> Path:
-    return Path(name) if Path(name).is_dir() else storage.find(name)
 
 
 def _require_model(directory: Path) -> dict[str, Any]:

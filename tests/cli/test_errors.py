@@ -1,7 +1,9 @@
 """Every mistake a user is likely to make, through the command: one clear line, exit code 2, nothing touched."""
 
 import importlib.util
+import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +12,11 @@ import pytest
 import yaml
 from command import sdft
 from recipes import write_recipe
+from rich.console import Console
 from tiny import make_tiny_model
 
 from sdft_ray.models.sizes import sizes_of
+from sdft_ray.report.table import plain
 from sdft_ray.spec.sources import LocalModel
 
 
@@ -276,10 +280,17 @@ def test_job_script_leaves_what_is_wrong_with_a_file_to_the_command(folder):
 def test_report_of_an_unfinished_recipe_says_what_is_missing(folder):
     done = sdft("report", "recipe.yaml", cwd=folder)
     assert done.returncode == 2
-    assert (
-        "is not finished (missing: rows, score, loss, cut, distill, train, nll, evaluate). Do: sdft run recipe.yaml."
-        in done.stderr
-    )
+    missing = "(missing: rows, score, loss, cut, distill, train, nll, evaluate). Do: sdft run recipe.yaml."
+    assert f"is not finished under {folder / 'artifacts'} {missing}" in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--html", "--csv"])
+def test_report_is_not_written_over_a_recipe(option, folder):
+    before = (folder / "recipe.yaml").read_text()
+    done = sdft("report", "recipe.yaml", "recipe.yaml", option, "recipe.yaml", cwd=folder)
+    says = f"{option}: recipe.yaml is named as a recipe is. Give a name in .{option[2:]}.\n"
+    assert (done.returncode, done.stderr) == (2, says)
+    assert (folder / "recipe.yaml").read_text() == before
 
 
 def test_unknown_command_suggests_the_nearest(folder):
@@ -299,6 +310,29 @@ def test_diff_of_two_recipes_names_the_values_that_differ(folder):
     (folder / "other.yaml").write_text(text.replace("blocks: 2", "blocks: 3"))
     done = sdft("diff", "recipe.yaml", "other.yaml", "--json", cwd=folder)
     assert json.loads(done.stdout) == {"prune.blocks": [2, 3]}
+    for name in ("OTHER.YML", "other"):
+        shutil.copy(folder / "other.yaml", folder / name)
+        assert sdft("diff", "other.yaml", name, cwd=folder).stdout == "No value differs.\n"
+
+
+def test_diff_on_a_narrow_terminal_shows_whole_values():
+    table = plain("value", "a")
+    table.add_row("model.path", "/a/long/path/of/a/model/that/is/long")
+    console = Console(width=30, record=True, file=io.StringIO())
+    console.print(table)
+    assert "…" not in console.export_text()
+
+
+def test_diff_of_a_recipe_and_an_artifact_says_that_they_have_nothing_in_common(folder):
+    done = sdft("diff", "abcdef123456", "recipe.yaml", cwd=folder)
+    says = "recipe.yaml: is a recipe, and an artifact has none of its values. Give two recipes or two artifacts.\n"
+    assert (done.returncode, done.stderr) == (2, says)
+
+
+@pytest.mark.parametrize("command", ["show", "verify", "export"])
+def test_an_empty_name_is_no_artifact_and_not_the_current_directory(command, folder):
+    done = sdft(command, "", cwd=folder)
+    assert done.returncode == 2 and done.stderr.startswith("an empty name: is no artifact under ")
 
 
 def run_on(ray: dict, folder):

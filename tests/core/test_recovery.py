@@ -38,6 +38,19 @@ def test_recovery_over_chance_of_a_guessing_model_is_nothing():
     assert recovery_over_chance(base, base) == pytest.approx(100)
 
 
+@pytest.mark.parametrize("right", [7, 13, 26, 57])  # 100 * 0.07 / 0.07 is 100.00000000000001
+def test_recovery_of_the_base_itself_is_100_to_the_last_bit(right):
+    base, values = scores(right / 100, chance=0.01), {"a": [1] * right + [0] * (100 - right)}
+    assert recovery(base, base) == recovery_over_chance(base, base) == 100
+    found = recovery_interval(values, values)
+    assert (found.value, found.low, found.high) == (100, 100, 100)
+
+
+def test_recovery_of_a_base_below_nothing_is_none():
+    assert recovery(scores(-0.2), scores(-0.1)) is None
+    assert recovery_interval({"a": [1, 0]}, {"a": [-1, 0]}) is None
+
+
 def test_recovery_of_a_base_that_scores_nothing_is_not_a_number_but_none():
     assert recovery(scores(0.1), scores(0.0)) is None
     assert recovery_over_chance(scores(0.3), scores(0.2)) is None

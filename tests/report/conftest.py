@@ -81,7 +81,7 @@ def write_all(tiny_model):
     ) -> None:
         write_shared(plan, storage, tiny_model)
         for trial in plan.trials:
-            write_trial(trial, storage, right=14, validation_loss=1.0, **more(trial))
+            write_trial(trial, storage, **{"right": 14, "validation_loss": 1.0, **more(trial)})
 
     return write_each
 

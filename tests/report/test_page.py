@@ -35,6 +35,11 @@ def test_mean_error_is_the_spread_of_means_over_tasks():
     assert mean_error([0.03, None]) is None and mean_error([]) is None
 
 
+def test_link_of_a_trial_is_an_address_and_none_in_an_object_store(tmp_path):
+    assert page._link(str(tmp_path / "run #1" / "50% a"), tmp_path) == "run%20%231/50%25%20a/manifest.json"
+    assert page._link("s3://bucket/root/train/a", tmp_path) is None
+
+
 class Cards(HTMLParser):
     """The tables of a page that are cards: header, and lines of (text, name) a cell."""
 

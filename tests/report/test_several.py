@@ -46,4 +46,4 @@ def test_report_of_several_prints_writes_and_refuses_what_it_cannot_set(finished
     assert cli.main(["report", name, name, *root, "--set", "train.rows=3"]) == 2
     assert capsys.readouterr().err.startswith("--set: is for one recipe. ")
     assert cli.main(["report", name, str(folder / "recipe.yaml"), *root]) == 2
-    assert "recipe.yaml: is not finished (missing: " in capsys.readouterr().err
+    assert f"recipe.yaml: is not finished under {folder / 'artifacts'} (missing: " in capsys.readouterr().err

@@ -4,6 +4,7 @@ import inspect
 import subprocess
 import sys
 
+import numpy as np
 import pandas
 import pytest
 import yaml
@@ -12,7 +13,8 @@ from recipes import write_recipe
 import sdft_ray
 from sdft_ray import report, run, sweep
 from sdft_ray.errors import UserError
-from sdft_ray.sweep import planning
+from sdft_ray.store.storage import Storage
+from sdft_ray.sweep import goal, planning
 
 # Whoever changes a line here breaks the code of others: add parameters with defaults at most.
 SURFACE = {
@@ -65,8 +67,30 @@ def test_report_of_a_sweep_has_a_line_for_each_trial_by_file_and_by_content(fini
 
 def test_report_of_a_recipe_that_is_not_finished_says_so(finished):
     folder, _ = finished
-    with pytest.raises(UserError, match=r"recipe.yaml: is not finished \(missing: "):
+    with pytest.raises(UserError, match=r"recipe.yaml: is not finished under .*artifacts \(missing: "):
         report(str(folder / "recipe.yaml"), root=folder / "artifacts", overrides={"train.rows": 8})
+
+
+def test_sweep_tells_two_trials_of_one_name_apart(plan, write_all, tmp_path, monkeypatch):
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text()) | {"arms": {"distilled": {}}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    axes = [{"train.seed": [1]}, {"distill.seed": [1]}]
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"recipe": "recipe.yaml", "axes": axes}))
+    both, storage = planning.load_sweep(tmp_path / "sweep.yaml"), Storage(str(tmp_path / "both"))
+    write_all(both, storage)
+    monkeypatch.setattr(goal, "run", lambda *_: None)
+    models = sweep(tmp_path / "sweep.yaml", root=tmp_path / "both")
+    assert [*models] == ["distilled, seed 1", "distilled, seed 1-2"] and len({*models.values()}) == 2
+
+
+def test_overrides_may_be_numbers_of_numpy_and_paths_and_are_of_recipes(finished, monkeypatch):
+    folder, _ = finished
+    monkeypatch.setenv("HOME", str(folder))
+    overrides = {"train.rows": np.int64(8), "train.lr": np.float32(0.5), "rows.path": folder / "rows.jsonl"}
+    with pytest.raises(UserError, match=r"is not finished under .*train"):
+        report("~/recipe.yaml", root=folder / "artifacts", overrides=overrides)
+    with pytest.raises(UserError, match=r"^overrides: are for recipes\. Change the sweep\.$"):
+        report(folder / "sweep.yaml", root=folder / "artifacts", overrides={"train.rows": 8})
 
 
 def test_run_of_a_wrong_value_is_the_commands_line(tiny_model, tmp_path):

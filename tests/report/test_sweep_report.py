@@ -3,13 +3,14 @@
 import csv
 import io
 import json
+import shutil
 
 import pytest
 import yaml
 from rich.console import Console
 
-from sdft_ray import pipeline
-from sdft_ray.report import page, plots, sources, sweep, table, terminal
+from sdft_ray import cli, pipeline
+from sdft_ray.report import frame, page, plots, sources, sweep, terminal
 from sdft_ray.store.storage import Storage
 from sdft_ray.sweep import planning
 
@@ -48,7 +49,7 @@ def test_report_of_retention_takes_seeds_together_and_stands_on_terminal_csv_and
     terminal.show_sweep(collected, console)
     text = console.export_text()
     assert all(said in text for said in ("KL, responses", "0.230", "0.750")) and "KL, texts" not in text
-    lines = list(csv.DictReader(io.StringIO(table.as_csv(collected))))
+    lines = list(csv.DictReader(io.StringIO(frame.as_csv(frame.lines(collected)))))
     values = [line["retention.responses.kl.value"] for line in lines]
     assert values.count("") == sum(line["status"] != "done" for line in lines) == 2 and "0.22" in values
     done = next(trial for trial in collected.plain()["trials"] if trial["status"] == "done")
@@ -58,9 +59,51 @@ def test_report_of_retention_takes_seeds_together_and_stands_on_terminal_csv_and
 def test_report_lists_every_trial_with_its_state_and_reason(collected):
     states = [(trial.status, trial.reason) for trial in collected.trials if trial.blocks == 3]
     assert states == [("missing", None), ("failed", "train: it broke")]
-    lines = list(csv.DictReader(io.StringIO(table.as_csv(collected))))
+    lines = list(csv.DictReader(io.StringIO(frame.as_csv(frame.lines(collected)))))
     assert len(lines) == len(collected.trials) == 9
     assert {line["status"] for line in lines} == {"done", "missing", "failed"}
+
+
+def test_lines_of_a_sweep_have_names_whole_numbers_and_ids_as_they_are(collected):
+    first, *others = collected.trials
+    first = first.model_copy(update={"id": "012345678901", "values": {"train.seed": [0, 1]}})
+    lines = frame.lines(collected.model_copy(update={"trials": (first, *others)}))
+    written = list(csv.DictReader(io.StringIO(frame.as_csv(lines))))
+    assert "" not in written[0] and {line["blocks"] for line in written} == {"2", "3"}
+    assert {line["parameters"] for line in written if line["status"] == "done"} == {
+        str(others[0].result.cost.parameters)
+    }
+    assert (written[0]["id"], written[0]["train.seed"]) == ("012345678901", "[0, 1]")
+    table = frame.as_frame(lines)
+    assert table.id[0] == "012345678901" and table.recovery.isna().sum() == 2
+    several = frame.of_several({"a": collected, "b": collected})
+    assert [line["of"] for line in several] == ["a"] * 9 + ["b"] * 9 and {line["blocks"] for line in several} == {2, 3}
+
+
+def test_show_of_an_artifact_of_another_version_has_its_facts(finished, capsys):
+    (score,) = (finished[0] / "artifacts" / "score").iterdir()  # its summary is empty
+    assert cli.main(["show", str(score)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert score.name.endswith(lines[0].split()[-1]) and all(line[0] != " " for line in lines)
+
+
+def test_report_of_two_bases_chooses_within_each_and_names_them(plan, write_all, tiny_model, tmp_path):
+    other = shutil.copytree(tiny_model, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"initializer_range": 0.5}))
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text()) | {"arms": {"sft": {}}, "draft": None}
+    recipe["rows"]["validation"] = 1
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    axes = {"model.path": [str(tiny_model), str(other)]}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"recipe": "recipe.yaml", "axes": axes}))
+    storage, both = Storage(str(tmp_path / "both")), planning.load_sweep(tmp_path / "sweep.yaml")
+    write_all(both, storage, lambda trial: {"validation_loss": 1.0 + (trial.values["model.path"] == str(other))})
+    report = sweep.collect(both, "sweep.yaml", storage)
+    assert [(group.of, group.chosen) for group in report.groups] == [(str(tiny_model), True), (str(other), True)]
+    names = [report.name_model(model) for model in report.models]
+    assert names == ["base, tiny", "base, other", "pruned, tiny-2", "pruned, other-2"]
+    text = page.render_sweep(report.model_copy(update={"maps": []}), tmp_path)
+    assert all(name in text for name in names) and " %)" not in text, "no share of another base is saved"
 
 
 def test_report_on_the_terminal_names_what_did_not_end(collected):
@@ -69,6 +112,13 @@ def test_report_on_the_terminal_names_what_did_not_end(collected):
     text = console.export_text()
     for said in ("failed: 3 blocks, 16 rows, distilled: train: it broke", "(not chosen)", "±6.2", "+10.0 ["):
         assert said in text
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_report_on_a_narrow_terminal_cuts_no_digit_off(collected, width):
+    console = Console(width=width, record=True, file=io.StringIO())
+    terminal.show_sweep(collected, console)
+    assert "…" not in console.export_text()
 
 
 def test_report_of_drafts_counts_tokens_of_seeds_together_and_takes_the_best_measured_speed(collected):
@@ -88,7 +138,7 @@ def test_report_of_drafts_stands_on_terminal_csv_and_page_with_what_failed(colle
     failed = "draft sft, lr 0.001, blocks 2: draft: it broke"
     for said in ("as drafts of the base", "0.62 ±0.02", "2.00 (1.50 to 3.00)", f"failed: {failed}"):
         assert said in console.export_text(clear=False), said
-    lines = list(csv.DictReader(io.StringIO(table.as_csv(collected))))
+    lines = list(csv.DictReader(io.StringIO(frame.as_csv(frame.lines(collected)))))
     first = next(line for line in lines if line["arm"] == "distilled")
     assert (first["draft.cost"], first["draft.sampled.tokens"], lines[-1]["draft.cost"]) == ("0.5", "1", "")
     drafts = plots.draft_lines(collected, "acceptance", "a"), plots.draft_lines(collected, "speedup", "speed")
@@ -112,7 +162,7 @@ def test_report_of_named_blocks_has_their_number_and_no_map(plan, write_all, tmp
     console = Console(record=True, width=200, file=io.StringIO())
     terminal.show_sweep(report, console)
     assert "remove [0, 1]" in console.export_text()
-    assert "sft" in table.as_csv(report) and "<html" in page.render_sweep(report, tmp_path)
+    assert "sft" in frame.as_csv(frame.lines(report)) and "<html" in page.render_sweep(report, tmp_path)
 
 
 def test_report_of_mixtures_has_the_sources_of_each_group_as_means_over_seeds(plan, write_all, tmp_path):
@@ -140,7 +190,7 @@ def test_report_of_mixtures_has_the_sources_of_each_group_as_means_over_seeds(pl
     console = Console(width=200, record=True, file=io.StringIO())
     terminal.show_sweep(report, console)
     assert "sources of rows" in console.export_text() and "Sources of rows" in page.render_sweep(report, tmp_path)
-    lines = list(csv.DictReader(io.StringIO(table.as_csv(report))))
+    lines = list(csv.DictReader(io.StringIO(frame.as_csv(frame.lines(report)))))
     assert {line["sources.rows.loss"] for line in lines} == {"1.0", "2.0"}
 
 

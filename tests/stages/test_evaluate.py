@@ -19,6 +19,7 @@ from sdft_ray.spec.evaluation import PassAt
 from sdft_ray.stages import evaluate
 from sdft_ray.stages.evaluate import harness, held_out, presets
 from sdft_ray.stages.evaluate.harness import Loaded
+from sdft_ray.stages.evaluate.scores import make_score
 from sdft_ray.stages.evaluate.settings import Source
 
 torch.set_num_threads(1)
@@ -85,6 +86,27 @@ def test_a_harness_task_is_scored_by_what_is_higher_for_a_better_model():
             UserError, match=r"evaluate\.tasks: lambada has no metric that is higher for a better model"
         ):
             harness.choose_metric("lambada", results, nothing, samples)
+
+
+def test_a_further_metric_that_is_no_number_is_left_out(monkeypatch):
+    sample = {"filter": "none", "acc": 1.0, "doc_hash": "a", "doc": {}, "arguments": [0, 1]}
+    results = {"alias": "t", "acc,none": 1.0, "acc_stderr,none": "N/A", "f1,none": 0.5, "spearmanr,none": math.nan}
+    reported = harness.Reported(
+        results={"t": {**results, "mcc,none": "N/A"}},
+        samples={"t": [sample]},
+        higher_is_better={"t": {"acc": True}},
+        **{"n-samples": {"t": {"effective": 1, "original": 1}}},
+    )
+    monkeypatch.setattr(harness, "ask_harness", lambda *_: reported)
+    score, _ = harness.run_task(None, types.SimpleNamespace(task="t", metric=None))
+    assert (score.value, score.chance, score.other_metrics) == (1.0, 0.5, {"f1,none": 0.5})
+
+
+def test_a_score_that_is_no_number_names_the_precision():
+    score = make_score("exact_match", [0.0, 1.0], 0.0, limited=False, bits_per_byte=math.nan)
+    with pytest.raises(UserError, match=r"^evaluate\.dtype: float16 gives logits of NaN\. Set float32\.$"):
+        evaluate.require_number(score, "float16")
+    evaluate.require_number(make_score("acc", [0.0, 1.0], 0.0, limited=False), "float16")
 
 
 @pytest.mark.parametrize(("task", "metric", "shots"), [("arc_easy", None, 2), ("hellaswag", "acc_norm,none", 0)])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from sdft_ray import environment, stages
 from sdft_ray.cluster import begin_work, on_this_node
 from sdft_ray.core.rows import Row
 from sdft_ray.data.benchmarks import offline_task_file
+from sdft_ray.errors import UserError, problem
 from sdft_ray.results import HELD_OUT, ITEMS, SCORE, Item, Score, read_held_out
 from sdft_ray.spec.compute import EngineOptions, Needs
 from sdft_ray.spec.evaluation import Evaluate
@@ -101,9 +103,16 @@ def build(work: Work[Settings]) -> Summary:
     else:
         task = ray.remote(evaluate).options(name=f"evaluate {settings.task}", **takes)
         summary, items = work.result(task.remote(load, settings, held_out))
+    require_number(summary, settings.dtype)
     write_atomically(work.directory / ITEMS, "".join(json.dumps(item.plain()) + "\n" for item in items))
     summary.to_file(work.directory / SCORE, indent=1)
     return cast(Summary, summary)
+
+
+def require_number(score: Score, dtype: str) -> None:
+    """Raise UserError for a score that is no number."""
+    if not math.isfinite(score.value + (score.bits_per_byte or 0)):
+        raise UserError(problem("evaluate.dtype", f"{dtype} gives logits of NaN", "Set float32"))
 
 
 def start_evaluator(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import numbers
 import random
 import tempfile
@@ -108,7 +109,12 @@ def run_task(lm: Any, settings: TaskSettings) -> tuple[Score, list[Item]]:
         for sample in group
         if _of_filter(sample, metric) and name in sample
     ]
-    others = {key: float(results[key]) for key in results if "," in key and "_stderr" not in key and key != metric}
+    others = {
+        key: float(value)  # a correlation of answers that are all the same is no number
+        for key, value in results.items()
+        if "," in key and "_stderr" not in key and key != metric
+        if isinstance(value, numbers.Real) and math.isfinite(value)
+    }
     # The harness's own aggregate is the value: a group may weigh its tasks, a metric need not be a mean of items.
     score = make_score(
         name,
