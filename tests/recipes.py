@@ -11,9 +11,9 @@ from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.wording import validate
 
 
-def write_recipe(folder: Path, model: Path, rows: int = 9, where: Path | None = None, **sections: Any) -> dict:
-    """Write recipe.yaml, its rows and its texts into a folder and return the recipe, whose sections have these fields,
-    too; where: the folder as the recipe names it, else by its whole path."""
+def write_recipe(folder: Path, model: Path, rows: int = 9, /, *, where: Path | None = None, **sections: Any) -> dict:
+    """Write recipe.yaml, so many rows and some texts into a folder and return the recipe, whose sections have these
+    fields, too; where: the folder as the recipe names it, else by its whole path."""
     (folder / "rows.jsonl").write_text("".join(json.dumps({"q": f"{i}?", "a": f"{i}"}) + "\n" for i in range(rows)))
     (folder / "texts.txt").write_text("One text.\n\nAnother text.\n\nA third text.")
     named, fields = folder if where is None else where, {"prompt": "q", "response": "a"}

@@ -146,8 +146,8 @@ def _scores(model: str, base: str, storage: Storage) -> tuple[tuple[Scored, ...]
     evaluations = [each for each in storage.manifests("evaluate") if each.identity.model in (model, base)]
     of_base = {_way(each): each for each in evaluations if each.identity.model == base}
     found = {_way(each): each for each in evaluations if each.identity.model == model}
-    in_order = sorted(found, key=lambda way: (way in of_base, found[way].summary["n"]))
-    by_task = {found[way].identity.settings["task"]: way for way in in_order}
+    in_order = sorted(found, key=lambda way: (way in of_base, _summary(found[way]).n))
+    by_task = {_task(found[way]): way for way in in_order}
     mine = {way: found[way] for way in by_task.values()}
     shared = [way for way in mine if way in of_base]
     pairs = {way: (_values(mine[way], storage), _values(of_base[way], storage)) for way in shared}
@@ -158,14 +158,22 @@ def _scores(model: str, base: str, storage: Storage) -> tuple[tuple[Scored, ...]
         differences, mean = paired_differences(first, second)
     scores = (
         Scored(
-            task=str(each.identity.settings["task"]),
-            score=evaluate.Summary.model_validate(each.summary),
-            base=evaluate.Summary.model_validate(of_base[way].summary) if way in of_base else None,
+            task=_task(each),
+            score=_summary(each),
+            base=_summary(of_base[way]) if way in of_base else None,
             difference=differences.get(way),
         )
         for way, each in mine.items()
     )
     return tuple(sorted(scores, key=lambda scored: scored.task)), mean
+
+
+def _task(evaluation: Manifest) -> str:
+    return str(evaluation.identity.settings["task"])
+
+
+def _summary(evaluation: Manifest) -> evaluate.Summary:
+    return evaluate.Summary.model_validate(evaluation.summary)
 
 
 def _way(evaluation: Manifest) -> str:

@@ -242,7 +242,8 @@ def test_every_leaf_of_a_merge_moves_the_id_of_a_merged_model(recipe):
     ],
 )
 def test_mistakes_in_a_merge_are_said_in_one_line(recipe, merge, says):
-    assert says in complaint(check, validate(Recipe, recipe | {"merge": recipe["merge"] | merge}), load_compute())
+    wrong = recipe | {"merge": recipe["merge"] | merge}
+    assert says in complaint(lambda: check(validate(Recipe, wrong), load_compute()))
 
 
 def test_merge_with_a_model_from_elsewhere_asks_for_its_number_of_blocks(recipe, tiny_model):
