@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from architectures import prune
 from safetensors.torch import load_file, save_file
 from tiny import make_tokenizer, make_wrapped
 
+from sdft_ray.engine import NEAR_TIE
 from sdft_ray.models.parts import text_config, write_text_part, write_whole
-from sdft_ray.verify.agreement import NEW_TOKENS, Agreement, compare_tokens, render_prompts
+from sdft_ray.verify.agreement import NEW_TOKENS, render_prompts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -55,6 +55,8 @@ _DECODERS = {
     "llama4": {"attention_chunk_size": 128, "interleave_moe_layer_step": 1},
     "qwen3_5": {"linear_key_head_dim": 128, "linear_value_head_dim": 128},
 }
+BOUNDS = {"float32": NEAR_TIE, "bfloat16": 0.25}
+"""How far behind the most likely one a token may be by rounding; transformers' own in bfloat16 are up to 0.11."""
 DTYPES = {"qwen3_5": "bfloat16"}
 """Precisions of families that vLLM's CPU build does not run in float32."""
 WITHOUT = (1, 4)
@@ -88,11 +90,15 @@ def make_seeing(directory: Path, architecture: str, **fields: Any) -> Path:
 
 def make_whole(folder: Path, architecture: str) -> Path:
     """Write a model of a family that sees whose decoder was taken out, cut and put back, and return where."""
-    base, text, whole = make_seeing(folder / "base", architecture), folder / "text", folder / "whole"
-    for directory in (text, whole):
+    from sdft_ray.stages.cut import remove_blocks
+
+    base, text, cut, whole = (folder / name for name in ("base", "text", "cut", "whole"))
+    make_seeing(base, architecture)
+    for directory in (text, cut, whole):
         directory.mkdir()
     write_text_part(base, text, text_config(base))
-    write_whole(prune(text, folder / "cut", WITHOUT), base, whole)
+    remove_blocks(text, cut, WITHOUT)
+    write_whole(cut, base, whole)
     return whole
 
 
@@ -131,15 +137,23 @@ def white() -> Image:
     return Image.new("RGB", (56, 56), "white")
 
 
-def see_in_transformers(directory: Path, architecture: str, image: Image) -> tuple[list[int], list[int]]:
-    """Return the tokens of a question with an image, and the greedy ones after it."""
+def read_question(directory: Path, architecture: str, image: Image, made: list[int]) -> tuple[list[int], list[float]]:
+    """Return the tokens of a question with an image, and how far behind the most likely one each token `made` after it
+    is: the distance of their logits in float32."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     network = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
     inputs = AutoProcessor.from_pretrained(directory)(text=QUESTIONS[architecture], images=image, return_tensors="pt")
     asked = inputs["input_ids"][0].tolist()
-    made = network.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
-    return asked, made[0, len(asked) :].tolist()
+    found = network.generate(
+        **inputs,
+        do_sample=False,
+        max_new_tokens=len(made),
+        prefix_allowed_tokens_fn=lambda _, ids: [made[len(ids) - len(asked)]],
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return asked, [float(row[0].max() - row[0, token]) for row, token in zip(found.logits, made, strict=True)]
 
 
 def run_in_vllm(directory: Path, dtype: str, architecture: str | None = None) -> dict[str, Any]:
@@ -154,15 +168,17 @@ def run_in_vllm(directory: Path, dtype: str, architecture: str | None = None) ->
     return json.loads(done.stdout)
 
 
-def judge_texts(directory: Path, made: list[list[int]]) -> Agreement:
-    """Return the agreement of greedy tokens of texts with the logits of the model that sees, in float32."""
+def read_texts(directory: Path, made: list[list[int]]) -> list[float]:
+    """Return how far behind the most likely one each token is that was made after the texts."""
     from transformers import AutoModelForImageTextToText
 
     network = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32).eval()
-    prompts = render_prompts(directory)
-    with torch.inference_mode():
-        each = [torch.tensor([prompt + new]) for prompt, new in zip(prompts, made, strict=True)]
-        return compare_tokens(prompts, made, [network(input_ids=ids, use_cache=False).logits[0] for ids in each])
+    behind: list[float] = []
+    for prompt, new in zip(render_prompts(directory), made, strict=True):
+        with torch.inference_mode():
+            rows = network(input_ids=torch.tensor([prompt + new]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        behind += (rows.max(-1).values - rows[range(len(new)), new]).tolist()
+    return behind
 
 
 def _generate(directory: str, dtype: str, architecture: str) -> dict[str, Any]:

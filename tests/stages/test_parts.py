@@ -8,7 +8,7 @@ import pytest
 import torch
 from architectures import load, logits_of, prune, some_ids
 from safetensors.torch import load_file, save_file
-from seeing import DTYPES, judge_texts, make_whole, noise, run_in_vllm, see_in_transformers, white
+from seeing import BOUNDS, DTYPES, make_whole, noise, read_question, read_texts, run_in_vllm, white
 from tiny import WRAPPERS, make_wrapped
 
 from sdft_ray.core.surgery import BUFFERS
@@ -149,16 +149,23 @@ def test_model_that_also_sees_rewrites_as_its_decoder_says(architecture, tmp_pat
     assert shares is (architecture not in ("llama4", "qwen3_5")), "beginnings of prompts that carry a state on"
 
 
+ENDS = pytest.mark.xfail(
+    reason="vLLM's CPU build ends: free(): invalid size (docs/architectures.md)", raises=RuntimeError
+)
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("architecture", WRAPPERS)
+@pytest.mark.parametrize(
+    "architecture", [pytest.param(name, marks=ENDS) if name == "llama4" else name for name in WRAPPERS]
+)
 def test_decoder_that_is_put_back_reads_texts_and_images_in_vllm_as_in_transformers(architecture, tmp_path):
     pytest.importorskip("torchvision", reason="vLLM reads models that see with torchvision: docs/footguns.md")
-    whole = make_whole(tmp_path, architecture)
-    found = run_in_vllm(whole, DTYPES.get(architecture, "float32"), architecture)
-    assert not judge_texts(whole, found["texts"]).differing
-    asked, seen = see_in_transformers(whole, architecture, noise())
-    assert (found["asked"], found["seen"]) == (asked, seen)
-    assert seen != see_in_transformers(whole, architecture, white())[1], "what it sees moves what it says"
+    whole, dtype = make_whole(tmp_path, architecture), DTYPES.get(architecture, "float32")
+    found = run_in_vllm(whole, dtype, architecture)
+    assert max(read_texts(whole, found["texts"])) < BOUNDS[dtype]
+    asked, behind = read_question(whole, architecture, noise(), found["seen"])
+    assert found["asked"] == asked and max(behind) < BOUNDS[dtype]
+    assert max(read_question(whole, architecture, white(), found["seen"])[1]) > 1, "what it sees moves what it says"
 
 
 def test_whole_model_of_shards_and_heads_of_the_uncut_one_loses_the_heads(tmp_path):
