@@ -25,6 +25,7 @@ from sdft_ray.spec.sources import ServedModel
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedConfig
 
 # Below this the order of two float32 logits is rounding: cached, batched and other kernels' sums differ by that much.
 NEAR_TIE = 1e-3
@@ -85,7 +86,7 @@ class VllmEngine:
         from vllm.v1.engine.llm_engine import LLMEngine
 
         self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.ends = response_ends(self.tokenizer, AutoConfig.from_pretrained(model).eos_token_id)
+        self.ends = response_ends(self.tokenizer, named_ends(AutoConfig.from_pretrained(model)))
         self.engine = LLMEngine.from_engine_args(EngineArgs(**arguments, **seeded, **drafting, disable_log_stats=True))
         self.settings = settings
 
@@ -136,7 +137,7 @@ class EndpointEngine:
 
         assert isinstance(settings.teacher, ServedModel)
         self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.ends = response_ends(self.tokenizer, AutoConfig.from_pretrained(model).eos_token_id)
+        self.ends = response_ends(self.tokenizer, named_ends(AutoConfig.from_pretrained(model)))
         self.client, self.threads = Client(settings.teacher, **dict(options)), options.requests
         self.served, self.settings = settings.teacher, settings
 
@@ -195,6 +196,12 @@ class EndpointEngine:
         return Generation(read_generated(self.tokenizer, ids, text, opened), reason, prompt_tokens, tokens)
 
 
+def named_ends(config: PreTrainedConfig) -> int | list[int] | None:
+    """Return the tokens that a model's config says a text ends at: of one that also sees, it or its decoder's."""
+    own: int | list[int] | None = getattr(config, "eos_token_id", None)
+    return getattr(config.get_text_config(decoder=True), "eos_token_id", None) if own is None else own
+
+
 def engine_arguments(model: str, dtype: str, options: EngineOptions, alone: bool) -> dict[str, Any]:
     """Return the arguments of vLLM's engine, after setting the environment that vLLM reads when it is imported.
 
@@ -214,7 +221,8 @@ def engine_arguments(model: str, dtype: str, options: EngineOptions, alone: bool
         if rounds_activations(getattr(config, "quantization_config", None)) and cpu.overflows_in_int8():
             what = "is a model in int8, of which vLLM's products overflow on this CPU: it has no VNNI"
             raise UserError(problem(model, what, "Take a CPU with avx512_vnni or avx_vnni, or a GPU"))
-        shares = options.enable_prefix_caching and may_share_a_sequence(config)
+        decoder = config.get_text_config(decoder=True)
+        shares = options.enable_prefix_caching and may_share_a_sequence(decoder)
         named |= {
             "kv_cache_memory_bytes": int(options.kv_cache_gib * 2**30),
             # A prompt split over two steps would rewind its seeded generator, which only CUDA's can (docs/footguns.md).

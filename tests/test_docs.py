@@ -8,6 +8,8 @@ from pathlib import Path
 import llms
 import pytest
 import yaml
+from architectures import NOTES, VARIANTS, WHOLES, name_variant
+from tiny import WRAPPERS
 
 from sdft_ray import pipeline
 from sdft_ray.spec.recipe import Recipe
@@ -69,6 +71,13 @@ def test_docs_upgrade_surface_names_what_its_files_reach_into():
         for name in re.findall(r"`([^`]+)`", reached):
             words = re.findall(r"\w{4,}", name.partition("(")[0])
             assert not words or words[-1] in code, f"{files}: {name} is not there"
+
+
+def test_page_of_architectures_has_the_rows_and_words_of_its_generator():
+    page = (ROOT / "docs" / "architectures.md").read_text()
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in page.splitlines() if line.startswith("| ")]
+    assert [row for row in rows if row != "architecture"] == [*(name_variant(*row) for row in VARIANTS), *WRAPPERS]
+    assert NOTES in page and WHOLES in page
 
 
 def test_design_names_every_stage():

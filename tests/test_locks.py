@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from sdft_ray.preflight.engines import TORCHVISION
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = {"cpu": ("cpu", "demo", "dev"), "gpu": ("gpu", "demo")}
@@ -32,6 +34,10 @@ def test_locks_have_one_version_of_the_engine_and_of_what_decides_numbers():
     assert cpu["torch"] == gpu["torch"] + "+cpu"
     for name in ("ray", "transformers", "tokenizers", "peft", "deepspeed", "datasets", "lm-eval", "math-verify"):
         assert cpu[name] == gpu[name]
+
+
+def test_torchvision_that_check_recommends_is_the_one_of_the_locked_torch():
+    assert read_lock("gpu")["torchvision"] == TORCHVISION
 
 
 def test_cpu_lock_leaves_out_what_breaks_beside_a_cpu_torch():

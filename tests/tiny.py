@@ -1,7 +1,8 @@
 """A tiny random chat model made from its config: seconds to make, real in every part."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 CHAT_TEMPLATE = (
@@ -97,16 +98,18 @@ EYES = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num
 EYES |= {"image_size": 28, "patch_size": 14}
 # The wrapper, its text decoder, and its eyes.
 WRAPPERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "gemma3": ("gemma3_text", EYES),
-    "gemma4": ("gemma4_text", EYES | {"num_key_value_heads": 2, "head_dim": 16}),
+    "gemma3": ("gemma3_text", EYES | {"vision_use_head": False}),  # as every model of it
+    "gemma4": ("gemma4_text", EYES | {"num_key_value_heads": 2, "head_dim": 16, "default_output_length": 70}),
     "llama4": ("llama4_text", EYES | {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}),
     "mistral3": ("ministral3", EYES | {"head_dim": 16}),
     "qwen3_5": ("qwen3_5_text", {"hidden_size": 32, "depth": 1, "num_heads": 2, "out_hidden_size": 64}),
 }
 
 
-def make_wrapped(directory: Path, architecture: str, **fields: Any) -> Path:
-    """Write a tiny model with eyes, with a byte tokenizer."""
+def make_wrapped(
+    directory: Path, architecture: str, whole: Mapping[str, Any] = MappingProxyType({}), **fields: Any
+) -> Path:
+    """Write a tiny model with eyes, with a byte tokenizer; whole: fields of its config, fields: of its decoder's."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
@@ -115,20 +118,24 @@ def make_wrapped(directory: Path, architecture: str, **fields: Any) -> Path:
     eyes = {"model_type": "pixtral"} | eyes if architecture == "mistral3" else eyes
     torch.manual_seed(0)
     tied = own["tie_word_embeddings"]
-    config = AutoConfig.for_model(architecture, text_config=own, vision_config=eyes, tie_word_embeddings=tied)
+    parts = {"text_config": own, "vision_config": eyes, "tie_word_embeddings": tied}
+    config = AutoConfig.for_model(architecture, **parts, **whole)
     AutoModelForImageTextToText.from_config(config, dtype=torch.float32).save_pretrained(directory)
     make_tokenizer().save_pretrained(directory)
     return directory
 
 
-def make_tokenizer(merges: Sequence[tuple[str, str]] = ()) -> Any:
-    """Return a tokenizer with one token a byte, which round-trips any text, and ChatML's marks; and one a merge."""
+def make_tokenizer(merges: Sequence[tuple[str, str]] = (), marks: Mapping[str, str] = MappingProxyType({})) -> Any:
+    """Return a tokenizer with one token a byte, which round-trips any text, and ChatML's marks; one a merge, and one a
+    further mark, by its name in the tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    vocabulary = {token: i for i, token in enumerate(special + alphabet + [a + b for a, b in merges])}
+    vocabulary = {
+        token: i for i, token in enumerate(special + alphabet + [a + b for a, b in merges] + [*marks.values()])
+    }
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -138,6 +145,7 @@ def make_tokenizer(merges: Sequence[tuple[str, str]] = ()) -> Any:
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
         chat_template=CHAT_TEMPLATE,
+        **({"extra_special_tokens": dict(marks)} if marks else {}),
         clean_up_tokenization_spaces=False,
     )
 

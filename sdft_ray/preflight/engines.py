@@ -20,7 +20,13 @@ from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.sources import LocalModel, ServedModel
 
 # vLLM's code of these also holds that of their eyes; PyPI's torchvision does not work beside a CPU's torch.
-_NEED_TORCHVISION = ("qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text")
+_NEED_TORCHVISION = (
+    *("gemma3", "gemma4", "llama4", "mistral3"),
+    *("qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text"),
+)
+TORCHVISION = "0.28.0"  # of the locked torch; any newer one asks for a newer torch
+# Their linear attention has no other kernel on a CPU.
+_IN_BFLOAT16 = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text")
 # Without an error (docs/architectures.md).
 _OTHER_TEXT = ("gpt_neox", "gpt_oss", "lfm2")
 
@@ -32,11 +38,14 @@ def require_fitting(recipe: Recipe, compute: Compute, base: ModelFacts | None, t
     evaluate = "evaluate", compute.evaluate.gpus, compute.evaluate.engine_options()
     if recipe.draft and base:
         _require_generating(base, *distill)
+        _require_precision(base, "draft.dtype", recipe.draft.dtype, compute.distill.gpus)
     if recipe.evaluate.engine == "vllm" and base:
         _require_generating(base, *evaluate)
+        _require_precision(base, "evaluate.dtype", recipe.evaluate.dtype, compute.evaluate.gpus)
         _require_room(base, *evaluate)
     if teacher:
         _require_generating(teacher, *distill)
+        _require_precision(teacher, "distill.dtype", recipe.distill.dtype, compute.distill.gpus)
         _require_room(teacher, *distill, "the teacher" if recipe.distill.teacher else "the model")
     if recipe.arms.need_rewrites and recipe.distill.lookup and compute.distill.engine.async_scheduling:
         what = "vLLM does not schedule a pass ahead where distill.lookup proposes tokens"
@@ -114,7 +123,7 @@ def _require_generating(facts: ModelFacts, section: str, gpus: float, engine: En
         raise UserError(problem(f"compute.{section}.gpus", what, f"Set compute.{section}.gpus: 1"))
     if facts.architecture in _NEED_TORCHVISION and not gpus and find_spec("torchvision") is None:
         what = f"vLLM reads {facts.architecture} with torchvision, which is not installed"
-        do = "Do: pip install torchvision --index-url https://download.pytorch.org/whl/cpu"
+        do = f"Do: pip install --no-deps torchvision=={TORCHVISION} --index-url https://download.pytorch.org/whl/cpu"
         raise UserError(problem(section, what, do))
     if facts.heads and facts.heads % (each := engine.tensor_parallel_size):
         what = f"{each} does not divide the {facts.heads} attention heads of the model"
@@ -123,6 +132,13 @@ def _require_generating(facts: ModelFacts, section: str, gpus: float, engine: En
         raise UserError(problem(f"compute.{section}.{key}", what, do))
     if facts.blocks and facts.blocks % (groups := engine.pipeline_parallel_size):
         _report_uneven(facts.blocks, groups)
+
+
+def _require_precision(facts: ModelFacts, key: str, dtype: str, gpus: float) -> None:
+    """Raise UserError for a model that vLLM's CPU build does not run in the precision at `key`."""
+    if facts.architecture in _IN_BFLOAT16 and dtype != "bfloat16" and not gpus:
+        what = f"{dtype}: vLLM's CPU build runs the linear attention of {facts.architecture} in bfloat16 alone"
+        raise UserError(problem(key, what, f"Set {key}: bfloat16"))
 
 
 def _report_uneven(blocks: int, groups: int) -> None:

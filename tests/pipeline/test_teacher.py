@@ -160,7 +160,7 @@ def test_teacher_may_be_quantised_or_of_an_unknown_architecture_where_a_base_may
         ("lfm2", r"compute\.distill\.gpus: vLLM's CPU build generates other text than lfm2"),
         (
             "qwen3_5_text",
-            r"distill: vLLM reads qwen3_5_text with torchvision, .*\. Do: pip install",
+            r"distill: vLLM reads qwen3_5_text with torchvision, .*\. Do: pip install --no-deps torchvision==",
         ),
     ],
 )
@@ -170,6 +170,15 @@ def test_model_that_vllm_does_not_run_on_a_cpu_is_refused_there(recipe, tmp_path
     with pytest.raises(UserError, match=line):
         check(other, load_compute())
     check(other, load_compute({"distill": {"gpus": 1, "cpus": 1}, "ray": {"address": "auto"}}))
+
+
+def test_model_that_vllm_runs_in_bfloat16_alone_on_a_cpu_is_refused_in_another_precision(recipe, tmp_path):
+    teacher = {"path": str(make_tiny_model(tmp_path / "other", "qwen3_next"))}
+    other = validate(Recipe, with_teacher(recipe, teacher, dtype="float32"))
+    with pytest.raises(UserError, match=r"distill\.dtype: float32: .* Set distill\.dtype: bfloat16"):
+        check(other, load_compute())
+    check(other, load_compute({"distill": {"gpus": 1, "cpus": 1}, "ray": {"address": "auto"}}))
+    check(validate(Recipe, with_teacher(recipe, teacher, dtype="bfloat16")), load_compute())
 
 
 def test_teacher_of_the_hub_is_downloaded_though_it_could_not_be_cut(tmp_path):

@@ -8,9 +8,11 @@ import pytest
 import torch
 from architectures import load, logits_of, prune, some_ids
 from safetensors.torch import load_file, save_file
+from seeing import BOUNDS, DTYPES, make_whole, noise, read_question, read_texts, run_in_vllm, white
 from tiny import WRAPPERS, make_wrapped
 
 from sdft_ray.core.surgery import BUFFERS
+from sdft_ray.engine import engine_arguments, named_ends
 from sdft_ray.errors import UserError
 from sdft_ray.models.parts import text_config, text_name, write_whole
 from sdft_ray.models.sources import describe_model
@@ -132,6 +134,38 @@ def bytes_of(directory: Path) -> dict[str, bytes]:
         for file in directory.glob("*.safetensors")
         for name, tensor in load_file(file).items()
     }
+
+
+@pytest.mark.parametrize("architecture", WRAPPERS)
+def test_model_that_also_sees_rewrites_as_its_decoder_says(architecture, tmp_path):
+    from transformers import AutoConfig
+
+    whole = make_wrapped(tmp_path / "whole", architecture)
+    config = AutoConfig.from_pretrained(whole)
+    assert named_ends(config) == named_ends(AutoConfig.from_pretrained(whole / "text")) == 2
+    config.eos_token_id = [1, 2]
+    assert named_ends(config) == [1, 2]
+    shares = engine_arguments(str(whole), "float32", compute.EngineOptions(), alone=False)["enable_prefix_caching"]
+    assert shares is (architecture not in ("llama4", "qwen3_5")), "beginnings of prompts that carry a state on"
+
+
+ENDS = pytest.mark.xfail(
+    reason="vLLM's CPU build ends: free(): invalid size (docs/architectures.md)", raises=RuntimeError
+)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "architecture", [pytest.param(name, marks=ENDS) if name == "llama4" else name for name in WRAPPERS]
+)
+def test_decoder_that_is_put_back_reads_texts_and_images_in_vllm_as_in_transformers(architecture, tmp_path):
+    pytest.importorskip("torchvision", reason="vLLM reads models that see with torchvision: docs/footguns.md")
+    whole, dtype = make_whole(tmp_path, architecture), DTYPES.get(architecture, "float32")
+    found = run_in_vllm(whole, dtype, architecture)
+    assert max(read_texts(whole, found["texts"])) < BOUNDS[dtype]
+    asked, behind = read_question(whole, architecture, noise(), found["seen"])
+    assert found["asked"] == asked and max(behind) < BOUNDS[dtype]
+    assert max(read_question(whole, architecture, white(), found["seen"])[1]) > 1, "what it sees moves what it says"
 
 
 def test_whole_model_of_shards_and_heads_of_the_uncut_one_loses_the_heads(tmp_path):
