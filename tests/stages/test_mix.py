@@ -198,7 +198,7 @@ def test_mixture_in_another_model_that_is_merged_is_read_alike(make_recipe, make
 
 def test_sources_of_one_name_are_numbered(make_recipe, make_source, tmp_path):
     first, second = make_source("rows", range(20)), make_source("rows", range(20), seed=1)
-    assert pipeline.chain(make_recipe(first, second)).names == ("rows", "rows-2")
+    assert [*pipeline.chain(make_recipe(first, second)).own.sources] == ["rows", "rows-2"]
 
 
 # --- before anything is built ---------------------------------------------------------------------------------
