@@ -218,9 +218,12 @@ def engine_arguments(model: str, dtype: str, options: EngineOptions, alone: bool
     named = options.model_dump(exclude_none=True, exclude=other_name)
     if is_cpu:
         config = AutoConfig.from_pretrained(model)
-        if rounds_activations(getattr(config, "quantization_config", None)) and cpu.overflows_in_int8():
-            what = "is a model in int8, of which vLLM's products overflow on this CPU: it has no VNNI"
-            raise UserError(problem(model, what, "Take a CPU with avx512_vnni or avx_vnni, or a GPU"))
+        if rounds_activations(getattr(config, "quantization_config", None)):
+            if cpu.overflows_in_int8():
+                what = "is a model in int8, of which vLLM's products overflow on this CPU: it has no VNNI"
+                raise UserError(problem(model, what, "Take a CPU with avx512_vnni or avx_vnni, or a GPU"))
+            if dtype == "float32":
+                fix_int8()
         decoder = config.get_text_config(decoder=True)
         shares = options.enable_prefix_caching and may_share_a_sequence(decoder)
         named |= {
@@ -254,6 +257,14 @@ def fix_sampling() -> None:
 
     if current_platform.is_cpu():
         rejection_sampler.expand_batch_to_tokens = expand_to_tokens
+
+
+def fix_int8() -> None:
+    """Let a CPU with AMX multiply int8 for activations in float32: the kernel that vLLM chooses there fails at the
+    first prompt, because it takes halves alone (docs/footguns.md)."""
+    from vllm.model_executor.kernels.linear.scaled_mm import cpu as kernels
+
+    kernels.check_cpu_sgl_kernel = lambda *_: False
 
 
 def expand_to_tokens(
