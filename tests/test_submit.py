@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,14 +35,15 @@ def head():
     command += [f"--{name}={port}" for name, port in ports.items()]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, "PATH": path}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, env=environment, start_new_session=True, **quiet)
     address = f"http://127.0.0.1:{ports['dashboard-port']}"
     session = requests.Session()
     retries = requests.adapters.Retry(total=60, connect=60, backoff_factor=0.2, backoff_max=1)
     session.mount("http://", requests.adapters.HTTPAdapter(max_retries=retries))
     session.get(f"{address}/api/version", timeout=60)
     yield address
-    process.terminate()
+    os.killpg(process.pid, signal.SIGKILL)  # told to end, it waits half a minute for its own processes
     process.wait(60)
     shutil.rmtree(folder, ignore_errors=True)
 
