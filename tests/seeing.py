@@ -193,10 +193,12 @@ def _generate(directory: str, dtype: str, architecture: str) -> dict[str, Any]:
     llm = LLM(**arguments)
     params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
     prompts = [{"prompt_token_ids": ids} for ids in render_prompts(Path(directory))]
-    found: dict[str, Any] = {"texts": [[*out.outputs[0].token_ids] for out in llm.generate(prompts, params)]}
+    found: dict[str, Any] = {
+        "texts": [[*out.outputs[0].token_ids] for out in llm.generate(prompts, params, use_tqdm=False)]
+    }
     if architecture:
         question = {"prompt": QUESTIONS[architecture], "multi_modal_data": {"image": noise()}}
-        (out,) = llm.generate([question], params)
+        (out,) = llm.generate([question], params, use_tqdm=False)
         found |= {"asked": [*out.prompt_token_ids], "seen": [*out.outputs[0].token_ids]}
     return found
 
