@@ -274,11 +274,13 @@ def _load_sweep(options: argparse.Namespace) -> tuple[Plan, Compute, Storage]:
 
 def _require_places(options: argparse.Namespace) -> None:
     """Raise UserError for a page or a table that could not be written when all else is done."""
+    from sdft_ray.spec.loading import is_yaml
+
     for name in ("html", "csv"):
         file: Path | None = getattr(options, name, None)
         if file and file.is_dir():
             raise UserError(problem(f"--{name}", f"{file} is a directory", "Give the name of a file"))
-        if file and file.suffix in (".yaml", ".yml"):
+        if file and is_yaml(file):
             raise UserError(problem(f"--{name}", f"{file} is named as a recipe is", f"Give a name in .{name}"))
         if file and not file.absolute().parent.is_dir() and file.parent != Path(options.root):
             raise UserError(problem(f"--{name}", f"{file.parent} is no directory", f"Make {file.parent}"))

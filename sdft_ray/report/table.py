@@ -261,12 +261,9 @@ def _span_table(metric: str, choices: Mapping[int, JointChoice], corpora: Sequen
 
     Where there are several corpora: what each would choose alone, and the share of blocks that all of them choose.
     """
-    table = plain("blocks", metric, "cost", "runner-up", "bootstrap")
     several = corpora if len(corpora) > 1 else []
-    for corpus in several:
-        table.add_column(f"{corpus.name} alone", overflow="fold")
-    if several:
-        table.add_column("in common")
+    alone = [f"{corpus.name} alone" for corpus in several]
+    table = plain("blocks", metric, "cost", "runner-up", "bootstrap", *alone, *(["in common"] if several else []))
     for size, choice in choices.items():
         table.add_row(
             str(size),
@@ -283,10 +280,8 @@ def _span_table(metric: str, choices: Mapping[int, JointChoice], corpora: Sequen
 def loss_table(losses: Losses) -> Table:
     """Return the candidates by loss, each with its rank by distance and by influence."""
     title = f"loss on the loss texts in nats a token; nothing removed: {losses.base_loss:.3f}"
-    table = plain("removed", "loss", "rank", "distance rank", "influence rank", title=title)
     several = several_corpora(losses)
-    for corpus in several:
-        table.add_column(corpus, overflow="fold")
+    table = plain("removed", "loss", "rank", "distance rank", "influence rank", *several, title=title)
     for rank, candidate in enumerate(losses.candidates, 1):
         table.add_row(
             name_blocks(candidate.blocks),

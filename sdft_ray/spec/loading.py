@@ -88,10 +88,15 @@ def load_recipe(path: Path | Mapping[str, Any], overrides: Sequence[str] = ()) -
     return load_section(Recipe, path, overrides)
 
 
+def is_yaml(path: Path) -> bool:
+    """Return whether a file is named as recipes, compute files and sweeps are."""
+    return path.suffix.lower() in (".yaml", ".yml")
+
+
 def names_recipe(name: str) -> bool:
     """Return whether a name is that of a recipe file, and not of an artifact."""
     path = Path(name)
-    return path.suffix.lower() in (".yaml", ".yml") or (not path.suffix and path.is_file())
+    return is_yaml(path) or (not path.suffix and path.is_file())
 
 
 def is_sweep(path: Path | Mapping[str, Any]) -> bool:

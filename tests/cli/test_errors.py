@@ -291,6 +291,8 @@ def test_report_is_not_written_over_a_recipe(option, folder):
     says = f"{option}: recipe.yaml is named as a recipe is. Give a name in .{option[2:]}.\n"
     assert (done.returncode, done.stderr) == (2, says)
     assert (folder / "recipe.yaml").read_text() == before
+    done = sdft("report", "recipe.yaml", "recipe.yaml", option, "recipe.YML", cwd=folder)
+    assert done.returncode == 2 and "recipe.YML is named as a recipe is" in done.stderr
 
 
 def test_unknown_command_suggests_the_nearest(folder):
