@@ -68,14 +68,20 @@ def _show_costs(costs: Sequence[Any], title: str = "Estimate") -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, title=f"{title}, memory at the peak of each process", title_justify="left")
-    for column in ("stage", "work", "processes", "GB each", "fits", "of which, in GB"):
+    from sdft_ray.preflight.costs import describe_hours
+
+    table = Table(
+        box=None, pad_edge=False, title=f"{title}: hours, and memory at the peak of each process", title_justify="left"
+    )
+    for column in ("stage", "work", "processes", "hours", "GB each", "fits", "of which, in GB"):
         table.add_column(column, overflow="fold")
     for cost in costs:
         fits = {None: Text("-"), True: Text("yes"), False: Text("no", "red")}[cost.fits]
-        gb = "-" if cost.gb is None else f"{cost.gb:.2f}"
-        table.add_row(cost.stage, cost.work, str(cost.processes), gb, fits, cost.parts)
-    open_console(WIDE).print(table)
+        gb, hours = ("-" if number is None else f"{number:.2f}" for number in (cost.gb, cost.hours))
+        table.add_row(cost.stage, cost.work, str(cost.processes), hours, gb, fits, cost.parts)
+    console = open_console(WIDE)
+    console.print(table)
+    console.print(describe_hours(costs))
 
 
 def run(options: argparse.Namespace) -> None:

@@ -69,7 +69,7 @@ def test_stages_whose_workers_share_a_section_of_the_compute_file_need_what_it_s
         "speed": "evaluate",
         "evaluate": "evaluate",
     }
-    assert {*needs.values()} == {*Compute.model_fields} - {"ray", "track"}
+    assert {*needs.values()} == {*Compute.model_fields} - {"ray", "throughput", "track"}
 
 
 def test_stages_of_one_worker_need_one_bundle_whatever_their_section_says(load):

@@ -20,7 +20,14 @@ ORDER = (
     *("preflight.precision", "preflight.teachers", "preflight.limits", "preflight.cuts", "preflight.engines"),
     "preflight.checks",
     *("training_data", "cutting", "tuning", "measures", "building", "pipeline", "sweep"),
-    *("preflight.memory", "preflight.shapes", "preflight.costs", "preflight.savings", "preflight.doctor"),
+    *(
+        "preflight.memory",
+        "preflight.shapes",
+        "preflight.hours",
+        "preflight.costs",
+        "preflight.savings",
+        "preflight.doctor",
+    ),
     "preflight.starter",
     *("report", "verify", "submit", "publish", "surface", "completion", "inspection", "commands", "cli"),
 )

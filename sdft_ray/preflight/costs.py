@@ -1,13 +1,15 @@
-"""The costs of a recipe, estimated before anything is built: memory of each process, steps, tokens.
+"""The costs of a recipe, estimated before anything is built: memory of each process, steps, tokens, hours.
 
 In: recipe, compute file, and headers of the model. Out: a line for each kind of stage, which `sdft check` shows. The
-arithmetic is in memory.py; nothing heavy is imported.
+arithmetic is in memory.py and hours.py; nothing heavy is imported.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from sdft_ray import pipeline
 from sdft_ray.core.mixture import mixture_size
@@ -19,7 +21,9 @@ from sdft_ray.models.sizes import sizes_of, sizes_of_directory
 from sdft_ray.pipeline import Chain
 from sdft_ray.preflight import memory
 from sdft_ray.preflight.cuts import depth_of
+from sdft_ray.preflight.hours import Kind, Rates
 from sdft_ray.preflight.shapes import shape_of, shape_of_directory
+from sdft_ray.results import HELD_OUT
 from sdft_ray.spec import compute as compute_spec
 from sdft_ray.spec import training
 from sdft_ray.spec.compute import Compute, cores, settled
@@ -28,6 +32,7 @@ from sdft_ray.spec.pruning import Prune
 from sdft_ray.spec.recipe import Draft, Recipe
 from sdft_ray.spec.sources import HubModel, LocalModel, ServedModel
 from sdft_ray.stages import mix, retention
+from sdft_ray.stages.evaluate.presets import way_of
 from sdft_ray.stages.train import Settings as TrainSettings
 from sdft_ray.stages.train.adapters import LAST_BLOCKS
 from sdft_ray.store.identity import Stage
@@ -50,16 +55,25 @@ class Cost:
     """The parts of the memory, in words."""
     fits: bool | None = None
     """Whether all processes fit this machine, or one a GPU; None where neither is known."""
+    amount: int | None = None
+    """The work of all processes, at most: texts, rows, prompts or items; None where it is not known."""
+    hours: float | None = None
+    """None where the work or its rate is not known."""
+    rate: str | None = None
+    """Where its rate comes from: `stated` in the compute file, or `measured`."""
 
 
 def estimate_sweep(plan: Plan, compute: Compute, storage: Storage) -> list[Cost]:
     """Return, for each kind of stage, the most memory and the most work of any recipe of a sweep."""
     by_stage: dict[str, list[Cost]] = {}
+    rates = Rates(compute.throughput, storage)
     for cell in plan.cells:
-        for cost in estimate_stages(cell.recipe, compute, pipeline.chain(cell.recipe), storage):
+        for cost in estimate_stages(cell.recipe, compute, pipeline.chain(cell.recipe), storage, rates):
             by_stage.setdefault(cost.stage, []).append(cost)
+    found = [(max(costs, key=_memory), max(costs, key=_amount)) for costs in by_stage.values()]
     return [
-        dataclasses.replace(max(costs, key=_memory), work=max(costs, key=_amount).work) for costs in by_stage.values()
+        dataclasses.replace(largest, work=longest.work, amount=longest.amount, hours=longest.hours, rate=longest.rate)
+        for largest, longest in found
     ]
 
 
@@ -69,13 +83,15 @@ def _memory(cost: Cost) -> tuple[float, bool]:
 
 
 def _amount(cost: Cost) -> float:
-    """Return the number at the start of a cost's work; infinity for work without a known bound."""
-    amount = cost.work.partition(" ")[0]
-    return int(amount) if amount.isdecimal() else math.inf
+    """Return the amount of work; infinity where it has no known bound."""
+    return math.inf if cost.amount is None else cost.amount
 
 
-def estimate_stages(recipe: Recipe, compute: Compute, chain: Chain, storage: Storage) -> list[Cost]:
+def estimate_stages(
+    recipe: Recipe, compute: Compute, chain: Chain, storage: Storage, rates: Rates | None = None
+) -> list[Cost]:
     """Return the cost of each kind of stage; without memory where the model is not on this machine yet."""
+    rates = rates or Rates(compute.throughput, storage)
     base = chain.base
     done = base.location or (storage.files(base) if storage.status(base) == "done" else None)
     shape = shape_of_directory(done) if done else shape_of(recipe.model)
@@ -83,15 +99,35 @@ def estimate_stages(recipe: Recipe, compute: Compute, chain: Chain, storage: Sto
     estimate = _Estimate(recipe, compute, shape, depth)
     trained = {f"finalist {i}": stage for i, stage in enumerate(chain.cutting.trained, 1)} | chain.trained
     rows = {name: _training_rows(stage, storage) for name, stage in trained.items()}
+    kept, distilled = recipe.evaluate.retention, [chain.distilled] if chain.distilled else []
+    compared, evaluated = chain.retention.values(), chain.evaluations.values()
+
+    def timed(cost: Cost, kind: Kind, stages: Iterable[Stage[Any]]) -> Cost:
+        found = rates.hours(kind, cost.amount, cost.processes, stages)
+        return dataclasses.replace(cost, hours=found.hours, rate=found.rate) if found else cost
+
     return [
-        *([estimate.score()] if chain.score else []),
-        *([estimate.greedy()] if recipe.prune.is_greedy else []),
-        estimate.distill(rows[next(iter(chain.trained))]),
-        *(estimate.train(name, stage.settings, rows[name]) for name, stage in trained.items()),
+        *([timed(estimate.score(), "score", [chain.score])] if chain.score else []),
+        *([timed(estimate.greedy(), "score", [])] if recipe.prune.is_greedy else []),
+        timed(estimate.distill(rows[next(iter(chain.trained))]), "distill", distilled),
+        *(timed(estimate.train(name, each.settings, rows[name]), "train", [each]) for name, each in trained.items()),
         *([estimate.draft(recipe.draft, len(chain.drafts))] if recipe.draft else []),
-        *([estimate.retention(kept, len(chain.retention))] if (kept := recipe.evaluate.retention) else []),
-        estimate.evaluate(len(chain.models)),
+        *([timed(estimate.retention(kept, len(chain.retention)), "retention", compared)] if kept else []),
+        timed(estimate.evaluate(len(chain.models)), "evaluate", evaluated),
     ]
+
+
+def describe_hours(costs: Sequence[Cost]) -> str:
+    """Return in words where the hours of costs come from, or how they could be known."""
+    ways = {
+        "stated": "by compute.throughput of ",
+        "measured": "as the longest finished stage of this base went, with its processes: ",
+    }
+    stages = {rate: ", ".join(cost.stage for cost in costs if cost.rate == rate) for rate in ways}
+    said = [ways[rate] + names for rate, names in stages.items() if names]
+    if not said:
+        return "Hours: not known. State compute.throughput, or run a smaller recipe of this base first."
+    return f"Hours, of all work and as if nothing were done: {'; '.join(said)}."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,22 +155,24 @@ class _Estimate:
         texts, tries = sum(corpus.limit for corpus in corpora), 1 + 2 * self.recipe.prune.candidates
         work = f"{texts} texts of up to {self.longest} tokens"
         held_back = sum(corpus.held_back for corpus in corpora) * tries  # whose states the loss keeps
-        return self._measuring("score", work, max(texts, held_back), tries)
+        return self._measuring("score", work, texts, max(texts, held_back), tries)
 
     def greedy(self) -> Cost:
         """Return the cost of trying every block at every step."""
         protect, texts = self.recipe.prune.protect, sum(corpus.held_back for corpus in self.recipe.prune.calibration)
         work = f"passes over {texts} texts of up to {self.longest} tokens"
-        tries = 1 + (self.shape.blocks - protect.first - protect.last if self.shape else 0)
+        tries, amount = 1 + (self.shape.blocks - protect.first - protect.last if self.shape else 0), None
         if self.shape and self.depth:
             counted = count_passes(self.shape.blocks, self.depth, protect.first, protect.last)
             work = f"{counted.passes:.0f} {work}, for {counted.candidates} candidates"
-        return self._measuring("loss", work, texts * tries, tries)
+            amount = round(counted.passes * texts)
+        return self._measuring("loss", work, amount, texts * tries, tries)
 
-    def _measuring(self, stage: str, work: str, states: int, tries: int) -> Cost:
+    def _measuring(self, stage: str, work: str, amount: int | None, states: int, tries: int) -> Cost:
         """Return the cost of processes that measure calibration texts with the base.
 
-        states: of texts, that all of them keep together where it is streamed; tries: of one text, kept where it is not.
+        amount: of texts, over all passes; states: of texts, that all processes keep together where it is streamed;
+        tries: of one text, kept where it is not.
         """
         section, bytes_each, parts = self.compute.score, None, ""
         if shape := self.shape:
@@ -146,15 +184,16 @@ class _Estimate:
             bytes_each += 0 if streamed and section.gpus else kept
             parts = f"one block at a time; states {kept / 1e9:.2f}" if streamed else ""
             parts += " in main memory" if streamed and section.gpus else ""
-        return self._cost(stage, work, section.actors, bytes_each, parts, section.gpus)
+        return self._cost(stage, work, section.actors, bytes_each, parts, section.gpus, amount)
 
     def distill(self, rows: int | None) -> Cost:
         settings, actors = self.recipe.distill, self.compute.distill.actors.max
         work = f"{rows or 'all training'} rows of up to {settings.max_new_tokens} new tokens"
+        amount = rows and rows * settings.samples
         if isinstance(teacher := settings.teacher, ServedModel):
-            return self._cost("distill", work, actors, None, f"{teacher.model} generates at its endpoint", 0)
+            return self._cost("distill", work, actors, None, f"{teacher.model} generates at its endpoint", 0, amount)
         weights = _bytes(settings.dtype) * self.shape.parameters if self.shape else None
-        return self._engine("distill", work, actors, _stored_bytes(teacher) if teacher else weights)
+        return self._engine("distill", work, actors, _stored_bytes(teacher) if teacher else weights, amount)
 
     def draft(self, settings: Draft, drafts: int) -> Cost:
         counts, new = ", ".join(map(str, settings.tokens)), settings.max_new_tokens
@@ -162,9 +201,9 @@ class _Estimate:
         weights = None
         if self.shape and self.pruned:  # the base alone and the base with its draft take turns
             weights = _bytes(settings.dtype) * (2 * self.shape.parameters + self.pruned.parameters)
-        return self._engine("draft", work, 1, weights)
+        return self._engine("draft", work, 1, weights, drafts * settings.prompts)
 
-    def _engine(self, stage: str, work: str, processes: int, weights: int | None) -> Cost:
+    def _engine(self, stage: str, work: str, processes: int, weights: int | None, amount: int | None = None) -> Cost:
         """Return the cost of processes with vLLM: its part of a GPU; or process, weights and KV cache.
 
         On GPUs it does not fit where the weights of one leave nothing of vLLM's part to the KV cache.
@@ -174,23 +213,24 @@ class _Estimate:
             options, gpu = section.engine_options(), self.compute.ray.gpu_memory_gb
             parts = f"vLLM takes {options.gpu_memory_utilization:.0%} of a GPU"
             if weights is None:
-                return Cost(stage, work, processes, None, parts)
+                return Cost(stage, work, processes, None, parts, amount=amount)
             each = weights / options.tensor_parallel_size / options.pipeline_parallel_size
             each = max(0.0, each - (options.cpu_offload_gb or 0) * 2**30) / 1e9
             fits = each < options.gpu_memory_utilization * gpu if gpu else None
-            return Cost(stage, work, processes, None, f"{parts}, weights {each:.2f} of it", fits)
+            return Cost(stage, work, processes, None, f"{parts}, weights {each:.2f} of it", fits, amount)
         cache = round(section.engine.kv_cache_gib * 2**30)
         bytes_each = weights and weights + memory.ENGINE_BYTES + cache
-        return self._cost(stage, work, processes, bytes_each, f"of it KV cache {cache / 1e9:.1f}", 0)
+        return self._cost(stage, work, processes, bytes_each, f"of it KV cache {cache / 1e9:.1f}", 0, amount)
 
     def train(self, model: str, settings: TrainSettings, rows: int | None) -> Cost:
         own, section, name = settings.train, self.compute.train, f"train ({model})"
         steps = "steps unknown" if rows is None else f"{own.count_steps(rows)} steps"
+        amount = rows and rows * own.epochs
         most = section.micro_batch * own.max_tokens
         tokens = min(most, section.pass_tokens or most)
         work = f"{steps} of {own.global_batch_size} rows, up to {tokens} tokens a pass"
         if not (pruned := self.pruned):
-            return self._cost(name, work, section.workers.max, None, "", section.gpus)
+            return self._cost(name, work, section.workers.max, None, "", section.gpus, amount)
         scope = _scope(pruned, own.scope, self.recipe.prune)
         trained = memory.trainable_parameters(scope, own.method, own.lora.rank, own.lora.targets)
         bytes_by_purpose = self._training_bytes(settings, pruned, trained, tokens)
@@ -199,7 +239,7 @@ class _Estimate:
         if section.gpus:
             parts += _main_memory(own, section, pruned)
         bytes_each = sum(bytes_by_purpose.values()) + memory.PROCESS_BYTES
-        return self._cost(name, work, section.workers.max, bytes_each, parts, section.gpus)
+        return self._cost(name, work, section.workers.max, bytes_each, parts, section.gpus, amount)
 
     def _training_bytes(
         self, settings: TrainSettings, pruned: memory.Shape, trained: int, tokens: int
@@ -239,13 +279,16 @@ class _Estimate:
             bytes_each = memory.holding_memory(self.shape, number, settings.max_tokens)
             bytes_each += number * self.pruned.parameters
             bytes_each += 5 * 4 * min(retention.PIECE_LOGITS, settings.max_tokens * self.shape.vocabulary)
+        amount = models * (2 * settings.rows + settings.texts)  # rows: what the base wrote, and the reference
         gpus = self.compute.evaluate.gpus
-        return self._cost("retention", work, self._at_once(models), bytes_each, "", gpus)
+        return self._cost("retention", work, self._at_once(models), bytes_each, "", gpus, amount)
 
     def evaluate(self, models: int) -> Cost:
         settings, section = self.recipe.evaluate, self.compute.evaluate
         items = f"{settings.limit} items" if settings.limit else "all items"
         work = f"{models} models x {len(settings.tasks)} tasks, {items} each"
+        each = [self._items(task) for task in settings.tasks]
+        amount = None if None in each else models * sum(count or 0 for count in each)
         number, bytes_each = _bytes(settings.dtype), None
         if self.shape:
             bytes_each = memory.holding_memory(self.shape, number, section.batch_size * 256)
@@ -253,9 +296,16 @@ class _Estimate:
             weights = number * self.shape.parameters if self.shape else None
             if weights is not None and bytes_each is not None and not section.gpus:
                 weights += bytes_each  # of the model in transformers, which stays beside it on a CPU
-            return self._engine("evaluate", work, self._at_once(models * section.actors), weights)
+            return self._engine("evaluate", work, self._at_once(models * section.actors), weights, amount)
         at_once = self._at_once(models * (section.actors if section.actors > 1 else len(settings.tasks)))
-        return self._cost("evaluate", work, at_once, bytes_each, "", section.gpus)
+        return self._cost("evaluate", work, at_once, bytes_each, "", section.gpus, amount)
+
+    def _items(self, task: str) -> int | None:
+        """Return how many items a task has, at most; None where that is not known."""
+        settings, held_out = self.recipe.evaluate, sum(source.held_out for source in self.recipe.rows)
+        items = held_out if task == HELD_OUT else way_of(settings.preset, task).items
+        known = [count for count in (items, settings.limit) if count]
+        return min(known, default=None)
 
     def _at_once(self, stages: int) -> int:
         """Return how many evaluations run side by side on this machine; 1 where that is not known."""
@@ -264,10 +314,19 @@ class _Estimate:
             return 1
         return max(1, min(cores() // settled(section.cpus), stages))
 
-    def _cost(self, stage: str, work: str, processes: int, bytes_each: int | None, parts: str, gpus: float) -> Cost:
+    def _cost(
+        self,
+        stage: str,
+        work: str,
+        processes: int,
+        bytes_each: int | None,
+        parts: str,
+        gpus: float,
+        amount: int | None = None,
+    ) -> Cost:
         room = self.compute.room(processes, gpus)
         fits = None if bytes_each is None or room is None else bytes_each <= room
-        return Cost(stage, work, processes, bytes_each and round(bytes_each / 1e9, 2), parts, fits)
+        return Cost(stage, work, processes, bytes_each and round(bytes_each / 1e9, 2), parts, fits, amount)
 
 
 def _stored_bytes(model: LocalModel | HubModel) -> int | None:

@@ -20,6 +20,7 @@ from sdft_ray.errors import UserError, problem
 from sdft_ray.spec.amounts import Count, Gpus, OneGpu
 from sdft_ray.spec.loading import load_section
 from sdft_ray.spec.section import Name, Section, require_distinct, require_path
+from sdft_ray.spec.throughput import Throughput
 
 Auto = Literal["auto"]
 TrackerName = Literal["wandb", "mlflow", "trackio"]
@@ -291,6 +292,7 @@ class Compute(Section):
     distill: Distill = Distill()
     train: Train = Train()
     evaluate: Evaluate = Evaluate()
+    throughput: Throughput = Throughput()
     track: Annotated[tuple[TrackerName, ...], AfterValidator(require_distinct)] = ()
     """Trackers in which each training is a run, beside TensorBoard's files and metrics.jsonl, which are always written.
     Each needs its library (`pip install 'sdft-ray[mlflow]'`); keys and addresses come from the environment."""

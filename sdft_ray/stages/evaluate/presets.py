@@ -1,4 +1,4 @@
-"""How benchmark tasks are taken: shots, metric and pinned data of each preset."""
+"""How benchmark tasks are taken: shots, metric and pinned data of each preset, and how many items it has."""
 
 from __future__ import annotations
 
@@ -22,25 +22,27 @@ class Way:
     shots: int = 0
     revision: str | None = None
     """Commit of the task's dataset on the hub; without one the harness takes the newest."""
+    items: int | None = None
+    """The items of the split that is evaluated, at that commit; None where it is not known here."""
 
 
 _GSM8K = "e53f048856ff4f594e959d75785d2c2d37b678ee"
 # OpenLLM Leaderboard v1: shots and metrics of its published set-up. truthfulqa_mc2 alone: the bare tag also generates.
 OPENLLM_V1 = {
-    "arc_challenge": Way("acc_norm,none", 25, "210d026faf9955653af8916fad021475a3f00453"),
-    "hellaswag": Way("acc_norm,none", 10, "218ec52e09a7e7462a5400043bb9a69a41d06b76"),
-    "truthfulqa_mc2": Way("acc,none", 0, "741b8276f2d1982aa3d5b832d3ee81ed3b896490"),
-    "mmlu": Way("acc,none", 5, "c30699e8356da336a370243923dbaf21066bb9fe"),
-    "winogrande": Way("acc,none", 5, "01e74176c63542e6b0bcb004dcdea22d94fb67b5"),
-    "gsm8k": Way("exact_match,strict-match", 5, _GSM8K),
+    "arc_challenge": Way("acc_norm,none", 25, "210d026faf9955653af8916fad021475a3f00453", 1_172),
+    "hellaswag": Way("acc_norm,none", 10, "218ec52e09a7e7462a5400043bb9a69a41d06b76", 10_042),
+    "truthfulqa_mc2": Way("acc,none", 0, "741b8276f2d1982aa3d5b832d3ee81ed3b896490", 817),
+    "mmlu": Way("acc,none", 5, "c30699e8356da336a370243923dbaf21066bb9fe", 14_042),
+    "winogrande": Way("acc,none", 5, "01e74176c63542e6b0bcb004dcdea22d94fb67b5", 1_267),
+    "gsm8k": Way("exact_match,strict-match", 5, _GSM8K, 1_319),
 }
 
 
 # Answers that are written: these break first after pruning. Shots and metrics are those that the tasks' makers report.
 GENERATIVE = {
-    "gsm8k_cot": Way("exact_match,flexible-extract", 8, _GSM8K),
-    "ifeval": Way("prompt_level_strict_acc,none", 0, "966cd89545d6b6acfd7638bc708b98261ca58e84"),
-    "mmlu_pro": Way("exact_match,custom-extract", 5, "b189ec765aa7ed75c8acfea42df31fdae71f97be"),
+    "gsm8k_cot": Way("exact_match,flexible-extract", 8, _GSM8K, 1_319),
+    "ifeval": Way("prompt_level_strict_acc,none", 0, "966cd89545d6b6acfd7638bc708b98261ca58e84", 541),
+    "mmlu_pro": Way("exact_match,custom-extract", 5, "b189ec765aa7ed75c8acfea42df31fdae71f97be", 12_032),
 }
 
 

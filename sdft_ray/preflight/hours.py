@@ -1,0 +1,114 @@
+"""The hours of stages: their work, by what processes do of it in a second, as stated or as measured.
+
+In: an amount of work, the compute file, and finished artifacts. Out: hours, and where their rate comes from. A rate
+that the compute file states is that of one process. A measured one is that of all processes of a stage, whose number no
+artifact keeps; models that are compared and evaluated side by side are stages of one process each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+from pydantic import AliasChoices, Field
+
+from sdft_ray.spec.throughput import Throughput
+from sdft_ray.store.identity import Stage
+from sdft_ray.store.manifest import Lineage, Manifest
+from sdft_ray.store.record import Record
+from sdft_ray.store.storage import Storage
+
+Kind = Literal["score", "distill", "train", "retention", "evaluate"]
+_WAY = ("dtype", "method", "scope", "arm", "soft", "engine", "task")
+"""The settings of a stage on which its speed depends most."""
+_SIDE_BY_SIDE: tuple[Kind, ...] = ("retention", "evaluate")
+
+
+@dataclasses.dataclass(frozen=True)
+class Hours:
+    """How long a stage takes."""
+
+    hours: float
+    rate: Literal["stated", "measured"]
+
+
+class Rates:
+    """What processes do in a second; manifests are read once a kind, however many recipes ask."""
+
+    def __init__(self, stated: Throughput, storage: Storage) -> None:
+        self._stated, self._storage = stated, storage
+        self._finished: dict[Kind, list[Manifest]] = {}
+
+    def hours(self, kind: Kind, amount: float | None, processes: int, stages: Iterable[Stage[Any]]) -> Hours | None:
+        """Return the hours of an amount of work, that of these stages; None where it or its rate is not known."""
+        if not amount:
+            return None
+        if of_one := getattr(self._stated, kind):
+            return Hours(amount / of_one / processes / 3600, "stated")
+        if not (measured := self._measure(kind, stages)):
+            return None
+        at_once = processes if kind in _SIDE_BY_SIDE else 1
+        return Hours(amount / measured / at_once / 3600, "measured")
+
+    def _measure(self, kind: Kind, stages: Iterable[Stage[Any]]) -> float | None:
+        """Return what finished stages like these did in a second; None where one of these has none like it.
+
+        The one that took longest counts: a short one may have found its rows in the ledger, or be all start.
+        """
+        if kind not in self._finished:
+            self._finished[kind] = list(self._storage.manifests(kind))
+        amount = seconds = 0.0
+        for stage in stages:
+            wanted = _key(Lineage.model_validate(stage.lineage))
+            alike = [_done(kind, each) for each in self._finished[kind] if _key(each.lineage) == wanted]
+            done, took = max(alike, key=lambda work: work[1], default=(0.0, 0.0))
+            if not done:
+                return None
+            amount, seconds = amount + done, seconds + took
+        return amount / seconds if seconds else None
+
+
+class _Texts(Record):
+    texts: int = Field(0, validation_alias=AliasChoices("texts", "n"))
+
+
+class _Summary(Record):
+    """What the summaries of these kinds of stages say of their work."""
+
+    corpora: tuple[_Texts, ...] = ()
+    generations: int = 0
+    steps: int = 0
+    responses: _Texts | None = None
+    texts: _Texts | None = None
+    bits_per_byte: _Texts | None = None
+    n: int = 0
+    seconds: float | None = Field(None, validation_alias=AliasChoices("training_seconds", "seconds"))
+    """That it worked, without waiting for its turn."""
+
+
+def _done(kind: Kind, manifest: Manifest) -> tuple[float, float]:
+    """Return the work that a finished stage did, and in how many seconds."""
+    found = _Summary.model_validate(manifest.summary)
+    kept = (found.responses, found.texts, found.bits_per_byte)
+    amounts: dict[Kind, int] = {
+        "score": sum(corpus.texts for corpus in found.corpora),
+        "distill": found.generations,
+        "train": found.steps * manifest.identity.settings.get("train", {}).get("global_batch_size", 0),
+        "retention": sum(each.texts for each in kept if each),
+        "evaluate": found.n,
+    }
+    return amounts[kind], found.seconds or manifest.provenance.wall_seconds
+
+
+def _key(lineage: Lineage) -> tuple[int, list[Any], set[str]]:
+    """Return what stages have in common whose rates can be compared: their way, and the models at their beginning."""
+    flat = {**lineage.settings, **lineage.settings.get("train", {})}
+    return lineage.version, [flat.get(name) for name in _WAY], set(_models(lineage))
+
+
+def _models(lineage: Lineage) -> Iterator[str]:
+    if lineage.stage == "model":
+        yield str(lineage.settings)
+    for each in lineage.inputs.values():
+        yield from _models(each)

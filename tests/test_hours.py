@@ -1,0 +1,108 @@
+"""The hours that `sdft check --compute` shows, by stated rates and by finished stages."""
+
+import pytest
+from recipes import write_recipe
+from tiny import make_tiny_model
+
+from sdft_ray import pipeline
+from sdft_ray.preflight import costs
+from sdft_ray.spec.compute import Compute
+from sdft_ray.spec.recipe import Recipe
+from sdft_ray.spec.wording import validate
+from sdft_ray.store.storage import Storage
+
+TRAINED = {"steps": 5, "training_seconds": 40.0}
+
+
+@pytest.fixture
+def data(tiny_model, tmp_path) -> dict:
+    rows = {"limit": 50, "held_out": 6, "validation": 4}
+    evaluate = {"tasks": ["arc_easy", "sciq"], "limit": 20, "retention": {"rows": 5, "texts": 7}}
+    return write_recipe(tmp_path, tiny_model, 50, rows=rows, train={"epochs": 2}, evaluate=evaluate)
+
+
+def estimate(data: dict, storage: Storage, **compute) -> dict[str, costs.Cost]:
+    recipe = validate(Recipe, data)
+    settled = {name: {"cpus": 1} | compute.pop(name, {}) for name in ("score", "distill", "train", "evaluate")}
+    given = validate(Compute, settled | compute)
+    return {c.stage: c for c in costs.estimate_stages(recipe, given, pipeline.chain(recipe), storage)}
+
+
+def finish(storage: Storage, stage, summary: dict, seconds: float) -> None:
+    storage.scratch(stage).mkdir(parents=True, exist_ok=True)
+    storage.commit(stage, summary, seconds)
+
+
+def test_stated_hours_are_the_work_divided_by_what_all_processes_do(data, storage):
+    stated = {"distill": 0.5, "train": 2, "evaluate": 10, "retention": 0.1}
+    found = estimate(data, storage, train={"workers": 4}, distill={"actors": 2}, throughput=stated)
+    assert {name: cost.amount for name, cost in found.items()} == {
+        "score": 64,  # texts
+        "distill": 40,
+        "train (sft)": 80,  # of two epochs
+        "train (distilled)": 80,
+        "retention": 4 * (2 * 5 + 7),
+        "evaluate": 4 * 2 * 20,
+    }
+    assert found["distill"].hours == pytest.approx(40 / (0.5 * 2) / 3600)
+    assert found["train (sft)"].hours == found["train (distilled)"].hours == pytest.approx(80 / (2 * 4) / 3600)
+    for name in ("evaluate", "retention"):
+        each = found[name]
+        assert each.hours == pytest.approx(each.amount / (stated[name] * each.processes) / 3600)
+    assert found["score"].hours is None and found["score"].rate is None
+    assert costs.describe_hours([*found.values()]) == (
+        "Hours, of all work and as if nothing were done: by compute.throughput of distill, train (sft), "
+        "train (distilled), retention, evaluate."
+    )
+
+
+def test_work_without_a_known_bound_has_no_hours(data, storage):
+    stated = {"evaluate": 10, "train": 1, "distill": 1}
+    whole = data | {"evaluate": {"tasks": ["arc_easy"]}, "rows": data["rows"] | {"limit": None}}
+    found = estimate(whole, storage, throughput=stated)
+    assert {cost.hours for cost in found.values()} == {None}
+    assert costs.describe_hours([*found.values()]).startswith("Hours: not known. State compute.throughput")
+
+    published = data | {"evaluate": {"preset": "openllm_v1", "tasks": ["winogrande", "gsm8k", "held_out"]}}
+    assert estimate(published, storage)["evaluate"].amount == 4 * (1267 + 1319 + 6)
+
+
+def test_measured_hours_are_those_of_the_longest_finished_stage_like_it(data, storage):
+    """Of the same base, in the same precision and the same arm: a short one found its rows in the ledger."""
+    few = pipeline.chain(validate(Recipe, data | {"train": {"epochs": 1, "rows": 10}}))
+    finish(storage, few.distilled, {"generations": 10}, 100)
+    other = pipeline.chain(validate(Recipe, data | {"train": {"rows": 9}, "distill": {"dtype": "float32"}}))
+    assert few.distilled.settings.dtype != "float32"
+    finish(storage, other.distilled, {"generations": 9}, 900)
+    own = pipeline.chain(validate(Recipe, data))
+    finish(storage, own.distilled, {"generations": 40}, 2)
+    finish(storage, few.models["sft"], TRAINED, 1)
+
+    found = estimate(data, storage)
+    assert found["distill"].hours == pytest.approx(40 / (10 / 100) / 3600)
+    assert found["train (sft)"].hours == pytest.approx(80 / (5 * 16 / 40) / 3600)
+    assert (found["distill"].rate, found["train (sft)"].rate) == ("measured", "measured")
+    assert found["train (distilled)"].hours is None, "no training of this arm is done"
+    assert "with its processes: distill, train (sft)." in costs.describe_hours([*found.values()])
+    stated = estimate(data, storage, throughput={"distill": 1})["distill"]
+    assert (stated.hours, stated.rate) == (pytest.approx(40 / 3600), "stated")
+
+
+def test_measured_hours_of_evaluations_need_all_tasks_and_are_shared_by_those_at_once(data, storage):
+    chain = pipeline.chain(validate(Recipe, data))
+    finish(storage, chain.evaluations["base", "arc_easy"], {"n": 20, "seconds": 30.0}, 99)
+    assert estimate(data, storage)["evaluate"].hours is None
+    finish(storage, chain.evaluations["pruned", "sciq"], {"n": 20, "seconds": 10.0}, 99)
+    cost = estimate(data, storage)["evaluate"]
+    assert cost.hours == pytest.approx(160 / (40 / 40) / cost.processes / 3600)
+
+    kept = {"seconds": 12.0, "responses": {"texts": 5}, "texts": {"texts": 7}, "bits_per_byte": {"n": 5}}
+    finish(storage, chain.retention["base"], kept, 99)
+    cost = estimate(data, storage)["retention"]
+    assert cost.hours == pytest.approx(68 / (17 / 12) / cost.processes / 3600)
+
+
+def test_a_finished_stage_of_another_model_says_nothing_of_this_one(data, storage, tmp_path):
+    other = pipeline.chain(validate(Recipe, data | {"model": {"path": str(make_tiny_model(tmp_path, "qwen3"))}}))
+    finish(storage, other.distilled, {"generations": 40}, 10)
+    assert estimate(data, storage)["distill"].hours is None
