@@ -12,12 +12,17 @@ from typing import Any
 
 import torch
 
-PIECE = 64
-"""Tokens at a time: a piece's distributions are small beside the logits."""
+_CACHED, _ON_GPU = 2**19, 64
+"""Logits of a piece that stay in a CPU's cache from one operation to the next, and tokens of one that fills a GPU."""
 
 Compare = Callable[[torch.Tensor, slice], tuple[torch.Tensor, torch.Tensor]]
 """From logits (n, V) in float32, which it leaves as they are, and the places of their tokens, to the losses (n) and the
 gradient (n, V) of their sum."""
+
+
+def tokens_at_once(logits: torch.Tensor) -> int:
+    """Return how many of the tokens of logits (K, V) make a piece, whose distributions are small beside the logits."""
+    return _ON_GPU if logits.is_cuda else max(1, _CACHED // logits.shape[-1])
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -47,8 +52,9 @@ class _Pieces(torch.autograd.Function):
     def forward(ctx: Any, logits: torch.Tensor, compare: Compare) -> torch.Tensor:
         gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
-        for start in range(0, len(logits), PIECE):
-            places = slice(start, start + PIECE)
+        size = tokens_at_once(logits)
+        for start in range(0, len(logits), size):
+            places = slice(start, start + size)
             losses[places], slope = compare(logits[places].float(), places)
             if gradient is not None:
                 gradient[places] = slope
@@ -59,6 +65,7 @@ class _Pieces(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gradient,) = ctx.saved_tensors
-        for piece, factor in zip(gradient.split(PIECE), outer[0][:, None].split(PIECE), strict=True):
+        size = tokens_at_once(gradient)
+        for piece, factor in zip(gradient.split(size), outer[0][:, None].split(size), strict=True):
             piece.mul_(factor)  # on a CPU by way of float32
         return gradient, None

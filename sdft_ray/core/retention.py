@@ -85,8 +85,13 @@ def compare(base: torch.Tensor, model: torch.Tensor, targets: torch.Tensor) -> N
     """
     import torch
 
-    p, q = base.float().log_softmax(dim=-1), model.float().log_softmax(dim=-1)  # (K, V)
-    kl = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(dim=-1)  # (K,)
-    agreed = (base.argmax(dim=-1) == model.argmax(dim=-1)).sum()
-    nll = -q.gather(1, targets[:, None]).sum(dtype=torch.float64)
-    return Nearness(float(kl.sum(dtype=torch.float64)), int(agreed), float(nll))
+    from sdft_ray.core.losses import tokens_at_once
+
+    sums, size = Nearness(0.0, 0, 0.0), tokens_at_once(base)
+    for of_base, of_model, tokens in zip(base.split(size), model.split(size), targets.split(size), strict=True):
+        p, q = of_base.float().log_softmax(dim=-1), of_model.float().log_softmax(dim=-1)  # (n, V)
+        kl = torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(dim=-1)  # (n,)
+        agreed = (of_base.argmax(dim=-1) == of_model.argmax(dim=-1)).sum()
+        nll = -q.gather(1, tokens[:, None]).sum(dtype=torch.float64)
+        sums = sums.plus(Nearness(float(kl.sum(dtype=torch.float64)), int(agreed), float(nll)))
+    return sums

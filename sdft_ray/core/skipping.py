@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sdft_ray.core.losses import cross_entropy
 from sdft_ray.core.walking import Walk, pad
 
 
@@ -55,9 +56,5 @@ def skipped_losses(
 
 def _losses(logits: Any, input_ids: Any, counted: Any) -> Any:
     """Return each text's mean loss, (B), of logits (B, T, V); a text at a time, to hold no second (B, T, V)."""
-    return torch.stack(
-        [
-            torch.nn.functional.cross_entropy(row[:-1][some].float(), ids[1:][some])
-            for row, ids, some in zip(logits, input_ids, counted, strict=True)
-        ]
-    )
+    each = zip(logits, input_ids, counted, strict=True)
+    return torch.stack([cross_entropy(row[:-1][some], ids[1:][some]).mean() for row, ids, some in each])

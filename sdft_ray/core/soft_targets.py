@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from sdft_ray.core.losses import PIECE, compare_in_pieces, subtract_one
+from sdft_ray.core.losses import compare_in_pieces, subtract_one, tokens_at_once
 from sdft_ray.core.rows import TrainingRow
 
 
@@ -50,7 +50,7 @@ class SoftRow(TrainingRow):
 
 def find_likeliest(logits: torch.Tensor, k: int, temperature: float) -> Likeliest:
     """Return the k likeliest tokens of a teacher's logits (K, V)."""
-    pieces = [_at(piece, temperature).topk(k) for piece in logits.split(PIECE)]
+    pieces = [_at(piece, temperature).topk(k) for piece in logits.split(tokens_at_once(logits))]
     return Likeliest.join([Likeliest(each.indices, each.values) for each in pieces])
 
 

@@ -2,9 +2,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sdft_ray.core.losses import PIECE, cross_entropy
+from sdft_ray.core import losses as in_pieces
+from sdft_ray.core.losses import cross_entropy, tokens_at_once
 
-K, V = 3 * PIECE + 5, 17
+PIECE, V = 7, 17
+K = 3 * PIECE + 5
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(in_pieces, "_CACHED", PIECE * V)
 
 
 @pytest.fixture
@@ -41,3 +48,10 @@ def test_without_a_gradient_nothing_is_kept(logits):
     losses = cross_entropy(*logits)
     assert not losses.requires_grad
     torch.testing.assert_close(losses, F.cross_entropy(*logits, reduction="none"))
+
+
+def test_a_piece_has_a_token_at_least_and_on_a_cpu_what_its_cache_holds(monkeypatch):
+    assert tokens_at_once(torch.empty(K, V)) == PIECE
+    assert tokens_at_once(torch.empty(K, 2 * PIECE * V)) == 1
+    monkeypatch.undo()
+    assert tokens_at_once(torch.empty(0, 128_256)) == 4 and tokens_at_once(torch.empty(0, 49_152)) == 10
