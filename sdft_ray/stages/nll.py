@@ -19,6 +19,7 @@ from sdft_ray import stages
 from sdft_ray.cluster import begin_work
 from sdft_ray.core.rows import Exchange, TrainingRow
 from sdft_ray.data.chat import encode_rows
+from sdft_ray.models.exporting import load_causal
 from sdft_ray.results import NLL, Likelihood, read_row, training_batches
 from sdft_ray.spec.compute import Needs
 from sdft_ray.spec.recipe import Distill
@@ -174,15 +175,14 @@ def measure(
     model: Callable[[], Path], dtype: str, device: str, rows: Sequence[Rewritten]
 ) -> Iterator[tuple[str, Portion]]:
     """Yield, some rows at a time, whose responses they are and the sums of their tokens and of their losses in nats."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from sdft_ray.core.packing import in_passes
 
     directory = model()
     tokenizer = AutoTokenizer.from_pretrained(directory)
     begin_work()
-    loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).to(device).eval()
+    loaded = load_causal(directory, dtype).to(device).eval()
     for name, column in COLUMNS.items():
         for origin in sorted({row.origin for row in rows}):
             mine = [row.exchange(column) for row in rows if row.origin == origin]

@@ -18,6 +18,7 @@ from sdft_ray.core.rows import Row, TrainingRow
 from sdft_ray.data.calibration import FurtherTexts, read_further
 from sdft_ray.data.chat import encode_rows, opening_ids
 from sdft_ray.errors import UserError, problem
+from sdft_ray.models.exporting import load_causal
 from sdft_ray.models.generation import generate
 from sdft_ray.results import PROBES, read_held_out
 from sdft_ray.spec.compute import Needs
@@ -117,10 +118,8 @@ def _respond(
     device: str,
 ) -> list[Probe]:
     """Return what the base writes greedily on each row, with the token that ends it."""
-    import torch
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, settings.dtype)).to(device).eval()
+    model = load_causal(directory, settings.dtype).to(device).eval()
     prompts = [each.ids[: each.trained_from] for each in asked.values()]
     written = generate(model, tokenizer, prompts, settings.max_new_tokens, batch_size=batch_size)
     return [

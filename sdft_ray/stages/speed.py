@@ -15,6 +15,7 @@ from typing import Any
 
 from sdft_ray import stages
 from sdft_ray.cluster import begin_work
+from sdft_ray.models.exporting import load_causal
 from sdft_ray.results import SPEED, Pace
 from sdft_ray.spec.compute import Needs
 from sdft_ray.spec.section import Section
@@ -62,13 +63,10 @@ def build(work: Work[Settings]) -> Summary:
 def measure(base: Callable[[], Path], pruned: Callable[[], Path], settings: Settings, device: str) -> Summary:
     """Return the tokens per second of both models, and their ratio in each pair of runs; runs in a Ray worker."""
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
+    from transformers import GenerationConfig
 
     begin_work()
-    models = [
-        AutoModelForCausalLM.from_pretrained(model(), dtype=getattr(torch, settings.dtype)).to(device).eval()
-        for model in (base, pruned)
-    ]
+    models = [load_causal(model(), settings.dtype).to(device).eval() for model in (base, pruned)]
     for model in models:  # one without a base's own: beams or a penalty on repetition would be measured too
         model.generation_config = GenerationConfig(max_new_tokens=settings.new_tokens, do_sample=False)
     ids = torch.arange(settings.prompt_tokens, device=device)[None] % models[0].config.vocab_size

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sdft_ray.core.surgery import rename_tensor
+from sdft_ray.models.exporting import load_causal
 from sdft_ray.spec.training import Soft
 
 if TYPE_CHECKING:
@@ -24,12 +25,10 @@ class Teacher:
     """A model that is not trained."""
 
     def __init__(self, directory: Path, dtype: str, device: Any) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM
 
         from sdft_ray.core.rowwise import keep_within_rows
 
-        model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype))
+        model = load_causal(directory, dtype)
         self.model = model.to(device).requires_grad_(False).eval()
         self._rows = keep_within_rows(self.model)
 
