@@ -116,6 +116,19 @@ def _attend_at_once(
     return mixed[None]
 
 
+def switch_own_noise_off(model: Any) -> None:
+    """Switch off what a model's own config makes random in training: dropout, skipped blocks (opt), jitter (mixtral).
+
+    It draws from the state of the process, and FlashAttention's path knows none.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(module, name, 0.0)
+
+
 class RowDropout(torch.nn.Module):
     """Dropout of packed rows (1, T, D): a row's mask is a pure function of its key and the layer."""
 

@@ -85,6 +85,25 @@ def test_rows_of_a_model_that_carries_a_state_on_are_trained_and_measured_one_a_
         module(pack_rows(rows), [""] * len(rows))
 
 
+@pytest.mark.parametrize(
+    ("architecture", "fields"),
+    [
+        ("mixtral", {"router_jitter_noise": 0.5}),
+        ("opt", {"dropout": 0.5, "attention_dropout": 0.5, "layerdrop": 0.5}),
+        ("phi", {"resid_pdrop": 0.5, "embd_pdrop": 0.5}),  # has modules of dropout
+        ("seed_oss", {"attention_dropout": 0.5, "residual_dropout": 0.5}),
+        ("starcoder2", {"embedding_dropout": 0.5, "residual_dropout": 0.5}),
+    ],
+)
+def test_losses_in_training_draw_nothing_that_the_model_s_own_config_asks_for(architecture, fields, tmp_path):
+    base = make_tiny_model(tmp_path, architecture, **fields)
+    model = load_model(str(base), Train(method="full"))
+    packed = pack_rows(some_rows()[:1])
+    usual = losses(model.eval(), packed)
+    assert not torch.allclose(losses(model.train(), packed), usual, atol=1e-3), "the config asks for something"
+    assert torch.allclose(with_loss(model, Train(method="full")).train()(packed, ["0"]), usual, atol=1e-5)
+
+
 def test_row_dropout_of_a_row_is_the_same_in_any_company():
     rows = CurrentRows()
     dropout, x = RowDropout(0.4, 3, rows), torch.ones(1, 9, 50)

@@ -34,8 +34,9 @@ def with_loss(model: Any, settings: training.Train, gradient_checkpointing: bool
     import torch
 
     from sdft_ray.core.losses import cross_entropy
-    from sdft_ray.core.rowwise import drop_by_row, keep_within_rows, may_share_a_sequence
+    from sdft_ray.core.rowwise import drop_by_row, keep_within_rows, may_share_a_sequence, switch_own_noise_off
 
+    switch_own_noise_off(model)
     rows = keep_within_rows(model.get_base_model() if settings.method == "lora" else model)
     if settings.method == "lora" and settings.lora.dropout:
         drop_by_row(model, settings.lora.dropout, rows)
