@@ -103,7 +103,7 @@ class EncodedRows(Sequence[TrainingRow]):
         index, ids = self._indices[shard], self._ids_of(shard)
         found, start = _read(index, place), _read(index, place - 1).stop if place else 0
         row = TrainingRow(ids[start : found.stop].tolist(), found.trained_from)
-        _give_back(ids)
+        give_back(ids)
         if self._targets is None:
             return row
         from sdft_ray.core.soft_targets import SoftRow
@@ -125,7 +125,7 @@ class EncodedRows(Sequence[TrainingRow]):
         found: set[int] = set()
         for index in self._indices:
             found.update(np.unique(index["origin"]).tolist())
-            _give_back(index)
+            give_back(index)
         return found
 
     def column(self, name: str) -> Array:
@@ -143,7 +143,7 @@ class EncodedRows(Sequence[TrainingRow]):
         for shard in range(len(self._files)):
             ids = self._ids_of(shard)
             largest = max(largest, int(ids.max(initial=-1)))
-            _give_back(ids)
+            give_back(ids)
         return largest
 
     def _find(self, i: int) -> tuple[int, int]:
@@ -164,7 +164,7 @@ def _read(index: Array, place: int) -> _Indexed:
     return _Indexed(*index[place].item())
 
 
-def _give_back(ids: Array) -> None:
+def give_back(ids: Array) -> None:
     """Let the pages of a mapped file go; the system's cache still has them."""
     if isinstance(ids.base, mmap.mmap):
         ids.base.madvise(mmap.MADV_DONTNEED)

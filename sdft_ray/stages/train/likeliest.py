@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sdft_ray.stages.train.encoded import appearing
+from sdft_ray.stages.train.encoded import appearing, give_back
 
 if TYPE_CHECKING:
     from sdft_ray.core.soft_targets import Likeliest
 
 Array = np.ndarray[Any, Any]
+_AT_ONCE = 1 << 20  # probabilities that are summed, in float64
 
 
 def write_likeliest(
@@ -42,6 +43,16 @@ def write_likeliest(
     return files
 
 
+def sum_probabilities(file: Path) -> float:
+    """Return the sum over a file of log_probs (tokens, k) of their probabilities, some tokens at a time."""
+    log_probs, total = np.load(file, mmap_mode="r"), 0.0
+    tokens = max(1, _AT_ONCE // log_probs.shape[1])
+    for start in range(0, len(log_probs), tokens):
+        total += float(np.exp(log_probs[start : start + tokens], dtype=np.float64).sum())
+        give_back(log_probs)
+    return total
+
+
 class LikeliestTokens:
     """What `write_likeliest` wrote in a folder, by shard and row; files are mapped into memory."""
 
@@ -62,5 +73,7 @@ class LikeliestTokens:
             assert self._ends[shard][-1] == len(self._tokens[shard]), f"shard {shard} is of other rows"
         ends = self._ends[shard]
         piece = slice(ends[place - 1] if place else 0, ends[place])
-        ids, log_probs = self._tokens[shard][piece], self._log_probs[shard][piece]
-        return Likeliest(torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(np.array(log_probs)))
+        ids, log_probs = self._tokens[shard][piece].astype(np.int64), np.array(self._log_probs[shard][piece])
+        give_back(self._tokens[shard])
+        give_back(self._log_probs[shard])
+        return Likeliest(torch.from_numpy(ids), torch.from_numpy(log_probs))

@@ -22,7 +22,7 @@ from sdft_ray.spec.compute import Needs, settled
 from sdft_ray.spec.section import Section
 from sdft_ray.stages import Work
 from sdft_ray.stages.train.encoded import FOLDER, EncodedRows
-from sdft_ray.stages.train.likeliest import write_likeliest
+from sdft_ray.stages.train.likeliest import sum_probabilities, write_likeliest
 from sdft_ray.stages.train.prepare import encode_split
 from sdft_ray.stages.train.teacher import Teacher
 from sdft_ray.store.identity import Stage, numbered
@@ -92,7 +92,6 @@ class Job:
 
 def build(work: Work[Settings]) -> Summary:
     """Encode the rows, and find the likeliest tokens of each shard."""
-    import numpy as np
     from transformers import AutoTokenizer
 
     base = work.input("model")
@@ -116,7 +115,7 @@ def build(work: Work[Settings]) -> Summary:
     for file in sorted(job.folder.glob("*.npy")):
         file.rename(work.directory / file.name)
     for file in work.directory.glob("*.log_probs.npy"):
-        covered += float(np.exp(np.load(file, mmap_mode="r"), dtype=np.float64).sum())
+        covered += sum_probabilities(file)
     likeliest = work.settings.soft.likeliest
     assert likeliest is not None, "an arm without a number of likeliest tokens has no such stage"
     return Summary(
