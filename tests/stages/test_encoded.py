@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from sdft_ray import pipeline
 from sdft_ray.cluster import below_ray
-from sdft_ray.core.rows import Exchange, Given, Message, Row, TrainingRow, write_conversation
+from sdft_ray.core.rows import PLAIN, Exchange, Given, Message, Row, TrainingRow, write_conversation
 from sdft_ray.data.chat import encode_rows
 from sdft_ray.errors import UserError
 from sdft_ray.progress import Progress
@@ -103,6 +103,16 @@ def test_encode_split_takes_the_first_rows_of_each_input_in_one_process(tiny_mod
     assert (tally.rows, tally.rows_left_out) == (7, 2)
     with pytest.raises(UserError, match=r"train.rows: 4 is more than the 3 training rows"):
         encode_split(make_work(tmp_path / "more", tiny_model, rows=4), make_tokenizer(), "train")
+
+
+def test_plain_texts_of_one_token_are_left_out_and_not_counted_as_too_long(tiny_model, tmp_path):
+    plain = [Row("", text, None, f"plain-{text}", PLAIN) for text in ("4", "4 and 4", "4" * 99)]
+    work = make_work(tmp_path, tiny_model, [[*plain, *make_rows(0, "s")]])
+    tally = encode_split(work, make_tokenizer(), "train")
+    encoded = EncodedRows(work.resumable / "encoded", "train")
+    assert [encoded.number_of(i) for i in range(len(encoded))] == [1, 3]
+    assert all(row.trained_from < len(row.ids) for row in encoded)
+    assert (tally.rows, tally.rows_left_out, tally.rows_too_long) == (2, 2, 1)
 
 
 def test_encoded_rows_are_mapped_and_read_only(tmp_path):

@@ -53,11 +53,12 @@ class Job:
     def encode(self, tokenizer: Any, directory: Path, part: Part) -> Tally:
         """Encode a part of the rows in an input's directory, and write and publish its shard."""
         batches = read_range(directory, self.split, part.start, part.stop, self.kind)
-        rows = encode(tokenizer, (row for batch in batches for row in batch), self.settings, part.first)
+        bare: list[int] = []
+        rows = encode(tokenizer, (row for batch in batches for row in batch), self.settings, part.first, bare)
         folder = self.storage.resumable(self.stage) / FOLDER
         self.storage.publish(*write_shard(folder, self.split, part.shard, rows))
         shard = EncodedRows(folder, f"{self.split}-{part.shard:05d}")
-        return count(shard, part.stop - part.start, self.settings.max_tokens)
+        return count(shard, part.stop - part.start, self.settings.max_tokens, len(bare))
 
 
 def encode_split(work: Work[Any], tokenizer: Any, split: str, shard_rows: int = SHARD_ROWS) -> Tally:

@@ -30,7 +30,7 @@ class Counts(Summary):
     rows: int
     rows_too_long: int
     rows_left_out: int
-    """Of those: without a token to train."""
+    """Without a token to train: of those that were too long, and plain texts of one token, which nothing predicts."""
 
 
 class Tally(Counts):
@@ -61,10 +61,15 @@ class Rewrite(NamedTuple):
 
 
 def encode(
-    tokenizer: Any, raw: Iterable[Row | Rewrite], settings: training.Train, first: int = 0
+    tokenizer: Any,
+    raw: Iterable[Row | Rewrite],
+    settings: training.Train,
+    first: int = 0,
+    bare: list[int] | None = None,
 ) -> Iterator[EncodedRow]:
     """Yield rows as token ids, without those that are too long; `first` is the number of the first one that is read.
 
+    Plain texts of one token are left out, and their numbers added to `bare`: nothing predicts their only token.
     Raises UserError for the first row that the chat template cannot write.
     """
     limit, fate = settings.max_tokens, settings.too_long
@@ -72,6 +77,10 @@ def encode(
     encoded = encode_rows(tokenizer, (line.exchange for line in written))
     for number, (line, row) in enumerate(zip(lines, encoded, strict=True), first):
         whole = len(row.ids)
+        if row.trained_from >= whole:
+            if bare is not None:
+                bare.append(number)
+            continue
         if whole > limit:
             if fate == "leave_out" or row.trained_from >= limit:
                 continue
@@ -79,12 +88,13 @@ def encode(
         yield EncodedRow(row, number, line.origin, whole)
 
 
-def count(shard: EncodedRows, read: int, limit: int) -> Tally:
-    """Return what a driver has to know of one shard, for which so many rows were read; `limit` is of tokens."""
+def count(shard: EncodedRows, read: int, limit: int, bare: int = 0) -> Tally:
+    """Return what a driver has to know of one shard, for which so many rows were read; `limit` is of tokens, `bare` of
+    the rows had one token only."""
     left_out = read - len(shard)
     return Tally(
         rows=len(shard),
-        rows_too_long=left_out + int((shard.column("whole") > limit).sum()),
+        rows_too_long=left_out - bare + int((shard.column("whole") > limit).sum()),
         rows_left_out=left_out,
         tokens=int(shard.column("stop").max(initial=0)),
         trained_tokens=shard.trained_tokens,
