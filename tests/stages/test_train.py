@@ -353,12 +353,13 @@ def test_train_goes_on_with_other_workers_and_zero_stage(reference, tiny_model, 
     )
     with pytest.raises(StageFailed, match="The last training checkpoint is kept in"):
         train_and_kill_a_worker(stopped, checkpoints=2)
-    begun = max(map(state.steps_in, stopped.resumable.glob("ray_train/checkpoint_*")))
+    kept = max(stopped.resumable.glob("ray_train/checkpoint_*"), key=state.steps_in)
+    begun, seconds = state.steps_in(kept), state.Checkpoint.from_file(kept / state.PROGRESS).seconds
     if method == "lora":  # as a kill while Ray writes it leaves its list
         (stopped.resumable / "ray_train" / "checkpoint_manager_snapshot.json").write_text('{"checkpoint_res')
     logged = {path.name for path in (stopped.resumable / "tensorboard").iterdir()}
     moved = make_work(tmp_path / "moved", tiny_model, plan(**second), **settings)
-    train.build(moved)
+    assert train.build(moved).training_seconds >= round(seconds, 1)
     for (loss, norm), (expected_loss, expected_norm) in zip(losses(moved), losses(alone), strict=True):
         assert loss == pytest.approx(expected_loss, abs=1e-5)
         assert norm == pytest.approx(expected_norm, rel=1e-3)

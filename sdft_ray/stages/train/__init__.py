@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,7 +82,7 @@ class Summary(stages.Summary):
     """That were trained on."""
     rows_too_long: int
     rows_left_out: int
-    """Of those: without a token to train."""
+    """Without a token to train: of those that were too long, and plain texts of one token."""
     rows_by_source: dict[int, int] = Field(default_factory=dict)
     """By the number of the recipe's source, where there is more than one."""
     validation_rows: int
@@ -95,6 +94,7 @@ class Summary(stages.Summary):
     tokens_per_epoch: int
     trained_tokens_per_epoch: int
     training_seconds: float
+    """That the steps took, also those before a restart; without starting workers, and without steps that were lost."""
     workers: int
     peak_memory_gb: float
     """Of the worker that held most."""
@@ -144,12 +144,10 @@ def build(work: Work[Settings]) -> Summary:
     data = _prepare(work, base)
     work.progress.begin(settings.count_steps(data.tally.rows))
     work.progress.enter("starting the workers")
-    begun = time.monotonic()
     result = fit(work, given)
     if result.failed:
         raise _give_up(work, result)
-    training_seconds = time.monotonic() - begun
-    difference = _write(work, base, data.first_rows, parts)
+    difference = _write(work, base, data.first_rows, parts, result.workers)
     history, tally = result.history, data.tally
     write_atomically(work.directory / HISTORY, json.dumps([step.plain() for step in history]))
     shutil.copytree(work.resumable / EVENTS, work.directory / EVENTS, dirs_exist_ok=True)
@@ -166,7 +164,7 @@ def build(work: Work[Settings]) -> Summary:
         best_step=best_step(history),
         tokens_per_epoch=tally.tokens,
         trained_tokens_per_epoch=tally.trained_tokens,
-        training_seconds=round(training_seconds, 1),
+        training_seconds=round(result.seconds, 1),
         workers=result.workers,
         peak_memory_gb=round(result.peak_bytes / 1e9, 2),
         trainable_parameters=parts.trainable,
@@ -260,13 +258,14 @@ def _give_up(work: Work[Settings], result: Outcome) -> StageFailed:
     return StageFailed(problem("train", f"{result.failed}, on rows {some}", f"Look at them, or lower train.lr. {kept}"))
 
 
-def _write(work: Work[Settings], base: Path, rows: Sequence[TrainingRow], parts: _Parts) -> float:
-    """Write the tuned model, and return how far its logits are from those of the trained weights."""
+def _write(work: Work[Settings], base: Path, rows: Sequence[TrainingRow], parts: _Parts, workers: int) -> float:
+    """Write the tuned model from the shares of so many workers, and return how far its logits are from those of the
+    trained weights."""
     for folder in ("tuned", EVENTS):
         work.storage.bring(work.resumable / folder)
     work.storage.bring(work.resumable, METRICS)
     progress.log("train: writing the model, to compare its logits with those of the trained weights")
-    logits = write_model(base, work.settings.train, work.resumable / "tuned", work.directory)
+    logits = write_model(base, work.settings.train, work.resumable / "tuned", workers, work.directory)
     parameters = require_loadable(work.directory)
     assert parameters == parts.parameters, f"{parts.parameters} parameters were loaded, {parameters} written"
     return require_same_logits(work.directory, proof_rows(rows), logits, work.settings.train.dtype)

@@ -32,6 +32,8 @@ class Checkpoint(Record):
     workers: int
     history: tuple[Step, ...]
     """The steps that it has behind it."""
+    seconds: float = 0.0
+    """That these took, whichever workers took them."""
 
 
 def trainable(engine: Any) -> list[tuple[str, Tensor]]:
@@ -49,6 +51,11 @@ def share_of_weights(engine: Any, logits: Tensor) -> dict[str, Tensor]:
     On rank 0 with the logits that they give, which prove the model that is written from them.
     """
     return dict(_share(engine, None)) | ({LOGITS: logits} if engine.global_rank == 0 else {})
+
+
+def share_file(folder: Path, rank: int) -> Path:
+    """Return the file with a worker's share of the tuned weights."""
+    return folder / f"tuned-{rank:05d}.safetensors"
 
 
 def save_state(engine: Any, folder: Path, best: Mapping[str, Tensor]) -> None:

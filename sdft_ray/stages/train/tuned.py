@@ -13,7 +13,7 @@ from sdft_ray.data.readers import read_json
 from sdft_ray.models.companions import write_companions
 from sdft_ray.spec import training
 from sdft_ray.stages.train.adapters import load_model
-from sdft_ray.stages.train.state import LOGITS
+from sdft_ray.stages.train.state import LOGITS, share_file
 from sdft_ray.store.files import write_atomically
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _SAME_LOGITS = {"float32": 1e-4, "bfloat16": 0.25}
 
 
-def write_model(base: Path, settings: training.Train, tuned: Path, directory: Path) -> torch.Tensor:
+def write_model(base: Path, settings: training.Train, tuned: Path, workers: int, directory: Path) -> torch.Tensor:
     """Write the tuned model as a plain Hugging Face directory, and for LoRA the adapter beside it.
 
     One copy of the model and one tensor are in memory: the trained weights come from the workers' files one by one.
@@ -39,7 +39,7 @@ def write_model(base: Path, settings: training.Train, tuned: Path, directory: Pa
     quiet_transformers()
     # Merged in the precision of training: float32 keeps the whole update, bfloat16 rounds it with the weights.
     model = load_model(str(base), settings)
-    logits = _load_tuned(model, tuned)
+    logits = load_tuned(model, tuned, workers)
     if settings.method == "lora":
         # Embeddings with an adapter are the pruned model's, which stays the adapter's base.
         model.save_pretrained(directory / "adapter", save_embedding_layers=False)
@@ -53,14 +53,17 @@ def write_model(base: Path, settings: training.Train, tuned: Path, directory: Pa
     return logits
 
 
-def _load_tuned(model: Any, folder: Path) -> Any:
-    """Put the trained weights into a model; return the logits (K V) that lie beside them."""
+def load_tuned(model: Any, folder: Path, workers: int) -> Any:
+    """Put the trained weights of so many workers into a model; return the logits (K V) that lie beside them.
+
+    Where an elastic training ended with fewer workers than before, shares of those that are gone may lie there, too.
+    """
     from safetensors import safe_open
 
     logits = None
     untouched = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as tensors:
+    for rank in range(workers):
+        with safe_open(share_file(folder, rank), framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a dict
                 if name == LOGITS:
                     logits = tensors.get_tensor(name)

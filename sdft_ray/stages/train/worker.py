@@ -27,7 +27,7 @@ from sdft_ray.stages.train.history import best_step, is_out_of_patience, learnin
 from sdft_ray.stages.train.likeliest import LikeliestTokens
 from sdft_ray.stages.train.log import EVENTS, Begun, Log, peak_bytes, report
 from sdft_ray.stages.train.rows import proof_rows
-from sdft_ray.stages.train.state import PROGRESS, Checkpoint
+from sdft_ray.stages.train.state import PROGRESS, Checkpoint, share_file
 from sdft_ray.stages.train.step import compute_logits, measure_losses, take_step
 from sdft_ray.stages.train.teacher import Softener, Teacher
 from sdft_ray.stages.train.zero import load_trainable, start_engine
@@ -53,6 +53,8 @@ class Outcome(Record):
     """Of the worker that held most."""
     planned_steps: int = 0
     """Without an end by patience."""
+    seconds: float = 0.0
+    """That the steps of the history took: without loading, and without steps that a restart lost."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +121,7 @@ class Training:
             module.soften = self._soften(module, soft, base)
         self.steps = Schedule(len(self.rows), self.settings.epochs, self.settings.global_batch_size, self.settings.seed)
         bring = functools.partial(self.storage.bring, self.folder)
-        self.history, self.best = _resume(self.engine, self.folder, self.rank, bring)
+        self.history, self.seconds_before, self.best = _resume(self.engine, self.folder, self.rank, bring)
         self.begun, self.tokens = time.monotonic(), 0
         self.log: Log | None = None
         if self.rank == 0:
@@ -201,7 +203,7 @@ class Training:
             save_state(self.engine, Path(state), self.best)
             if self.rank == 0:
                 stage, history = self.assignment.stage.id, tuple(self.history)
-                checkpoint = Checkpoint(stage=stage, workers=self.workers, history=history)
+                checkpoint = Checkpoint(stage=stage, workers=self.workers, history=history, seconds=self._seconds())
                 checkpoint.to_file(Path(state) / PROGRESS)
                 self.storage.publish(*(self.log.files() if self.log else ()))
             ray.train.report({"step": step + 1}, checkpoint=ray.train.Checkpoint.from_directory(state))
@@ -211,6 +213,7 @@ class Training:
         import torch
         import torch.distributed as dist
 
+        seconds = self._seconds()
         keep_best = self.settings.keep == "best" and best_step(self.history)
         kept = self.best if keep_best else self._weights()
         self.storage.publish(_save_tuned(kept, self.folder / "tuned", self.rank))
@@ -220,7 +223,7 @@ class Training:
             self.log.close()
             self.storage.publish(*self.log.files())
         counts = {"workers": self.workers, "peak_bytes": int(peak), "planned_steps": len(self.steps)}
-        self._write(Outcome(history=tuple(self.history), **counts))
+        self._write(Outcome(history=tuple(self.history), seconds=seconds, **counts))
         dist.barrier()
 
     def _soften(self, module: Any, soft: training.Soft, base: Path) -> Softener:
@@ -249,6 +252,10 @@ class Training:
 
         return share_of_weights(self.engine, compute_logits(self.engine, proof_rows(self.rows)))
 
+    def _seconds(self) -> float:
+        """Return how long the steps of the history took."""
+        return self.seconds_before + time.monotonic() - self.begun
+
     def _write(self, outcome: Outcome) -> None:
         if self.rank == 0:
             outcome.to_file(self.folder / RESULT)
@@ -268,8 +275,11 @@ def _set_up_deepspeed(plan: compute.Train) -> None:
 # --- what outlives a worker -----------------------------------------------------------------------------------
 
 
-def _resume(engine: Any, folder: Path, rank: int, bring: Callable[[str], None]) -> tuple[list[Step], dict[str, Tensor]]:
-    """Load the newest whole checkpoint, if there is one; return the steps behind it and the best weights so far.
+def _resume(
+    engine: Any, folder: Path, rank: int, bring: Callable[[str], None]
+) -> tuple[list[Step], float, dict[str, Tensor]]:
+    """Load the newest whole checkpoint, if there is one; return the steps behind it, the seconds that they took, and
+    the best weights so far.
 
     Not `ray.train.get_checkpoint`: Ray's controller hears of a checkpoint about a second after it is on disk, and does
     not know it after a kill in between.
@@ -281,16 +291,17 @@ def _resume(engine: Any, folder: Path, rank: int, bring: Callable[[str], None]) 
     newest = [newest_checkpoint(folder, bring) if rank == 0 else None]
     dist.broadcast_object_list(newest)
     if newest[0] is None:
-        return [], {}
+        return [], 0.0, {}
     bring(f"{newest[0]}/*")
-    history = list(Checkpoint.from_file(folder / newest[0] / PROGRESS).history)
-    return history, load_state(engine, folder / newest[0], len(history))
+    checkpoint = Checkpoint.from_file(folder / newest[0] / PROGRESS)
+    best = load_state(engine, folder / newest[0], len(checkpoint.history))
+    return list(checkpoint.history), checkpoint.seconds, best
 
 
 def _save_tuned(share: Mapping[str, Tensor], folder: Path, rank: int) -> Path:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"tuned-{rank:05d}.safetensors"
+    path = share_file(folder, rank)
     save_file(dict(share), path)
     return path
