@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sdft_ray.core.surgery import BLOCK
@@ -35,8 +35,10 @@ _PARTS = {
 }
 _PROJECTION = re.compile(
     r"(mlp|block_sparse_moe|feed_forward|shared_mlp|mixer)\.(.*\.)?"
-    r"(down_proj|c_proj|w2|fc2|dense_4h_to_h|output_linear|out_proj|o_proj)([._](weight|bias))?"
+    r"(down_proj|c_proj|w2|fc2|dense_4h_to_h|output_linear|out_proj|o_proj|fc2_latent_proj)([._](weight|bias))?"
 )
+_LATENT = "fc2_latent_proj.weight"
+"""Of a mixture whose experts work in a smaller space (nemotron_h): the projection out of it."""
 WEIGHTS = (*(10.0**power for power in range(-6, 3)), float("inf"))
 """Relative to the mean square of what the MLP adds; infinity is no patch."""
 LEAST_ALONE = 0.01
@@ -136,6 +138,14 @@ def is_patched(name: str, block: int) -> bool:
     """Return whether a tensor belongs to the last projection of a block's MLP, experts and biases among them."""
     match = BLOCK.match(name)
     return match is not None and int(match[1]) == block and _PROJECTION.fullmatch(match[2]) is not None
+
+
+def find_patched(names: Iterable[str], blocks: Iterable[int]) -> dict[str, int]:
+    """Return the tensors of the last projections of the MLPs of some blocks, each with its block. Behind experts that
+    work in a smaller space it is the projection out of that, and not theirs."""
+    found = {name: block for block in blocks for name in names if is_patched(name, block)}
+    latent = {block for name, block in found.items() if name.endswith(_LATENT)}
+    return {name: block for name, block in found.items() if ".experts." not in name or block not in latent}
 
 
 def last_parts(block: Any, architecture: str) -> list[Any]:

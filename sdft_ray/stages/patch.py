@@ -234,9 +234,11 @@ def write_patched(
     """
     import torch
 
-    from sdft_ray.core.patch import fold, is_patched
+    from sdft_ray.core.patch import find_patched, fold
 
     by_block = {before - sum(block < before for block in removed): patch for before, patch in maps.items()}
+    stored_in = stored_tensors(pruned)
+    block_of = find_patched([name for tensors in stored_in.values() for name in tensors], by_block)
     changed: list[str] = []
 
     def contents(shard: Path, tensors: Mapping[str, StoredTensor]) -> Iterator[Any]:
@@ -244,18 +246,19 @@ def write_patched(
             for name, tensor in tensors.items():
                 file.seek(tensor.start)
                 data = file.read(tensor.bytes)
-                block = next((block for block in by_block if is_patched(name, block)), None)
-                if block is None:
+                if name not in block_of:
                     yield data
                     continue
                 require_dtype(pruned, name, tensor)
                 stored = torch.frombuffer(bytearray(data), dtype=getattr(torch, DTYPES[tensor.dtype]))
-                folded = fold(by_block[block], name, stored.view(tensor.shape), architecture).contiguous().view(-1)
+                folded = (
+                    fold(by_block[block_of[name]], name, stored.view(tensor.shape), architecture).contiguous().view(-1)
+                )
                 if not torch.equal(folded, stored):
                     changed.append(name)
                 yield folded.view(torch.uint8).numpy()
 
-    for shard, tensors in stored_tensors(pruned).items():
+    for shard, tensors in stored_in.items():
         sha256 = write_tensors(directory / shard.name, list(tensors.items()), contents(shard, tensors))
         remember_hash(directory / shard.name, sha256)
     copy_all_but_weights(pruned, directory)

@@ -57,16 +57,31 @@ def make_corpus(seeds=range(12), name="made"):
 def test_patched_model_adds_the_map_of_what_its_block_added(variant, tmp_path):
     architecture, overrides = variant
     base = make_tiny_model(tmp_path / "base", architecture, **overrides)
-    cut = prune(base, tmp_path / "cut", REMOVED)
+    require_added(base, architecture, REMOVED, tmp_path)
+
+
+@pytest.mark.parametrize("latent", [None, 24])
+def test_patch_behind_experts_is_their_last_projection_to_the_stream(latent, tmp_path):
+    base = make_tiny_model(tmp_path / "base", "nemotron_h", moe_latent_size=latent)
+    assert load(base).config.layers_block_type[3] == "moe"
+    changed = require_added(base, "nemotron_h", (4,), tmp_path)
+    assert any("fc2_latent_proj" in name for name in changed) == (latent is not None)
+    assert any(".experts." in name for name in changed) == (latent is None)
+
+
+def require_added(base, architecture, removed, tmp_path):
+    """Compare what a patched block adds with the map of what it added, and return the names of changed tensors."""
+    before = removed[0] - 1
+    cut = prune(base, tmp_path / "cut", removed)
     source = torch.Generator().manual_seed(0)
     width = load(base).config.hidden_size
     patch = torch.randn(width, width, generator=source, dtype=torch.float64)
     (tmp_path / "patched").mkdir()
-    changed = write_patched(cut, tmp_path / "patched", REMOVED, {1: patch}, architecture)
-    assert changed and all(".layers.1." in name for name in changed)
+    changed = write_patched(cut, tmp_path / "patched", removed, {before: patch}, architecture)
+    assert changed and all(f".layers.{before}." in name for name in changed)
     ids = some_ids(1, 24)
     model, added = load(cut), []
-    layer = blocks_of(model)[1]
+    layer = blocks_of(model)[before]
     # The last modules that add to the stream, by their names in transformers.
     names = ("shared_mlp", "block_sparse_moe", "mlp", "feed_forward", "mixer")
     mlps = [part for name in names if (part := getattr(layer, name, None)) is not None]
@@ -79,8 +94,9 @@ def test_patched_model_adds_the_map_of_what_its_block_added(variant, tmp_path):
         mlp.register_forward_hook(keep)
     with torch.inference_mode():
         model(input_ids=ids)
-    expected = states_of(cut, ids, 1) - sum(added) + sum(added) @ patch
-    torch.testing.assert_close(states_of(tmp_path / "patched", ids, 1), expected, atol=2e-3, rtol=2e-3)
+    expected = states_of(cut, ids, before) - sum(added) + sum(added) @ patch
+    torch.testing.assert_close(states_of(tmp_path / "patched", ids, before), expected, atol=2e-3, rtol=2e-3)
+    return changed
 
 
 def test_fit_brings_the_stream_nearer_to_what_was_removed(tmp_path):
