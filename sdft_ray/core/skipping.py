@@ -12,7 +12,11 @@ from typing import Any
 import torch
 
 from sdft_ray.core.losses import cross_entropy
-from sdft_ray.core.walking import Walk, pad
+from sdft_ray.core.walking import Batch, Walk, pad
+
+_LOGITS = 2**27
+"""That are held at once, or those of one text: with 256,000 tokens in a vocabulary a batch's would be the largest part
+of an actor's memory."""
 
 
 @torch.inference_mode()
@@ -49,12 +53,20 @@ def skipped_losses(
             position = torch.arange(batch.ids.shape[1], device=walk.device)[None]
             first = torch.tensor([first for _, first in texts], device=walk.device)
             counted = (batch.real & (position >= first[:, None]))[:, 1:]  # (B, T-1)
-            found = {blocks: _losses(walk.logits(batch, state), batch.ids, counted) for blocks, state in last.items()}
+            found = {blocks: _losses(walk, batch, state, counted) for blocks, state in last.items()}
             losses.append(torch.stack([found[blocks] for blocks in removed], dim=1).cpu())
     return losses
 
 
-def _losses(logits: Any, input_ids: Any, counted: Any) -> Any:
-    """Return each text's mean loss, (B), of logits (B, T, V); a text at a time, to hold no second (B, T, V)."""
-    each = zip(logits, input_ids, counted, strict=True)
-    return torch.stack([cross_entropy(row[:-1][some], ids[1:][some]).mean() for row, ids, some in each])
+def _losses(walk: Walk, batch: Batch, state: Any, counted: Any) -> Any:
+    """Return each text's mean loss, (B), of states x(L), (B, T, D)."""
+    texts = max(1, _LOGITS // (batch.ids.shape[1] * walk.model.config.vocab_size))
+    losses = []
+    for start in range(0, len(batch.ids), texts):
+        some = slice(start, start + texts)
+        logits = walk.logits(Batch(batch.ids[some], batch.real[some]), state[some])
+        # A text at a time, to hold no second (B, T, V).
+        each = zip(logits, batch.ids[some], counted[some], strict=True)
+        losses += [cross_entropy(row[:-1][kept], ids[1:][kept]).mean() for row, ids, kept in each]
+        del logits  # before the next are there
+    return torch.stack(losses)

@@ -6,6 +6,7 @@ from architectures import each_architecture, logits_of
 from tiny import make_tiny_model, make_tiny_rows
 from walks import measure_losses, result_of
 
+from sdft_ray.core import skipping
 from sdft_ray.core.passes import count_passes
 from sdft_ray.core.skipping import skipped_losses
 from sdft_ray.core.walking import Walk
@@ -53,6 +54,21 @@ def test_skipped_losses_equal_those_of_the_base_that_skips_by_hooks(architecture
     texts = [*zip(TEXTS, FIRST, strict=True)]
     parts = result_of(skipped_losses(streamed, [texts[:2], texts[2:]], [[4], [], [0]], [1, 3]))
     torch.testing.assert_close(torch.cat(parts), without, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("texts", "expected"), [(1, [1, 1, 1, 1]), (3, [3, 1]), (9, [4])])
+def test_losses_of_a_batch_hold_the_logits_of_some_texts_at_a_time(tmp_path, monkeypatch, texts, expected):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(make_tiny_model(tmp_path)).eval()
+    walk, made = Walk(model), []
+    logits = walk.logits
+    monkeypatch.setattr(walk, "logits", lambda *given: made.append(logits(*given)) or made[-1])
+    monkeypatch.setattr(skipping, "_LOGITS", texts * len(TEXTS[0]) * model.config.vocab_size)
+    found = measure_losses(walk, TEXTS, FIRST, [[1, 2]])
+    alone = [loss_alone(model, *text, [1, 2]) for text in zip(TEXTS, FIRST, strict=True)]
+    torch.testing.assert_close(found[:, 0], torch.stack(alone), atol=1e-4, rtol=1e-4)
+    assert [each.shape for each in made] == [(count, len(TEXTS[0]), model.config.vocab_size) for count in expected]
 
 
 @pytest.mark.parametrize(("first", "last"), [(0, 0), (1, 2)])
