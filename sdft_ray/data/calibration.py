@@ -195,8 +195,11 @@ def _read_corpus(tokenizer: Any, settings: CorpusSettings, rows: Sequence[Row] |
 def _read_chat(tokenizer: Any, rows: Sequence[Row]) -> list[Text]:
     encoded = encode_rows(tokenizer, [row.exchange for row in rows])
     opening = len(opening_ids(tokenizer))
-    # Without the end of turn: the same token in every row measures hardly anything.
-    return [Text(row.ids[:-1], row.trained_from + opening) for row in encoded]
+    # Without the end of turn, which a plain text has not: the same token in every row measures hardly anything.
+    return [
+        Text(each.ids) if row.exchange.is_plain else Text(each.ids[:-1], each.trained_from + opening)
+        for row, each in zip(rows, encoded, strict=True)
+    ]
 
 
 def _shorten(text: Text, limit: int) -> Text:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tiny import make_tiny_model, make_tiny_rows
 from walks import measure_states, result_of
 
-from sdft_ray.core.rows import Row
+from sdft_ray.core.rows import PLAIN, Row
 from sdft_ray.core.walking import Walk
 from sdft_ray.data import calibration
 from sdft_ray.data.calibration import Corpus, CorpusSettings
@@ -257,6 +257,16 @@ def test_score_of_plain_texts_keeps_their_start(tiny_model, tmp_path):
     short = read_corpora(make_work(tmp_path, tiny_model, {"max_tokens": 5}))[0]
     assert [t.ids for t in short.measured] == [t.ids[:5] for t in whole.measured]
     assert (whole.shortened, short.shortened) == (0, 20)
+
+
+def test_score_of_plain_rows_reads_them_as_a_file_of_these_texts(tiny_model, tmp_path):
+    texts = [f"{number} is a number, and so is its double." for number in range(6)]
+    work = make_work(tmp_path, tiny_model, {"limit": 4, "held_back": 2, "max_tokens": 9})
+    (tmp_path / "texts_0.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    plain = [Row("", text, conversation=PLAIN) for text in texts]
+    (of_rows,) = calibration.read_corpora(tiny_model, work.settings.calibration, {0: plain})
+    assert of_rows == read_corpora(work)[0]
+    assert of_rows.shortened == 4
 
 
 def test_score_leaves_out_texts_of_one_token_which_nothing_predicts(tiny_model, tmp_path):
