@@ -24,7 +24,7 @@ from sdft_ray.stages import Work, rows, train
 from sdft_ray.stages.nll import summed_loss
 from sdft_ray.stages.train.encoded import EncodedRow, EncodedRows, write_shard
 from sdft_ray.stages.train.prepare import Job, encode_split, find_ids, plan_parts
-from sdft_ray.stages.train.rows import add
+from sdft_ray.stages.train.rows import Counts, add, require_some
 from sdft_ray.store.identity import Stage, numbered
 from sdft_ray.store.storage import Storage
 
@@ -113,6 +113,8 @@ def test_plain_texts_of_one_token_are_left_out_and_not_counted_as_too_long(tiny_
     assert [encoded.number_of(i) for i in range(len(encoded))] == [1, 3]
     assert all(row.trained_from < len(row.ids) for row in encoded)
     assert (tally.rows, tally.rows_left_out, tally.rows_too_long) == (2, 2, 1)
+    with pytest.raises(UserError, match=r"^rows: all 5 are plain texts of one token"):
+        require_some(Counts(rows=0, rows_too_long=0, rows_left_out=5), work.settings.train)
 
 
 def test_encoded_rows_are_mapped_and_read_only(tmp_path):

@@ -121,6 +121,9 @@ def add(one: Tally, other: Tally) -> Tally:
 
 def require_some(counts: Counts, settings: training.Train) -> None:
     """Raise UserError where no row is left with a token to train."""
+    if not counts.rows and not counts.rows_too_long:
+        what = f"all {counts.rows_left_out} are plain texts of one token, which nothing predicts"
+        raise UserError(problem("rows", what, "Give longer texts"))
     if not counts.rows:
         what = f"{counts.rows_too_long} of {counts.rows_left_out} rows are longer than {settings.max_tokens} tokens"
         if settings.too_long == "truncate":
