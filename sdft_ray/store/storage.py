@@ -213,6 +213,10 @@ class Storage:
         write_manifest(scratch, stage, summary, wall_seconds, self._command)
         self._backend.store(key, scratch, self._leases.get(f"{stage.name}-{stage.id}"))
         place.parent.mkdir(parents=True, exist_ok=True)
+        if place.is_dir() and not (place / MANIFEST).is_file():  # of an artifact that was deleted in part
+            aside = scratch.with_name(f".deleted-{uuid.uuid4().hex[:8]}")
+            place.rename(aside)  # a file that NFS keeps for a reader cannot be deleted, but moved
+            shutil.rmtree(aside, ignore_errors=True)
         scratch.rename(place)
         self.drop(self._resumable(stage))
         self._verified.add(stage.id)
