@@ -95,6 +95,9 @@ def _connect(compute: Compute, quiet: dict[str, Any]) -> None:
     except (OSError, OverflowError, ray.exceptions.RpcError) as error:
         do = f"Start Ray there; if it asks for a token, set {TOKEN}"
         raise UserError(problem(where, f"no Ray answers there ({error})", do)) from None
+    except ValueError as error:  # among others a name without a port, or a dashboard's address
+        do = "Give HOST:PORT of its head there, or auto and that in RAY_ADDRESS"
+        raise UserError(problem(where, f"is no address of Ray ({str(error).splitlines()[0]})", do)) from None
     except RuntimeError as error:  # another Ray or Python, or this machine is none of its nodes
         do = "Use sdft submit, which runs this on a node of that cluster"
         raise UserError(problem(where, " ".join(str(error).split()), do)) from None
@@ -226,9 +229,9 @@ def fit_together(nodes: Iterable[RayNode], *needs: tuple[int, int, float]) -> bo
     """
     free = [(node.cpus, _gpu_parts(node.gpus)) for node in nodes]
     for cpus, gpus in [(cpus, gpus) for processes, cpus, gpus in needs for _ in range(processes)]:
-        for i, (cores, parts) in enumerate(free):
-            if cores >= cpus and (left := _without(parts, gpus)) is not None:
-                free[i] = cores - cpus, left
+        for i, (idle, parts) in enumerate(free):
+            if idle >= cpus and (left := _without(parts, gpus)) is not None:
+                free[i] = idle - cpus, left
                 break
         else:
             return False

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ import pytest
 import yaml
 from command import sdft, sdft_anew
 
+from sdft_ray import cluster
 from sdft_ray.cluster import RayNode
 from sdft_ray.errors import UserError
 from sdft_ray.preflight import doctor
@@ -92,6 +94,13 @@ def test_stages_that_no_node_or_not_all_nodes_together_can_hold_fail():
     }
     assert found["train"].what == "needs 4 x (2 CPUs, 1 GPUs); 2 fit"
     assert found["evaluate"].what == "needs 1 x (16 CPUs, 0 GPUs); no node holds one"
+
+
+@pytest.mark.parametrize("address", ["head", "http://10.0.0.1:8265", "a..b:6379"])
+def test_address_that_is_none_of_ray_is_refused_before_anything_starts(address):
+    compute = validate(Compute, {"ray": {"address": address}})
+    with pytest.raises(UserError, match=rf"^compute\.ray\.address: {re.escape(address)}: is no address of Ray \("):
+        cluster._connect(compute, {})
 
 
 def test_every_check_passes_on_this_machine_and_leaves_nothing(ray_cluster, tmp_path, monkeypatch):
