@@ -158,12 +158,31 @@ def test_watcher_of_a_training_passes_on_each_step_once_also_after_a_worker_bega
     ticker = SimpleNamespace(read=SimpleNamespace(remote=lambda: reports))
     validated, progress = [], Progress("train", "steps", 3)
     work = SimpleNamespace(progress=progress, validated=lambda *pair: validated.append(pair))
-    with Tracking(["mlflow"], RUN, storage, "0", server.make) as tracking, _Watcher(work, ticker, tracking):
+    with Tracking(["mlflow"], RUN, storage, "0", server.make) as tracking, _Watcher(work, ticker, tracking) as watcher:
         pass
+    assert watcher.earlier_steps == 0, "what a dead worker did is of the same command"
     (run,) = server.runs.values()
     assert [(step, metrics["train/loss"]) for step, metrics in run] == [(n, 1 / n) for n in (1, 2, 3)]
     assert run[1][1]["train/validation_loss"] == 0.5 and run[2][1]["train/tokens_per_second"] == 9.0
     assert (validated, progress.done) == ([(2, 0.5)], 3)
+
+
+def test_watcher_of_a_training_knows_the_steps_of_an_earlier_command(storage, monkeypatch):
+    import ray
+
+    from sdft_ray.progress import Progress
+    from sdft_ray.results import Step
+    from sdft_ray.stages.train.fit import _Watcher
+    from sdft_ray.stages.train.log import Begun
+
+    taken = tuple(Step(step=n, loss=1.0, lr=0.1, grad_norm=1.0) for n in (1, 2, 3))
+    reports = [Begun(taken[:2]), Begun(taken)]  # a worker died behind the third
+    monkeypatch.setattr(ray, "get", lambda given: [given.pop(0) for _ in list(given)])
+    ticker = SimpleNamespace(read=SimpleNamespace(remote=lambda: reports))
+    work = SimpleNamespace(progress=Progress("train", "steps", 4), validated=None)
+    with Tracking([], RUN, storage, "0") as tracking, _Watcher(work, ticker, tracking) as watcher:
+        pass
+    assert watcher.earlier_steps == 2
 
 
 def test_watcher_of_a_training_says_once_what_fails_and_goes_on(storage, monkeypatch, capsys):

@@ -90,6 +90,8 @@ class Summary(stages.Summary):
     steps: int
     planned_steps: int
     """Without an end by patience."""
+    earlier_steps: int = 0
+    """Of an earlier command, which was stopped: `training_seconds` are those of the others."""
     best_step: int | None
     """Of the lowest validation loss."""
     tokens_per_epoch: int
@@ -163,6 +165,7 @@ def build(work: Work[Settings]) -> Summary:
         validation_rows=data.validation_rows,
         steps=len(history),
         planned_steps=result.planned_steps,
+        earlier_steps=result.earlier_steps,
         best_step=best_step(history),
         tokens_per_epoch=tally.tokens,
         trained_tokens_per_epoch=tally.trained_tokens,

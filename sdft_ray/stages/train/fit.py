@@ -30,7 +30,8 @@ def fit(work: Work[Any], given: dict[str, Any]) -> Outcome:
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     if (work.resumable / RESULT).is_file():  # killed between the last step and the commit
-        return Outcome.from_file(work.resumable / RESULT)
+        finished = Outcome.from_file(work.resumable / RESULT)
+        return finished.model_copy(update={"earlier_steps": len(finished.history)})
     work.storage.drop(work.resumable / "tuned")  # of other numbers of workers
     _set_torn_list_aside(work.resumable)
     reports, run = ticker(), run_of(work.stage, work.sweep)
@@ -52,7 +53,7 @@ def fit(work: Work[Any], given: dict[str, Any]) -> Outcome:
     work.storage.bring(work.resumable, RESULT)
     outcome = Outcome.from_file(work.resumable / RESULT)
     watcher.report_validations(validations(outcome.history))
-    return outcome
+    return outcome.model_copy(update={"earlier_steps": watcher.earlier_steps or 0})
 
 
 def _make_trainer(work: Work[Any], given: dict[str, Any], ticker: Any) -> Any:
@@ -90,6 +91,8 @@ class _Watcher:
     def __init__(self, work: Work[Any], ticker: Any, tracking: Tracking) -> None:
         self._ticker, self._work, self._tracking = ticker, work, tracking
         self._reported: set[int] = set()
+        self.earlier_steps: int | None = None
+        """That an earlier command did; None until the workers have begun."""
         self._watch = Watch(f"{work.progress.stage}: its progress", _ASK_SECONDS, self._read)
 
     def __enter__(self) -> Self:
@@ -117,6 +120,8 @@ class _Watcher:
         progress = self._work.progress
         match report:
             case Begun(history):
+                if self.earlier_steps is None:  # later ones begin anew, within the same time
+                    self.earlier_steps = len(history)
                 if len(history) != progress.done:
                     progress.begin(progress.total, len(history))
                 for step in history:  # an earlier command may have ended before it passed them on

@@ -53,6 +53,8 @@ class Outcome(Record):
     """Of the worker that held most."""
     planned_steps: int = 0
     """Without an end by patience."""
+    earlier_steps: int = 0
+    """Of an earlier command, which was stopped."""
 
 
 @dataclasses.dataclass(frozen=True)
