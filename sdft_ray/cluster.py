@@ -55,7 +55,8 @@ def ray_cluster(compute: Compute) -> Iterator[None]:
     with Progress("ray") as progress, _native_stderr_closed():
         progress.enter("connecting" if compute.ray.address != "local" else "starting")
         _connect(compute, quiet)
-    signal.signal(signal.SIGTERM, on_end)  # Ray's prints a stack and aborts
+    if threading.current_thread() is threading.main_thread():  # elsewhere Ray sets none, and nobody may
+        signal.signal(signal.SIGTERM, on_end)  # Ray's prints a stack and aborts
     try:
         yield
     finally:

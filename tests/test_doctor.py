@@ -164,6 +164,34 @@ def test_root_whose_locks_hold_nothing_fails_with_the_remedy(place, remedy, requ
     assert (found.status, found.do) == ("fail", remedy) and "could build one artifact" in found.what
 
 
+def test_store_without_conditional_writes_is_a_failed_line_among_the_others(monkeypatch):
+    """As older MinIO and Ceph: they answer with an error."""
+
+    def refuse(*_) -> bool:
+        raise OSError(5, "cannot be written (NotImplemented)", "s3://bucket/root/probes/1")
+
+    monkeypatch.setattr(Objects, "create", refuse)
+    monkeypatch.setattr(doctor, "live_nodes", lambda: [RayNode(8)])
+    monkeypatch.setattr(doctor, "_storage", lambda *_: doctor.Finding("storage", "host", "ok", "can be written"))
+    monkeypatch.setattr(doctor, "_nodes", lambda nodes, place, mark, fields: iter([(place, mark)]))
+    *found, nodes = doctor._cluster({"score": (1, 1, 0)}, Compute(), "s3://bucket/root", {})
+    assert nodes == ("s3://bucket/root", None), "nodes are examined, and nothing is held meanwhile"
+    [failed] = [finding for finding in found if finding.status == "fail"]
+    assert (failed.check, failed.do) == ("storage", "Give a store with conditional writes.")
+    assert failed.what == "s3://bucket/root takes no conditional writes (cannot be written (NotImplemented))"
+
+
+def test_cluster_is_held_in_a_thread_that_is_not_the_main_one(monkeypatch):
+    """As of a notebook or a server, where no signal may be set."""
+    monkeypatch.setattr(cluster, "_connect", lambda *_: None)
+
+    def hold() -> None:
+        with cluster.ray_cluster(load_compute()):
+            pass
+
+    assert cluster.in_thread(hold).result(60) is None
+
+
 def test_cluster_that_is_not_there_is_one_failed_line_and_exit_code_1(tmp_path):
     (tmp_path / "compute.yaml").write_text("ray: {address: '127.0.0.1:1'}\nscore: {cpus: 1}\n")
     done = sdft("doctor", "--compute", "compute.yaml", "--json", cwd=tmp_path)

@@ -115,7 +115,7 @@ class Storage:
         if stage.location:
             if not stage.location.is_dir():
                 what = f"{stage.location} is not on {socket.gethostname()}"
-                raise UserError(problem("model.path", what, "Give a directory that every node sees"))
+                raise UserError(problem(stage.name, what, "Give a directory that every node sees"))
             return stage.location
         return self._fetch(self._key(stage), pattern, prove)
 
@@ -348,7 +348,11 @@ def hold_probe(root: str) -> Iterator[str]:
     name = f"probes/{uuid.uuid4().hex}"
     if is_store(root):
         objects = Objects(root)
-        objects.create(name, uuid.uuid4().bytes)
+        try:
+            objects.create(name, uuid.uuid4().bytes)
+        except OSError as error:  # a store that does not know the condition
+            what = f"takes no conditional writes ({error.strerror})"
+            raise UserError(problem(root, what, "Give a store with conditional writes")) from None
         try:
             yield name
         finally:
