@@ -116,6 +116,13 @@ def test_items_are_those_that_a_limit_leaves_of_each_part_and_all_checked_held_o
     assert estimate(several | {"evaluate": evaluate}, storage)["evaluate"].amount == 4 * (57 * 5 + 5 + 6)
 
 
+def test_rows_of_conversations_are_not_known_before_they_are_read(data, storage):
+    """A limit is of conversations, each response of which is a row."""
+    fields = {"fields": {"messages": "messages"}, "turns": "each", "answer": "none"}
+    found = estimate(data | {"rows": data["rows"] | fields}, storage, throughput={"train": 1, "distill": 1})
+    assert {cost.amount for name, cost in found.items() if name.startswith(("train", "distill"))} == {None}
+
+
 def test_retention_is_of_no_more_rows_than_are_held_out(data, storage):
     evaluate = data["evaluate"] | {"retention": {"rows": 64, "texts": 7}}
     assert estimate(data | {"evaluate": evaluate}, storage)["retention"].amount == 4 * (2 * 6 + 7)

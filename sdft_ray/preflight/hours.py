@@ -15,7 +15,7 @@ from pydantic import AliasChoices, Field
 
 from sdft_ray.spec.throughput import Throughput
 from sdft_ray.store.identity import Stage, ancestors, canonical_json
-from sdft_ray.store.manifest import Lineage, Manifest
+from sdft_ray.store.manifest import Identity, Lineage, Manifest
 from sdft_ray.store.record import Record
 from sdft_ray.store.storage import Storage
 
@@ -69,8 +69,9 @@ class Rates:
                 self._finished[kind].setdefault(key, []).append(each)
         amount = seconds = 0.0
         for stage in stages:
-            models = [each.identity["settings"] for each in ancestors([stage]) if each.name == "model"]
-            alike = self._finished[kind].get(_key(stage.version, stage.identity["settings"], models), [])
+            models = [Identity(**each.identity).settings for each in ancestors([stage]) if each.name == "model"]
+            key = _key(stage.version, Identity(**stage.identity).settings, models)
+            alike = self._finished[kind].get(key, [])
             worked = [work for work in (_done(kind, each) for each in alike) if work[0]]
             done, took = max(worked, key=lambda work: work[1], default=(0.0, 0.0))
             if not done:
