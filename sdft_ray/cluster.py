@@ -55,7 +55,8 @@ def ray_cluster(compute: Compute) -> Iterator[None]:
     with Progress("ray") as progress, _native_stderr_closed():
         progress.enter("connecting" if compute.ray.address != "local" else "starting")
         _connect(compute, quiet)
-    signal.signal(signal.SIGTERM, on_end)  # Ray's prints a stack and aborts
+    if threading.current_thread() is threading.main_thread():  # elsewhere Ray sets none, and nobody may
+        signal.signal(signal.SIGTERM, on_end)  # Ray's prints a stack and aborts
     try:
         yield
     finally:
@@ -95,6 +96,9 @@ def _connect(compute: Compute, quiet: dict[str, Any]) -> None:
     except (OSError, OverflowError, ray.exceptions.RpcError) as error:
         do = f"Start Ray there; if it asks for a token, set {TOKEN}"
         raise UserError(problem(where, f"no Ray answers there ({error})", do)) from None
+    except ValueError as error:  # among others a name without a port, or a dashboard's address
+        do = "Give HOST:PORT of its head there, or auto and that in RAY_ADDRESS"
+        raise UserError(problem(where, f"is no address of Ray ({str(error).splitlines()[0]})", do)) from None
     except RuntimeError as error:  # another Ray or Python, or this machine is none of its nodes
         do = "Use sdft submit, which runs this on a node of that cluster"
         raise UserError(problem(where, " ".join(str(error).split()), do)) from None
@@ -151,8 +155,37 @@ def count_places(nodes: Iterable[RayNode], cpus: int, gpus: float) -> int:
 
     >>> count_places([RayNode(3), RayNode(4, 1)], 2, 0), count_places([RayNode(3), RayNode(4, 1)], 2, 1)
     (3, 1)
+    >>> count_places([RayNode(16, 2)], 1, 0.2), count_places([RayNode(16, 2)], 1, 0.6)
+    (10, 2)
     """
-    return sum(int(min(node.cpus // cpus, node.gpus // gpus if gpus else math.inf)) for node in nodes)
+    return sum(int(min(node.cpus // cpus, _gpu_places(node.gpus, gpus))) for node in nodes)
+
+
+_GPU = 10_000  # parts of a GPU, as Ray counts; a process of less than one has its parts of one GPU, not of two
+
+
+def _gpu_parts(gpus: float) -> list[int]:
+    """Return the parts of each of a node's GPUs."""
+    whole, rest = divmod(round(gpus * _GPU), _GPU)
+    return [_GPU] * whole + [rest] * bool(rest)
+
+
+def _gpu_places(there: float, gpus: float) -> float:
+    """Return how many processes of so many GPUs fit on those that are there."""
+    if not gpus:
+        return math.inf
+    return there // gpus if gpus >= 1 else sum(parts // max(1, round(gpus * _GPU)) for parts in _gpu_parts(there))
+
+
+def _without(parts: Sequence[int], gpus: float) -> list[int] | None:
+    """Return the parts of each GPU that a process of so many GPUs leaves; None where it does not fit on them."""
+    left, each = sorted(parts), min(_GPU, round(gpus * _GPU))
+    for _ in range(math.ceil(gpus)):
+        i = next((i for i, free in enumerate(left) if free >= each), None)
+        if i is None:
+            return None
+        left[i] -= each
+    return left
 
 
 def require_capacity(compute: Compute, needs: Needs, stage: str) -> None:
@@ -192,13 +225,17 @@ def fit_together(nodes: Iterable[RayNode], *needs: tuple[int, int, float]) -> bo
 
     >>> fit_together([RayNode(2)], (1, 1, 0), (1, 1, 0)), fit_together([RayNode(2)], (1, 1, 0), (1, 2, 0))
     (True, False)
+    >>> fit_together([RayNode(9, 1)], (2, 1, 0.4), (1, 1, 0.2)), fit_together([RayNode(9, 2)], (3, 1, 0.6))
+    (True, False)
     """
-    free = [*nodes]
+    free = [(node.cpus, _gpu_parts(node.gpus)) for node in nodes]
     for cpus, gpus in [(cpus, gpus) for processes, cpus, gpus in needs for _ in range(processes)]:
-        i = next((i for i, node in enumerate(free) if node.cpus >= cpus and node.gpus >= gpus), None)
-        if i is None:
+        for i, (idle, parts) in enumerate(free):
+            if idle >= cpus and (left := _without(parts, gpus)) is not None:
+                free[i] = idle - cpus, left
+                break
+        else:
             return False
-        free[i] = free[i]._replace(cpus=free[i].cpus - cpus, gpus=free[i].gpus - gpus)
     return True
 
 

@@ -102,11 +102,11 @@ def report(
 
 
 def _load(recipe: Source, overrides: Mapping[str, Any] | None) -> Recipe:
-    from sdft_ray.spec.loading import load_recipe
+    from sdft_ray.spec.loading import dump_yaml, load_recipe
     from sdft_ray.spec.wording import as_plain
 
-    settings = [f"{key}={json.dumps(value, default=as_plain)}" for key, value in (overrides or {}).items()]
-    return load_recipe(_given(recipe), settings)
+    plain = json.loads(json.dumps(overrides or {}, default=as_plain))
+    return load_recipe(_given(recipe), [f"{key}={dump_yaml(value)}" for key, value in plain.items()])
 
 
 def _given(source: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ import pytest
 import yaml
 from command import sdft, sdft_anew
 
+from sdft_ray import cluster
 from sdft_ray.cluster import RayNode
 from sdft_ray.errors import UserError
 from sdft_ray.preflight import doctor
@@ -94,6 +96,13 @@ def test_stages_that_no_node_or_not_all_nodes_together_can_hold_fail():
     assert found["evaluate"].what == "needs 1 x (16 CPUs, 0 GPUs); no node holds one"
 
 
+@pytest.mark.parametrize("address", ["head", "http://10.0.0.1:8265", "a..b:6379"])
+def test_address_that_is_none_of_ray_is_refused_before_anything_starts(address):
+    compute = validate(Compute, {"ray": {"address": address}})
+    with pytest.raises(UserError, match=rf"^compute\.ray\.address: {re.escape(address)}: is no address of Ray \("):
+        cluster._connect(compute, {})
+
+
 def test_every_check_passes_on_this_machine_and_leaves_nothing(ray_cluster, tmp_path, monkeypatch):
     for variable in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         monkeypatch.delenv(variable, raising=False)
@@ -153,6 +162,34 @@ def test_root_whose_locks_hold_nothing_fails_with_the_remedy(place, remedy, requ
     with storage.hold_probe(root) as name:
         found = doctor._storage(root, name, "host")
     assert (found.status, found.do) == ("fail", remedy) and "could build one artifact" in found.what
+
+
+def test_store_without_conditional_writes_is_a_failed_line_among_the_others(monkeypatch):
+    """As older MinIO and Ceph: they answer with an error."""
+
+    def refuse(*_) -> bool:
+        raise OSError(5, "cannot be written (NotImplemented)", "s3://bucket/root/probes/1")
+
+    monkeypatch.setattr(Objects, "create", refuse)
+    monkeypatch.setattr(doctor, "live_nodes", lambda: [RayNode(8)])
+    monkeypatch.setattr(doctor, "_storage", lambda *_: doctor.Finding("storage", "host", "ok", "can be written"))
+    monkeypatch.setattr(doctor, "_nodes", lambda nodes, place, mark, fields: iter([(place, mark)]))
+    *found, nodes = doctor._cluster({"score": (1, 1, 0)}, Compute(), "s3://bucket/root", {})
+    assert nodes == ("s3://bucket/root", None), "nodes are examined, and nothing is held meanwhile"
+    [failed] = [finding for finding in found if finding.status == "fail"]
+    assert (failed.check, failed.do) == ("storage", "Give a store with conditional writes.")
+    assert failed.what == "s3://bucket/root takes no conditional writes (cannot be written (NotImplemented))"
+
+
+def test_cluster_is_held_in_a_thread_that_is_not_the_main_one(monkeypatch):
+    """As of a notebook or a server, where no signal may be set."""
+    monkeypatch.setattr(cluster, "_connect", lambda *_: None)
+
+    def hold() -> None:
+        with cluster.ray_cluster(load_compute()):
+            pass
+
+    assert cluster.in_thread(hold).result(60) is None
 
 
 def test_cluster_that_is_not_there_is_one_failed_line_and_exit_code_1(tmp_path):

@@ -1,5 +1,7 @@
 """The hours that `sdft check --compute` shows, by stated rates and by finished stages."""
 
+import json
+
 import pytest
 from recipes import write_recipe
 from tiny import make_tiny_model
@@ -10,6 +12,7 @@ from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.wording import validate
 from sdft_ray.store.storage import Storage
+from sdft_ray.sweep import planning
 
 TRAINED = {"steps": 5, "training_seconds": 40.0}
 
@@ -51,7 +54,7 @@ def test_stated_hours_are_the_work_divided_by_what_all_processes_do(data, storag
         assert each.hours == pytest.approx(each.amount / (stated[name] * each.processes) / 3600)
     assert found["score"].hours is None and found["score"].rate is None
     assert costs.describe_hours([*found.values()]) == (
-        "Hours, of all work and as if nothing were done: by compute.throughput of distill, train (sft), "
+        "Hours, of all work of a recipe and as if nothing were done: by compute.throughput of distill, train (sft), "
         "train (distilled), retention, evaluate."
     )
 
@@ -100,6 +103,85 @@ def test_measured_hours_of_evaluations_need_all_tasks_and_are_shared_by_those_at
     finish(storage, chain.retention["base"], kept, 99)
     cost = estimate(data, storage)["retention"]
     assert cost.hours == pytest.approx(68 / (17 / 12) / cost.processes / 3600)
+
+
+def test_items_are_those_that_a_limit_leaves_of_each_part_and_all_checked_held_out_rows(data, storage):
+    """lm-eval limits each task of a group; held-out rows of a source without weight or without answers are no items."""
+    evaluate = {"preset": "openllm_v1", "tasks": ["mmlu", "gsm8k", "held_out"], "limit": 5}
+    assert estimate(data | {"evaluate": evaluate}, storage)["evaluate"].amount == 4 * (57 * 5 + 5 + 6)
+    written = data | {"evaluate": evaluate | {"preset": "generative", "tasks": ["mmlu_pro", "ifeval"], "limit": 1000}}
+    assert estimate(written, storage)["evaluate"].amount == 4 * (12032 + 541)
+    unused, unchecked = data["rows"] | {"weight": 0}, data["rows"] | {"answer": "none", "held_out": 9}
+    several = data | {"rows": [data["rows"] | {"weight": 1}, unused, unchecked | {"weight": 1}]}
+    assert estimate(several | {"evaluate": evaluate}, storage)["evaluate"].amount == 4 * (57 * 5 + 5 + 6)
+
+
+def test_rows_of_conversations_are_not_known_before_they_are_read(data, storage):
+    """A limit is of conversations, each response of which is a row."""
+    fields = {"fields": {"messages": "messages"}, "turns": "each", "answer": "none"}
+    found = estimate(data | {"rows": data["rows"] | fields}, storage, throughput={"train": 1, "distill": 1})
+    assert {cost.amount for name, cost in found.items() if name.startswith(("train", "distill"))} == {None}
+
+
+def test_retention_is_of_no_more_rows_than_are_held_out(data, storage):
+    evaluate = data["evaluate"] | {"retention": {"rows": 64, "texts": 7}}
+    assert estimate(data | {"evaluate": evaluate}, storage)["retention"].amount == 4 * (2 * 6 + 7)
+
+
+def test_rewriting_is_shown_where_an_arm_needs_it_and_of_each_set_of_rows(data, storage):
+    assert "distill" not in estimate(data | {"arms": {"sft": {}}}, storage)
+    other = {"rows": data["rows"] | {"limit": 30, "held_out": 0, "validation": 0}}
+    found = estimate(data | {"merge": {"others": {"more": other}, "linear": {}}}, storage, throughput={"distill": 1})
+    assert (found["distill"].amount, found["distill (more)"].amount) == (40, 30)
+    assert found["distill (more)"].hours == pytest.approx(30 / 3600)
+
+
+def test_what_an_earlier_command_did_is_no_part_of_a_measured_rate(data, storage):
+    """Of a stage that was stopped, or found its rows in the ledger, the seconds are those of the last command."""
+    few = pipeline.chain(validate(Recipe, data | {"train": {"rows": 10}}))
+    finish(storage, few.distilled, {"generations": 10, "asked": 4}, 100)
+    own = pipeline.chain(validate(Recipe, data))
+    finish(storage, own.distilled, {"generations": 40, "asked": 0}, 500)
+    found = estimate(data, storage)
+    assert found["distill"].hours == pytest.approx(40 / (4 / 100) / 3600)
+
+
+def test_measured_rate_of_a_task_is_not_that_of_other_shots(data, storage):
+    shown = data["evaluate"] | {"tasks": ["arc_challenge"], "preset": "openllm_v1"}
+    chain = pipeline.chain(validate(Recipe, data | {"evaluate": shown}))
+    finish(storage, chain.evaluations["base", "arc_challenge"], {"n": 20, "seconds": 30.0}, 99)
+    offline = data | {"evaluate": shown | {"preset": "offline"}}
+    assert estimate(offline, storage)["evaluate"].hours is None
+    assert estimate(data | {"evaluate": shown}, storage)["evaluate"].hours is not None
+
+
+def test_evaluations_of_several_actors_each_are_fewer_at_a_time(data, storage, monkeypatch):
+    monkeypatch.setattr(costs, "cores", lambda: 6)
+    chain = pipeline.chain(validate(Recipe, data))
+    for task in ("arc_easy", "sciq"):
+        finish(storage, chain.evaluations["base", task], {"n": 20, "seconds": 10.0}, 99)
+    of_one = estimate(data, storage)["evaluate"]
+    of_three = estimate(data, storage, evaluate={"actors": 3})["evaluate"]
+    assert (of_one.processes, of_three.processes) == (6, 6)
+    assert of_one.hours == pytest.approx(160 / (2 * 6) / 3600)
+    assert of_three.hours == pytest.approx(160 / (2 * 2) / 3600), "two models, of three actors each"
+
+
+def test_hours_of_a_sweep_are_those_of_its_slowest_recipe(data, storage, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(json.dumps(data | {"evaluate": {"tasks": ["arc_easy"]}}))
+    axes = {"distill.dtype": ["bfloat16", "float32"]}
+    (tmp_path / "sweep.yaml").write_text(json.dumps({"recipe": "recipe.yaml", "axes": axes}))
+    plan = planning.load_sweep(tmp_path / "sweep.yaml")
+    compute = validate(Compute, {name: {"cpus": 1} for name in ("score", "distill", "train", "evaluate")})
+    fast, slow = (pipeline.chain(cell.recipe).distilled for cell in plan.cells)
+
+    def hours() -> float | None:
+        return {cost.stage: cost.hours for cost in costs.estimate_sweep(plan, compute, storage)}["distill"]
+
+    finish(storage, fast, {"generations": 40}, 40)
+    assert hours() is None, "the other is not known"
+    finish(storage, slow, {"generations": 40}, 400)
+    assert hours() == pytest.approx(400 / 3600)
 
 
 def test_a_finished_stage_of_another_model_says_nothing_of_this_one(data, storage, tmp_path):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import shutil
 
 import pytest
@@ -14,7 +15,7 @@ from sdft_ray.preflight import limits
 from sdft_ray.preflight.checks import check
 from sdft_ray.spec.compute import Compute, load_compute
 from sdft_ray.spec.recipe import Recipe
-from sdft_ray.spec.sources import FileRows
+from sdft_ray.spec.sources import FileRows, HubRows
 from sdft_ray.spec.wording import validate
 
 CONTEXT = 2048  # of the tiny model, whose tokens are bytes
@@ -26,6 +27,14 @@ SHORT = {"distill": {"max_new_tokens": 100}, "evaluate": {"max_new_tokens": 100}
 def row(number: int, prompt: int = 0, reference: int = 0) -> dict:
     """A row whose texts have so many bytes more than they need."""
     return {"q": f"{number}? {'p' * prompt}", "a": f"{'r' * reference} {number}"}
+
+
+@pytest.mark.parametrize(("turns", "limit", "most"), [("last", 60, 4), ("each", 60, math.inf), ("each", 20, math.inf)])
+def test_limit_of_conversations_bounds_the_rows_only_where_each_is_one(turns, limit, most):
+    """A limit is of records: twenty conversations may have a thousand responses."""
+    source = {"repo": "owner/name", "revision": "a" * 40, "fields": {"messages": "messages"}, "answer": "none"}
+    rows = validate(HubRows, source | {"limit": limit, "held_out": 40, "validation": 16, "turns": turns})
+    assert limits.read_splits(rows).most == most
 
 
 def test_check_of_conversations_that_the_template_cannot_write_names_what_it_leaves_out(problems):

@@ -8,7 +8,7 @@ import psutil
 import pytest
 
 from sdft_ray import overlap, pipeline
-from sdft_ray.cluster import RayNode
+from sdft_ray.cluster import RayNode, count_places, fit_together
 from sdft_ray.errors import UserError
 from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.recipe import Recipe
@@ -76,6 +76,34 @@ def test_limit_keeps_what_the_nodes_hold_beside_the_rest(todo, nodes, sections, 
     compute, others = compute_of(**sections), ("nll", "probes", "retention")
     beside = [overlap.limit(pair, compute, nodes, NEEDS.get).stages for pair in overlap.pairs(todo)]
     assert [[name for name in names(stages) if name not in others] for stages in beside] == kept
+
+
+@pytest.mark.parametrize(
+    ("gpus", "of_one", "places"),
+    [
+        (1, 0.1, 10),
+        (1, 0.2, 5),
+        (1, 0.3, 3),
+        (2, 0.4, 4),
+        (2, 0.6, 2),
+        (8, 0.25, 32),
+        (8, 2, 4),
+        (3, 2, 1),
+        (0, 0.5, 0),
+    ],
+)
+def test_processes_that_share_a_gpu_fit_as_often_as_ray_lets_them(gpus, of_one, places):
+    """Ray counts ten-thousandths, of one GPU: no process has parts of two."""
+    assert count_places([RayNode(64, gpus)], 1, of_one) == places
+    assert not places or fit_together([RayNode(64, gpus)], (places, 1, of_one))
+    assert not fit_together([RayNode(64, gpus)], (places + 1, 1, of_one))
+
+
+def test_different_processes_share_gpus_where_each_has_its_parts_of_one():
+    assert fit_together([RayNode(9, 1)], (2, 1, 0.4), (1, 1, 0.2))
+    assert not fit_together([RayNode(9, 1)], (2, 1, 0.4), (1, 1, 0.3))
+    assert fit_together([RayNode(9, 2)], (2, 1, 0.25), (1, 1, 1))  # the two on one
+    assert not fit_together([RayNode(9, 2)], (2, 1, 0.6), (1, 1, 1))
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,27 @@ def test_nodes_are_as_large_as_the_compute_file_says(tmp_path):
     assert "largest_node" not in script  # nothing brings another node
 
 
+@pytest.mark.parametrize(
+    ("gpus", "actors", "nodes"), [({"score": 0.25}, {"score": 8}, 2), ({"evaluate": 1}, {"evaluate": 3}, 3)]
+)
+def test_there_are_as_many_nodes_as_the_widest_stage_fills(tmp_path, gpus, actors, nodes):
+    """A node has whole GPUs, which processes of a part of one share."""
+    names = ("score", "distill", "train", "evaluate")
+    compute = {name: {"cpus": 1, **({"gpus": gpus[name]} if name in gpus else {})} for name in names}
+    compute["train"]["workers"] = 1
+    for name, count in actors.items():
+        compute[name]["actors"] = count
+    compute["ray"] = {"largest_node": {"cpus": 16, "gpus": 1}}
+    (tmp_path / "compute.yaml").write_text(yaml.safe_dump(compute))
+    script = slurm.render(RECIPE, tmp_path / "compute.yaml", "/shared/a", None)
+    assert f"#SBATCH --nodes={nodes}\n" in script and "#SBATCH --gpus-per-node=1\n" in script
+    del compute["ray"]
+    for name in names:
+        compute[name]["cpus"] = 1 if name in gpus else 4
+    (tmp_path / "compute.yaml").write_text(yaml.safe_dump(compute))
+    assert f"#SBATCH --nodes={nodes}\n" in slurm.render(RECIPE, tmp_path / "compute.yaml", "/shared/a", None)
+
+
 def test_script_of_a_sweep_runs_the_sweep_and_what_nodes_cannot_share_is_refused():
     sweep = Path("configs/sweeps/paper.yaml")
     assert f"sdft sweep {sweep} --root /shared/a" in slurm.render(sweep, COMPUTE, "/shared/a", None)

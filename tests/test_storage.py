@@ -11,6 +11,7 @@ import sys
 import pytest
 from refusals import complaint
 
+from sdft_ray.store import manifest as manifests
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.manifest import FORMAT, MANIFEST, read_manifest
 from sdft_ray.store.storage import Storage
@@ -45,6 +46,52 @@ def test_status_goes_from_missing_over_partial_to_done(storage):
 def test_status_with_pieces_to_go_on_from_is_partial(storage):
     storage.resumable(STAGE)
     assert storage.status(STAGE) == "partial"
+
+
+@pytest.mark.parametrize("left", ["data.txt", ".nfs000000000001"])
+def test_artifact_that_was_deleted_in_part_is_built_again(storage, left):
+    """Also where NFS keeps a file that somebody reads: its directory stays, too."""
+    place = build(storage)
+    (place / MANIFEST).unlink()
+    (place / "data.txt").rename(place / left)
+    again = Storage(str(storage.root))
+    assert again.status(STAGE) == "missing"
+    assert build(again, text="five") == place
+    assert {path.name for path in place.iterdir()} == {"data.txt", MANIFEST}
+    assert (place / "data.txt").read_text() == "five" and again.status(STAGE) == "done"
+    assert not [*(storage.root / "scratch" / "score").iterdir()]
+
+
+def test_finished_artifact_is_never_replaced(storage):
+    place = build(storage)
+    with pytest.raises(OSError, match="not empty"):
+        build(storage, text="five")
+    assert (place / "data.txt").read_text() == "four"
+
+
+def test_artifact_is_finished_where_git_is_not_installed(storage, monkeypatch):
+    """As in the image of jobs/Dockerfile."""
+    manifests._read_versions.cache_clear()
+    monkeypatch.setenv("PATH", "")
+    build(storage)
+    assert storage.manifest(STAGE).provenance.git_commit is None
+    manifests._read_versions.cache_clear()
+
+
+def test_commit_of_the_code_is_not_that_of_a_repository_around_its_environment(tmp_path):
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        done = subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], capture_output=True, check=True)
+        return done.stdout.decode().strip()
+
+    own, foreign = tmp_path / "own.py", tmp_path / "venv" / "foreign.py"
+    foreign.parent.mkdir()
+    own.touch(), foreign.touch()
+    git("init")
+    git("add", "own.py")
+    git("commit", "-m", "first")
+    assert manifests._read_commit(own) == git("rev-parse", "HEAD")
+    assert manifests._read_commit(foreign) is None
 
 
 def test_status_of_another_identity_is_missing(storage):

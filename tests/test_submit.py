@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import requests
@@ -17,7 +18,7 @@ from machine import free_port
 from ray._private.runtime_env.packaging import unzip_package
 from recipes import write_recipe
 
-from sdft_ray.errors import UserError
+from sdft_ray.errors import StageFailed, UserError
 from sdft_ray.store.files import hash_source
 from sdft_ray.submit import job, kuberay
 
@@ -129,6 +130,17 @@ def test_submit_where_nobody_answers_or_without_a_shared_root_is_refused_in_one_
     done = sdft("submit", "recipe.yaml", "--address", nobody, cwd=folder)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith("--root: ./artifacts is relative")
+
+
+def test_upload_that_breaks_is_one_line_about_the_connection(tmp_path, monkeypatch):
+    def submit_job(**_) -> str:
+        raise ConnectionError("Connection aborted.")
+
+    monkeypatch.setattr(job, "connect", lambda _: SimpleNamespace(submit_job=submit_job))
+    with pytest.raises(
+        StageFailed, match=r"^submit: the connection to http://h:1 is lost \(Connection aborted\.?\)\. "
+    ):
+        job.submit("http://h:1", tmp_path / "job.zip", "sdft run", "recipe.yaml")
 
 
 def test_pack_ships_local_files_under_their_names_and_leaves_what_nodes_see(folder, tmp_path, monkeypatch):

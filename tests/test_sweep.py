@@ -23,7 +23,7 @@ from sdft_ray.stages import Work, distill
 from sdft_ray.stages.distill.draws import instruction_templates
 from sdft_ray.stages.evaluate.presets import OPENLLM_V1
 from sdft_ray.store.storage import Storage
-from sdft_ray.sweep import goal, planning, trials
+from sdft_ray.sweep import goal, notes, planning, trials
 
 
 @pytest.fixture
@@ -390,6 +390,24 @@ def test_sweep_with_asha_compares_within_arm_depth_and_size(folder):
     axes = {"prune.blocks": [2, 3], "arms.sft.lr": [1e-4, 2e-4], "arms.distilled.lr": [1e-4, 2e-4]}
     groups = [trial.compares_with for trial in load(folder, axes, asha={"grace_steps": 2}).trials]
     assert sorted(map(groups.count, set(groups))) == [2, 2, 2, 2]
+
+
+def test_sweep_trains_to_the_end_what_another_asha_stopped(folder, storage):
+    """Without asha all are trained; with other steps the trials that were stopped may be better."""
+    axes = {"train.lr": [1e-4, 2e-4], "arms.distilled.epochs": [4]}
+    stopping = load(folder, axes, asha={"grace_steps": 2})
+    stopped = stopping.trials[0]
+    notes.keep_stopped(storage, stopping.name, stopped.train, [(2, 3.5)])
+    for asha, still_open in (({"grace_steps": 2}, 3), ({"grace_steps": 4}, 4), (None, 4)):
+        plan = load(folder, axes, asha=asha)
+        assert [trial.train.id for trial in plan.trials] == [trial.train.id for trial in stopping.trials]
+        assert len(trials.open_trials(plan, storage)) == still_open, asha
+
+
+def test_axis_takes_every_character(folder):
+    template = "Rewrite 😀 ü 日本\u2028\x85\x7f\t: # '\"\\\n\n {prompt} {reference} " + "long " * 40
+    (cell,) = load(folder, {"distill.template": [template]}).cells
+    assert cell.recipe.distill.template == template
 
 
 @pytest.fixture

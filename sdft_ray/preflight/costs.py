@@ -22,6 +22,7 @@ from sdft_ray.pipeline import Chain
 from sdft_ray.preflight import memory
 from sdft_ray.preflight.cuts import depth_of
 from sdft_ray.preflight.hours import Kind, Rates
+from sdft_ray.preflight.limits import most_rows
 from sdft_ray.preflight.shapes import shape_of, shape_of_directory
 from sdft_ray.results import HELD_OUT
 from sdft_ray.spec import compute as compute_spec
@@ -70,11 +71,14 @@ def estimate_sweep(plan: Plan, compute: Compute, storage: Storage) -> list[Cost]
     for cell in plan.cells:
         for cost in estimate_stages(cell.recipe, compute, pipeline.chain(cell.recipe), storage, rates):
             by_stage.setdefault(cost.stage, []).append(cost)
-    found = [(max(costs, key=_memory), max(costs, key=_amount)) for costs in by_stage.values()]
-    return [
-        dataclasses.replace(largest, work=longest.work, amount=longest.amount, hours=longest.hours, rate=longest.rate)
-        for largest, longest in found
-    ]
+    return [_most(costs) for costs in by_stage.values()]
+
+
+def _most(costs: Sequence[Cost]) -> Cost:
+    """Return the most memory, work and hours of a stage's costs; no hours where some are not known."""
+    largest, longest, slowest = (max(costs, key=key) for key in (_memory, _amount, _hours))
+    most = dataclasses.replace(largest, work=longest.work, amount=longest.amount)
+    return dataclasses.replace(most, hours=slowest.hours, rate=slowest.rate)
 
 
 def _memory(cost: Cost) -> tuple[float, bool]:
@@ -85,6 +89,11 @@ def _memory(cost: Cost) -> tuple[float, bool]:
 def _amount(cost: Cost) -> float:
     """Return the amount of work; infinity where it has no known bound."""
     return math.inf if cost.amount is None else cost.amount
+
+
+def _hours(cost: Cost) -> float:
+    """Return the hours; infinity where they are not known."""
+    return math.inf if cost.hours is None else cost.hours
 
 
 def estimate_stages(
@@ -99,21 +108,22 @@ def estimate_stages(
     estimate = _Estimate(recipe, compute, shape, depth)
     trained = {f"finalist {i}": stage for i, stage in enumerate(chain.cutting.trained, 1)} | chain.trained
     rows = {name: _training_rows(stage, storage) for name, stage in trained.items()}
-    kept, distilled = recipe.evaluate.retention, [chain.distilled] if chain.distilled else []
+    first, kept = next(iter(chain.trained)), recipe.evaluate.retention
+    rewritten = {name: data.distilled for name, data in chain.data.items() if data.distilled}
     compared, evaluated = chain.retention.values(), chain.evaluations.values()
 
-    def timed(cost: Cost, kind: Kind, stages: Iterable[Stage[Any]]) -> Cost:
-        found = rates.hours(kind, cost.amount, cost.processes, stages)
+    def timed(cost: Cost, kind: Kind, stages: Iterable[Stage[Any]], of_one: int = 1) -> Cost:
+        found = rates.hours(kind, cost.amount, cost.processes, stages, of_one)
         return dataclasses.replace(cost, hours=found.hours, rate=found.rate) if found else cost
 
     return [
         *([timed(estimate.score(), "score", [chain.score])] if chain.score else []),
         *([timed(estimate.greedy(), "score", [])] if recipe.prune.is_greedy else []),
-        timed(estimate.distill(rows[next(iter(chain.trained))]), "distill", distilled),
+        *(timed(estimate.distill(name, rows[name or first]), "distill", [each]) for name, each in rewritten.items()),
         *(timed(estimate.train(name, each.settings, rows[name]), "train", [each]) for name, each in trained.items()),
         *([estimate.draft(recipe.draft, len(chain.drafts))] if recipe.draft else []),
         *([timed(estimate.retention(kept, len(chain.retention)), "retention", compared)] if kept else []),
-        timed(estimate.evaluate(len(chain.models)), "evaluate", evaluated),
+        timed(estimate.evaluate(len(chain.models)), "evaluate", evaluated, compute.evaluate.actors),
     ]
 
 
@@ -127,7 +137,7 @@ def describe_hours(costs: Sequence[Cost]) -> str:
     said = [ways[rate] + names for rate, names in stages.items() if names]
     if not said:
         return "Hours: not known. State compute.throughput, or run a smaller recipe of this base first."
-    return f"Hours, of all work and as if nothing were done: {'; '.join(said)}."
+    return f"Hours, of all work of a recipe and as if nothing were done: {'; '.join(said)}."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,14 +196,16 @@ class _Estimate:
             parts += " in main memory" if streamed and section.gpus else ""
         return self._cost(stage, work, section.actors, bytes_each, parts, section.gpus, amount)
 
-    def distill(self, rows: int | None) -> Cost:
+    def distill(self, model: str, rows: int | None) -> Cost:
+        """Return the cost of rewriting the recipe's own rows, or those of another model that is merged."""
         settings, actors = self.recipe.distill, self.compute.distill.actors.max
+        name = f"distill ({model})" if model else "distill"
         work = f"{rows or 'all training'} rows of up to {settings.max_new_tokens} new tokens"
         amount = rows and rows * settings.samples
         if isinstance(teacher := settings.teacher, ServedModel):
-            return self._cost("distill", work, actors, None, f"{teacher.model} generates at its endpoint", 0, amount)
+            return self._cost(name, work, actors, None, f"{teacher.model} generates at its endpoint", 0, amount)
         weights = _bytes(settings.dtype) * self.shape.parameters if self.shape else None
-        return self._engine("distill", work, actors, _stored_bytes(teacher) if teacher else weights, amount)
+        return self._engine(name, work, actors, _stored_bytes(teacher) if teacher else weights, amount)
 
     def draft(self, settings: Draft, drafts: int) -> Cost:
         counts, new = ", ".join(map(str, settings.tokens)), settings.max_new_tokens
@@ -279,7 +291,8 @@ class _Estimate:
             bytes_each = memory.holding_memory(self.shape, number, settings.max_tokens)
             bytes_each += number * self.pruned.parameters
             bytes_each += 5 * 4 * min(retention.PIECE_LOGITS, settings.max_tokens * self.shape.vocabulary)
-        amount = models * (2 * settings.rows + settings.texts)  # rows: what the base wrote, and the reference
+        held_out = min(settings.rows, sum(source.held_out for source in self.recipe.sources))
+        amount = models * (2 * held_out + settings.texts)  # rows: what the base wrote, and the reference
         gpus = self.compute.evaluate.gpus
         return self._cost("retention", work, self._at_once(models), bytes_each, "", gpus, amount)
 
@@ -302,10 +315,10 @@ class _Estimate:
 
     def _items(self, task: str) -> int | None:
         """Return how many items a task has, at most; None where that is not known."""
-        settings, held_out = self.recipe.evaluate, sum(source.held_out for source in self.recipe.rows)
-        items = held_out if task == HELD_OUT else way_of(settings.preset, task).items
-        known = [count for count in (items, settings.limit) if count]
-        return min(known, default=None)
+        settings = self.recipe.evaluate
+        if task == HELD_OUT:  # all of those that are checked, whatever the limit
+            return sum(source.held_out for source in self.recipe.sources if source.answer != "none")
+        return way_of(settings.preset, task).count(settings.limit)
 
     def _at_once(self, stages: int) -> int:
         """Return how many evaluations run side by side on this machine; 1 where that is not known."""
@@ -371,5 +384,5 @@ def _most_rows(rows: MixedStage, storage: Storage) -> int | None:
         known = [math.inf if most is None else most for most in each]
         size = mixture_size(known, rows.settings.shares)
         return None if math.isinf(size) else int(size)
-    split = rows.settings.split
-    return split.limit - split.held_out - split.validation if split.limit else None
+    most = most_rows(rows.settings.origin)
+    return None if math.isinf(most) else int(most)

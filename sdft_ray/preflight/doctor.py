@@ -179,7 +179,11 @@ def _cluster(
             if written.status == "fail":
                 yield written
             else:
-                mark = stack.enter_context(storage.hold_probe(place))
+                try:
+                    mark = stack.enter_context(storage.hold_probe(place))
+                except UserError as error:
+                    [wrong] = error.args
+                    yield Finding("storage", socket.gethostname(), "fail", f"{place} {wrong.what}", wrong.do)
         yield from _nodes(nodes, place, mark, fields)
 
 

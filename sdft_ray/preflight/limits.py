@@ -115,11 +115,18 @@ class _Known(NamedTuple):
     """Training rows that there can be."""
 
 
+def most_rows(source: RowSource) -> float:
+    """Return how many training rows a source can have; infinity without a limit, and where each response of a
+    conversation is a row: the limit is of records."""
+    if source.limit is None or getattr(source, "turns", "last") == "each":
+        return math.inf
+    return source.limit - source.held_out - source.validation
+
+
 def read_splits(source: RowSource, read: FileReader = read_file) -> _Known:
     """Return the splits of a source; raises UserError where rows are too few for them."""
     splits, is_all = read(source.alone) if isinstance(source, FileRows) else Read(Splits([], [], []), False)
-    first_train = source.held_out + source.validation
-    most = len(splits.train) if is_all else (source.limit or math.inf) - first_train
+    most = len(splits.train) if is_all else most_rows(source)
     if most <= 0:
         what = f"{source.limit} leaves none to train on after {source.held_out} held-out and {source.validation}"
         raise UserError(problem("rows.limit", f"{what} validation rows", "Raise rows.limit"))

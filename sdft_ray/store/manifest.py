@@ -187,15 +187,24 @@ def check_files(directory: Path, manifest: Manifest, hashes: bool) -> None:
 @functools.cache  # the code and the libraries of a process stay what they were
 def _read_versions() -> tuple[str | None, dict[str, str]]:
     """Return the commit of this code, and the versions of its libraries that are installed."""
-    here = Path(__file__).resolve().parent
-    git = subprocess.run(
-        ["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     versions = {}
     for package in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-    return git or None, versions
+    return _read_commit(Path(__file__).resolve()), versions
+
+
+def _read_commit(file: Path) -> str | None:
+    """Return the commit that a file is part of; None where there is no git, or where git does not have the file.
+
+    The repository around a virtual environment says nothing of the packages in it.
+    """
+    command = ["git", "-C", str(file.parent), "rev-parse", "HEAD", f"HEAD:./{file.name}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:  # git is not installed, as in a slim image
+        return None
+    return done.stdout.split()[0] if done.returncode == 0 else None
 
 
 def provenance() -> Provenance:

@@ -115,7 +115,7 @@ class Storage:
         if stage.location:
             if not stage.location.is_dir():
                 what = f"{stage.location} is not on {socket.gethostname()}"
-                raise UserError(problem("model.path", what, "Give a directory that every node sees"))
+                raise UserError(problem(stage.name, what, "Give a directory that every node sees"))
             return stage.location
         return self._fetch(self._key(stage), pattern, prove)
 
@@ -213,6 +213,10 @@ class Storage:
         write_manifest(scratch, stage, summary, wall_seconds, self._command)
         self._backend.store(key, scratch, self._leases.get(f"{stage.name}-{stage.id}"))
         place.parent.mkdir(parents=True, exist_ok=True)
+        if place.is_dir() and not (place / MANIFEST).is_file():  # of an artifact that was deleted in part
+            aside = scratch.with_name(f".deleted-{uuid.uuid4().hex[:8]}")
+            place.rename(aside)  # a file that NFS keeps for a reader cannot be deleted, but moved
+            shutil.rmtree(aside, ignore_errors=True)
         scratch.rename(place)
         self.drop(self._resumable(stage))
         self._verified.add(stage.id)
@@ -344,7 +348,11 @@ def hold_probe(root: str) -> Iterator[str]:
     name = f"probes/{uuid.uuid4().hex}"
     if is_store(root):
         objects = Objects(root)
-        objects.create(name, uuid.uuid4().bytes)
+        try:
+            objects.create(name, uuid.uuid4().bytes)
+        except OSError as error:  # a store that does not know the condition
+            what = f"takes no conditional writes ({error.strerror})"
+            raise UserError(problem(root, what, "Give a store with conditional writes")) from None
         try:
             yield name
         finally:

@@ -172,6 +172,9 @@ def submit(address: str, archive: Path, command: str, name: str) -> tuple[Any, s
         return client, client.submit_job(entrypoint=command, runtime_env=place, metadata={"recipe": name})
     except RuntimeError as error:
         raise UserError(problem(address, f"refuses the job ({first_line(error)})", "Fix this")) from None
+    except OSError as error:  # of requests, in the upload
+        lost = f"submit: the connection to {address} is lost ({first_line(error)})"
+        raise StageFailed(f"{lost}. If `ray job list --address {address}` does not have it, submit again.") from None
 
 
 def connect(address: str) -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 import jinja2
 import yaml
 
+from sdft_ray.cluster import RayNode, count_places
 from sdft_ray.errors import UserError, problem
 from sdft_ray.spec.compute import Compute, Node
 from sdft_ray.spec.loading import dump_yaml, is_sweep, load_recipe, read_yaml
@@ -86,17 +87,18 @@ def worker_pods(compute: Compute) -> tuple[Node, int]:
         "score": (compute.score.actors, compute.score.cpus, compute.score.gpus),
         "distill": (compute.distill.actors.max * compute.distill.nodes, compute.distill.cpus, compute.distill.gpus),
         "train": (compute.train.workers.max, compute.train.cpus, compute.train.gpus),
-        "evaluate": (1, compute.evaluate.cpus, compute.evaluate.gpus),
+        "evaluate": (compute.evaluate.actors, compute.evaluate.cpus, compute.evaluate.gpus),
     }
     for name, (_, cpus, _) in widest.items():
         if cpus == "auto":
             what = "auto means the cores of this machine"
             raise UserError(problem(f"compute.{name}.cpus", what, "Give a number: the nodes do not exist yet"))
     needs = [(count, int(cpus), gpus) for count, cpus, gpus in widest.values()]
-    pod = compute.ray.largest_node or Node(cpus=max(need[1] for need in needs), gpus=max(need[2] for need in needs))
+    whole = math.ceil(max(need[2] for need in needs))  # no pod has a part of a GPU
+    pod = compute.ray.largest_node or Node(cpus=max(need[1] for need in needs), gpus=whole)
     pods = 1
     for count, cpus, gpus in needs:
-        in_one = min(pod.cpus // cpus, int(pod.gpus / gpus) if gpus else count)
+        in_one = count_places([RayNode(pod.cpus, math.ceil(pod.gpus))], cpus, gpus)
         if in_one == 0:
             what = f"{pod.cpus} CPUs and {pod.gpus:g} GPUs hold no actor of {cpus} CPUs and {gpus:g} GPUs"
             raise UserError(problem("compute.ray.largest_node", what, "Raise compute.ray.largest_node"))

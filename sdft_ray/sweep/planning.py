@@ -21,7 +21,7 @@ from sdft_ray.errors import UserError, problem
 from sdft_ray.preflight import limits
 from sdft_ray.preflight.checks import check as check_recipe
 from sdft_ray.spec.compute import Compute
-from sdft_ray.spec.loading import load_recipe, load_section
+from sdft_ray.spec.loading import dump_yaml, load_recipe, load_section
 from sdft_ray.spec.recipe import Distill, Recipe
 from sdft_ray.spec.sources import FileRows
 from sdft_ray.spec.sweep import Asha, Axes, Goal, Sweep
@@ -94,8 +94,9 @@ class Plan:
 
     @property
     def name(self) -> str:
-        """The name of the sweep's own records: other trials make another sweep."""
-        return self.part_of or f"sweep-{short_id([trial.train.id for trial in self.trials])}"
+        """The name of the sweep's own records: other trials, and another way to stop them, make another sweep."""
+        stops = [self.asha.model_dump()] if self.asha else []
+        return self.part_of or f"sweep-{short_id([*(trial.train.id for trial in self.trials), *stops])}"
 
 
 # --- from file to plan ----------------------------------------------------------------------------------------
@@ -143,7 +144,7 @@ def expand(sweep: Sweep, folder: Path) -> tuple[Cell, ...]:
         crossed: list[Cell] = []
         for values, (file, stem) in itertools.product(_combinations(sweep, axes), names.items()):
             name = {RECIPE: stem} if len(names) > 1 else {}
-            overrides = [f"{path}={json.dumps(value)}" for path, value in values.items()]
+            overrides = [f"{path}={dump_yaml(value)}" for path, value in values.items()]
             try:
                 cell = Cell({**name, **values}, load_recipe(folder / file, overrides))
             except UserError as error:

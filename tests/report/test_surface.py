@@ -87,6 +87,7 @@ def test_overrides_may_be_numbers_of_numpy_and_paths_and_are_of_recipes(finished
     folder, _ = finished
     monkeypatch.setenv("HOME", str(folder))
     overrides = {"train.rows": np.int64(8), "train.lr": np.float32(0.5), "rows.path": folder / "rows.jsonl"}
+    overrides |= {"distill.template": "😀 {prompt} {reference}"}
     with pytest.raises(UserError, match=r"is not finished under .*train"):
         report("~/recipe.yaml", root=folder / "artifacts", overrides=overrides)
     with pytest.raises(UserError, match=r"^overrides: are for recipes\. Change the sweep\.$"):

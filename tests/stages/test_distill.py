@@ -218,7 +218,8 @@ def test_distill_growing_the_rows_generates_only_the_missing(ray_cluster, tiny_m
     distill.build(make_work(tmp_path, tiny_model, 10, engine=engine))
     first = [row for row, _, _ in logged(log)]
     grown = make_work(tmp_path, tiny_model, 30, engine=engine)
-    distill.build(grown)
+    summary = distill.build(grown)
+    assert (summary.generations, summary.asked) == (30, 20)
     everything = [row for row, _, _ in logged(log)]
     assert len(first) == 10
     assert len(everything) == len(set(everything)) == 30
@@ -349,7 +350,8 @@ def test_distill_over_its_gate_is_finished_at_once_by_a_looser_one_and_stopped_b
     assert loose.stage.id == strict.stage.id
     pipeline.build([loose.stage], plan, loose.storage, engine=engine)
     assert len(logged(tmp_path / "log")) == asked, "no engine was needed"
-    assert distill.Summary.of(loose.stage, loose.storage).reasons["error"] > 0
+    summary = distill.Summary.of(loose.stage, loose.storage)
+    assert summary.reasons["error"] > 0 and summary.asked == 0
     with pytest.raises(StageFailed) as again:
         pipeline.build([strict.stage], plan, strict.storage, engine=engine)
     assert str(again.value) == str(failure.value)

@@ -79,6 +79,8 @@ class Summary(stages.Summary):
     """What engines said most often where they failed."""
     generations: int
     """Samples that were drawn."""
+    asked: int | None = None
+    """Rows that the engine was asked for by the command that finished it; the others were in the ledger."""
     generated_tokens: int
     mean_generated_tokens: float
     """A sample."""
@@ -142,7 +144,7 @@ def build(work: Work[Settings]) -> Summary:
     if finished.is_file() and (work.directory / "train.parquet").is_file():
         summary = Summary.from_file(finished)
         if summary.failed_fraction <= work.settings.max_failed_fraction:
-            return summary
+            return summary.model_copy(update={"asked": 0})
     finished.unlink(missing_ok=True)
     summary = _make_dataset(work)
     if summary.failed_fraction > work.settings.max_failed_fraction:
@@ -193,7 +195,7 @@ def _make_dataset(work: Work[Settings]) -> Summary:
             dealt[template].folder.drop()
             dealt[template] = _deal(work, ledger, ranges)
         figures = write_dataset(work, _folder(work, "dataset"), ranges, dealt)
-        return _summarise(figures, work.stage, [ledger.name for ledger in ledgers_of.values()])
+        return _summarise(figures, work.stage, [ledger.name for ledger in ledgers_of.values()], missing)
 
 
 def _deal(work: Work[Settings], ledger: Path, ranges: Sequence[Range]) -> Dealt:
@@ -209,7 +211,7 @@ def _folder(work: Work[Settings], name: str) -> Folder:
     return Folder(work.storage, work.stage, f"{name}-{uuid.uuid4().hex[:8]}")
 
 
-def _summarise(figures: Figures, stage: Stage[Settings], ledgers: Sequence[str]) -> Summary:
+def _summarise(figures: Figures, stage: Stage[Settings], ledgers: Sequence[str], asked: int) -> Summary:
     reasons, sources, teacher = count_reasons(figures), stage.settings.sources or (), teacher_name(stage)
     rows, kept = sum(reasons.values()), reasons["kept"]
     return Summary(
@@ -219,6 +221,7 @@ def _summarise(figures: Figures, stage: Stage[Settings], ledgers: Sequence[str])
         reasons=reasons,
         usual_error=figures.errors.most_common(1)[0][0] if figures.errors else None,
         generations=figures.generations,
+        asked=asked,
         generated_tokens=figures.tokens,
         mean_generated_tokens=figures.tokens / max(1, figures.generations),
         ledger=", ".join(ledgers),

@@ -24,6 +24,13 @@ class Way:
     """Commit of the task's dataset on the hub; without one the harness takes the newest."""
     items: int | None = None
     """The items of the split that is evaluated, at that commit; None where it is not known here."""
+    parts: int = 1
+    """Tasks of a group: a limit is of each."""
+
+    def count(self, limit: int | None) -> int | None:
+        """Return how many items are evaluated under a limit, at most; None where that is not known."""
+        known = [items for items in (self.items, limit and limit * self.parts) if items]
+        return min(known, default=None)
 
 
 _GSM8K = "e53f048856ff4f594e959d75785d2c2d37b678ee"
@@ -32,7 +39,7 @@ OPENLLM_V1 = {
     "arc_challenge": Way("acc_norm,none", 25, "210d026faf9955653af8916fad021475a3f00453", 1_172),
     "hellaswag": Way("acc_norm,none", 10, "218ec52e09a7e7462a5400043bb9a69a41d06b76", 10_042),
     "truthfulqa_mc2": Way("acc,none", 0, "741b8276f2d1982aa3d5b832d3ee81ed3b896490", 817),
-    "mmlu": Way("acc,none", 5, "c30699e8356da336a370243923dbaf21066bb9fe", 14_042),
+    "mmlu": Way("acc,none", 5, "c30699e8356da336a370243923dbaf21066bb9fe", 14_042, 57),
     "winogrande": Way("acc,none", 5, "01e74176c63542e6b0bcb004dcdea22d94fb67b5", 1_267),
     "gsm8k": Way("exact_match,strict-match", 5, _GSM8K, 1_319),
 }
@@ -42,7 +49,7 @@ OPENLLM_V1 = {
 GENERATIVE = {
     "gsm8k_cot": Way("exact_match,flexible-extract", 8, _GSM8K, 1_319),
     "ifeval": Way("prompt_level_strict_acc,none", 0, "966cd89545d6b6acfd7638bc708b98261ca58e84", 541),
-    "mmlu_pro": Way("exact_match,custom-extract", 5, "b189ec765aa7ed75c8acfea42df31fdae71f97be", 12_032),
+    "mmlu_pro": Way("exact_match,custom-extract", 5, "b189ec765aa7ed75c8acfea42df31fdae71f97be", 12_032, 14),
 }
 
 
