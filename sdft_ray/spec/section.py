@@ -9,6 +9,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchem
 
 from sdft_ray.store.objects import read_address
 
+WHICH_SOURCE = "has none or several of "
+"""How the message begins of a section that none of several kinds fits; their keys follow."""
+
 
 class Section(BaseModel):
     """A frozen part of a recipe or compute file; it refuses unknown keys, and a field's docstring is its help."""

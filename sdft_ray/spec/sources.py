@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from sdft_ray.spec.section import Commit, DataPath, LocalPath, Name, Section, Seed, require_distinct
+from sdft_ray.spec.section import WHICH_SOURCE, Commit, DataPath, LocalPath, Name, Section, Seed, require_distinct
 
 # --- model and rows: where they come from -----------------------------------------------------------------------
 
@@ -65,10 +65,13 @@ KEY_VARIABLE = "SDFT_TEACHER_KEY"
 
 
 def _require_url(value: str) -> str:
-    url = urlsplit(value)
+    try:
+        url, port = urlsplit(value), urlsplit(value).port
+    except ValueError:  # a bracket that does not end, a port that is no number
+        raise ValueError("is no address. Write http://HOST:PORT/v1") from None
     if url.username or url.password or url.query:  # the address itself is not repeated: it may hold a secret
         raise ValueError(f"the address holds credentials or options. Give the key by {KEY_VARIABLE}")
-    if url.scheme not in ("http", "https") or not url.hostname:
+    if url.scheme not in ("http", "https") or not url.hostname or port == 0:
         raise ValueError(f"{value} is no address. Write http://HOST:PORT/v1")
     return value.rstrip("/")
 
@@ -281,7 +284,7 @@ def _by_key(*keys: str, word: str | None = None) -> Discriminator:
     return Discriminator(
         tag,
         custom_error_type="which_source",
-        custom_error_message=f"has none or several of {', '.join(keys)}" + (f", or {word}" if word else ""),
+        custom_error_message=f"{WHICH_SOURCE}{', '.join(keys)}" + (f", or {word}" if word else ""),
     )
 
 
