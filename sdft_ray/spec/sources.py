@@ -106,7 +106,7 @@ class Fields(Section):
     prompt: Name | None = None
     """Column of the instruction or question."""
     response: Name | None = None
-    """Column of the reference response; of the text where the source is plain."""
+    """Column of the reference response, also of one that the turns in messages end before; of plain text."""
     context: Name | None = None
     """Column of a text the instruction refers to; put before it where it is not empty. In a conversation it is the
     system's message."""
@@ -127,8 +127,8 @@ class Fields(Section):
                 raise ValueError(f"{wrong} is of a conversation, and no column holds one. Name it in messages")
             if self.response is None:
                 raise ValueError("names no response. Set response, or messages for conversations")
-        elif wrong := next((name for name in ("prompt", "response") if getattr(self, name) is not None), None):
-            raise ValueError(f"messages holds the {wrong}. Remove {wrong}")
+        elif self.prompt is not None:
+            raise ValueError("messages holds the prompt. Remove prompt")
         fields: dict[str, str] = {}
         for name in ("prompt", "context", "response", "messages", "tools"):
             if (column := getattr(self, name)) in fields:

@@ -36,6 +36,34 @@ def test_read_answer_of_a_row(checker, reference, given, answer):
 
 
 @pytest.mark.parametrize(
+    "call",
+    [
+        '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>',
+        '<functioncall> {"name": "f", "arguments": {}}',
+        '<|tool_call|>[{"name": "f"}]',
+        '[TOOL_CALLS] [{"name": "f"}]',
+        "I'll look. <function=f>{}</function>",
+        '<|python_tag|>{"name": "f"}',
+    ],
+)
+def test_a_row_that_calls_a_tool_in_its_text_keeps_it(call):
+    row = Row(
+        "What is the weather?", call, conversation='{"messages":[{"role":"user","content":"What …?"}],"tools":[{}]}'
+    )
+    rules = Rules(None, dict.fromkeys(("leak", "refusal", "repeated", "too_long"), False))
+    for each in (row, row._replace(conversation=None)):
+        assert select_response(each, [Generation("It is fine.", "stop")], rules) == Selected(
+            call, "reference", "tool_call"
+        )
+
+
+def test_a_row_that_speaks_of_tools_is_rewritten():
+    rules = Rules(None, dict.fromkeys(("leak", "refusal", "repeated", "too_long"), False))
+    row = Row("What is a tool call?", "A tool call asks a function for something.")
+    assert select_response(row, [Generation("It asks a function.", "stop")], rules).reason == "kept"
+
+
+@pytest.mark.parametrize(
     ("checker", "answer", "text", "correct"),
     [
         ("number", "8", "It is 8.0.", True),
