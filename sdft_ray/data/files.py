@@ -24,7 +24,7 @@ from sdft_ray.store.identity import canonical_json
 ROWS = f"{ROW_FILE}, a directory or a glob"
 # Files that lie beside rows and hold none. Names in lower case.
 _BESIDE = ("readme*", "license*", "licence*", "*.md", "dataset_info.json", "dataset_infos.json", "_success")
-_SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
+_SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
 _STATE, _SPLITS = "state.json", "dataset_dict.json"  # of datasets' save_to_disk
 
 
@@ -100,10 +100,11 @@ def _directory_files(path: Path, where: str, kinds: Sequence[str]) -> list[Path]
     if not (files := _row_files(entries, str(path), where, kinds)):
         what = f"{path} is a directory without a file of a known kind"
         raise UserError(problem(where, what, f"Give one with {', '.join(kinds[:-1])} or {kinds[-1]} files"))
-    splits = dict.fromkeys(split[0] for file in files if (split := _SPLIT.match(file.name)))
+    found = ((file.name, split) for file in files if (split := _SPLIT.search(file.name)))
+    splits = {split[0]: f"{name[: split.end()]}*" for name, split in found}
     if len(splits) > 1:
         what = f"{path} holds several splits ({', '.join(splits)})"
-        raise UserError(problem(where, what, f"Give one of them, such as {path}/{[*splits][-1]}*"))
+        raise UserError(problem(where, what, f"Give one of them, such as {path}/{[*splits.values()][-1]}"))
     return files
 
 

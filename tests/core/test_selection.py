@@ -29,6 +29,8 @@ from sdft_ray.data.checkers import CHECKERS, is_correct, read_answer
         ("math", "The answer to the first question is 66, so\n#### 48", None, "48"),
         ("math", "a story", "2x + 1", "2x + 1"),
         ("math", "a story", None, None),
+        ("math", "a story", "1e-05", "0.00001"),
+        ("math", "a story", "1.5e+22", "15000000000000000000000"),
     ],
 )
 def test_read_answer_of_a_row(checker, reference, given, answer):
@@ -81,6 +83,9 @@ def test_a_row_that_speaks_of_tools_is_rewritten():
         ("math", "8", "\\boxed{9}", False),
         ("math", "8", "I'm ready to help.", False),
         ("math", "(1, 2)", "\\boxed{(2, 1)}", False),
+        ("math", "\\emptyset", "\\boxed{\\varnothing}", True),
+        ("math", "\\emptyset", "\\boxed{\u2205}", True),
+        ("math", "\\emptyset", "\\boxed{0}", False),
     ],
 )
 def test_is_correct_by_checker(checker, answer, text, correct):
