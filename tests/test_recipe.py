@@ -182,6 +182,14 @@ def load_text(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> Recip
             "rows.1: got null; expected a section with one of gym, path, repo. Change this value.",
         ),
         ({"rows": {"pth": "a"}}, "rows: has none or several of gym, path, repo. Did you mean path?"),
+        (
+            {"model": {"path": "~nobody-1729/model"}},
+            "model.path: ~nobody-1729/model begins with the home of nobody here. Write the whole path.",
+        ),
+        (
+            {"rows": {"path": "~nobody-1729/*.jsonl", "fields": {"prompt": "q", "response": "a"}}},
+            "rows.path: ~nobody-1729/*.jsonl begins with the home of nobody here. Write the whole path.",
+        ),
         ({"model": {"Path": "a"}}, "model: has none or several of package, path, repo. Did you mean path?"),
         ({"train": {"LR": 1}}, "train.LR: unknown key. Did you mean lr?"),
         ({"rows": []}, "rows: names no source. Give at least one."),

@@ -218,3 +218,8 @@ def test_choose_columns_of_conversations_without_responses_is_one_line(tmp_path)
         f"--rows: the conversations of turns in {path} end before a response (columns: turns, note). "
         "Put the response behind them, as a turn of the assistant."
     )
+
+
+def test_choose_columns_of_a_home_of_nobody_is_one_line():
+    line = "--rows: ~nobody-1729/rows.jsonl begins with the home of nobody here. Write the whole path."
+    assert complaint(choose_columns, "~nobody-1729/rows.jsonl", Columns()) == line

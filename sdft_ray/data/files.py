@@ -30,7 +30,15 @@ _STATE, _SPLITS = "state.json", "dataset_dict.json"  # of datasets' save_to_disk
 
 def path_of(text: str, where: str = "rows.path") -> Path:
     """Return the path of files that a recipe names: of an address that of its copy, which is brought up to date."""
-    return Path(local_path(text, where) if is_address(text) else text).expanduser()
+    return expand(local_path(text, where) if is_address(text) else text, where)
+
+
+def expand(text: str, where: str) -> Path:
+    """Return a path with the home that a ~ at its beginning means; raises UserError for a user whom nobody knows."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(problem(where, f"{text} begins with the home of nobody here", "Write the whole path")) from None
 
 
 def find_files(text: str, where: str = "rows.path", kinds: Sequence[str] = KINDS, do: str = ROWS) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
@@ -56,6 +57,10 @@ def require_path(value: str) -> str:
     if address := read_address(value):
         do = f"Write {address[1]}" if address[0] == "file" else "Give the path of a copy"
         raise ValueError(f"{value} is an address, and a path is needed. {do}")
+    try:
+        Path(value).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{value} begins with the home of nobody here. Write the whole path") from None
     return value
 
 
