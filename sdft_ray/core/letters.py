@@ -69,7 +69,8 @@ _FIRST = re.compile(
 )
 # Commands are taken whole: the d of an empty \boxed{} is no letter.
 _ONLY_LETTER = re.compile(r"(?:\\(?:[A-Za-z]++|\W)|[^\w\\]|_)*+([A-Ja-j])(?![+#'\u2019-])[\W_]*")
-_AROUND = re.compile(r"\\[()\[\]]|</?[A-Za-z]+>")  # of a formula, and HTML
+_FORMULA = re.compile(r"\\[()\[\]]")
+_HTML = re.compile(r"<([A-Za-z]{1,9})>([^<]{0,80})</\1>")  # an end makes it HTML: a letter may stand as <B>
 _QUOTED = re.compile(r"(?<![\w'\"])[\"'\u2018\u201c]([A-J])[\"'\u2019\u201d](?![\w'\"])")
 _PUT_FORWARD = re.compile(
     r"(?:(?:(?m:^)|(?<=[.!?;]\s))[^\w\n]*([A-J])(?:[.):、](?!\s?[A-Z]\.)|[^\w\n+#'-]*(?m:$))"
@@ -86,7 +87,8 @@ def final_choice(text: str) -> str | None:
     >>> [final_choice(s) for s in ("B", "(b)", "B. Paris", "The correct answer is (B)", "A dog", "(A) or (B)")]
     ['B', 'B', 'B', 'B', None, None]
     """
-    text = _AROUND.sub(" ", without_commands(spell_plainly(final_part(text)[0])))
+    text = _FORMULA.sub(" ", without_commands(spell_plainly(final_part(text)[0])))
+    text = _HTML.sub(r" \2 ", text)
     text = _QUOTED.sub(r"\1", text).strip()
     if match := _ONLY_LETTER.fullmatch(text):
         return match[1].upper()

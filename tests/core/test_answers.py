@@ -694,6 +694,8 @@ def test_final_number_of_all_gsm8k_answers_is_what_stands_behind_the_marks():
         ("B is my final answer", "B"),
         ("The answer is \\(B\\).", "B"),
         ("The answer is <b>B</b>", "B"),
+        ("<B>", "B"),
+        ("<b>", "B"),
         ("The answer is «B».", "B"),
         ("Answer → B", "B"),
         ("【答案】B", "B"),
