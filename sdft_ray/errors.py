@@ -53,5 +53,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     'Did you mean temperature?'
     """
     names = sorted(known)
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    close = [name for name in names if name.casefold() == word.casefold()] or difflib.get_close_matches(
+        word, names, n=1, cutoff=0.6
+    )
     return f"Did you mean {close[0]}?" if close else f"Known: {', '.join(names)}."

@@ -148,7 +148,15 @@ def test_read_conversation_with_a_turn_that_says_nothing_gives_blank_rows(tmp_pa
         ({"messages": [{"role": "usr", "content": "q"}]}, ", turn 1: has the unknown role usr. Did you mean user?"),
         ({"messages": [{"from": "human", "value": "q"}]}, ", turn 1: has no role. Set rows.fields.format: sharegpt."),
         ({"messages": [{"role": "user", "content": None}]}, ", turn 1: has no text as its content. Fix this row."),
-        ({"messages": ["q", "a"]}, ", turn 1: has no role. Fix this row."),
+        ({"messages": ["q", "a"]}, ", turn 1: has no role. Write each turn with the keys role and content."),
+        (
+            {"messages": [{"human": "q", "assistant": "a"}]},
+            ", turn 1: has no role. Write each turn with the keys role and content.",
+        ),
+        (
+            {"messages": [{"role": "user", "text": "q"}]},
+            ", turn 1: has no content (its keys: role, text). Name its text content.",
+        ),
         (
             {"messages": [{"role": ["user"], "content": "q"}]},
             ", turn 1: has the unknown role ['user']. Did you mean user?",
@@ -445,10 +453,99 @@ def read_turns(tmp_path, turns, which="last", **record):
     )
 
 
-@pytest.mark.parametrize("roles", [("User", "Assistant"), ("human", "gpt"), ("user", "model"), ("human", "ai")])
+@pytest.mark.parametrize(
+    "roles",
+    [
+        ("User", "Assistant"),
+        ("human", "gpt"),
+        ("user", "model"),
+        ("human", "ai"),
+        ("prompter", "assistant"),
+        (" user", "AI"),
+    ],
+)
 def test_read_conversation_takes_the_usual_names_of_roles(tmp_path, roles):
     turns = [turn | {"role": role} for turn, role in zip((USER, REPLY), roles, strict=True)]
     assert read_turns(tmp_path, turns) == read_turns(tmp_path, [USER, REPLY])
+
+
+FUNCTION = {"name": "f", "arguments": {"x": 1}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        json.dumps([{"function": FUNCTION}]),
+        [json.dumps({"function": FUNCTION})],
+        [{"function": json.dumps(FUNCTION)}],
+        [{"function": FUNCTION | {"arguments": json.dumps(json.dumps(FUNCTION["arguments"]))}}],
+    ],
+)
+@pytest.mark.parametrize(
+    "tools",
+    [
+        json.dumps([TOOL]),
+        json.dumps(json.dumps([TOOL])),
+        [json.dumps(TOOL)],
+        [{"function": json.dumps(TOOL["function"])}],
+        [{"name": "f", "parameters": json.dumps({"type": "object"})}],
+    ],
+)
+def test_read_conversation_unpacks_json_in_json(tmp_path, calls, tools):
+    called = {"role": "assistant", "content": None, "tool_calls": calls}
+    [row] = read_turns(tmp_path, [json.dumps(USER), json.dumps(called)], tools=tools)
+    assert row.exchange.calls == [{"type": "function", "function": FUNCTION}]
+    assert row.exchange.given.tools == [TOOL]
+
+
+@pytest.mark.parametrize("tools", ["null", "[]", "", None, []])
+def test_read_conversation_without_tools_has_none(tmp_path, tools):
+    assert read_turns(tmp_path, [USER, REPLY], tools=tools) == read_turns(tmp_path, [USER, REPLY])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        ["4 + ", "4?"],
+        [{"type": "input_text", "text": "4 + 4?"}],
+        [{"text": "4 + 4?"}],
+        [{"type": "text", "text": "4 + 4?"}],
+    ],
+)
+def test_read_conversation_joins_parts_of_text(tmp_path, content):
+    [row] = read_turns(tmp_path, [{"role": "user", "content": content}, REPLY])
+    assert row.prompt == "4 + 4?"
+
+
+def test_read_conversation_of_a_part_that_is_an_image_and_text_is_refused(tmp_path):
+    with pytest.raises(UserError, match="turn 1: has content that is no text"):
+        read_turns(tmp_path, [{"role": "user", "content": [{"image": "a.png", "text": "What is it?"}]}, REPLY])
+
+
+@pytest.mark.parametrize(
+    "response", ["8", [{"role": "assistant", "content": "8"}], json.dumps([{"role": "assistant", "content": "8"}])]
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_read_conversation_takes_a_response_beside_its_history(tmp_path, response, packed):
+    history = [{"role": "system", "content": "Be short."}, USER]
+    record = {"input": json.dumps(history) if packed else history, "output": response}
+    [row] = read(tmp_path / "rows.jsonl", [record], fields={"messages": "input", "response": "output"})
+    assert [row] == read_turns(tmp_path, [*history, REPLY])
+
+
+def test_read_conversation_takes_a_response_of_sharegpt_beside_its_history(tmp_path):
+    fields = {"messages": "prompt", "response": "chosen", "format": "sharegpt"}
+    record = {"prompt": [{"from": "human", "value": "4 + 4?"}], "chosen": "[1, 2]"}  # no turns, but text
+    [row] = read(tmp_path / "rows.jsonl", [record], fields=fields)
+    assert (row.prompt, row.reference) == ("4 + 4?", "[1, 2]")
+
+
+@pytest.mark.parametrize("response", [None, 8, {"text": "8"}])
+def test_read_conversation_of_a_response_that_is_no_text_names_its_turn(tmp_path, response):
+    fields = {"messages": "input", "response": "output"}
+    said = refused(tmp_path / "rows.jsonl", [{"input": [USER], "output": response}], fields=fields)
+    assert said == f"{tmp_path / 'rows.jsonl'}:1, turn 2: has no text as its content. Fix this row."
 
 
 @pytest.mark.parametrize("arguments", ["[1]", "5", '"x"', '{"x": 1, "x": 2}', [1]])

@@ -81,7 +81,8 @@ def load_text(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> Recip
         ),
         (
             {"prune": {"blocks": 2, "calibration": {"rows": "mine"}}},
-            "prune.calibration.rows: has none or several of gym, path, repo, or own. Give exactly one of them.",
+            'prune.calibration.rows: got "mine"; expected own or a section with one of gym, path, repo. Change this '
+            "value.",
         ),
         (
             {"prune": {"blocks": 2, "calibration": {"positions": "response"}}},
@@ -175,7 +176,22 @@ def load_text(folder: Path, text: str, overrides: tuple[str, ...] = ()) -> Recip
             "rows: has none or several of gym, path, repo. Give exactly one of them.",
         ),
         ({"rows": {"gym": "chain_sum"}}, "rows: a gym has no end. Set limit."),
-        ({"rows": 3}, "rows: has none or several of gym, path, repo. Give exactly one of them."),
+        ({"rows": 3}, "rows: got 3; expected a section with one of gym, path, repo. Change this value."),
+        (
+            {"rows": [SUMS, None]},
+            "rows.1: got null; expected a section with one of gym, path, repo. Change this value.",
+        ),
+        ({"rows": {"pth": "a"}}, "rows: has none or several of gym, path, repo. Did you mean path?"),
+        (
+            {"model": {"path": "~nobody-1729/model"}},
+            "model.path: ~nobody-1729/model begins with the home of nobody here. Write the whole path.",
+        ),
+        (
+            {"rows": {"path": "~nobody-1729/*.jsonl", "fields": {"prompt": "q", "response": "a"}}},
+            "rows.path: ~nobody-1729/*.jsonl begins with the home of nobody here. Write the whole path.",
+        ),
+        ({"model": {"Path": "a"}}, "model: has none or several of package, path, repo. Did you mean path?"),
+        ({"train": {"LR": 1}}, "train.LR: unknown key. Did you mean lr?"),
         ({"rows": []}, "rows: names no source. Give at least one."),
         ({"rows": [SUMS, {"gym": "products"}]}, "rows.1: a gym has no end. Set limit."),
         ({"rows": [SUMS, {**SUMS, "wieght": 2}]}, "rows.1.wieght: unknown key. Did you mean weight?"),

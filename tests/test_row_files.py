@@ -242,6 +242,15 @@ def test_columns_without_a_name_may_be_several(tmp_path):
     assert read(tmp_path / "rows.csv") == [Row("q", "a", None)]
 
 
+def test_a_directory_of_splits_that_names_end_in_is_refused(tmp_path):
+    for name in ("gsm8k_train.jsonl", "gsm8k_test.jsonl", "latest.jsonl"):
+        save(GSM, tmp_path / name)
+    do = f"Give one of them, such as {tmp_path}/gsm8k_train*."
+    assert complaint(tmp_path) == f"rows.path: {tmp_path} holds several splits (test, train). {do}"
+    (tmp_path / "gsm8k_test.jsonl").unlink()
+    assert [file.name for file in files.find_files(str(tmp_path))] == ["gsm8k_train.jsonl", "latest.jsonl"]
+
+
 def test_a_directory_of_several_splits_is_refused(tmp_path):
     for name in ("train-0.jsonl", "test-0.jsonl", "training_notes.jsonl"):
         save(GSM, tmp_path / name)

@@ -197,7 +197,8 @@ def test_read_rows_of_what_is_no_text_names_file_line_and_kind(tmp_path, column,
     [
         ("messages", [{"role": "user", "content": "4 + 4?"}, {"role": "assistant", "content": "8"}], ""),
         ("conversations", [{"from": "human", "value": "4?"}, {"from": "gpt", "value": "8"}], ", format: sharegpt"),
-        ("question", [{"role": "user", "content": "4 + 4?"}], ""),
+        ("messages", json.dumps([{"role": "user", "content": "4?"}, {"role": "assistant", "content": "8"}]), ""),
+        ("question", [{"role": "user", "content": "4 + 4?"}], ", response: answer"),
     ],
 )
 def test_read_rows_of_a_conversation_as_columns_names_the_fields_to_set(tmp_path, key, turns, do):

@@ -6,8 +6,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from refusals import complaint
 
 from sdft_ray import cli
+from sdft_ray.preflight.starter import Columns, choose_columns
 from sdft_ray.spec.loading import load_recipe
 
 SUMS = [{"question": f"What is {i} + {i}?", "answer": f"Twice {i} is\n#### {2 * i}"} for i in range(60)]
@@ -180,3 +182,44 @@ def test_init_for_a_hub_model_out_of_reach_leaves_the_commit_to_fill_in(init, tm
     assert capsys.readouterr().err.startswith("model.revision: 'FILL_IN' moves.")
     commit = "0123456789abcdef0123456789abcdef01234567"
     assert cli.main(["check", "recipe.yaml", "--set", f"model.revision={commit}"]) == 0
+
+
+USER, REPLY = {"role": "user", "content": "4 + 4?"}, {"role": "assistant", "content": "8"}
+
+
+@pytest.mark.parametrize(
+    ("row", "fields"),
+    [
+        ({"id": 1, "messages": json.dumps([USER, REPLY])}, {"messages": "messages"}),
+        (
+            {"conversations": json.dumps([{"from": "human", "value": "4?"}, {"from": "gpt", "value": "8"}])},
+            {"messages": "conversations", "format": "sharegpt"},
+        ),
+        ({"input": [USER], "output": "8", "category": "math"}, {"messages": "input", "response": "output"}),
+        ({"prompt": [USER], "completion": [REPLY]}, {"messages": "prompt", "response": "completion"}),
+        ({"completion": [REPLY], "prompt": [USER]}, {"messages": "prompt", "response": "completion"}),
+        ({"prompt": "4 + 4?", "rejected": [USER, REPLY], "chosen": [USER, REPLY]}, {"messages": "chosen"}),
+        ({"messages": [USER, REPLY], "tools": "[]"}, {"messages": "messages", "tools": "tools"}),
+    ],
+)
+def test_choose_columns_of_conversations_takes_those_with_a_response(tmp_path, row, fields):
+    path = save([row], tmp_path / "rows.jsonl")
+    assert choose_columns(str(path), Columns())[0] == fields
+
+
+def test_choose_columns_of_conversations_where_one_ends_with_the_user_takes_them(tmp_path):
+    path = save([{"messages": [USER]}, {"messages": [USER, REPLY]}], tmp_path / "rows.jsonl")
+    assert choose_columns(str(path), Columns())[0] == {"messages": "messages"}
+
+
+def test_choose_columns_of_conversations_without_responses_is_one_line(tmp_path):
+    path = save([{"turns": [USER], "note": "n"}], tmp_path / "rows.jsonl")
+    assert complaint(choose_columns, str(path), Columns()) == (
+        f"--rows: the conversations of turns in {path} end before a response (columns: turns, note). "
+        "Put the response behind them, as a turn of the assistant."
+    )
+
+
+def test_choose_columns_of_a_home_of_nobody_is_one_line():
+    line = "--rows: ~nobody-1729/rows.jsonl begins with the home of nobody here. Write the whole path."
+    assert complaint(choose_columns, "~nobody-1729/rows.jsonl", Columns()) == line

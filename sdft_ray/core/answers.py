@@ -19,7 +19,9 @@ _MOST_DIGITS = 2000
 # --- one spelling of numbers -------------------------------------------------------------------------------------
 
 _FRACTION = re.compile(r"\\[dtc]?frac" + 2 * r"\s*(?:\{\s*(-?[\d.,]+)\s*\}|(\d))")
-_DECIMAL_COMMA = re.compile(r"(?<![\d.,])(?:(\d{1,3}(?:\.\d{3})+),(\d+)|(0),(\d+)|(\d+),(\d{1,2}))(?!\d|,\d)")
+_DECIMAL_COMMA = re.compile(
+    r"(?<![\d.,])(?:(\d{1,3}(?:\.\d{3})+),(\d+)|(0),(\d+)|(\d+),(\d{1,2})|(\d{1,3}),(\d{3,}[1-9]))(?!\d|,\d)"
+)
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:(?:,\d{3})+|(?:\.\d{3}){2,})(?!\d)")
 _SPACED = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?!\d)")
 # Two numbers seldom stand so: `1 234 567`, `1 234,50`.
@@ -30,17 +32,17 @@ _SCIENTIFIC = re.compile(
 )
 # Words for powers of ten: `5 million` is no 5.
 _POWERS = {
-    r"thousand|тысяч\w?": 3,
+    r"thousand|tausend|тысяч\w?|тыс\.?|tys\.?": 3,
     "lakhs?": 5,
-    r"million(?:s|en|i)?|mill(?:ó|o)n(?:es)?|milh(?:ão|ões)|milion[ei]|миллион\w{0,2}": 6,
+    r"million(?:s|en|i)?|mill(?:ó|o)n(?:es)?|milh(?:ão|ões)|milion[ei]|миллион\w{0,2}|mio\.?|mln\.?|млн\.?": 6,
     "crores?": 7,
-    r"billions?|milliard(?:e|en|s)?|миллиард\w{0,2}": 9,
-    "trillions?": 12,
+    r"billions?|milliard(?:e|en|s)?|миллиард\w{0,2}|bn|m(?:r|l|lr)d\.?|млрд\.?|bilh(?:ão|ões)|mil mil(?:lones|hões)": 9,
+    r"trillions?|billionen|трлн\.?|trilh(?:ão|ões)": 12,
 }
 _POWER_WORD = re.compile(rf"(?<=\d)[\s-]?(?:{'|'.join(f'({words})' for words in _POWERS)})(?![^\W\d_])", re.IGNORECASE)
-_POWER_EAST = re.compile(r"(?:\d[\d.]*\s?[千百천백]?[万萬만億亿억])+(?:\d+[千천]?)?(?!\d)")
-_PART_EAST = re.compile(r"(\d[\d.]*)\s?([千百천백]?)([万萬만億亿억]?)")
-_TENS = dict(zip("千천百백万萬만億亿억", (3, 3, 2, 2, 4, 4, 4, 8, 8, 8), strict=True))
+_POWER_EAST = re.compile(r"(?:\d[\d.]*\s?[千百천백]?[万萬만億亿억兆])+(?:\d+[千천]?)?(?!\d)")
+_PART_EAST = re.compile(r"(\d[\d.]*)\s?([千百천백]?)([万萬만億亿억兆]?)")
+_TENS = dict(zip("千천百백万萬만億亿억兆", (3, 3, 2, 2, 4, 4, 4, 8, 8, 8, 12), strict=True))
 # Not numbers: the 2 of `m^2`, the 3 of `Week 3:210 pages`, what an answer is said not to be.
 _NO_NUMBER = re.compile(
     r"\b(?:Step|Day|Week|Month|Year|Part|Case|Round|Question|Problem)\s\d+:(?=\d)"
@@ -103,7 +105,7 @@ _NUMBER = re.compile(
     rf"(?:(?:[{CURRENCY}]|(?<=-)[A-Z]{{3}})\s?)?(?P<sign2>(?<=[{CURRENCY}])-)?"
     # The 2 of CO2 and m2 belongs to the word. A base stands as an index: 101_2.
     r"(?P<whole>(?:(?<![A-Za-z\d])|(?<=\b[A-Z]{3})|(?<=\bRs))"
-    r"(?:\d+(?P<base>_\{?\d+\}?)|\d+(?:\.\d+)?(?:[eE][-+]?\d+\b)?)|(?<![\w.])\.\d+)"
+    r"(?:0[xX][\da-fA-F]+\b|\d+(?P<base>_\{?\d+\}?)|\d+(?:\.\d+)?(?:[eE][-+]?\d+\b)?)|(?<![\w.])\.\d+)"
     r"(?:\s?(?:\^|\*\*)\s?\{?(?P<power>-?\d+(?![\d.]*[./]\d))\}?)?(?:\s?/\s?(?P<below>-?\d+(?:\.\d+)?))?)"
 )
 # What makes an expression of the numbers beside it: the 2 of a root or of 2 pi is not the answer.
@@ -131,6 +133,11 @@ _GOES_ON = re.compile(
     rf"|{_LETTERS}|\s[xyzneik](?![A-Za-z])|\s?\\?\((?![^()]*(?:=|[^\W\d_]{{2}}))"
     r"|\s*(?:[,;\u3001]\s*|(?:and|or|to|und|oder|et|ou|o|y|e)\s\s*|[\u548c\u6216\u5230]\s*)"
     rf"-?[{CURRENCY}]?\d|\s?{_UNIT}\.?,?\s+(?:and\s+)?[{CURRENCY}]?\d|['\u2032]\s?\d|[小時时年元分]\S{{0,2}}\s?\d)"
+)
+# Two numbers that make one quantity: 5 hours and 30 minutes.
+_LARGER_UNIT = re.compile(rf"\d\s?{_UNIT}\.?\s+(?:and\s+)?\Z")
+_SMALLER_UNIT = re.compile(
+    r"\s?(?:months?|weeks?|days?|hours?|minutes?|mins?|seconds?|secs?|inch(?:es)?|ounces?|oz|cents?|cm|min)\b"
 )
 # The left side of an equation that no number answers: `2x + 3y = 5`, `x^2 = 4`.
 _EQUATION = re.compile(r"(?<![A-Za-z\\])[a-z]\s*[-+*/^]|[-+*/]\s*[a-z](?![A-Za-z(])|\d\s?[a-z](?![A-Za-z])")
@@ -213,8 +220,10 @@ def _find_numbers(text: str) -> list[re.Match[str]]:
 
 
 def _last_value(numbers: list[re.Match[str]]) -> Fraction | str | None:
-    """Return the value of the last number; of a time behind a date, both."""
+    """Return the value of the last number; of a time behind a date, both; None of a quantity in two units."""
     last = numbers[-1]
+    if _SMALLER_UNIT.match(last.string, last.end()) and _LARGER_UNIT.search(last.string[: last.start()][-30:]):
+        return None
     value = _value(last)
     if len(numbers) > 1 and last["hour"] and any(numbers[-2].group("iso", "named")):
         between = last.string[numbers[-2].end() : last.start()]
@@ -232,8 +241,8 @@ def _value(match: re.Match[str]) -> Fraction | str | None:
     whole, base, raised_to, below, *signs = match.group("whole", "base", "power", "below", "sign", "sign2")
     if whole is None:
         return date_or_time(match)
-    if base:
-        return re.sub("[{}]", "", whole)
+    if base or "x" in whole.lower():
+        return re.sub("[{}]", "", whole.lower())
     if len(match[0]) > _MOST_DIGITS or re.search(r"[eE][-+]?\d{4}", whole):
         return None
     number, power = Fraction(whole), int(raised_to or 1)

@@ -13,22 +13,32 @@ MONTH = r"(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Au
 MONTH += r"|Oct(?:ober)?|Nov(?:ember)?|Dec(?:ember)?)\b"
 """A pattern of the names of months in English."""
 _DAY = r"(?:0?[1-9]|[12]\d|3[01])(?:st|nd|rd|th)?(?![\d%]|[.,]\d)"
-# French, German, Spanish, Italian, Portuguese and Russian. Without a year `mars` is also a planet.
+# French, German, Spanish, Italian, Portuguese and Russian; and where a year follows, for some are other words, too,
+# Dutch, Swedish, Danish, Norwegian, Polish, Turkish and Indonesian. Without a year `mars` is also a planet.
 _MONTHS_ELSEWHERE = (
-    *("janvier|januar|enero|gennaio|janeiro|января", "février|februar|febrero|febbraio|fevereiro|февраля"),
-    *("mars(?= \\d{4})|märz|marzo|março|марта", "avril|abril|aprile|апреля", "mai|mayo|maggio|maio|мая"),
-    *("juin|juni|junio|giugno|junho|июня", "juillet|juli|julio|luglio|julho|июля", "août|agosto|августа"),
-    *("septembre|septiembre|settembre|setembro|сентября", "octobre|oktober|octubre|ottobre|outubro|октября"),
-    *("novembre|noviembre|novembro|ноября", "décembre|dezember|diciembre|dicembre|dezembro|декабря"),
+    "janvier|januar|enero|gennaio|janeiro|января|(?:januari|stycznia|ocak)(?= \\d{4})",
+    "février|februar|febrero|febbraio|fevereiro|февраля|(?:februari|lutego|şubat)(?= \\d{4})",
+    "märz|marzo|março|марта|(?:mars|maart|marts|marca|mart|maret)(?= \\d{4})",
+    "avril|abril|aprile|апреля|(?:kwietnia|nisan)(?= \\d{4})",
+    "mai|mayo|maggio|maio|мая|(?:mei|maj|maja|may\u0131s)(?= \\d{4})",
+    "juin|juni|junio|giugno|junho|июня|(?:czerwca|haziran)(?= \\d{4})",
+    "juillet|juli|julio|luglio|julho|июля|(?:lipca|temmuz)(?= \\d{4})",
+    "août|agosto|августа|(?:augustus|augusti|agustus|sierpnia|ağustos)(?= \\d{4})",
+    "septembre|septiembre|settembre|setembro|сентября|(?:września|eylül)(?= \\d{4})",
+    "octobre|oktober|octubre|ottobre|outubro|октября|(?:października|ekim)(?= \\d{4})",
+    "novembre|noviembre|novembro|ноября|(?:listopada|kas\u0131m)(?= \\d{4})",
+    "décembre|dezember|diciembre|dicembre|dezembro|декабря|(?:desember|grudnia|aral\u0131k)(?= \\d{4})",
 )
 _DATE_ELSEWHERE = re.compile(
     rf"(?<![\d.,])(\d\d?)(?:\.|º|er)?\s(?:de\s)?(?:{'|'.join(f'({names})' for names in _MONTHS_ELSEWHERE)})\b"
     r"(?:(?:\sde)?\s(\d{4})(?!\d))?",
     re.IGNORECASE,
 )
+_DATE_VIETNAMESE = re.compile(r"(?<!\d)(\d\d?)\s(?:tháng\s)(\d\d?),?\snăm\s(\d{4})(?!\d)", re.IGNORECASE)
 _DATE_EAST = re.compile(r"(?:(\d{4})\s?[年년]\s?)?(?<!\d)(\d\d?)\s?[月월]\s?(\d\d?)\s?[日일号號]")
 # The half of a day stands before the hour in Chinese, Japanese and Korean.
 _HALF_EAST = re.compile(r"(上午|午前|오전|下午|午後|午后|오후)\s?(\d\d?)\s?([:时時点點시])\s?(\d\d?)?\s?[分분]?")
+_TIME_GERMAN = re.compile(r"(?<![\d.,])(\d\d?)\.(\d\d)(?=\sUhr\b)")
 _TIME_IN_DATE = re.compile(r"(?<=\d)T(?=\d\d:\d\d)")
 BETWEEN_DATE_AND_TIME = re.compile(r",?\s(?:at\s|um\s|à\s)?")
 # Without a year a month may be a name, and what follows a count: "June 5 apples", "In May 24 people came".
@@ -53,7 +63,9 @@ def spell_dates(text: str) -> str:
     ('am 2024-05-07', 'Jul 9', '3:05 pm')
     """
     if not text.isascii():
+        text = _DATE_VIETNAMESE.sub(lambda date: _spell(date[3], date[2], date[1]), text)
         text = _DATE_EAST.sub(lambda date: _spell(*date.groups()), _HALF_EAST.sub(_spell_half, text))
+    text = _TIME_GERMAN.sub(r"\1:\2", text)
     return _DATE_ELSEWHERE.sub(_spell_elsewhere, _TIME_IN_DATE.sub(" ", text))
 
 

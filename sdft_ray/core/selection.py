@@ -108,12 +108,20 @@ def select_response(row: Row, generations: Sequence[Generated], rules: Rules) ->
     return Selected(row.reference, "reference", reasons[0])
 
 
+# Calls that stand in the text of a response: of Hermes and Qwen, Glaive, Mistral, Llama, Command R and Granite.
+_CALL = re.compile(
+    r"<\|?(?:tool_?calls?|function_?calls?)\b|<\|START_ACTION\|>|<\|python_tag\|>|\[TOOL_CALLS\]|<function=\w",
+    re.IGNORECASE,
+)
+
+
 def reason_not_to_rewrite(row: Row) -> Reason | None:
     """Return why a row keeps its reference whatever the model writes: no other words call a function, and a plain text
     answers nothing."""
-    if row.conversation is None:
-        return None
-    return "plain" if row.exchange.is_plain else "tool_call" if row.exchange.calls else None
+    if row.conversation is not None and row.exchange.is_plain:
+        return "plain"
+    is_call = _CALL.search(row.reference) or (row.conversation is not None and row.exchange.calls)
+    return "tool_call" if is_call else None
 
 
 _MARKS = r"[\s*_`#~>]*"

@@ -74,6 +74,7 @@ CURRENCY = "$\u00a2-\u00a5\u0e3f\u20a0-\u20c0"
 # Slashes, the decimal and the group mark of Arabic, minus.
 _AS_ASCII = str.maketrans("\u2044\u2215\u066b\u066c\u2212", "//.,-")
 _SUPERSCRIPT = re.compile("[\u207b\u00b9\u00b2\u00b3\u2070\u2074-\u2079]+")
+_SUBSCRIPT = re.compile(r"(?<=\d)(?=[\u2080-\u2089])")  # the base of a number
 _VULGAR = re.compile("[\u00bc-\u00be\u2150-\u215e]")
 # A dash that touches a number is a minus; with a space behind it, it sets words apart.
 _DASH = re.compile(rf"[\u2010-\u2013](?=[\d.{CURRENCY}])")
@@ -83,7 +84,7 @@ _SEPARATOR = re.compile(
 )
 # LaTeX without a space behind the comma: `7{,}250`, `5{,}00{,}000`; else it is decimal: `2{,}5`.
 _BRACED = re.compile(r"(?<=\d)(?<!\b0)\{,\}(?=(?:\d\d\{,\})*\d{3}(?!\d))")
-_BRACED_POINT = re.compile(r"(?<=\d)\{[.,]\}(?=\d)")
+_BRACED_POINT = re.compile(r"(?<=\d)\{([.,:])\}(?=\d)")
 _INDIAN = re.compile(r"(?<![\d.,])\d{1,2}(?:,\d{2})+,\d{3}(?!\d)")
 # At most nine digits: an int of more than 4,300 is refused by Python, and no mixed number is that long.
 _MIXED = re.compile(r"(?<![\d./,^_])(\d{1,9})\s+(?:and\s+)?(\d{1,9})\s?/\s?(\d{1,9})(?![\d/])")
@@ -98,9 +99,10 @@ def spell_plainly(text: str) -> str:
     """
     if not text.isascii():
         text = _SUPERSCRIPT.sub(r"^\g<0>", _VULGAR.sub(r" \g<0>", text.translate(INVISIBLE)))
+        text = _SUBSCRIPT.sub("_", text)
         text = unicodedata.normalize("NFKC", _SEPARATOR.sub(",", text)).translate(_AS_ASCII)
         text = re.sub(r"[^\W0-9a-zA-Z_]", lambda char: _ascii_digit(char[0]), _DASH.sub("-", text))
-    text = _BRACED_POINT.sub(".", _BRACED.sub(",", text))
+    text = _BRACED_POINT.sub(lambda mark: mark[1].replace(",", "."), _BRACED.sub(",", text))
     text = _INDIAN.sub(lambda number: number[0].replace(",", ""), _SEPARATOR.sub(",", text))
     return join_mixed(text)
 

@@ -6,6 +6,7 @@ In: texts. Out: answers in one spelling, and whether two are the same.
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 
 from sdft_ray.core.answers import final_number
 from sdft_ray.core.letters import final_choice
@@ -24,8 +25,9 @@ _SET = re.compile(r"\A\{(.*)\}\Z")
 # Signs that it does not know in plain text: 3\u221a2, 2\u03c0/3.
 _SIGNED = re.compile(rf"(?<![\w.\\])-?\d*\s?(?:{_SIGN})(?:\s?/\s?\d+)?")
 _ROOT = re.compile("\u221a\\s?(?:\\(([^()]*)\\)|(\\w+))|(?<![\\w\\\\])sqrt\\(([^()]*)\\)")
-_SIGNS = str.maketrans({"\u03c0": r"\pi ", "\u221e": r"\infty "})
+_SIGNS = str.maketrans({"\u03c0": r"\pi ", "\u221e": r"\infty ", "\u2205": r"\emptyset "})
 _PLAIN_NUMBER = re.compile(r"-?\d+(?:/\d+)?")
+_FLOAT = re.compile(r"-?\d+(?:\.\d+)?[eE][-+]?\d{1,2}")  # as JSON and tables write small and large ones
 _LATEX_WORD = re.compile(r"\\text\s*\{[^{}]*\}|\\[A-Za-z]+|\b(?:sqrt|pi|ln|log|exp|sin|cos|tan)\b")
 
 
@@ -36,6 +38,8 @@ def _final_expression(text: str) -> str | None:
     part = _spell_as_latex(final_part(text)[0])
     if _PLAIN_NUMBER.fullmatch(part):
         return part
+    if _FLOAT.fullmatch(part):
+        return format(Decimal(part), "f")
     boxes = text.count("\\boxed")
     if boxes > 1:  # math-verify takes several that stand together as a set
         return read_expression(_spell_as_latex(text))
@@ -49,7 +53,7 @@ def _final_expression(text: str) -> str | None:
 
 
 def _spell_as_latex(text: str) -> str:
-    text = spell_plainly(text).translate(_SIGNS)
+    text = spell_plainly(text).translate(_SIGNS).replace(r"\varnothing", r"\emptyset")
     return _ROOT.sub(lambda root: rf"\sqrt{{{next(filter(None, root.groups()), '')}}}", text)
 
 

@@ -9,7 +9,6 @@ one for each. Messages get one form here, that of chat templates, so that nothin
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,24 +21,43 @@ _KEYS: dict[Format, tuple[str, str]] = {"messages": ("role", "content"), "shareg
 _ROLES = {
     "system": "system",
     "developer": "system",  # OpenAI's API has or had this and the next but one for them
-    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("user", "human", "prompter"), "user"),
     **dict.fromkeys(("tool", "function", "ipython", "observation", "function_response", "tool_response"), "tool"),
     **dict.fromkeys(("assistant", "gpt", "model", "chatgpt", "bard", "bing", "bot", "ai", "chatbot"), "assistant"),
     **dict.fromkeys(("function_call", "tool_call"), "function_call"),
 }
-"""The names of roles in data sets, in lower case."""
+"""The names of roles in data sets, in lower case and with _ for -."""
 _KEPT = ("name", "tool_call_id", "reasoning_content")  # of a message, beside role, content and calls
+_TEXT_PARTS = ("text", "input_text", "output_text")  # of content, as OpenAI's two APIs name them
 
 
 def find_conversations(values: Mapping[str, Any]) -> dict[str, Format]:
     """Return the columns of a record that hold the turns of a conversation, and the form of each."""
     found: dict[str, Format] = {}
-    for name, turns in values.items():
-        keys = [turn.keys() for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    for name, value in values.items():
+        turns = _unpack(value)
+        keys = (
+            [turn.keys() for turn in map(_unpack, turns) if isinstance(turn, dict)] if isinstance(turns, list) else []
+        )
         for form, pair in _KEYS.items():
             if any({*pair} <= known for known in keys):
                 found.setdefault(name, form)
     return found
+
+
+def is_answered(turns: Any, form: Format) -> bool:
+    """Return whether a user asks in a conversation that `find_conversations` found, and its last turn responds."""
+    key, turns = _KEYS[form][0], _unpack(turns)
+    each = [*map(_unpack, turns)] if isinstance(turns, list) else []
+    roles = [_role_of(turn.get(key)) if isinstance(turn, dict) else None for turn in each]
+    return "user" in roles and roles[-1] in ("assistant", "function_call")
+
+
+def add_response(turns: Any, response: Any, form: Format, where: str) -> list[Any]:
+    """Return the turns of a conversation with its response behind them, which is a text or turns of its own."""
+    if not find_conversations({"": response}):
+        response = [dict(zip(_KEYS[form], ("assistant", response), strict=True))]
+    return [*_as_list(turns, where), *_as_list(response, where)]
 
 
 def read_conversation(
@@ -51,7 +69,7 @@ def read_conversation(
     turn says nothing, and one whose `weight` is 0, as OpenAI's files write that it is not trained: such rows are left
     out and counted. answer: the final answer of the last response. Raises UserError for another form.
     """
-    turns = _as_list(turns, where)
+    turns = [_unpack(turn) for turn in _as_list(turns, where)]
     messages = [_read_message(turn, form, f"{where}, turn {i}") for i, turn in enumerate(turns, 1)]
     untrained = [message for turn, message in zip(turns, messages, strict=True) if turn.get("weight") == 0]
     if system and system.strip() and messages[:1] != [Message("system", system)]:
@@ -87,12 +105,20 @@ def _says_nothing(message: Message) -> bool:
     return not (message.content.strip() or message.tool_calls or message.role == "tool")
 
 
-def _as_list(value: Any, where: str, name: str = "messages") -> list[Any]:
-    if isinstance(value, str):  # a column of JSON
+def _unpack(value: Any) -> Any:
+    """Return the value of JSON in a text, also of JSON within JSON; the text where it is none."""
+    while isinstance(value, str):
         try:
             value = load_json(value)
         except (ValueError, RecursionError):
-            raise UserError(problem(where, f"{name} is text, and no JSON list", "Fix this row")) from None
+            break
+    return value
+
+
+def _as_list(value: Any, where: str, name: str = "messages") -> list[Any]:
+    value = _unpack(value)
+    if isinstance(value, str):
+        raise UserError(problem(where, f"{name} is text, and no JSON list", "Fix this row"))
     if not isinstance(value, list):
         raise UserError(problem(where, f"{name} is no list", "Fix this row"))
     return value
@@ -102,28 +128,33 @@ def _read_message(turn: Any, form: Format, where: str) -> Message:
     role_key, content_key = _KEYS[form]
     other = next(pair for name, pair in _KEYS.items() if name != form)
     if not isinstance(turn, dict) or role_key not in turn:
-        what, do = f"has no {role_key}", "Fix this row"
+        what, do = f"has no {role_key}", f"Write each turn with the keys {role_key} and {content_key}"
         if isinstance(turn, dict) and {*other} <= turn.keys():
             do = f"Set rows.fields.format: {'sharegpt' if form == 'messages' else 'messages'}"
         raise UserError(problem(where, what, do))
     given, content = turn[role_key], turn.get(content_key)
-    role = _ROLES.get(given.lower()) if isinstance(given, str) else None
+    role = _role_of(given)
     if role == "function_call":
         return Message("assistant", "", [_read_call(call, where) for call in _calls(content) or [None]])
     if role is None:
         raise UserError(problem(where, f"has the unknown role {given}", nearest(str(given), _ROLES)))
-    calls = turn.get("tool_calls") or _calls(turn.get("function_call"))
+    calls = _unpack(turn.get("tool_calls")) or _calls(turn.get("function_call"))
+    if content_key not in turn and not calls:
+        what = f"has no {content_key} (its keys: {', '.join(map(str, turn))})"
+        raise UserError(problem(where, what, f"Name its text {content_key}"))
     content = _read_content(content, bool(calls), where)
     made = [_read_call(call, where) for call in _as_list(calls, where, "tool_calls")] if calls else None
     return Message(role, content, made, **{key: turn.get(key) for key in _KEPT})
 
 
+def _role_of(given: Any) -> str | None:
+    return _ROLES.get(given.strip().lower().replace("-", "_")) if isinstance(given, str) else None
+
+
 def _read_content(content: Any, may_lack: bool, where: str) -> str:
     """Return the text of a message, which may be given in parts."""
     if isinstance(content, list):
-        parts = [
-            part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None for part in content
-        ]
+        parts = [_text_of(part) for part in content]
         if not all(isinstance(part, str) for part in parts):
             raise UserError(problem(where, "has content that is no text", "Leave such conversations out"))
         return "".join(map(str, parts))
@@ -134,23 +165,26 @@ def _read_content(content: Any, may_lack: bool, where: str) -> str:
     return content
 
 
+def _text_of(part: Any) -> Any:
+    """Return the text of a part of a message; None of any other part."""
+    if not isinstance(part, dict):
+        return part if isinstance(part, str) else None
+    return part.get("text") if part.get("type") in _TEXT_PARTS or part.keys() == {"text"} else None
+
+
 def _calls(content: Any) -> list[Any]:
     """Return the calls in one value: JSON of one of them, or of a list; none where there is no value."""
-    try:
-        value = load_json(content) if isinstance(content, str) and content else content
-    except (ValueError, RecursionError):
-        value = [content]  # which is no call
+    value = _unpack(content)  # what stays text is no call
     return value if isinstance(value, list) else [value] if value else []
 
 
 def _read_call(call: Any, where: str) -> dict[str, Any]:
     """Return a call with its arguments as an object, as chat templates write them."""
-    function = call.get("function", call) if isinstance(call, dict) else None
+    call = _unpack(call)
+    function = _unpack(call.get("function", call)) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(name := function.get("name"), str):
         raise UserError(problem(where, "calls a function without a name", "Fix this row"))
-    arguments = function.get("arguments", function.get("parameters")) or {}
-    with contextlib.suppress(ValueError, RecursionError):
-        arguments = load_json(arguments) if isinstance(arguments, str) else arguments
+    arguments = _unpack(function.get("arguments", function.get("parameters")) or {})
     if not isinstance(arguments, dict):
         what = f"calls {name} with arguments that are no JSON object"
         raise UserError(problem(where, what, "Fix this row"))
@@ -161,12 +195,15 @@ def _read_call(call: Any, where: str) -> dict[str, Any]:
 
 def _read_tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
     """Return descriptions of functions in the form of chat templates; None where there are none."""
+    tools = _unpack(tools)
     if not tools or (isinstance(tools, str) and not tools.strip()):
         return None
     read = []
-    for tool in _as_list(tools, where, "tools"):
-        function = tool.get("function", tool) if isinstance(tool, dict) else None
+    for tool in map(_unpack, _as_list(tools, where, "tools")):
+        function = _unpack(tool.get("function", tool)) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise UserError(problem(where, "has a tool without a name", "Fix this row"))
+        if isinstance(parameters := _unpack(function.get("parameters")), dict):
+            function = {**function, "parameters": parameters}
         read.append({"type": "function", "function": function})
     return read or None

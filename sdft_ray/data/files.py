@@ -24,13 +24,21 @@ from sdft_ray.store.identity import canonical_json
 ROWS = f"{ROW_FILE}, a directory or a glob"
 # Files that lie beside rows and hold none. Names in lower case.
 _BESIDE = ("readme*", "license*", "licence*", "*.md", "dataset_info.json", "dataset_infos.json", "_success")
-_SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
+_SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
 _STATE, _SPLITS = "state.json", "dataset_dict.json"  # of datasets' save_to_disk
 
 
 def path_of(text: str, where: str = "rows.path") -> Path:
     """Return the path of files that a recipe names: of an address that of its copy, which is brought up to date."""
-    return Path(local_path(text, where) if is_address(text) else text).expanduser()
+    return expand(local_path(text, where) if is_address(text) else text, where)
+
+
+def expand(text: str, where: str) -> Path:
+    """Return a path with the home that a ~ at its beginning means; raises UserError for a user whom nobody knows."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise UserError(problem(where, f"{text} begins with the home of nobody here", "Write the whole path")) from None
 
 
 def find_files(text: str, where: str = "rows.path", kinds: Sequence[str] = KINDS, do: str = ROWS) -> list[Path]:
@@ -100,10 +108,11 @@ def _directory_files(path: Path, where: str, kinds: Sequence[str]) -> list[Path]
     if not (files := _row_files(entries, str(path), where, kinds)):
         what = f"{path} is a directory without a file of a known kind"
         raise UserError(problem(where, what, f"Give one with {', '.join(kinds[:-1])} or {kinds[-1]} files"))
-    splits = dict.fromkeys(split[0] for file in files if (split := _SPLIT.match(file.name)))
+    found = ((file.name, split) for file in files if (split := _SPLIT.search(file.name)))
+    splits = {split[0]: f"{name[: split.end()]}*" for name, split in found}
     if len(splits) > 1:
         what = f"{path} holds several splits ({', '.join(splits)})"
-        raise UserError(problem(where, what, f"Give one of them, such as {path}/{[*splits][-1]}*"))
+        raise UserError(problem(where, what, f"Give one of them, such as {path}/{[*splits.values()][-1]}"))
     return files
 
 

@@ -21,7 +21,7 @@ from pydantic import JsonValue
 
 from sdft_ray import imports
 from sdft_ray.core.rows import PLAIN, Row
-from sdft_ray.data.conversations import find_conversations, read_conversation
+from sdft_ray.data.conversations import add_response, find_conversations, is_answered, read_conversation
 from sdft_ray.data.files import find_files, hash_content
 from sdft_ray.data.records import Record, read_records
 from sdft_ray.data.text import decode, first_bytes, parse_json
@@ -228,6 +228,8 @@ def rows_of(read: Record, source: TableRows) -> list[Row]:
     turns, tools = read.values[fields.messages], read.values[fields.tools] if fields.tools else None
     system, answer = (_read_text(key, columns, read) if key in columns else None for key in ("context", "answer"))
     form = fields.format or "messages"
+    if fields.response:
+        turns = add_response(turns, read.values[fields.response], form, where)
     rows = list(read_conversation(turns, tools, system, form, source.turns, answer, where))
     for row in rows:
         require_characters(f"{row.conversation or row.prompt}{row.reference}", where)
@@ -238,7 +240,7 @@ def _require_columns(read: Record, columns: Mapping[str, str]) -> None:
     for key, column in columns.items():
         is_absent = column not in read.values
         if key not in ("context", "tools") and (is_absent or isinstance(read.values[column], list)):
-            _refuse_conversation(read, columns.get("messages"))
+            _refuse_conversation(read, column, columns)
         if is_absent:
             do = nearest(column, read.names()) if read.values else "Fix this row"
             raise UserError(problem(f"rows.fields.{key}", f"{read.named_in} has no {column}", do))
@@ -256,11 +258,15 @@ def _read_text(key: str, columns: Mapping[str, str], read: Record) -> str | None
     return None if value is None else str(value)
 
 
-def _refuse_conversation(read: Record, known: str | None) -> None:
-    """Raise UserError for a record that holds its texts as the turns of a conversation; known: the column of such."""
-    conversations = {} if known in read.values else find_conversations(read.values)
-    for name, form in conversations.items():
-        do = f"Set rows.fields to {{messages: {name}{', format: sharegpt' * (form == 'sharegpt')}}}"
+def _refuse_conversation(read: Record, column: str, columns: Mapping[str, str]) -> None:
+    """Raise UserError for a record that holds its texts as the turns of a conversation, first of all in `column`."""
+    conversations = {} if columns.get("messages") in read.values else find_conversations(read.values)
+    if name := column if column in conversations else next(iter(conversations), None):
+        form = conversations[name]
+        others = ", format: sharegpt" * (form == "sharegpt")
+        if not is_answered(read.values[name], form) and (response := columns.get("response")) != name:
+            others += f", response: {response or 'COLUMN'}"
+        do = f"Set rows.fields to {{messages: {name}{others}}}"
         raise UserError(problem(read.where, f"{name} is a conversation", do))
 
 

@@ -21,8 +21,8 @@ import yaml
 from sdft_ray.core.rows import Row
 from sdft_ray.core.spelling import final_part, has_words
 from sdft_ray.data.checkers import read_answer
-from sdft_ray.data.conversations import find_conversations
-from sdft_ray.data.files import find_files
+from sdft_ray.data.conversations import find_conversations, is_answered
+from sdft_ray.data.files import expand, find_files
 from sdft_ray.data.readers import read_json, read_refusal, read_rows
 from sdft_ray.data.records import ROW_FILE, read_records
 from sdft_ray.errors import UserError, nearest, problem
@@ -32,12 +32,13 @@ from sdft_ray.spec.sources import Fields, FileRows, HubModel, LocalModel
 from sdft_ray.stages.rows import split_rows
 
 _MOST_ROWS = 1000  # enough to learn something in an hour or two on a CPU
+_RESPONSES = (
+    *("response", "output", "completion", "solution", "generated_solution", "reference", "target"),
+    *("answer", "assistant", "a"),
+)
 _GUESSES = {
     "prompt": ("instruction", "question", "prompt", "problem", "query", "input", "user", "q"),
-    "response": (
-        *("response", "output", "completion", "solution", "generated_solution", "reference", "target"),
-        *("answer", "assistant", "a"),
-    ),
+    "response": _RESPONSES,
     "context": ("context", "passage", "document", "input"),
     "answer": ("expected_answer", "final_answer", "answer"),
 }
@@ -105,16 +106,14 @@ def write(model: str, rows: str, out: Path, columns: Columns) -> str:
 
 def choose_columns(rows: str, columns: Columns) -> tuple[dict[str, str], list[str]]:
     """Return the column of each field, and all columns; raises UserError where a needed one cannot be guessed."""
-    path = Path(rows).expanduser()
+    path = expand(rows, "--rows")
     all_records = (record.values for file in find_files(rows, "--rows") for record in read_records(file))
     records = list(itertools.islice(all_records, _MOST_ROWS))
     if not records:
         raise UserError(problem("--rows", f"{path} has no rows", f"Give {ROW_FILE} with rows"))
     known = list(dict.fromkeys(name for record in records for name in record))
-    if columns == Columns() and (conversations := find_conversations(records[0])):
-        turns, form = next(iter(conversations.items()))
-        tools = {"tools": "tools"} if "tools" in known else {}
-        return {"messages": turns, **tools, **({"format": str(form)} if form != "messages" else {})}, known
+    if columns == Columns() and find_conversations(records[0]):
+        return _choose_turns(records, known, path), known
     given = {key: name for key, name in dataclasses.asdict(columns).items() if name is not None}
     _require_columns(given, known, path)
     chosen: dict[str, str] = {}
@@ -127,6 +126,26 @@ def choose_columns(rows: str, columns: Columns) -> tuple[dict[str, str], list[st
         what = f"no column of {path} is known to be the {' or the '.join(missing)} (columns: {', '.join(known)})"
         raise UserError(problem("--rows", what, f"Give {' and '.join(f'--{key} COL' for key in missing)}"))
     return chosen, known
+
+
+def _choose_turns(records: Sequence[Mapping[str, Any]], known: Sequence[str], path: Path) -> dict[str, str]:
+    """Return the columns of conversations; raises UserError for ones that end before the response, which is not found.
+
+    Of several, one that holds the response comes first, and last the worse of two responses, as for DPO.
+    """
+    found = find_conversations(records[0])
+    answered = [name for name, form in found.items() if any(is_answered(each.get(name), form) for each in records)]
+    asked = [name for name in found if name not in answered and not _guess(_RESPONSES, [name])]
+    turns = min(found, key=lambda name: (name not in answered, name not in asked, name.lower() == "rejected"))
+    chosen = {"messages": turns}
+    if not answered:
+        others = [name for name in found if name != turns] or _texts(records, known, or_numbers=False)
+        if (response := _guess(_RESPONSES, others)) is None:
+            what = f"the conversations of {turns} in {path} end before a response (columns: {', '.join(known)})"
+            raise UserError(problem("--rows", what, "Put the response behind them, as a turn of the assistant"))
+        chosen |= {"response": response}
+    tools = {"tools": "tools"} if "tools" in known else {}
+    return chosen | tools | ({"format": str(found[turns])} if found[turns] != "messages" else {})
 
 
 def _require_columns(given: Mapping[str, str], known: Sequence[str], path: Path) -> None:
@@ -235,7 +254,7 @@ def _power_of_two(number: int) -> int:
 
 def _describe(model: str) -> _Model:
     """Return the known facts of a model: from the headers of a path, or from the hub if it answers."""
-    if Path(model).expanduser().exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
+    if expand(model, "--model").exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
         facts = describe_model(LocalModel(path=model), "--model")
         assert facts is not None, "a path has headers"
         return _Model(model, blocks=facts.blocks, context=facts.context)

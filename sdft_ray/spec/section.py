@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
 
 from sdft_ray.store.objects import read_address
+
+WHICH_SOURCE = "has none or several of "
+"""How the message begins of a section that none of several kinds fits; their keys follow."""
 
 
 class Section(BaseModel):
@@ -53,6 +57,10 @@ def require_path(value: str) -> str:
     if address := read_address(value):
         do = f"Write {address[1]}" if address[0] == "file" else "Give the path of a copy"
         raise ValueError(f"{value} is an address, and a path is needed. {do}")
+    try:
+        Path(value).expanduser()
+    except RuntimeError:
+        raise ValueError(f"{value} begins with the home of nobody here. Write the whole path") from None
     return value
 
 

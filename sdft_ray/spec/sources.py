@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from sdft_ray.spec.section import Commit, DataPath, LocalPath, Name, Section, Seed, require_distinct
+from sdft_ray.spec.section import WHICH_SOURCE, Commit, DataPath, LocalPath, Name, Section, Seed, require_distinct
 
 # --- model and rows: where they come from -----------------------------------------------------------------------
 
@@ -65,10 +65,13 @@ KEY_VARIABLE = "SDFT_TEACHER_KEY"
 
 
 def _require_url(value: str) -> str:
-    url = urlsplit(value)
+    try:
+        url, port = urlsplit(value), urlsplit(value).port
+    except ValueError:  # a bracket that does not end, a port that is no number
+        raise ValueError("is no address. Write http://HOST:PORT/v1") from None
     if url.username or url.password or url.query:  # the address itself is not repeated: it may hold a secret
         raise ValueError(f"the address holds credentials or options. Give the key by {KEY_VARIABLE}")
-    if url.scheme not in ("http", "https") or not url.hostname:
+    if url.scheme not in ("http", "https") or not url.hostname or port == 0:
         raise ValueError(f"{value} is no address. Write http://HOST:PORT/v1")
     return value.rstrip("/")
 
@@ -103,7 +106,7 @@ class Fields(Section):
     prompt: Name | None = None
     """Column of the instruction or question."""
     response: Name | None = None
-    """Column of the reference response; of the text where the source is plain."""
+    """Column of the reference response, also of one that the turns in messages end before; of plain text."""
     context: Name | None = None
     """Column of a text the instruction refers to; put before it where it is not empty. In a conversation it is the
     system's message."""
@@ -124,8 +127,8 @@ class Fields(Section):
                 raise ValueError(f"{wrong} is of a conversation, and no column holds one. Name it in messages")
             if self.response is None:
                 raise ValueError("names no response. Set response, or messages for conversations")
-        elif wrong := next((name for name in ("prompt", "response") if getattr(self, name) is not None), None):
-            raise ValueError(f"messages holds the {wrong}. Remove {wrong}")
+        elif self.prompt is not None:
+            raise ValueError("messages holds the prompt. Remove prompt")
         fields: dict[str, str] = {}
         for name in ("prompt", "context", "response", "messages", "tools"):
             if (column := getattr(self, name)) in fields:
@@ -281,7 +284,7 @@ def _by_key(*keys: str, word: str | None = None) -> Discriminator:
     return Discriminator(
         tag,
         custom_error_type="which_source",
-        custom_error_message=f"has none or several of {', '.join(keys)}" + (f", or {word}" if word else ""),
+        custom_error_message=f"{WHICH_SOURCE}{', '.join(keys)}" + (f", or {word}" if word else ""),
     )
 
 

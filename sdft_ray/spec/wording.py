@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from sdft_ray.errors import UserError, nearest, problem
-from sdft_ray.spec.section import Section
+from sdft_ray.spec.section import WHICH_SOURCE, Section
 
 S = TypeVar("S", bound=Section)
 _PLAIN = {
@@ -121,10 +121,23 @@ def _describe(kind: type[Section], data: Mapping[str, Any], mistake: Mistake) ->
         case "json_invalid":  # of content that is given in Python: half a character
             return problem(where, f"cannot be written as JSON ({mistake.reason})", "Write texts whole")
         case "which_source":
-            return problem(where, mistake.msg, "Give exactly one of them")
+            return _describe_source(where, mistake)
         case _:
             got = json.dumps(mistake.input)
             return problem(where, f"got {got}; expected {mistake.expected}", "Change this value")
+
+
+def _describe_source(where: str, mistake: Mistake) -> str:
+    """Return the line for a value that is none of several sections, which are told apart by a key."""
+    names, _, word = mistake.msg.removeprefix(WHICH_SOURCE).partition(", or ")
+    keys, given = names.split(", "), mistake.input
+    if not isinstance(given, Mapping):
+        got = "an address" if isinstance(given, str) and "://" in given else json.dumps(given)  # it may hold a secret
+        expected = " or ".join(filter(None, (word, f"a section with one of {names}")))
+        return problem(where, f"got {got}; expected {expected}", "Change this value")
+    advice = () if {*keys} & {*given} else (nearest(str(name), keys) for name in given)
+    do = next((line for line in advice if line.endswith("?")), "Give exactly one of them")
+    return problem(where, mistake.msg, do)
 
 
 def _walk(

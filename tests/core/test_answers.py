@@ -51,6 +51,20 @@ def test_final_number_formats(text, number):
     assert final_number(text) == Fraction(number)
 
 
+@pytest.mark.parametrize(
+    "text", ["It takes 5 hours and 30 minutes.", "He is 5 feet 6 inches tall.", "It costs 3 dollars and 5 cents."]
+)
+def test_final_number_of_a_quantity_in_two_units_is_none(text):
+    assert final_number(text) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["In 5 hours 30 people came.", "5 hours a day are 30 minutes more.", "It is 30 minutes."]
+)
+def test_final_number_behind_another_quantity_is_read(text):
+    assert final_number(text) == 30
+
+
 @pytest.mark.parametrize("text", ["", "none at all", "####", "\\boxed{}", "-", "$"])
 def test_final_number_absent_is_none(text):
     assert final_number(text) is None
@@ -315,7 +329,30 @@ def test_final_choice_words_are_no_letters(text):
         ("3万5千人", "35000"),
         ("1億2000万円", "120000000"),
         ("1.5万", "15000"),
+        ("rund 5 Mio. Euro", "5000000"),
+        ("5 mln zł", "5000000"),
+        ("3 Mrd.", "3000000000"),
+        ("2,5 bilhões de reais", "2500000000"),
+        ("3 mil millones", "3000000000"),
+        ("3 млрд рублей", "3000000000"),
+        ("2兆円", "2000000000000"),
+        ("10 tys. zł", "10000"),
+        # More decimals than a group of thousands has.
+        ("π ≈ 3,14159", "314159/100000"),
+        ("Antwort: 2,7183", "27183/10000"),
         # Another base, dates and times are compared as a whole.
+        ("1010\u2082", "1010_2"),
+        ("1F is 31, or 0x1F", "0x1f"),
+        ("\\boxed{12{:}30}", "12:30"),
+        ("um 17.30 Uhr", "17:30"),
+        ("7 mei 2024", "2024-05-07"),
+        ("den 7 maj 2024", "2024-05-07"),
+        ("7. desember 2024", "2024-12-07"),
+        ("7 maja 2024 r.", "2024-05-07"),
+        ("7 Mayıs 2024", "2024-05-07"),
+        ("7 Agustus 2024", "2024-08-07"),
+        ("ngày 7 tháng 5 năm 2024", "2024-05-07"),
+        ("17 mart", "17"),
         ("\\boxed{1010_2}", "1010_2"),
         ("123_{10}", "123_10"),
         ("JANUARY 5, 2024", "2024-01-05"),
@@ -651,6 +688,27 @@ def test_final_number_of_all_gsm8k_answers_is_what_stands_behind_the_marks():
                 "A.B.C.",
             )
         ),
+        ("I'd say B", "B"),
+        ("Let's go with B.", "B"),
+        ("The letter is B", "B"),
+        ("B is my final answer", "B"),
+        ("The answer is \\(B\\).", "B"),
+        ("The answer is <b>B</b>", "B"),
+        ("<B>", "B"),
+        ("<b>", "B"),
+        ("The answer is «B».", "B"),
+        ("Answer → B", "B"),
+        ("【答案】B", "B"),
+        ("Answers: A; C", None),
+        ("Answer: A; B is too large.", "A"),
+        ("Alternativa B", "B"),
+        ("Správná odpověď je B.", "B"),
+        ("Răspunsul corect este B.", "B"),
+        ("Helyes válasz: B", "B"),
+        ("Doğru yanıt: B", "B"),
+        ("Točan odgovor je B", "B"),
+        ("پاسخ صحیح: B", "B"),
+        ("সঠিক উত্তর: B", "B"),
     ],
 )
 def test_final_choice_in_several_languages(text, letter):

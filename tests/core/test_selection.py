@@ -29,10 +29,40 @@ from sdft_ray.data.checkers import CHECKERS, is_correct, read_answer
         ("math", "The answer to the first question is 66, so\n#### 48", None, "48"),
         ("math", "a story", "2x + 1", "2x + 1"),
         ("math", "a story", None, None),
+        ("math", "a story", "1e-05", "0.00001"),
+        ("math", "a story", "1.5e+22", "15000000000000000000000"),
     ],
 )
 def test_read_answer_of_a_row(checker, reference, given, answer):
     assert read_answer(checker, reference, given) == answer
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>',
+        '<functioncall> {"name": "f", "arguments": {}}',
+        '<|tool_call|>[{"name": "f"}]',
+        '[TOOL_CALLS] [{"name": "f"}]',
+        "I'll look. <function=f>{}</function>",
+        '<|python_tag|>{"name": "f"}',
+    ],
+)
+def test_a_row_that_calls_a_tool_in_its_text_keeps_it(call):
+    row = Row(
+        "What is the weather?", call, conversation='{"messages":[{"role":"user","content":"What …?"}],"tools":[{}]}'
+    )
+    rules = Rules(None, dict.fromkeys(("leak", "refusal", "repeated", "too_long"), False))
+    for each in (row, row._replace(conversation=None)):
+        assert select_response(each, [Generation("It is fine.", "stop")], rules) == Selected(
+            call, "reference", "tool_call"
+        )
+
+
+def test_a_row_that_speaks_of_tools_is_rewritten():
+    rules = Rules(None, dict.fromkeys(("leak", "refusal", "repeated", "too_long"), False))
+    row = Row("What is a tool call?", "A tool call asks a function for something.")
+    assert select_response(row, [Generation("It asks a function.", "stop")], rules).reason == "kept"
 
 
 @pytest.mark.parametrize(
@@ -53,6 +83,9 @@ def test_read_answer_of_a_row(checker, reference, given, answer):
         ("math", "8", "\\boxed{9}", False),
         ("math", "8", "I'm ready to help.", False),
         ("math", "(1, 2)", "\\boxed{(2, 1)}", False),
+        ("math", "\\emptyset", "\\boxed{\\varnothing}", True),
+        ("math", "\\emptyset", "\\boxed{\u2205}", True),
+        ("math", "\\emptyset", "\\boxed{0}", False),
     ],
 )
 def test_is_correct_by_checker(checker, answer, text, correct):

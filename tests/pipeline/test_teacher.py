@@ -10,6 +10,7 @@ import pytest
 import yaml
 from command import Command, sdft
 from recipes import chain_of
+from refusals import complaint
 from served import NAME, completion, failure, fake_server
 from tiny import make_tiny_model
 
@@ -121,6 +122,12 @@ def test_teacher_and_seeds_as_before_are_in_no_id(recipe):
         ({"endpoint": "http://me:PLANTED@host/v1", "model": "a"}, "endpoint: the address holds credentials or opt"),
         ({"endpoint": "http://host/v1?key=PLANTED", "model": "a"}, "endpoint: the address holds credentials or opt"),
         ({"endpoint": "host:8000", "model": "a"}, "endpoint: host:8000 is no address. Write http://HOST:PORT/v1."),
+        ({"endpoint": "http://host:port/v1", "model": "a"}, "endpoint: is no address. Write http://HOST:PORT/v1."),
+        (
+            {"endpoint": "http://host:99999/v1", "model": "a"},
+            "endpoint: is no address. Write http://HOST:PORT/v1.",
+        ),
+        ({"endpoint": "http://[::1/v1", "model": "a"}, "endpoint: is no address. Write http://HOST:PORT/v1."),
         ({"endpoint": "http://host/v1"}, "model: is missing. Add it."),
         ({"endpoint": "http://host/v1", "model": "a", "api": "chat"}, 'api: got "chat"; expected'),
         ({"repo": "a/b", "revision": "main"}, "revision: 'main' moves."),
@@ -131,6 +138,11 @@ def test_teacher_with_a_mistake_is_one_line_without_what_may_be_secret(recipe, t
         validate(Recipe, with_teacher(recipe, teacher))
     (problem,) = error.value.problems
     assert problem.startswith(f"distill.teacher.{line}") and "PLANTED" not in problem
+
+
+def test_teacher_as_text_is_one_line_without_what_may_be_secret(recipe):
+    line = "distill.teacher: got an address; expected a section with one of path, repo, endpoint. Change this value."
+    assert complaint(validate, Recipe, with_teacher(recipe, "http://me:PLANTED@host/v1")) == line
 
 
 def test_teacher_that_names_none_or_several_sources_is_one_line(recipe):
