@@ -6,7 +6,9 @@ theirs when they are imported or started, so these functions are called before t
 
 from __future__ import annotations
 
+import importlib.util
 import os
+from pathlib import Path
 
 
 def for_command() -> None:
@@ -59,6 +61,17 @@ def for_vllm(alone: bool) -> None:
 def for_deepspeed(gpus: float) -> None:
     """Choose the accelerator of a training worker, instead of the driver's."""
     _force(DS_ACCELERATOR="cuda" if gpus else "cpu")
+
+
+def for_tensors_on_cpus() -> dict[str, str]:
+    """Return the variables of a worker that makes many tensors on a CPU of this machine, for Ray to start it with.
+
+    It allocates by jemalloc, which Ray brings along: with the C library's allocator a training grows and slows down
+    from step to step (docs/footguns.md). Nothing where Ray has none, or where the user has chosen one.
+    """
+    ray = importlib.util.find_spec("ray")
+    library = Path(ray.origin if ray and ray.origin else "ray").parent / "core" / "libjemalloc.so"
+    return {"LD_PRELOAD": str(library)} if library.is_file() and not os.environ.get("LD_PRELOAD") else {}
 
 
 def for_upload() -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from sdft_ray import environment
 from sdft_ray.cluster import Watch, ticker
 from sdft_ray.errors import StageFailed, problem
 from sdft_ray.results import Step, validations
@@ -60,6 +61,7 @@ def _make_trainer(work: Work[Any], given: dict[str, Any], ticker: Any) -> Any:
     from ray.train.torch import TorchTrainer
 
     plan = work.compute.train
+    here = work.compute.ray.address == "local" and not plan.gpus
     assignment = Assignment(work.storage, work.stage, plan, given, work.handle("model"), ticker)
     return TorchTrainer(
         train_worker,
@@ -75,6 +77,7 @@ def _make_trainer(work: Work[Any], given: dict[str, Any], ticker: Any) -> Any:
             **work.storage.for_ray(work.resumable),
             failure_config=FailureConfig(max_failures=plan.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=plan.keep_checkpoints),
+            worker_runtime_env={"env_vars": environment.for_tensors_on_cpus() if here else {}},
         ),
     )
 
