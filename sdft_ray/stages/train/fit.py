@@ -77,7 +77,7 @@ def _make_trainer(work: Work[Any], given: dict[str, Any], ticker: Any) -> Any:
             **work.storage.for_ray(work.resumable),
             failure_config=FailureConfig(max_failures=plan.max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=plan.keep_checkpoints),
-            worker_runtime_env={"env_vars": environment.for_tensors_on_cpus() if here else {}},
+            worker_runtime_env={"env_vars": environment.for_tensors_on_cpus() if here else {}},  # type: ignore[call-arg]
         ),
     )
 
