@@ -1,5 +1,8 @@
-"""What the documents point at is there: links, anchors, file names, the picture; and YAML files parse."""
+"""What the documents point at is there: links, anchors, file names, the picture; YAML files parse, and the examples in
+docstrings are true."""
 
+import doctest
+import importlib
 import json
 import re
 import runpy
@@ -20,6 +23,11 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")
 FURNITURE = [
     *(ROOT / name for name in (".pre-commit-config.yaml", "CITATION.cff", "mkdocs.yml")),
     *sorted((ROOT / ".github").rglob("*.yml")),
+]
+WITH_EXAMPLES = [
+    path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
+    for path in sorted((ROOT / "sdft_ray").rglob("*.py"))
+    if ">>>" in path.read_text()
 ]
 OF_OTHERS = {"commandr.py"}  # files of dependencies that the documents name
 FILE = re.compile(
@@ -139,3 +147,9 @@ def test_workflow_runs_what_is_there():
     assert commands == [".ci/run", "make docs"]
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o100
     assert re.search(r"^docs:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("module", WITH_EXAMPLES)
+def test_examples_in_docstrings_are_true(module):
+    found = doctest.testmod(importlib.import_module(module))
+    assert found.attempted and not found.failed

@@ -32,9 +32,9 @@ def bundles(plan: Distill) -> list[dict[str, float]]:
     """Return the bundles of one engine, one a GPU; the first of each node's also has its CPUs.
 
     >>> bundles(Distill(cpus=4, gpus=2, nodes=2, pipeline_parallel_size=4))
-    [{'CPU': 4, 'GPU': 1}, {'GPU': 1}, {'CPU': 4, 'GPU': 1}, {'GPU': 1}]
+    [{'CPU': 4, 'GPU': 1.0}, {'GPU': 1.0}, {'CPU': 4, 'GPU': 1.0}, {'GPU': 1.0}]
     """
-    node: list[dict[str, float]] = [{"CPU": settled(plan.cpus), "GPU": 1}, *[{"GPU": 1.0}] * (int(plan.gpus) - 1)]
+    node: list[dict[str, float]] = [{"CPU": settled(plan.cpus), "GPU": 1.0}, *[{"GPU": 1.0}] * (int(plan.gpus) - 1)]
     return node * plan.nodes
 
 
