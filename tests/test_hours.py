@@ -184,6 +184,15 @@ def test_hours_of_a_sweep_are_those_of_its_slowest_recipe(data, storage, tmp_pat
     assert hours() == pytest.approx(400 / 3600)
 
 
+def test_an_artifact_of_others_that_cannot_be_read_keeps_no_recipe_from_its_hours(data, storage):
+    finish(storage, pipeline.chain(validate(Recipe, data)).distilled, {"generations": 40}, 10)
+    for name, text in (("damaged-0123456789ab", "{"), ("newer-0123456789ac", '{"format": 99}')):
+        place = storage.root / "distill" / name
+        place.mkdir()
+        (place / "manifest.json").write_text(text)
+    assert estimate(data, storage)["distill"].hours == pytest.approx(10 / 3600)
+
+
 def test_a_finished_stage_of_another_model_says_nothing_of_this_one(data, storage, tmp_path):
     other = pipeline.chain(validate(Recipe, data | {"model": {"path": str(make_tiny_model(tmp_path, "qwen3"))}}))
     finish(storage, other.distilled, {"generations": 40}, 10)

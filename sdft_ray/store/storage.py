@@ -273,9 +273,18 @@ class Storage:
         return Path(name) if name and Path(name).is_dir() else self.find(name)
 
     def manifests(self, name: str) -> Iterator[Manifest]:
-        """Yield the manifest of every finished artifact of a kind of stage."""
+        """Yield the manifest of every finished artifact of a kind of stage.
+
+        Without those that are damaged or of a newer version: an error is for the recipe that they belong to.
+        """
         for path in sorted(self._backend.manifests()):
-            if path.startswith(f"{name}/") and (manifest := self._backend.read_manifest(path.rpartition("/")[0])):
+            if not path.startswith(f"{name}/"):
+                continue
+            try:
+                manifest = self._backend.read_manifest(path.rpartition("/")[0])
+            except UserError:
+                continue
+            if manifest:
                 yield manifest
 
     def _name(self, path: Path) -> str:
