@@ -89,5 +89,8 @@ def combine(piece: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
 
 
 def _cosine(ab: float, aa: float, bb: float) -> float:
-    """Return the cosine of the angle between tensors with these products; 0 where one of them has no direction."""
+    """Return the cosine of the angle between tensors with these products; 0 where one of them has no direction, and NaN
+    where one holds values that are no numbers."""
+    if not math.isfinite(aa + bb):
+        return math.nan
     return max(-1.0, min(1.0, ab / math.sqrt(aa * bb))) if aa and bb else 0.0

@@ -8,6 +8,7 @@ one before it is merged and written, each in pieces that fit a processor's cache
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -253,10 +254,14 @@ def _facts(model: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
 
 
 def _require_same_origin(name: str, tensor: StoredTensor, similarity: Similarity, models: Sequence[str]) -> None:
-    """Raise UserError for matrices that share nothing: of other blocks, or of another base.
+    """Raise UserError for matrices that share nothing: of other blocks, or of another base; and for values that are no
+    numbers.
 
     Shapes do not show which spans two pruned models lack, and metadata is not there for every tool's.
     """
+    if any(math.isnan(cosine) for cosine in similarity.cosines):
+        what = f"{name} of {' or '.join(models)} holds values that are no numbers"
+        raise UserError(problem("merge", what, "Look at both with `sdft verify`, and train the broken one anew"))
     if len(tensor.shape) < 2:  # the norms of all blocks look similar
         return
     for (one, other), cosine in zip(itertools.combinations(models, 2), similarity.cosines, strict=True):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -160,6 +161,13 @@ def test_merge_refuses_models_that_differ_and_names_the_field(tuned, tmp_path):
 
     shape = changed(sums, tmp_path / "shape", **{name: torch.zeros(90, 64)})
     assert "model.layers.1.mlp.up_proj.weight is F32 [96, 64], in other F32 [90, 64]" in refusal(shape)
+
+    for other in (name, "model__norm__weight"):
+        for value in (math.nan, math.inf):
+            broken = held[other.replace("__", ".")].clone()
+            broken.view(-1)[3] = value
+            found = refusal(changed(sums, tmp_path / f"{other}-{value}", **{other: broken}))
+            assert f"{other.replace('__', '.')} of sums or other holds values that are no numbers" in found
 
     # Another span of the same base: every shape agrees, and the first block is another one.
     moved = {
