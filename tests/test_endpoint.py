@@ -106,6 +106,7 @@ def test_endpoint_works_on_as_many_requests_at_once_as_allowed(server, tiny_mode
     assert server.most_at_once == 6
 
 
+@pytest.mark.heavy
 def test_endpoint_failures_that_pass_are_tried_again_and_no_row_is_lost_doubled_or_swapped(server, tiny_model):
     ways = [
         lambda _: failure(429, "slow down", retry_after="0"),
@@ -138,6 +139,7 @@ def test_endpoint_that_ends_a_text_as_it_shuts_down_is_asked_again(server, tiny_
     require_all_right(requests, list(make_engine(server, tiny_model).generate(requests)))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("as_date", [False, True])
 def test_endpoint_is_left_alone_for_as_long_as_it_asks(server, tiny_model, as_date):
     until = int(time.time()) + 2
@@ -163,6 +165,7 @@ def test_endpoint_a_row_that_always_fails_is_an_error_and_the_others_are_served(
         assert [body["prompt"] for body in server.asked].count(bad.prompt_ids) == times
 
 
+@pytest.mark.heavy
 def test_endpoint_that_fails_every_row_stops_the_work_instead_of_failing_each(server, tiny_model):
     server.answer = lambda _: failure(500, "no more memory")
     with pytest.raises(StageFailed, match=r"^distill.teacher.endpoint: .* answers 500: no more memory \(16 requests"):
@@ -183,6 +186,7 @@ def test_endpoint_that_cuts_a_text_by_its_own_limit_gives_an_error_not_a_truncat
     assert (generation.finish_reason, generation.tokens, generation.prompt_tokens) == ("length", 16, 4)
 
 
+@pytest.mark.heavy
 def test_endpoint_killed_in_the_middle_and_started_again_loses_nothing(server, tiny_model):
     requests, made = make_requests(60), []
 

@@ -196,6 +196,7 @@ def test_connection_that_breaks_in_an_upload_is_tried_again(server, root):
     assert len(model.commits) == 1
 
 
+@pytest.mark.heavy
 def test_connection_that_stays_broken_publishes_nothing_and_the_next_push_uploads_the_rest(server, root):
     server.drop = 100
     with pytest.raises(
@@ -212,6 +213,7 @@ def test_connection_that_stays_broken_publishes_nothing_and_the_next_push_upload
     assert uploads and not [request for request in server.requests if request.startswith("PUT")]
 
 
+@pytest.mark.heavy
 def test_hub_that_fails_between_two_commits_says_which_was_published_and_the_next_push_makes_the_other(server, root):
     server.broken = "model"  # the second of the two
     address = f"{server.url}/datasets/{NAME}/commit/{1:040}"

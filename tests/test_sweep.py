@@ -311,6 +311,7 @@ def test_report_of_a_sweep_that_has_not_begun_says_what_to_do(folder):
     assert done.stderr == f"sweep.yaml: {what}. Do: sdft sweep sweep.yaml.\n"
 
 
+@pytest.mark.heavy
 def test_every_shipped_sweep_plans_and_saves(tmp_path):
     files = sorted((Path(__file__).parents[1] / "configs" / "sweeps").glob("*.yaml"))
     assert [file.name for file in files] == [
