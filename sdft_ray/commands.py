@@ -18,6 +18,7 @@ from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.progress import WIDE, log, open_console
 
 if TYPE_CHECKING:
+    from sdft_ray.preflight.disk import Disk
     from sdft_ray.report.entries import Report
     from sdft_ray.report.sweep_entries import SweepReport
     from sdft_ray.spec.compute import Compute
@@ -32,7 +33,7 @@ def check(options: argparse.Namespace) -> None:
     from rich.text import Text
 
     from sdft_ray import pipeline
-    from sdft_ray.preflight import cuts, precision, teachers
+    from sdft_ray.preflight import cuts, disk, precision, teachers
     from sdft_ray.preflight.checks import check
     from sdft_ray.preflight.costs import estimate_stages
     from sdft_ray.spec.loading import is_sweep
@@ -48,9 +49,10 @@ def check(options: argparse.Namespace) -> None:
     precision.report_slow(todo, compute)
     teachers.require_endpoints(todo)
     costs = estimate_stages(recipe, compute, chain, storage) if options.compute else []
+    takes = disk.estimate([(recipe, chain)], compute, storage) if options.compute else None
     if options.json:
-        stages, estimates = [line._asdict() for line in lines], [dataclasses.asdict(cost) for cost in costs]
-        print(json.dumps({"stages": stages, "estimates": estimates} if options.compute else stages, indent=1))
+        stages: Any = [line._asdict() for line in lines]
+        print(json.dumps({"stages": stages, **_plain(costs, takes)} if options.compute else stages, indent=1))
         return
     print(*cuts.describe([recipe]), sep="\n")
     table = Table(box=None, pad_edge=False)
@@ -61,10 +63,17 @@ def check(options: argparse.Namespace) -> None:
         table.add_row(stage, Text(status, colour), directory)
     open_console(WIDE).print(table)
     if costs:
-        _show_costs(costs)
+        _show_costs(costs, takes)
 
 
-def _show_costs(costs: Sequence[Any], title: str = "Estimate") -> None:
+def _plain(costs: Sequence[Any], takes: Disk | None) -> dict[str, Any]:
+    return {
+        "estimates": [dataclasses.asdict(cost) for cost in costs],
+        "disk": takes and dataclasses.asdict(takes),
+    }
+
+
+def _show_costs(costs: Sequence[Any], takes: Disk | None, title: str = "Estimate") -> None:
     from rich.table import Table
     from rich.text import Text
 
@@ -82,6 +91,8 @@ def _show_costs(costs: Sequence[Any], title: str = "Estimate") -> None:
     console = open_console(WIDE)
     console.print(table)
     console.print(describe_hours(costs))
+    if takes:
+        console.print(takes.describe())
 
 
 def run(options: argparse.Namespace) -> None:
@@ -202,7 +213,7 @@ def _write(kind: str, file: Path, text: str) -> None:
 
 def _check_sweep(options: argparse.Namespace) -> None:
     from sdft_ray import pipeline
-    from sdft_ray.preflight import cuts, precision, savings, teachers
+    from sdft_ray.preflight import cuts, disk, precision, savings, teachers
     from sdft_ray.preflight.costs import estimate_sweep
     from sdft_ray.sweep import goal, planning
 
@@ -212,16 +223,19 @@ def _check_sweep(options: argparse.Namespace) -> None:
     precision.report_slow(todo, compute)
     teachers.require_endpoints(todo)
     saved = savings.measure(plan, storage)
-    costs = estimate_sweep(plan, compute, storage) if options.compute else []
+    costs, takes = [], None
+    if options.compute:
+        costs = estimate_sweep(plan, compute, storage)
+        takes = disk.estimate(((cell.recipe, pipeline.chain(cell.recipe)) for cell in plan.cells), compute, storage)
     if options.json:
-        print(json.dumps({**saved.plain(), "estimates": [dataclasses.asdict(cost) for cost in costs]}, indent=1))
+        print(json.dumps({**saved.plain(), **_plain(costs, takes)}, indent=1))
         return
     print(*cuts.describe(cell.recipe for cell in plan.cells), sep="\n")
     if plan.goal:
         print(goal.describe_search(plan))
     savings.show(saved, open_console(WIDE))
     if costs:
-        _show_costs(costs, "Estimate, the most of any recipe")
+        _show_costs(costs, takes, "Estimate, the most of any recipe")
 
 
 def _show_sweep(options: argparse.Namespace, plan: Plan, storage: Storage) -> SweepReport:

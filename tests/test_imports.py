@@ -25,6 +25,7 @@ ORDER = (
         "preflight.shapes",
         "preflight.hours",
         "preflight.costs",
+        "preflight.disk",
         "preflight.savings",
         "preflight.doctor",
     ),

@@ -101,11 +101,7 @@ def estimate_stages(
 ) -> list[Cost]:
     """Return the cost of each kind of stage; without memory where the model is not on this machine yet."""
     rates = rates or Rates(compute.throughput, storage)
-    base = chain.base
-    done = base.location or (storage.files(base) if storage.status(base) == "done" else None)
-    shape = shape_of_directory(done) if done else shape_of(recipe.model)
-    depth = depth_of(recipe.prune, sizes_of_directory(done) if done else sizes_of(recipe.model))
-    estimate = _Estimate(recipe, compute, shape, depth)
+    estimate = _Estimate(recipe, compute, *shape_of_base(recipe, chain, storage))
     trained = {f"finalist {i}": stage for i, stage in enumerate(chain.cutting.trained, 1)} | chain.trained
     rows = {name: _training_rows(stage, storage) for name, stage in trained.items()}
     first, kept = next(iter(chain.trained)), recipe.evaluate.retention
@@ -125,6 +121,14 @@ def estimate_stages(
         *([timed(estimate.retention(kept, len(chain.retention)), "retention", compared)] if kept else []),
         timed(estimate.evaluate(len(chain.models)), "evaluate", evaluated, compute.evaluate.actors),
     ]
+
+
+def shape_of_base(recipe: Recipe, chain: Chain, storage: Storage) -> tuple[memory.Shape | None, int | None]:
+    """Return the shape of a recipe's base and how many of its blocks go; None where the base is not here yet."""
+    base = chain.base
+    done = base.location or (storage.files(base) if storage.status(base) == "done" else None)
+    shape = shape_of_directory(done) if done else shape_of(recipe.model)
+    return shape, depth_of(recipe.prune, sizes_of_directory(done) if done else sizes_of(recipe.model))
 
 
 def describe_hours(costs: Sequence[Cost]) -> str:

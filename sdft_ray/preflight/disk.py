@@ -1,0 +1,67 @@
+"""The disk that models take under a root, estimated before anything is built.
+
+In: recipes with their chains, and headers of their bases. Out: bytes. All else under a root is small beside weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+from sdft_ray.models.directory import weight_files
+from sdft_ray.pipeline import Chain
+from sdft_ray.preflight import memory
+from sdft_ray.preflight.costs import shape_of_base
+from sdft_ray.spec.compute import Compute
+from sdft_ray.spec.recipe import Recipe
+from sdft_ray.store.identity import Stage
+from sdft_ray.store.storage import Storage
+
+_PRUNED = ("cut", "patch", "train", "merge")
+
+
+@dataclasses.dataclass(frozen=True)
+class Disk:
+    """Bytes under the root."""
+
+    models: dict[str, int]
+    """Of each model, by the id of its stage; without the base where it is the user's own directory, and without other
+    forms (`export`)."""
+    checkpoints: int
+    """Of one training while it goes on: weights that are trained and both moments, in float32."""
+
+    def describe(self) -> str:
+        """Return it in words."""
+        of_each = ", ".join(f"{count} x {size / 1e9:.2f}" for size, count in self.counts().items())
+        models = f"Disk under the root, in GB: {sum(self.models.values()) / 1e9:.2f} of models ({of_each})"
+        return f"{models}; while a model is trained up to {self.checkpoints / 1e9:.2f} of checkpoints."
+
+    def counts(self) -> dict[int, int]:
+        """Return how many models have each size, the largest first."""
+        sizes = sorted(self.models.values(), reverse=True)
+        return {size: sizes.count(size) for size in sizes}
+
+
+def estimate(chains: Iterable[tuple[Recipe, Chain]], compute: Compute, storage: Storage) -> Disk | None:
+    """Return the disk that one or several recipes take together; None where a base is not on this machine yet."""
+    models: dict[str, int] = {}
+    checkpoints = 0
+    for recipe, chain in chains:
+        shape, depth = shape_of_base(recipe, chain, storage)
+        if shape is None or depth is None:
+            return None
+        pruned, each = memory.prune(shape, depth), _bytes_of_one(chain.base, shape, storage)
+        for stage in chain.in_order:
+            if stage.location is None and stage.name in ("model", *_PRUNED):
+                of = shape if stage.name == "model" else pruned
+                models[stage.id] = round(each * of.parameters)
+        own = recipe.train
+        trained = memory.trainable_parameters(pruned, own.method, own.lora.rank, own.lora.targets)
+        checkpoints = max(checkpoints, 12 * trained * compute.train.keep_checkpoints)
+    return Disk(models, checkpoints)
+
+
+def _bytes_of_one(base: Stage, shape: memory.Shape, storage: Storage) -> float:
+    """Return the bytes of a stored parameter, which a cut and a training keep: 2 of a base that is not there yet."""
+    done = base.location or (storage.files(base) if storage.status(base) == "done" else None)
+    return sum(file.stat().st_size for file in weight_files(done)) / shape.parameters if done else 2
