@@ -28,9 +28,10 @@ def pytest_configure(config) -> None:
         refuse_ray()
 
 
-# Files that take minutes, so that two workers which take a file at a time end together.
-LONGEST = ("test_kill", "test_submit", "test_trials", "test_train", "test_notebook", "test_chain", "test_distill")
-LONGEST += ("test_finals", "test_evaluate_pool", "test_object_store")
+# Files that take half a minute or more, the longest first: two workers, which take a file at a time, end together.
+LONGEST = ("test_train", "test_trials", "test_kill", "test_notebook", "test_chain", "test_distill", "test_submit")
+LONGEST += ("test_finals", "test_evaluate_pool", "test_wrapped", "test_object_store", "test_teacher", "test_nodes")
+LONGEST += ("test_score", "test_soft_arm", "test_loss")
 
 
 def pytest_ignore_collect(collection_path, config) -> bool | None:
