@@ -30,6 +30,7 @@ def logits(model) -> torch.Tensor:
         return model.eval()(IDS).logits
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("variant", ["llama", "llama, untied", "llama, stretched", "qwen2", "granite"])
 @pytest.mark.parametrize("form", ["f16", "q8_0", "q4_k_m"])
 def test_exported_gguf_is_evaluated_with_the_weights_of_the_file(variant, form, tmp_path):

@@ -129,6 +129,7 @@ def with_leaf(data: dict, path: str, value) -> dict:
     return changed
 
 
+@pytest.mark.heavy
 def test_every_recipe_leaf_that_can_change_a_number_moves_a_final_id(recipe):
     original, moved = final_ids(recipe), 0
     for path, value in leaves(recipe):

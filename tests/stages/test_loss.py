@@ -33,6 +33,7 @@ def loss_alone(model, ids: list[int], first: int, removed: list[int]) -> torch.T
     return torch.nn.functional.cross_entropy(logits[start - 1 : -1], torch.tensor(ids[start:]))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("architecture", each_architecture())
 def test_skipped_losses_equal_those_of_the_base_that_skips_by_hooks(architecture, tmp_path):
     from transformers import AutoModelForCausalLM

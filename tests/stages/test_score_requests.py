@@ -71,6 +71,7 @@ def assert_same(found, expected):
     assert [is_greedy for _, is_greedy in found] == [x for _, x in expected]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("architecture", each_architecture())
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
 def test_score_requests_equals_teacher_forcing_one_by_one(models, architecture, batch_size):
