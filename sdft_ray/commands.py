@@ -77,7 +77,7 @@ def _show_costs(costs: Sequence[Any], takes: Disk | None, title: str = "Estimate
     from rich.table import Table
     from rich.text import Text
 
-    from sdft_ray.preflight.costs import describe_hours
+    from sdft_ray.preflight import hours
 
     table = Table(
         box=None, pad_edge=False, title=f"{title}: hours, and memory at the peak of each process", title_justify="left"
@@ -86,11 +86,11 @@ def _show_costs(costs: Sequence[Any], takes: Disk | None, title: str = "Estimate
         table.add_column(column, overflow="fold")
     for cost in costs:
         fits = {None: Text("-"), True: Text("yes"), False: Text("no", "red")}[cost.fits]
-        gb, hours = ("-" if number is None else f"{number:.2f}" for number in (cost.gb, cost.hours))
-        table.add_row(cost.stage, cost.work, str(cost.processes), hours, gb, fits, cost.parts)
+        gb, long = ("-" if number is None else f"{number:.2f}" for number in (cost.gb, cost.hours))
+        table.add_row(cost.stage, cost.work, str(cost.processes), long, gb, fits, cost.parts)
     console = open_console(WIDE)
     console.print(table)
-    console.print(describe_hours(costs))
+    console.print(hours.describe({cost.stage: cost.rate for cost in costs}))
     if takes:
         console.print(takes.describe())
 

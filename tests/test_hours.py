@@ -7,7 +7,7 @@ from recipes import write_recipe
 from tiny import make_tiny_model
 
 from sdft_ray import pipeline
-from sdft_ray.preflight import costs
+from sdft_ray.preflight import costs, hours
 from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.wording import validate
@@ -29,6 +29,10 @@ def estimate(data: dict, storage: Storage, **compute) -> dict[str, costs.Cost]:
     settled = {name: {"cpus": 1} | compute.pop(name, {}) for name in ("score", "distill", "train", "evaluate")}
     given = validate(Compute, settled | compute)
     return {c.stage: c for c in costs.estimate_stages(recipe, given, pipeline.chain(recipe), storage)}
+
+
+def told(found: dict[str, costs.Cost]) -> str:
+    return hours.describe({name: cost.rate for name, cost in found.items()})
 
 
 def finish(storage: Storage, stage, summary: dict, seconds: float) -> None:
@@ -53,7 +57,7 @@ def test_stated_hours_are_the_work_divided_by_what_all_processes_do(data, storag
         each = found[name]
         assert each.hours == pytest.approx(each.amount / (stated[name] * each.processes) / 3600)
     assert found["score"].hours is None and found["score"].rate is None
-    assert costs.describe_hours([*found.values()]) == (
+    assert told(found) == (
         "Hours, of all work of a recipe and as if nothing were done: by compute.throughput of distill, train (sft), "
         "train (distilled), retention, evaluate."
     )
@@ -64,7 +68,9 @@ def test_work_without_a_known_bound_has_no_hours(data, storage):
     whole = data | {"evaluate": {"tasks": ["arc_easy"]}, "rows": data["rows"] | {"limit": None}}
     found = estimate(whole, storage, throughput=stated)
     assert {cost.hours for cost in found.values()} == {None}
-    assert costs.describe_hours([*found.values()]).startswith("Hours: not known. State compute.throughput")
+    assert hours.describe({name: cost.rate for name, cost in found.items()}).startswith(
+        "Hours: not known. State compute.throughput"
+    )
 
     published = data | {"evaluate": {"preset": "openllm_v1", "tasks": ["winogrande", "gsm8k", "held_out"]}}
     assert estimate(published, storage)["evaluate"].amount == 4 * (1267 + 1319 + 6)
@@ -86,7 +92,9 @@ def test_measured_hours_are_those_of_the_longest_finished_stage_like_it(data, st
     assert found["train (sft)"].hours == pytest.approx(80 / (5 * 16 / 40) / 3600)
     assert (found["distill"].rate, found["train (sft)"].rate) == ("measured", "measured")
     assert found["train (distilled)"].hours is None, "no training of this arm is done"
-    assert "with its processes: distill, train (sft)." in costs.describe_hours([*found.values()])
+    assert "with its processes: distill, train (sft)." in hours.describe(
+        {name: cost.rate for name, cost in found.items()}
+    )
     stated = estimate(data, storage, throughput={"distill": 1})["distill"]
     assert (stated.hours, stated.rate) == (pytest.approx(40 / 3600), "stated")
 
@@ -95,7 +103,7 @@ def test_measured_hours_of_evaluations_need_all_tasks_and_are_shared_by_those_at
     chain = pipeline.chain(validate(Recipe, data))
     finish(storage, chain.evaluations["base", "arc_easy"], {"n": 20, "seconds": 30.0}, 99)
     assert estimate(data, storage)["evaluate"].hours is None
-    finish(storage, chain.evaluations["pruned", "sciq"], {"n": 20, "seconds": 10.0}, 99)
+    finish(storage, chain.evaluations["pruned", "sciq"], {"n": 20, "seconds": 10.0, "bits_per_byte": 4.9}, 99)
     cost = estimate(data, storage)["evaluate"]
     assert cost.hours == pytest.approx(160 / (40 / 40) / cost.processes / 3600)
 

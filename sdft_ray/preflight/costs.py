@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from sdft_ray import pipeline
 from sdft_ray.core.mixture import mixture_size
@@ -101,7 +102,8 @@ def estimate_stages(
 ) -> list[Cost]:
     """Return the cost of each kind of stage; without memory where the model is not on this machine yet."""
     rates = rates or Rates(compute.throughput, storage)
-    estimate = _Estimate(recipe, compute, *shape_of_base(recipe, chain, storage))
+    base = base_of(recipe, chain, storage)
+    estimate = _Estimate(recipe, compute, base.shape, base.depth)
     trained = {f"finalist {i}": stage for i, stage in enumerate(chain.cutting.trained, 1)} | chain.trained
     rows = {name: _training_rows(stage, storage) for name, stage in trained.items()}
     first, kept = next(iter(chain.trained)), recipe.evaluate.retention
@@ -123,25 +125,27 @@ def estimate_stages(
     ]
 
 
-def shape_of_base(recipe: Recipe, chain: Chain, storage: Storage) -> tuple[memory.Shape | None, int | None]:
-    """Return the shape of a recipe's base and how many of its blocks go; None where the base is not here yet."""
+class Base(NamedTuple):
+    """What is known of a recipe's base before anything is built; None of what is not on this machine yet."""
+
+    directory: Path | None
+    shape: memory.Shape | None
+    depth: int | None
+    """How many of its blocks go."""
+
+
+def base_of(recipe: Recipe, chain: Chain, storage: Storage) -> Base:
+    """Return what is known of the base of a recipe."""
     base = chain.base
     done = base.location or (storage.files(base) if storage.status(base) == "done" else None)
     shape = shape_of_directory(done) if done else shape_of(recipe.model)
-    return shape, depth_of(recipe.prune, sizes_of_directory(done) if done else sizes_of(recipe.model))
+    return Base(done, shape, depth_of(recipe.prune, sizes_of_directory(done) if done else sizes_of(recipe.model)))
 
 
-def describe_hours(costs: Sequence[Cost]) -> str:
-    """Return in words where the hours of costs come from, or how they could be known."""
-    ways = {
-        "stated": "by compute.throughput of ",
-        "measured": "as the longest finished stage of this base went, with its processes: ",
-    }
-    stages = {rate: ", ".join(cost.stage for cost in costs if cost.rate == rate) for rate in ways}
-    said = [ways[rate] + names for rate, names in stages.items() if names]
-    if not said:
-        return "Hours: not known. State compute.throughput, or run a smaller recipe of this base first."
-    return f"Hours, of all work of a recipe and as if nothing were done: {'; '.join(said)}."
+def trained_parameters(pruned: memory.Shape, settings: training.Train, prune: Prune) -> int:
+    """Return how many parameters are trained, at most."""
+    scope = _scope(pruned, settings.scope, prune)
+    return memory.trainable_parameters(scope, settings.method, settings.lora.rank, settings.lora.targets)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,8 +251,7 @@ class _Estimate:
         work = f"{steps} of {own.global_batch_size} rows, up to {tokens} tokens a pass"
         if not (pruned := self.pruned):
             return self._cost(name, work, section.workers.max, None, "", section.gpus, amount)
-        scope = _scope(pruned, own.scope, self.recipe.prune)
-        trained = memory.trainable_parameters(scope, own.method, own.lora.rank, own.lora.targets)
+        trained = trained_parameters(pruned, own, self.recipe.prune)
         bytes_by_purpose = self._training_bytes(settings, pruned, trained, tokens)
         parts = f"{trained / 1e6:.1f} of {pruned.parameters / 1e6:.1f} M parameters are trained; "
         parts += ", ".join(f"{purpose} {value / 1e9:.2f}" for purpose, value in bytes_by_purpose.items())

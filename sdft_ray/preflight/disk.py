@@ -11,10 +11,9 @@ from collections.abc import Iterable
 from sdft_ray.models.directory import weight_files
 from sdft_ray.pipeline import Chain
 from sdft_ray.preflight import memory
-from sdft_ray.preflight.costs import shape_of_base
+from sdft_ray.preflight.costs import base_of, trained_parameters
 from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.recipe import Recipe
-from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 
 _PRUNED = ("cut", "patch", "train", "merge")
@@ -47,21 +46,16 @@ def estimate(chains: Iterable[tuple[Recipe, Chain]], compute: Compute, storage: 
     models: dict[str, int] = {}
     checkpoints = 0
     for recipe, chain in chains:
-        shape, depth = shape_of_base(recipe, chain, storage)
+        directory, shape, depth = base_of(recipe, chain, storage)
         if shape is None or depth is None:
             return None
-        pruned, each = memory.prune(shape, depth), _bytes_of_one(chain.base, shape, storage)
+        # A cut and a training keep the precision of a stored parameter: 2 bytes of a base that is not there yet.
+        stored = sum(file.stat().st_size for file in weight_files(directory)) if directory else 2 * shape.parameters
+        pruned = memory.prune(shape, depth)
         for stage in chain.in_order:
             if stage.location is None and stage.name in ("model", *_PRUNED):
                 of = shape if stage.name == "model" else pruned
-                models[stage.id] = round(each * of.parameters)
-        own = recipe.train
-        trained = memory.trainable_parameters(pruned, own.method, own.lora.rank, own.lora.targets)
+                models[stage.id] = round(stored * of.parameters / shape.parameters)
+        trained = trained_parameters(pruned, recipe.train, recipe.prune)
         checkpoints = max(checkpoints, 12 * trained * compute.train.keep_checkpoints)
     return Disk(models, checkpoints)
-
-
-def _bytes_of_one(base: Stage, shape: memory.Shape, storage: Storage) -> float:
-    """Return the bytes of a stored parameter, which a cut and a training keep: 2 of a base that is not there yet."""
-    done = base.location or (storage.files(base) if storage.status(base) == "done" else None)
-    return sum(file.stat().st_size for file in weight_files(done)) / shape.parameters if done else 2

@@ -80,20 +80,44 @@ class Rates:
         return amount / seconds if seconds else None
 
 
+def describe(rates: Mapping[str, str | None]) -> str:
+    """Return in words where hours come from, or how they could be known; rates: `stated`, `measured` or none, by
+    stage."""
+    ways = {
+        "stated": "by compute.throughput of ",
+        "measured": "as the longest finished stage of this base went, with its processes: ",
+    }
+    stages = {way: ", ".join(stage for stage, rate in rates.items() if rate == way) for way in ways}
+    said = [ways[way] + names for way, names in stages.items() if names]
+    if not said:
+        return "Hours: not known. State compute.throughput, or run a smaller recipe of this base first."
+    return f"Hours, of all work of a recipe and as if nothing were done: {'; '.join(said)}."
+
+
 class _Texts(Record):
     texts: int = Field(0, validation_alias=AliasChoices("texts", "n"))
 
 
+class _Kept(Record):
+    """What the summary of `retention` says of its work; other kinds give one of these names another meaning."""
+
+    responses: _Texts | None = None
+    texts: _Texts | None = None
+    bits_per_byte: _Texts | None = None
+
+    @property
+    def amount(self) -> int:
+        """Texts of all kinds."""
+        return sum(each.texts for each in (self.responses, self.texts, self.bits_per_byte) if each)
+
+
 class _Summary(Record):
-    """What the summaries of these kinds of stages say of their work."""
+    """What the summaries of these kinds of stages say of their work and their time."""
 
     corpora: tuple[_Texts, ...] = ()
     generations: int = 0
     asked: int | None = None
     steps: int = 0
-    responses: _Texts | None = None
-    texts: _Texts | None = None
-    bits_per_byte: _Texts | None = None
     n: int = 0
     seconds: float | None = Field(None, validation_alias=AliasChoices("training_seconds", "seconds"))
     """That it worked, without waiting for its turn."""
@@ -102,12 +126,11 @@ class _Summary(Record):
 def _done(kind: Kind, manifest: Manifest) -> tuple[float, float]:
     """Return the work that a finished stage did, and in how many seconds: of rewriting, its last command did."""
     found = _Summary.model_validate(manifest.summary)
-    kept = (found.responses, found.texts, found.bits_per_byte)
     amounts: dict[Kind, int] = {
         "score": sum(corpus.texts for corpus in found.corpora),
         "distill": found.generations if found.asked is None else found.asked,
         "train": found.steps * manifest.identity.settings.get("train", {}).get("global_batch_size", 0),
-        "retention": sum(each.texts for each in kept if each),
+        "retention": _Kept.model_validate(manifest.summary).amount if kind == "retention" else 0,
         "evaluate": found.n,
     }
     return amounts[kind], found.seconds or manifest.provenance.wall_seconds
