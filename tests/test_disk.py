@@ -59,6 +59,8 @@ def test_checkpoints_are_of_all_that_are_kept(data, estimate, tiny_model):
     full = data | {"train": {"method": "full"}}
     parameters = without(tiny_model, data["prune"]["blocks"]) / 4
     assert estimate(full, keep_checkpoints=3, cpus=1).checkpoints == pytest.approx(3 * 12 * parameters)
+    full["train"]["keep"] = "best"
+    assert estimate(full, keep_checkpoints=3, cpus=1).checkpoints == pytest.approx(3 * 16 * parameters)
 
 
 def test_a_model_of_the_hub_is_not_known_before_it_is_there(data, storage):

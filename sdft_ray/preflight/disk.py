@@ -27,7 +27,7 @@ class Disk:
     """Of each model, by the id of its stage; without the base where it is the user's own directory, and without other
     forms (`export`)."""
     checkpoints: int
-    """Of one training while it goes on: weights that are trained and both moments, in float32."""
+    """Of one training while it goes on: weights that are trained, both moments and the best weights, in float32."""
 
     def describe(self) -> str:
         """Return it in words."""
@@ -57,5 +57,6 @@ def estimate(chains: Iterable[tuple[Recipe, Chain]], compute: Compute, storage: 
                 of = shape if stage.name == "model" else pruned
                 models[stage.id] = round(stored * of.parameters / shape.parameters)
         trained = trained_parameters(pruned, recipe.train, recipe.prune)
-        checkpoints = max(checkpoints, 12 * trained * compute.train.keep_checkpoints)
+        each = (16 if recipe.train.keep == "best" else 12) * trained
+        checkpoints = max(checkpoints, each * compute.train.keep_checkpoints)
     return Disk(models, checkpoints)

@@ -174,6 +174,7 @@ def _make_dataset(work: Work[Settings]) -> Summary:
         for old in work.resumable.iterdir():
             work.storage.drop(old)
         ranges = ranges_of(count_training_rows(work.input("rows"), work.settings.rows))
+        work.progress.enter("reading the rows")
         dealt, asked = {}, {}
         for template, ledger in ledgers_of.items():
             work.storage.bring(ledger)

@@ -8,10 +8,12 @@ layout. DeepSpeed's own checkpoints load only into the number of workers and the
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sdft_ray.models.shards import StoredTensor, write_tensors
 from sdft_ray.results import Step
 from sdft_ray.store.record import Record
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_KINDS = {"weight": None, **{moment: moment for moment in MOMENTS}}  # of what a state holds of a parameter
 PROGRESS = "progress.json"
 LOGITS = "logits"
 """Stands among kept weights by the side of their names: the logits (K V) that these weights give, of rank 0."""
@@ -59,14 +62,19 @@ def share_file(folder: Path, rank: int) -> Path:
 
 
 def save_state(engine: Any, folder: Path, best: Mapping[str, Tensor]) -> None:
-    """Write this worker's share of weights and moments, and of the best weights so far; all workers must call it."""
-    from safetensors.torch import save_file
+    """Write this worker's share of weights and moments, and of the best weights so far; all workers must call it.
 
-    tensors = {f"weight/{name}": value for name, value in _share(engine, None)}
-    for moment in MOMENTS:
-        tensors |= {f"{moment}/{name}": value for name, value in _share(engine, moment)}
-    tensors |= {f"best/{name}": value for name, value in best.items()}
-    save_file(tensors, folder / f"state-{engine.global_rank:05d}.safetensors")
+    One tensor at a time is in the host's memory: of a large model, the state of one worker would not fit.
+    """
+    own = [(name, each) for number, (name, each) in enumerate(trainable(engine)) if _is_mine(engine, number)]
+    tensors = [(f"{kind}/{name}", _whole_shape(each)) for kind in _KINDS for name, each in own]
+    tensors += [(f"best/{name}", tuple(value.shape)) for name, value in best.items()]
+    shares = (value for moment in _KINDS.values() for _, value in _share(engine, moment))
+    write_tensors(
+        folder / f"state-{engine.global_rank:05d}.safetensors",
+        [(key, StoredTensor("F32", shape, 0, 4 * math.prod(shape))) for key, shape in tensors],
+        (value.numpy() for value in itertools.chain(shares, best.values())),
+    )
 
 
 def load_state(engine: Any, folder: Path, steps: int) -> dict[str, Tensor]:
@@ -78,9 +86,8 @@ def load_state(engine: Any, folder: Path, steps: int) -> dict[str, Tensor]:
     _make_moments(engine, steps)
     mine = {LOGITS} if engine.global_rank == 0 else set()
     for number, (name, parameter) in enumerate(trainable(engine)):
-        _set(engine, parameter, None, where[f"weight/{name}"].get_tensor(f"weight/{name}"))
-        for moment in MOMENTS:
-            _set(engine, parameter, moment, where[f"{moment}/{name}"].get_tensor(f"{moment}/{name}"))
+        for kind, moment in _KINDS.items():
+            _set(engine, parameter, moment, where[f"{kind}/{name}"].get_tensor(f"{kind}/{name}"))
         if _is_mine(engine, number):
             mine.add(name)
     return {name: where[key].get_tensor(key) for name in mine if (key := f"best/{name}") in where}
@@ -139,6 +146,11 @@ def _share(engine: Any, moment: str | None) -> Iterator[tuple[str, Tensor]]:
         value = _whole(engine, parameter, moment)
         if _is_mine(engine, number):
             yield name, value.detach().float().cpu().clone().contiguous()
+
+
+def _whole_shape(parameter: Any) -> tuple[int, ...]:
+    """Return the shape of a parameter, which under ZeRO-3 is empty itself."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _whole(engine: Any, parameter: Any, moment: str | None) -> Any:
