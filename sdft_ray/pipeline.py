@@ -264,6 +264,9 @@ def build(
     todo, done = survey(stages, storage)
     builder = Builder(MODULES, storage, compute, validated, engine, sweep, at_once or max(1, len(todo)))
     require_gates(done, storage)
+    with storage.survey():
+        for stage in done:
+            storage.drop_pieces(stage)
     with contextlib.ExitStack() as stack:
         # As late as can be: mistakes in the rows show before a cluster starts.
         connect = functools.cache(lambda: stack.enter_context(ray_cluster(compute)))

@@ -165,6 +165,11 @@ class Storage:
         """Return the directory of pieces from which the stage resumes after a kill; `commit` deletes it."""
         return make_directory(self._resumable(stage))
 
+    def drop_pieces(self, stage: Stage[Any]) -> None:
+        """Delete what a command left for resuming a stage that is finished, where it was killed at the very end."""
+        if (left := self._resumable(stage)).is_dir():
+            self.drop(left)
+
     def ledger(self, name: str) -> Path:
         """Return the directory of a ledger of generated rows, found by the id at the end of its name; artifacts are
         views of it."""

@@ -417,6 +417,19 @@ def longest(tmp_path, monkeypatch):
     del sys.modules["longest"]
 
 
+def test_pieces_that_a_kill_left_of_a_finished_stage_go_with_the_next_command(recipe, tmp_path):
+    rows, compute, storage = (
+        pipeline.chain(validate(Recipe, recipe)).rows,
+        load_compute(),
+        Storage(str(tmp_path / "root")),
+    )
+    pipeline.build([rows], compute, storage)
+    (storage.resumable(rows) / "checkpoint").write_text("1")
+    assert pipeline.build([rows], compute, storage).reused == (rows,)
+    assert not any((storage.root / "resumable").glob("*/*"))
+    assert storage.status(rows) == "done"
+
+
 def test_a_stage_of_its_own_file_and_an_entry_is_built_into_an_artifact(recipe, tmp_path, longest, capsys):
     chain = pipeline.chain(validate(Recipe, recipe))
     compute, storage = load_compute(), Storage(str(tmp_path / "root"))
