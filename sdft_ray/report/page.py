@@ -45,7 +45,7 @@ def render(report: Report) -> str:
         generated_columns=table.GENERATED_COLUMNS,
         generated_rows=table.generated_rows(report),
         pass_at_note=table.PASS_AT_NOTE,
-        pass_at_columns=table.pass_at_columns(report),
+        pass_at_columns=table.PASS_AT_COLUMNS,
         pass_at_rows=table.pass_at_rows(report),
         merge_lines=[lines.merge_line(name, merged) for name, merged in report.merges.items()],
         export_lines=[lines.export_line(name, export) for name, export in report.exports.items()],

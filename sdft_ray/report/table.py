@@ -102,27 +102,22 @@ PASS_AT_NOTE = (
 )
 
 
-def pass_at_columns(report: Report) -> list[str]:
-    """Return the columns of the table of sampled answers."""
-    figures = (name for k in report.base.pass_at or () for name in (f"pass@{k}", "less the base's"))
-    return ["model", *figures]
+PASS_AT_COLUMNS = ("model", "k", "pass@k", "less the base's")
 
 
 def pass_at_rows(report: Report) -> list[list[str]]:
     """Return how likely one of k sampled answers of each model is right; no rows where none were sampled."""
     rows = []
     for model in report.models:
-        cells = []
         for k, own in (model.pass_at or {}).items():
-            gain = figure_of(f"pass@{k}", own.over_base, "+") if own.over_base else ""
-            cells += [figure_of(f"pass@{k}", own.share), gain]
-        rows += [[model.model, *cells]] if cells else []
+            gain = figure_of("pass@k", own.over_base, "+") if own.over_base else ""
+            rows.append([model.model, str(k), figure_of("pass@k", own.share), gain])
     return rows
 
 
 def pass_at_table(report: Report) -> Table:
     """Return how likely one of k sampled answers of each model is right."""
-    return filled(titled("Sampled answers", PASS_AT_NOTE), pass_at_columns(report), pass_at_rows(report))
+    return filled(titled("Sampled answers", PASS_AT_NOTE), PASS_AT_COLUMNS, pass_at_rows(report))
 
 
 def filled(table: Table, columns: Sequence[str], rows: Iterable[Sequence[str]] = ()) -> Table:

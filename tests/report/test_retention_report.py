@@ -49,10 +49,9 @@ def test_tables_show_figures_with_intervals_and_what_is_not_known_as_a_dash(repo
         ["base", "100.0", "25.0", "0.0", "5.0", "100", "100%"],
         ["sft", "-", "25.0", "0.0", "5.0", "150", "150%"],
     ]
-    assert table.pass_at_columns(report) == ["model", "pass@2", "less the base's"]
     assert table.pass_at_rows(report) == [
-        ["base", "50.0 [25.0, 75.0]", ""],
-        ["sft", "50.0 [25.0, 75.0]", "-50.0 [-50.0, +0.0]"],
+        ["base", "2", "50.0 [25.0, 75.0]", ""],
+        ["sft", "2", "50.0 [25.0, 75.0]", "-50.0 [-50.0, +0.0]"],
     ]
     console = Console(width=160, record=True, file=io.StringIO())
     console.print(table.retention_table(report), table.generated_table(report), table.pass_at_table(report))
