@@ -73,7 +73,7 @@ def save_state(engine: Any, folder: Path, best: Mapping[str, Tensor]) -> None:
     write_tensors(
         folder / f"state-{engine.global_rank:05d}.safetensors",
         [(key, StoredTensor("F32", shape, 0, 4 * math.prod(shape))) for key, shape in tensors],
-        (value.numpy() for value in itertools.chain(shares, best.values())),
+        (value.numpy().data for value in itertools.chain(shares, best.values())),
     )
 
 
