@@ -335,6 +335,12 @@ def test_recipe_with_several_mistakes_reports_all_at_once(tmp_path):
         ("prune: {blocks: 2, blocks: 3}\n", 1, "key blocks occurs twice"),
         ("prune:\n  blocks: 2\nprune:\n  blocks: 3\n", 3, "key prune occurs twice"),
         ("prune:\n\tblocks: 2\n", 2, "cannot start any token"),
+        ("train:\n  seed: !!bool maybe\n", 2, "'maybe' is no bool"),
+        ("train:\n  lr: !!float ''\n", 2, "'' is no float"),
+        ("train: !!map [1]\n", 1, "expected a mapping node"),
+        ("train:\n  seed: !!timestamp soon\n", 2, "timestamp"),
+        ("train: 1\n!!timestamp 2001-01-01: 2\n", 2, "timestamp"),
+        (f"train: {{seed: {'1' * 5000}}}\n", 1, "a number is too large"),
     ],
 )
 def test_recipe_that_is_not_valid_yaml_names_the_line(tmp_path, text, line, what):

@@ -33,8 +33,8 @@ _WORDS = (
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's words, no silently repeated keys, no number or text that JSON cannot hold, and no aliases: a few of
-    them can stand for more than a machine holds, or for themselves."""
+    """YAML 1.2's words, no silently repeated keys, no number or text that JSON cannot hold, no tags of other values
+    (dates, bytes, sets), and no aliases: a few of them can stand for more than a machine holds, or for themselves."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -42,9 +42,16 @@ class _Loader(yaml.SafeLoader):
             raise yaml.composer.ComposerError(None, None, "aliases are not taken: write the value out", mark)
         return super().compose_node(parent, index)
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError):  # of a tag: `!!bool maybe`
+            what = f"{node.value!r} is no {node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(None, None, what, node.start_mark) from None
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
-        for key, _ in node.value:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be text", key.start_mark)
             if key.value in seen:
@@ -54,8 +61,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         text = str(self.construct_scalar(node))
-        number = int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
-        if number.bit_length() > 63:
+        if len(text) > 99 or (number := int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))).bit_length() > 63:
             raise yaml.constructor.ConstructorError(None, None, "a number is too large", node.start_mark)
         return number
 
@@ -74,6 +80,8 @@ _Loader.yaml_implicit_resolvers = {}
 for _kind, _word, _first in _WORDS:
     for _class in (_Loader, _Dumper):
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_word.pattern})$"), _first)
+_KINDS: Sequence[Any] = (*(f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "float", "seq", "map")), None)
+_Loader.yaml_constructors = {kind: yaml.SafeLoader.yaml_constructors[kind] for kind in _KINDS}  # None: of all others
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 _Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_yaml_str)
 
@@ -161,7 +169,7 @@ def _parse_yaml(text: str, where: str) -> Any:
         line = f"{where}:{mark.line + 1}" if mark else where
         what = getattr(error, "problem", None) or "is not YAML"
         raise UserError(problem(line, f"not valid YAML ({what})", "Fix this line")) from None
-    except (ValueError, RecursionError) as error:  # a date that is none, a thousand brackets
+    except (ValueError, OverflowError, RecursionError) as error:  # a character that is none, a thousand brackets
         raise UserError(problem(where, f"not valid YAML ({error})", "Fix this file")) from None
 
 
