@@ -236,6 +236,8 @@ def test_load_compute_reads_the_deepspeed_json_where_the_command_runs(load, tmp_
     own = {"zero_optimization": {"reduce_bucket_size": 1000}}
     assert load(2, {"train": {"deepspeed": "zero.json"}}).train.deepspeed == own
     assert load(2, {"train": {"deepspeed": own}}).train.deepspeed == own
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load(2, {"train": {"deepspeed": "~/zero.json"}}).train.deepspeed == own
 
 
 @pytest.mark.parametrize(

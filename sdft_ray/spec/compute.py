@@ -381,7 +381,7 @@ def _settle(section: S, processes: int, available: int) -> S:
 def _read_deepspeed(path: str) -> dict[str, JsonValue]:
     where = f"compute.train.deepspeed: {path}"
     try:
-        given = json.loads(Path(path).read_text(encoding="utf-8"))
+        given = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(problem(where, f"is no JSON file that can be read ({error})", "Give another file")) from None
     if not isinstance(given, dict):

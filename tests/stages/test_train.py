@@ -565,6 +565,7 @@ def test_train_checkpoints_of_another_training_are_refused(tiny_model, tmp_path)
             "train.global_batch_size: 8 is not a multiple of micro_batch 3 x 1 workers = 3. Use 6",
         ),
         ({"workers": {"min": 1, "max": 3}}, {}, "8 is not a multiple of micro_batch 8 x 3 workers = 24"),
+        ({"workers": 16, "micro_batch": 1}, {}, "1 x 16 workers = 16. Use 16, or lower compute.train.workers."),
         ({"pass_tokens": 99}, {}, "compute.train.pass_tokens: 99 is less than train.max_tokens, 1024"),
         ({"zero_stage": 0}, {"dtype": "bfloat16"}, "compute.train.zero_stage: 0 has no float32 weights"),
     ],
@@ -587,6 +588,15 @@ def test_require_fitting_says_what_does_not_fit(fields, settings, expected):
         ({"zero_optimization": "2"}, 'zero_optimization is "2", not an object. See configs/deepspeed'),
         ({"zero_optimization": {"offload_param": "cpu"}}, 'offload_param is "cpu", not an object'),
         ({"bf16": True}, "bf16 is true, not an object"),
+        ({"zero_optimization": []}, "zero_optimization is [], not an object"),
+        (
+            {"zero_optimization": {"reduce_bucket_sise": 9}},
+            "knows no zero_optimization.reduce_bucket_sise. Did you mean reduce_bucket_size?",
+        ),
+        (
+            {"zero_optimization": {"reduce_bucket_size": "large"}},
+            'zero_optimization.reduce_bucket_size is "large". Change this value.',
+        ),
     ],
 )
 def test_deepspeed_json_is_refused_by_name_where_it_sets_what_is_decided_elsewhere(given, expected):
@@ -600,6 +610,8 @@ def test_deepspeed_json_of_the_user_is_handed_over_and_equal_values_stand():
     assert own["train_batch_size"] == 16, "the compute file stays as it is"
     made = deepspeed_config(Train(), plan(), given)
     assert made["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000}
+    empty = require_fitting(Train(), plan(deepspeed={"zero_optimization": None}))
+    assert deepspeed_config(Train(), plan(), empty)["zero_optimization"] == {"stage": 2}
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from sdft_ray.errors import UserError, problem
+from pydantic import ValidationError
+
+from sdft_ray import environment
+from sdft_ray.errors import UserError, nearest, problem
 from sdft_ray.spec import compute, training
+from sdft_ray.spec.wording import mistakes
 
 # What a recipe or the compute file decides, by its name in DeepSpeed's JSON.
 _DECIDED = {
@@ -48,7 +52,7 @@ def _require_divisible(global_batch_size: int, micro_batch: int, workers: int) -
         what = f"{global_batch_size} is not a multiple of micro_batch {micro_batch} x {workers} workers = "
         below = global_batch_size // per_round * per_round
         sizes = f"{below} or {below + per_round}" if below else f"{per_round}"
-        do = f"Use {sizes}, or lower compute.train.micro_batch"
+        do = f"Use {sizes}, or lower compute.train.{'micro_batch' if micro_batch > 1 else 'workers'}"
         raise UserError(problem("train.global_batch_size", f"{what}{per_round}", do))
 
 
@@ -58,6 +62,7 @@ def _own_part(given: dict[str, Any], settings: training.Train, plan: compute.Tra
     where = "compute.train.deepspeed"
     zero, bf16 = _section(given, "zero_optimization"), _section(given, "bf16")
     given.pop("bf16", None)
+    given["zero_optimization"] = zero
     must_be = {
         "train_batch_size": (given.pop("train_batch_size", "auto"), settings.global_batch_size),
         "train_micro_batch_size_per_gpu": (given.pop("train_micro_batch_size_per_gpu", "auto"), plan.micro_batch),
@@ -84,14 +89,32 @@ def _own_part(given: dict[str, Any], settings: training.Train, plan: compute.Tra
         if device == "nvme":
             what = f"zero_optimization.{part}.device nvme needs an operator that is compiled on first use"
             problems.append(problem(where, what, "Use cpu"))
+    problems += _refused(zero) if zero else ()
     if problems:
         raise UserError(*problems)
     return given
 
 
+def _refused(zero: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what DeepSpeed itself refuses of the settings of ZeRO: it would do so in the workers, hours later."""
+    environment.for_deepspeed(0)  # workers choose their own
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**{name: value for name, value in zero.items() if name != "stage"})
+    except ValidationError as error:
+        known = {each for name, field in DeepSpeedZeroConfig.model_fields.items() for each in (name, field.alias)}
+        for mistake in mistakes(error):
+            name = ".".join(map(str, mistake.loc))
+            what, do = f"zero_optimization.{name} is {json.dumps(mistake.input)}", "Change this value"
+            if mistake.type == "extra_forbidden":
+                what, do = f"DeepSpeed knows no zero_optimization.{name}", nearest(name, filter(None, known))
+            yield problem("compute.train.deepspeed", what, do)
+
+
 def _section(given: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return an object of a DeepSpeed JSON, an empty one where it is missing; raises UserError for another value."""
-    value = given.get(name) or {}
+    value = {} if given.get(name) is None else given[name]
     if not isinstance(value, dict):
         what = f"{name} is {json.dumps(value)}, not an object"
         raise UserError(problem("compute.train.deepspeed", what, "See configs/deepspeed for one"))
