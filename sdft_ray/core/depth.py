@@ -50,7 +50,7 @@ def parameters_left(sizes: Sizes, first: int = 0, last: int = 0, way: Way = "any
     >>> parameters_left(Sizes(100, (10, 20, 30)), way="span")
     [100, 90, 70]
     """
-    free = sizes.blocks[first : len(sizes.blocks) - last]
+    free = sizes.blocks[first : max(first, len(sizes.blocks) - last)]
     most = min(len(free), len(sizes.blocks) - 1)
     return [sizes.total - _least_sum(free, depth, way) for depth in range(most + 1)]
 

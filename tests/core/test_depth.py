@@ -57,6 +57,7 @@ def test_least_depth_of_what_cannot_be_reached_names_the_nearest_that_can(parame
     )
 
 
-def test_least_depth_where_every_block_is_protected_says_so():
+@pytest.mark.parametrize(("first", "last"), [(2, 3), (0, 4), (0, 5), (0, 9), (5, 0)])
+def test_least_depth_where_every_block_is_protected_says_so(first, last):
     with pytest.raises(UserError, match=r"^prune\.protect: leaves none of 4 blocks to remove\. Lower prune\.protect"):
-        least_depth(Sizes(90, (10, 10, 10, 10)), 60, 2, 3, "span")
+        least_depth(Sizes(90, (10, 10, 10, 10)), 60, first, last, "span")
