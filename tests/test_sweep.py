@@ -507,6 +507,11 @@ def test_goal_of_a_size_trains_the_least_depth_alone(folder, monkeypatch, enough
     if search.chosen:
         said = f"{expected} blocks: {100 - expected} parameters, which meets {100 - enough} parameters or fewer; "
         assert goal.describe(whole, search.chosen) == said + "recovery 90.0 % [89.0, 91.0]"
+    else:
+        with pytest.raises(
+            UserError, match=r"^goal: no depth reaches it, not even the deepest \(8 blocks: 92 parameters"
+        ):
+            goal.tried_part(whole, search)
 
 
 def test_goal_of_a_speed_measures_the_pruned_model_of_one_depth(folder):

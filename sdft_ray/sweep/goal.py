@@ -18,6 +18,7 @@ from sdft_ray.core.choice import Choice
 from sdft_ray.core.recovery import Estimate, recovery_interval
 from sdft_ray.core.searching import following, halvings, most_trainings
 from sdft_ray.engine import EngineFactory, start_engine
+from sdft_ray.errors import UserError, problem
 from sdft_ray.progress import log
 from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.sweep import Goal
@@ -190,8 +191,13 @@ def at_depths(plan: Plan, depths: Sequence[int]) -> Plan:
 
 
 def tried_part(plan: Plan, search: Search) -> Plan:
-    """Return the part of a plan that was trained; of a search that has not begun to all of it."""
+    """Return the part of a plan that was trained; of a search that has not begun to all of it. Raises UserError where
+    no depth is small or fast enough to be trained."""
     trained = [each.blocks for each in search.tried if each.seeds]
+    if search.following is None and not trained:
+        deepest = max(search.tried, key=lambda each: each.blocks)
+        what = f"no depth reaches it, not even the deepest ({describe(plan, deepest)})"
+        raise UserError(problem("goal", what, "List deeper cuts in axes.prune.blocks, or ask for less"))
     return at_depths(plan, trained) if trained else plan
 
 
