@@ -251,7 +251,7 @@ def _show_sweep(options: argparse.Namespace, plan: Plan, storage: Storage) -> Sw
 
 
 def _show_several(options: argparse.Namespace, files: Sequence[Path]) -> None:
-    from sdft_ray.report import collect, frame, page, table
+    from sdft_ray.report import collect, frame, page, table, terminal
     from sdft_ray.report import sweep as of_sweep
     from sdft_ray.spec.loading import is_sweep
     from sdft_ray.store.identity import distinct
@@ -270,7 +270,7 @@ def _show_several(options: argparse.Namespace, files: Sequence[Path]) -> None:
     if options.json:
         print(json.dumps({name: each.plain() for name, each in reports.items()}, indent=1))
     else:
-        open_console(160).print(table.several_table(reports))
+        terminal.print_table(table.several_table(reports), open_console(160))
     if options.csv:
         _write("Table", options.csv, frame.as_csv(frame.of_several(reports)))
     if options.html:

@@ -238,7 +238,7 @@ def pareto_front(report: SweepReport, cost: Literal["parameters", "decode"]) -> 
 
     points = [(price(model), model.quality.recovery, str(model.model)) for model in models.values()]
     points += [(price(models[group.pruned]), group.recovery, group.arm) for group in report.groups]
-    for name, colour in {"base": _BASE, "pruned": _UNTRAINED, **ARM_COLOURS}.items():
+    for name, colour in {"base": _BASE, "pruned": _UNTRAINED, "patched": _OTHER_COLOURS[2], **ARM_COLOURS}.items():
         if mine := [point for point in points if point[2] == name]:
             axes.plot([x for x, _, _ in mine], [y for _, y, _ in mine], "o", color=colour, markersize=5, label=name)
     best, front = -math.inf, []

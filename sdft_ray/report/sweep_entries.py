@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
+from sdft_ray.core.surgery import name_blocks
 from sdft_ray.report.entries import Comparison, Cost, Quality
 from sdft_ray.results import Cut, Distances, Drafting, Gain
 from sdft_ray.stages.retention import Summary as Retention
@@ -235,8 +236,14 @@ class SweepReport(Record):
         return sum(model.model == "base" for model in self.models) == 1
 
     def name_model(self, model: SweepModel) -> str:
-        """Return how an untrained model is called: with its own name where there are several bases."""
-        return model.model if self.has_one_base else f"{model.model}, {model.slug}"
+        """Return how an untrained model is called: with its own name where there are several bases, and with its blocks
+        or its id where it shares that name."""
+        name = model.model if self.has_one_base else f"{model.model}, {model.slug}"
+        alike = [each for each in self.models if (each.model, each.slug) == (model.model, model.slug)]
+        removed = {each.cut.removed for each in alike if each.cut}
+        if len(alike) == 1:
+            return name
+        return f"{name}, {name_blocks(model.cut.removed) if model.cut and len(removed) == len(alike) else model.id}"
 
     @property
     def limited(self) -> bool:

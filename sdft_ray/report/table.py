@@ -121,8 +121,7 @@ def pass_at_table(report: Report) -> Table:
 
 
 def filled(table: Table, columns: Sequence[str], rows: Iterable[Sequence[str]] = ()) -> Table:
-    """Return a table with columns of names on the left and of figures on the right; a narrow terminal folds them, and
-    cuts no digit off."""
+    """Return a table with columns of names on the left and of figures on the right, which a narrow terminal folds."""
     for column in columns:
         table.add_column(column, justify="left" if column in _NAMES else "right", overflow="fold")
     for row in rows:

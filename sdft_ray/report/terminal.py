@@ -20,17 +20,20 @@ from sdft_ray.spec.loading import leaves
 from sdft_ray.stages import score
 from sdft_ray.store.manifest import Manifest
 
+_NAME, _BETWEEN = 10, 3
+"""Characters of a name, such as that of an arm, that stay together, and characters from one column to the next."""
+
 
 def show(report: Report, console: Console) -> None:
     """Print the table of a recipe and the sentences that explain it."""
     details = report.details
-    console.print(table.recovery_table(report))
+    print_table(table.recovery_table(report), console)
     if report.base.retention:
-        console.print(table.retention_table(report))
+        print_table(table.retention_table(report), console)
     if report.base.generated:
-        console.print(table.generated_table(report))
+        print_table(table.generated_table(report), console)
     if report.base.pass_at:
-        console.print(table.pass_at_table(report))
+        print_table(table.pass_at_table(report), console)
     console.print(lines.cut_line(details.cut, details.losses or details.greedy))
     if details.greedy:
         console.print(lines.greedy_line(details.greedy))
@@ -49,24 +52,38 @@ def show(report: Report, console: Console) -> None:
     if report.speed:
         console.print(lines.speed_line(report.speed))
     if report.sources:
-        console.print(sources.table(report))
+        print_table(sources.table(report), console)
     if details.selection:
         console.print(lines.selection_line(details.selection))
     if details.nll and (line := lines.nll_line(details.nll)):
         console.print(line)
 
 
+def print_table(figures: Table, console: Console) -> None:
+    """Print a table of figures, whose cells a narrow terminal folds. Where they would not fit even so, its lines go on
+    in the terminal's next one: rich would leave out whole columns."""
+    least = []
+    for column in figures.columns:
+        longest = max((len(word) for cell in column.cells for word in str(cell).split()), default=0)
+        least.append(longest if column.justify == "right" else min(longest, _NAME))
+    if (whole := sum(width + _BETWEEN for width in least)) > console.width:
+        figures.width = whole
+        for column, width in zip(figures.columns, least, strict=True):
+            column.min_width = width
+    console.print(figures, crop=False)
+
+
 def show_sweep(report: SweepReport, console: Console) -> None:
     """Print the tables of a sweep, and what did not end."""
-    console.print(table.sweep_table(report))
+    print_table(table.sweep_table(report), console)
     if report.goal:
         console.print(lines.goal_line(report.goal))
     if report.comparisons:
-        console.print(table.comparison_table(report))
+        print_table(table.comparison_table(report), console)
     if any(group.sources for group in report.groups):
-        console.print(sources.sweep_table(report))
+        print_table(sources.sweep_table(report), console)
     if report.drafts:
-        console.print(table.sweep_draft_table(report))
+        print_table(table.sweep_draft_table(report), console)
     for model in report.pruned:
         assert model.cut, "a pruned model was cut"
         console.print(lines.cut_line(model.cut) + (f" {lines.speed_line(model.speed)}" if model.speed else ""))

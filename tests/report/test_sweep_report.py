@@ -7,10 +7,11 @@ import shutil
 
 import pytest
 import yaml
+from recipes import write_recipe
 from rich.console import Console
 
 from sdft_ray import cli, pipeline
-from sdft_ray.report import frame, page, plots, sources, sweep, terminal
+from sdft_ray.report import frame, page, plots, sources, sweep, table, terminal
 from sdft_ray.store.storage import Storage
 from sdft_ray.sweep import planning
 
@@ -74,8 +75,8 @@ def test_lines_of_a_sweep_have_names_whole_numbers_and_ids_as_they_are(collected
         str(others[0].result.cost.parameters)
     }
     assert (written[0]["id"], written[0]["train.seed"]) == ("012345678901", "[0, 1]")
-    table = frame.as_frame(lines)
-    assert table.id[0] == "012345678901" and table.recovery.isna().sum() == 2
+    in_pandas = frame.as_frame(lines)
+    assert in_pandas.id[0] == "012345678901" and in_pandas.recovery.isna().sum() == 2
     several = frame.of_several({"a": collected, "b": collected})
     assert [line["of"] for line in several] == ["a"] * 9 + ["b"] * 9 and {line["blocks"] for line in several} == {2, 3}
 
@@ -114,11 +115,15 @@ def test_report_on_the_terminal_names_what_did_not_end(collected):
         assert said in text
 
 
-@pytest.mark.parametrize("width", [40, 80])
+@pytest.mark.parametrize("width", [20, 40, 80])
 def test_report_on_a_narrow_terminal_cuts_no_digit_off(collected, width):
     console = Console(width=width, record=True, file=io.StringIO())
     terminal.show_sweep(collected, console)
     assert "…" not in console.export_text()
+    many = [f"{10 + i}.{i % 10} ±{i % 10}.7" for i in range(40)]
+    columns = ["model", *(f"task {i}" for i in range(40))]
+    terminal.print_table(table.filled(table.titled(""), columns, [["distilled", *many]]), console)
+    assert {*" ".join(many).split(), "distilled"} <= {*console.export_text().split()}
 
 
 def test_report_of_drafts_counts_tokens_of_seeds_together_and_takes_the_best_measured_speed(collected):
@@ -216,3 +221,21 @@ def test_pipeline_of_a_sweeps_cell_needs_nothing_but_the_sweeps_stages(plan):
     known = {stage.id for stage in planning.stages_of(plan)}
     for cell in plan.cells:
         assert {stage.id for stage in pipeline.chain(cell.recipe).in_order} <= known
+
+
+def test_report_of_metrics_tells_cuts_of_one_depth_apart(collected):
+    base, pruned, *_ = collected.models
+    other = pruned.model_copy(update={"id": "012345678901", "cut": pruned.cut.model_copy(update={"removed": (1, 3)})})
+    report = collected.model_copy(update={"models": (base, pruned, other)})
+    assert [report.name_model(model) for model in report.models] == ["base", "pruned, [0, 2)", "pruned, 1, 3"]
+    same = report.model_copy(update={"models": (base, pruned, pruned.model_copy(update={"id": other.id}))})
+    assert [same.name_model(model) for model in same.models] == ["base", f"pruned, {pruned.id}", "pruned, 012345678901"]
+
+
+def test_report_of_patched_models_has_the_speed_of_their_shape(tiny_model, tmp_path):
+    prune = {"blocks": 2, "patch": "linear"}
+    write_recipe(tmp_path, tiny_model, 40, prune=prune, evaluate={"tasks": ["arc_easy"], "speed": True})
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"recipe": "recipe.yaml", "axes": {"prune.blocks": [2, 3]}}))
+    untuned = sweep._Untuned.of(planning.load_sweep(tmp_path / "sweep.yaml"))
+    for patched, pruned in untuned.patched.values():
+        assert untuned.speeds[patched.id].inputs["pruned"].id == pruned.id
