@@ -8,8 +8,10 @@ import pytest
 from hub import KEY, Hub
 from huggingface_hub import DatasetCard, HfApi, ModelCard, constants
 from published import SECRET, Root, make_root
+from tiny import rows_settings
 
 from sdft_ray import cli
+from sdft_ray.data.readers import HubContent
 from sdft_ray.errors import StageFailed, UserError
 from sdft_ray.progress import Progress
 from sdft_ray.publish import hub
@@ -154,6 +156,33 @@ def test_card_of_a_cut_whose_choice_was_not_sampled_says_what_chose(root, metric
     summary = {key: value for key, value in cut.summary.items() if key not in ("cost", "agreement")}
     origin = find_origin(cut.model_copy(update={"summary": summary | {"metric": metric}}), root.storage)
     assert f"| choice of blocks | {line} |" in write_card(origin, NAME, None, [], None)
+
+
+def test_card_of_a_merged_model_has_the_rows_and_the_training_of_each(tiny_model, tmp_path):
+    root = make_root(tiny_model, tmp_path)
+    own = rows_settings()
+    dolly = {"repo": "databricks/databricks-dolly-15k", "revision": "0" * 40, "subset": None, "split": "train"}
+    source = HubContent(**dolly, fields=own.source.fields)
+    rows = Stage("rows", "dolly", 1, own.model_copy(update={"source": source}))
+    of = [SimpleNamespace(id=each.id, lineage=each.lineage.model_dump()) for each in root.storage.manifests("train")]
+    cut = SimpleNamespace(id=root.cut, lineage={})
+    other = Stage("train", "tiny-2-sft", 4, {"arm": "sft"}, {"model": cut, "rows": rows})
+    mine = SimpleNamespace(id="f" * 12, lineage={"stage": "model"})
+    parents = {f"model_{i}": each for i, each in enumerate((*of, other, mine))}
+    merged = Stage("merge", "tiny-2-linear", 2, {"method": "linear"}, parents)
+    (trained,) = root.storage.manifests("train")
+    counts = dict.fromkeys(("parameters", "tensors", "identical", "fell_back_to_linear"), 1)
+    joined = counts | {"least_cosine": 1.0, "least_alike": None, "cosines": {}}
+    for stage, summary in ((rows, {}), (other, trained.summary | {"arm": "sft", "steps": 7}), (merged, joined)):
+        root.storage.scratch(stage)
+        root.storage.commit(stage, summary, 0.1)
+    card = card_of(root, merged.id)
+    assert card.data.datasets == ["databricks/databricks-dolly-15k"]
+    assert "sums (licence of the source: unknown)" in card.text and "licence of the source: cc-by-sa-3.0" in card.text
+    assert [line for line in card.text.splitlines() if line.startswith("| trained | ")] == [
+        "| trained | 3 steps on 3 rows: answers that the unpruned model rewrote (arm `distilled`) |",
+        "| trained | 7 steps on 3 rows: reference answers (arm `sft`) |",
+    ]
 
 
 def test_card_of_a_whole_model_has_the_scores_of_its_decoder_and_how_the_whole_is_loaded(root):

@@ -111,7 +111,7 @@ def _results(scores: Sequence[Scored]) -> list[Any]:
 
 def _facts(origin: Origin) -> list[tuple[str, str]]:
     """Return what is known of a model, by what it is called."""
-    removed, trained = origin.cut, origin.trained
+    removed = origin.cut
     chosen = {"remove": "named by the recipe", "tail": "the last ones"}.get(removed.metric, f"by {removed.metric}")
     if removed.agreement is not None:
         chosen += f"; {removed.agreement:.0%} of bootstrap samples choose the same"
@@ -129,7 +129,7 @@ def _facts(origin: Origin) -> list[tuple[str, str]]:
         if manifest.stage == "merge":
             merged = merge.Summary.model_validate(manifest.summary)
             facts.append(("merged", f"{manifest.identity.settings['method']}, {merged.tensors} tensors"))
-    if trained:
+    for trained in origin.trained:
         rewrites = f"answers that {origin.teacher or 'the unpruned model'} rewrote"
         answers = {"distilled": rewrites, "logits": f"{rewrites}, and the unpruned model's probabilities of them"}
         read = answers.get(trained.arm, "reference answers")

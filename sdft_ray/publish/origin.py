@@ -7,7 +7,7 @@ base's. An id is enough: what a recipe file says is in the manifests.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from pydantic import TypeAdapter
@@ -54,6 +54,8 @@ class Origin(NamedTuple):
     """Of all tasks that the base was evaluated on, too."""
     teacher: str | None = None
     """The model that rewrote the rows, where that is not the base."""
+    trainings: tuple[Manifest, ...] = ()
+    """Those that it comes from; of a merged model the trainings of each."""
 
     @property
     def model(self) -> Manifest:
@@ -71,10 +73,9 @@ class Origin(NamedTuple):
         return cut.Summary.model_validate(manifest.summary)
 
     @property
-    def trained(self) -> train.Summary | None:
-        """How it was trained, or None."""
-        trained = [each for each in self.ancestors if each.stage == "train"]
-        return train.Summary.model_validate(trained[0].summary) if trained else None
+    def trained(self) -> list[train.Summary]:
+        """How each was trained."""
+        return [train.Summary.model_validate(each.summary) for each in self.trainings]
 
 
 def find_origin(model: Manifest, storage: Storage) -> Origin:
@@ -84,7 +85,9 @@ def find_origin(model: Manifest, storage: Storage) -> Origin:
     base = oldest.id if oldest.stage == "model" else oldest.identity.model
     scored = ancestors[1].id if model.stage == "whole" else model.id  # on text it is the model inside
     scores, mean = _scores(scored, base, storage)
-    return Origin(tuple(ancestors), tuple(_sources(ancestors, storage)), scores, mean, _teacher(ancestors, storage))
+    trainings = tuple(_trainings(model, storage))
+    sources, teacher = tuple(_sources(trainings, storage)), _teacher(trainings, storage)
+    return Origin(tuple(ancestors), sources, scores, mean, teacher, trainings)
 
 
 def _ancestors(manifest: Manifest, storage: Storage) -> Iterator[Manifest]:
@@ -104,12 +107,22 @@ def _manifest(identity: str, storage: Storage) -> Manifest:
     return manifest
 
 
-def _sources(ancestors: list[Manifest], storage: Storage) -> list[Source]:
-    """Return the sources of the rows that a model, or one that it was merged from, was trained on."""
+def _trainings(model: Manifest, storage: Storage) -> Iterator[Manifest]:
+    """Yield the trainings that a model comes from; none of a directory of the user's own that was merged into it."""
+    if model.stage == "train":
+        yield model
+        return
+    for name, identity in sorted(model.identity.inputs.items()) if model.stage in ("merge", "whole") else ():
+        lineage = model.lineage.inputs.get(name)
+        if name.partition("_")[0] == "model" and not (lineage and lineage.stage == "model"):
+            yield from _trainings(_manifest(identity, storage), storage)
+
+
+def _sources(trainings: Sequence[Manifest], storage: Storage) -> list[Source]:
+    """Return the sources of the rows of trainings."""
     ids = [
         identity
-        for manifest in ancestors
-        if manifest.stage == "train"
+        for manifest in trainings
         for name, identity in sorted(manifest.identity.inputs.items())
         if name.partition("_")[0] == "rows"
     ]
@@ -119,8 +132,8 @@ def _sources(ancestors: list[Manifest], storage: Storage) -> list[Source]:
     return list(dict.fromkeys(_source(manifest) for manifest in rows))
 
 
-def _teacher(ancestors: list[Manifest], storage: Storage) -> str | None:
-    read = (each.identity.inputs.get("distilled") for each in ancestors if each.stage == "train")
+def _teacher(trainings: Sequence[Manifest], storage: Storage) -> str | None:
+    read = (each.identity.inputs.get("distilled") for each in trainings)
     return next((_manifest(identity, storage).summary.get("teacher") for identity in read if identity), None)
 
 
