@@ -117,7 +117,7 @@ def solve(sums: Sums, weight: float) -> Tensor:
     import torch
 
     identity = torch.eye(len(sums.outer), dtype=torch.float64)
-    if weight == float("inf"):
+    if weight == float("inf") or not sums.outer.any():  # an MLP that adds nothing leaves a map nothing to work on
         return identity
     ridge = weight * sums.outer.diagonal().mean() * identity
     return identity + torch.linalg.solve(sums.outer + ridge, sums.cross - sums.outer)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -285,8 +286,9 @@ def as_svg(figure: Any) -> str:
         axes.tick_params(colors=_INK, which="both")
         axes.yaxis.label.set_color(_INK)
     _take_texts_as_written(figure)
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sdft_ray"}):
+    buffer, rules = io.StringIO(), {"svg.fonttype": "none", "svg.hashsalt": "sdft_ray"}
+    with matplotlib.rc_context(rules), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a browser has others
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     text = buffer.getvalue()
     return text[text.index("<svg") :].replace(_INK, "currentColor")

@@ -48,6 +48,8 @@ def test_fit_of_few_noisy_tokens_pulls_harder_and_of_none_that_help_patches_noth
     added, _ = draw(40)
     nothing, weight, _ = fit([sums_of(added, -added)], [sums_of(added, added)])
     assert weight == float("inf") and torch.equal(nothing, torch.eye(WIDTH, dtype=torch.float64))
+    silent, _, _ = fit([sums_of(0 * added, added)], [sums_of(0 * added, added)])
+    assert torch.equal(silent, nothing)
 
 
 @pytest.mark.parametrize(

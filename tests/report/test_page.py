@@ -23,9 +23,10 @@ def test_ladder_has_every_step_in_order_and_the_base_as_a_line():
     assert "base 60.0" in svg and "currentColor" in svg
 
 
-def test_name_with_dollar_signs_and_tags_is_drawn_as_it_is():
-    svg = plots.ladder([entry("base", [0.5]), entry("$<b>_{^$", [0.4])])
-    assert ">$&lt;b&gt;_{^$</text>" in svg
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("name", "drawn"), [("$<b>_{^$", "$&lt;b&gt;_{^$"), ("模型", "模型")])
+def test_name_with_dollar_signs_tags_or_of_another_script_is_drawn_as_it_is(name, drawn):
+    assert f">{drawn}</text>" in plots.ladder([entry("base", [0.5]), entry(name, [0.4])])
 
 
 def test_mean_error_is_the_spread_of_means_over_tasks():
