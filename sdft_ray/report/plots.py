@@ -25,6 +25,8 @@ ARM_COLOURS = {"sft": "#e0832a", "distilled": "#2a8fe0", "logits": "#8a4fd0"}
 _OTHER_COLOURS = ("#a15fd6", "#3aa59b", "#c2527a")  # of models on other rows, in their order
 _UNTRAINED, _BASE = "#8a8f98", "#14a06a"
 _STYLES = ("-", "--", ":", "-.")
+_HALF_A_LINE = 32
+"""Characters of a legend that leave place for as many beside them."""
 
 
 def distance_maps(measured: Distances, removed: Sequence[Sequence[int]] = ()) -> Any:
@@ -189,7 +191,9 @@ def _draw_recovery(axes: Any, groups: Sequence[Group], along: str, label: str, s
 def _finish(figure: Any, axes: Any, across: str, up: str) -> str:
     axes.set_xlabel(across)
     axes.set_ylabel(up)
-    figure.legend(loc="outside lower left", ncols=2, frameon=False, labelcolor=_INK, fontsize=8, handlelength=3)
+    longest = max(map(len, axes.get_legend_handles_labels()[1]))  # where a line is of a base by its path
+    columns = 2 if longest <= _HALF_A_LINE else 1
+    figure.legend(loc="outside lower left", ncols=columns, frameon=False, labelcolor=_INK, fontsize=8, handlelength=3)
     return as_svg(figure)
 
 

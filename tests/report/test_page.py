@@ -71,3 +71,13 @@ def test_page_of_sweeps_names_every_figure_of_a_card_as_the_head_of_its_column(c
         assert len(line) == len(head)
         for (text, name), (column, _) in list(zip(line, head, strict=True))[1:]:
             assert name == (column if text else None)
+
+
+def test_legend_of_long_names_has_one_column_which_no_edge_cuts_off():
+    bases = ("/data/models/SmolLM2-135M-Instruct", "/data/models/Qwen3-0.6B-Instruct-2507")
+    figures = {"rows": 16, "recovery": 80.0, "recovery_sd": None, "chosen": True}
+    groups = [SimpleNamespace(of=of, arm=arm, blocks=2, **figures) for of in bases for arm in ("sft", "distilled")]
+    pruned = [SimpleNamespace(blocks=2, quality=SimpleNamespace(recovery=50.0))]
+    svg = plots.recovery_lines(SimpleNamespace(groups=groups, pruned=pruned), "blocks", "rows", "blocks removed")
+    places = re.findall(r' x="([\d.]+)" y[^>]*>[^<]+ 16 rows</text>', svg)
+    assert len(places) == 4 and len({*places}) == 1
