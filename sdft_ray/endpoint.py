@@ -44,8 +44,9 @@ class Completion(NamedTuple):
 
     text: str
     finish_reason: str
-    prompt_tokens: int
-    tokens: int
+    prompt_tokens: int | None
+    """None where the server does not count."""
+    tokens: int | None
     ids: list[int] | None
     """Its tokens, where the server returns them."""
 
@@ -73,14 +74,14 @@ class _Choice(Record):
 
 
 class _Usage(Record):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
 
 
 class _Answer(Record):
     model: str
     choices: list[_Choice] = Field(min_length=1)
-    usage: _Usage = _Usage()
+    usage: _Usage | None = None
 
 
 class _Model(Record):
@@ -107,6 +108,8 @@ class Client:
 
         logging.getLogger("httpx2").setLevel(logging.WARNING)  # else it logs every request
         key = os.environ.get(KEY_VARIABLE, "").strip()
+        if not (key.isascii() and key.isprintable()):  # the client's own error would repeat it
+            raise UserError(problem(KEY_VARIABLE, "holds a character that no key has", "Set it to the key alone"))
         self._served, self._key, self._patience = served, key, patience_seconds
         self._http = httpx2.Client(
             base_url=f"{served.endpoint}/",
@@ -176,7 +179,7 @@ class Client:
             theirs = _read(_Tokens, answer).tokens
         except (_Again, CannotServe, UserError):  # only vLLM's server and some others have it
             return
-        if theirs != tokenizer.encode(_PROBE, add_special_tokens=False):
+        if theirs and theirs != tokenizer.encode(_PROBE, add_special_tokens=False):  # llama.cpp's reads another field
             what = f"{self._served.model} has another tokenizer than the one that writes its prompts"
             do = "Set distill.teacher.tokenizer to a directory with its own tokenizer"
             raise UserError(problem(self._where("tokenizer"), what, do))
@@ -187,7 +190,7 @@ class Client:
         if named == answer.model or (named and self._served.api == "vllm"):  # others may add a version
             what = f"{self._served.endpoint} was asked for {self._served.model} and answers as {answer.model}"
             raise UserError(problem(self._where("model"), what, "Name the model that is to teach"))
-        choice, usage = answer.choices[0], answer.usage
+        choice, usage = answer.choices[0], answer.usage or _Usage()
         if choice.finish_reason not in ("stop", "length"):  # `abort`: the server ended
             raise _Again(f"ended a text early ({choice.finish_reason})")
         return Completion(
@@ -229,10 +232,10 @@ class Client:
             value = answer.json()
             error = value.get("error", value) if isinstance(value, dict) else value
             text = str(error.get("message") or error.get("detail") or error) if isinstance(error, dict) else str(error)
-        except ValueError:
+        except (ValueError, RecursionError):
             text = "HTML" if "<html" in answer.text.lower() else answer.text
-        line = " ".join(text.split())[:200].rstrip(".") or "nothing"
-        return line.replace(self._key, "***") if self._key else line
+        line = " ".join((text.replace(self._key, "***") if self._key else text).split())
+        return line[:200].rstrip(".") or "nothing"
 
     def _give_up(self, what: str) -> None:
         """Raise what a request comes to that failed too often: its own failure, or that of a server that fails all."""

@@ -153,7 +153,7 @@ class EndpointEngine:
             waiting = {pool.submit(self.client.complete, self._body(each), stopped): each for each in requests}
             for future in as_completed(waiting):
                 try:
-                    yield waiting[future], self._generation(future.result(), opened)
+                    yield waiting[future], self._generation(waiting[future], future.result(), opened)
                 except CannotServe as error:
                     yield waiting[future], Generation(str(error), "error")
                 except (UserError, StageFailed) as error:
@@ -184,8 +184,13 @@ class EndpointEngine:
             ids = ids[1:]
         return body | {"prompt": self.tokenizer.decode(ids), "stop": [self.tokenizer.decode(i) for i in self.ends[:4]]}
 
-    def _generation(self, completion: Completion, opened: str) -> Generation:
-        text, reason, prompt_tokens, tokens, ids = completion
+    def _generation(self, request: Request, completion: Completion, opened: str) -> Generation:
+        text, reason, read, tokens, ids = completion
+        prompt_tokens = len(request.prompt_ids) if read is None else read
+        if tokens is None:  # a server that does not count has cut a text off at the limit that it was given
+            cut_off = reason == "length" and ids is None
+            counted = ids if ids is not None else self.tokenizer.encode(text, add_special_tokens=False)
+            tokens = self.settings.max_new_tokens if cut_off else len(counted)
         if reason == "length" and tokens < self.settings.max_new_tokens:
             what = f"prompt of {prompt_tokens} tokens leaves too little of the endpoint's context"
             return Generation(what, "error", prompt_tokens)

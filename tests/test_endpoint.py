@@ -264,6 +264,32 @@ def test_endpoint_key_is_in_no_message_though_the_server_repeats_it(server, tiny
     with pytest.raises(UserError, match=f"refuses the key in {KEY_VARIABLE}") as error:
         list(make_engine(server, tiny_model).generate(make_requests(1)))
     assert "PLANTED" not in str(error.value)
+    server.answer = lambda _: failure(400, f"{'x' * 190} PLANTED-key is not valid")
+    ((_, generation),) = make_engine(server, tiny_model).generate(make_requests(1))
+    assert generation.text == f"{'x' * 190} *** is no (400)", "the key is not cut in two"
+
+
+@pytest.mark.parametrize("key", ["PLANTED\nkey", "\u201cPLANTED\u201d", "PLANTED\N{NO-BREAK SPACE}key"])
+def test_endpoint_key_that_no_header_takes_is_one_line_without_it(server, monkeypatch, key):
+    monkeypatch.setenv(KEY_VARIABLE, key)
+    with pytest.raises(UserError, match=f"^{KEY_VARIABLE}: holds a character that no key has") as error:
+        Client(ServedModel(endpoint=server.url, model=NAME)).require_model()
+    assert "PLANTED" not in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens": None, "completion_tokens": None}])
+def test_endpoint_that_does_not_count_tokens_gives_texts_and_truncated_ones(server, tiny_model, usage):
+    (asked,) = make_requests(1)
+    for choice, tokens in (
+        ({"text": "four is 4", "finish_reason": "stop"}, None),
+        ({"text": "four is", "finish_reason": "stop", "token_ids": [5, 6]}, 2),
+        ({"text": "four is", "finish_reason": "length"}, 16),
+    ):
+        server.answer = lambda body, choice=choice: completion(body, choices=[choice], usage=usage)
+        engine = make_engine(server, tiny_model)
+        ((_, made),) = engine.generate([asked])
+        assert (made.text, made.finish_reason, made.prompt_tokens) == (choice["text"], choice["finish_reason"], 4)
+        assert made.tokens == tokens or tokens is None and made.tokens == len(engine.tokenizer.encode("four is 4"))
 
 
 @pytest.mark.parametrize(
@@ -319,6 +345,8 @@ def test_endpoint_with_another_tokenizer_is_refused_where_it_says_so(server, tin
     server.tokenize = lambda body: (200, {}, f'{{"tokens": {ids(body)[1:]}}}')
     with pytest.raises(UserError, match=r"^distill.teacher.tokenizer: some/teacher has another tokenizer"):
         Client(served).require_tokenizer(tokenizer)
+    server.tokenize = lambda _: (200, {}, '{"tokens": []}')  # llama.cpp's server reads `content`, not `prompt`
+    Client(served).require_tokenizer(tokenizer)
 
 
 def test_start_engine_takes_vllm_where_no_endpoint_teaches(monkeypatch):
