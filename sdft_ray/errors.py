@@ -7,7 +7,7 @@ A user's mistake never shows a stack trace; a failed stage names the work that i
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
@@ -56,4 +56,14 @@ def nearest(word: str, known: Iterable[str]) -> str:
     close = [name for name in names if name.casefold() == word.casefold()] or difflib.get_close_matches(
         word, names, n=1, cutoff=0.6
     )
-    return f"Did you mean {close[0]}?" if close else f"Known: {', '.join(names)}."
+    return f"Did you mean {close[0]}?" if close else f"Known: {listed(names)}."
+
+
+def listed(names: Sequence[str], most: int = 60) -> str:
+    """Return names for a line, which stays readable: a dictionary of thousands is cut off.
+
+    >>> listed(["b", "a", "c"], most=2)
+    'b, a and 1 more'
+    """
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"

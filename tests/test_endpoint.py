@@ -289,7 +289,7 @@ def test_endpoint_that_does_not_count_tokens_gives_texts_and_truncated_ones(serv
         engine = make_engine(server, tiny_model)
         ((_, made),) = engine.generate([asked])
         assert (made.text, made.finish_reason, made.prompt_tokens) == (choice["text"], choice["finish_reason"], 4)
-        assert made.tokens == tokens or tokens is None and made.tokens == len(engine.tokenizer.encode("four is 4"))
+        assert made.tokens == tokens or (tokens is None and made.tokens == len(engine.tokenizer.encode("four is 4")))
 
 
 @pytest.mark.parametrize(

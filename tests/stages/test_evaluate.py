@@ -76,6 +76,34 @@ def test_ifeval_without_its_packages_is_one_clear_line(monkeypatch):
     presets.require_usable("generative", ["gsm8k_cot", "mmlu_pro", "held_out"])
 
 
+def test_a_name_of_the_harness_without_a_score_is_refused_before_anything_is_built(monkeypatch):
+    def entry(kind, tags=(), **cfg):
+        return types.SimpleNamespace(kind=types.SimpleNamespace(name=kind), tags={*tags}, cfg=cfg or None)
+
+    index = {
+        "arc_easy": entry("TASK", output_type="multiple_choice"),
+        "own": entry("PY_TASK"),
+        "ai2_arc": entry("TAG", ["arc_easy", "arc_challenge"]),
+        "openllm": entry("GROUP", task=["mmlu", {"task": "gsm8k", "num_fewshot": 5}]),
+        "mmlu": entry("GROUP", task=["mmlu_stem"], aggregate_metric_list=[{"metric": "acc"}]),
+        "wikitext": entry("TASK", output_type="loglikelihood_rolling"),
+        **{f"word_{i:05}": entry("TASK") for i in range(10_000)},
+    }
+    monkeypatch.setattr(presets, "task_manager", lambda: types.SimpleNamespace(task_index=index))
+    presets.require_usable("harness", ["arc_easy", "own", "mmlu", "held_out"])
+    with pytest.raises(UserError) as error:
+        presets.require_usable("harness", ["ai2_arc", "openllm", "wikitext", "arc_eazy", "/tasks/mine.yaml"])
+    several = "stands for several tasks, without a score of all. Give these"
+    assert [line.partition(": ")[2] for line in error.value.problems[:4]] == [
+        f"ai2_arc {several}: arc_challenge, arc_easy.",
+        f"openllm {several}: mmlu, gsm8k.",
+        "wikitext measures perplexity alone, and a score is higher for a better model. "
+        "Take another task; evaluate.retention measures likelihoods of texts.",
+        "lm-eval has no task arc_eazy. Did you mean arc_easy?",
+    ]
+    assert len(error.value.problems[4]) < 1000 and error.value.problems[4].endswith(" and 9,946 more.")
+
+
 def test_a_harness_task_is_scored_by_what_is_higher_for_a_better_model():
     results = ["alias", "perplexity,none", "perplexity_stderr,none", "f1,none", "acc,none", "acc,strict"]
     better = {"perplexity": False, "f1": True, "acc": True}

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sdft_ray.errors import UserError, nearest, problem
+from sdft_ray.errors import UserError, listed, nearest, problem
 from sdft_ray.results import HELD_OUT
 
 
@@ -97,11 +97,30 @@ def require_usable(preset: str, tasks: Iterable[str]) -> None:
 
 
 def _require_known(tasks: Iterable[str]) -> None:
-    """Raise UserError for a task that is not in the harness's index, which takes seconds to read."""
-    names = task_manager().all_tasks
-    unknown = [task for task in tasks if task != HELD_OUT and task not in names]
-    if unknown:
-        raise UserError(*(problem("evaluate.tasks", f"lm-eval has no task {t}", nearest(t, names)) for t in unknown))
+    """Raise UserError for a task that is not in the harness's index, which takes seconds to read, or that has no score
+    there."""
+    index, wrong = task_manager().task_index, []
+    for task in tasks:
+        if task == HELD_OUT:
+            continue
+        if task not in index:
+            wrong.append((f"lm-eval has no task {task}", nearest(task, index)))
+        elif parts := _parts_without_score(index[task]):
+            wrong.append((f"{task} stands for several tasks, without a score of all", f"Give these: {listed(parts)}"))
+        elif (index[task].cfg or {}).get("output_type") == "loglikelihood_rolling":
+            what = f"{task} measures perplexity alone, and a score is higher for a better model"
+            wrong.append((what, "Take another task; evaluate.retention measures likelihoods of texts"))
+    if wrong:
+        raise UserError(*(problem("evaluate.tasks", what, do) for what, do in wrong))
+
+
+def _parts_without_score(entry: Any) -> list[str]:
+    """Return the tasks of a tag, or of a group that the harness does not aggregate; none where there is a score."""
+    if entry.kind.name == "TAG":
+        return sorted(entry.tags)
+    if entry.kind.name != "GROUP" or entry.cfg.get("aggregate_metric_list"):
+        return []
+    return [str(part.get("task")) if isinstance(part, dict) else part for part in entry.cfg["task"]]
 
 
 @functools.cache
