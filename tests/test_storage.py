@@ -5,12 +5,14 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 
 import pytest
 from refusals import complaint
 
+from sdft_ray.errors import UserError
 from sdft_ray.store import manifest as manifests
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.manifest import FORMAT, MANIFEST, read_manifest
@@ -60,6 +62,17 @@ def test_artifact_that_was_deleted_in_part_is_built_again(storage, left):
     assert {path.name for path in place.iterdir()} == {"data.txt", MANIFEST}
     assert (place / "data.txt").read_text() == "five" and again.status(STAGE) == "done"
     assert not [*(storage.root / "scratch" / "score").iterdir()]
+
+
+def test_artifact_on_a_node_that_does_not_see_the_root_names_it_and_the_node(storage):
+    """What a worker gets there, with and without a look at the hashes."""
+    place, bring = build(storage), storage.handle(STAGE)
+    assert bring() == place
+    shutil.rmtree(place)  # as on a node with a disk of its own
+    for there in (bring, lambda: Storage(str(storage.root)).fetch(STAGE), lambda: storage.files(STAGE)):
+        with pytest.raises(UserError) as error:
+            there()
+        assert str(error.value).startswith(f"--root: {place} is not on {socket.gethostname()}. Give a directory that")
 
 
 def test_finished_artifact_is_never_replaced(storage):

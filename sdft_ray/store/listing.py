@@ -5,9 +5,12 @@ Names are paths below the root, with slashes; ids stand at the ends of names of 
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
+
+from sdft_ray.errors import UserError, problem
 
 
 class Listing(NamedTuple):
@@ -36,3 +39,11 @@ def make_directory(path: Path) -> Path:
     """Make a directory where it is missing, and return it."""
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def require_here(directory: Path, where: str = "--root") -> Path:
+    """Return a directory; raises UserError on a node that does not have it."""
+    if not directory.is_dir():
+        what = f"{directory} is not on {socket.gethostname()}"
+        raise UserError(problem(where, what, "Give a directory that every node sees"))
+    return directory

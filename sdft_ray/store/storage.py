@@ -29,7 +29,7 @@ from sdft_ray.errors import UserError, problem
 from sdft_ray.store.files import write_atomically
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.lease import Lease
-from sdft_ray.store.listing import Listing, id_in, make_directory
+from sdft_ray.store.listing import Listing, id_in, make_directory, require_here
 from sdft_ray.store.local import Directory
 from sdft_ray.store.locks import file_lock
 from sdft_ray.store.manifest import MANIFEST, Manifest, command_here, write_manifest
@@ -113,15 +113,12 @@ class Storage:
     def files(self, stage: Stage[Any], pattern: str = "*", prove: bool = False) -> Path:
         """Return the directory on this node with the files of a finished artifact that match a pattern."""
         if stage.location:
-            if not stage.location.is_dir():
-                what = f"{stage.location} is not on {socket.gethostname()}"
-                raise UserError(problem(stage.name, what, "Give a directory that every node sees"))
-            return stage.location
+            return require_here(stage.location, stage.name)
         return self._fetch(self._key(stage), pattern, prove)
 
     def _fetch(self, key: str, pattern: str, prove: bool = False) -> Path:
-        if self._backend.shared and not prove:
-            return self.root / key
+        if self._backend.shared and (place := require_here(self.root / key)) and not prove:
+            return place
         manifest = self._manifests.get(key) or self._backend.read_manifest(key)
         if manifest is None:
             raise UserError(problem(f"{self.uri}/{key}", "is no finished artifact", "Run the command again"))
@@ -132,7 +129,7 @@ class Storage:
     def handle(self, stage: Stage[Any]) -> Callable[[], Path]:
         """Return a function that returns the verified directory of an artifact on the node of any worker."""
         if self._backend.shared:
-            return functools.partial(Path, self.fetch(stage))
+            return functools.partial(require_here, self.fetch(stage))
         return functools.partial(self.fetch, stage)
 
     def manifest(self, stage: Stage[Any]) -> Manifest:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -13,10 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 from huggingface_hub import DatasetCard
+from ray.exceptions import RayActorError
 from tiny import make_tiny_model, rows_settings
 from transformers import AutoTokenizer
 
 from sdft_ray import pipeline
+from sdft_ray.cluster import last_line
 from sdft_ray.core.rows import PLAIN, Given, Message, Row, write_conversation
 from sdft_ray.core.selection import Generation
 from sdft_ray.engine import EngineFactory, VllmEngine
@@ -29,6 +32,7 @@ from sdft_ray.spec.wording import validate
 from sdft_ray.stages import Work, distill, rows
 from sdft_ray.stages.distill import spread
 from sdft_ray.stages.distill.draws import instruction_template
+from sdft_ray.stages.distill.rewriter import Rewriter
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 
@@ -304,6 +308,34 @@ def test_distill_a_row_that_kills_its_engine_is_found_and_set_aside(ray_cluster,
     (failed,) = (row for row in written(work) if row["source"] == "reference")
     assert failed["prompt"] == "What is 11 + 11?" and failed["reason"] == "error"
     assert summary.rows == 36 == summary.kept + 1
+
+
+def test_distill_an_engine_that_refuses_to_start_is_the_line_that_it_says(tmp_path):
+    """And not a dead actor with a trace: Ray gives no more of one that raises in its constructor."""
+
+    def refuse(*_):
+        raise UserError("model: is in int8. Take a GPU.")
+
+    work = make_work(tmp_path, tmp_path, 4)
+    actor = Rewriter(refuse, lambda: tmp_path, work.storage, work.stage, PLAN.distill, True, (), "", (2, 0))
+    with pytest.raises(UserError, match=r"^model: is in int8\. Take a GPU\.$"):
+        next(actor({}))
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_distill_a_dead_actor_names_its_rows_but_one_whose_engine_did_not_start_its_error(
+    tmp_path, monkeypatch, started
+):
+    def die(**_):
+        raise RayActorError("1", "The actor died:\nTraceback\nMemoryError: no GPU is free", not started)
+
+    monkeypatch.setattr(distill, "_rewritten", lambda *_: types.SimpleNamespace(iter_batches=die))
+    work = make_work(tmp_path, tmp_path, 4)
+    with pytest.raises(StageFailed if started else RayActorError) as error:
+        distill._generate(work, None, work.storage.ledger("sums-0123456789ab"))
+    assert ("What was generated is kept in" in str(error.value)) == started
+    if not started:
+        assert last_line(error.value) == "RayActorError: MemoryError: no GPU is free"
 
 
 def test_distill_an_engine_that_always_breaks_ends_the_stage_and_keeps_the_rest(ray_cluster, tiny_model, tmp_path):

@@ -287,6 +287,8 @@ def _generate(work: Work[Settings], requests: Requests, ledger: Path) -> None:
             for piece in dataset.iter_batches(batch_size=None):
                 tally.add(**{name: column.tolist()[0] for name, column in piece.items()})
         except ray.exceptions.RayActorError as error:
+            if error.actor_init_failed:  # no row is to blame, and its last line says why the engine did not start
+                raise
             work.storage.bring(ledger, ".trying-*")
             kept = f"What was generated is kept in {work.storage.describe(ledger)}"
             raise StageFailed(f"distill: {_died_on(ledger) or error}. {kept}") from error

@@ -78,12 +78,16 @@ class Rewriter:
         from transformers import AutoTokenizer
 
         over_nodes = isinstance(options, EngineOptions) and options.distributed_executor_backend
-        directory = str(bring_to_nodes(model) if over_nodes else model())
+        self.refusal: UserError | StageFailed | None = None
         try:
+            directory = str(bring_to_nodes(model) if over_nodes else model())
             self.engine = engine(directory, stage.settings, options, alone)
         except ray.exceptions.RayActorError:  # of the engine on another node: raised, it would end the stage
             traceback.print_exc()
             os._exit(1)
+        except (UserError, StageFailed) as error:  # raised here, it would come as the trace of a dead actor
+            self.refusal = error
+            return
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
         self.settings, self.requests = stage.settings, requests
         self.piece_rows, self.piece_seconds = piece
@@ -94,6 +98,8 @@ class Rewriter:
         """Yield how far the batch is, now and then."""
         import numpy as np
 
+        if self.refusal:
+            raise self.refusal
         start, stop = batch["start"].item(), batch["stop"].item()
         some = _Batch(self.requests.read(start, stop), self.settings)
         try:
