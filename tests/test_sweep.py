@@ -281,7 +281,7 @@ def test_check_of_a_sweep_counts_what_is_shared_and_touches_nothing(folder):
         "nll": (6, 2), "evaluate": (6 * 8, 8 + 24),
     }  # fmt: skip
     shown = sdft("check", "sweep.yaml", cwd=folder).stdout
-    assert "6 recipes, 12 trials: 56 stages instead of 96 (58%), 0 of them done." in shown
+    assert "Recipes: 6, trials: 12, stages: 56 instead of 96 (58%), 0 of them done." in shown
     assert sorted(folder.rglob("*")) == before
 
 

@@ -120,7 +120,7 @@ def show(saved: Savings, console: Console) -> None:
         times = ("-" if time is None else f"{time:.0f}" for time in (kind.seconds_alone, kind.seconds_sweep))
         table.add_row(kind.stage, *map(str, counts), *times)
     console.print(table)
-    text = f"{saved.recipes} recipes, {saved.trials} trials: {saved.sweep} stages instead of {saved.alone}"
+    text = f"Recipes: {saved.recipes}, trials: {saved.trials}, stages: {saved.sweep} instead of {saved.alone}"
     text += f" ({saved.sweep / saved.alone:.0%}), {saved.done} of them done."
     if saved.seconds_of:
         text += f" As measured for {', '.join(saved.seconds_of)}: {saved.seconds_sweep:.0f} s"
