@@ -75,6 +75,12 @@ def test_artifact_on_a_node_that_does_not_see_the_root_names_it_and_the_node(sto
         assert str(error.value).startswith(f"--root: {place} is not on {socket.gethostname()}. Give a directory that")
 
 
+def test_an_empty_name_is_not_the_artifact_that_the_command_is_run_in(storage, monkeypatch):
+    monkeypatch.chdir(build(storage))
+    with pytest.raises(UserError, match=r"^an empty name: is no artifact under"):
+        storage.find("")
+
+
 def test_finished_artifact_is_never_replaced(storage):
     place = build(storage)
     with pytest.raises(OSError, match="not empty"):

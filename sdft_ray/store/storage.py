@@ -252,7 +252,7 @@ class Storage:
 
         Raises UserError where nothing or more than one artifact fits.
         """
-        if (Path(name) / MANIFEST).is_file():
+        if name and (Path(name) / MANIFEST).is_file():
             return Path(name)
         wanted = name.rstrip("/")[-12:] if re.search(r"-[0-9a-f]{12}/?$", name) else name.lower()
         keys = [path.rpartition("/")[0] for path in sorted(self._backend.manifests(), reverse=True)]

@@ -120,7 +120,7 @@ def _parts_without_score(entry: Any) -> list[str]:
         return sorted(entry.tags)
     if entry.kind.name != "GROUP" or entry.cfg.get("aggregate_metric_list"):
         return []
-    return [str(part.get("task")) if isinstance(part, dict) else part for part in entry.cfg["task"]]
+    return [str(part.get("task")) if isinstance(part, dict) else part for part in entry.cfg.get("task", ())]
 
 
 @functools.cache
