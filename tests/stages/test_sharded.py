@@ -99,11 +99,13 @@ MODELS: dict[str, tuple[str, str, dict]] = {
     "tied": ("llama", "float32", FEW),
     "untied": ("llama", "bfloat16", FEW | {"tie_word_embeddings": False}),
     "mixture": ("qwen3_moe", "float32", FEW | {"mlp_only_layers": [0], "decoder_sparse_step": 1}),
+    "router in float32": ("ernie4_5_moe", "bfloat16", FEW),
 }
 CASES = [
     *itertools.product(["mixture"], ("lora", "full"), ("float32", "bfloat16")),
     *(("tied", "lora", "float32"), ("tied", "full", "bfloat16"), ("untied", "full", "float32")),
     ("untied", "lora", "bfloat16"),
+    ("router in float32", "full", "bfloat16"),
 ]
 
 

@@ -66,7 +66,8 @@ def adapt(model: Any, base: Path, settings: training.Train) -> Any:
 
     Adapters out of scope stay as they are made, and then add nothing.
     """
-    adapted = model if settings.method == "full" else _add_adapters(model, settings)
+    # Of all ways to make a model, only reading its files has every weight trained (a router's bias in ernie4_5_moe).
+    adapted = model.requires_grad_() if settings.method == "full" else _add_adapters(model, settings)
     if (blocks := blocks_in_scope(base, settings)) is None:
         return adapted
     for name, parameter in adapted.named_parameters():

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from sdft_ray import environment
-from sdft_ray.errors import UserError, nearest, problem
+from sdft_ray.errors import Problem, UserError, nearest, problem
 from sdft_ray.spec import compute, training
 from sdft_ray.spec.wording import mistakes
 
@@ -62,7 +62,7 @@ def _own_part(given: dict[str, Any], settings: training.Train, plan: compute.Tra
     where = "compute.train.deepspeed"
     zero, bf16 = _section(given, "zero_optimization"), _section(given, "bf16")
     given.pop("bf16", None)
-    given["zero_optimization"] = zero
+    given.update(zero_optimization=zero)
     must_be = {
         "train_batch_size": (given.pop("train_batch_size", "auto"), settings.global_batch_size),
         "train_micro_batch_size_per_gpu": (given.pop("train_micro_batch_size_per_gpu", "auto"), plan.micro_batch),
@@ -89,13 +89,14 @@ def _own_part(given: dict[str, Any], settings: training.Train, plan: compute.Tra
         if device == "nvme":
             what = f"zero_optimization.{part}.device nvme needs an operator that is compiled on first use"
             problems.append(problem(where, what, "Use cpu"))
-    problems += _refused(zero) if zero else ()
+    if zero:
+        problems += _refused(zero)
     if problems:
         raise UserError(*problems)
     return given
 
 
-def _refused(zero: Mapping[str, Any]) -> Iterator[str]:
+def _refused(zero: Mapping[str, Any]) -> Iterator[Problem]:
     """Yield what DeepSpeed itself refuses of the settings of ZeRO: it would do so in the workers, hours later."""
     environment.for_deepspeed(0)  # workers choose their own
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig

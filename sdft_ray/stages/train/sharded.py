@@ -45,6 +45,9 @@ def load_share(base: str, settings: training.Train, config: Mapping[str, Any]) -
     with deepspeed.zero.Init(config_dict_or_path=config, tensor_overrides=[]), no_init_weights():
         model = AutoModelForCausalLM.from_config(facts, dtype=dtype).eval()
     model.tie_weights()
+    for parameter in model.parameters():  # some are made in float32, whatever is asked for
+        for tensor in (parameter, parameter.ds_tensor):
+            tensor.data = tensor.data.to(dtype)
     for buffer in model.buffers():
         buffer.data = buffer.data.to(deepspeed.get_accelerator().current_device_name())
     with torch.device("meta"):
