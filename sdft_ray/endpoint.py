@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from pydantic import Field, JsonValue, ValidationError
+from pydantic import Field, JsonValue, ValidationError, model_validator
 
 from sdft_ray.errors import StageFailed, UserError, nearest, problem
 from sdft_ray.spec.sources import KEY_VARIABLE, ServedModel
@@ -93,6 +93,11 @@ class _Model(Record):
 class _Models(Record):
     data: list[_Model]
 
+    @model_validator(mode="before")
+    @classmethod
+    def _take_bare_list(cls, value: Any) -> Any:  # of Together's API
+        return {"data": value} if isinstance(value, list) else value
+
 
 class _Tokens(Record):
     tokens: list[int]
@@ -157,7 +162,7 @@ class Client:
         many new tokens fit behind a prompt, as far as the server says how long that is."""
         try:
             answer = self._send("GET", "models", timeout=_LOOK_SECONDS)
-            served = {model.id: model.max_model_len for model in _read(_Models, answer).data}
+            served = {model.id: model.max_model_len for model in self._read(_Models, answer).data}
         except _Again as again:
             do = "Start the server, or correct the address"
             raise UserError(problem(self._where("endpoint"), f"{self._served.endpoint} {again}", do)) from None
@@ -176,7 +181,7 @@ class Client:
         body = {"model": self._served.model, "prompt": _PROBE, "add_special_tokens": False}
         try:
             answer = self._send("POST", f"{root}/tokenize", json=body, timeout=_LOOK_SECONDS)
-            theirs = _read(_Tokens, answer).tokens
+            theirs = self._read(_Tokens, answer).tokens
         except (_Again, CannotServe, UserError):  # only vLLM's server and some others have it
             return
         if theirs and theirs != tokenizer.encode(_PROBE, add_special_tokens=False):  # llama.cpp's reads another field
@@ -185,17 +190,16 @@ class Client:
             raise UserError(problem(self._where("tokenizer"), what, do))
 
     def _post(self, body: Mapping[str, JsonValue]) -> Completion:
-        answer = _read(_Answer, self._send("POST", "completions", json=body))
+        answer = self._read(_Answer, self._send("POST", "completions", json=body))
         named = answer.model.removeprefix(self._served.model)
         if named == answer.model or (named and self._served.api == "vllm"):  # others may add a version
             what = f"{self._served.endpoint} was asked for {self._served.model} and answers as {answer.model}"
             raise UserError(problem(self._where("model"), what, "Name the model that is to teach"))
         choice, usage = answer.choices[0], answer.usage or _Usage()
-        if choice.finish_reason not in ("stop", "length"):  # `abort`: the server ended
-            raise _Again(f"ended a text early ({choice.finish_reason})")
-        return Completion(
-            choice.text, choice.finish_reason, usage.prompt_tokens, usage.completion_tokens, choice.token_ids
-        )
+        reason = "stop" if choice.finish_reason == "eos" else choice.finish_reason  # Together's API tells them apart
+        if reason not in ("stop", "length"):  # `abort`: the server ended
+            raise _Again(f"ended a text early ({reason})")
+        return Completion(choice.text, reason, usage.prompt_tokens, usage.completion_tokens, choice.token_ids)
 
     def _send(self, method: str, path: str, **more: Any) -> httpx2.Response:
         """Return the answer 200 of the endpoint; raises what another one means."""
@@ -215,6 +219,8 @@ class Client:
                 if self._key:
                     what, do = f"{self._served.endpoint} refuses the key in {KEY_VARIABLE}", "Set a valid one"
                 raise UserError(problem(self._where("endpoint"), what, do))
+            case 402:
+                raise self._unusable(f"answers 402: {self._said(answer)}")
             case 400 | 413 | 422:
                 raise CannotServe(f"{self._said(answer)} ({answer.status_code})")
             case status if status in (408, 425, 429) or status >= 500:
@@ -225,6 +231,20 @@ class Client:
         if answer.status_code == 404 and path != "models":
             do = "See that the endpoint still serves the model, and completions"
         raise UserError(problem(self._where("endpoint"), what, do))
+
+    def _read(self, kind: type[R], answer: httpx2.Response) -> R:
+        """Return an answer as what it should be; raises _Again where it is something else."""
+        try:
+            return kind.model_validate_json(answer.content)
+        except ValidationError as error:
+            wrong, *_ = mistakes(error)
+        place = ".".join(map(str, wrong.loc))
+        what = f"something without what it should hold ({place}: {wrong.msg})" if place else "something that is no JSON"
+        if "html" in answer.headers.get("content-type", ""):
+            what = "something in HTML, not JSON"
+        elif place and '"error"' in answer.text:  # some gateways say so with status 200
+            what = f"200: {self._said(answer)}"
+        raise _Again(f"answers with {what}")
 
     def _said(self, answer: httpx2.Response) -> str:
         """Return what an answer says of a failure, in one line and without the key."""
@@ -268,19 +288,6 @@ class Client:
     @staticmethod
     def _where(field: str) -> str:
         return f"distill.teacher.{field}"
-
-
-def _read(kind: type[R], answer: httpx2.Response) -> R:
-    """Return an answer as what it should be; raises _Again where it is something else."""
-    try:
-        return kind.model_validate_json(answer.content)
-    except ValidationError as error:
-        wrong, *_ = mistakes(error)
-        place = ".".join(map(str, wrong.loc))
-        what = f"without what it should hold ({place}: {wrong.msg})" if place else "that is no JSON"
-        if "html" in answer.headers.get("content-type", ""):
-            what = "in HTML, not JSON"
-        raise _Again(f"answers with something {what}") from None
 
 
 def _retry_after(answer: httpx2.Response) -> float | None:

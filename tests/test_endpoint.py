@@ -212,6 +212,25 @@ def test_endpoint_that_does_not_come_back_stops_the_work_in_one_line(server, tin
         list(engine.generate(make_requests(4)))
 
 
+def test_endpoint_without_credit_stops_the_work_in_one_line(server, tiny_model):
+    server.answer = lambda _: failure(402, "no credits")
+    with pytest.raises(
+        StageFailed, match=r"answers 402: no credits\. .* run the same command again: what was generated"
+    ):
+        list(make_engine(server, tiny_model).generate(make_requests(100)))
+    assert len(server.asked) < 20, "of 100"
+
+
+def test_endpoint_that_lists_models_barely_and_tells_an_end_of_text_apart_is_understood(server, tiny_model):
+    """As Together's API does."""
+    server.models = lambda: (200, {}, json.dumps([{"id": NAME}]))
+    server.answer = lambda body: completion(body, choices=[{"text": "four", "finish_reason": "eos"}])
+    engine = make_engine(server, tiny_model, api="openai")
+    engine.client.require_model()
+    ((_, generation),) = engine.generate(make_requests(1))
+    assert (generation.text, generation.finish_reason) == ("four", "stop")
+
+
 def test_endpoint_that_is_busy_for_too_long_stops_the_work_in_one_line(server, tiny_model):
     server.answer = lambda _: failure(429, "quota is used up")
     with pytest.raises(StageFailed, match="answers 429: quota is used up"):
@@ -302,6 +321,7 @@ def test_endpoint_that_does_not_count_tokens_gives_texts_and_truncated_ones(serv
         (page, r"endpoint: \S+ answers with something in HTML, not JSON"),
         (lambda: (200, {}, "{}"), r"endpoint: \S+ answers with something without what it should hold \(data: "),
         (lambda: (200, {}, "hello"), r"endpoint: \S+ answers with something that is no JSON"),
+        (lambda: (200, *failure(402, "no credits")[1:]), r"endpoint: \S+ answers with 200: no credits"),
         (lambda: None, r"endpoint: \S+ drops the connection or is not there"),
     ],
 )
