@@ -153,7 +153,12 @@ def sweep(options: argparse.Namespace) -> None:
             failed = error
     if not failed and not built.new:
         log(f"Nothing to do: all {len(built.reused)} artifacts are there already under {storage.uri}.")
-    report = _show_sweep(options, plan, storage)
+    try:
+        report = _show_sweep(options, plan, storage)
+    except UserError:
+        if failed:  # before what finished trials are compared with was there
+            raise failed from None
+        raise
     with contextlib.redirect_stdout(sys.stderr):
         track.log_sweep(report, plan, compute, storage)
     if failed:

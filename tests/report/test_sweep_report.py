@@ -11,9 +11,10 @@ from recipes import write_recipe
 from rich.console import Console
 
 from sdft_ray import cli, pipeline
+from sdft_ray.errors import StageFailed, UserError
 from sdft_ray.report import frame, page, plots, sources, sweep, table, terminal
 from sdft_ray.store.storage import Storage
-from sdft_ray.sweep import planning
+from sdft_ray.sweep import goal, planning
 
 ITEMS = 20  # of each task
 
@@ -221,6 +222,21 @@ def test_pipeline_of_a_sweeps_cell_needs_nothing_but_the_sweeps_stages(plan):
     known = {stage.id for stage in planning.stages_of(plan)}
     for cell in plan.cells:
         assert {stage.id for stage in pipeline.chain(cell.recipe).in_order} <= known
+
+
+def test_sweep_that_fails_before_there_is_a_report_says_why(finished, monkeypatch, capsys):
+    folder, _ = finished
+
+    def fail(*_):
+        raise StageFailed("disk: is full. Free space.")
+
+    def lack(*_):
+        raise UserError("sweep.yaml: has nothing to compare with. Do: sdft sweep sweep.yaml.")
+
+    monkeypatch.setattr(goal, "run", fail)
+    monkeypatch.setattr(sweep, "collect", lack)
+    assert cli.main(["sweep", str(folder / "sweep.yaml"), "--root", str(folder / "artifacts")]) == 1
+    assert "disk: is full. Free space." in capsys.readouterr().err
 
 
 def test_report_of_metrics_tells_cuts_of_one_depth_apart(collected):
