@@ -18,7 +18,7 @@ from sdft_ray.errors import UserError
 from sdft_ray.preflight import savings
 from sdft_ray.progress import Progress
 from sdft_ray.spec.compute import load_compute
-from sdft_ray.spec.sweep import Goal
+from sdft_ray.spec.sweep import Axis, Goal
 from sdft_ray.stages import Work, distill
 from sdft_ray.stages.distill.draws import instruction_templates
 from sdft_ray.stages.evaluate.presets import OPENLLM_V1
@@ -132,6 +132,12 @@ def test_sweep_draws_whole_numbers_between_whole_numbers(folder):
     assert all(isinstance(cell.recipe.train.lora.rank, int) for cell in plan.cells)
 
 
+@pytest.mark.parametrize(("low", "high"), [(1004, 1996), (0.9981, 0.9999)])
+def test_axis_draws_no_number_beyond_its_range(low, high):
+    drawn = [number for seed in range(50) for number in Axis(**{"from": low, "to": high}).draw(4, str(seed))]
+    assert all(low <= number <= high and type(number) is type(low) for number in drawn)
+
+
 @pytest.mark.parametrize(
     ("axes", "more", "line"),
     [
@@ -141,6 +147,8 @@ def test_sweep_draws_whole_numbers_between_whole_numbers(folder):
         ({"prune.blocks": []}, {}, "axes.prune.blocks: has no values. Give at least one."),
         ({"prune.blocks": [2, 2]}, {}, "axes.prune.blocks: names a value twice. Remove one."),
         ({}, {}, "axes: names no field. Give at least one."),
+        ({"train..lr": [1]}, {}, "axes: 'train..lr' is the path of no field. Write for example train.lr."),
+        ({"": [1]}, {}, "axes: '' is the path of no field. Write for example train.lr."),
         ({"prune.blocks.x": [1]}, {}, "axes.prune.blocks.x: blocks has no keys below it. Check the dotted path."),
         (
             {"train.epochs": [1, 2]},

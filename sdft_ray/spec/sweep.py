@@ -51,8 +51,9 @@ class Axis(Section):
         places = random.Random(seed)
         drawn = [low + (high - low) * places.random() for _ in range(count)]
         numbers = [float(f"{math.exp(value) if self.scale == 'log' else value:.3g}") for value in drawn]
+        inside = [min(max(number, self.from_), self.to) for number in numbers]  # rounding leads out of it
         whole = isinstance(self.from_, int) and isinstance(self.to, int)
-        return tuple(round(number) for number in numbers) if whole else tuple(numbers)
+        return tuple(round(number) for number in inside) if whole else tuple(map(float, inside))
 
 
 def _are_equal(first: JsonValue, second: JsonValue) -> bool:
@@ -152,6 +153,8 @@ class Sweep(Section):
     def _draws_where_there_is_a_range(self) -> Self:
         if not (self.axes and all(self.axes)):
             raise ValueError("axes: names no field. Give at least one")
+        if wrong := [path for axes in self.axes for path in axes if not all(path.split("."))]:
+            raise ValueError(f"axes: '{wrong[0]}' is the path of no field. Write for example train.lr")
         ranges = [path for axes in self.axes for path, axis in axes.items() if axis.values is None]
         if ranges and self.samples is None:
             raise ValueError(f"samples: is missing. Set samples to the number of values to draw of {ranges[0]}")
