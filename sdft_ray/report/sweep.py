@@ -230,8 +230,8 @@ def _describe_trial(
 def _group(entries: Sequence[TrialEntry]) -> tuple[Group, ...]:
     """Return the finished trials, those that differ in seeds alone as one, with the mean and the spread over seeds.
 
-    Chosen among those of one recipe and base, arm, depth and size is the one of the lowest validation loss, never of
-    the best score.
+    Chosen among those of one recipe, base and rows, arm, depth and size is the one of the lowest validation loss, never
+    of the best score.
     """
     members: dict[str, list[int]] = {}
     for i, entry in enumerate(entries):

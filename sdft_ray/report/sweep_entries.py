@@ -90,6 +90,12 @@ class DraftWorth(Record):
         return {"greedy": self.greedy, "sampled": self.sampled}
 
 
+def _is_apart(path: str) -> bool:
+    """Return whether values of an axis make validation losses that do not compare: other bases, or other rows."""
+    section, *fields = path.split(".")
+    return section in (RECIPE, "model") or (section == "rows" and not {*fields} & {"weight", "template", "filters"})
+
+
 class Place(Record):
     """Where something lies in a sweep."""
 
@@ -102,9 +108,9 @@ class Place(Record):
 
     @property
     def of(self) -> str:
-        """The recipe and the base, where a sweep has several: settings are chosen within one of them."""
-        named = (value for path, value in self.values.items() if path.partition(".")[0] in (RECIPE, "model"))
-        return ", ".join(map(str, named))
+        """The recipe, the base and the rows, where a sweep has several: settings are chosen within one of them, because
+        validation losses compare within one."""
+        return ", ".join(str(value) for path, value in self.values.items() if _is_apart(path))
 
     @property
     def name(self) -> str:
@@ -144,7 +150,8 @@ class Group(Place):
     pruned: str
     limited: bool
     chosen: bool = False
-    """Whether it has the lowest validation loss among those of one recipe and base, arm, depth and size."""
+    """Whether it has the lowest validation loss among those of one recipe, base and rows, arm, depth and
+    size."""
 
 
 class SweepComparison(Flat):
@@ -152,7 +159,7 @@ class SweepComparison(Flat):
 
     flat = ("compared",)
     recipe: str | None
-    """And the base, where there are several."""
+    """And the base and the rows, where there are several."""
     blocks: int
     rows: int
     seeds: dict[str, int]

@@ -133,7 +133,8 @@ TRAINED |= {"example": {"without_loss": "1?", "with_loss": "1"}}
 
 def write_trial(trial: planning.Trial, storage: Storage, right: int, validation_loss: float, **more) -> None:
     write(storage, trial.train, {**TRAINED, "validation_loss": validation_loss, **more}, {})
-    write_retention(storage, trial.retention, 0.1 + 0.01 * right)
+    if trial.retention:
+        write_retention(storage, trial.retention, 0.1 + 0.01 * right)
     for evaluation in trial.evaluations.values():
         write_evaluation(storage, evaluation, right)
 

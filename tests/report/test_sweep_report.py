@@ -108,6 +108,24 @@ def test_report_of_two_bases_chooses_within_each_and_names_them(plan, write_all,
     assert all(name in text for name in names) and " %)" not in text, "no share of another base is saved"
 
 
+def test_report_of_two_row_files_chooses_within_each(plan, write_all, tmp_path):
+    """Validation rows are of the file: their losses do not compare."""
+    recipe = yaml.safe_load((tmp_path / "recipe.yaml").read_text()) | {"draft": None}
+    recipe["rows"]["held_out"], recipe["evaluate"]["retention"] = 0, None
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    own, other = str(tmp_path / "rows.jsonl"), str(tmp_path / "other.jsonl")
+    (tmp_path / "other.jsonl").write_text((tmp_path / "rows.jsonl").read_text().replace("?", "!"))
+    axes = {"rows.path": [own, other], "train.lr": [1e-3, 1e-4]}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"recipe": "recipe.yaml", "axes": axes}))
+    storage, both = Storage(str(tmp_path / "both")), planning.load_sweep(tmp_path / "sweep.yaml")
+    loss = {own: 1.0, other: 2.0, 1e-3: 0.1, 1e-4: 0.2}
+    write_all(both, storage, lambda trial: {"validation_loss": sum(map(loss.get, trial.values.values()))})
+    report = sweep.collect(both, "sweep.yaml", storage)
+    chosen = [(group.of, group.arm, group.values["train.lr"]) for group in report.groups if group.chosen]
+    assert chosen == [(path, arm, 1e-3) for arm in ("sft", "distilled") for path in (own, other)]
+    assert [entry.recipe for entry in report.comparisons] == [own, other]
+
+
 def test_report_on_the_terminal_names_what_did_not_end(collected):
     console = Console(width=200, record=True, file=io.StringIO())
     terminal.show_sweep(collected, console)
