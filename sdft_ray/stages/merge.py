@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from sdft_ray import stages
 from sdft_ray.core.surgery import EMBEDDINGS, block_of
-from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
 from sdft_ray.models.companions import copy_all_but_weights
 from sdft_ray.models.directory import (
     DTYPES,
+    load_config,
     require_dtype,
     require_loadable,
     stored_tensors,
@@ -242,8 +242,12 @@ def require_same_kind(models: Mapping[str, Path]) -> None:
 
 
 def _facts(model: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Return the fields of a model's config, its tokenizer's tokens and chat template, and the kinds of its tensors."""
-    config = {key: value for key, value in read_json(model / "config.json").items() if key not in _NO_MATTER}
+    """Return the fields of a model's config, its tokenizer's tokens and chat template, and the kinds of its tensors.
+
+    Configs are compared as transformers reads them: each version of it, and each trainer, writes other fields.
+    """
+    fields = load_config(model).to_dict()
+    config = {key: value for key, value in fields.items() if key not in _NO_MATTER and not key.endswith("token_id")}
     tokenizer = load_tokenizer(model)
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])  # it comes in another order each time
     tokens = {f"the id of {token!r}": number for token, number in vocabulary}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from refusals import complaint
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sdft_ray import pipeline
 from sdft_ray.core.recovery import Estimate
@@ -21,7 +21,8 @@ from sdft_ray.report.lines import merge_line
 from sdft_ray.spec.compute import load_compute
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.wording import validate
-from sdft_ray.stages.merge import LinearSettings, SlerpSettings, Summary, merge_models
+from sdft_ray.stages.cut import remove_blocks
+from sdft_ray.stages.merge import LinearSettings, SlerpSettings, Summary, merge_models, require_same_kind
 from sdft_ray.store.files import hash_file, hash_once
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
@@ -134,6 +135,23 @@ def test_merge_of_bfloat16_models_is_rounded_once(tuned, tmp_path):
     name = "model.layers.5.mlp.up_proj.weight"
     assert merged[name].dtype == torch.bfloat16
     assert torch.equal(merged[name], (one[name].float() * 0.25 + other[name].float() * 0.75).bfloat16())
+
+
+def test_merge_takes_a_model_whose_config_was_written_by_a_trainer(tuned, tmp_path):
+    """It spells out defaults, knows RoPE by another name, and has the padding of a tokenizer."""
+    cut, own = tmp_path / "cut", tmp_path / "own"
+    cut.mkdir()
+    remove_blocks(tuned["sums"], cut, (1, 3))
+    fields = json.loads((cut / "config.json").read_text())
+    shorter = {key: value for key, value in fields.items() if key not in ("head_dim", "mlp_bias", "attention_bias")}
+    (cut / "config.json").write_text(json.dumps(shorter))
+    model = AutoModelForCausalLM.from_pretrained(cut)
+    model.config.pad_token_id = 3
+    model.save_pretrained(own)
+    AutoTokenizer.from_pretrained(cut).save_pretrained(own)
+    require_same_kind({"distilled": cut, "own": own})
+    (own / "config.json").write_text(json.dumps(fields | {"rms_norm_eps": 0.5}))
+    assert "config.json: rms_norm_eps is" in complaint(require_same_kind, {"distilled": cut, "own": own})
 
 
 def test_merge_refuses_models_that_differ_and_names_the_field(tuned, tmp_path):
