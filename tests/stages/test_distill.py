@@ -19,7 +19,7 @@ from tiny import make_tiny_model, rows_settings
 from transformers import AutoTokenizer
 
 from sdft_ray import pipeline
-from sdft_ray.cluster import last_line
+from sdft_ray.cluster import below_ray, last_line
 from sdft_ray.core.rows import PLAIN, Given, Message, Row, write_conversation
 from sdft_ray.core.selection import Generation
 from sdft_ray.engine import EngineFactory, VllmEngine
@@ -32,7 +32,6 @@ from sdft_ray.spec.wording import validate
 from sdft_ray.stages import Work, distill, rows
 from sdft_ray.stages.distill import spread
 from sdft_ray.stages.distill.draws import instruction_template
-from sdft_ray.stages.distill.rewriter import Rewriter
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
 
@@ -310,16 +309,15 @@ def test_distill_a_row_that_kills_its_engine_is_found_and_set_aside(ray_cluster,
     assert summary.rows == 36 == summary.kept + 1
 
 
-def test_distill_an_engine_that_refuses_to_start_is_the_line_that_it_says(tmp_path):
-    """And not a dead actor with a trace: Ray gives no more of one that raises in its constructor."""
+def test_distill_an_engine_that_refuses_to_start_ends_the_stage_with_its_own_line(ray_cluster, tiny_model, tmp_path):
+    """And not with a dead actor's trace: Ray gives no more of one that raises in its constructor."""
 
     def refuse(*_):
         raise UserError("model: is in int8. Take a GPU.")
 
-    work = make_work(tmp_path, tmp_path, 4)
-    actor = Rewriter(refuse, lambda: tmp_path, work.storage, work.stage, PLAN.distill, True, (), "", (2, 0))
-    with pytest.raises(UserError, match=r"^model: is in int8\. Take a GPU\.$"):
-        next(actor({}))
+    with pytest.raises(UserError) as error:
+        distill.build(make_work(tmp_path, tiny_model, 4, engine=refuse))
+    assert str(below_ray(error.value)) == "model: is in int8. Take a GPU."
 
 
 @pytest.mark.parametrize("started", [True, False])
