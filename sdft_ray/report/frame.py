@@ -69,7 +69,7 @@ def _of_sweep(report: SweepReport) -> Iterator[Line]:
         figures = (*_SUMMED, "validation_loss", *Cost.model_fields, "seconds", "limited")
         yield {
             **{"arm": trial.arm, "blocks": trial.blocks, "rows": trial.rows},
-            **{path: _as_cell(trial.values.get(path)) for path in values},
+            **{f"axes.{path}" if path == "rows" else path: _as_cell(trial.values.get(path)) for path in values},
             **{"status": trial.status, "id": trial.id},
             **{name: plain.get(name) for name in figures},
             **_scores(trial.result.quality.tasks if trial.result else {}, report.tasks),

@@ -45,6 +45,7 @@ VERSION, NEEDS, UNIT = 2, None, "tensors"
 # Weights of models that grew out of one have cosines above 0.9; those of two unlike blocks are near 0.
 _SAME_ORIGIN = 0.5
 _LONGEST = 200  # characters of a value that is shown
+_BEFORE_BLOCKS = (*EMBEDDINGS, "model.decoder.embed_positions.weight", "model.decoder.project_in.weight")
 _NO_MATTER = ("dtype", "torch_dtype", "transformers_version", "use_cache", "_name_or_path")
 
 
@@ -176,7 +177,7 @@ def _t_of(name: str, t: float | Sequence[float]) -> float:
     if not isinstance(t, Sequence):
         return t
     block = block_of(name)
-    return t[(0 if name in EMBEDDINGS else -1) if block is None else block]
+    return t[(0 if name in _BEFORE_BLOCKS else -1) if block is None else block]
 
 
 def _pieces(places: Sequence[tuple[Path, StoredTensor]]) -> Iterator[list[torch.Tensor]]:

@@ -76,6 +76,9 @@ def test_lines_of_a_sweep_have_names_whole_numbers_and_ids_as_they_are(collected
         str(others[0].result.cost.parameters)
     }
     assert (written[0]["id"], written[0]["train.seed"]) == ("012345678901", "[0, 1]")
+    over_rows = {"axes": ("rows",), "trials": (first.model_copy(update={"values": {"rows": {"path": "a"}}}),)}
+    (line,) = frame.lines(collected.model_copy(update=over_rows))
+    assert (line["rows"], line["axes.rows"]) == (first.rows, '{"path": "a"}')
     in_pandas = frame.as_frame(lines)
     assert in_pandas.id[0] == "012345678901" and in_pandas.recovery.isna().sum() == 2
     several = frame.of_several({"a": collected, "b": collected})

@@ -22,7 +22,7 @@ from sdft_ray.spec.compute import load_compute
 from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.wording import validate
 from sdft_ray.stages.cut import remove_blocks
-from sdft_ray.stages.merge import LinearSettings, SlerpSettings, Summary, merge_models, require_same_kind
+from sdft_ray.stages.merge import LinearSettings, SlerpSettings, Summary, _t_of, merge_models, require_same_kind
 from sdft_ray.store.files import hash_file, hash_once
 from sdft_ray.store.identity import Stage
 from sdft_ray.store.storage import Storage
@@ -121,6 +121,12 @@ def test_merge_with_a_number_for_each_block_goes_from_one_parent_to_the_other(tu
     for block, parent in ((0, one), (3, one), (4, other), (5, other)):
         name = f"model.layers.{block}.mlp.up_proj.weight"
         assert torch.allclose(merged[name], parent[name], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.decoder.embed_positions.weight"])
+def test_merge_with_a_number_for_each_block_takes_the_first_in_front_of_them(name):
+    assert _t_of(name, (0.1, 0.2, 0.3)) == 0.1
+    assert _t_of("lm_head.weight", (0.1, 0.2, 0.3)) == _t_of("model.decoder.project_out.weight", (0.1, 0.3)) == 0.3
 
 
 def test_merge_of_bfloat16_models_is_rounded_once(tuned, tmp_path):
