@@ -1,7 +1,11 @@
 """Row files behind an address: what is copied, when again, and what a broken store says."""
 
+import functools
 import gzip
 import json
+import os
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import boto3
 import pytest
@@ -90,6 +94,27 @@ def test_copy_of_an_unchanged_file_is_not_fetched_again_and_of_a_changed_one_is(
     bucket(b_jsonl=lines(ROWS[3:]))
     assert prompts(address) == ["0?", "3?"]
     assert len(fetched()) == 1
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *arguments) -> None:
+        pass
+
+
+def test_copy_of_a_changed_file_behind_http_is_fetched_again(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=tmp_path))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_address[1]}/rows.jsonl"
+    for seconds, row in ((1, ROWS[0]), (2, ROWS[1])):  # of one size; the server tells when it was written last
+        file.write_bytes(lines([row]))
+        os.utime(file, (seconds, seconds))
+        copies.local_path.cache_clear()
+        assert prompts(address) == [row["q"]]
+    file.write_bytes(b"x")
+    copies.local_path.cache_clear()
+    assert complaint(address).startswith(f"{address}:1: is not JSON")
+    server.shutdown()
 
 
 def test_copy_that_breaks_off_counts_for_nothing(bucket, s3_proxy):

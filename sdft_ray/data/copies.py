@@ -55,8 +55,8 @@ def local_path(address: str, where: str) -> str:
             what = f"{address} {'matches no file' if pattern else 'does not exist, or is empty'}"
             raise UserError(problem(where, what, "Check the address"))
         if [*files] == [path]:  # a single file: the last part of its path is what a pattern is to others
-            start, pattern = str(PurePosixPath(path).parent), PurePosixPath(path).name
-        folder = _folder(address) / (PurePosixPath(start).name or "files")
+            start, _, pattern = path.rpartition("/")
+        folder = _folder(address) / re.sub(r"[\s:]", "_", PurePosixPath(start).name or "files")
         with file_lock(_root(), f"copy-{_folder(address).name}"):
             _refresh(filesystem, files, start, folder, address)
     return str(folder / pattern)
@@ -118,7 +118,10 @@ def _refresh(filesystem: Any, files: dict[str, Any], start: str, folder: Path, a
     notes = folder.parent / _KNOWN
     known = _Known.from_file(notes).files if notes.is_file() else {}
     shown = address.partition("://")[0] + "://" + start if not start.startswith("http") else start
-    stamps = {name.removeprefix(f"{start}/"): version_of(i) or str(filesystem.ukey(name)) for name, i in files.items()}
+    stamps = {
+        name.removeprefix(f"{start}/"): version_of(info) or f"{info.get('size')} {filesystem.ukey(name)}"
+        for name, info in files.items()
+    }
     for name, stamp in stamps.items():
         copy = inside(folder, name)
         if known.get(name) == stamp and copy.is_file():

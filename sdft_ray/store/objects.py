@@ -72,7 +72,7 @@ def is_file(info: Mapping[str, Any]) -> bool:
 
 def version_of(info: Mapping[str, Any]) -> str:
     """Return what changes with a file's content, by what fsspec says of it; empty where its store tells nothing."""
-    keys = ("ETag", "etag", "md5Hash", "checksum", "mtime", "LastModified")
+    keys = ("ETag", "etag", "md5Hash", "checksum", "mtime", "LastModified", "Content-MD5", "Digest", "Last-Modified")
     known = [str(info[key]) for key in keys if info.get(key)]
     return " ".join([str(info.get("size")), *known]) if known else ""
 
