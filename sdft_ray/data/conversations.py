@@ -28,6 +28,7 @@ _ROLES = {
 }
 """The names of roles in data sets, in lower case and with _ for -."""
 _KEPT = ("name", "tool_call_id", "reasoning_content")  # of a message, beside role, content and calls
+_BESIDE_ARGUMENTS = ("name", "arguments", "parameters", "id", "type", "index", "description")  # of a call
 _TEXT_PARTS = ("text", "input_text", "output_text")  # of content, as OpenAI's two APIs name them
 
 
@@ -72,6 +73,7 @@ def read_conversation(
     turns = [_unpack(turn) for turn in _as_list(turns, where)]
     messages = [_read_message(turn, form, f"{where}, turn {i}") for i, turn in enumerate(turns, 1)]
     untrained = [message for turn, message in zip(turns, messages, strict=True) if turn.get("weight") == 0]
+    messages = [message for message in messages if message.role != "system" or not _says_nothing(message)]
     if system and system.strip() and messages[:1] != [Message("system", system)]:
         if any(message.role == "system" for message in messages):
             do = "Remove rows.fields.context"
@@ -184,7 +186,11 @@ def _read_call(call: Any, where: str) -> dict[str, Any]:
     function = _unpack(call.get("function", call)) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(name := function.get("name"), str):
         raise UserError(problem(where, "calls a function without a name", "Fix this row"))
-    arguments = _unpack(function.get("arguments", function.get("parameters")) or {})
+    given = function.get("arguments", function.get("parameters"))
+    if given is None and (others := [key for key in function if key not in _BESIDE_ARGUMENTS]):
+        what = f"calls {name} without arguments (its keys: {', '.join(map(str, others))})"
+        raise UserError(problem(where, what, "Name them arguments"))
+    arguments = _unpack(given or {})
     if not isinstance(arguments, dict):
         what = f"calls {name} with arguments that are no JSON object"
         raise UserError(problem(where, what, "Fix this row"))

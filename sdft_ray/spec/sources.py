@@ -240,6 +240,8 @@ class TableRows(Rows):
     def _has_prompts(self) -> Self:
         if self.plain and (self.fields.prompt or self.fields.messages):
             raise ValueError(f"plain: {'prompt' if self.fields.prompt else 'messages'} has no use. Remove plain")
+        if self.plain and self.fields.context:
+            raise ValueError("plain: fields.context has no use, for all of a text stands in one column. Remove it")
         if self.plain and self.answer != "none":
             raise ValueError("plain: a plain text has no answer. Set answer: none")
         if not self.plain and self.fields.prompt is None and self.fields.messages is None:
