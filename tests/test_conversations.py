@@ -211,6 +211,7 @@ def test_read_conversation_of_another_form_names_row_and_turn(tmp_path, record, 
         ({"fields": {"prompt": "q", "response": "a"}, "turns": "each"}, "turns"),
         ({"fields": {"prompt": "q", "response": "a"}, "plain": True}, "plain"),
         ({"fields": {"response": "a"}, "plain": True, "answer": "number"}, "plain"),
+        ({"fields": {"response": "a", "context": "c"}, "plain": True}, "plain: fields.context has no use"),
     ],
 )
 def test_row_source_with_fields_that_contradict_each_other_is_refused(options, key):
@@ -559,6 +560,29 @@ def test_read_conversation_of_arguments_that_are_no_object_is_refused(tmp_path, 
 def test_read_conversation_arguments_have_several_names(tmp_path, given):
     [row] = read_turns(tmp_path, [USER, {"role": "assistant", "content": "", "tool_calls": [{"name": "f", **given}]}])
     assert row.exchange.calls == [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]
+
+
+def test_read_conversation_of_arguments_under_another_name_is_refused(tmp_path):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "args": {"x": 1}}]}
+    with pytest.raises(UserError, match=r"turn 2: calls f without arguments \(its keys: args\). Name them arguments"):
+        read_turns(tmp_path, [USER, call])
+
+
+@pytest.mark.parametrize("given", [{}, {"arguments": None}, {"arguments": ""}, {"id": "1", "type": "function"}])
+def test_read_conversation_of_a_call_without_arguments_has_none(tmp_path, given):
+    [row] = read_turns(tmp_path, [USER, {"role": "assistant", "content": "", "tool_calls": [{"name": "f", **given}]}])
+    assert row.exchange.calls[0]["function"] == {"name": "f", "arguments": {}}
+
+
+def test_read_conversation_of_an_empty_message_of_the_system_has_none(tmp_path):
+    assert read_turns(tmp_path, [{"role": "system", "content": ""}, USER, REPLY]) == read_turns(tmp_path, [USER, REPLY])
+
+
+def test_read_conversation_without_the_key_of_tools_has_none(tmp_path):
+    records = [{"messages": [USER, REPLY]}, {"messages": [USER, REPLY], "tools": [ADD]}]
+    fields = {"messages": "messages", "tools": "tools"}
+    rows = read(tmp_path / "rows.jsonl", records, fields=fields)
+    assert [row.exchange.given.tools for row in rows] == [None, [ADD]]
 
 
 def test_read_conversation_a_turn_of_weight_0_is_given_and_not_trained(tmp_path):

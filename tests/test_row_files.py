@@ -12,7 +12,7 @@ from row_files import ONE_FILE, pack, save
 from sdft_ray.core.rows import Row
 from sdft_ray.data import files, readers, records
 from sdft_ray.errors import UserError
-from sdft_ray.spec.sources import FileRows
+from sdft_ray.spec.sources import FileRows, HubRows
 from sdft_ray.store.files import hash_file
 
 FIELDS = {"prompt": "question", "response": "answer"}
@@ -354,6 +354,85 @@ def test_a_column_that_is_sometimes_null_is_missing_there(tmp_path, name):
     assert [row.answer for row in read(path, fields=fields)] == ["0", None, "2", None, "4"]
     save([*GSM, {"question": None, "answer": "a"}], path)
     assert complaint(path) == f"{path}:6: question is empty, not text. Fix this row."
+
+
+@pytest.mark.parametrize("key", ["context", "answer"])
+def test_a_line_of_json_may_lack_what_is_optional_and_no_table_may(tmp_path, key):
+    rows = [GSM[0], {**GSM[1], "more": "8"}]
+    fields = {**FIELDS, key: "more"}
+    assert read(save(rows, tmp_path / "rows.jsonl"), fields=fields)[0] == ROWS[0]
+    line = f"rows.fields.{key}: {tmp_path / 'rows.jsonl'}:1 has no mroe. Known: answer, question."
+    assert complaint(tmp_path / "rows.jsonl", fields={**FIELDS, key: "mroe"}) == line
+    lacking = save(rows[:1], tmp_path / "b.parquet")
+    assert complaint(tmp_path, fields=fields) == f"rows.fields.{key}: {lacking}:1 has no more. Known: answer, question."
+
+
+def test_a_column_that_none_of_many_lines_has_is_refused_before_the_others_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "_ENOUGH", 2)
+    path = save([*GSM[:2], {"bad": 1}], tmp_path / "rows.jsonl")
+    assert "rows.jsonl:1 has no more" in complaint(path, fields={**FIELDS, "context": "more"})
+    path = save([*GSM[:4], {**GSM[4], "more": "4"}], path)
+    monkeypatch.setattr(readers, "_ENOUGH", 5)
+    assert len(read(path, fields={**FIELDS, "answer": "more"})) == 5
+
+
+@pytest.mark.parametrize("name", ["disk", "rows.parquet"])
+def test_values_of_several_kinds_that_datasets_writes_as_json_are_what_they_were(tmp_path, name):
+    turns = [
+        {"role": "user", "content": [{"type": "text", "text": "4 + 4?"}]},
+        {"role": "assistant", "content": "It is 8."},
+    ]
+    kinds = {"role": datasets.Value("string"), "content": datasets.Json()}
+    features = datasets.Features({"turns": datasets.List(kinds), "final": datasets.Json()})
+    saved = datasets.Dataset.from_list([{"turns": turns, "final": 8}, {"turns": turns, "final": "9"}], features)
+    saved.save_to_disk(tmp_path / "disk")
+    saved.to_parquet(tmp_path / "rows.parquet")
+    rows = read(tmp_path / name, fields={"messages": "turns", "answer": "final"})
+    assert rows == [Row("4 + 4?", "It is 8.", "8"), Row("4 + 4?", "It is 8.", "9")]
+
+
+# --- hub datasets ---------------------------------------------------------------------------------------------
+
+
+def hub_rows(**fields) -> list[Row]:
+    settings = {"repo": "owner/name", "revision": "0" * 40, "fields": fields}
+    return readers.read_rows(HubRows.model_validate(settings))
+
+
+def test_rows_of_a_hub_dataset_are_those_of_the_same_table_in_a_file(tmp_path, monkeypatch):
+    calls = [{"name": "f", "arguments": {"city": "Rome"}}, {"name": "g", "arguments": {"a": 1}}]
+    turns = [[{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}] for call in calls]
+    columns = {"turns": turns, "final": pa.array([0.1, None], pa.float32())}
+    fields = {"messages": "turns", "answer": "final"}
+    pq.write_table(pa.table(columns), path := tmp_path / "rows.parquet")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset(pa.table(columns)))
+    rows = hub_rows(**fields)
+    assert rows == read(path, fields=fields)
+    assert [row.exchange.calls[0]["function"] for row in rows] == calls
+    assert [row.answer for row in rows] == ["0.1", None]
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            RuntimeError("Dataset scripts are no longer supported"),
+            "owner/name: Dataset scripts are no longer supported.",
+        ),
+        (
+            datasets.exceptions.DatasetGenerationError("generating"),
+            "owner/name: cannot be read as one table (generating).",
+        ),
+    ],
+)
+def test_a_hub_dataset_that_datasets_cannot_read_is_one_line(monkeypatch, error, line):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(UserError) as said:
+        hub_rows(**FIELDS)
+    assert str(said.value).startswith(line)
 
 
 @pytest.mark.full

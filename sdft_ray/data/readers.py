@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import JsonValue
 
@@ -23,8 +23,8 @@ from sdft_ray import imports
 from sdft_ray.core.rows import PLAIN, Row
 from sdft_ray.data.conversations import add_response, find_conversations, is_answered, read_conversation
 from sdft_ray.data.files import find_files, hash_content
-from sdft_ray.data.records import Record, read_records
-from sdft_ray.data.text import decode, first_bytes, parse_json
+from sdft_ray.data.records import Record, read_records, values_of
+from sdft_ray.data.text import decode, first_bytes, first_line, parse_json
 from sdft_ray.errors import UserError, nearest, problem
 from sdft_ray.spec.section import Section
 from sdft_ray.spec.sources import Fields, FileRows, GymRows, HubRows, RowSource, TableRows, Turns
@@ -61,6 +61,9 @@ def require_whole(path: Path) -> None:
         raise UserError(problem(str(path), "is empty", "Copy or download it again"))
 
 
+_OPTIONAL = ("context", "answer", "tools")  # columns whose value may be missing, and in JSON also their key
+_ENOUGH = 20_000  # records to know by that none has a column
+_BATCH_ROWS = 1000  # of a hub dataset that are read at once
 # reasoning-gym makes row i of seed s from s + i: neighbouring seeds would share nearly all rows.
 GYM_SEED_SPACING = 1_000_000
 
@@ -155,7 +158,7 @@ def read_rows(source: RowSource) -> list[Row]:
 
 def read_first(source: FileRows, most: int) -> tuple[list[Row], bool]:
     """Return the raw rows of the first `most` records of a file, and whether these are all."""
-    records = itertools.islice(_file_records(source), source.limit)
+    records = _with_columns(itertools.islice(_file_records(source), source.limit), source)
     rows = [row for record in itertools.islice(records, most) for row in rows_of(record, source)]
     return rows, next(records, None) is None
 
@@ -166,8 +169,22 @@ def iterate_rows(source: RowSource) -> Iterator[Row]:
         yield from _gym_rows(source)
         return
     records = _file_records(source) if isinstance(source, FileRows) else _hub_records(source)
-    for record in itertools.islice(records, source.limit):
+    for record in _with_columns(itertools.islice(records, source.limit), source):
         yield from rows_of(record, source)
+
+
+def _with_columns(records: Iterator[Record], source: TableRows) -> Iterator[Record]:
+    """Yield records; raises UserError for a column that a record may lack, and that none of the first ones has."""
+    wanted = {key: column for key in _OPTIONAL if (column := getattr(source.fields, key))}
+    lacking: dict[str, Record] = {}
+    for record in itertools.islice(records, _ENOUGH):
+        for key in [key for key, column in wanted.items() if column in record.values]:
+            del wanted[key]
+        lacking = {key: lacking.get(key, record) for key in wanted}
+        yield record
+    for key, first in lacking.items():
+        _refuse_absent(key, wanted[key], first)
+    yield from records
 
 
 def _file_records(source: FileRows) -> Iterator[Record]:
@@ -202,12 +219,17 @@ def _hub_records(source: HubRows) -> Iterator[Record]:
 
     try:
         dataset = datasets.load_dataset(source.repo, source.subset, split=source.split, revision=source.revision)
-    except (ValueError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise UserError(problem(source.repo, str(error), "Check repo, subset and split")) from None
+    except datasets.exceptions.DatasetGenerationError as error:  # files whose columns differ
+        what = f"cannot be read as one table ({' '.join(str(error.__cause__ or error).split())[:200]})"
+        raise UserError(problem(source.repo, what, "Give a subset whose files have the same columns")) from None
+    except (ValueError, RuntimeError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise UserError(problem(source.repo, first_line(error), "Check repo, subset and split")) from None
     except (ConnectionError, FileNotFoundError, HfHubHTTPError) as error:
         what = f"cannot be downloaded ({' '.join(str(error).split())})"
         raise UserError(problem(source.repo, what, "Check the network and HF_ENDPOINT")) from None
-    for number, values in enumerate(dataset, 1):
+    # As Arrow: it is read as the same table in a file is, and no image is decoded.
+    batches = (batch for table in dataset.with_format("arrow").iter(_BATCH_ROWS) for batch in table.to_batches())
+    for number, values in enumerate(itertools.chain.from_iterable(map(values_of, batches)), 1):
         yield Record(place := f"{source.repo}:{number}", place, values)
 
 
@@ -225,7 +247,7 @@ def rows_of(read: Record, source: TableRows) -> list[Row]:
                 prompt or "", texts["response"] or "", texts.get("answer"), conversation=PLAIN if source.plain else None
             )
         ]
-    turns, tools = read.values[fields.messages], read.values[fields.tools] if fields.tools else None
+    turns, tools = read.values[fields.messages], read.values.get(fields.tools) if fields.tools else None
     system, answer = (_read_text(key, columns, read) if key in columns else None for key in ("context", "answer"))
     form = fields.format or "messages"
     if fields.response:
@@ -239,19 +261,22 @@ def rows_of(read: Record, source: TableRows) -> list[Row]:
 def _require_columns(read: Record, columns: Mapping[str, str]) -> None:
     for key, column in columns.items():
         is_absent = column not in read.values
-        if key not in ("context", "tools") and (is_absent or isinstance(read.values[column], list)):
+        if key not in ("context", "tools") and (is_absent or isinstance(read.values.get(column), list)):
             _refuse_conversation(read, column, columns)
-        if is_absent:
-            do = nearest(column, read.names()) if read.values else "Fix this row"
-            raise UserError(problem(f"rows.fields.{key}", f"{read.named_in} has no {column}", do))
+        if is_absent and not (key in _OPTIONAL and read.names_its_own):
+            _refuse_absent(key, column, read)
+
+
+def _refuse_absent(key: str, column: str, read: Record) -> NoReturn:
+    do = nearest(column, read.names()) if read.values else "Fix this row"
+    raise UserError(problem(f"rows.fields.{key}", f"{read.named_in} has no {column}", do))
 
 
 def _read_text(key: str, columns: Mapping[str, str], read: Record) -> str | None:
     """Return the text of a record's field; None where an optional one has none."""
-    value = None if is_missing(read.values[columns[key]]) else read.values[columns[key]]
+    value = None if is_missing(given := read.values.get(columns[key])) else given
     is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
-    optional = key in ("context", "answer")
-    if not (isinstance(value, str) or (optional and value is None) or (key == "answer" and is_number)):
+    if not (isinstance(value, str) or (key in _OPTIONAL and value is None) or (key == "answer" and is_number)):
         what = f"{columns[key]} is {kind_of(value)}, not {'text or a number' if key == 'answer' else 'text'}"
         raise UserError(problem(read.where, what, "Fix this row"))
     require_characters(str(value), read.where)

@@ -12,7 +12,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -55,6 +55,8 @@ class Record(NamedTuple):
     named_in: str
     """Where its columns are named: in the record itself, or in the header of its file."""
     values: dict[str, Any]
+    names_its_own: bool = False
+    """Whether it names its columns itself, as JSON does, and may leave out what has no value."""
 
     def names(self) -> list[str]:
         """Return the names of the columns, each short and on one line (without a header they are texts), in quotes
@@ -130,7 +132,7 @@ def open_text(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _at(place: str, values: dict[str, Any]) -> Record:
-    return Record(place, place, values)
+    return Record(place, place, values, True)
 
 
 # --- JSON -----------------------------------------------------------------------------------------------------
@@ -262,13 +264,20 @@ def _read_table(path: Path, span: Span) -> Iterator[Record]:
         for batch in _parquet_batches(path, span) if parquet else _arrow_batches(path):
             _require_distinct(batch.schema.names, str(path))
             batch.validate(full=True)  # or values of a damaged file are read from anywhere in memory
-            for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
-                for values in _in_decimals(batch.slice(start, _ROWS_AT_ONCE)).to_pylist():
-                    number += 1
-                    yield _at(f"{path}:{number}", {name: _own(value) for name, value in values.items()})
+            for values in values_of(batch):
+                number += 1
+                yield Record(place := f"{path}:{number}", place, values)
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         what = f"cannot be read as {'Parquet' if parquet else 'Arrow'} ({first_line(error)})"
         raise UserError(problem(str(path), what, "Give a valid file")) from None
+
+
+def values_of(batch: Any) -> Iterator[dict[str, Any]]:
+    """Yield the values of each row of an Arrow batch by column, as a line of JSON would give them."""
+    own = {field.name: _own(field.type) for field in batch.schema}
+    for start in range(0, batch.num_rows, _ROWS_AT_ONCE):
+        for values in _in_decimals(batch.slice(start, _ROWS_AT_ONCE)).to_pylist():
+            yield {name: own[name](value) for name, value in values.items()}
 
 
 def _in_decimals(batch: Any) -> Any:
@@ -282,15 +291,20 @@ def _in_decimals(batch: Any) -> Any:
     return batch
 
 
-def _own(value: Any) -> Any:
-    """Return a value without the keys that other rows gave it: tables write those of all objects into each, as null."""
-    match value:
-        case dict():
-            return {key: _own(inner) for key, inner in value.items() if inner is not None}
-        case list():
-            return [_own(inner) for inner in value]
-        case _:
-            return value
+def _own(kind: Any) -> Callable[[Any], Any]:
+    """Return what makes a value of an Arrow type that of its row alone: tables write the keys of all objects into each,
+    as null, and values of several kinds as JSON."""
+    import pyarrow
+
+    if isinstance(kind, pyarrow.JsonType):
+        return lambda value: None if value is None else load_json(value)
+    if pyarrow.types.is_struct(kind):
+        fields = {field.name: _own(field.type) for field in kind}
+        return lambda value: value and {key: fields[key](inner) for key, inner in value.items() if inner is not None}
+    if pyarrow.types.is_nested(kind) and hasattr(kind, "value_type"):
+        own = _own(kind.value_type)
+        return lambda value: value and [own(inner) for inner in value]
+    return lambda value: value
 
 
 def _parquet_batches(path: Path, span: Span) -> Iterator[Any]:
