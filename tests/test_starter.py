@@ -9,8 +9,10 @@ import pytest
 from refusals import complaint
 
 from sdft_ray import cli
+from sdft_ray.data.readers import read_rows
 from sdft_ray.preflight.starter import Columns, choose_columns
 from sdft_ray.spec.loading import load_recipe
+from sdft_ray.spec.sources import Fields, FileRows
 
 SUMS = [{"question": f"What is {i} + {i}?", "answer": f"Twice {i} is\n#### {2 * i}"} for i in range(60)]
 TALK = [
@@ -200,11 +202,24 @@ USER, REPLY = {"role": "user", "content": "4 + 4?"}, {"role": "assistant", "cont
         ({"completion": [REPLY], "prompt": [USER]}, {"messages": "prompt", "response": "completion"}),
         ({"prompt": "4 + 4?", "rejected": [USER, REPLY], "chosen": [USER, REPLY]}, {"messages": "chosen"}),
         ({"messages": [USER, REPLY], "tools": "[]"}, {"messages": "messages", "tools": "tools"}),
+        ({"prompt": [USER], "chosen": [REPLY], "rejected": [REPLY]}, {"messages": "prompt", "response": "chosen"}),
+        ({"messages": [USER, REPLY], "system": "Be short."}, {"messages": "messages", "context": "system"}),
+        ({"messages": [{"role": "system", "content": "Be."}, USER, REPLY], "system": "Be."}, {"messages": "messages"}),
     ],
 )
 def test_choose_columns_of_conversations_takes_those_with_a_response(tmp_path, row, fields):
     path = save([row], tmp_path / "rows.jsonl")
     assert choose_columns(str(path), Columns())[0] == fields
+
+
+@pytest.mark.parametrize("missing", [{"input": float("nan")}, {"input": None}, {}])
+def test_choose_columns_takes_a_context_that_some_rows_lack(tmp_path, missing):
+    row = {"instruction": "Who came?", "output": "Ann."}
+    path = save([{**row, **missing}, {**row, "input": "Ann came."}], tmp_path / "rows.jsonl")
+    fields = choose_columns(str(path), Columns())[0]
+    assert fields == {"prompt": "instruction", "response": "output", "context": "input"}
+    rows = read_rows(FileRows(path=str(path), fields=Fields.model_validate(fields)))
+    assert [row.prompt for row in rows] == ["Who came?", "Ann came.\n\nWho came?"]
 
 
 def test_choose_columns_of_conversations_where_one_ends_with_the_user_takes_them(tmp_path):

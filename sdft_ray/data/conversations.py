@@ -48,10 +48,15 @@ def find_conversations(values: Mapping[str, Any]) -> dict[str, Format]:
 
 def is_answered(turns: Any, form: Format) -> bool:
     """Return whether a user asks in a conversation that `find_conversations` found, and its last turn responds."""
+    roles = roles_in(turns, form)
+    return "user" in roles and roles[-1] in ("assistant", "function_call")
+
+
+def roles_in(turns: Any, form: Format) -> list[str | None]:
+    """Return the role of each turn of a conversation; None where a turn has no known one."""
     key, turns = _KEYS[form][0], _unpack(turns)
     each = [*map(_unpack, turns)] if isinstance(turns, list) else []
-    roles = [_role_of(turn.get(key)) if isinstance(turn, dict) else None for turn in each]
-    return "user" in roles and roles[-1] in ("assistant", "function_call")
+    return [_role_of(turn.get(key)) if isinstance(turn, dict) else None for turn in each]
 
 
 def add_response(turns: Any, response: Any, form: Format, where: str) -> list[Any]:

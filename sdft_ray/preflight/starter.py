@@ -12,6 +12,7 @@ import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,9 @@ import yaml
 from sdft_ray.core.rows import Row
 from sdft_ray.core.spelling import final_part, has_words
 from sdft_ray.data.checkers import read_answer
-from sdft_ray.data.conversations import find_conversations, is_answered
+from sdft_ray.data.conversations import find_conversations, is_answered, roles_in
 from sdft_ray.data.files import expand, find_files
-from sdft_ray.data.readers import read_json, read_refusal, read_rows
+from sdft_ray.data.readers import is_missing, read_json, read_refusal, read_rows
 from sdft_ray.data.records import ROW_FILE, read_records
 from sdft_ray.errors import UserError, nearest, problem
 from sdft_ray.models.sources import describe_model
@@ -34,8 +35,9 @@ from sdft_ray.stages.rows import split_rows
 _MOST_ROWS = 1000  # enough to learn something in an hour or two on a CPU
 _RESPONSES = (
     *("response", "output", "completion", "solution", "generated_solution", "reference", "target"),
-    *("answer", "assistant", "a"),
+    *("answer", "assistant", "chosen", "a"),
 )
+_SYSTEM = ("system", "system_prompt")
 _GUESSES = {
     "prompt": ("instruction", "question", "prompt", "problem", "query", "input", "user", "q"),
     "response": _RESPONSES,
@@ -144,6 +146,10 @@ def _choose_turns(records: Sequence[Mapping[str, Any]], known: Sequence[str], pa
             what = f"the conversations of {turns} in {path} end before a response (columns: {', '.join(known)})"
             raise UserError(problem("--rows", what, "Put the response behind them, as a turn of the assistant"))
         chosen |= {"response": response}
+    if (system := _guess(_SYSTEM, _texts(records, known, or_numbers=False))) and not any(
+        "system" in roles_in(record.get(turns), found[turns]) for record in records
+    ):
+        chosen |= {"context": system}
     tools = {"tools": "tools"} if "tools" in known else {}
     return chosen | tools | ({"format": str(found[turns])} if found[turns] != "messages" else {})
 
@@ -162,8 +168,9 @@ def _require_columns(given: Mapping[str, str], known: Sequence[str], path: Path)
 
 def _texts(records: Sequence[Mapping[str, Any]], known: Sequence[str], or_numbers: bool) -> list[str]:
     """Return the columns whose values are all text (or, if wanted, numbers) or missing."""
-    kinds = {str, type(None)} | ({int, float} if or_numbers else set())
-    return [name for name in known if {type(record.get(name)) for record in records} <= kinds]
+    kinds = {str} | ({int, float, Decimal} if or_numbers else set())
+    columns = {name: [record.get(name) for record in records] for name in known}
+    return [name for name in known if {type(value) for value in columns[name] if not is_missing(value)} <= kinds]
 
 
 def _guess(names: Sequence[str], columns: Sequence[str]) -> str | None:
