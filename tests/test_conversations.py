@@ -219,6 +219,14 @@ def test_row_source_with_fields_that_contradict_each_other_is_refused(options, k
         validate(FileRows, {"path": "rows.jsonl", "answer": "none", **options})
 
 
+@pytest.mark.parametrize("arguments", [{"a": 5}, {"b": 4}, {"a": True}])
+def test_rows_whose_history_calls_with_other_arguments_are_two(tmp_path, arguments):
+    calls = [{"name": "add", "arguments": given} for given in ({"a": 4}, arguments)]
+    turns = [[USER, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "done"}] for call in calls]
+    first, second = read(tmp_path / "rows.jsonl", [{"messages": [*each, REPLY]} for each in turns])
+    assert first.key != second.key
+
+
 def test_rows_with_one_history_are_one_row(tmp_path):
     (row,) = read(tmp_path / "rows.jsonl", [{"messages": TURNS}])
     rows = [row, row._replace(reference="Eight."), *(Row(f"{i}?", "a") for i in range(4))]

@@ -109,7 +109,7 @@ class Row(NamedTuple):
         if self.conversation is None:
             return " ".join(self.prompt.split())
         parts = json.loads(self.conversation)
-        return " ".join(" ".join(texts_in([parts.get("messages", self.reference), parts.get("tools")])).split())
+        return " ".join(" ".join(_values_in([parts.get("messages", self.reference), parts.get("tools")])).split())
 
     @property
     def texts(self) -> list[str]:
@@ -132,6 +132,19 @@ def texts_in(value: Any) -> Iterator[str]:
     elif isinstance(value, list | dict):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from texts_in(inner)
+
+
+def _values_in(value: Any) -> Iterator[str]:
+    """Yield every name, text, number and other value in plain JSON, as text."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield name
+            yield from _values_in(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _values_in(inner)
+    else:
+        yield str(value)
 
 
 @dataclasses.dataclass(frozen=True)
