@@ -576,7 +576,7 @@ def test_read_conversation_of_arguments_under_another_name_is_refused(tmp_path):
         read_turns(tmp_path, [USER, call])
 
 
-@pytest.mark.parametrize("given", [{}, {"arguments": None}, {"arguments": ""}, {"id": "1", "type": "function"}])
+@pytest.mark.parametrize("given", [{}, {"arguments": None, "more": 1}, {"arguments": ""}, {"id": "1"}])
 def test_read_conversation_of_a_call_without_arguments_has_none(tmp_path, given):
     [row] = read_turns(tmp_path, [USER, {"role": "assistant", "content": "", "tool_calls": [{"name": "f", **given}]}])
     assert row.exchange.calls[0]["function"] == {"name": "f", "arguments": {}}

@@ -28,7 +28,7 @@ _ROLES = {
 }
 """The names of roles in data sets, in lower case and with _ for -."""
 _KEPT = ("name", "tool_call_id", "reasoning_content")  # of a message, beside role, content and calls
-_BESIDE_ARGUMENTS = ("name", "arguments", "parameters", "id", "type", "index", "description")  # of a call
+_BESIDE_ARGUMENTS = ("name", "id", "type", "index", "description")  # of a call
 _TEXT_PARTS = ("text", "input_text", "output_text")  # of content, as OpenAI's two APIs name them
 
 
@@ -192,7 +192,8 @@ def _read_call(call: Any, where: str) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(name := function.get("name"), str):
         raise UserError(problem(where, "calls a function without a name", "Fix this row"))
     given = function.get("arguments", function.get("parameters"))
-    if given is None and (others := [key for key in function if key not in _BESIDE_ARGUMENTS]):
+    others = [key for key in function if key not in _BESIDE_ARGUMENTS]
+    if others and not function.keys() & {"arguments", "parameters"}:
         what = f"calls {name} without arguments (its keys: {', '.join(map(str, others))})"
         raise UserError(problem(where, what, "Name them arguments"))
     arguments = _unpack(given or {})
