@@ -55,7 +55,8 @@ def local_path(address: str, where: str) -> str:
             what = f"{address} {'matches no file' if pattern else 'does not exist, or is empty'}"
             raise UserError(problem(where, what, "Check the address"))
         if [*files] == [path]:  # a single file: the last part of its path is what a pattern is to others
-            start, _, pattern = path.rpartition("/")
+            start = path.partition("?")[0].rpartition("/")[0]
+            pattern = _name_of_copy(start, path[len(start) + 1 :])
         folder = _folder(address) / re.sub(r"[\s:]", "_", PurePosixPath(start).name or "files")
         with file_lock(_root(), f"copy-{_folder(address).name}"):
             _refresh(filesystem, files, start, folder, address)
@@ -123,17 +124,23 @@ def _refresh(filesystem: Any, files: dict[str, Any], start: str, folder: Path, a
         for name, info in files.items()
     }
     for name, stamp in stamps.items():
-        copy = inside(folder, name)
+        copy = inside(folder, _name_of_copy(start, name))
         if known.get(name) == stamp and copy.is_file():
             continue
         copy.parent.mkdir(parents=True, exist_ok=True)
         partial = folder.parent / f".{copy.name}.partial"
         filesystem.get_file(f"{start}/{name}", str(partial))
         partial.replace(copy)
+    copied = {_name_of_copy(start, name) for name in stamps}
     for copy in folder.rglob("*"):
-        if copy.is_file() and copy.relative_to(folder).as_posix() not in stamps:
+        if copy.is_file() and copy.relative_to(folder).as_posix() not in copied:
             copy.unlink()
     _Known(start=shown, files=stamps).to_file(notes)
+
+
+def _name_of_copy(start: str, name: str) -> str:
+    """Return the name of a file's copy: without what a web address asks for, as `rows.jsonl?download=true` does."""
+    return name.partition("?")[0] if start.startswith("http") else name
 
 
 @contextlib.contextmanager
