@@ -211,7 +211,7 @@ def test_read_conversation_of_another_form_names_row_and_turn(tmp_path, record, 
         ({"fields": {"prompt": "q", "response": "a"}, "turns": "each"}, "turns"),
         ({"fields": {"prompt": "q", "response": "a"}, "plain": True}, "plain"),
         ({"fields": {"response": "a"}, "plain": True, "answer": "number"}, "plain"),
-        ({"fields": {"response": "a", "context": "c"}, "plain": True}, "plain: fields.context has no use"),
+        ({"fields": {"response": "a", "context": "c"}, "plain": True}, "plain: context has no use. Remove context"),
     ],
 )
 def test_row_source_with_fields_that_contradict_each_other_is_refused(options, key):

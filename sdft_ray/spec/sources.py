@@ -238,10 +238,9 @@ class TableRows(Rows):
 
     @model_validator(mode="after")
     def _has_prompts(self) -> Self:
-        if self.plain and (self.fields.prompt or self.fields.messages):
-            raise ValueError(f"plain: {'prompt' if self.fields.prompt else 'messages'} has no use. Remove plain")
-        if self.plain and self.fields.context:
-            raise ValueError("plain: fields.context has no use, for all of a text stands in one column. Remove it")
+        for name in ("prompt", "messages", "context"):
+            if self.plain and getattr(self.fields, name):
+                raise ValueError(f"plain: {name} has no use. Remove {'context' if name == 'context' else 'plain'}")
         if self.plain and self.answer != "none":
             raise ValueError("plain: a plain text has no answer. Set answer: none")
         if not self.plain and self.fields.prompt is None and self.fields.messages is None:
