@@ -101,6 +101,7 @@ class Quiet(SimpleHTTPRequestHandler):
         pass
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_copy_of_a_changed_file_behind_http_is_fetched_again(tmp_path):
     file = tmp_path / "rows.jsonl"
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=tmp_path))
