@@ -1,5 +1,7 @@
 """Models in the forms that other programs serve: what is loaded to be evaluated is what was written."""
 
+import json
+
 import pytest
 import torch
 from architectures import load
@@ -48,6 +50,15 @@ def test_exported_gguf_is_evaluated_with_the_weights_of_the_file(variant, form, 
         file = f"model-{form}.gguf"
         back = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file=file, dtype=torch.float32)
         assert torch.equal(logits(loaded), logits(back))
+
+
+def test_model_beside_a_gguf_file_and_without_quantisation_is_evaluated_as_it_is(tmp_path):
+    model = make_model(tmp_path, "llama")
+    (model / "another.gguf").write_bytes(b"GGUF")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"quantization_config": None}))
+    assert exporting.load_exported(model, "float32") is None
+    assert torch.equal(logits(exporting.load_causal(model, "float32")), logits(load(model)))
 
 
 @pytest.mark.parametrize("form", ["q8_0", "q4_k_m", "int8"])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from sdft_ray.data.readers import read_json
 from sdft_ray.models.companions import write_companions
+from sdft_ray.models.directory import weight_files
 from sdft_ray.progress import Progress
 
 if TYPE_CHECKING:
@@ -88,11 +89,11 @@ def load_exported(directory: Path, dtype: str) -> PreTrainedModel | None:
 
     Matrices of int8 become numbers again, times their scales, and what goes into them is still rounded to 8 bits.
     """
-    if files := sorted(directory.glob("*.gguf")):
+    if not weight_files(directory) and (files := sorted(directory.glob("*.gguf"))):  # beside weights: another's
         from sdft_ray.models import gguf
 
         return gguf.load_gguf(files[0], dtype)
-    if "quantization_config" not in read_json(directory / "config.json"):
+    if not read_json(directory / "config.json").get("quantization_config"):
         return None
     import torch
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
