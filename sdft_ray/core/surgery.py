@@ -67,6 +67,8 @@ BY_POSITION = (
 """Other fields that say something of blocks by their numbers."""
 BLOCK = re.compile(r"^(?:model|model\.decoder|gpt_neox|backbone)\.layers\.(\d+)\.(.+)")
 """Names of tensors of blocks: the block's number, and the name within it."""
+_DETERMINED = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
+"""Ends of names of buffers that old checkpoints stored (the masks are gpt_neox's) and the config determines."""
 BUFFERS = ("mlp.act_fn.beta", "mlp.act_fn.eps", "gate.e_score_correction_bias", "layer_scalar")
 """Ends of names of stored tensors that are no parameters."""
 EMBEDDINGS = (
@@ -144,8 +146,7 @@ def rename_tensor(name: str, removed: Sequence[int]) -> str | None:
     >>> [rename_tensor(f"model.layers.{i}.mlp.up_proj.weight", [1, 2]) for i in (0, 2, 3)]
     ['model.layers.0.mlp.up_proj.weight', None, 'model.layers.1.mlp.up_proj.weight']
     """
-    # A buffer that old checkpoints stored and the config determines; heads that predict further tokens.
-    if name.endswith("rotary_emb.inv_freq") or name.startswith("mtp."):
+    if name.endswith(_DETERMINED) or name.startswith("mtp."):  # the latter are heads that predict further tokens
         return None
     match = BLOCK.match(name)
     if match is None:

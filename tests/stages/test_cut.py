@@ -317,6 +317,18 @@ def test_remove_blocks_of_an_old_checkpoint_leaves_its_rotary_buffers_and_head_c
     torch.testing.assert_close(found, logits_of(load(llama), some_ids(), skipped=[1, 2]), atol=1e-5, rtol=1e-5)
 
 
+def test_remove_blocks_of_an_old_checkpoint_of_gpt_neox_leaves_its_masks_out(tmp_path):
+    base = make_tiny_model(tmp_path / "base", "gpt_neox")
+    sizes, weights = sizes_of_directory(base), load_file(base / "model.safetensors")
+    for block in range(BLOCKS):
+        name = f"gpt_neox.layers.{block}.attention"
+        weights |= {f"{name}.bias": torch.ones(1, 1, 16, 16, dtype=torch.bool), f"{name}.masked_bias": torch.ones(())}
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    assert sizes_of_directory(base) == sizes
+    (tmp_path / "cut").mkdir()
+    assert remove_blocks(base, tmp_path / "cut", [1, 2]).after == sizes.total - sum(sizes.blocks[1:3])
+
+
 def _alter(weights):
     weights["model.layers.2.mlp.up_proj.weight"][-1, -1] += 1
 
