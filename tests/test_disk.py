@@ -46,6 +46,19 @@ def test_a_recipe_takes_the_cut_and_a_model_an_arm_and_not_the_users_own_base(da
     assert "GB: 0.00 of models (4 x 0.00)" in patched.describe()
 
 
+def test_a_trained_model_has_the_precision_of_its_training(data, estimate, tiny_model):
+    half = without(tiny_model, data["prune"]["blocks"]) / 2
+    found = estimate(data | {"train": {"dtype": "bfloat16"}})
+    assert sorted(found.counts().values()) == [1, 2]
+    assert min(found.counts()) == pytest.approx(half, rel=0.05)
+
+
+def test_checkpoints_are_of_the_arm_that_trains_most(data, estimate, tiny_model):
+    parameters = without(tiny_model, data["prune"]["blocks"]) / 4
+    arms = {"arms": {"sft": {}, "distilled": {"method": "full"}}}
+    assert estimate(data | arms, keep_checkpoints=1, cpus=1).checkpoints == pytest.approx(12 * parameters)
+
+
 def test_recipes_of_a_sweep_share_models_and_each_depth_has_its_size(data, estimate, tiny_model):
     other = data | {"prune": data["prune"] | {"blocks": 1}}
     found = estimate(data, data | {"train": {"epochs": 2}}, other)

@@ -8,15 +8,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 
-from sdft_ray.models.directory import weight_files
+from sdft_ray.models.directory import tensor_places
 from sdft_ray.pipeline import Chain
 from sdft_ray.preflight import memory
 from sdft_ray.preflight.costs import base_of, trained_parameters
 from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.recipe import Recipe
+from sdft_ray.stages.train import Settings as TrainSettings
 from sdft_ray.store.storage import Storage
 
-_PRUNED = ("cut", "patch", "train", "merge")
+_PRUNED, _TUNED = ("cut", "patch"), ("train", "merge")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,14 +50,18 @@ def estimate(chains: Iterable[tuple[Recipe, Chain]], compute: Compute, storage: 
         directory, shape, depth = base_of(recipe, chain, storage)
         if shape is None or depth is None:
             return None
-        # A cut and a training keep the precision of a stored parameter: 2 bytes of a base that is not there yet.
-        stored = sum(file.stat().st_size for file in weight_files(directory)) if directory else 2 * shape.parameters
+        # A cut and a patch keep the precision of a stored parameter: 2 bytes of a base that is not there yet.
+        places = tensor_places(directory).values() if directory else ()
+        stored = sum(tensor.bytes for _, tensor in places) or 2 * shape.parameters
         pruned = memory.prune(shape, depth)
+        tuned = (4 if recipe.train.dtype == "float32" else 2) * pruned.parameters
         for stage in chain.in_order:
             if stage.location is None and stage.name in ("model", *_PRUNED):
                 of = shape if stage.name == "model" else pruned
                 models[stage.id] = round(stored * of.parameters / shape.parameters)
-        trained = trained_parameters(pruned, recipe.train, recipe.prune)
-        each = (16 if recipe.train.keep == "best" else 12) * trained
-        checkpoints = max(checkpoints, each * compute.train.keep_checkpoints)
+            elif stage.location is None and stage.name in _TUNED:
+                models[stage.id] = tuned
+            if isinstance(own := stage.settings, TrainSettings):
+                each = (16 if own.train.keep == "best" else 12) * trained_parameters(pruned, own.train, recipe.prune)
+                checkpoints = max(checkpoints, each * compute.train.keep_checkpoints)
     return Disk(models, checkpoints)
