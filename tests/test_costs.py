@@ -42,6 +42,22 @@ def test_shape_of_directory_counts_parameters_as_the_model_does(tmp_path, archit
         assert trainable_parameters(shape, "lora", 4, lora["targets"]) == trained
 
 
+@pytest.mark.parametrize("architecture", ["qwen3_5_text", "glm4_moe"])
+def test_adapters_are_counted_of_all_blocks_where_the_first_is_of_another_kind(tmp_path, architecture):
+    base = make_tiny_model(tmp_path, architecture)
+    trained, _ = count_parameters(outline_model(base, Train()))
+    counted = trainable_parameters(shape_of_directory(base), "lora", 8, "all-linear")
+    assert counted == trained if architecture == "qwen3_5_text" else trained < counted < 1.5 * trained
+
+
+def test_shape_of_a_config_has_what_its_class_adds(tmp_path):
+    base = make_tiny_model(tmp_path, vocab_size=32000, intermediate_size=11008)  # as the class has them
+    shape, config = shape_of_directory(base), json.loads((base / "config.json").read_text())
+    left_out = {"vocab_size", "intermediate_size"}
+    (base / "config.json").write_text(json.dumps({key: config[key] for key in config.keys() - left_out}))
+    assert shape_of_directory(base) == shape
+
+
 @pytest.mark.parametrize(
     ("architecture", "fields"),
     [("llama", {}), ("llama", {"tie_word_embeddings": False}), ("qwen3_moe", {}), ("gpt_oss", {}), ("cohere2", {})],

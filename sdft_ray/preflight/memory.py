@@ -36,7 +36,8 @@ class Shape:
     block_parameters: int
     """Parameters of one block, on average."""
     linear: tuple[tuple[str, int, int], ...]
-    """Name, inputs and outputs of each linear layer in one block."""
+    """Names of the linear layers of blocks, and how many inputs and outputs those of a name have in a block, on
+    average."""
 
 
 @dataclasses.dataclass(frozen=True)

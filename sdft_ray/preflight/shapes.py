@@ -12,6 +12,7 @@ from pydantic import AliasChoices, Field
 from sdft_ray.core.surgery import block_of
 from sdft_ray.data.readers import read_json
 from sdft_ray.models import sources
+from sdft_ray.models.directory import load_config
 from sdft_ray.models.parts import text_config
 from sdft_ray.models.sizes import Shapes, sizes_of_shapes, tensor_shapes
 from sdft_ray.preflight import memory
@@ -28,6 +29,8 @@ _GGUF = {
     "ffn_up": "up_proj",
     "ffn_down": "down_proj",
 }
+_NEEDED = ("hidden_size", "vocab_size", "num_attention_heads")
+_INNER = ("intermediate_size", "ffn_dim", "block_ff_dim")  # the latter are of opt, and of published lfm2
 _GATE_OR_UP = ("gate_proj", "up_proj", "w1", "w3")
 
 
@@ -41,10 +44,7 @@ class _Config(Record):
     head_dim: int | None = None
     num_experts_per_tok: int | None = None
     moe_intermediate_size: int | None = None
-    intermediate_size: int | None = Field(
-        None,
-        validation_alias=AliasChoices("intermediate_size", "ffn_dim", "block_ff_dim"),  # of opt, of published lfm2
-    )
+    intermediate_size: int | None = Field(None, validation_alias=AliasChoices(*_INNER))
 
     @property
     def feed_forward(self) -> int:
@@ -65,7 +65,10 @@ def shape_of(source: ModelSource) -> memory.Shape | None:
 
 def shape_of_directory(directory: Path, part: str | None = None) -> memory.Shape:
     """Return the shape of a Hugging Face model directory, or of a part of it."""
-    config = _Config.model_validate(text_config(directory) if part else read_json(directory / "config.json"))
+    given = text_config(directory) if part else read_json(directory / "config.json")
+    if not (given.keys() >= {*_NEEDED} and given.keys() & {*_INNER}):
+        given = load_config(directory).to_dict() | given  # the class of a config has what its file leaves out
+    config = _Config.model_validate(given)
     head = config.head_dim or config.hidden_size // config.num_attention_heads
     return _shape(
         tensor_shapes(directory, part),
@@ -100,12 +103,16 @@ def _shape_of_gguf(path: Path) -> memory.Shape:
 
 def _shape(tensors: Shapes, **more: int) -> memory.Shape:
     sizes = sizes_of_shapes(tensors)
-    linear = tuple(
-        # In memory gate and up of an expert are one tensor, whose adapter is as wide as both.
-        (layer, shape[1], shape[0] * (2 if ".experts." in name and layer in _GATE_OR_UP else 1))
-        for name, shape in tensors.items()
-        if block_of(name) == 0 and len(shape) == 2 and (layer := name.split(".")[-2])
-    )
+    widths: dict[str, tuple[int, int]] = {}  # of the layers of one name in all blocks, which differ in a mixture
+    for name, shape in tensors.items():
+        if block_of(name) is not None and len(shape) == 2:
+            layer = name.split(".")[-2]
+            # In memory gate and up of an expert are one tensor, whose adapter is as wide as both.
+            outputs = shape[0] * (2 if ".experts." in name and layer in _GATE_OR_UP else 1)
+            before = widths.get(layer, (0, 0))
+            widths[layer] = before[0] + shape[1], before[1] + outputs
+    count = len(sizes.blocks)
+    linear = tuple((layer, inputs // count, outputs // count) for layer, (inputs, outputs) in widths.items())
     return memory.Shape(
         blocks=len(sizes.blocks),
         parameters=sizes.total,

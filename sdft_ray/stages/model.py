@@ -15,10 +15,9 @@ from pydantic import ConfigDict, Field
 
 from sdft_ray import stages
 from sdft_ray.core.surgery import count_blocks, require_supported
-from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
 from sdft_ray.models.companions import spell_tokenizer_for_older
-from sdft_ray.models.directory import describe_directory, require_sound
+from sdft_ray.models.directory import describe_directory, load_config, require_sound
 from sdft_ray.models.parts import text_config, write_text_part
 from sdft_ray.models.sources import NO_NUMBERS, download_model, gguf_field, model_path, read_gguf
 from sdft_ray.models.tokens import require_fitting
@@ -126,7 +125,7 @@ def build(work: Work[Settings]) -> Summary:
     """Download the model, or write the dequantised one."""
     summary = _write(work)
     if not getattr(work.settings, "teaches", False):
-        require_fitting(work.directory, read_json(work.directory / "config.json")["vocab_size"])
+        require_fitting(work.directory, load_config(work.directory).vocab_size)
     return summary
 
 

@@ -15,8 +15,8 @@ from pydantic import Field
 
 from sdft_ray.core.rows import Exchange, Row, TrainingRow
 from sdft_ray.data.chat import encode_rows
-from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
+from sdft_ray.models.directory import load_config
 from sdft_ray.spec import training
 from sdft_ray.stages import Summary
 from sdft_ray.stages.train.encoded import EncodedRow, EncodedRows
@@ -134,7 +134,7 @@ def require_some(counts: Counts, settings: training.Train) -> None:
 def require_vocabulary(base: Path, tokenizer: Any, largest: int) -> None:
     """Raise UserError where `largest`, the largest id of a token in the rows, is none that the model has an embedding
     for."""
-    known = read_json(base / "config.json")["vocab_size"]
+    known = load_config(base).vocab_size
     if largest >= known:
         token = tokenizer.convert_ids_to_tokens(largest)
         what = f"the tokenizer has {len(tokenizer)} tokens and the rows hold {token} ({largest})"
