@@ -20,8 +20,8 @@ class Lora(Section):
     """Probability that an input of an adapter is set to 0. The masks depend on seed, step and row alone, so no
     compute setting and no kill changes them."""
     targets: Literal["all-linear"] | Annotated[tuple[Name, ...], Field(min_length=1)] = "all-linear"
-    """`all-linear` (every linear layer but the head) or the names of modules. A line of the log says which got
-    an adapter."""
+    """`all-linear` (every linear layer but the head, and in some mixtures those beside the experts) or the names of
+    modules. A line of the log says which got an adapter."""
 
 
 class Train(Section):

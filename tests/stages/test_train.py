@@ -652,6 +652,10 @@ def test_lora_targets_of_a_mixture_are_what_peft_takes_for_its_experts(tmp_path)
     adapted, bare = name_adapters(outline(targets=["down_proj", "q_proj"]))
     assert adapted == ["mlp.experts.down_proj", "self_attn.q_proj"]
     assert bare == ["mlp.experts.gate_up_proj", "mlp.gate"]
+    dense = make_tiny_model(tmp_path / "dense", "glm4_moe")
+    adapted, bare = name_adapters(outline_model(dense, Train()), all_asked=True)
+    assert "mlp.experts.down_proj" in adapted
+    assert {"mlp.down_proj", "mlp.shared_experts.down_proj"} < {*bare}, "peft leaves them out, and so it is said"
     with pytest.raises(UserError, match=r"train.lora: peft says: .* lora_dropout != 0.*Set dropout: 0"):
         outline(dropout=0.1)
 
@@ -682,6 +686,14 @@ def test_scope_of_a_training_is_the_blocks_that_it_names(tiny_model, tmp_path, m
     assert {int(name.partition(".layers.")[2].partition(".")[0]) for name in names} == trained
     (some, parameters), (everything, same) = count_parameters(outline), count_parameters(whole)
     assert parameters == same and 0 < some <= everything
+
+
+def test_adapters_that_are_all_out_of_scope_are_refused_before_a_worker_starts(tmp_path):
+    kinds = ["full_attention"] * 3 + ["linear_attention"] * 3
+    base = make_tiny_model(tmp_path / "base", "qwen3_5_text", layer_types=kinds)
+    work = make_work(tmp_path / "root", base, plan(), scope="last", lora={"targets": ["q_proj"]})
+    says = "train.lora.targets: none of them is in the blocks that train.scope: last trains. Give all-linear"
+    assert says in complaint(train.build, work)
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

@@ -211,12 +211,16 @@ class _Parts(NamedTuple):
 
 def _look_at(base: Path, settings: training.Train) -> _Parts:
     outline = outline_model(base, settings)
+    trained, parameters = count_parameters(outline)
     if blocks := blocks_in_scope(base, settings):
         progress.log(f"train: blocks {', '.join(map(str, blocks))} of the pruned model are trained, and nothing else")
-    adapted, bare = name_adapters(outline)
+    if not trained:
+        what = f"none of them is in the blocks that train.scope: {settings.scope} trains"
+        raise UserError(problem("train.lora.targets", what, "Give all-linear, or set train.scope: all"))
+    adapted, bare = name_adapters(outline, settings.lora.targets == "all-linear")
     if adapted and bare:
-        progress.log(f"train: adapters on {', '.join(adapted)}; none on {', '.join(bare)}: no linear layers")
-    return _Parts(*count_parameters(outline), adapted)
+        progress.log(f"train: adapters on {', '.join(adapted)}; none on {', '.join(bare)}")
+    return _Parts(trained, parameters, adapted)
 
 
 class _Data(NamedTuple):

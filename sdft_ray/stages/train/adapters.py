@@ -144,10 +144,12 @@ def count_parameters(outline: Any) -> tuple[int, int]:
     return trained, own
 
 
-def name_adapters(outline: Any) -> tuple[list[str], list[str]]:
-    """Return which matrices of a block have adapters, and which others are no linear layers and have none.
+def name_adapters(outline: Any, all_asked: bool = False) -> tuple[list[str], list[str]]:
+    """Return which matrices of a block have adapters, and which have none: those that are no linear layers, and of the
+    linear ones those for which all were asked.
 
-    Of qwen3_moe all have them, fused experts and router, too; of gpt_oss the experts and the router have none.
+    Of olmoe all have them, fused experts and router, too; of gpt_oss the experts and the router have none; of glm4_moe
+    the blocks and the shared experts that no router reaches.
     """
     import torch
     from peft.tuners.lora import LoraLayer
@@ -158,6 +160,8 @@ def name_adapters(outline: Any) -> tuple[list[str], list[str]]:
         if isinstance(module, LoraLayer)
     }
     linear = {name for name, module in outline.named_modules() if isinstance(module, torch.nn.Linear)}
+    if all_asked:
+        linear = {name for name in linear if ".base_layer" in name or ".lora_" in name}
     matrices = {name for name, parameter in outline.named_parameters() if parameter.dim() > 1}
     bare = {name for name in matrices if name.rpartition(".")[0] not in linear}
 
