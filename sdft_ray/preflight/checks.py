@@ -54,7 +54,9 @@ def _require_mergeable(recipe: Recipe, facts: directory.ModelFacts, depth: int) 
     """Raise UserError for models that cannot be merged with those that are trained here."""
     for name, other in recipe.merge.others.items() if recipe.merge else ():
         if other.path is not None:
-            _require_compatible(f"merge.others.{name}.path", other.path, recipe.model, facts, depth)
+            where = f"merge.others.{name}.path"
+            _require_compatible(where, other.path, recipe.model, facts, depth)
+            _require_precision(where, Path(other.path).expanduser(), recipe.train.dtype)
     if recipe.merge and recipe.merge.slerp:
         merge.require_one_for_each(recipe.merge.slerp.t, facts.blocks - depth)
 
@@ -136,7 +138,7 @@ def _require_agreement(recipe: Recipe, path: Path, part: str | None) -> None:
     names = [name for tensors in directory.stored_tensors(path).values() for name in tensors]
     config = parts.text_config(path) if part else readers.read_json(path / "config.json")
     require_blocks(path, [new for name in names if (new := parts.text_name(name))] if part else names, config)
-    vocabulary = config["vocab_size"]
+    vocabulary = config["vocab_size"] if "vocab_size" in config else directory.load_config(path).vocab_size
     if recipe.arms.logits and (likeliest := recipe.arms.logits.likeliest):
         train.targets.require_known(likeliest, vocabulary)
     stamps = tuple(stamp(file) for file in sorted(path.rglob("*")) if file.is_file())
@@ -199,6 +201,15 @@ def _require_compatible(where: str, given: str, source: ModelSource, base: direc
     if wrong := next((kind for kind in sorted(_kinds_of_tensors(theirs)) if kind not in kinds), None):
         what = f"its tensor {wrong[0]} of {' x '.join(map(str, wrong[1]))} is none of the model that is pruned here"
         raise UserError(problem(where, what, do))
+
+
+def _require_precision(where: str, model: Path, dtype: str) -> None:
+    """Raise UserError for a model of which no weight is stored in the precision of those that are trained here."""
+    places = directory.tensor_places(model).values()
+    found = sorted({directory.DTYPES.get(tensor.dtype, tensor.dtype) for _, tensor in places})
+    if dtype not in found:
+        what = f"its weights are {' and '.join(found)}, and those that are trained here {dtype}"
+        raise UserError(problem(where, what, f"Save it in {dtype}, or set train.dtype to its precision"))
 
 
 def _kinds_of_tensors(model: Path) -> set[tuple[str, tuple[int, ...]]]:

@@ -318,3 +318,16 @@ def test_report_line_of_a_merge_says_what_it_gained_over_each_parent():
     line = merge_line("slerp", MergeEntry(models=("sums", "chats"), against=gained, merged=merged))
     assert "merged from sums and chats; 1 of 3 tensors were identical" in line
     assert line.endswith("intervals: sums +2.0 [+0.5, +4.0], together +0.0 [-1.0, +1.0].")
+
+
+def test_merge_with_a_model_in_another_precision_is_refused_before_anything_is_trained(recipe, tiny_model, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    other = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+    other.model.layers, other.config.num_hidden_layers = other.model.layers[:4], 4
+    other.save_pretrained(tmp_path / "theirs")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "theirs")
+    recipe["merge"] = {"others": {"theirs": {"path": str(tmp_path / "theirs")}}, "slerp": {}}
+    says = "merge.others.theirs.path: its weights are bfloat16, and those that are trained here float32. Save it in"
+    assert says in complaint(lambda: check(validate(Recipe, recipe), load_compute()))
+    check(validate(Recipe, recipe | {"train": {"dtype": "bfloat16"}}), load_compute())
