@@ -34,33 +34,30 @@ def with_filters(**filters) -> Settings:
 
 
 def test_select_rows_has_each_row_once_in_order_with_its_reason():
-    selected, counts = select_rows(ROWS, GENERATIONS, SETTINGS)
+    selected = select_rows(ROWS, GENERATIONS, SETTINGS)
     assert [row.id for row in selected] == [row.id for row in ROWS]
     assert [row.reason for row in selected] == ["kept", "leak", "refusal", "wrong_answer", "empty"]
     assert [row.response for row in selected] == ["It is 2.", *(row.reference for row in ROWS[1:])]
-    assert sum(counts.values()) == len(ROWS)
-    assert {reason: count for reason, count in counts.items() if count} == dict.fromkeys(
-        ("kept", "leak", "refusal", "wrong_answer", "empty"), 1
-    )
 
 
 def test_select_rows_with_a_filter_off_keeps_more_of_the_same_generations():
-    selected, counts = select_rows(ROWS, GENERATIONS, with_filters(leak=False, refusal=False))
+    selected = select_rows(ROWS, GENERATIONS, with_filters(leak=False, refusal=False))
     assert [row.response for row in selected][:3] == [
         "It is 2.",
         "In my own words: 4.",
         "I cannot help with 6.",
     ]
-    assert counts["kept"] == 3
+    assert [row.reason for row in selected].count("kept") == 3
 
 
 def test_select_rows_unchecked_keeps_other_answers():
-    assert select_rows(ROWS, GENERATIONS, changed(answer="none"))[1]["kept"] == 2
+    selected = select_rows(ROWS, GENERATIONS, changed(answer="none"))
+    assert [row.reason for row in selected].count("kept") == 2
 
 
 def test_select_rows_keeps_the_first_sample_that_passes_and_tells_its_seed():
     samples = {**GENERATIONS, "r4": generated("r4", "It is 9.", "It is 8.", "8 it is.")}
-    row = select_rows(ROWS, samples, SETTINGS)[0][3]
+    row = select_rows(ROWS, samples, SETTINGS)[3]
     assert (row.response, row.reason, row.sampling_seed) == ("It is 8.", "kept", 1)
 
 
@@ -87,17 +84,17 @@ def test_select_rows_judges_a_row_as_its_source_says():
     settings = Settings(answer=None, rows=None, sources=tuple(sources))
     rows = [row._replace(origin=i % 2) for i, row in enumerate(ROWS)]
     texts = {row.id: generated(row.id, "It is 99.") for row in rows}
-    assert [row.reason for row in select_rows(rows, texts, settings)[0]] == [
+    assert [row.reason for row in select_rows(rows, texts, settings)] == [
         "wrong_answer" if row.origin == 0 else "kept" for row in rows
     ]
-    assert [row.origin for row in select_rows(rows, texts, settings)[0]] == [0, 1, 0, 1, 0]
+    assert [row.origin for row in select_rows(rows, texts, settings)] == [0, 1, 0, 1, 0]
     assert instruction_templates(settings) == [CHECKABLE, OPEN]
     strict = Filters(leak_phrases=("It is 99",))
     both = settings.model_copy(
         update={"filters": strict, "sources": (sources[0].model_copy(update={"filters": Filters()}), sources[1])}
     )
     reasons = ["wrong_answer", "leak", "wrong_answer", "leak", "wrong_answer"]
-    assert [row.reason for row in select_rows(rows, texts, both)[0]] == reasons, "its own filters, else the common ones"
+    assert [row.reason for row in select_rows(rows, texts, both)] == reasons, "its own filters, else the common ones"
 
 
 def test_settings_of_one_source_hash_as_they_did():

@@ -112,7 +112,7 @@ def _select(
     with pq.ParquetWriter(path, card.schema()) as file:
         for batch in batches:
             samples = {row.id: best_lines(lines[row.id], settings.samples) for row in batch}
-            selected, _ = select_rows(batch, samples, settings)
+            selected = select_rows(batch, samples, settings)
             file.write_table(card.table(selected))
             figures = figures.plus(_count(selected, samples))
     return figures

@@ -6,12 +6,11 @@ again and generate nothing.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from sdft_ray.core.prompts import rewriting_template
 from sdft_ray.core.rows import Row
-from sdft_ray.core.selection import COMPLETE, REASONS, Reason, Rules, reason_not_to_rewrite, select_response
+from sdft_ray.core.selection import COMPLETE, Rules, reason_not_to_rewrite, select_response
 from sdft_ray.data.checkers import CHECKERS
 from sdft_ray.results import DistilledRow
 from sdft_ray.spec.recipe import Distill
@@ -80,8 +79,8 @@ def rules_of(settings: Settings, rows: Iterable[Row]) -> dict[int, Rules]:
 
 def select_rows(
     rows: Sequence[Row], generations: Mapping[str, Sequence[Line]], settings: Settings
-) -> tuple[list[DistilledRow], dict[Reason, int]]:
-    """Return every row with its selected response, and how many rows there are for each reason.
+) -> list[DistilledRow]:
+    """Return every row with its selected response.
 
     rows in = rows out, in the same order: each is trained on, with the first of its samples that passes, or with its
     reference. A function of what is there already: other settings select again and generate nothing.
@@ -102,9 +101,7 @@ def select_rows(
                 sampling_seed=made.sampling_seed,
             )
         )
-    counts = Counter(row.reason for row in selected)
-    assert len(selected) == len(rows) == counts.total(), "every row has exactly one reason"
-    return selected, {reason: counts[reason] for reason in REASONS}
+    return selected
 
 
 def next_draw(row: Row, lines: Sequence[Line], samples: int, rules: Rules, first: int = 0) -> tuple[int, int] | None:
