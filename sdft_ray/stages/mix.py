@@ -231,7 +231,7 @@ class _Stream:
             some = batch.filter(pa.array(mask[start : start + len(batch)]))
             start += len(batch)
             known = {*some.schema.names} - {"origin"}
-            columns = [some.column(name) if name in known else pa.nulls(len(some), type_) for name, type_ in _fields()]
+            columns = [some.column(f.name) if f.name in known else pa.nulls(len(some), f.type) for f in schema]
             columns[schema.names.index("origin")] = pa.array([self._number] * len(some), pa.int32())
             yield pa.RecordBatch.from_arrays(columns, schema=schema)
 
@@ -246,10 +246,6 @@ def _mix(streams: Sequence[_Stream], counts: Sequence[int], shares: Sequence[int
         table = pa.concat_tables([stream.take(some.count(i)) for i, stream in enumerate(streams)])
         # Source by source the rows belong to the places in this order; sorting it again gives the row of each place.
         yield table.take(np.argsort(np.argsort(some, kind="stable")))
-
-
-def _fields() -> list[tuple[str, Any]]:
-    return [(field.name, field.type) for field in row_schema()]
 
 
 def _table(rows: Sequence[Row]) -> Any:

@@ -13,7 +13,7 @@ import heapq
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from sdft_ray import stages
 from sdft_ray.cluster import begin_work
@@ -120,11 +120,9 @@ def _likelihood(portions: Sequence[Portion], rows: int) -> Likelihood:
 class Rewritten(NamedTuple):
     """A row with its reference and its response."""
 
-    id: str
     prompt: str
     reference: str
     response: str
-    reason: str
     conversation: str | None = None
     origin: int = 0
 
@@ -142,19 +140,16 @@ class Judged(NamedTuple):
     """Among the rows."""
 
 
-R = TypeVar("R", Judged, Rewritten)
-
-
 def _judged(directory: Path) -> Iterator[list[Judged]]:
     places = itertools.count()
     for batch in training_batches(directory, None, Judged):
         yield [Judged(row.id, row.reason, place) for row, place in zip(batch, places, strict=False)]
 
 
-def draw_rows(batches: Iterable[Sequence[R]], count: int, seed: int) -> list[R]:
+def draw_rows(batches: Iterable[Sequence[Judged]], count: int, seed: int) -> list[Judged]:
     """Return some of the rows that keep their rewrite, drawn by their ids without regard to their order."""
 
-    def rank(row: R) -> bytes:
+    def rank(row: Judged) -> bytes:
         return hashlib.sha256(f"shift:{seed}:{row.id}".encode()).digest()
 
     return heapq.nsmallest(count, (row for batch in batches for row in batch if row.reason == "kept"), key=rank)

@@ -20,21 +20,18 @@ from sdft_ray.store.storage import Storage
 
 torch.set_num_threads(1)
 
-ROWS = [
-    nll.Rewritten(f"{i:016x}", f"What is {i}?", f"It is {i}." * (1 + i % 3), f"{i}, simply.", "kept") for i in range(40)
-]
+ROWS = [nll.Rewritten(f"What is {i}?", f"It is {i}." * (1 + i % 3), f"{i}, simply.") for i in range(40)]
 
 
 def test_draw_rows_depends_on_the_rows_and_not_on_their_order_and_takes_only_kept_ones():
-    mixed = [row._replace(reason="kept" if i % 4 else "leak") for i, row in enumerate(ROWS)]
+    mixed = [nll.Judged(f"{i:016x}", "kept" if i % 4 else "leak", i) for i in range(40)]
     drawn = [
         nll.draw_rows([order[:7], order[7:]], 5, seed=0)
         for order in (mixed, random.Random(0).sample(mixed, len(mixed)))
     ]
     assert drawn[0] == drawn[1] and len(drawn[0]) == 5
     assert nll.draw_rows([mixed], 3, seed=0) == drawn[0][:3] != nll.draw_rows([mixed], 3, seed=1)
-    kept = {row.prompt for row in mixed if row.reason == "kept"}
-    assert {row.prompt for row in nll.draw_rows([mixed], 40, seed=0)} == kept
+    assert sorted(row.place for row in nll.draw_rows([mixed], 40, seed=0)) == [i for i in range(40) if i % 4]
 
 
 @pytest.fixture
@@ -44,7 +41,10 @@ def make_stage(tiny_model, tmp_path):
     def make(reasons: list[str]) -> tuple[Stage, Storage]:
         storage = Storage(str(tmp_path / "root"))
         distilled = Stage("distill", "sums", 1, {"reasons": reasons})
-        rows = [row._replace(reason=reason)._asdict() for row, reason in zip(ROWS, reasons, strict=True)]
+        rows = [
+            {"id": f"{i:016x}", "reason": reason, **row._asdict()}
+            for i, (row, reason) in enumerate(zip(ROWS, reasons, strict=True))
+        ]
         pq.write_table(pa.Table.from_pylist(rows), storage.scratch(distilled) / "train.parquet")
         storage.commit(distilled, {}, 0.0)
         base = Stage("model", "tiny", 1, {}, location=tiny_model)
