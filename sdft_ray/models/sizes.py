@@ -41,7 +41,7 @@ def sizes_of_shapes(shapes: Shapes) -> Sizes:
     return _count((block_of(name), shape) for name, shape in shapes.items())
 
 
-def tensor_shapes(directory: Path, part: str | None = None) -> Shapes:
+def tensor_shapes(directory: Path, part: str | None) -> Shapes:
     """Return the shapes of the parameters of a model directory, or of a part of it; tied ones once."""
     config = text_config(directory) if part else read_json(directory / "config.json")
     named = {text_name(name) if part else name: tensor.shape for name, (_, tensor) in tensor_places(directory).items()}

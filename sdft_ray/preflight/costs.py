@@ -223,7 +223,7 @@ class _Estimate:
             weights = _bytes(settings.dtype) * (2 * self.shape.parameters + self.pruned.parameters)
         return self._engine("draft", work, 1, weights, drafts * settings.prompts)
 
-    def _engine(self, stage: str, work: str, processes: int, weights: int | None, amount: int | None = None) -> Cost:
+    def _engine(self, stage: str, work: str, processes: int, weights: int | None, amount: int | None) -> Cost:
         """Return the cost of processes with vLLM: its part of a GPU; or process, weights and KV cache.
 
         On GPUs it does not fit where the weights of one leave nothing of vLLM's part to the KV cache.
@@ -342,7 +342,7 @@ class _Estimate:
         bytes_each: int | None,
         parts: str,
         gpus: float,
-        amount: int | None = None,
+        amount: int | None,
     ) -> Cost:
         room = self.compute.room(processes, gpus)
         fits = None if bytes_each is None or room is None else bytes_each <= room

@@ -135,7 +135,7 @@ def read_splits(source: RowSource, read: FileReader = read_file) -> _Known:
 
 def read_sources(
     sources: Sequence[RowSource],
-    count: int | None = None,
+    count: int | None,
     read: FileReader = read_file,
     where: str = "rows",
     asks: str = "train.rows",

@@ -313,11 +313,11 @@ def _describe_merges(chain: Chain, storage: Storage) -> dict[str, MergeEntry]:
     return entries
 
 
-def _read_examples(place: Path, each: int = 3) -> list[Example]:
-    """Return a few rows for every reason."""
+def _read_examples(place: Path) -> list[Example]:
+    """Return up to three rows for every reason."""
     rows: dict[str, list[Example]] = {reason: [] for reason in REASONS}
     for batch in training_batches(place, None, Example):
         for row in batch:
-            if len(rows[row.reason]) < each:
+            if len(rows[row.reason]) < 3:
                 rows[row.reason].append(row)
     return [row for reason in REASONS for row in rows[reason]]

@@ -278,7 +278,8 @@ def rank_candidates(work: Work[Settings]) -> list[Ranked]:
     starts = range(protect.first, blocks - size - protect.last + 1)
 
     def costs(each: Sequence[Any], cost: Any) -> list[float]:
-        return list(sum(cost(corpus, size).double().mean(dim=0) for corpus in each) / len(each))
+        mean: Any = sum(cost(corpus, size).double().mean(dim=0) for corpus in each) / len(each)
+        return list(mean.tolist())
 
     by_distance, by_influence = costs(distances, span_distances), costs(influences, span_influences)
     ranks = [
@@ -289,9 +290,9 @@ def rank_candidates(work: Work[Settings]) -> list[Ranked]:
     candidates = [
         Ranked(
             blocks=tuple(range(start, start + size)),
-            distance=float(by_distance[start]),
+            distance=by_distance[start],
             distance_rank=ranks[0][start],
-            influence=float(by_influence[start]),
+            influence=by_influence[start],
             influence_rank=ranks[1][start],
         )
         for start in chosen

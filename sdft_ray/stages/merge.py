@@ -252,9 +252,10 @@ def _facts(model: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
     tokenizer = load_tokenizer(model)
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])  # it comes in another order each time
     tokens = {f"the id of {token!r}": number for token, number in vocabulary}
-    tensors = {name: f"{tensor.dtype} {list(tensor.shape)}" for name, (_, tensor) in tensor_places(model).items()}
+    tensors = {}
     for name, (_, tensor) in tensor_places(model).items():
         require_dtype(model, name, tensor)
+        tensors[name] = f"{tensor.dtype} {list(tensor.shape)}"
     return config, {**tokens, "chat_template": tokenizer.chat_template}, tensors
 
 

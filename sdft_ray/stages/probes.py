@@ -118,7 +118,6 @@ def _respond(
     device: str,
 ) -> list[Probe]:
     """Return what the base writes greedily on each row, with the token that ends it."""
-
     model = load_causal(directory, settings.dtype).to(device).eval()
     prompts = [each.ids[: each.trained_from] for each in asked.values()]
     written = generate(model, tokenizer, prompts, settings.max_new_tokens, batch_size=batch_size)

@@ -356,8 +356,7 @@ class _Tally:
         actors = sum(now - heard < 60 for heard in self.heard.values())
         self.progress.update(
             self.done_before + done,
-            f"{into:.0f} tokens/s in, {out:.0f} out, {kept / max(1, done):.0%} kept, "
-            f"{actors} actor{'s' * (actors != 1)}",
+            f"{into:.0f} tokens/s in, {out:.0f} out, {kept / done:.0%} kept, {actors} actor{'s' * (actors != 1)}",
         )
 
 

@@ -111,11 +111,9 @@ def build(work: Work[Settings]) -> Summary:
     ):
         work.progress.update(done)
     work.storage.bring(job.folder, "*.npy")
-    covered = 0.0
     for file in sorted(job.folder.glob("*.npy")):
         file.rename(work.directory / file.name)
-    for file in work.directory.glob("*.log_probs.npy"):
-        covered += sum_probabilities(file)
+    covered = sum(sum_probabilities(file) for file in work.directory.glob("*.log_probs.npy"))
     likeliest = work.settings.soft.likeliest
     assert likeliest is not None, "an arm without a number of likeliest tokens has no such stage"
     return Summary(

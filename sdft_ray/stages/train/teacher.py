@@ -25,7 +25,6 @@ class Teacher:
     """A model that is not trained."""
 
     def __init__(self, directory: Path, dtype: str, device: Any) -> None:
-
         from sdft_ray.core.rowwise import keep_within_rows
 
         model = load_causal(directory, dtype)
@@ -72,9 +71,7 @@ class Softener:
         """Return the losses (K) of the trained tokens; logits: (K, V)."""
         from sdft_ray.core.soft_targets import soft_loss
 
-        given: Any = packed.likeliest
-        if self.teacher is not None:
-            given = self.teacher.logits(packed)
+        given: Any = self.teacher.logits(packed) if self.teacher else packed.likeliest
         assert given is not None, "rows without a teacher bring its likeliest tokens"
         tokens, soft = packed.targets.to(logits.device), self.soft
         return soft_loss(logits, given.to(logits.device), tokens, soft.temperature, soft.cross_entropy)

@@ -95,11 +95,9 @@ def _give_back_what_is_freed() -> None:
         allocator.mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD, in bytes; once set, it no longer grows by itself
 
 
-def deepspeed_config(
-    settings: training.Train, plan: compute.Train, given: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def deepspeed_config(settings: training.Train, plan: compute.Train, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return DeepSpeed's configuration: the user's with what recipe and compute decide."""
-    half, given = settings.dtype == "bfloat16", given or {}
+    half = settings.dtype == "bfloat16"
     host = {"device": "cpu", "pin_memory": bool(plan.gpus)}
     zero = {
         "stage": plan.zero_stage,
