@@ -16,15 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from sdft_ray.data.text import (
-    decode,
-    first_bytes,
-    first_line,
-    load_json,
-    parse_json,
-    require_format,
-    require_text,
-)
+from sdft_ray.data.text import decode, first_bytes, first_line, load_json, parse_json, require_format, require_text
 from sdft_ray.errors import UserError, problem
 
 KINDS = (".json", ".jsonl", ".csv", ".parquet", ".arrow")

@@ -24,12 +24,7 @@ from sdft_ray.core.surgery import block_of
 from sdft_ray.data.readers import read_json
 from sdft_ray.errors import UserError, problem
 from sdft_ray.models.companions import write_companions
-from sdft_ray.models.directory import (
-    WEIGHTS_INDEX,
-    describe_directory,
-    require_dtype,
-    stored_tensors,
-)
+from sdft_ray.models.directory import WEIGHTS_INDEX, describe_directory, require_dtype, stored_tensors
 from sdft_ray.models.shards import StoredTensor, read_header, write_tensors
 from sdft_ray.progress import Progress
 from sdft_ray.store.files import remember_hash, require_space, write_atomically

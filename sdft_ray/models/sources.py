@@ -15,11 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sdft_ray import imports
 from sdft_ray.core.surgery import count_blocks
-from sdft_ray.data.readers import (
-    package_file,
-    read_refusal,
-    require_whole,
-)
+from sdft_ray.data.readers import package_file, read_refusal, require_whole
 from sdft_ray.errors import UserError, problem
 from sdft_ray.models.companions import LICENCES
 from sdft_ray.models.directory import ModelFacts, describe_directory

@@ -25,16 +25,7 @@ from sdft_ray.data.readers import read_json
 from sdft_ray.engine import NEAR_TIE, engine_arguments, fix_sampling
 from sdft_ray.errors import StageFailed, UserError, problem
 from sdft_ray.progress import log
-from sdft_ray.results import (
-    DRAFT,
-    SPECULATIVE_CONFIG,
-    Counted,
-    Differing,
-    Drafted,
-    Measured,
-    Race,
-    read_held_out,
-)
+from sdft_ray.results import DRAFT, SPECULATIVE_CONFIG, Counted, Differing, Drafted, Measured, Race, read_held_out
 from sdft_ray.spec.compute import EngineOptions, Needs
 from sdft_ray.spec.recipe import Draft
 from sdft_ray.stages import Work

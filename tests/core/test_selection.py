@@ -5,14 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from sdft_ray.core.rows import Row
-from sdft_ray.core.selection import (
-    Generation,
-    Rules,
-    Selected,
-    is_repetitive,
-    select_response,
-    strip_thoughts,
-)
+from sdft_ray.core.selection import Generation, Rules, Selected, is_repetitive, select_response, strip_thoughts
 from sdft_ray.data.checkers import CHECKERS, is_correct, read_answer
 
 

@@ -1,12 +1,6 @@
 import pytest
 
-from sdft_ray.core.surgery import (
-    ARCHITECTURES,
-    prune_config,
-    rename_tensor,
-    require_removable,
-    require_supported,
-)
+from sdft_ray.core.surgery import ARCHITECTURES, prune_config, rename_tensor, require_removable, require_supported
 from sdft_ray.errors import UserError
 
 CONFIG = {"num_hidden_layers": 4, "eos_token_id": [1, 2, 3, 4], "tie_word_embeddings": True}
