@@ -42,12 +42,7 @@ def is_streamed(base: Path, dtype: str, compute: Compute, alone: bool = False) -
 
 
 def measure(
-    meter: Meter,
-    corpora: Sequence[Texts],
-    section: Score,
-    progress: Progress,
-    streamed: bool,
-    **arguments: Any,
+    meter: Meter, corpora: Sequence[Texts], section: Score, progress: Progress, streamed: bool, **arguments: Any
 ) -> list[dict[str, list[Any]]]:
     """Return the results for the (ids, first) of each text: by corpus, then by name, in its order.
 

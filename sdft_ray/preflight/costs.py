@@ -335,14 +335,7 @@ class _Estimate:
         return max(1, min(cores() // settled(section.cpus), stages))
 
     def _cost(
-        self,
-        stage: str,
-        work: str,
-        processes: int,
-        bytes_each: int | None,
-        parts: str,
-        gpus: float,
-        amount: int | None,
+        self, stage: str, work: str, processes: int, bytes_each: int | None, parts: str, gpus: float, amount: int | None
     ) -> Cost:
         room = self.compute.room(processes, gpus)
         fits = None if bytes_each is None or room is None else bytes_each <= room

@@ -324,10 +324,7 @@ def _describe_drafts(
         for key, depth in depths.items()
     ]
     models += [
-        (
-            group.model_dump(include={"arm", "blocks", "rows", "values", "chosen"}),
-            [entries[i].id for i in group.trials],
-        )
+        (group.model_dump(include={"arm", "blocks", "rows", "values", "chosen"}), [entries[i].id for i in group.trials])
         for group in groups
     ]
     drafts = [

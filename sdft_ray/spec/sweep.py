@@ -70,10 +70,7 @@ def _as_axis(given: Any) -> Any:
 
 
 _Values = Annotated[tuple[JsonValue, ...], Field(min_length=1)]
-OneAxis = Annotated[
-    Axis,
-    BeforeValidator(_as_axis, json_schema_input_type=_Values | Axis),
-]
+OneAxis = Annotated[Axis, BeforeValidator(_as_axis, json_schema_input_type=_Values | Axis)]
 Axes = dict[str, OneAxis]
 _NotEmpty = Annotated[Axes, Field(min_length=1)]
 

@@ -110,12 +110,7 @@ def make_probes(
 
 
 def _respond(
-    directory: Path,
-    settings: Settings,
-    tokenizer: Any,
-    asked: Mapping[Row, TrainingRow],
-    batch_size: int,
-    device: str,
+    directory: Path, settings: Settings, tokenizer: Any, asked: Mapping[Row, TrainingRow], batch_size: int, device: str
 ) -> list[Probe]:
     """Return what the base writes greedily on each row, with the token that ends it."""
     model = load_causal(directory, settings.dtype).to(device).eval()

@@ -98,10 +98,7 @@ def stage(source: RowSource, preset: str) -> Stage[Settings]:
     name = _name(source)
     split = Split(**{name: getattr(source, name) for name in Split.model_fields})
     settings = Settings(
-        source=rows_content(source),
-        split=split,
-        decontaminate=_decontamination(source, preset),
-        origin=source.alone,
+        source=rows_content(source), split=split, decontaminate=_decontamination(source, preset), origin=source.alone
     )
     return Stage("rows", slugify(name), VERSION, settings)
 

@@ -20,11 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 # Settings of a user's DeepSpeed JSON with which a worker keeps more than its share, or keeps it in another form.
-_OTHER_FORMS = {
-    "zero_hpz_partition_size",
-    "zero_quantized_weights",
-    "zero_quantized_nontrainable_weights",
-}
+_OTHER_FORMS = {"zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights"}
 
 
 def is_sharded(config: Mapping[str, Any]) -> bool:
