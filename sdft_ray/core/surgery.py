@@ -95,7 +95,8 @@ def count_blocks(config: Mapping[str, Any]) -> int:
 def further_blocks(config: Mapping[str, Any]) -> range:
     """Return the numbers behind the last block under which files store heads that predict further tokens."""
     blocks = count_blocks(config)
-    return range(blocks, blocks + max((config.get(key) or 0 for key in _HEADS), default=0))
+    counts = (count for key in _HEADS if type(count := config.get(key)) is int)
+    return range(blocks, blocks + max(counts, default=0))
 
 
 def require_blocks(model: Path, names: Iterable[str], config: Mapping[str, Any]) -> None:
@@ -107,6 +108,16 @@ def require_blocks(model: Path, names: Iterable[str], config: Mapping[str, Any])
         what = f"its weights have {len(numbers)} blocks named model.layers.N, its config.json has {blocks}"
         raise UserError(problem(str(model), what, "Give a model whose weights and config.json agree"))
     _require_own_parts(str(model), config)
+    _require_known_lists(config)
+
+
+def _require_known_lists(config: Mapping[str, Any]) -> None:
+    """Raise UserError for a list that may say something of each block, and nobody knows what."""
+    blocks, known = count_blocks(config), {*PER_BLOCK, *_NOT_PER_BLOCK}
+    for key, value in config.items():
+        if isinstance(value, list) and len(value) == blocks and key not in known:
+            what = f"{key} has one entry a block, and its meaning is not known"
+            raise UserError(problem("config.json", what, "Ask for this architecture to be added"))
 
 
 def _require_own_parts(where: str, config: Mapping[str, Any]) -> None:
@@ -176,15 +187,13 @@ def prune_config(config: Mapping[str, Any], removed: Sequence[int]) -> dict[str,
     """
     blocks = count_blocks(config)
     require_removable(removed, blocks)
+    _require_known_lists(config)
     kept = [block for block in range(blocks) if block not in removed]
     pruned = dict(config, num_hidden_layers=len(kept))
     for key, value in config.items():
         if key in PER_BLOCK and isinstance(value, str):
             pruned[key] = "".join(value[block] for block in kept)
-        elif isinstance(value, list) and len(value) == blocks and key not in _NOT_PER_BLOCK:
-            if key not in PER_BLOCK:
-                what = f"{key} has one entry a block, and its meaning is not known"
-                raise UserError(problem("config.json", what, "Ask for this architecture to be added"))
+        elif key in PER_BLOCK and isinstance(value, list) and len(value) == blocks:
             pruned[key] = [value[block] for block in kept]
     for key, computed in _PATTERNS.items():
         if pruned.pop(key, None) is not None and computed not in pruned:

@@ -1,6 +1,15 @@
+from pathlib import Path
+
 import pytest
 
-from sdft_ray.core.surgery import ARCHITECTURES, prune_config, rename_tensor, require_removable, require_supported
+from sdft_ray.core.surgery import (
+    ARCHITECTURES,
+    prune_config,
+    rename_tensor,
+    require_blocks,
+    require_removable,
+    require_supported,
+)
 from sdft_ray.errors import UserError
 
 CONFIG = {"num_hidden_layers": 4, "eos_token_id": [1, 2, 3, 4], "tie_word_embeddings": True}
@@ -114,6 +123,9 @@ def test_prune_config_writes_both_rope_spellings():
 def test_prune_config_refuses_a_per_block_list_it_does_not_know():
     with pytest.raises(UserError, match="heads_per_layer has one entry a block"):
         prune_config(CONFIG | {"heads_per_layer": [1, 2, 3, 4]}, [0])
+    with pytest.raises(UserError, match="heads_per_layer has one entry a block"):  # before anything is measured
+        names = [f"model.layers.{block}.mlp.up_proj.weight" for block in range(4)]
+        require_blocks(Path("base"), names, CONFIG | {"heads_per_layer": [1, 2, 3, 4]})
 
 
 @pytest.mark.parametrize("removed", [[], [0, 1, 2, 3], [-1], [4], [2, 1], [1, 1]])
