@@ -215,6 +215,7 @@ def test_load_compute_for_a_running_cluster_is_not_bound_by_this_machine(load):
             {"evaluate": {"gpus": 2.5}},
             "compute.evaluate.gpus: 2.5 GPUs are no whole number, and no part of one. Give 3",
         ),
+        ({"train": {"zero_stage": True}}, "compute.train.zero_stage: true is no whole number. Give 0, 1, 2 or 3."),
         ({"train": {"gpus": 2}}, "compute.train.gpus: 2 are more than the one that a process computes on. Set gpus: 1"),
         ({"score": {"gpus": 2}}, "compute.score.gpus: 2 are more than the one that a process computes on. Set gpus: 1"),
         ({"ray": {"largest_node": {}}}, "compute.ray.largest_node.cpus: is missing. Add it."),

@@ -1,11 +1,12 @@
-"""Amounts of a compute file: whole numbers, and GPUs as Ray gives them to a process."""
+"""Amounts of a compute file: whole numbers, stages of ZeRO, and GPUs as Ray gives them to a process."""
 
 from __future__ import annotations
 
+import json
 import math
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 Count = Annotated[int, Field(gt=0)]
 
@@ -24,5 +25,13 @@ def _require_one(gpus: float) -> float:
     return gpus
 
 
+def _require_whole(given: Any) -> Any:
+    """Return what is no number that is only equal to a whole one: pydantic takes it for one of the literals."""
+    if isinstance(given, bool | float):
+        raise ValueError(f"{json.dumps(given)} is no whole number. Give 0, 1, 2 or 3")
+    return given
+
+
+ZeroStage = Annotated[Literal[0, 1, 2, 3], BeforeValidator(_require_whole)]
 Gpus = Annotated[float, Field(ge=0), AfterValidator(_require_shares)]
 OneGpu = Annotated[float, Field(ge=0), AfterValidator(_require_one)]

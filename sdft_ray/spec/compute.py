@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self, TypeVar
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, model_validator
 
 from sdft_ray.errors import UserError, problem
-from sdft_ray.spec.amounts import Count, Gpus, OneGpu
+from sdft_ray.spec.amounts import Count, Gpus, OneGpu, ZeroStage
 from sdft_ray.spec.loading import load_section
 from sdft_ray.spec.section import Name, Section, require_distinct, require_path
 from sdft_ray.spec.throughput import Throughput
@@ -219,7 +219,7 @@ class Train(Section):
     """CPUs of one worker; `auto` shares this machine's cores among the workers."""
     gpus: OneGpu = 0
     """GPUs of one worker: 1; 0 trains on the CPU."""
-    zero_stage: Literal[0, 1, 2, 3] = 2
+    zero_stage: ZeroStage = 2
     """DeepSpeed spreads over the workers: with 1 the optimizer, with 2 also gradients, with 3 also weights."""
     offload: Literal["none", "optimizer", "all"] = "none"
     """Keep in main memory instead of a GPU's: the optimizer (zero_stage 1 to 3), or the weights too (3)."""
