@@ -32,8 +32,13 @@ def measure_apart(module: str, *arguments: object) -> dict[str, Any]:
 
 def peak_mb(pid: int | str = "self") -> int:
     """Return the most memory that a process held at once. Not getrusage: its maximum is inherited."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    return round(int(found[1]) / 1024) if found else 0
+    return round(status_bytes("VmHWM", pid) / 2**20)
+
+
+def status_bytes(field: str, pid: int | str = "self") -> int:
+    """Return a size that the kernel reports of a process; of one that has just ended there is none: 0."""
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
 
 
 def _watch(process: subprocess.Popen[str]) -> dict[str, float]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.apart import status_bytes
 from benchmarks.merge import write_tokenizer
 from benchmarks.report import median_and_range, print_figures
 from sdft_ray.stages import cut
@@ -145,9 +145,7 @@ def peak_mb(base: Path) -> float:
     Path("/proc/self/clear_refs").write_text("5")  # from here on
     with tempfile.TemporaryDirectory(dir=base.parent) as folder:
         cut_and_hash(base, Path(folder) / "made")
-    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert peak, "the kernel reports no VmHWM"
-    return int(peak[1]) * 1024 / 1e6
+    return status_bytes("VmHWM") / 1e6
 
 
 if __name__ == "__main__":

