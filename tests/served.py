@@ -32,9 +32,9 @@ def failure(status: int, message: str = "it failed", **headers: str) -> Reply:
     return status, {"content-type": "application/json", **headers}, json.dumps({"error": {"message": message}})
 
 
-def page(status: int = 200) -> Reply:
+def page() -> Reply:
     """Return a page for people, as a proxy or a login sends it."""
-    return status, {"content-type": "text/html"}, "<html><body>Please log in</body></html>"
+    return 200, {"content-type": "text/html"}, "<html><body>Please log in</body></html>"
 
 
 class FakeServer:

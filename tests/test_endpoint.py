@@ -43,8 +43,8 @@ def make_engine(server, model, requests=4, patience=5.0, timeout=5.0, settings=N
     return engine
 
 
-def make_requests(count: int, seeded: bool = True) -> list[Request]:
-    return [Request(f"row {i}", 0, [5, 6, 7, i + 10], 1000 + i if seeded else None) for i in range(count)]
+def make_requests(count: int) -> list[Request]:
+    return [Request(f"row {i}", 0, [5, 6, 7, i + 10], 1000 + i) for i in range(count)]
 
 
 def body_of(request: Request) -> dict:

@@ -14,6 +14,9 @@ from sdft_ray.data.chat import opened_thought, read_generated, response_ends
 if TYPE_CHECKING:
     import torch
 
+# Answers that are generated at once for each sequence of a scoring pass: a step reads all weights for one token a row.
+_ROWS_A_SEQUENCE = 4
+
 
 class Draw(NamedTuple):
     """How the tokens of one answer are drawn."""
@@ -130,7 +133,3 @@ def plain_generation(model: Any, tokenizer: Any) -> Any:
     ends = response_ends(tokenizer, model.config.eos_token_id)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0]
     return GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=pad)
-
-
-# Answers that are generated at once for each sequence of a scoring pass: a step reads all weights for one token a row.
-_ROWS_A_SEQUENCE = 4

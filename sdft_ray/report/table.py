@@ -255,9 +255,9 @@ def _span_table(metric: str, choices: Mapping[int, JointChoice], corpora: Sequen
 
     Where there are several corpora: what each would choose alone, and the share of blocks that all of them choose.
     """
-    several = corpora if len(corpora) > 1 else []
-    alone = [f"{corpus.name} alone" for corpus in several]
-    table = plain("blocks", metric, "cost", "runner-up", "bootstrap", *alone, *(["in common"] if several else []))
+    compared = corpora if len(corpora) > 1 else []
+    alone = [f"{corpus.name} alone" for corpus in compared]
+    table = plain("blocks", metric, "cost", "runner-up", "bootstrap", *alone, *(["in common"] if compared else []))
     for size, choice in choices.items():
         table.add_row(
             str(size),
@@ -265,8 +265,8 @@ def _span_table(metric: str, choices: Mapping[int, JointChoice], corpora: Sequen
             f"{choice.value:.4f}",
             name_blocks(choice.runner_up) if choice.runner_up else "-",
             f"{choice.agreement:.0%}",
-            *(name_blocks(corpus.choices[metric][size].blocks) for corpus in several),
-            *([f"{choice.shared:.0%}"] if several else []),
+            *(name_blocks(corpus.choices[metric][size].blocks) for corpus in compared),
+            *([f"{choice.shared:.0%}"] if compared else []),
         )
     return table
 
@@ -274,8 +274,8 @@ def _span_table(metric: str, choices: Mapping[int, JointChoice], corpora: Sequen
 def loss_table(losses: Losses) -> Table:
     """Return the candidates by loss, each with its rank by distance and by influence."""
     title = f"loss on the loss texts in nats a token; nothing removed: {losses.base_loss:.3f}"
-    several = several_corpora(losses)
-    table = plain("removed", "loss", "rank", "distance rank", "influence rank", *several, title=title)
+    corpora = several_corpora(losses)
+    table = plain("removed", "loss", "rank", "distance rank", "influence rank", *corpora, title=title)
     for rank, candidate in enumerate(losses.candidates, 1):
         table.add_row(
             name_blocks(candidate.blocks),
@@ -283,7 +283,7 @@ def loss_table(losses: Losses) -> Table:
             str(rank),
             str(candidate.distance_rank or "-"),
             str(candidate.influence_rank or "-"),
-            *(f"{candidate.losses[corpus]:.3f}" for corpus in several),
+            *(f"{candidate.losses[corpus]:.3f}" for corpus in corpora),
         )
     return table
 

@@ -189,14 +189,14 @@ def _pieces(places: Sequence[tuple[Path, StoredTensor]]) -> Iterator[list[torch.
 
     from sdft_ray.core.merging import PIECE
 
-    rooms = [torch.empty(PIECE, dtype=getattr(torch, DTYPES[tensor.dtype])) for _, tensor in places]
+    buffers = [torch.empty(PIECE, dtype=getattr(torch, DTYPES[tensor.dtype])) for _, tensor in places]
     with ExitStack() as stack:
         files = [stack.enter_context(path.open("rb")) for path, _ in places]
         for file, (_, tensor) in zip(files, places, strict=True):
             file.seek(tensor.start)
         elements = places[0][1].elements
         for start in range(0, max(1, elements), PIECE):  # of an empty tensor one, too
-            piece = [room[: elements - start] for room in rooms]
+            piece = [buffer[: elements - start] for buffer in buffers]
             for file, each in zip(files, piece, strict=True):
                 file.readinto(each.view(torch.uint8).numpy().data)
             yield piece

@@ -26,13 +26,13 @@ from sdft_ray.core.surgery import (
 )
 from sdft_ray.data.chat import render_prompt
 from sdft_ray.data.readers import read_json
+from sdft_ray.engine import NEAR_TIE
 from sdft_ray.errors import UserError, problem
 from sdft_ray.models.directory import WEIGHTS_INDEX, load_config, require_generation, require_loadable, weight_files
 from sdft_ray.models.tokens import find_outside, load_tokenizer
 from sdft_ray.progress import open_console, quiet_transformers
 from sdft_ray.store.manifest import check_files, read_manifest
 from sdft_ray.verify.agreement import (
-    NEAR_TIE,
     PROMPTS,
     compare_tokens,
     compare_with_vllm,

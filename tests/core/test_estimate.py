@@ -16,9 +16,9 @@ SHAPE = Shape(
 )
 
 
-def memory(zero_stage, trained=1_000_000_000, workers=4, **more):
+def memory(zero_stage, workers=4, **more):
     options = {"half": False, "tokens": 0, "loss_tokens": 0} | more
-    return training_memory(SHAPE, trained, workers=workers, zero_stage=zero_stage, **options)
+    return training_memory(SHAPE, 1_000_000_000, workers=workers, zero_stage=zero_stage, **options)
 
 
 def test_prune_takes_parameters_and_blocks():

@@ -80,16 +80,16 @@ class Assignment:
 
 def train_worker(config: Mapping[str, Assignment]) -> None:
     """Train on one worker: take the steps that are left, then write this worker's share of the model."""
-    training = Training(config["assignment"])
-    for step in training.steps_left():
-        if not training.take(step):
+    state = Training(config["assignment"])
+    for step in state.steps_left():
+        if not state.take(step):
             return
-        if training.validates_after(step) and not training.validate(step):
+        if state.validates_after(step) and not state.validate(step):
             return
-        training.report()
-        if training.saves_after(step):
-            training.save(step)
-    training.finish()
+        state.report()
+        if state.saves_after(step):
+            state.save(step)
+    state.finish()
 
 
 class Training:
