@@ -564,7 +564,15 @@ def test_read_conversation_of_arguments_that_are_no_object_is_refused(tmp_path, 
         read_turns(tmp_path, [USER, call])
 
 
-@pytest.mark.parametrize("given", [{"parameters": {"x": 1}}, {"arguments": {"x": 1}}, {"arguments": '{"x": 1}'}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"parameters": {"x": 1}},
+        {"arguments": {"x": 1}},
+        {"arguments": '{"x": 1}'},
+        {"arguments": None, "parameters": {"x": 1}, "function": None},  # as tables of several kinds become JSON
+    ],
+)
 def test_read_conversation_arguments_have_several_names(tmp_path, given):
     [row] = read_turns(tmp_path, [USER, {"role": "assistant", "content": "", "tool_calls": [{"name": "f", **given}]}])
     assert row.exchange.calls == [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}]

@@ -28,6 +28,7 @@ _ROLES = {
 }
 """The names of roles in data sets, in lower case and with _ for -."""
 _KEPT = ("name", "tool_call_id", "reasoning_content")  # of a message, beside role, content and calls
+_ARGUMENTS = ("arguments", "parameters")  # of a call; one of another name may be null beside it
 _BESIDE_ARGUMENTS = ("name", "id", "type", "index", "description")  # of a call
 _TEXT_PARTS = ("text", "input_text", "output_text")  # of content, as OpenAI's two APIs name them
 
@@ -188,12 +189,12 @@ def _calls(content: Any) -> list[Any]:
 def _read_call(call: Any, where: str) -> dict[str, Any]:
     """Return a call with its arguments as an object, as chat templates write them."""
     call = _unpack(call)
-    function = _unpack(call.get("function", call)) if isinstance(call, dict) else None
+    function = _unpack(call.get("function") or call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(name := function.get("name"), str):
         raise UserError(problem(where, "calls a function without a name", "Fix this row"))
-    given = function.get("arguments", function.get("parameters"))
+    given = next((each for name in _ARGUMENTS if (each := function.get(name)) is not None), None)
     others = [key for key in function if key not in _BESIDE_ARGUMENTS]
-    if others and not function.keys() & {"arguments", "parameters"}:
+    if others and not function.keys() & {*_ARGUMENTS}:
         what = f"calls {name} without arguments (its keys: {', '.join(map(str, others))})"
         raise UserError(problem(where, what, "Name them arguments"))
     arguments = _unpack(given or {})
@@ -212,7 +213,7 @@ def _read_tools(tools: Any, where: str) -> list[dict[str, Any]] | None:
         return None
     read = []
     for tool in map(_unpack, _as_list(tools, where, "tools")):
-        function = _unpack(tool.get("function", tool)) if isinstance(tool, dict) else None
+        function = _unpack(tool.get("function") or tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise UserError(problem(where, "has a tool without a name", "Fix this row"))
         if isinstance(parameters := _unpack(function.get("parameters")), dict):
