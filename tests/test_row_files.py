@@ -175,7 +175,10 @@ def test_a_stray_file_is_named(tmp_path, stray, pattern):
 
 
 def test_a_directory_of_directories_says_to_give_a_glob(tmp_path):
-    save(GSM, tmp_path / "2024" / "rows.jsonl")
+    save(GSM[:2], tmp_path / "2024" / "rows.jsonl")
+    (tmp_path / "README.md").write_text("no rows")
+    assert complaint(tmp_path) == f"rows.path: {tmp_path} holds the directory 2024. Give {tmp_path}/2024."
+    save(GSM[2:], tmp_path / "2025" / "rows.jsonl")
     line = f"rows.path: {tmp_path} holds the directory 2024. Give a glob of all files, such as {tmp_path}/**/*.jsonl."
     assert complaint(tmp_path) == line
     assert read(tmp_path / "**" / "*.jsonl") == ROWS
@@ -230,6 +233,12 @@ def test_a_file_of_another_format_than_its_name_says_which(tmp_path, content, na
     assert line.startswith(f"{tmp_path / name}: is ") and line.endswith(do)
 
 
+def test_a_zst_file_that_begins_with_a_frame_without_data_is_read(tmp_path):
+    path = save(GSM, tmp_path / "rows.jsonl.zst")
+    path.write_bytes(b"\x50\x2a\x4d\x18\x04\0\0\0size" + path.read_bytes())  # as pzstd writes it
+    assert read(path) == ROWS
+
+
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
 @pytest.mark.parametrize("record", ['{"question": "q", "answer": "a", "answer": "b"}', '{"x": {"k": 1, "k": 2}}'])
 def test_a_key_that_stands_twice_is_refused(tmp_path, name, record):
@@ -256,6 +265,20 @@ def test_a_directory_of_several_splits_is_refused(tmp_path):
         save(GSM, tmp_path / name)
     line = f"rows.path: {tmp_path} holds several splits (test, train). Give one of them, such as {tmp_path}/train*."
     assert complaint(tmp_path) == line
+
+
+def test_a_directory_of_splits_in_directories_is_refused(tmp_path):
+    for name in ("train", "test"):
+        save(GSM, tmp_path / name / "rows.jsonl")
+    line = f"rows.path: {tmp_path} holds several splits (test, train). Give one of them, such as {tmp_path}/train."
+    assert complaint(tmp_path) == line
+
+
+def test_rows_whose_file_is_named_like_a_licence_are_read(tmp_path):
+    save(GSM[:2], tmp_path / "license_plates.jsonl")
+    save(GSM[2:], tmp_path / "readme_questions.csv")
+    (tmp_path / "LICENSE.txt").write_text("no rows")
+    assert read(tmp_path) == ROWS
 
 
 @pytest.mark.parametrize("kind", [pa.float32(), pa.float16()])

@@ -23,7 +23,12 @@ from sdft_ray.store.identity import canonical_json
 
 ROWS = f"{ROW_FILE}, a directory or a glob"
 # Files that lie beside rows and hold none. Names in lower case.
-_BESIDE = ("readme*", "license*", "licence*", "*.md", "dataset_info.json", "dataset_infos.json", "_success")
+_BESIDE = ("*.md", "dataset_info.json", "dataset_infos.json", "_success")
+_WORDS = (
+    "readme*",
+    "license*",
+    "licence*",
+)  # those also, unless they are of a kind that holds rows: license_plates.csv
 _SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
 _STATE, _SPLITS = "state.json", "dataset_dict.json"  # of datasets' save_to_disk
 
@@ -102,27 +107,40 @@ def name_of(text: str) -> str:
 
 def _directory_files(path: Path, where: str, kinds: Sequence[str]) -> list[Path]:
     entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
-    if inner := next((entry for entry in entries if entry.is_dir()), None):
-        what = f"{path} holds the directory {inner.name}"
-        raise UserError(problem(where, what, f"Give a glob of all files, such as {path}/**/*{kinds[1]}"))
+    if inner := [entry for entry in entries if entry.is_dir()]:
+        _require_one_split(path, inner, where)
+        what, do = f"{path} holds the directory {inner[0].name}", f"Give {inner[0]}"
+        if [entry for entry in entries if not _is_beside(entry)] != inner[:1]:
+            do = f"Give a glob of all files, such as {path}/**/*{kinds[1]}"
+        raise UserError(problem(where, what, do))
     if not (files := _row_files(entries, str(path), where, kinds)):
         what = f"{path} is a directory without a file of a known kind"
         raise UserError(problem(where, what, f"Give one with {', '.join(kinds[:-1])} or {kinds[-1]} files"))
-    found = ((file.name, split) for file in files if (split := _SPLIT.search(file.name)))
-    splits = {split[0]: f"{name[: split.end()]}*" for name, split in found}
+    _require_one_split(path, files, where)
+    return files
+
+
+def _require_one_split(path: Path, entries: Iterable[Path], where: str) -> None:
+    """Raise UserError for files, or directories, of a directory whose names are those of several splits."""
+    found = ((entry, split) for entry in entries if (split := _SPLIT.search(entry.name)))
+    splits = {split[0]: entry.name if entry.is_dir() else f"{entry.name[: split.end()]}*" for entry, split in found}
     if len(splits) > 1:
         what = f"{path} holds several splits ({', '.join(splits)})"
         raise UserError(problem(where, what, f"Give one of them, such as {path}/{[*splits.values()][-1]}"))
-    return files
 
 
 def _row_files(files: Iterable[Path], source: str, where: str, kinds: Sequence[str]) -> list[Path]:
     """Return files without those that lie beside rows; raises UserError for one of another kind."""
-    kept = [file for file in files if not any(fnmatch.fnmatch(file.name.lower(), beside) for beside in _BESIDE)]
+    kept = [file for file in files if not _is_beside(file)]
     if stray := next((file for file in kept if kind(file) not in kinds or not file.is_file()), None):
         what = f"{source} holds {stray.name}, which is no file of a known kind"
         raise UserError(problem(where, what, f"Remove {stray.name} from there"))
     return kept
+
+
+def _is_beside(file: Path) -> bool:
+    names = _BESIDE if kind(file) in KINDS else (*_BESIDE, *_WORDS)
+    return any(fnmatch.fnmatch(file.name.lower(), name) for name in names)
 
 
 def _saved_files(path: Path, where: str) -> list[Path]:

@@ -18,6 +18,7 @@ _LFS_POINTER = b"version https://git-lfs"
 _SIGNATURES = {
     b"\x1f\x8b": ("packed with gzip", ".gz"),
     b"\x28\xb5\x2f\xfd": ("packed with zstd", ".zst"),
+    b"\x50\x2a\x4d\x18": ("packed with zstd", ".zst"),  # begins with a frame without data, as pzstd writes it
     b"PAR1": ("a Parquet file", ".parquet"),
     b"ARROW1": ("an Arrow file", ".arrow"),
     b"PK\x03\x04": ("a zip archive", ""),
