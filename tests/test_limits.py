@@ -6,7 +6,7 @@ import math
 import shutil
 
 import pytest
-from tiny import make_tiny_model
+from tiny import CHAT_TEMPLATE, make_tiny_model
 from tiny_gguf import make_tiny_gguf
 
 from sdft_ray import cpu, pipeline
@@ -47,6 +47,15 @@ def test_check_of_conversations_that_the_template_cannot_write_names_what_it_lea
     lines[4]["tools"] = tools
     (line,) = problems(lines, **settings)
     assert "its chat template does not write the tool add" in line
+
+
+def test_check_of_responses_whose_thoughts_the_template_takes_out_names_one(problems, tiny_model, tmp_path):
+    lines = [*map(row, range(9)), {"q": "4 + 4?", "a": "<think>4 and 4</think>It is 8."}]
+    assert problems(lines) == []
+    template = CHAT_TEMPLATE.replace("message['content']", "message['content'].split('</think>')[-1]")
+    (shutil.copytree(tiny_model, tmp_path / "model") / "chat_template.jinja").write_text(template)
+    (line,) = problems(lines, model={"path": str(tmp_path / "model")})
+    assert line.startswith("model: its chat template changes the response '<think>4 and 4</think>It is 8.'")
 
 
 @pytest.fixture

@@ -219,6 +219,15 @@ def strip_thoughts(text: str) -> str | None:
     return None if inside else _RESPONSE_TAG.sub("", kept)
 
 
+def thought_tags(text: str) -> frozenset[str]:
+    """Return the different tags in a text that begin or end thoughts, also those that it only mentions.
+
+    >>> sorted(thought_tags("<think>4 and 4, hm.</think> It is 8.")), thought_tags("It is 8.")
+    (['</think>', '<think>'], frozenset())
+    """
+    return frozenset(tag[0].strip() for tag in _THOUGHT_TAG.finditer(text))
+
+
 # --- filters: reasons to refuse a rewrite whatever its answer -----------------------------------------------------
 
 # Phrases by which a rewrite mentions the task of rewriting instead of answering (after arXiv 2402.13669).

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from sdft_ray.core.rows import Exchange, Given, Message, TrainingRow
-from sdft_ray.core.selection import strip_thoughts
+from sdft_ray.core.selection import strip_thoughts, thought_tags
 from sdft_ray.data.template import (
     NO_THINKING,
     OTHER_RESPONSE,
@@ -95,15 +95,21 @@ def encode_rows(tokenizer: Any, rows: Iterable[Exchange]) -> Iterator[TrainingRo
 def require_writable(tokenizer: Any, rows: Iterable[Exchange]) -> None:
     """Raise UserError where the chat template cannot write conversations as rows have them.
 
-    One row of each form is tried: a template asks which roles follow each other, and for tools, and not for words.
+    One row of each form is tried: a template asks which roles follow each other, and for tools, and not for words. But
+    many look for thoughts in a response, so one with each set of tags of those is tried, too.
     """
     turn, forms = read_turn(tokenizer, str(tokenizer.chat_template)), dict[_Form, Exchange]()
+    thinking: dict[frozenset[str], Exchange] = {}
     for row in rows:
         if row.conversation is not None:
             forms.setdefault(_form(row), row)
+        if tags := thought_tags(row.response):
+            thinking.setdefault(tags, row)
     for row in forms.values():
         is_silent = row.calls and not row.response.strip()
         _write_exchange(tokenizer, turn, row._replace(response="" if is_silent else RESPONSE), set())
+    for row in thinking.values():
+        _write_exchange(tokenizer, turn, row, set())
 
 
 _Form = tuple[bool, tuple[tuple[str, bool, bool], ...]]
@@ -184,7 +190,10 @@ def _write_exchange(tokenizer: Any, turn: Turn, row: Exchange, seen: set[_Form])
         raise UserError(problem("model", what, "Remove such rows")) from error
     shared = before.removesuffix(turn.aside)
     written = _end_turn(tokenizer, turn, whole[len(shared) :]) if calls else whole[len(shared) :]
+    changed = f"its chat template changes the response {_shorten(row.response)} of {_describe(row)}"
     if not whole.startswith(shared):
+        if thought_tags(row.response):
+            raise UserError(problem("model", changed, "Remove such rows"))
         what = f"its chat template writes {_describe(row)} otherwise before its response than with it"
         if lost := _unwritten(whole, whole, given, target):
             what = f"its chat template leaves out {lost} of {_describe(row)} once a response is there"
@@ -197,8 +206,7 @@ def _write_exchange(tokenizer: Any, turn: Turn, row: Exchange, seen: set[_Form])
     after = turn.closing + turn.dropped
     inside = written[len(turn.opening) : len(written) - len(after)]
     if written != turn.opening + inside + after or inside.strip() != response.strip():  # many templates strip it
-        what = f"its chat template changes the response {_shorten(row.response)} of {_describe(row)}"
-        raise UserError(problem("model", what, "Remove such rows"))
+        raise UserError(problem("model", changed, "Remove such rows"))
     return before, turn.opening + inside + turn.closing
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from sdft_ray.core.mixture import interleave, mixture_size, whole_shares
 from sdft_ray.core.prompts import ask_for_rewrite, rewriting_template
 from sdft_ray.core.rows import Row
-from sdft_ray.core.selection import reason_not_to_rewrite
+from sdft_ray.core.selection import reason_not_to_rewrite, thought_tags
 from sdft_ray.data import calibration, readers
 from sdft_ray.data.chat import require_writable
 from sdft_ray.errors import Problem, UserError, problem
@@ -321,8 +321,10 @@ def _prompts(rows: Sequence[Row]) -> list[str]:
 
 
 def require_forms(source: ModelSource, splits: Splits) -> None:
-    """Raise UserError for conversations that the chat template of a local model cannot write."""
-    exchanges = [row.exchange for rows in splits for row in rows if row.conversation is not None]
+    """Raise UserError for conversations, and responses with thoughts, that the chat template of a local model cannot
+    write."""
+    all_rows = (row for rows in splits for row in rows)
+    exchanges = [row.exchange for row in all_rows if row.conversation is not None or thought_tags(row.reference)]
     if exchanges and not isinstance(source, HubModel):
         require_writable(load_tokenizer(sources.model_path(source)), exchanges)
 

@@ -12,6 +12,7 @@ from sdft_ray.data.chat import (
     read_generated,
     render_prompt,
     require_trainable,
+    require_writable,
 )
 from sdft_ray.errors import UserError
 
@@ -261,6 +262,27 @@ def test_encode_row_of_a_response_that_the_template_changes_is_refused_by_name()
         UserError, match=r"^model: its chat template changes the response '<think>.* of the prompt '2 \+"
     ):
         encode_row(tokenizer, "2 + 2?", "<think>2, 2</think>It is 4.")
+
+
+# As Qwen 3, which writes the thoughts of a response in place of the empty one of its generation prompt.
+OWN_THOUGHTS = EMPTY_THOUGHT.replace(
+    "message['content']",
+    "(('<think>\\n\\n</think>\\n\\n' if message.role == 'assistant' and loop.last and '</think>' not in"
+    " message['content'] else '') + message['content'])",
+)
+
+
+@pytest.mark.parametrize("template", [DROPS_THOUGHTS, OWN_THOUGHTS])
+@pytest.mark.parametrize("response", ["<think>2, 2</think>It is 4.", "It ends at </think>, and is 4."])
+def test_require_writable_of_a_response_whose_thoughts_the_template_reads_names_it(template, response):
+    rows = [Exchange("2 + 2?", "It is 4."), Exchange("2 + 2?", response)]
+    require_writable(make_tokenizer(), rows)
+    tokenizer = with_template(template)
+    require_writable(tokenizer, rows[:1])
+    with pytest.raises(UserError) as error:
+        require_writable(tokenizer, rows)
+    what = f"its chat template changes the response {response!r} of the prompt '2 + 2?'"
+    assert error.value.problems == (f"model: {what}. Remove such rows.",)
 
 
 # The second of each pair spells two marks at once, the third is at both ends.
