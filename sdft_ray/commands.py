@@ -284,11 +284,11 @@ def _show_several(options: argparse.Namespace, files: Sequence[Path]) -> None:
 
 def _load_sweep(options: argparse.Namespace) -> tuple[Plan, Compute, Storage]:
     from sdft_ray.spec.compute import load_compute
-    from sdft_ray.spec.loading import is_sweep
+    from sdft_ray.spec.loading import kind_of, read_yaml
     from sdft_ray.store.storage import Storage
     from sdft_ray.sweep.planning import load_sweep
 
-    if not is_sweep(options.recipe):
+    if kind_of(read_yaml(options.recipe)) not in ("sweep", "compute file"):
         do = f"Do: sdft run {options.recipe}"
         raise UserError(problem(str(options.recipe), "is a recipe, not a sweep", do))
     if getattr(options, "set", None):

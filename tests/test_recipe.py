@@ -9,6 +9,7 @@ from refusals import complaint
 
 from sdft_ray.errors import UserError
 from sdft_ray.models.depth import require_depth
+from sdft_ray.spec.compute import load_compute
 from sdft_ray.spec.loading import dump_yaml, load_recipe, read_yaml
 from sdft_ray.spec.pruning import Protect
 from sdft_ray.spec.recipe import Recipe
@@ -417,6 +418,31 @@ def test_sweep_given_as_a_recipe_is_one_clear_line(tmp_path):
         complaint(load_text, tmp_path, "recipe: x.yaml\naxes: {train.lr: [1]}\n")
         == f"{tmp_path / 'recipe.yaml'}: is a sweep, not a recipe. Give a recipe."
     )
+
+
+@pytest.mark.parametrize(
+    ("load", "text", "line"),
+    [
+        (load_recipe, "ray: {address: auto}\ntrain: {workers: 2}\n", "is a compute file, not a recipe. Give a recipe."),
+        (load_compute, yaml.safe_dump(GOOD), "is a recipe, not a compute file. Give a compute file."),
+        (
+            load_compute,
+            "recipe: x.yaml\naxes: {train.lr: [1]}\n",
+            "is a sweep, not a compute file. Give a compute file.",
+        ),
+        (
+            load_compute,
+            "ray: {}\nmodel: {}\n",
+            "unknown key. Known: distill, evaluate, ray, score, throughput, track, train.",
+        ),
+    ],
+)
+def test_file_of_another_kind_is_one_line_and_not_one_for_each_key(tmp_path, load, text, line):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(UserError) as error:
+        load(tmp_path / "a.yaml")
+    where = "compute.model" if "unknown" in line else tmp_path / "a.yaml"
+    assert str(error.value) == f"{where}: {line}"
 
 
 @pytest.mark.parametrize("written", [".nan", ".inf", "-.inf"])

@@ -32,6 +32,10 @@ _WORDS = (
 )
 
 
+_NAMES = {"Recipe": "recipe", "Compute": "compute file", "Sweep": "sweep"}
+_OWN_KEYS = {"recipe": {"model", "rows", "prune"}, "compute file": {"ray", "score", "throughput", "track"}}
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's words, no silently repeated keys, no number or text that JSON cannot hold, no tags of other values
     (dates, bytes, sets), and no aliases: a few of them can stand for more than a machine holds, or for themselves."""
@@ -91,8 +95,6 @@ def load_recipe(path: Path | Mapping[str, Any], overrides: Sequence[str] = ()) -
 
     Raises UserError with all problems of the file at once.
     """
-    if isinstance(path, Path) and is_sweep(path):
-        raise UserError(problem(str(path), "is a sweep, not a recipe", "Give a recipe"))
     return load_section(Recipe, path, overrides)
 
 
@@ -109,14 +111,24 @@ def names_recipe(name: str) -> bool:
 
 def is_sweep(path: Path | Mapping[str, Any]) -> bool:
     """Return whether a file, or such content, is a sweep and not a recipe: it has axes, or names a recipe."""
-    data = read_yaml(path) if isinstance(path, Path) else path
-    return "axes" in data or isinstance(data.get("recipe"), str | list)
+    return kind_of(read_yaml(path) if isinstance(path, Path) else path) == "sweep"
+
+
+def kind_of(data: Mapping[str, Any]) -> str | None:
+    """Return what kind of file has such content, by keys that no other kind has; None where they do not decide."""
+    if "axes" in data or isinstance(data.get("recipe"), str | list):
+        return "sweep"
+    kinds = [kind for kind, keys in _OWN_KEYS.items() if keys & data.keys()]
+    return kinds[0] if len(kinds) == 1 else None
 
 
 def load_section(kind: type[S], path: Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> S:
     """Return the YAML file at `path`, or such content, as a `kind`; relative paths in it are left as they are (to the
     caller's cwd)."""
     data = read_yaml(path) if isinstance(path, Path) else copy.deepcopy(dict(path))
+    wanted, given = _NAMES.get(kind.__name__), kind_of(data)
+    if isinstance(path, Path) and wanted and given not in (wanted, None):
+        raise UserError(problem(str(path), f"is a {given}, not a {wanted}", f"Give a {wanted}"))
     keys: list[str] = []
     for override in overrides:
         keys.append(key := _apply(override, data))
