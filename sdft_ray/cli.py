@@ -89,7 +89,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="sdft", description="Prune an LLM in depth and win its quality back by self-data distillation."
+        prog="sdft", description="Prune an LLM in depth and recover its quality by self-data distillation."
     )
     subparsers = parser.add_subparsers(dest="name", required=True, metavar="COMMAND", parser_class=_Parser)
 
@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         command: argparse.ArgumentParser = subparsers.add_parser(name, help=help_text, description=help_text)
         command.set_defaults(command=action)
         if artifacts:
-            place = "directory of the artifacts (default: %(default)s)"
+            place = "directory or address of the artifacts (default: %(default)s)"
             command.add_argument("--root", default="./artifacts", metavar="D", help=place)
             command.add_argument("--json", action="store_true", help="print JSON instead of a table")
         return command
@@ -117,14 +117,14 @@ def _add_builders(add: Callable[..., argparse.ArgumentParser]) -> None:
         command.add_argument("recipe", type=Path, metavar=name, help=kind, **several)
         command.add_argument("--compute", type=Path, metavar="F", help="a compute file, see configs/compute")
 
-    def add_recipe(command: argparse.ArgumentParser, **several: Any) -> None:
-        add_file(command, "RECIPE", "a recipe file, see configs/recipes", **several)
-        override = "override a recipe value, e.g. train.lr=2e-4"
+    def add_recipe(command: argparse.ArgumentParser, or_sweep: str = " or sweep", **several: Any) -> None:
+        add_file(command, "RECIPE", f"a recipe{or_sweep} file, see configs", **several)
+        override = "override a recipe value, e.g. train.lr=2e-4; may be repeated"
         command.add_argument("--set", action="append", default=[], metavar="K=V", help=override)
 
     check = "validate a recipe or a sweep and show what is done, partial or missing"
     add_recipe(add("check", commands.check, check))
-    add_recipe(run := add("run", commands.run, "build what a recipe lacks, then report"))
+    add_recipe(run := add("run", commands.run, "build what a recipe lacks, then report"), "")
     run.add_argument("--until", metavar="STAGE", help="stop after this stage, for example distill")
     sweep = add("sweep", commands.sweep, "build what a sweep over recipes lacks, shared parts once, then report")
     add_file(sweep, "SWEEP", "a sweep file, see configs/sweeps")
@@ -137,7 +137,7 @@ def _add_builders(add: Callable[..., argparse.ArgumentParser]) -> None:
     how.add_argument("--print-manifest", action="store_true", help="submit nothing; print a RayJob for KubeRay")
     how.add_argument("--print-slurm", action="store_true", help="submit nothing; print a job script for sbatch")
     submit.add_argument("--image", metavar="I", default="sdft-ray:0.1.0", help="its image (default: %(default)s)")
-    report = add("report", commands.report, "show what recipes came to and sweeps have so far; several: side by side")
+    report = add("report", commands.report, "show the results of recipes and sweeps; those of several side by side")
     add_recipe(report, nargs="+")
     for command in (run, sweep, report):
         command.add_argument("--html", type=Path, metavar="F", help="also write one self-contained HTML page")
@@ -153,14 +153,16 @@ def _add_readers(add: Callable[..., argparse.ArgumentParser]) -> None:
     verify.add_argument("--against", metavar="BASE", help="directory or id of the model that TARGET was cut from")
     verify.add_argument("--vllm", action="store_true", help="also compare greedy tokens of vLLM and transformers")
     doctor = add("doctor", inspection.doctor, "look for what would keep a recipe from running, here or on a cluster")
-    doctor.add_argument("recipe", type=Path, nargs="?", metavar="RECIPE", help="also look at what this recipe needs")
+    doctor.add_argument(
+        "recipe", type=Path, nargs="?", metavar="RECIPE", help="a recipe file: also look at what it needs"
+    )
     doctor.add_argument("--compute", type=Path, metavar="F", help="a compute file, see configs/compute")
     show = add("show", inspection.show, "show one artifact")
-    show.add_argument("artifact", metavar="ID_OR_DIR")
+    show.add_argument("artifact", metavar="ID_OR_DIR", help="an artifact: its id, or its directory")
     show.add_argument("--plot", type=Path, metavar="F", help="of a score: also draw its distances, as .svg or .png")
     diff = add("diff", inspection.diff, "show which recipe values differ between two recipes or artifacts")
-    diff.add_argument("a", metavar="A")
-    diff.add_argument("b", metavar="B")
+    for name, first in (("a", "a recipe file, or the id of an artifact"), ("b", "another of the same kind")):
+        diff.add_argument(name, metavar=name.upper(), help=first)
 
 
 def _add_publishers(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -169,12 +171,12 @@ def _add_publishers(add: Callable[..., argparse.ArgumentParser]) -> None:
     push.add_argument("artifacts", nargs="+", metavar="ID", help="a model, its exports, a distill artifact")
     push.add_argument("--to", required=True, metavar="OWNER/NAME", help="the name there; key: HF_TOKEN")
     push.add_argument("--base", metavar="M", help="the base's name on the hub, if the recipe has a path or a file")
-    push.add_argument("--private", action="store_true", help="only for those whom its owner lets in")
+    push.add_argument("--private", action="store_true", help="create private repositories")
     push.add_argument("--dry-run", action="store_true", help="publish nothing; list the files and print the cards")
     export = add(
         "export", publishing.export, "write a model as a GGUF file for llama.cpp, and compare it with the model"
     )
-    export.add_argument("model", metavar="ID_OR_DIR")
+    export.add_argument("model", metavar="ID_OR_DIR", help="a model: the id of an artifact, or a directory")
     export.add_argument("--format", default="f16", metavar="F", help="f16, bf16, q8_0 or q4_k_m (default: %(default)s)")
     export.add_argument("--out", type=Path, metavar="FILE", help="default: under exports/ of the root")
 

@@ -101,7 +101,8 @@ def diff(options: argparse.Namespace) -> None:
 
     recipes = [name for name in (options.a, options.b) if names_recipe(name)]
     if len(recipes) == 1:
-        what = "is a recipe, and an artifact has none of its values"
+        other = options.b if recipes == [options.a] else options.a
+        what = f"is a recipe, and {other or 'an empty name'} is none"
         raise UserError(problem(recipes[0], what, "Give two recipes or two artifacts"))
     first, second = (dict(leaves(_values(name, options.root))) for name in (options.a, options.b))
     differing = [key for key in {**first, **second} if first.get(key, _ABSENT) != second.get(key, _ABSENT)]

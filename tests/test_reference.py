@@ -184,6 +184,15 @@ def test_explain_of_a_section_lists_its_fields_one_line_each():
     assert [line.split()[0] for line in lines[-2:]] == ["prune.protect.first", "prune.protect.last"]
 
 
+def test_explain_of_a_section_fits_a_terminal():
+    lines = help.show(help.explain("prune")).splitlines()
+    assert max(map(len, lines)) <= 110
+    (metric,) = [i for i, line in enumerate(lines) if "prune.metric" in line]
+    assert lines[metric + 1].startswith(" " * lines[metric].index("What decides")), (
+        "further lines stand below the first"
+    )
+
+
 def test_explain_of_a_field_of_one_kind_of_source_names_its_key():
     assert "only with repo" in help.show(help.explain("model.revision"))
 

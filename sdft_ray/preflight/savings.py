@@ -113,7 +113,7 @@ def _at_all_sizes(stage: Stage[distill.Settings]) -> dict[str, Any]:
 def show(saved: Savings, console: Console) -> None:
     """Print the counts, and the saving in one line."""
     table = Table("stage", box=None, pad_edge=False)
-    for column in ("alone", "sweep", "done", "partial", "missing", "s alone", "s sweep"):
+    for column in ("alone", "sweep", "done", "partial", "missing", "seconds alone", "seconds sweep"):
         table.add_column(column, justify="right")
     for kind in saved.stages:
         counts = (kind.alone, kind.sweep, kind.done, kind.partial, kind.missing)

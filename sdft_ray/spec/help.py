@@ -28,7 +28,7 @@ def explain(key: str) -> list[Entry]:
 
 
 def show(named: Sequence[Entry]) -> str:
-    """Return entries as text: a section with its fields one line each, any other field with all its facts."""
+    """Return entries as text: a section with the first sentence of each field, any other field with all its facts."""
     return "\n\n".join("\n".join(_lines(entry)) for entry in named)
 
 
@@ -84,4 +84,5 @@ def _lines(entry: Entry) -> Iterator[str]:
     width = max((len(field.path) for field in entry.fields), default=0)
     for field in entry.fields:
         first_sentence = field.help.partition(". ")[0].removesuffix(".")
-        yield f"  {field.path:<{width}}  {first_sentence}."
+        name = f"  {field.path:<{width}}  "
+        yield from textwrap.wrap(f"{first_sentence}.", _WIDTH, initial_indent=name, subsequent_indent=" " * len(name))

@@ -327,7 +327,7 @@ def test_diff_on_a_narrow_terminal_shows_whole_values():
 
 def test_diff_of_a_recipe_and_an_artifact_says_that_they_have_nothing_in_common(folder):
     done = sdft("diff", "abcdef123456", "recipe.yaml", cwd=folder)
-    says = "recipe.yaml: is a recipe, and an artifact has none of its values. Give two recipes or two artifacts.\n"
+    says = "recipe.yaml: is a recipe, and abcdef123456 is none. Give two recipes or two artifacts.\n"
     assert (done.returncode, done.stderr) == (2, says)
 
 
