@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, Self, TypeVar
 
 from sdft_ray import environment
-from sdft_ray.errors import StageFailed, UserError, problem
+from sdft_ray.errors import StageFailed, UserError, counted, problem
 from sdft_ray.progress import Progress, log, quiet_transformers
 from sdft_ray.spec.compute import Compute, Needs, cores
 
@@ -211,7 +211,7 @@ def require_capacity(compute: Compute, needs: Needs, stage: str) -> None:
         if count_places(nodes, cpus, gpus) >= bundles and group.wait(5):
             return
         all_cpus, all_gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
-        capacity = f"{all_cpus:g} CPUs and {all_gpus:g} GPUs on {len(nodes)} nodes"
+        capacity = f"{all_cpus:g} CPUs and {all_gpus:g} GPUs on {counted(len(nodes), 'node')}"
         what = f"needs {bundles} x ({cpus} CPUs, {gpus:g} GPUs); the cluster has {capacity}"
         log(f"{stage}: {what}; waiting up to {compute.ray.wait_seconds} s for that much to be free")
         if not group.wait(compute.ray.wait_seconds):

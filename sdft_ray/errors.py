@@ -59,6 +59,15 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"Did you mean {close[0]}?" if close else f"Known: {listed(names)}."
 
 
+def counted(number: float, noun: str) -> str:
+    """Return a number with its noun, for a line.
+
+    >>> counted(1, "block"), counted(2, "block")
+    ('1 block', '2 blocks')
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def listed(names: Sequence[str], most: int = 60) -> str:
     """Return names for a line, which stays readable: a dictionary of thousands is cut off.
 

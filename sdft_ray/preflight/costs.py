@@ -16,6 +16,7 @@ from sdft_ray import pipeline
 from sdft_ray.core.mixture import mixture_size
 from sdft_ray.core.passes import count_passes
 from sdft_ray.core.patch import gaps
+from sdft_ray.errors import counted
 from sdft_ray.models import sources
 from sdft_ray.models.directory import weight_files
 from sdft_ray.models.sizes import sizes_of, sizes_of_directory
@@ -23,7 +24,7 @@ from sdft_ray.pipeline import Chain
 from sdft_ray.preflight import memory
 from sdft_ray.preflight.cuts import depth_of
 from sdft_ray.preflight.hours import Kind, Rates
-from sdft_ray.preflight.limits import most_rows
+from sdft_ray.preflight.limits import count_rows_to_train
 from sdft_ray.preflight.shapes import shape_of, shape_of_directory
 from sdft_ray.results import HELD_OUT
 from sdft_ray.spec import compute as compute_spec
@@ -217,7 +218,8 @@ class _Estimate:
 
     def draft(self, settings: Draft, drafts: int) -> Cost:
         counts, new = ", ".join(map(str, settings.tokens)), settings.max_new_tokens
-        work = f"{drafts} models, {settings.prompts} prompts of {new} new tokens, {counts} of them drafted"
+        prompts = f"{counted(settings.prompts, 'prompt')} of {new} new tokens"
+        work = f"{counted(drafts, 'model')}, {prompts}, {counts} of them drafted"
         weights = None
         if self.shape and self.pruned:  # the base alone and the base with its draft take turns
             weights = _bytes(settings.dtype) * (2 * self.shape.parameters + self.pruned.parameters)
@@ -244,7 +246,7 @@ class _Estimate:
 
     def train(self, model: str, settings: TrainSettings, rows: int | None) -> Cost:
         own, section, name = settings.train, self.compute.train, f"train ({model})"
-        steps = "steps unknown" if rows is None else f"{own.count_steps(rows)} steps"
+        steps = "steps unknown" if rows is None else counted(own.count_steps(rows), "step")
         amount = rows and rows * own.epochs
         most = section.micro_batch * own.max_tokens
         tokens = min(most, section.pass_tokens or most)
@@ -305,8 +307,8 @@ class _Estimate:
 
     def evaluate(self, models: int) -> Cost:
         settings, section = self.recipe.evaluate, self.compute.evaluate
-        items = f"{settings.limit} items" if settings.limit else "all items"
-        work = f"{models} models x {len(settings.tasks)} tasks, {items} each"
+        items = counted(settings.limit, "item") if settings.limit else "all items"
+        work = f"{models} models x {counted(len(settings.tasks), 'task')}, {items} each"
         each = [self._items(task) for task in settings.tasks]
         amount = None if None in each else models * sum(count or 0 for count in each)
         number, bytes_each = _bytes(settings.dtype), None
@@ -384,5 +386,5 @@ def _most_rows(rows: MixedStage, storage: Storage) -> int | None:
         known = [math.inf if most is None else most for most in each]
         size = mixture_size(known, rows.settings.shares)
         return None if math.isinf(size) else int(size)
-    most = most_rows(rows.settings.origin)
+    most = count_rows_to_train(rows.settings.origin)
     return None if math.isinf(most) else int(most)

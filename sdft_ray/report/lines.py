@@ -8,6 +8,7 @@ from __future__ import annotations
 from sdft_ray.core.merging import COLLINEAR
 from sdft_ray.core.recovery import Estimate
 from sdft_ray.core.surgery import name_blocks
+from sdft_ray.errors import counted
 from sdft_ray.report.entries import (
     Comparison,
     Details,
@@ -102,11 +103,12 @@ def difference_line(compared: Comparison) -> str:
 def goal_line(goal: GoalEntry) -> str:
     """Return how deep the cut may be, and what was tried to know it."""
     if goal.following is not None:
-        found = f"not decided yet: {goal.following} blocks are tried next"
+        found = f"not decided yet: the next try is {counted(goal.following, 'block')}"
     elif goal.chosen is None:
         found = f"no depth {'keeps' if goal.keeps else 'reaches'} {goal.wanted}"
     else:
-        found = f"{goal.chosen} blocks may go" if goal.keeps else f"{goal.chosen} blocks are enough"
+        blocks = counted(goal.chosen, "block")
+        found = f"{blocks} may go" if goal.keeps else f"removing {blocks} is enough"
     tried = "; ".join(goal.lines) or "nothing was tried"
     aim = f"{goal.arm} above {goal.wanted} with its 95 % interval" if goal.keeps else goal.wanted
     return f"Goal, {aim}: {found}. {tried}."
@@ -206,7 +208,7 @@ def nll_line(nll: Nll) -> str | None:
 
 def name_trial(trial: TrialEntry) -> str:
     """Return a trial in words."""
-    return f"{trial.blocks} blocks, {trial.rows} rows, {trial.name}"
+    return f"{counted(trial.blocks, 'block')}, {trial.rows} rows, {trial.name}"
 
 
 def name_chosen(name: str, chosen: bool) -> str:

@@ -18,7 +18,7 @@ from sdft_ray.core.choice import Choice
 from sdft_ray.core.recovery import Estimate, recovery_interval
 from sdft_ray.core.searching import following, halvings, most_trainings
 from sdft_ray.engine import EngineFactory, start_engine
-from sdft_ray.errors import UserError, problem
+from sdft_ray.errors import UserError, counted, problem
 from sdft_ray.progress import log
 from sdft_ray.spec.compute import Compute
 from sdft_ray.spec.sweep import Goal
@@ -78,7 +78,8 @@ def run(plan: Plan, compute: Compute, storage: Storage, engine: EngineFactory = 
             log(f"goal: {describe(plan, search.tried[-1])}")
         if search.following is None:
             return pipeline.Built(tuple(new), tuple(stages_of(tried_part(plan, search))))
-        log(f"goal: tries {search.following} blocks, {len(search.tried)} of {len(search.depths)} depths are tried")
+        tried = f"{len(search.tried)} of {len(search.depths)} depths are tried"
+        log(f"goal: tries {counted(search.following, 'block')}, {tried}")
         if search.is_training:
             new += trials.run(at_depths(plan, [search.following]), compute, storage, engine).new
         else:
@@ -209,9 +210,9 @@ def describe(plan: Plan, tried: Tried) -> str:
         found = f"recovery {tried.recovery.value:.1f} % [{tried.recovery.low:.1f}, {tried.recovery.high:.1f}]"
     verdict = f"which {'meets' if tried.meets else 'misses'} {plan.goal.wanted}"
     if tried.size is None:
-        return f"{tried.blocks} blocks: {found}, {verdict}"
+        return f"{counted(tried.blocks, 'block')}: {found}, {verdict}"
     size = f"{tried.size:,.0f} parameters" if plan.goal.parameters else f"{tried.size:.2f} times as fast"
-    return f"{tried.blocks} blocks: {size}, {verdict}" + (f"; {found}" if tried.seeds else "")
+    return f"{counted(tried.blocks, 'block')}: {size}, {verdict}" + (f"; {found}" if tried.seeds else "")
 
 
 def describe_search(plan: Plan) -> str:

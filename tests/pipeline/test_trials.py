@@ -93,7 +93,7 @@ def test_sweep_with_a_goal_trains_until_it_is_decided_and_shares_artifacts_with_
     out, errors = start(folder, "--json", "--html", "sweep.html").communicate()
     goal = json.loads(out)["goal"]
     assert (goal["chosen"], goal["following"], goal["depths"], len(goal["lines"])) == (None, None, [1, 2], 1), errors
-    assert goal["lines"][0].startswith("1 blocks: recovery ") and goal["lines"][0].endswith("which misses 1e+06 %")
+    assert goal["lines"][0].startswith("1 block: recovery ") and goal["lines"][0].endswith("which misses 1e+06 %")
     assert "no depth keeps 1e+06 %" in (folder / "sweep.html").read_text()
     trained = [*folder.glob("artifacts/train/*")]
     assert len(trained) == 1
