@@ -24,11 +24,7 @@ from sdft_ray.store.identity import canonical_json
 ROWS = f"{ROW_FILE}, a directory or a glob"
 # Files that lie beside rows and hold none. Names in lower case.
 _BESIDE = ("*.md", "dataset_info.json", "dataset_infos.json", "_success")
-_WORDS = (
-    "readme*",
-    "license*",
-    "licence*",
-)  # those also, unless they are of a kind that holds rows: license_plates.csv
+_WORDS = ("readme*", "license*", "licence*")  # and these, unless they are of a kind that holds rows
 _SPLIT = re.compile(r"(?<![a-z])(train|test|validation|valid|val|dev|eval)(?![a-z])", re.IGNORECASE)
 _STATE, _SPLITS = "state.json", "dataset_dict.json"  # of datasets' save_to_disk
 
