@@ -361,17 +361,6 @@ def test_shape_of_a_hub_model_is_not_known_before_its_download():
     assert costs.shape_of(HubModel(repo="a/b", revision="0" * 40)) is None
 
 
-def test_estimate_counts_the_rows_of_a_file_that_has_no_limit(data, tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"q": "a", "a": "1"}\n{"q": "b", "a": "none"}\n{"q": "c", "a": "2"}\n')
-    rows = {"path": str(tmp_path / "rows.jsonl"), "fields": {"prompt": "q", "response": "a"}}
-    recipe = validate(Recipe, {**data, "rows": {**rows, "held_out": 0, "validation": 1}, "train": {"epochs": 1}})
-    *_, sft, _, _ = costs.estimate_stages(
-        recipe, load_compute(), pipeline.chain(recipe), Storage(str(tmp_path / "root"))
-    )
-    assert (sft.stage, sft.amount) == ("train (sft)", 1), "one has no number, one is for validation"
-    assert sft.work.startswith("1 step of 16 rows")
-
-
 @pytest.mark.parametrize(("weights", "rows"), [((None, None), 70), ((1, 1), 41), ((3, 1), 66), ((1, 3), 27)])
 def test_estimate_of_a_mixture_that_is_not_read_yet_ends_where_it_will(data, tmp_path, weights, rows):
     gym = {"gym": "products", "held_out": 4, "validation": 6}

@@ -513,7 +513,8 @@ def test_goal_of_a_size_trains_the_least_depth_alone(folder, monkeypatch, enough
     assert (search.chosen.blocks if search.chosen else None) == expected
     assert len(measured) <= 3 and trained == ({expected} if expected else set())
     if search.chosen:
-        said = f"{expected} blocks: {100 - expected} parameters, which meets {100 - enough} parameters or fewer; "
+        blocks = "1 block" if expected == 1 else f"{expected} blocks"
+        said = f"{blocks}: {100 - expected} parameters, which meets {100 - enough} parameters or fewer; "
         assert goal.describe(whole, search.chosen) == said + "recovery 90.0 % [89.0, 91.0]"
     else:
         with pytest.raises(

@@ -24,7 +24,7 @@ from sdft_ray.pipeline import Chain
 from sdft_ray.preflight import memory
 from sdft_ray.preflight.cuts import depth_of
 from sdft_ray.preflight.hours import Kind, Rates
-from sdft_ray.preflight.limits import count_rows_to_train
+from sdft_ray.preflight.limits import most_rows
 from sdft_ray.preflight.shapes import shape_of, shape_of_directory
 from sdft_ray.results import HELD_OUT
 from sdft_ray.spec import compute as compute_spec
@@ -386,5 +386,5 @@ def _most_rows(rows: MixedStage, storage: Storage) -> int | None:
         known = [math.inf if most is None else most for most in each]
         size = mixture_size(known, rows.settings.shares)
         return None if math.isinf(size) else int(size)
-    most = count_rows_to_train(rows.settings.origin)
+    most = most_rows(rows.settings.origin)
     return None if math.isinf(most) else int(most)

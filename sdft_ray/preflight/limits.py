@@ -133,14 +133,6 @@ def read_splits(source: RowSource, read: FileReader = read_file) -> _Known:
     return _Known(splits, most)
 
 
-def count_rows_to_train(source: RowSource) -> float:
-    """Return how many training rows a source can have: those of a file are counted."""
-    return read_splits(source, _read_once).most
-
-
-_read_once = functools.lru_cache(maxsize=8)(read_file)
-
-
 def read_sources(
     sources: Sequence[RowSource],
     count: int | None,
