@@ -21,7 +21,7 @@ import json
 import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from sdft_ray.core.rows import Exchange, Given, Message, TrainingRow
 from sdft_ray.core.selection import strip_thoughts, thought_tags
@@ -190,10 +190,9 @@ def _write_exchange(tokenizer: Any, turn: Turn, row: Exchange, seen: set[_Form])
         raise UserError(problem("model", what, "Remove such rows")) from error
     shared = before.removesuffix(turn.aside)
     written = _end_turn(tokenizer, turn, whole[len(shared) :]) if calls else whole[len(shared) :]
-    changed = f"its chat template changes the response {_shorten(row.response)} of {_describe(row)}"
     if not whole.startswith(shared):
         if thought_tags(row.response):
-            raise UserError(problem("model", changed, "Remove such rows"))
+            _refuse_change(row)
         what = f"its chat template writes {_describe(row)} otherwise before its response than with it"
         if lost := _unwritten(whole, whole, given, target):
             what = f"its chat template leaves out {lost} of {_describe(row)} once a response is there"
@@ -206,8 +205,13 @@ def _write_exchange(tokenizer: Any, turn: Turn, row: Exchange, seen: set[_Form])
     after = turn.closing + turn.dropped
     inside = written[len(turn.opening) : len(written) - len(after)]
     if written != turn.opening + inside + after or inside.strip() != response.strip():  # many templates strip it
-        raise UserError(problem("model", changed, "Remove such rows"))
+        _refuse_change(row)
     return before, turn.opening + inside + turn.closing
+
+
+def _refuse_change(row: Exchange) -> NoReturn:
+    what = f"its chat template changes the response {_shorten(row.response)} of {_describe(row)}"
+    raise UserError(problem("model", what, "Remove such rows"))
 
 
 def _unwritten(before: str, written: str, given: Given, target: Message) -> str:
