@@ -288,7 +288,7 @@ def _load_sweep(options: argparse.Namespace) -> tuple[Plan, Compute, Storage]:
     from sdft_ray.store.storage import Storage
     from sdft_ray.sweep.planning import load_sweep
 
-    if kind_of(read_yaml(options.recipe)) not in ("sweep", "compute file"):
+    if kind_of(read_yaml(options.recipe)) not in ("sweep", "compute file"):  # the latter is refused as it is loaded
         do = f"Do: sdft run {options.recipe}"
         raise UserError(problem(str(options.recipe), "is a recipe, not a sweep", do))
     if getattr(options, "set", None):

@@ -391,11 +391,11 @@ def test_a_line_of_json_may_lack_what_is_optional_and_no_table_may(tmp_path, key
 
 
 def test_a_column_that_none_of_many_lines_has_is_refused_before_the_others_are_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "_ENOUGH", 2)
+    monkeypatch.setattr(readers, "FIRST_RECORDS", 2)
     path = save([*GSM[:2], {"bad": 1}], tmp_path / "rows.jsonl")
     assert "rows.jsonl:1 has no more" in complaint(path, fields={**FIELDS, "context": "more"})
     path = save([*GSM[:4], {**GSM[4], "more": "4"}], path)
-    monkeypatch.setattr(readers, "_ENOUGH", 5)
+    monkeypatch.setattr(readers, "FIRST_RECORDS", 5)
     assert len(read(path, fields={**FIELDS, "answer": "more"})) == 5
 
 

@@ -62,7 +62,7 @@ def require_whole(path: Path) -> None:
 
 
 _OPTIONAL = ("context", "answer", "tools")  # columns whose value may be missing, and in JSON also their key
-_ENOUGH = 20_000  # records to know by that none has a column
+FIRST_RECORDS = 20_000  # that are read before anything is built (a second), and show which columns there are
 _BATCH_ROWS = 1000  # of a hub dataset that are read at once
 # reasoning-gym makes row i of seed s from s + i: neighbouring seeds would share nearly all rows.
 GYM_SEED_SPACING = 1_000_000
@@ -177,7 +177,7 @@ def _with_columns(records: Iterator[Record], source: TableRows) -> Iterator[Reco
     """Yield records; raises UserError for a column that a record may lack, and that none of the first ones has."""
     wanted = {key: column for key in _OPTIONAL if (column := getattr(source.fields, key))}
     lacking: dict[str, Record] = {}
-    for record in itertools.islice(records, _ENOUGH):
+    for record in itertools.islice(records, FIRST_RECORDS):
         for key in [key for key, column in wanted.items() if column in record.values]:
             del wanted[key]
         lacking = {key: lacking.get(key, record) for key in wanted}

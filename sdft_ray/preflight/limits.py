@@ -30,7 +30,6 @@ from sdft_ray.spec.recipe import Recipe
 from sdft_ray.spec.sources import FileRows, HubModel, ModelSource, RowSource, ServedModel
 from sdft_ray.stages.rows import Splits, cut_rows, order_rows, split_rows
 
-RECORDS = 20_000  # of a file that are read before anything is built: a second
 Counter = Callable[[str], int]
 """Returns the number of tokens of a text."""
 
@@ -90,7 +89,7 @@ def _new_tokens(recipe: Recipe) -> dict[str, int]:
     }
 
 
-def read_file(source: FileRows, most: int = RECORDS) -> Read:
+def read_file(source: FileRows, most: int = readers.FIRST_RECORDS) -> Read:
     """Return the splits of a file's rows; raises UserError where rows are too few for them.
 
     Of a file with more than `most` records only these are read. They show its columns, its kind of answers and its

@@ -65,6 +65,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         text = str(self.construct_scalar(node))
+        # Python reads no number of thousands of digits.
         if len(text) > 99 or (number := int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))).bit_length() > 63:
             raise yaml.constructor.ConstructorError(None, None, "a number is too large", node.start_mark)
         return number

@@ -117,8 +117,10 @@ class Storage:
         return self._fetch(self._key(stage), pattern, prove)
 
     def _fetch(self, key: str, pattern: str, prove: bool = False) -> Path:
-        if self._backend.shared and (place := require_here(self.root / key)) and not prove:
-            return place
+        if self._backend.shared:
+            place = require_here(self.root / key)
+            if not prove:
+                return place
         manifest = self._manifests.get(key) or self._backend.read_manifest(key)
         if manifest is None:
             raise UserError(problem(f"{self.uri}/{key}", "is no finished artifact", "Run the command again"))
